@@ -1,0 +1,83 @@
+# `make` alone lists the targets. Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+CMAKE = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)" \
+	-DPython_EXECUTABLE="$(abspath $(BIN)/python)" -DBICM_TORCH=OFF -DBICM_EMULATOR=ON
+CSRC := $(shell find csrc -type f)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv native emulator demo test lint format sanitize bench gpu-check clean distclean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
+	|| sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1: \2/p' $(MAKEFILE_LIST)
+
+# --- installation: a stamp per step, so that a second call does nothing -----------------------------------------------
+.venv/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	|| { echo "$(PYTHON) is older than Python 3.10: make PYTHON=/path/to/a/newer/python3"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q "setuptools>=77" "cmake>=3.26" ninja "numpy>=1.26,<3"
+	@touch $@
+
+.venv/.requirements: .venv/.torch pyproject.toml
+	$(BIN)/python -m pip install -q -e ".[dev,diffusion]" --no-build-isolation
+	@touch $@
+
+.venv/.native: .venv/.requirements setup.py CMakeLists.txt $(CSRC)
+	$(BIN)/python -m pip install -q -e . --no-build-isolation --no-deps
+	@touch $@
+
+venv: .venv/.requirements ## make .venv: torch, every extra, and this package as an editable installation
+native: .venv/.native ## rebuild the native library where a source changed
+
+emulator: .venv/.requirements ## build the host emulator of the CUDA kernels
+	@test -f build/emulator/build.ninja || $(CMAKE) -S . -B build/emulator
+	$(BIN)/cmake --build build/emulator
+
+# --- what the project does --------------------------------------------------------------------------------------------
+demo: native ## sample, invert and reconstruct handwritten digits; prints a table and writes a picture
+	$(BIN)/python -m bicm_diffusion.digits demo
+
+test: native emulator ## every test that needs no GPU
+	BICM_KERNELS_BACKEND=native $(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+
+lint: .venv/.requirements ## ruff, clang-format and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+	$(BIN)/mypy
+
+format: .venv/.requirements ## rewrite the sources the way lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+
+# The preloaded runtimes must come before Python's own libraries; libstdc++ among them, because the sanitizer looks for
+# the function that throws when it starts. Python itself leaks on purpose at exit.
+CXX_FILE = $(shell $(CXX) -print-file-name=$(1))
+sanitize: .venv/.requirements ## CPU and emulated CUDA kernels under the address and undefined-behaviour sanitizers
+	@test -f build/sanitize/build.ninja || $(CMAKE) -DBICM_SANITIZE=ON -S . -B build/sanitize
+	$(BIN)/cmake --build build/sanitize
+	LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libubsan.so) $(call CXX_FILE,libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(BIN)/python -m pytest -o pythonpath="build/sanitize" tests/emulator
+
+bench: native ## medians of every family against eager PyTorch and torch.compile
+	BICM_KERNELS_BACKEND=native $(BIN)/python -m benchmarks multistep noise
+
+gpu-check: native ## every test and benchmark that needs a GPU, in one table
+	$(BIN)/python -m benchmarks.gpu_check
+
+clean: ## remove what was built, keep .venv
+	rm -rf build dist *.egg-info bicm_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f .venv/.native
+	find bicm_kernels python tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	rm -rf .venv

@@ -1,0 +1,25 @@
+"""Fused ops for diffusion and consistency models: the same noise everywhere, exact arithmetic, batch invariance.
+
+Every op is one kernel launch and gives the same bits on every backend; ``backend.describe()`` tells which one runs.
+"""
+
+from bicm_kernels import backend, reference
+from bicm_kernels.ops.multistep import affine_step, bdia_inverse_step, bdia_step, ddim_step, denoised_step
+from bicm_kernels.ops.noise import NOISE_VERSION, add_noise, fold_in, normal, uniform
+
+backend.start()
+
+__all__ = [
+    "NOISE_VERSION",
+    "add_noise",
+    "affine_step",
+    "backend",
+    "bdia_inverse_step",
+    "bdia_step",
+    "ddim_step",
+    "denoised_step",
+    "fold_in",
+    "normal",
+    "reference",
+    "uniform",
+]

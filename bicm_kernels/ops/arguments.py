@@ -1,0 +1,297 @@
+"""Arguments of the ops: when the fast path may run, how numbers become tensors, and what was wrong with a call.
+
+The kernels check their arguments in C++ and say little; after a failure `explain` walks through the same rules here and
+names the argument, what was given and what was expected. The good path never pays for the explanation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, NoReturn
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from bicm_kernels import backend
+
+Number = float | Tensor
+Integer = int | Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WORD = 2**32
+
+compiling = torch.compiler.is_compiling
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is active, which a kernel cannot take part in."""
+    return _functorch_level() is not None or forward_ad._current_level >= 0
+
+
+def requires_grad(*values: object) -> bool:
+    """Whether autograd would record an operation on any of these values."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
+
+
+def eager(first: Tensor) -> bool:
+    """Whether a call may go straight to the native CPU kernel."""
+    return first.is_cpu and backend.native_cpu and not compiling() and not transformed()
+
+
+def needs_reference(first: Tensor, *, tracked: bool) -> bool:
+    """Whether the differentiable PyTorch reference must do the work."""
+    return tracked or transformed() or backend.running(first.device.type) == "reference"
+
+
+def check_vmap(seed: object) -> None:
+    """Raise under ``torch.vmap`` unless seeds are per sample: every slice would draw the same noise."""
+    if _functorch_level() is None or not _inside_vmap():
+        return
+    if not isinstance(seed, Tensor) or (seed.dim() == 0 and not torch._C._functorch.is_batchedtensor(seed)):
+        raise ValueError(
+            f"seed must hold one seed per sample, a (B,) int64 tensor, under torch.vmap, got {describe(seed)}: "
+            "each slice would repeat the same noise"
+        )
+
+
+def _inside_vmap() -> bool:
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+
+
+def numbers(values: Sequence[Any]) -> list[Any]:
+    """The numbers of a step, lists of coefficients opened."""
+    flat: list[Any] = []
+    for value in values:
+        if isinstance(value, list):
+            flat += value
+        else:
+            flat.append(value)
+    return flat
+
+
+def plain(values: Sequence[Any]) -> bool:
+    """Whether a call holds Python numbers alone and is not traced: then they pass as they are."""
+    return not compiling() and not any(isinstance(value, Tensor) for value in numbers(values))
+
+
+def coefficient(value: Number) -> Tensor:
+    """A float as a 0-d float64 tensor; tensors as they are. In a traced graph a product does not specialise."""
+    if isinstance(value, Tensor):
+        return value
+    if compiling():
+        return torch.ones((), dtype=torch.float64) * value
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def coefficients(values: Sequence[Any]) -> list[Any]:
+    """The values of a step as tensors: lists element by element, None as it is."""
+    return [
+        [coefficient(x) for x in value]
+        if isinstance(value, list)
+        else None
+        if value is None
+        else coefficient(value)
+        for value in values
+    ]
+
+
+def signed(seed: int) -> int:
+    """A seed in [-2^63, 2^64) as the signed 64-bit integer with the same bits."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def integer(value: Integer) -> Tensor:
+    """An int as a 0-d int64 tensor; tensors as they are."""
+    return value if isinstance(value, Tensor) else torch.full((), signed(value), dtype=torch.int64)
+
+
+def key(seed: Integer | None, step: Integer, sample_id: Integer) -> tuple[Tensor | None, ...]:
+    """The integers of a noise key as tensors; ints out of range raise here, since a tensor cannot tell any more."""
+    if seed is None:
+        return None, None, None
+    check_range("seed", seed, -(2**63), 2**64)
+    check_range("step", step, 0, WORD)
+    check_range("sample_id", sample_id, 0, WORD)
+    return integer(seed), integer(step), integer(sample_id)
+
+
+def describe(value: object) -> str:
+    """What was given, in a form short enough for an error message."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def check_state(name: str, x: object, first: Tensor | None = None, first_name: str = "") -> None:
+    """Raise unless ``x`` is a floating (B, ...) tensor that agrees with the first one in shape and device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {describe(x)}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError(f"{name} must have a batch dimension, (B, ...), got a 0-d tensor")
+    if first is None:
+        return
+    if x.shape != first.shape:
+        raise ValueError(
+            f"{name} must have the shape of {first_name}, {tuple(first.shape)}, got {tuple(x.shape)}"
+        )
+    if x.device != first.device:
+        raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {x.device}")
+
+
+def check_number(name: str, value: object, first: Tensor) -> None:
+    """Raise unless ``value`` is a float, a 0-d or a (B,) floating tensor."""
+    if not isinstance(value, Tensor):
+        if not isinstance(value, Real | torch.SymFloat | torch.SymInt):
+            raise TypeError(f"{name} must be a float, a 0-d tensor or a (B,) tensor, got {describe(value)}")
+        return
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
+    check_per_sample(name, value, first.shape[0], first.device)
+
+
+def check_per_sample(name: str, value: Tensor, batch: int, device: torch.device) -> None:
+    """Raise unless a tensor argument is 0-d or (B,) and where the kernel can read it."""
+    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != batch):
+        raise ValueError(f"{name} must be a 0-d or a ({batch},) tensor, got shape {tuple(value.shape)}")
+    if value.device != device and not (value.dim() == 0 and value.device.type == "cpu"):
+        raise ValueError(f"{name} must be on {device}, got {value.device}")
+
+
+def check_integer(name: str, value: object, batch: int, device: torch.device, low: int, high: int) -> None:
+    """Raise unless ``value`` is an int in [low, high), or a 0-d or (B,) int64 tensor."""
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64:
+            raise TypeError(f"{name} must be an int or an int64 tensor, got {value.dtype}")
+        check_per_sample(name, value, batch, device)
+    elif not isinstance(value, Integral | torch.SymInt):
+        raise TypeError(f"{name} must be an int or an int64 tensor, got {describe(value)}")
+    else:
+        check_range(name, value, low, high)
+
+
+def check_range(name: str, value: object, low: int, high: int) -> None:
+    """Raise unless an int is in [low, high); tensors are not looked into."""
+    if not isinstance(value, Tensor) and not low <= value < high:  # type: ignore[operator]
+        raise ValueError(f"{name} must be in [{power(low)}, {power(high)}), got {value}")
+
+
+def power(bound: int) -> str:
+    """A bound of an integer range as people write it."""
+    if abs(bound) < WORD:
+        return str(bound)
+    return f"{'-' if bound < 0 else ''}2**{round(math.log2(abs(bound)))}"
+
+
+def check_key(seed: object, step: object, sample_id: object, batch: int, device: torch.device) -> None:
+    """Raise unless seed, step and sample_id can key the noise of a batch."""
+    if seed is None:
+        raise ValueError("seed must be given where noise is drawn (noise_weight is not zero), got None")
+    check_integer("seed", seed, batch, device, -(2**63), 2**64)
+    check_integer("step", step, batch, device, 0, WORD)
+    check_integer("sample_id", sample_id, batch, device, 0, WORD)
+    if isinstance(sample_id, int) and sample_id + batch > WORD:
+        raise ValueError(f"sample_id + B must be at most 2**32, got {sample_id} + {batch}")
+    per_sample_seed = isinstance(seed, Tensor) and seed.dim() == 1
+    if per_sample_seed and (isinstance(sample_id, Tensor) or sample_id != 0):
+        raise ValueError(
+            f"sample_id must be left at 0 where seed holds one seed per sample, got {describe(sample_id)}"
+        )
+
+
+def check_noise(noise_weight: object, seed: object) -> None:
+    """Raise where noise is weighted but not keyed, or would repeat under ``torch.vmap``."""
+    if seed is not None:
+        check_vmap(seed)
+    elif isinstance(noise_weight, Tensor) or noise_weight != 0:
+        raise ValueError(f"seed must be given where noise is drawn, got None and noise_weight={noise_weight!r}")
+
+
+def _elements(x: Tensor) -> tuple[int, int]:
+    """The addresses of the first byte of a tensor and of the one after its last."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+def shares_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors have a byte in common; exact, and as slow as touching every byte."""
+    if x.numel() == 0 or y.numel() == 0 or x.device != y.device:
+        return False
+    (x_begin, x_end), (y_begin, y_end) = _elements(x), _elements(y)
+    if x_end <= y_begin or y_end <= x_begin:
+        return False
+    begin = min(x_begin, y_begin)
+    touched = torch.zeros(max(x_end, y_end) - begin, dtype=torch.bool)
+    touched[_bytes(x, begin)] = True
+    return bool(touched[_bytes(y, begin)].any())
+
+
+def _bytes(x: Tensor, begin: int) -> Tensor:
+    offsets = torch.full((), x.data_ptr() - begin)
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride * x.element_size()
+    return (offsets.unsqueeze(-1) + torch.arange(x.element_size())).flatten()
+
+
+def overlaps_itself(x: Tensor) -> bool:
+    """Whether two elements of a tensor lie at one address."""
+    offsets = _bytes(x, x.data_ptr())
+    return offsets.unique().numel() != offsets.numel()
+
+
+def same_place(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors of one shape are the same memory, element by element."""
+    return x.data_ptr() == y.data_ptr() and x.dtype == y.dtype and x.stride() == y.stride()
+
+
+def write(outs: Sequence[Tensor], results: Any, tracked: bool) -> Any:
+    """Copy the results of a reference into the caller's outputs, which carry no derivative."""
+    if tracked:
+        raise ValueError("out must not be given where a tensor requires grad: what is written there has no derivative")
+    results = (results,) if isinstance(results, Tensor) else results
+    for out, result in zip(outs, results, strict=True):
+        if result is not None:
+            out.copy_(result)
+    return tuple(outs) if len(outs) > 1 else outs[0]
+
+
+def check_outs(outs: Mapping[str, Any], tensors: Mapping[str, Tensor], first: Tensor) -> None:
+    """Raise unless the outputs can take the results: like the first tensor, and no overlap but an exact one."""
+    first_name = next(iter(tensors))
+    for name, out in outs.items():
+        if name == "next" and isinstance(out, Tensor) and out.shape == (0,):
+            continue
+        check_out(name, out, first, first_name)
+        if overlaps_itself(out):
+            raise ValueError(f"{name} must not overlap itself, got strides {out.stride()}")
+        for other, x in tensors.items():
+            if not same_place(out, x) and shares_memory(out, x):
+                raise ValueError(f"{name} must be exactly {other} or lie apart from it: they overlap in part")
+        for other, x in outs.items():
+            if other < name and shares_memory(out, x):
+                raise ValueError(f"{name} and {other} must not share memory")
+
+
+def check_out(name: str, out: object, first: Tensor, first_name: str) -> None:
+    """Raise unless ``out`` can take a result like ``first``: the shape, dtype and device, and not tracked by autograd."""
+    check_state(name, out, first, first_name)
+    assert isinstance(out, Tensor)
+    if out.dtype != first.dtype:
+        raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {out.dtype}")
+    if out.requires_grad:
+        raise ValueError(f"{name} must not require grad: what is written into it has no derivative")
+
+
+def explain(error: Exception, check: Callable[[], None]) -> NoReturn:
+    """Raise what the check has to say of a call that failed, or the error itself where the check finds nothing."""
+    try:
+        check()
+    except (TypeError, ValueError) as better:
+        raise better from None
+    raise error

@@ -1,0 +1,380 @@
+"""Sampler updates: affine maps of a few tensors plus keyed noise, one kernel for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bicm_kernels import reference
+from bicm_kernels.ops import arguments
+from bicm_kernels.ops.arguments import Integer, Number
+from bicm_kernels.ops.library import library
+
+Operand = Tensor | tuple[Tensor, Tensor]
+Values = tuple[Any, ...]
+Key = tuple[Any, ...]
+
+_ops = torch.ops.bicm_kernels
+
+# Every op in two flavours: numbers for eager calls, tensors for traced graphs (where a number would be compiled in) and
+# for per-sample arguments. And each with outputs that the caller gives.
+_FORM = ("float[] coefficients, float guidance_scale", "Tensor[] coefficients, Tensor? guidance_scale")
+_NOISE = (
+    "float noise_weight, SymInt? seed, SymInt step, SymInt sample_id",
+    "Tensor? noise_weight, Tensor? seed, Tensor? step, Tensor? sample_id",
+)
+_DENOISED = (
+    "float[] x0_weights, float[] weights, float guidance_scale, float x0_weight, float? clip, float noise_weight, "
+    "float? next_scale, SymInt? seed, SymInt step, SymInt sample_id",
+    "Tensor[] x0_weights, Tensor[] weights, Tensor? guidance_scale, Tensor? x0_weight, Tensor? clip, "
+    "Tensor? noise_weight, Tensor? next_scale, Tensor? seed, Tensor? step, Tensor? sample_id",
+)
+_ONE = ("Tensor", "Tensor(a!) out")
+_THREE = ("(Tensor, Tensor, Tensor)", "Tensor(a!) out, Tensor(b!) x0, Tensor(c!) next")
+_SCHEMAS = {
+    "ddim_step": (_FORM, _ONE),
+    "bdia_step": (_FORM, _ONE),
+    "bdia_inverse_step": (_FORM, _ONE),
+    "affine_step": (tuple(f"{form}, {noise}" for form, noise in zip(_FORM, _NOISE, strict=True)), _ONE),
+    "denoised_step": (_DENOISED, _THREE),
+}
+
+
+def _fake_one(tensors: list[Tensor], *_: object) -> Tensor:
+    return torch.empty_like(tensors[0])
+
+
+def _fake_three(tensors: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    first = tensors[0]
+    scaled = torch.empty_like(first) if rest[6] is not None else first.new_empty((0,))
+    return torch.empty_like(first), torch.empty_like(first), scaled
+
+
+def _fake_out(*_: object, **__: object) -> None:
+    return None
+
+
+for _name, (_flavours, (_returns, _out)) in _SCHEMAS.items():
+    for _overload, _arguments in zip(("", "tensor"), _flavours, strict=True):
+        _returning = f"{_name}.{_overload}" if _overload else _name
+        _writing = f"{_name}.{_overload}_out" if _overload else f"{_name}.out"
+        library.define(f"{_returning}(Tensor[] tensors, {_arguments}) -> {_returns}")
+        library.define(f"{_writing}(Tensor[] tensors, {_arguments}, *, {_out}) -> ()")
+        _fake = _fake_one if _returns == "Tensor" else _fake_three
+        torch.library.register_fake(f"bicm_kernels::{_returning}", _fake, lib=library)
+        torch.library.register_fake(f"bicm_kernels::{_writing}", _fake_out, lib=library)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step op: what its arguments are called, in the schema's order, and how the reference is called with them."""
+
+    name: str
+    operands: tuple[str, ...]
+    values: tuple[str | tuple[str, ...], ...]
+    reference: Callable[[Sequence[Operand], Values, Number | None, Key], Any]
+
+
+def _form(name: str, operands: tuple[str, ...], coefficients: tuple[str, ...]) -> _Step:
+    def call(tensors: Sequence[Operand], values: Values, guidance_scale: Number | None, _: Key) -> Tensor:
+        numbers = dict(zip(coefficients, values[0], strict=True))
+        return getattr(reference, name)(*tensors, **numbers, guidance_scale=guidance_scale)
+
+    return _Step(name, operands, (coefficients, "guidance_scale"), call)
+
+
+def _noisy(name: str, values: tuple[str, ...]) -> _Step:
+    def call(tensors: Sequence[Operand], numbers: Values, guidance_scale: Number | None, key: Key) -> Any:
+        named = dict(zip(values, numbers, strict=True)) | dict(zip(_KEY, key, strict=True))
+        return getattr(reference, name)(tensors, **named | {"guidance_scale": guidance_scale})
+
+    return _Step(name, (), values, call)
+
+
+_KEY = ("seed", "step", "sample_id")
+_BDIA = ("a", "b", "a_last", "b_last", "gamma")
+_DDIM_STEP = _form("ddim_step", ("z", "eps"), ("a", "b"))
+_BDIA_STEP = _form("bdia_step", ("z_last", "z", "eps"), _BDIA)
+_BDIA_INVERSE_STEP = _form("bdia_inverse_step", ("z_next", "z", "eps"), _BDIA)
+_AFFINE_STEP = _noisy("affine_step", ("weights", "guidance_scale", "noise_weight"))
+_DENOISED_STEP = _noisy(
+    "denoised_step",
+    ("x0_weights", "weights", "guidance_scale", "x0_weight", "clip", "noise_weight", "next_scale"),
+)
+_OUTS = ("out", "x0", "next")
+
+
+def _check(
+    step: _Step, operands: Sequence[Any], values: Values, guidance_scale: object, key: Key, outs: Sequence[Any]
+) -> None:
+    """Raise what is wrong with a step's arguments, if anything is."""
+    names = step.operands or tuple(f"tensors[{k}]" for k in range(len(operands)))
+    if not 1 <= len(operands) <= 5:
+        raise ValueError(f"tensors must hold 1 to 5 tensors, got {len(operands)}")
+    first, tensors = operands[0], []
+    for name, operand in zip(names, operands, strict=True):
+        pair = isinstance(operand, tuple | list) and name == names[-1]
+        for half in operand if pair else [operand]:
+            arguments.check_state(name, half, first if tensors else None, names[0])
+            tensors.append(half)
+    guided = len(tensors) - len(operands)
+    if guided not in (0, 1) or bool(guided) != (guidance_scale is not None):
+        raise ValueError(
+            f"guidance_scale goes with a pair (eps_uncond, eps_cond) as {names[-1]}, "
+            f"got guidance_scale={guidance_scale!r} and {arguments.describe(operands[-1])}"
+        )
+    first = tensors[0]
+    for label, value in zip(step.values, values, strict=True):
+        if not isinstance(value, list):
+            if value is not None:
+                arguments.check_number(str(label), value, first)
+            continue
+        labels = label if isinstance(label, tuple) else [f"{label}[{k}]" for k in range(len(value))]
+        if not isinstance(label, tuple) and len(value) != len(operands):
+            raise ValueError(f"{label} must be as many as the tensors, {len(operands)}, got {len(value)}")
+        for name, number in zip(labels, value, strict=True):
+            arguments.check_number(name, number, first)
+    if key and key[0] is not None:
+        arguments.check_key(*key, first.shape[0], first.device)
+    arguments.check_outs(dict(zip(_OUTS, outs, strict=False)), dict(zip(names, tensors, strict=False)), first)
+
+
+def _run(
+    step: _Step,
+    operands: Sequence[Operand],
+    values: Values,
+    guidance_scale: Number | None,
+    key: Key = (),
+    outs: Sequence[Tensor] = (),
+) -> Any:
+    """Run a step's kernel, or its reference where a derivative, a transform or the backend asks for it.
+
+    ``values`` are in the schema's order, lists of coefficients as lists; ``outs`` is empty or holds every result.
+    """
+    try:
+        last = operands[-1]
+        paired = not isinstance(last, Tensor)
+        if paired != (guidance_scale is not None):
+            raise TypeError("guidance_scale and a pair of predictions go together")
+        tensors = [*operands[:-1], *last] if paired else list(operands)
+        tracked = arguments.requires_grad(*tensors, *arguments.numbers(values))
+        if arguments.needs_reference(tensors[0], tracked=tracked):
+            _check(step, operands, values, guidance_scale, key, outs)
+            results = step.reference(operands, values, guidance_scale, key)
+            return arguments.write(outs, results, tracked) if outs else results
+        op = getattr(_ops, step.name)
+        if arguments.plain(values) and arguments.plain(key):
+            function, full = (op.out if outs else op.default), (*values, *key)
+        else:
+            function = op.tensor_out if outs else op.tensor
+            full = (*arguments.coefficients(values), *(arguments.key(*key) if key else ()))
+        if not outs:
+            return function(tensors, *full)
+        function(tensors, *full, **dict(zip(_OUTS, outs, strict=False)))
+        return tuple(outs) if len(outs) > 1 else outs[0]
+    except (RuntimeError, TypeError, AttributeError, OverflowError) as error:
+        arguments.explain(error, lambda: _check(step, operands, values, guidance_scale, key, outs))
+
+
+def ddim_step(
+    z: Tensor,
+    eps: Operand,
+    *,
+    a: Number,
+    b: Number,
+    guidance_scale: Number | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One DDIM update, or one step of DDIM inversion: a z + b eps (BDIA eq. 6 and 8).
+
+    Args:
+        z: state (B, ...), float16, bfloat16, float32 or float64, any strides.
+        eps: predicted noise like z, of any of these dtypes; or a pair (eps_uncond, eps_cond) with ``guidance_scale``.
+        a, b: alpha_{i-1}/alpha_i and sigma_{i-1} - sigma_i a; float, 0-d or (B,) tensor.
+        guidance_scale: s in eps_uncond + s (eps_cond - eps_uncond), which the kernel forms.
+        out: takes the result; exactly z or eps, or apart from both.
+
+    Returns:
+        The next state, in the dtype and layout of z.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape or device.
+
+    >>> import torch, bicm_kernels as bk
+    >>> bk.ddim_step(torch.ones(1, 2), torch.ones(1, 2), a=2.0, b=0.5)
+    tensor([[2.5000, 2.5000]])
+    """
+    guidance = 0.0 if guidance_scale is None else guidance_scale
+    return _run(_DDIM_STEP, (z, eps), ([a, b], guidance), guidance_scale, (), () if out is None else (out,))
+
+
+def bdia_step(
+    z_last: Tensor,
+    z: Tensor,
+    eps: Operand,
+    *,
+    a: Number,
+    b: Number,
+    a_last: Number,
+    b_last: Number,
+    gamma: Number = 1.0,
+    guidance_scale: Number | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One BDIA-DDIM update, z_{i-1} from z_{i+1} and z_i (BDIA eq. 24).
+
+    gamma z_{i+1} + (a_i - gamma/a_{i+1}) z_i + (b_i + gamma b_{i+1}/a_{i+1}) eps_i, folded from the left.
+
+    Args:
+        z_last, z: states z_{i+1} and z_i, (B, ...) of one dtype, any strides.
+        eps: predicted noise at z_i, or a pair (eps_uncond, eps_cond) with ``guidance_scale``.
+        a, b, a_last, b_last: DDIM's coefficients at i and at i + 1; float, 0-d or (B,) tensor.
+        gamma: 1 is time-symmetric, 0 is DDIM; float, 0-d or (B,) tensor.
+        guidance_scale: s in eps_uncond + s (eps_cond - eps_uncond), which the kernel forms.
+        out: takes the result; exactly one of the tensors, or apart from them all.
+
+    Returns:
+        z_{i-1}, in the dtype and layout of z_last.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape or device.
+
+    >>> import torch, bicm_kernels as bk
+    >>> x = torch.ones(1, 2); bk.bdia_step(x, x, x, a=1.0, b=0.5, a_last=1.0, b_last=0.5)
+    tensor([[2., 2.]])
+    """
+    guidance = 0.0 if guidance_scale is None else guidance_scale
+    values = ([a, b, a_last, b_last, gamma], guidance)
+    return _run(_BDIA_STEP, (z_last, z, eps), values, guidance_scale, (), () if out is None else (out,))
+
+
+def bdia_inverse_step(
+    z_next: Tensor,
+    z: Tensor,
+    eps: Operand,
+    *,
+    a: Number,
+    b: Number,
+    a_last: Number,
+    b_last: Number,
+    gamma: Number = 1.0,
+    guidance_scale: Number | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The inverse of ``bdia_step``: z_{i+1} from z_{i-1} and z_i (BDIA eq. 28), up to rounding that grows as gamma^-N.
+
+    z_{i-1}/gamma + (1/a_{i+1} - a_i/gamma) z_i - (b_i/gamma + b_{i+1}/a_{i+1}) eps_i, folded from the left.
+
+    Args:
+        z_next, z: states z_{i-1} and z_i, (B, ...) of one dtype, any strides.
+        eps, a, b, a_last, b_last, guidance_scale, out: as for ``bdia_step``.
+        gamma: as for ``bdia_step``, not 0.
+
+    Returns:
+        z_{i+1}, in the dtype and layout of z_next.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape or device.
+
+    >>> import torch, bicm_kernels as bk
+    >>> x = torch.ones(1, 2); bk.bdia_inverse_step(2 * x, x, x, a=1.0, b=0.5, a_last=1.0, b_last=0.5)
+    tensor([[1., 1.]])
+    """
+    guidance = 0.0 if guidance_scale is None else guidance_scale
+    values = ([a, b, a_last, b_last, gamma], guidance)
+    return _run(_BDIA_INVERSE_STEP, (z_next, z, eps), values, guidance_scale, (), () if out is None else (out,))
+
+
+def affine_step(
+    tensors: Sequence[Operand],
+    weights: Sequence[Number],
+    *,
+    noise_weight: Number = 0.0,
+    guidance_scale: Number | None = None,
+    seed: Integer | None = None,
+    step: Integer = 0,
+    sample_id: Integer = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The shape of every sampler update: sum of w_k x_k plus w_n n, a left fold with keyed noise last.
+
+    Args:
+        tensors: 1 to 5 tensors (B, ...), any floating dtypes and strides; the last may be a pair
+            (eps_uncond, eps_cond) with ``guidance_scale``.
+        weights: one per tensor; float, 0-d or (B,) tensor.
+        noise_weight: weight of the noise; a sample whose weight is exactly 0 draws none.
+        guidance_scale: s in eps_uncond + s (eps_cond - eps_uncond), which the kernel forms.
+        seed, step, sample_id: the noise's key, see ``normal``; None draws no noise.
+        out: takes the result; exactly one of the tensors, or apart from them all.
+
+    Returns:
+        The sum, in the dtype and layout of the first tensor.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, device or range.
+
+    >>> import torch, bicm_kernels as bk
+    >>> bk.affine_step([torch.ones(1, 2), torch.ones(1, 2)], [2.0, 0.5])
+    tensor([[2.5000, 2.5000]])
+    """
+    guidance = 0.0 if guidance_scale is None else guidance_scale
+    arguments.check_noise(noise_weight, seed)
+    values = (list(weights), guidance, noise_weight)
+    outs = () if out is None else (out,)
+    return _run(_AFFINE_STEP, tensors, values, guidance_scale, (seed, step, sample_id), outs)
+
+
+def denoised_step(
+    tensors: Sequence[Operand],
+    x0_weights: Sequence[Number],
+    weights: Sequence[Number],
+    *,
+    x0_weight: Number,
+    clip: Number | None = None,
+    noise_weight: Number = 0.0,
+    next_scale: Number | None = None,
+    guidance_scale: Number | None = None,
+    seed: Integer | None = None,
+    step: Integer = 0,
+    sample_id: Integer = 0,
+    out: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A sampler update that passes through the denoised sample, and the next evaluation's scaled input, in one pass.
+
+    x0 = clip(sum of p_k x_k); out = sum of w_k x_k + x0_weight x0 + w_n n; next = next_scale out.
+
+    Args:
+        tensors: 1 to 5 tensors (B, ...), any floating dtypes and strides; the last may be a pair
+            (eps_uncond, eps_cond) with ``guidance_scale``.
+        x0_weights, weights: p_k and w_k, one per tensor; float, 0-d or (B,) tensor.
+        x0_weight: weight of x0 in the result.
+        clip: x0 is clipped to [-clip, clip]; None clips nothing.
+        noise_weight, seed, step, sample_id: keyed noise, see ``affine_step``.
+        next_scale: c_in of the next evaluation; None returns no scaled input.
+        guidance_scale: s in eps_uncond + s (eps_cond - eps_uncond), which the kernel forms.
+        out: (out, x0) or, with next_scale, (out, x0, next) to take the results; they may replace inputs exactly.
+
+    Returns:
+        (out, x0, next), all in the dtype and layout of the first tensor; next is None without ``next_scale``.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, device or range.
+
+    >>> import torch, bicm_kernels as bk
+    >>> bk.denoised_step([torch.full((1, 1), 3.0)], [1.0], [0.5], x0_weight=0.5, clip=1.0)[:2]
+    (tensor([[2.]]), tensor([[1.]]))
+    """
+    guidance = 0.0 if guidance_scale is None else guidance_scale
+    arguments.check_noise(noise_weight, seed)
+    values = (list(x0_weights), list(weights), guidance, x0_weight, clip, noise_weight, next_scale)
+    outs = () if out is None else tuple(out)
+    if outs and len(outs) != (2 if next_scale is None else 3):
+        raise ValueError(f"out must hold (out, x0), and next with next_scale, got {len(outs)} tensors")
+    if outs and next_scale is None:
+        outs = (*outs, outs[0].new_empty((0,)))
+    results = _run(_DENOISED_STEP, tensors, values, guidance_scale, (seed, step, sample_id), outs)
+    return (*results[:2], None if next_scale is None else results[2])

@@ -1,0 +1,29 @@
+"""Every op written plainly in PyTorch: the specification in code, and the fallback when nothing is compiled.
+
+The functions take the arguments of the public ops and give the same bits as every backend. They are written from the
+formulas, differentiable, and slow; ``design``: halves are computed in float32 and rounded once, multiply and add are
+separate operations, and a float32 root is taken through float64, because torch's own is not correctly rounded.
+"""
+
+from bicm_kernels.reference.multistep import (
+    affine_step,
+    bdia_inverse_step,
+    bdia_step,
+    ddim_step,
+    denoised_step,
+)
+from bicm_kernels.reference.noise import add_noise, fold_in, fold_in_words, normal, philox4x32, uniform
+
+__all__ = [
+    "add_noise",
+    "affine_step",
+    "bdia_inverse_step",
+    "bdia_step",
+    "ddim_step",
+    "denoised_step",
+    "fold_in",
+    "fold_in_words",
+    "normal",
+    "philox4x32",
+    "uniform",
+]

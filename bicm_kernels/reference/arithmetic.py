@@ -1,0 +1,31 @@
+"""What every reference shares: the compute type, and arguments that differ per sample."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where any tensor is float64, else float32: halves are computed in float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def per_sample(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float, 0-d or (B,) argument as a tensor of the compute type that broadcasts over ``like`` (B, ...)."""
+    if not isinstance(value, Tensor):
+        # A product, because torch.compile specialises on a float that is a fill value.
+        return (torch.ones((), dtype=torch.float64, device=like.device) * value).to(dtype)
+    value = value.to(device=like.device, dtype=dtype)
+    return value.reshape(-1, *[1] * (like.dim() - 1)) if value.dim() == 1 else value
+
+
+def like_first(result: Tensor, first: Tensor) -> Tensor:
+    """``result`` in the dtype and the layout of the first state tensor."""
+    result = result.to(first.dtype)
+    layout = torch.empty_like(first)
+    if result.stride() == layout.stride():
+        return result
+    return torch.empty_strided(
+        layout.shape, layout.stride(), dtype=result.dtype, device=result.device
+    ).copy_(result)

@@ -1,0 +1,161 @@
+"""What a kernel is told of its tensors: a batch of samples, each a row-major index space that strides map to memory.
+
+A kernel works on tiles of ROWS samples by COLUMNS elements. An operand is (tensor, batch_stride, strides); `strides` is
+empty where the elements of a sample are adjacent and in order, which is the path with 128-bit accesses.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Operand = tuple[Tensor, int, tuple[int, ...]]
+
+TILE = 1024  # elements of a program: eight for each of its 128 threads
+WIDE = 2**31 - 2 * TILE  # from here on, an element's index needs 64 bits
+
+
+@triton.jit
+def locate(elements, batch, blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INDEX: tl.constexpr):
+    """The tile's samples (ROWS, 1), its first element, all its elements (1, COLUMNS), and which of them exist."""
+    tile = tl.program_id(0)
+    sample = (tile // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    first = (tile % blocks).to(INDEX) * COLUMNS
+    element = first + tl.arange(0, COLUMNS)[None, :]
+    present = sample < batch
+    if ROWS == 1:
+        inside = element < elements
+    else:
+        inside = (element < elements) & present
+    return sample, present, first, element, inside
+
+
+@triton.jit
+def addresses(operand, sizes, sample, element):
+    """Pointers to a tile of an operand; `sizes` are the sample's dimensions, outermost first."""
+    row = operand[0] + sample * operand[1]
+    strides = operand[2]
+    if len(strides) == 0:
+        pointers = row + element
+    else:
+        offset = tl.zeros(element.shape, tl.int64)
+        rest = element
+        for k in tl.static_range(1, len(strides)):
+            size = sizes[len(strides) - k]
+            offset += (rest % size).to(tl.int64) * strides[len(strides) - k]
+            rest = rest // size
+        pointers = row + (offset + rest.to(tl.int64) * strides[0])
+    return pointers
+
+
+@triton.jit
+def load(operand, sizes, sample, element, inside, COMPUTE: tl.constexpr):
+    """A tile in the compute type."""
+    return tl.load(addresses(operand, sizes, sample, element), mask=inside).to(COMPUTE)
+
+
+@triton.jit
+def store(operand, sizes, sample, element, inside, value):
+    """Round a tile once, to nearest even, and store it."""
+    dtype: tl.constexpr = operand[0].dtype.element_ty
+    if value.dtype == tl.float64 and dtype.primitive_bitwidth == 16:
+        value = value.to(tl.float32)  # as every backend does, torch included
+    tl.store(addresses(operand, sizes, sample, element), value.to(dtype), mask=inside)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """B samples of d elements, how each tensor holds them, and the tiles that cover them."""
+
+    batch: int
+    elements: int
+    sizes: tuple[int, ...]
+    operands: list[Operand]
+
+    def launch(self, kernel: Any, **arguments: object) -> None:
+        """Run a kernel over the tiles."""
+        columns = min(TILE, max(4, triton.next_power_of_2(self.elements)))
+        rows = min(TILE // columns, triton.next_power_of_2(self.batch))
+        blocks = -(-self.elements // columns)
+        tiles = -(-self.batch // rows) * blocks
+        if tiles == 0:
+            return
+        with device_of(self.operands[0][0]):
+            kernel[(tiles,)](
+                sizes=self.sizes,
+                batch=self.batch,
+                elements=self.elements,
+                blocks=blocks,
+                ROWS=rows,
+                COLUMNS=columns,
+                INDEX=tl.int32 if self.elements < WIDE else tl.int64,
+                num_warps=4,
+                enable_fp_fusion=False,
+                **arguments,
+            )
+
+
+def lay_out(tensors: Sequence[Tensor], *, per_sample: bool, in_order: bool) -> Layout:
+    """Merge what can be merged. Samples stay apart where something differs `per_sample`; where elements need not be
+    visited `in_order` of their logical index, memory order is as good."""
+    first = tensors[0]
+    shape, count = first.shape, first.numel()
+    batch = shape[0] if per_sample else 1
+    elements = count // batch if batch else 0
+    if all(x.is_contiguous() for x in tensors):
+        return Layout(batch, elements, (), [(x, elements, ()) for x in tensors])
+    strides = [x.stride() for x in tensors]
+    dims = [
+        (size, tuple(stride[i] for stride in strides))
+        for i, size in enumerate(shape)
+        if size != 1 and not (per_sample and i == 0)
+    ]
+    if not in_order:
+        dims.sort(key=lambda dim: -dim[1][0])
+    dims = merge(dims)
+    sizes = tuple(size for size, _ in dims)
+    dense = row_major(sizes)
+    operands: list[Operand] = []
+    for k, x in enumerate(tensors):
+        inner = tuple(steps[k] for _, steps in dims)
+        operands.append((x, strides[k][0] if per_sample else 0, () if inner == dense else inner))
+    return Layout(batch, elements, sizes if any(x[2] for x in operands) else (), operands)
+
+
+def merge(dims: Sequence[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[int, ...]]]:
+    """Join neighbouring dimensions, (size, stride of each tensor), that every tensor walks as one."""
+    merged: list[tuple[int, tuple[int, ...]]] = []
+    for size, steps in dims:
+        if merged and merged[-1][1] == tuple(step * size for step in steps):
+            size *= merged.pop()[0]
+        merged.append((size, steps))
+    return merged
+
+
+def row_major(sizes: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a dense tensor."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(sizes):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Kernels start on the current device: make it the tensor's."""
+    device = x.device
+    if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
+        return contextlib.nullcontext()
+    guard: Callable[[torch.device], contextlib.AbstractContextManager[object]]
+    guard = torch.get_device_module(device).device
+    return guard(device)

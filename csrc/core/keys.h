@@ -1,0 +1,37 @@
+// Per-sample arguments: numbers in the compute type, and the key of a sample's noise.
+#pragma once
+
+#include "half.h"
+#include "operands.h"
+#include "philox.h"
+
+BICM_NAMESPACE_BEGIN
+
+template <class C>
+BICM_HD C load_number(const Number& number, int64_t sample) {
+  if (number.data == nullptr) return static_cast<C>(number.value);
+  const int64_t i = sample * number.stride;
+  switch (number.dtype) {
+    case DType::float16: return static_cast<C>(half_to_float(static_cast<const uint16_t*>(number.data)[i]));
+    case DType::bfloat16: return static_cast<C>(bfloat16_to_float(static_cast<const uint16_t*>(number.data)[i]));
+    case DType::float32: return static_cast<C>(static_cast<const float*>(number.data)[i]);
+    default: return static_cast<C>(static_cast<const double*>(number.data)[i]);
+  }
+}
+
+BICM_HD int64_t load_integer(const Integer& integer, int64_t sample) {
+  return integer.data == nullptr ? integer.value : integer.data[sample * integer.stride];
+}
+
+struct SampleKey {
+  Key key;
+  uint32_t sample, step;
+};
+
+BICM_HD SampleKey sample_key(const NoiseKey& noise, int64_t sample) {
+  const int64_t id = load_integer(noise.sample, sample) + (noise.counts ? sample : 0);
+  return {make_key(load_integer(noise.seed, sample)), static_cast<uint32_t>(id),
+          static_cast<uint32_t>(load_integer(noise.step, sample))};
+}
+
+BICM_NAMESPACE_END

@@ -1,0 +1,36 @@
+// The keyed noise itself: what is drawn, and one quad of it.
+#pragma once
+
+#include "keys.h"
+#include "normal.h"
+
+namespace bicm {
+
+enum class Distribution : int32_t { normal, uniform };
+
+struct Noise {
+  Layout layout;
+  Distribution distribution;
+  NoiseKey key;
+  Operand out;
+};
+
+}  // namespace bicm
+
+BICM_NAMESPACE_BEGIN
+
+BICM_HD Quad<uint32_t> random_quad(const SampleKey& k, int64_t quad) {
+  const uint64_t q = static_cast<uint64_t>(quad);
+  return philox(Quad<uint32_t>{{static_cast<uint32_t>(q), static_cast<uint32_t>(q >> 32), k.sample, k.step}}, k.key);
+}
+
+template <Distribution D, class F>
+BICM_HD void numbers_from_bits(const Quad<typename LaneOps<F>::Word>& bits, F out[4]) {
+  if (D == Distribution::normal) {
+    normals_from_bits<F>(bits, out);
+  } else {
+    for (int lane = 0; lane < 4; ++lane) out[lane] = uniform_from_bits<F>(bits.lane[lane]);
+  }
+}
+
+BICM_NAMESPACE_END

@@ -1,0 +1,93 @@
+// From random bits to uniform and normal numbers, generic over a lane type F (float, or a vector of floats); LaneOps
+// of that type says how its machine does the few things that operators cannot. No operation may be contracted or reordered:
+// every backend performs exactly these float32 operations, so that noise is the same bits everywhere.
+#pragma once
+
+#include "philox.h"
+
+BICM_NAMESPACE_BEGIN
+
+template <class F>
+struct LaneOps;
+template <>
+struct LaneOps<float> {
+  using Int = int32_t;
+  using Word = uint32_t;
+  BICM_HD static float to_float(uint32_t x) { return static_cast<float>(x); }
+  BICM_HD static float to_float(int32_t x) { return static_cast<float>(x); }
+  // mask is all ones or all zeros.
+  BICM_HD static float select(int32_t mask, float yes, float no) { return mask ? yes : no; }
+#if defined(__CUDA_ARCH__)
+  BICM_HD static float square_root(float x) { return __fsqrt_rn(x); }
+#else
+  BICM_HD static float square_root(float x) { return __builtin_sqrtf(x); }
+#endif
+};
+
+// u in (0, 1]: 2^-33 at the least, exactly 1 at the most.
+template <class F>
+BICM_HD F uniform_from_bits(typename LaneOps<F>::Word bits) {
+  return (LaneOps<F>::to_float(bits) + 0.5f) * 0x1p-32f;
+}
+
+// log(u) for normal u > 0: u = 2^e m with m in [sqrt(1/2), sqrt(2)), f = m - 1, log m = f - f^2/2 + f^3 P(f) with P
+// minimax for the relative error of log m. log(1) is exactly 0.
+template <class F>
+BICM_HD F log_of(F u) {
+  using I = typename LaneOps<F>::Int;
+  const I bits = bit_cast<I>(u);
+  const I above = bits - 0x3F3504F3;
+  const F f = bit_cast<F>(bits - (above & -0x800000)) - 1.0f;
+  const F e = LaneOps<F>::to_float(above >> 23);
+  F p = f * -0x1.38c9dep-4f + 0x1.055ec6p-3f;
+  p = p * f + -0x1.0d8242p-3f;
+  p = p * f + 0x1.22d92ep-3f;
+  p = p * f + -0x1.54728ap-3f;
+  p = p * f + 0x1.99a01cp-3f;
+  p = p * f + -0x1.000226p-2f;
+  p = p * f + 0x1.555554p-2f;
+  const F f2 = f * f;
+  // ln 2 in two pieces: the first has few enough bits that e times it is exact.
+  const F tail = (f2 * (f * p) + e * -0x1.bd0106p-13f) - f2 * 0.5f;
+  return (f + tail) + e * 0x1.63p-1f;
+}
+
+// (cos, sin) of 2 pi u for u in [0, 1]: 4u = q + r with q whole and |r| <= 1/2, both exact; minimax polynomials of
+// sin(pi/2 r)/r and (cos(pi/2 r) - 1)/r^2 in r^2, then the quadrant.
+template <class F>
+BICM_HD void cos_sin_turns(F u, F& cosine, F& sine) {
+  using I = typename LaneOps<F>::Int;
+  const F turns = u * 4.0f;
+  const F shifted = turns + 0x1.8p23f;
+  const I quadrant = bit_cast<I>(shifted);
+  const F r = turns - (shifted - 0x1.8p23f);
+  const F t = r * r;
+  F s = t * -0x1.33183ap-8f + 0x1.4680a0p-4f;
+  s = s * t + -0x1.4abc24p-1f;
+  s = s * t + 0x1.921fb6p+0f;
+  s = s * r;
+  F c = t * 0x1.d4f7eep-11f + -0x1.55b2b6p-6f;
+  c = c * t + 0x1.03c1b0p-2f;
+  c = c * t + -0x1.3bd3ccp+0f;
+  c = c * t + 1.0f;
+  const I odd = -(quadrant & 1);
+  const I cosine_sign = ((quadrant + 1) & 2) << 30;
+  const I sine_sign = (quadrant & 2) << 30;
+  cosine = bit_cast<F>(bit_cast<I>(LaneOps<F>::select(odd, s, c)) ^ cosine_sign);
+  sine = bit_cast<F>(bit_cast<I>(LaneOps<F>::select(odd, c, s)) ^ sine_sign);
+}
+
+// Box-Muller on lanes (0, 1) and (2, 3): radius from the first, angle from the second; cosine, then sine.
+template <class F>
+BICM_HD void normals_from_bits(const Quad<typename LaneOps<F>::Word>& bits, F normal[4]) {
+#pragma GCC unroll 2
+  for (int pair = 0; pair < 4; pair += 2) {
+    const F radius = LaneOps<F>::square_root(log_of(uniform_from_bits<F>(bits.lane[pair])) * -2.0f);
+    F cosine, sine;
+    cos_sin_turns(uniform_from_bits<F>(bits.lane[pair + 1]), cosine, sine);
+    normal[pair] = radius * cosine;
+    normal[pair + 1] = radius * sine;
+  }
+}
+
+BICM_NAMESPACE_END

@@ -1,0 +1,36 @@
+// What the mathematics needs to know of its compiler: host or device, and which namespace it lives in.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#define BICM_HD __host__ __device__ __forceinline__
+#else
+#define BICM_HD inline __attribute__((always_inline))
+#endif
+
+// Every unit that is compiled once per instruction set lives in an inline namespace of its own. Without it the
+// linker may take the AVX-512 copy of an inline function for the baseline and crash older processors.
+#if !defined(BICM_ISA)
+#define BICM_ISA portable
+#endif
+
+#define BICM_NAMESPACE_BEGIN \
+  namespace bicm {           \
+  inline namespace BICM_ISA {
+#define BICM_NAMESPACE_END \
+  }                        \
+  }
+
+BICM_NAMESPACE_BEGIN
+
+template <class To, class From>
+BICM_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+BICM_NAMESPACE_END

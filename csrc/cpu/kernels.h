@@ -1,0 +1,26 @@
+// The CPU kernels of one instruction set. A kernel works on units [begin, end) of its problem; units are independent,
+// so any split over threads gives the same bits.
+#pragma once
+
+#include "../core/multistep.h"
+#include "../core/noise.h"
+
+namespace bicm {
+
+constexpr int64_t kChunk = 1024;  // elements of a unit: its buffers stay in the first-level cache
+
+struct Kernels {
+  const char* name;
+  void (*noise)(const Noise&, int64_t begin, int64_t end);
+  void (*multistep)(const Multistep&, int64_t begin, int64_t end);
+  void (*log)(const float* u, float* out, int64_t count);
+  void (*cos_sin)(const float* u, float* cosine, float* sine, int64_t count);
+};
+
+// The kernels of the instruction set with this name (scalar, avx2, avx512), or null where this build or this processor
+// has none; an empty name asks for the best.
+const Kernels* find_kernels(const char* name);
+
+inline int64_t units_per_sample(const Layout& layout) { return (layout.elements + kChunk - 1) / kChunk; }
+
+}  // namespace bicm

@@ -1,0 +1,130 @@
+// Sampler updates on one unit at a time: stage what does not lie ready, fold, round once, store.
+#include "../core/multistep.h"
+
+#include "noise_block.h"
+#include "staging.h"
+
+BICM_NAMESPACE_BEGIN
+namespace {
+
+// out[i] = ((w_0 x_0 + w_1 x_1) + ...) + w_n n. Exact aliasing of out and an input is fine: each i is read, then written.
+template <class C, int K, bool Draws>
+void fold(const C* const* x, const C* weight, const float* noise, C noise_weight, C* out, int64_t count) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    C y = weight[0] * x[0][i];
+    for (int k = 1; k < K; ++k) y = y + weight[k] * x[k][i];
+    if (Draws) y = y + noise_weight * static_cast<C>(noise[i]);
+    out[i] = y;
+  }
+}
+
+template <class C, bool Draws>
+void fold_terms(int terms, const C* const* x, const C* weight, const float* noise, C noise_weight, C* out, int64_t count) {
+  switch (terms) {
+    case 1: return fold<C, 1, Draws>(x, weight, noise, noise_weight, out, count);
+    case 2: return fold<C, 2, Draws>(x, weight, noise, noise_weight, out, count);
+    case 3: return fold<C, 3, Draws>(x, weight, noise, noise_weight, out, count);
+    case 4: return fold<C, 4, Draws>(x, weight, noise, noise_weight, out, count);
+    default: return fold<C, 5, Draws>(x, weight, noise, noise_weight, out, count);
+  }
+}
+
+template <class C>
+struct Buffers {
+  alignas(64) C input[kMaxTerms][kChunk];
+  alignas(64) C conditional[kChunk];
+  alignas(64) C out[kChunk];
+  alignas(64) C x0[kChunk];
+  alignas(64) float noise[kChunk];
+};
+
+template <class C>
+void load_inputs(const Multistep& m, const Unit& unit, Buffers<C>& buffers, const C* x[kMaxTerms]) {
+  for (int k = 0; k < m.terms; ++k) x[k] = load_unit(m.layout, m.input[k], unit, buffers.input[k]);
+  if (!m.guided) return;
+  const C* unconditional = x[m.terms - 1];
+  const C* conditional = load_unit(m.layout, m.conditional, unit, buffers.conditional);
+  const C scale = load_number<C>(m.guidance_scale, unit.sample);
+  C* guided = buffers.input[m.terms - 1];
+#pragma GCC ivdep
+  for (int64_t i = 0; i < unit.count; ++i) guided[i] = guide(unconditional[i], conditional[i], scale);
+  x[m.terms - 1] = guided;
+}
+
+// Noise of weight zero is not drawn.
+template <class C>
+C draw(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
+  if (!m.draws) return C(0);
+  const C weight = load_number<C>(m.noise_weight, unit.sample);
+  if (weight != C(0)) {
+    fill_noise<Distribution::normal>(sample_key(m.key, unit.sample), unit.begin, unit.count, buffers.noise);
+  }
+  return weight;
+}
+
+template <class C>
+void affine_unit(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
+  const C* x[kMaxTerms];
+  C weight[kMaxTerms];
+  load_inputs(m, unit, buffers, x);
+  form_weights(m, unit.sample, weight);
+  const C noise_weight = draw(m, unit, buffers);
+  const bool in_place = is_compute_type<C>(m.out) && !m.out.streams;
+  C* out = in_place ? static_cast<C*>(m.out.data) + unit.sample * m.out.batch_stride + unit.begin : buffers.out;
+  if (noise_weight != C(0)) {
+    fold_terms<C, true>(m.terms, x, weight, buffers.noise, noise_weight, out, unit.count);
+  } else {
+    fold_terms<C, false>(m.terms, x, weight, nullptr, C(0), out, unit.count);
+  }
+  if (!in_place) store_unit(m.layout, m.out, unit, out);
+}
+
+// Every result stays in a buffer until all inputs were read: the outputs may alias them.
+template <class C>
+void denoised_unit(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
+  const C* x[kMaxTerms];
+  C weight[kMaxTerms];
+  load_inputs(m, unit, buffers, x);
+  for (int k = 0; k < m.terms; ++k) weight[k] = load_number<C>(m.x0_coefficient[k], unit.sample);
+  C* x0 = buffers.x0;
+  fold_terms<C, false>(m.terms, x, weight, nullptr, C(0), x0, unit.count);
+  if (m.clips) {
+    const C bound = load_number<C>(m.clip, unit.sample);
+    for (int64_t i = 0; i < unit.count; ++i) x0[i] = clip_to(x0[i], bound);
+  }
+  form_weights(m, unit.sample, weight);
+  C* out = buffers.out;
+  fold_terms<C, false>(m.terms, x, weight, nullptr, C(0), out, unit.count);
+  const C x0_weight = load_number<C>(m.x0_weight, unit.sample);
+  for (int64_t i = 0; i < unit.count; ++i) out[i] = out[i] + x0_weight * x0[i];
+  const C noise_weight = draw(m, unit, buffers);
+  if (noise_weight != C(0)) {
+    for (int64_t i = 0; i < unit.count; ++i) out[i] = out[i] + noise_weight * static_cast<C>(buffers.noise[i]);
+  }
+  store_unit(m.layout, m.x0, unit, x0);
+  store_unit(m.layout, m.out, unit, out);
+  if (m.scales) {
+    const C scale = load_number<C>(m.next_scale, unit.sample);
+    for (int64_t i = 0; i < unit.count; ++i) out[i] = scale * out[i];
+    store_unit(m.layout, m.next, unit, out);
+  }
+}
+
+template <class C>
+void run(const Multistep& m, int64_t begin, int64_t end) {
+  Buffers<C> buffers;
+  for (int64_t i = begin; i < end; ++i) {
+    const Unit unit = unit_at(m.layout, i);
+    m.denoises ? denoised_unit(m, unit, buffers) : affine_unit(m, unit, buffers);
+  }
+  finish_streams();
+}
+
+}  // namespace
+
+void multistep(const Multistep& m, int64_t begin, int64_t end) {
+  m.float64 ? run<double>(m, begin, end) : run<float>(m, begin, end);
+}
+
+BICM_NAMESPACE_END

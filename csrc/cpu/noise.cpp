@@ -1,0 +1,56 @@
+// The keyed noise itself, and the functions it is made of, for tests.
+#include "noise_block.h"
+#include "staging.h"
+
+BICM_NAMESPACE_BEGIN
+namespace {
+
+template <Distribution D>
+void draw(const Noise& problem, int64_t begin, int64_t end) {
+  alignas(64) float buffer[kChunk];
+  for (int64_t i = begin; i < end; ++i) {
+    const Unit unit = unit_at(problem.layout, i);
+    fill_noise<D>(sample_key(problem.key, unit.sample), unit.begin, unit.count, buffer);
+    store_unit(problem.layout, problem.out, unit, buffer);
+  }
+  finish_streams();
+}
+
+}  // namespace
+
+void noise(const Noise& problem, int64_t begin, int64_t end) {
+  (problem.distribution == Distribution::normal ? draw<Distribution::normal> : draw<Distribution::uniform>)(problem, begin,
+                                                                                                        end);
+}
+
+namespace {
+
+template <class Evaluate>
+void in_blocks(const float* u, int64_t count, Evaluate evaluate) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t width = count - i < kLanes ? count - i : kLanes;
+    Floats x = Floats{} + 1.0f;
+    __builtin_memcpy(&x, u + i, static_cast<size_t>(width) * sizeof(float));
+    evaluate(x, i, static_cast<size_t>(width) * sizeof(float));
+  }
+}
+
+}  // namespace
+
+void log_all(const float* u, float* out, int64_t count) {
+  in_blocks(u, count, [&](Floats x, int64_t i, size_t bytes) {
+    const Floats y = log_of(x);
+    __builtin_memcpy(out + i, &y, bytes);
+  });
+}
+
+void cos_sin_all(const float* u, float* cosine, float* sine, int64_t count) {
+  in_blocks(u, count, [&](Floats x, int64_t i, size_t bytes) {
+    Floats c, s;
+    cos_sin_turns(x, c, s);
+    __builtin_memcpy(cosine + i, &c, bytes);
+    __builtin_memcpy(sine + i, &s, bytes);
+  });
+}
+
+BICM_NAMESPACE_END

@@ -1,0 +1,225 @@
+// Between tensors of any dtype and stride and the compute type's buffers in the first-level cache. A kernel sees
+// contiguous numbers of one type; what differs between tensors ends here.
+#pragma once
+
+#include "../core/half.h"
+#include "kernels.h"
+#include "lanes.h"
+
+BICM_NAMESPACE_BEGIN
+
+struct Unit {
+  int64_t sample, begin, count;
+};
+
+BICM_HD Unit unit_at(const Layout& layout, int64_t unit) {
+  const int64_t per_sample = units_per_sample(layout);
+  const int64_t begin = unit % per_sample * kChunk;
+  const int64_t left = layout.elements - begin;
+  return {unit / per_sample, begin, left < kChunk ? left : kChunk};
+}
+
+BICM_HD float widen(float x) { return x; }
+BICM_HD double widen(double x) { return x; }
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+BICM_HD float widen(Half x) { return half_to_float(x.bits); }
+BICM_HD float widen(BFloat16 x) { return bfloat16_to_float(x.bits); }
+
+template <class T>
+struct Narrow {
+  template <class C>
+  BICM_HD static T from(C x) { return static_cast<T>(x); }
+};
+template <>
+struct Narrow<Half> {
+  template <class C>
+  BICM_HD static Half from(C x) { return {float_to_half(static_cast<float>(x))}; }
+};
+template <>
+struct Narrow<BFloat16> {
+  template <class C>
+  BICM_HD static BFloat16 from(C x) { return {float_to_bfloat16(static_cast<float>(x))}; }
+};
+
+template <class T, class C>
+inline void widen_all(const T* from, C* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<C>(widen(from[i]));
+}
+
+template <class T, class C>
+inline void narrow_all(const C* from, T* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = Narrow<T>::from(from[i]);
+}
+
+#if defined(BICM_VECTOR)
+#if defined(BICM_ISA_AVX512)
+BICM_HD Floats halves_to_floats(const Half* from) { return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+BICM_HD void floats_to_halves(Floats x, Half* to) {
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+BICM_HD Floats halves_to_floats(const Half* from) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
+BICM_HD void floats_to_halves(Floats x, Half* to) {
+  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#endif
+inline void widen_all(const Half* from, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Floats x = halves_to_floats(from + i);
+    __builtin_memcpy(to + i, &x, sizeof(x));
+  }
+  for (; i < count; ++i) to[i] = widen(from[i]);
+}
+inline void narrow_all(const float* from, Half* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    Floats x;
+    __builtin_memcpy(&x, from + i, sizeof(x));
+    floats_to_halves(x, to + i);
+  }
+  for (; i < count; ++i) to[i] = Narrow<Half>::from(from[i]);
+}
+#endif
+
+// Calls visit(offset, place, length) for every run of elements that lie at one stride along the last dimension:
+// `offset` of the run's first element in the tensor, its `place` in the unit.
+template <class Visit>
+inline void for_runs(const Layout& layout, const Operand& x, const Unit& unit, Visit visit) {
+  const int last = layout.dims - 1;
+  int64_t index[kMaxDims];
+  int64_t rest = unit.begin;
+  for (int dim = last; dim >= 0; --dim) {
+    index[dim] = rest % layout.sizes[dim];
+    rest /= layout.sizes[dim];
+  }
+  int64_t place = 0;
+  while (place < unit.count) {
+    int64_t offset = unit.sample * x.batch_stride;
+    for (int dim = 0; dim <= last; ++dim) offset += index[dim] * x.strides[dim];
+    int64_t length = layout.sizes[last] - index[last];
+    if (length > unit.count - place) length = unit.count - place;
+    visit(offset, place, length);
+    place += length;
+    index[last] += length;
+    for (int dim = last; dim > 0 && index[dim] == layout.sizes[dim]; --dim) {
+      index[dim] = 0;
+      ++index[dim - 1];
+    }
+  }
+}
+
+template <class T, class C>
+inline const C* load_as(const Layout& layout, const Operand& x, const Unit& unit, C* buffer) {
+  const T* data = static_cast<const T*>(x.data);
+  if (x.dense) {
+    widen_all(data + unit.sample * x.batch_stride + unit.begin, buffer, unit.count);
+  } else {
+    const int64_t stride = x.strides[layout.dims - 1];
+    for_runs(layout, x, unit, [&](int64_t offset, int64_t place, int64_t length) {
+      for (int64_t i = 0; i < length; ++i) buffer[place + i] = static_cast<C>(widen(data[offset + i * stride]));
+    });
+  }
+  return buffer;
+}
+
+template <class A, class B>
+struct Same {
+  static constexpr bool value = false;
+};
+template <class A>
+struct Same<A, A> {
+  static constexpr bool value = true;
+};
+
+template <class C>
+BICM_HD bool is_compute_type(const Operand& x) {
+  return x.dense && x.dtype == (Same<C, double>::value ? DType::float64 : DType::float32);
+}
+
+// The unit's elements of x in the compute type: in place where they lie so already, else staged in the buffer.
+template <class C>
+inline const C* load_unit(const Layout& layout, const Operand& x, const Unit& unit, C* buffer) {
+  if (is_compute_type<C>(x)) return static_cast<const C*>(x.data) + unit.sample * x.batch_stride + unit.begin;
+  switch (x.dtype) {
+    case DType::float16: return load_as<Half>(layout, x, unit, buffer);
+    case DType::bfloat16: return load_as<BFloat16>(layout, x, unit, buffer);
+    case DType::float32: return load_as<float>(layout, x, unit, buffer);
+    default: return load_as<double>(layout, x, unit, buffer);
+  }
+}
+
+// Copies past the cache: whole cache lines where the target allows, ordinary stores at the ends.
+inline void stream_bytes(const unsigned char* from, unsigned char* to, int64_t bytes) {
+#if defined(BICM_VECTOR)
+  constexpr int64_t width = 4 * kLanes;
+  int64_t head = -static_cast<int64_t>(reinterpret_cast<uintptr_t>(to)) & (width - 1);
+  if (head > bytes) head = bytes;
+  __builtin_memcpy(to, from, static_cast<size_t>(head));
+  int64_t i = head;
+  for (; i + width <= bytes; i += width) {
+    Ints x;
+    __builtin_memcpy(&x, from + i, sizeof(x));
+#if defined(BICM_ISA_AVX512)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), (__m512i)x);
+#else
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), (__m256i)x);
+#endif
+  }
+  __builtin_memcpy(to + i, from + i, static_cast<size_t>(bytes - i));
+#else
+  __builtin_memcpy(to, from, static_cast<size_t>(bytes));
+#endif
+}
+
+// Streamed stores are weakly ordered: a thread must fence before another may read what it wrote.
+inline void finish_streams() {
+#if defined(BICM_VECTOR)
+  _mm_sfence();
+#endif
+}
+
+template <class T, class C>
+inline void store_as(const Layout& layout, const Operand& x, const Unit& unit, const C* from) {
+  T* data = static_cast<T*>(x.data);
+  if (x.dense && x.streams) {
+    alignas(64) T rounded[kChunk];
+    const T* results = rounded;
+    if constexpr (Same<T, C>::value) {
+      results = from;
+    } else {
+      narrow_all(from, rounded, unit.count);
+    }
+    stream_bytes(reinterpret_cast<const unsigned char*>(results),
+                 reinterpret_cast<unsigned char*>(data + unit.sample * x.batch_stride + unit.begin),
+                 unit.count * static_cast<int64_t>(sizeof(T)));
+    return;
+  }
+  if (x.dense) {
+    narrow_all(from, data + unit.sample * x.batch_stride + unit.begin, unit.count);
+    return;
+  }
+  const int64_t stride = x.strides[layout.dims - 1];
+  for_runs(layout, x, unit, [&](int64_t offset, int64_t place, int64_t length) {
+    for (int64_t i = 0; i < length; ++i) data[offset + i * stride] = Narrow<T>::from(from[place + i]);
+  });
+}
+
+// Rounds the unit's results once to the tensor's dtype and puts them where they belong.
+template <class C>
+inline void store_unit(const Layout& layout, const Operand& x, const Unit& unit, const C* from) {
+  switch (x.dtype) {
+    case DType::float16: return store_as<Half>(layout, x, unit, from);
+    case DType::bfloat16: return store_as<BFloat16>(layout, x, unit, from);
+    case DType::float32: return store_as<float>(layout, x, unit, from);
+    default: return store_as<double>(layout, x, unit, from);
+  }
+}
+
+BICM_NAMESPACE_END

@@ -1,0 +1,21 @@
+// The CUDA kernels: problems whose pointers are device memory, launched on a stream. Nothing is read on the host, so a
+// launch can be captured. An error comes back as the runtime reported it; an empty problem launches nothing.
+#pragma once
+
+#include "../core/multistep.h"
+#include "../core/noise.h"
+
+#if defined(BICM_EMULATE)
+#include "../emulator/runtime.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
+
+namespace bicm {
+namespace cuda {
+
+cudaError_t noise(const Noise& problem, cudaStream_t stream);
+cudaError_t multistep(const Multistep& problem, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace bicm

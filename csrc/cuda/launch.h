@@ -1,0 +1,67 @@
+// A grid over (samples, groups of adjacent elements), and launching a kernel on it: by the CUDA runtime under nvcc, by
+// plain loops in the emulator. Kernels stride over both axes, so every grid computes the same bits.
+#pragma once
+
+#include "../core/operands.h"
+
+#if defined(BICM_EMULATE)
+#include "../emulator/runtime.h"
+#define BICM_DEVICE inline
+#else
+#include <cuda_runtime.h>
+#define BICM_DEVICE __device__ __forceinline__
+#endif
+
+namespace bicm {
+namespace cuda {
+
+constexpr int kThreads = 256;
+
+struct Grid {
+  unsigned x, y, threads;  // blocks along a sample, blocks along the batch, threads of a block
+};
+
+// Enough blocks to let the hardware balance its processors, few enough that a block's start (the weights, the key) is
+// shared by many groups.
+constexpr int64_t kBlocksPerProcessor = 32;
+constexpr int64_t kMaxGridY = 65535;
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// At most `limit` workers, and no more than give every one the same number of rounds.
+inline int64_t even_share(int64_t work, int64_t limit) {
+  return work <= limit ? work : divide_up(work, divide_up(work, limit));
+}
+
+inline cudaError_t plan(const Layout& layout, int group, Grid& grid) {
+  int device, processors;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  const int64_t groups = divide_up(layout.elements, group);
+  const int64_t threads = groups < kThreads ? divide_up(groups, 32) * 32 : kThreads;
+  const int64_t capacity = processors * kBlocksPerProcessor;
+  const int64_t x = even_share(divide_up(groups, threads), capacity);
+  const int64_t rows = divide_up(capacity, x);
+  const int64_t y = even_share(layout.batch, rows < kMaxGridY ? rows : kMaxGridY);
+  grid = {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(threads)};
+  return cudaSuccess;
+}
+
+// The calling thread's first group of elements, and how far it is to its next.
+BICM_DEVICE int64_t first_group() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
+BICM_DEVICE int64_t group_stride() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+
+#if !defined(BICM_EMULATE)
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid.x, grid.y);
+  config.blockDim = dim3(grid.threads);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+#endif
+
+}  // namespace cuda
+}  // namespace bicm

@@ -1,0 +1,204 @@
+// How a thread's group of adjacent elements moves between dense tensors and registers: 128 bits at a time where the
+// group is whole and aligned, element by element where it is not. One policy per kind of memory; strided.h has the
+// third. Policies share one interface:
+//
+//   Place at(layout, sample, begin, aligned)    where the group lies, and how many of its elements exist
+//   Raw load(layout, operand, place)            the bits, in flight until `widen` asks for their values
+//   void widen(operand, raw, values)            the values in the compute type
+//   void store(layout, operand, place, values)  rounded once to the operand's dtype
+//
+// A thread reads its group of every input before it writes, so outputs may alias inputs exactly.
+#pragma once
+
+#include "../core/half.h"
+#include "launch.h"
+
+namespace bicm {
+namespace cuda {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+BICM_HD float value_of(Half x) { return half_to_float(x.bits); }
+BICM_HD float value_of(BFloat16 x) { return bfloat16_to_float(x.bits); }
+BICM_HD float value_of(float x) { return x; }
+BICM_HD double value_of(double x) { return x; }
+
+template <class T>
+using Value = decltype(value_of(T{}));
+
+BICM_HD void round_value(float x, Half& to) { to.bits = float_to_half(x); }
+BICM_HD void round_value(float x, BFloat16& to) { to.bits = float_to_bfloat16(x); }
+BICM_HD void round_value(float x, float& to) { to = x; }
+BICM_HD void round_value(double x, double& to) { to = x; }
+
+// The compute type's value as an element; float64 reaches the halves through float32, as in torch.
+template <class T, class C>
+BICM_HD T round_to(C x) {
+  T element;
+  round_value(static_cast<Value<T>>(x), element);
+  return element;
+}
+
+BICM_HD int64_t size_in_bytes(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+constexpr int kAccess = 16;  // bytes of the widest access
+
+// Whether whole groups of x lie at multiples of kAccess in every sample.
+inline bool access_aligned(const Layout& layout, const Operand& x) {
+  const int64_t row = layout.batch == 1 ? 0 : x.batch_stride * size_in_bytes(x.dtype);
+  return (reinterpret_cast<int64_t>(x.data) | row) % kAccess == 0;
+}
+
+// A group's bits. Elements are taken out and put in by shifts, because registers cannot be addressed.
+template <int Words>
+struct alignas(kAccess) Bits {
+  uint32_t word[Words];
+
+  template <class T>
+  BICM_DEVICE T get(int i) const {
+    if constexpr (sizeof(T) == 8) {
+      return bit_cast<T>(static_cast<uint64_t>(word[2 * i + 1]) << 32 | word[2 * i]);
+    } else if constexpr (sizeof(T) == 4) {
+      return bit_cast<T>(word[i]);
+    } else {
+      return bit_cast<T>(static_cast<uint16_t>(word[i / 2] >> (16 * (i % 2))));
+    }
+  }
+
+  // Into zeros.
+  template <class T>
+  BICM_DEVICE void put(int i, T element) {
+    if constexpr (sizeof(T) == 8) {
+      const uint64_t bits = bit_cast<uint64_t>(element);
+      word[2 * i] = static_cast<uint32_t>(bits);
+      word[2 * i + 1] = static_cast<uint32_t>(bits >> 32);
+    } else if constexpr (sizeof(T) == 4) {
+      word[i] = bit_cast<uint32_t>(element);
+    } else {
+      word[i / 2] |= static_cast<uint32_t>(bit_cast<uint16_t>(element)) << (16 * (i % 2));
+    }
+  }
+};
+
+// `whole`: all of the group exists, and it lies at a multiple of kAccess.
+struct DensePlace {
+  int64_t sample, begin;
+  int count;
+  bool whole;
+};
+
+template <class T>
+BICM_DEVICE T* dense_address(const Operand& x, const DensePlace& place) {
+  T* address = static_cast<T*>(x.data) + place.sample * x.batch_stride + place.begin;
+#if defined(BICM_EMULATE)
+  if (place.whole && reinterpret_cast<uintptr_t>(address) % kAccess != 0) __builtin_trap();
+#endif
+  return address;
+}
+
+template <class T, int Group, class Raw>
+BICM_DEVICE void load_dense(const Operand& x, const DensePlace& place, Raw& raw) {
+  const T* from = dense_address<T>(x, place);
+  if (place.whole) {
+    __builtin_memcpy(raw.word, __builtin_assume_aligned(from, kAccess), Group * sizeof(T));
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < Group; ++i) {
+    if (i < place.count) raw.put(i, from[i]);
+  }
+}
+
+template <class T, int Group, class C>
+BICM_DEVICE void store_dense(const Operand& x, const DensePlace& place, const C* values) {
+  T* to = dense_address<T>(x, place);
+  Bits<Group * sizeof(T) / 4> raw = {};
+#pragma unroll
+  for (int i = 0; i < Group; ++i) raw.put(i, round_to<T>(values[i]));
+  if (place.whole) {
+    __builtin_memcpy(__builtin_assume_aligned(to, kAccess), raw.word, sizeof(raw));
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < Group; ++i) {
+    if (i < place.count) to[i] = raw.template get<T>(i);
+  }
+}
+
+template <class T, int Group, class Raw, class C>
+BICM_DEVICE void widen_dense(const Raw& raw, C* values) {
+#pragma unroll
+  for (int i = 0; i < Group; ++i) values[i] = value_of(raw.template get<T>(i));
+}
+
+template <class C, int Group>
+struct Dense {
+  using Compute = C;
+  using Place = DensePlace;
+  static constexpr int kGroup = Group;
+
+  BICM_DEVICE static Place at(const Layout& layout, int64_t sample, int64_t begin, bool aligned) {
+    const int64_t left = layout.elements - begin;
+    return {sample, begin, left < Group ? static_cast<int>(left) : Group, aligned && left >= Group};
+  }
+};
+
+// Every operand is dense and holds T.
+template <class T>
+struct Packed : Dense<Value<T>, sizeof(T) == 2 ? 8 : 4> {
+  using Base = Dense<Value<T>, sizeof(T) == 2 ? 8 : 4>;
+  using Base::kGroup;
+  using C = Value<T>;
+  using Raw = Bits<kGroup * sizeof(T) / 4>;
+
+  BICM_DEVICE static Raw load(const Layout&, const Operand& x, const DensePlace& place) {
+    Raw raw = {};
+    load_dense<T, kGroup>(x, place, raw);
+    return raw;
+  }
+  BICM_DEVICE static void widen(const Operand&, const Raw& raw, C* values) { widen_dense<T, kGroup>(raw, values); }
+  BICM_DEVICE static void store(const Layout&, const Operand& x, const DensePlace& place, const C* values) {
+    store_dense<T, kGroup>(x, place, values);
+  }
+};
+
+// Every operand is dense and holds float32 or a half; which of them, is asked at run time, once per group.
+struct Mixed : Dense<float, 8> {
+  using Raw = Bits<8>;  // halves fill the first four words
+
+  BICM_DEVICE static Raw load(const Layout&, const Operand& x, const DensePlace& place) {
+    Raw raw = {};
+    if (x.dtype == DType::float32) {
+      load_dense<float, kGroup>(x, place, raw);
+    } else {
+      load_dense<Half, kGroup>(x, place, raw);
+    }
+    return raw;
+  }
+
+  BICM_DEVICE static void widen(const Operand& x, const Raw& raw, float* values) {
+    switch (x.dtype) {
+      case DType::float16: return widen_dense<Half, kGroup>(raw, values);
+      case DType::bfloat16: return widen_dense<BFloat16, kGroup>(raw, values);
+      default: return widen_dense<float, kGroup>(raw, values);
+    }
+  }
+
+  BICM_DEVICE static void store(const Layout&, const Operand& x, const DensePlace& place, const float* values) {
+    switch (x.dtype) {
+      case DType::float16: return store_dense<Half, kGroup>(x, place, values);
+      case DType::bfloat16: return store_dense<BFloat16, kGroup>(x, place, values);
+      default: return store_dense<float, kGroup>(x, place, values);
+    }
+  }
+};
+
+}  // namespace cuda
+}  // namespace bicm

@@ -1,0 +1,31 @@
+// Launching on the CPU: units of a problem split over torch's threads.
+#pragma once
+
+#include "../cpu/kernels.h"
+#include "tensors.h"
+
+namespace bicm {
+
+// The kernels in use; throws where BICM_KERNELS_ISA names a set that this processor does not have.
+const Kernels& active_kernels();
+
+struct Cpu {
+  // A thread is worth waking for about this many elements; below it, one thread is faster.
+  static constexpr int64_t kGrain = 32768, kNoiseGrain = 8192;
+
+  template <class Problem, class Kernel>
+  static void split(const Problem& problem, const Layout& layout, int64_t grain, Kernel kernel) {
+    const int64_t per_unit = layout.elements < kChunk ? layout.elements : kChunk;
+    const int64_t units = layout.batch * units_per_sample(layout);
+    const int64_t units_per_thread = grain / per_unit + 1;
+    if (units <= units_per_thread) return kernel(problem, 0, units);
+    torch::stable::parallel_for(0, units, units_per_thread,
+                                [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
+  }
+
+  static void run(const struct Multistep& problem, const Tensor&);
+  static void run(const struct Noise& problem, const Tensor&);
+  static void fold_in(const Integer& seed, const Integer& data, const Tensor& out);
+};
+
+}  // namespace bicm

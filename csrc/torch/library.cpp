@@ -1,0 +1,38 @@
+// The Python module: importing it registers the CPU kernels and tells which instruction set they use.
+#include <Python.h>
+#include <stdlib.h>
+
+#include <string>
+
+#include "cpu.h"
+
+namespace bicm {
+
+const Kernels& active_kernels() {
+  static const Kernels* const kernels = [] {
+    const char* name = getenv("BICM_KERNELS_ISA");
+    const Kernels* found = find_kernels(name == nullptr ? "" : name);
+    STD_TORCH_CHECK(found != nullptr, "BICM_KERNELS_ISA=", name,
+                    ": this processor or build has no such instruction set; known are scalar, avx2 and avx512");
+    return found;
+  }();
+  return *kernels;
+}
+
+}  // namespace bicm
+
+static PyObject* instruction_set(PyObject*, PyObject*) {
+  try {
+    return PyUnicode_FromString(bicm::active_kernels().name);
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  }
+}
+
+static PyMethodDef methods[] = {{"instruction_set", instruction_set, METH_NOARGS, "The instruction set in use."},
+                                {nullptr, nullptr, 0, nullptr}};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() { return PyModule_Create(&module); }

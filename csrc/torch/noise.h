@@ -1,0 +1,57 @@
+// The ops of the noise family for any device: Device::run launches a problem.
+#pragma once
+
+#include "../core/noise.h"
+#include "numbers.h"
+
+namespace bicm {
+
+template <class Device, Distribution D, class KeyArguments>
+void draw(const Tensor& out, const KeyArguments& key) {
+  const View view = view_of(out);
+  STD_TORCH_CHECK(view.dim > 0, "bicm_kernels: noise needs a batch dimension");
+  STD_TORCH_CHECK(!overlaps_itself(view), "bicm_kernels: out overlaps itself");
+  Noise problem = {};
+  const View* views[] = {&view};
+  Operand* operands[] = {&problem.out};
+  merge(views, operands, 1, true, true, problem.layout);
+  problem.distribution = D;
+  problem.key = key_of(key, problem.layout.batch, view.device);
+  if (problem.layout.batch == 0 || problem.layout.elements == 0) return;
+  problem.out.streams = problem.layout.batch * problem.layout.elements * size_of(view.dtype) >= kStreamBytes;
+  Device::run(problem, out);
+}
+
+template <class Device, Distribution D>
+void draw_numbers(Tensor out, int64_t seed, int64_t step, int64_t sample_id) {
+  draw<Device, D>(out, KeyNumbers{seed, step, sample_id});
+}
+
+template <class Device, Distribution D>
+void draw_tensors(Tensor out, Tensor seed, Tensor step, Tensor sample_id) {
+  draw<Device, D>(out, KeyTensors{seed, step, sample_id});
+}
+
+// Seeds and data are both 0-d, or (B,), or one of each.
+template <class Device>
+Tensor fold_in_tensors(Tensor seed, Tensor data) {
+  const Tensor& shaped = seed.dim() >= data.dim() ? seed : data;
+  const int64_t count = shaped.numel();
+  STD_TORCH_CHECK(shaped.dim() <= 1 && (seed.dim() != data.dim() || seed.numel() == data.numel()),
+                  "bicm_kernels: seed and data must be 0-d or (B,)");
+  Tensor out = torch::stable::empty_like(shaped);
+  const int32_t device = device_of(out);
+  Device::fold_in(integer_of(seed, count, device), integer_of(data, count, device), out);
+  return out;
+}
+
+template <class Device>
+void register_noise(torch::stable::detail::StableLibrary& library) {
+  library.impl("normal", TORCH_BOX((&draw_numbers<Device, Distribution::normal>)));
+  library.impl("normal.tensor", TORCH_BOX((&draw_tensors<Device, Distribution::normal>)));
+  library.impl("uniform", TORCH_BOX((&draw_numbers<Device, Distribution::uniform>)));
+  library.impl("uniform.tensor", TORCH_BOX((&draw_tensors<Device, Distribution::uniform>)));
+  library.impl("fold_in", TORCH_BOX((&fold_in_tensors<Device>)));
+}
+
+}  // namespace bicm

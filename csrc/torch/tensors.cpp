@@ -1,0 +1,150 @@
+#include "tensors.h"
+
+namespace bicm {
+namespace {
+
+struct Extent {
+  int64_t size, stride;
+};
+
+// Dimensions that move the address, largest stride first.
+int moving(const View& x, Extent* extents) {
+  int count = 0;
+  for (int64_t i = 0; i < x.dim; ++i) {
+    if (x.sizes[i] == 1) continue;
+    int place = count++;
+    for (; place > 0 && extents[place - 1].stride < x.strides[i]; --place) extents[place] = extents[place - 1];
+    extents[place] = {x.sizes[i], x.strides[i]};
+  }
+  return count;
+}
+
+int64_t span(const Extent* extents, int count) {
+  int64_t last = 0;
+  for (int i = 0; i < count; ++i) last += (extents[i].size - 1) * extents[i].stride;
+  return last;
+}
+
+bool nested(const Extent* extents, int count) {
+  for (int i = 0; i < count; ++i) {
+    if (extents[i].stride <= span(extents + i + 1, count - i - 1)) return false;
+  }
+  return true;
+}
+
+bool same_strides(const View& a, const View& b) {
+  for (int64_t i = 0; i < a.dim; ++i) {
+    if (a.sizes[i] != 1 && a.strides[i] != b.strides[i]) return false;
+  }
+  return a.dtype == b.dtype;
+}
+
+// Whether `distance` elements lead from one element of a nested tensor to another.
+bool reaches(int64_t distance, const Extent* extents, int count) {
+  if (count == 0) return distance == 0;
+  const int64_t below = span(extents + 1, count - 1);
+  const int64_t stride = extents[0].stride;
+  for (int64_t steps = distance / stride - 1; steps <= distance / stride + 1; ++steps) {
+    const int64_t rest = distance - steps * stride;
+    const bool possible = steps < extents[0].size && -steps < extents[0].size && rest <= below && -rest <= below;
+    if (possible && reaches(rest, extents + 1, count - 1)) return true;
+  }
+  return false;
+}
+
+constexpr int kMaxTensorDims = 64;
+
+bool empty(const View& x) {
+  for (int64_t i = 0; i < x.dim; ++i) {
+    if (x.sizes[i] == 0) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+bool overlaps_itself(const View& out) {
+  Extent extents[kMaxTensorDims];
+  const int count = moving(out, extents);
+  return !empty(out) && !nested(extents, count);
+}
+
+bool may_alias(const View& out, const View& in) {
+  if (empty(out)) return true;
+  if (out.data == in.data && same_strides(out, in)) return true;
+  Extent out_extents[kMaxTensorDims], in_extents[kMaxTensorDims];
+  const int out_count = moving(out, out_extents), in_count = moving(in, in_extents);
+  const int64_t out_size = size_of(out.dtype), in_size = size_of(in.dtype);
+  const int64_t out_begin = reinterpret_cast<int64_t>(out.data), in_begin = reinterpret_cast<int64_t>(in.data);
+  const int64_t out_end = out_begin + (span(out_extents, out_count) + 1) * out_size;
+  const int64_t in_end = in_begin + (span(in_extents, in_count) + 1) * in_size;
+  if (out_end <= in_begin || in_end <= out_begin) return true;
+  const int64_t distance = in_begin - out_begin;
+  return same_strides(out, in) && distance % out_size == 0 && nested(out_extents, out_count) &&
+         !reaches(distance / out_size, out_extents, out_count);
+}
+
+void merge(const View* const* views, Operand* const* operands, int count, bool ordered, bool per_sample, Layout& layout) {
+  const View& first = *views[0];
+  layout.batch = first.sizes[0];
+  layout.elements = 1;
+  for (int64_t i = 1; i < first.dim; ++i) layout.elements *= first.sizes[i];
+
+  int order[kMaxTensorDims];
+  int kept = 0;
+  for (int i = 1; i < first.dim; ++i) {
+    if (first.sizes[i] == 1) continue;
+    int place = kept++;
+    for (; !ordered && place > 0 && first.strides[order[place - 1]] < first.strides[i]; --place) {
+      order[place] = order[place - 1];
+    }
+    order[place] = i;
+  }
+
+  int dims = 0;
+  for (int j = 0; j < kept; ++j) {
+    const int64_t size = first.sizes[order[j]];
+    bool joins = dims > 0;
+    for (int k = 0; joins && k < count; ++k) {
+      joins = operands[k]->strides[dims - 1] == views[k]->strides[order[j]] * size;
+    }
+    if (!joins) {
+      STD_TORCH_CHECK(dims < kMaxDims, "bicm_kernels: more than 8 dimensions that cannot be merged");
+      layout.sizes[dims++] = 1;
+    }
+    layout.sizes[dims - 1] *= size;
+    for (int k = 0; k < count; ++k) operands[k]->strides[dims - 1] = views[k]->strides[order[j]];
+  }
+  if (dims == 0) {
+    layout.sizes[dims++] = 1;
+    for (int k = 0; k < count; ++k) operands[k]->strides[0] = 1;
+  }
+  layout.dims = dims;
+
+  bool flat = !per_sample && !ordered;
+  for (int k = 0; k < count; ++k) {
+    Operand& x = *operands[k];
+    x.data = views[k]->data;
+    x.dtype = views[k]->dtype;
+    x.batch_stride = layout.batch == 1 ? layout.elements : views[k]->strides[0];
+    x.dense = true;
+    int64_t expected = 1;
+    for (int dim = dims - 1; dim >= 0; --dim) {
+      x.dense = x.dense && x.strides[dim] == expected;
+      expected *= layout.sizes[dim];
+    }
+    flat = flat && x.dense && x.batch_stride == layout.elements;
+  }
+  if (flat) {
+    layout.elements *= layout.batch;
+    layout.batch = layout.batch == 0 ? 0 : 1;
+    layout.dims = 1;
+    layout.sizes[0] = layout.elements;
+    for (int k = 0; k < count; ++k) {
+      operands[k]->strides[0] = 1;
+      operands[k]->batch_stride = layout.elements;
+    }
+  }
+}
+
+}  // namespace bicm

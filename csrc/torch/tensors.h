@@ -1,0 +1,102 @@
+// From torch tensors to the plain structs that kernels take: checks, merged dimensions, outputs.
+//
+// The checks here say little and cost little; bicm_kernels/ops explains a failure to the user.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "../core/operands.h"
+
+namespace bicm {
+
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& tensor) {
+  static const int32_t codes[] = {aoti_torch_dtype_float16(), aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float32(),
+                                  aoti_torch_dtype_float64()};
+  int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  for (int i = 0; i < 4; ++i) {
+    if (codes[i] == code) return static_cast<DType>(i);
+  }
+  STD_TORCH_CHECK(false, "bicm_kernels: expected a float16, bfloat16, float32 or float64 tensor");
+}
+
+inline int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::float32: return 4;
+    case DType::float64: return 8;
+    default: return 2;
+  }
+}
+
+inline int32_t device_of(const Tensor& tensor) {
+  int32_t type, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+  return type * 256 + index + 1;
+}
+
+// What a kernel needs to know of a tensor; sizes and strides are borrowed.
+struct View {
+  void* data;
+  const int64_t *sizes, *strides;
+  int64_t dim;
+  DType dtype;
+  int32_t device;
+};
+
+inline View view_of(const Tensor& tensor) {
+  int64_t *sizes, *strides;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
+  return {tensor.data_ptr(), sizes, strides, tensor.dim(), dtype_of(tensor), device_of(tensor)};
+}
+
+inline bool same_sizes(const View& a, const View& b) {
+  if (a.dim != b.dim) return false;
+  for (int64_t i = 0; i < a.dim; ++i) {
+    if (a.sizes[i] != b.sizes[i]) return false;
+  }
+  return true;
+}
+
+inline bool contiguous(const View& x) {
+  int64_t expected = 1;
+  for (int64_t i = x.dim - 1; i >= 0; --i) {
+    if (x.sizes[i] != 1 && x.strides[i] != expected) return false;
+    expected *= x.sizes[i];
+  }
+  return true;
+}
+
+// An uninitialised tensor in the dtype and layout of the first state tensor. The short way for contiguous tensors
+// saves a trip through the dispatcher.
+inline Tensor like(const Tensor& first, const View& view) {
+  if (!contiguous(view)) return torch::stable::empty_like(first);
+  int32_t dtype, type, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(first.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(first.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(first.get(), &index));
+  AtenTensorHandle result;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(view.dim, view.sizes, view.strides, dtype, type, index, &result));
+  return Tensor(result);
+}
+
+// Whether an output may be written while an input is read: they are the same memory element by element, or disjoint.
+// Two tensors of the same strides that are nested (each stride spans the smaller ones) are compared exactly; others by
+// their address ranges.
+bool may_alias(const View& out, const View& in);
+bool overlaps_itself(const View& out);
+
+// Fills `layout` and the operands for views of one shape (B, ...). `ordered`: the row-major order of a sample's elements
+// matters, because noise is keyed by it; else memory order may be followed. `per_sample`: samples must stay apart.
+void merge(const View* const* views, Operand* const* operands, int count, bool ordered, bool per_sample, Layout& layout);
+
+// The number of elements above which an output is written past the cache.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
+}  // namespace bicm

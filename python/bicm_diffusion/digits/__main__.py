@@ -1,0 +1,106 @@
+"""Commands of the digits example: `python -m bicm_diffusion.digits train-denoiser` and `… demo`."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+
+from bicm_diffusion.digits.data import load_split
+from bicm_diffusion.digits.network import NetworkConfig
+from bicm_diffusion.digits.training import WEIGHTS, TrainingConfig, evaluate, save_weights, train
+
+RUN = TrainingConfig()
+NET = NetworkConfig()
+
+
+@click.group(context_settings={"show_default": True, "max_content_width": 110})
+def main() -> None:
+    """Handwritten digits: train a small noise predictor, sample from it, and invert real images with it."""
+
+
+@main.command("train-denoiser")
+@click.option("--steps", default=RUN.steps, type=click.IntRange(1), help="Optimizer steps.")
+@click.option("--batch-size", default=RUN.batch_size, type=click.IntRange(1, 1500), help="Images per step.")
+@click.option("--learning-rate", default=RUN.learning_rate, help="Peak learning rate of AdamW (cosine decay).")
+@click.option("--ema", default=RUN.ema, type=click.FloatRange(0, 1, max_open=True), help="Decay of the averaged weights.")
+@click.option("--dropout", default=NET.dropout, type=click.FloatRange(0, 1, max_open=True), help="Dropout in the network.")
+@click.option("--channels", default=(NET.fine_channels, NET.coarse_channels), type=(int, int), help="Widths at 8×8 and 4×4.")
+@click.option("--seed", default=RUN.seed, help="Seed of everything random in the run.")
+@click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads; another number may round differently.")
+@click.option("--output", default=WEIGHTS, type=click.Path(dir_okay=False, path_type=Path), help="Weights to write.")
+@click.option(
+    "--checkpoint",
+    default=Path("build/digits/checkpoint.pt"),
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="State of the run; where it exists, the run goes on from it.",
+)
+@click.option("--checkpoint-every", default=200, type=click.IntRange(1), help="Steps between checkpoints.")
+@click.option("--restart", is_flag=True, help="Ignore an existing checkpoint.")
+def train_denoiser(
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    ema: float,
+    dropout: float,
+    channels: tuple[int, int],
+    seed: int,
+    threads: int,
+    output: Path,
+    checkpoint: Path,
+    checkpoint_every: int,
+    restart: bool,
+) -> None:
+    """Train the noise predictor by denoising score matching and write its averaged weights.
+
+    The run is a function of its options: killed at any moment and started again with the same options, it ends with the
+    same bits.
+    """
+    torch.set_num_threads(threads)
+    config = TrainingConfig(seed=seed, steps=steps, batch_size=batch_size, learning_rate=learning_rate, ema=ema)
+    network = NetworkConfig(fine_channels=channels[0], coarse_channels=channels[1], dropout=dropout)
+    if restart:
+        checkpoint.unlink(missing_ok=True)
+    try:
+        state = train(config, network, checkpoint=checkpoint, checkpoint_every=checkpoint_every)
+    except ValueError as error:
+        raise click.ClickException(f"{error}; use --restart or another --checkpoint") from error
+    split = load_split()
+    losses = {name: evaluate(state.average, part) for name, part in (("train", split.train), ("held_out", split.held_out))}
+    notes = {
+        "command": command_line(sys.argv[1:]),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "threads": str(threads),
+        "torch": torch.__version__,
+        **{f"loss_{name}": f"{loss:.5f}" for name, loss in losses.items()},
+    }
+    save_weights(output, state, config, notes)
+    Console(highlight=False, soft_wrap=True).print(
+        f"{output}: {output.stat().st_size / 1e6:.2f} MB, {state.step} steps, loss "
+        f"{losses['train']:.4f} on the training images, {losses['held_out']:.4f} on held-out ones"
+    )
+
+
+@main.command()
+@click.option("--output", default=Path("demo.png"), type=click.Path(dir_okay=False, path_type=Path), help="Picture to write.")
+@click.option("--weights", default=WEIGHTS, type=click.Path(dir_okay=False, path_type=Path), help="Weights to load.")
+@click.option("--steps", default=50, type=click.IntRange(2), help="Steps between data and noise.")
+@click.option("--seed", default=0, help="Seed of the noise that samples start from.")
+def demo(output: Path, weights: Path, steps: int, seed: int) -> None:
+    """Sample digits, invert real ones to noise and back, draw one picture and print what was measured."""
+    from bicm_diffusion.digits.demo import run_demo  # plotting is slow to import, and training does without
+
+    run_demo(output, weights=weights, steps=steps, seed=seed, console=Console(highlight=False))
+
+
+def command_line(arguments: list[str]) -> str:
+    """Return the command that was typed, as anyone can type it again."""
+    return " ".join(["python -m bicm_diffusion.digits", *arguments])
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bicm_diffusion.digits")

@@ -1,0 +1,236 @@
+"""Training of the digits' noise predictor by denoising score matching, resumable to the bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from bicm_kernels import add_noise, fold_in, normal, uniform
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from bicm_diffusion.digits.data import Digits, load_split
+from bicm_diffusion.digits.network import NO_LABEL, Denoiser, NetworkConfig
+from bicm_diffusion.schedules import vp_alpha_sigma
+
+REPORT_EVERY = 1000
+WEIGHTS = Path(__file__).parent / "weights" / "denoiser.safetensors"
+# Purposes that need random numbers of their own beside the noise: each gets its key from the run's seed.
+ORDER, TIMES, LABEL_DROP, INITIAL, DROPOUT, EVALUATION = range(1, 7)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything that a run depends on beside the network's widths: two runs with equal configurations give equal bits."""
+
+    seed: int = 0
+    steps: int = 8_000
+    batch_size: int = 100
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    warmup: int = 200
+    label_drop: float = 0.1
+    ema: float = 0.999
+
+
+@dataclass
+class TrainingState:
+    """The run after `step` steps."""
+
+    step: int
+    network: Denoiser
+    average: Denoiser
+    optimizer: torch.optim.AdamW
+
+
+def start(config: TrainingConfig, network: NetworkConfig) -> TrainingState:
+    """Return the state before the first step; a pure function of its arguments."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fold_in(config.seed, INITIAL))
+        model = Denoiser(network)
+    average = Denoiser(network)
+    average.load_state_dict(model.state_dict())
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99)
+    )
+    return TrainingState(0, model, average.requires_grad_(False), optimizer)
+
+
+def train_step(state: TrainingState, config: TrainingConfig, data: Digits) -> float:
+    """Advance the state by one step and return the loss: mean |eps(alpha·x + sigma·n, t) - n|² over the batch."""
+    step = state.step
+    # Dropout draws from torch's own generator: seeding it per step keeps the run a function of (seed, step).
+    torch.manual_seed(fold_in(fold_in(config.seed, DROPOUT), step))
+    state.network.train()
+    for group in state.optimizer.param_groups:
+        group["lr"] = config.learning_rate * _learning_rate_factor(step, config)
+    state.optimizer.zero_grad(set_to_none=True)
+    chosen = batch_indices(step, len(data.images), config)
+    labels = dropped_labels(data.labels[chosen], step, config)
+    loss = denoising_loss(state.network, data.images[chosen], labels, stratified_times(step, config), config.seed, step)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(state.network.parameters(), 1.0)
+    state.optimizer.step()
+    state.step = step + 1
+    _update_average(state, config)
+    return loss.item()
+
+
+def denoising_loss(network: Denoiser, x: Tensor, labels: Tensor, times: Tensor, seed: int, step: int) -> Tensor:
+    """Return mean |eps(alpha·x + sigma·n, t) - n|²; n is the keyed noise of (seed, place in the batch, step)."""
+    alpha, sigma = vp_alpha_sigma(times)
+    z = add_noise(x, sigma, scale=alpha, seed=seed, step=step)
+    noise = normal(x.shape, seed=seed, step=step, dtype=x.dtype)
+    return functional.mse_loss(network(z, times, labels), noise)
+
+
+def batch_indices(step: int, count: int, config: TrainingConfig) -> Tensor:
+    """Return the images of this step: every epoch is one keyed permutation, its incomplete last batch left out."""
+    per_epoch = max(1, count // config.batch_size)
+    keys = uniform((count,), seed=fold_in(config.seed, ORDER), step=step // per_epoch)
+    first = step % per_epoch * config.batch_size
+    return torch.argsort(keys, stable=True)[first : first + config.batch_size]
+
+
+def stratified_times(step: int, config: TrainingConfig) -> Tensor:
+    """Return (B,) float64 times in (0, 1], one in every B-th of the interval, which evens out the loss between steps."""
+    count = config.batch_size
+    jitter = uniform((count,), seed=fold_in(config.seed, TIMES), step=step, dtype=torch.float64)
+    return (torch.arange(count, dtype=torch.float64) + jitter) / count
+
+
+def dropped_labels(labels: Tensor, step: int, config: TrainingConfig) -> Tensor:
+    """Return the labels with a share `label_drop` of them replaced by `NO_LABEL`."""
+    draws = uniform(labels.shape, seed=fold_in(config.seed, LABEL_DROP), step=step)
+    return torch.where(draws <= config.label_drop, NO_LABEL, labels)
+
+
+@torch.no_grad()
+def evaluate(network: Denoiser, data: Digits, *, repeats: int = 20) -> float:
+    """Return the denoising loss over data with labels, over `repeats` noises and evenly spread times; deterministic."""
+    network.eval()
+    count = len(data.images)
+    # An odd stride spreads the times of one image over the interval, whatever the number of repeats.
+    grid = (torch.arange(count * repeats, dtype=torch.float64) * 0.618033988749895 + 0.5) % 1.0
+    losses = [
+        denoising_loss(network, data.images, data.labels, grid[k * count : (k + 1) * count], EVALUATION, k).item()
+        for k in range(repeats)
+    ]
+    return math.fsum(losses) / repeats
+
+
+def train(
+    config: TrainingConfig, network: NetworkConfig, *, checkpoint: Path, checkpoint_every: int, progress: bool = True
+) -> TrainingState:
+    """Run to `config.steps`, going on from the checkpoint where there is one, and return the last state.
+
+    Raises ValueError where the checkpoint belongs to another configuration.
+    """
+    state = resume(checkpoint, config, network) if checkpoint.exists() else start(config, network)
+    split = load_split()
+    mean_loss = math.nan
+    with tqdm(total=config.steps, initial=state.step, unit="step", disable=not progress) as bar:
+        while state.step < config.steps:
+            loss = train_step(state, config, split.train)
+            mean_loss = loss if math.isnan(mean_loss) else 0.99 * mean_loss + 0.01 * loss
+            bar.update()
+            rate = (bar.format_dict["rate"] or 0.0) * config.batch_size
+            bar.set_postfix_str(f"loss {mean_loss:.4f}, {rate:.0f} images/s", refresh=False)
+            if state.step % checkpoint_every == 0 or state.step == config.steps:
+                save_checkpoint(checkpoint, state, config)
+            if state.step % REPORT_EVERY == 0:
+                bar.write(f"step {state.step}: loss on held-out images {evaluate(state.average, split.held_out):.4f}")
+    return state
+
+
+def save_checkpoint(path: Path, state: TrainingState, config: TrainingConfig) -> None:
+    """Write the whole state; a kill at any moment leaves the former file or the new one, never a part of one."""
+    content = {
+        "step": state.step,
+        "config": asdict(config),
+        "network_config": asdict(state.network.config),
+        "network": state.network.state_dict(),
+        "average": state.average.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def resume(path: Path, config: TrainingConfig, network: NetworkConfig) -> TrainingState:
+    """Return the state that `save_checkpoint` wrote; raises ValueError where its configuration is another one."""
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    for name, wanted in (("config", asdict(config)), ("network_config", asdict(network))):
+        if content[name] != wanted:
+            raise ValueError(f"checkpoint: {path} was made with {name} {content[name]}, expected {wanted}")
+    state = start(config, network)
+    state.network.load_state_dict(content["network"])
+    state.average.load_state_dict(content["average"])
+    state.optimizer.load_state_dict(content["optimizer"])
+    state.step = content["step"]
+    return state
+
+
+def save_weights(path: Path, state: TrainingState, config: TrainingConfig, notes: dict[str, str]) -> None:
+    """Write the averaged weights, with both configurations and the notes as metadata, in one atomic move."""
+    metadata = {
+        "network": json.dumps(asdict(state.average.config)),
+        "training": json.dumps(asdict(config)),
+        "steps": str(state.step),
+        **notes,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(save(state.average.state_dict(), metadata))
+    os.replace(partial, path)
+
+
+def load_denoiser(path: Path = WEIGHTS, *, dtype: torch.dtype = torch.float32) -> Denoiser:
+    """Return the trained network, ready for evaluation, computing in `dtype`.
+
+    Raises FileNotFoundError where there is no such file.
+
+    >>> load_denoiser().config.fine_channels > 0
+    True
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"path: {path} does not exist; train-denoiser makes it")
+    with safe_open(path, framework="pt") as file:
+        widths = json.loads(file.metadata()["network"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    known = {f.name for f in fields(NetworkConfig)}
+    network = Denoiser(NetworkConfig(**{k: v for k, v in widths.items() if k in known}))
+    network.load_state_dict(tensors)
+    return network.requires_grad_(False).eval().to(dtype)
+
+
+def read_metadata(path: Path = WEIGHTS) -> dict[str, str]:
+    """Return the notes in a weights file: configurations, command, date, steps, losses."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
+
+
+def _learning_rate_factor(step: int, config: TrainingConfig) -> float:
+    warm = min(1.0, (step + 1) / config.warmup)
+    return warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+
+@torch.no_grad()
+def _update_average(state: TrainingState, config: TrainingConfig) -> None:
+    # A young average forgets faster, so that the first random weights do not linger.
+    decay = min(config.ema, (1 + state.step) / (10 + state.step))
+    for mean, new in zip(state.average.parameters(), state.network.parameters(), strict=True):
+        mean.lerp_(new, 1 - decay)
