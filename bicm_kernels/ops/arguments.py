@@ -37,9 +37,25 @@ def requires_grad(*values: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
 
 
-def eager(first: Tensor) -> bool:
-    """Whether a call may go straight to the native CPU kernel."""
-    return first.is_cpu and backend.native_cpu and not compiling() and not transformed()
+def eager(tensors: Sequence[Tensor], values: Sequence[Any], key: Sequence[Any]) -> bool:
+    """Whether a call may go straight to the native CPU kernel: CPU tensors without derivatives, plain numbers."""
+    if not backend.native_cpu or not tensors[0].is_cpu or compiling() or transformed():
+        return False
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x.requires_grad:
+                return False
+    for value in values:
+        if type(value) is list:
+            for x in value:
+                if type(x) is not float:
+                    return False
+        elif type(value) is not float and value is not None:
+            return False
+    for value in key:
+        if type(value) is not int and value is not None:
+            return False
+    return True
 
 
 def needs_reference(first: Tensor, *, tracked: bool) -> bool:
@@ -102,7 +118,7 @@ def coefficients(values: Sequence[Any]) -> list[Any]:
 
 def signed(seed: int) -> int:
     """A seed in [-2^63, 2^64) as the signed 64-bit integer with the same bits."""
-    return seed - 2**64 if seed >= 2**63 else seed
+    return seed - 2**64 if 2**63 <= seed < 2**64 else seed
 
 
 def integer(value: Integer) -> Tensor:

@@ -160,13 +160,15 @@ def _run(
         paired = not isinstance(last, Tensor)
         if paired != (guidance_scale is not None):
             raise TypeError("guidance_scale and a pair of predictions go together")
-        tensors = [*operands[:-1], *last] if paired else list(operands)
+        tensors = [*operands[:-1], *last] if paired else [*operands]
+        op = getattr(_ops, step.name)
+        if not outs and arguments.eager(tensors, values, key):
+            return op.default(tensors, *values, *key)
         tracked = arguments.requires_grad(*tensors, *arguments.numbers(values))
         if arguments.needs_reference(tensors[0], tracked=tracked):
             _check(step, operands, values, guidance_scale, key, outs)
             results = step.reference(operands, values, guidance_scale, key)
             return arguments.write(outs, results, tracked) if outs else results
-        op = getattr(_ops, step.name)
         if arguments.plain(values) and arguments.plain(key):
             function, full = (op.out if outs else op.default), (*values, *key)
         else:
@@ -323,9 +325,10 @@ def affine_step(
     """
     guidance = 0.0 if guidance_scale is None else guidance_scale
     arguments.check_noise(noise_weight, seed)
+    key = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
     values = (list(weights), guidance, noise_weight)
     outs = () if out is None else (out,)
-    return _run(_AFFINE_STEP, tensors, values, guidance_scale, (seed, step, sample_id), outs)
+    return _run(_AFFINE_STEP, tensors, values, guidance_scale, key, outs)
 
 
 def denoised_step(
@@ -370,11 +373,12 @@ def denoised_step(
     """
     guidance = 0.0 if guidance_scale is None else guidance_scale
     arguments.check_noise(noise_weight, seed)
+    key = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
     values = (list(x0_weights), list(weights), guidance, x0_weight, clip, noise_weight, next_scale)
     outs = () if out is None else tuple(out)
     if outs and len(outs) != (2 if next_scale is None else 3):
         raise ValueError(f"out must hold (out, x0), and next with next_scale, got {len(outs)} tensors")
     if outs and next_scale is None:
         outs = (*outs, outs[0].new_empty((0,)))
-    results = _run(_DENOISED_STEP, tensors, values, guidance_scale, (seed, step, sample_id), outs)
+    results = _run(_DENOISED_STEP, tensors, values, guidance_scale, key, outs)
     return (*results[:2], None if next_scale is None else results[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -238,12 +239,10 @@ def add_noise(
     """
     arguments.check_vmap(seed)
     tracked = arguments.requires_grad(x, sigma, scale)
-    plain = type(sigma) is type(scale) is float and type(seed) is type(step) is type(sample_id) is int
+    key: tuple[Any, ...] = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
     try:
-        if plain and not tracked and arguments.eager(x):
-            return _ops.affine_step.default(
-                [x], [scale], 1.0, sigma, arguments.signed(seed), step, sample_id
-            )
+        if arguments.eager([x], (sigma, scale), key):
+            return _ops.affine_step.default([x], [scale], 0.0, sigma, *key)
         if arguments.needs_reference(x, tracked=arguments.requires_grad(sigma, scale)):
             _check_add_noise(x, sigma, scale, seed, step, sample_id)
             return reference.add_noise(x, sigma, scale=scale, seed=seed, step=step, sample_id=sample_id)

@@ -80,7 +80,7 @@ BICM_HD void cos_sin_turns(F u, F& cosine, F& sine) {
 // Box-Muller on lanes (0, 1) and (2, 3): radius from the first, angle from the second; cosine, then sine.
 template <class F>
 BICM_HD void normals_from_bits(const Quad<typename LaneOps<F>::Word>& bits, F normal[4]) {
-#pragma GCC unroll 2
+  BICM_UNROLL(2)
   for (int pair = 0; pair < 4; pair += 2) {
     const F radius = LaneOps<F>::square_root(log_of(uniform_from_bits<F>(bits.lane[pair])) * -2.0f);
     F cosine, sine;

@@ -39,7 +39,7 @@ BICM_HD Quad<Word> philox(Quad<Word> counter, Key key) {
   using Ops = WordOps<Word>;
   Word x0 = counter.lane[0], x1 = counter.lane[1], x2 = counter.lane[2], x3 = counter.lane[3];
   uint32_t k0 = key.low, k1 = key.high;
-#pragma GCC unroll 10
+  BICM_UNROLL(10)
   for (int round = 0; round < 10; ++round) {
     Word high0, low0, high1, low1;
     Ops::multiply_wide(x0, 0xD2511F53u, high0, low0);

@@ -6,8 +6,11 @@
 
 #if defined(__CUDACC__)
 #define BICM_HD __host__ __device__ __forceinline__
+#define BICM_UNROLL(count) _Pragma("unroll")
 #else
 #define BICM_HD inline __attribute__((always_inline))
+#define BICM_UNROLL(count) BICM_PRAGMA(GCC unroll count)
+#define BICM_PRAGMA(text) _Pragma(#text)
 #endif
 
 // Every unit that is compiled once per instruction set lives in an inline namespace of its own. Without it the

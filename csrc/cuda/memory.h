@@ -103,14 +103,19 @@ BICM_DEVICE T* dense_address(const Operand& x, const DensePlace& place) {
   return address;
 }
 
+template <size_t Bytes>
+BICM_DEVICE void copy_aligned(void* to, const void* from) {
+  __builtin_memcpy(__builtin_assume_aligned(to, kAccess), __builtin_assume_aligned(from, kAccess), Bytes);
+}
+
 template <class T, int Group, class Raw>
 BICM_DEVICE void load_dense(const Operand& x, const DensePlace& place, Raw& raw) {
   const T* from = dense_address<T>(x, place);
   if (place.whole) {
-    __builtin_memcpy(raw.word, __builtin_assume_aligned(from, kAccess), Group * sizeof(T));
+    copy_aligned<Group * sizeof(T)>(raw.word, from);
     return;
   }
-#pragma unroll
+  BICM_UNROLL(8)
   for (int i = 0; i < Group; ++i) {
     if (i < place.count) raw.put(i, from[i]);
   }
@@ -120,13 +125,13 @@ template <class T, int Group, class C>
 BICM_DEVICE void store_dense(const Operand& x, const DensePlace& place, const C* values) {
   T* to = dense_address<T>(x, place);
   Bits<Group * sizeof(T) / 4> raw = {};
-#pragma unroll
+  BICM_UNROLL(8)
   for (int i = 0; i < Group; ++i) raw.put(i, round_to<T>(values[i]));
   if (place.whole) {
-    __builtin_memcpy(__builtin_assume_aligned(to, kAccess), raw.word, sizeof(raw));
+    copy_aligned<sizeof(raw)>(to, raw.word);
     return;
   }
-#pragma unroll
+  BICM_UNROLL(8)
   for (int i = 0; i < Group; ++i) {
     if (i < place.count) to[i] = raw.template get<T>(i);
   }
@@ -134,7 +139,7 @@ BICM_DEVICE void store_dense(const Operand& x, const DensePlace& place, const C*
 
 template <class T, int Group, class Raw, class C>
 BICM_DEVICE void widen_dense(const Raw& raw, C* values) {
-#pragma unroll
+  BICM_UNROLL(8)
   for (int i = 0; i < Group; ++i) values[i] = value_of(raw.template get<T>(i));
 }
 

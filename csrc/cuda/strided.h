@@ -33,7 +33,7 @@ struct Strided {
 
   BICM_DEVICE static Index index_of(const Layout& layout, int64_t element) {
     Index index = {};
-#pragma unroll
+    BICM_UNROLL(8)
     for (int dim = kMaxDims - 1; dim >= 0; --dim) {
       if (dim >= layout.dims) continue;
       const int64_t rest = dim == 0 ? 0 : element / layout.sizes[dim];
@@ -46,7 +46,7 @@ struct Strided {
 
   BICM_DEVICE static int64_t offset(const Layout& layout, const Operand& x, const Index& index) {
     int64_t sum = 0;
-#pragma unroll
+    BICM_UNROLL(8)
     for (int dim = 0; dim < kMaxDims; ++dim) {
       if (dim < layout.dims) sum += index.at[dim] * x.strides[dim];
     }
@@ -60,7 +60,7 @@ struct Strided {
     const int64_t row = place.sample * x.batch_stride;
     const int64_t first = row + (x.dense ? place.begin : offset(layout, x, place.index));
     const int64_t stride = x.dense ? 1 : x.strides[layout.dims - 1];
-#pragma unroll
+    BICM_UNROLL(8)
     for (int i = 0; i < kGroup; ++i) {
       if (i >= place.count) continue;
       const bool crosses = !x.dense && i >= place.index.left;
@@ -69,35 +69,39 @@ struct Strided {
   }
 
   template <class T>
-  BICM_DEVICE static T& element(const Operand& x, int64_t offset) {
-    return static_cast<T*>(x.data)[offset];
+  BICM_DEVICE static C read(const Operand& x, int64_t offset) {
+    return static_cast<C>(value_of(static_cast<const T*>(x.data)[offset]));
+  }
+  template <class T>
+  BICM_DEVICE static void write(const Operand& x, int64_t offset, C value) {
+    static_cast<T*>(x.data)[offset] = round_to<T>(value);
   }
 
   BICM_DEVICE static Raw load(const Layout& layout, const Operand& x, const Place& place) {
     Raw raw = {};
     for_elements(layout, x, place, [&](int i, int64_t offset) {
       switch (x.dtype) {
-        case DType::float16: raw.element[i] = static_cast<C>(value_of(element<Half>(x, offset))); break;
-        case DType::bfloat16: raw.element[i] = static_cast<C>(value_of(element<BFloat16>(x, offset))); break;
-        case DType::float32: raw.element[i] = static_cast<C>(element<float>(x, offset)); break;
-        default: raw.element[i] = static_cast<C>(element<double>(x, offset)); break;
+        case DType::float16: raw.element[i] = read<Half>(x, offset); break;
+        case DType::bfloat16: raw.element[i] = read<BFloat16>(x, offset); break;
+        case DType::float32: raw.element[i] = read<float>(x, offset); break;
+        default: raw.element[i] = read<double>(x, offset); break;
       }
     });
     return raw;
   }
 
   BICM_DEVICE static void widen(const Operand&, const Raw& raw, C* values) {
-#pragma unroll
+    BICM_UNROLL(8)
     for (int i = 0; i < kGroup; ++i) values[i] = raw.element[i];
   }
 
   BICM_DEVICE static void store(const Layout& layout, const Operand& x, const Place& place, const C* values) {
     for_elements(layout, x, place, [&](int i, int64_t offset) {
       switch (x.dtype) {
-        case DType::float16: element<Half>(x, offset) = round_to<Half>(values[i]); break;
-        case DType::bfloat16: element<BFloat16>(x, offset) = round_to<BFloat16>(values[i]); break;
-        case DType::float32: element<float>(x, offset) = round_to<float>(values[i]); break;
-        default: element<double>(x, offset) = round_to<double>(values[i]); break;
+        case DType::float16: write<Half>(x, offset, values[i]); break;
+        case DType::bfloat16: write<BFloat16>(x, offset, values[i]); break;
+        case DType::float32: write<float>(x, offset, values[i]); break;
+        default: write<double>(x, offset, values[i]); break;
       }
     });
   }
