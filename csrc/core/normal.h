@@ -71,8 +71,9 @@ BICM_HD void cos_sin_turns(F u, F& cosine, F& sine) {
   c = c * t + -0x1.3bd3ccp+0f;
   c = c * t + 1.0f;
   const I odd = -(quadrant & 1);
-  const I cosine_sign = ((quadrant + 1) & 2) << 30;
-  const I sine_sign = (quadrant & 2) << 30;
+  // The quadrant's second bit, as a sign.
+  const I cosine_sign = ((quadrant + 1) << 30) & INT32_MIN;
+  const I sine_sign = (quadrant << 30) & INT32_MIN;
   cosine = bit_cast<F>(bit_cast<I>(LaneOps<F>::select(odd, s, c)) ^ cosine_sign);
   sine = bit_cast<F>(bit_cast<I>(LaneOps<F>::select(odd, c, s)) ^ sine_sign);
 }

@@ -15,6 +15,7 @@ struct Kernels {
   void (*multistep)(const Multistep&, int64_t begin, int64_t end);
   void (*log)(const float* u, float* out, int64_t count);
   void (*cos_sin)(const float* u, float* cosine, float* sine, int64_t count);
+  void (*philox)(int64_t seed, const uint32_t* counters, uint32_t* words, int64_t count);  // four words per counter
 };
 
 // The kernels of the instruction set with this name (scalar, avx2, avx512), or null where this build or this processor

@@ -65,10 +65,90 @@ struct WordOps<WideWords> {
   }
 };
 
+// As many counters as philox takes at once, in the form in which it takes them. The high halves may hold anything.
+constexpr int kCounters = kLanes / 2;
+using PhiloxWord = WideWords;
+BICM_HD void set_counter(WideWords& words, int i, uint32_t word) { words[i] = word | 0xBAD0000000000000ull; }
+BICM_HD uint32_t get_counter(const WideWords& words, int i) { return static_cast<uint32_t>(words[i]); }
+
+// Several vectors worked on as one. A single chain of dependent operations leaves the processor waiting on latencies;
+// a group interleaves the chains of its parts, operation by operation.
+template <class T, int N>
+struct Group {
+  T part[N];
+};
+
+#define BICM_GROUP_OPERATOR(op)                                                      \
+  template <class T, int N>                                                          \
+  BICM_HD Group<T, N> operator op(const Group<T, N>& a, const Group<T, N>& b) {      \
+    Group<T, N> result;                                                              \
+    for (int i = 0; i < N; ++i) result.part[i] = a.part[i] op b.part[i];             \
+    return result;                                                                   \
+  }                                                                                  \
+  template <class T, int N, class Scalar>                                            \
+  BICM_HD Group<T, N> operator op(const Group<T, N>& a, Scalar b) {                  \
+    Group<T, N> result;                                                              \
+    for (int i = 0; i < N; ++i) result.part[i] = a.part[i] op b;                     \
+    return result;                                                                   \
+  }
+BICM_GROUP_OPERATOR(+)
+BICM_GROUP_OPERATOR(-)
+BICM_GROUP_OPERATOR(*)
+BICM_GROUP_OPERATOR(&)
+BICM_GROUP_OPERATOR(^)
+BICM_GROUP_OPERATOR(>>)
+BICM_GROUP_OPERATOR(<<)
+#undef BICM_GROUP_OPERATOR
+
+template <class T, int N>
+BICM_HD Group<T, N> operator-(const Group<T, N>& a) {
+  Group<T, N> result;
+  for (int i = 0; i < N; ++i) result.part[i] = -a.part[i];
+  return result;
+}
+
+template <class T, int N>
+struct LaneOps<Group<T, N>> {
+  using Int = Group<typename LaneOps<T>::Int, N>;
+  using Word = Group<typename LaneOps<T>::Word, N>;
+  template <class I>
+  BICM_HD static Group<T, N> to_float(const Group<I, N>& x) {
+    Group<T, N> result;
+    for (int i = 0; i < N; ++i) result.part[i] = LaneOps<T>::to_float(x.part[i]);
+    return result;
+  }
+  BICM_HD static Group<T, N> select(const Int& mask, const Group<T, N>& yes, const Group<T, N>& no) {
+    Group<T, N> result;
+    for (int i = 0; i < N; ++i) result.part[i] = LaneOps<T>::select(mask.part[i], yes.part[i], no.part[i]);
+    return result;
+  }
+  BICM_HD static Group<T, N> square_root(const Group<T, N>& x) {
+    Group<T, N> result;
+    for (int i = 0; i < N; ++i) result.part[i] = LaneOps<T>::square_root(x.part[i]);
+    return result;
+  }
+};
+
+template <class T, int N>
+struct WordOps<Group<T, N>> {
+  BICM_HD static void multiply_wide(const Group<T, N>& a, uint32_t multiplier, Group<T, N>& high, Group<T, N>& low) {
+    for (int i = 0; i < N; ++i) WordOps<T>::multiply_wide(a.part[i], multiplier, high.part[i], low.part[i]);
+  }
+  BICM_HD static Group<T, N> xor_three(const Group<T, N>& a, const Group<T, N>& b, uint32_t key) {
+    Group<T, N> result;
+    for (int i = 0; i < N; ++i) result.part[i] = WordOps<T>::xor_three(a.part[i], b.part[i], key);
+    return result;
+  }
+};
+
 #else
 
 constexpr int kLanes = 1;
 using Floats = float;
+constexpr int kCounters = 1;
+using PhiloxWord = uint32_t;
+BICM_HD void set_counter(uint32_t& words, int, uint32_t word) { words = word; }
+BICM_HD uint32_t get_counter(uint32_t words, int) { return words; }
 
 #endif
 

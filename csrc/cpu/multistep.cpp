@@ -58,6 +58,8 @@ C draw(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
   if (!m.draws) return C(0);
   const C weight = load_number<C>(m.noise_weight, unit.sample);
   if (weight != C(0)) {
+    for (int k = 0; k < m.terms; ++k) prefetch_unit(m.input[k], unit);
+    if (!m.out.streams) prefetch_unit(m.out, unit);
     fill_noise<Distribution::normal>(sample_key(m.key, unit.sample), unit.begin, unit.count, buffers.noise);
   }
   return weight;
@@ -67,9 +69,9 @@ template <class C>
 void affine_unit(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
   const C* x[kMaxTerms];
   C weight[kMaxTerms];
+  const C noise_weight = draw(m, unit, buffers);
   load_inputs(m, unit, buffers, x);
   form_weights(m, unit.sample, weight);
-  const C noise_weight = draw(m, unit, buffers);
   const bool in_place = is_compute_type<C>(m.out) && !m.out.streams;
   C* out = in_place ? static_cast<C*>(m.out.data) + unit.sample * m.out.batch_stride + unit.begin : buffers.out;
   if (noise_weight != C(0)) {

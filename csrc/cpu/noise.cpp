@@ -53,4 +53,14 @@ void cos_sin_all(const float* u, float* cosine, float* sine, int64_t count) {
   });
 }
 
+void philox_all(int64_t seed, const uint32_t* counters, uint32_t* words, int64_t count) {
+  for (int64_t first = 0; first < count; first += kCounters) {
+    const int width = count - first < kCounters ? static_cast<int>(count - first) : kCounters;
+    Quad<PhiloxWord> quad = {};
+    for (int i = 0; i < 4 * width; ++i) set_counter(quad.lane[i % 4], i / 4, counters[4 * first + i]);
+    quad = philox(quad, make_key(seed));
+    for (int i = 0; i < 4 * width; ++i) words[4 * first + i] = get_counter(quad.lane[i % 4], i / 4);
+  }
+}
+
 BICM_NAMESPACE_END

@@ -39,6 +39,14 @@ BICM_HD Floats pairs_high(Floats a, Floats b) {
 #endif
 }
 
+BICM_HD Words merge_words(WideWords even, WideWords odd) {
+#if defined(BICM_ISA_AVX512)
+  return (Words)_mm512_mask_shuffle_epi32((__m512i)even, 0xAAAA, (__m512i)odd, _MM_PERM_CCAA);
+#else
+  return (Words)_mm256_blend_epi32((__m256i)even, _mm256_slli_epi64((__m256i)odd, 32), 0xAA);
+#endif
+}
+
 // Lane 4j + p of a vector works on quad (kLanes / 4) p + j of the block. With that order, transposing 4 x 4 inside
 // each 128-bit part, which needs no crossing of parts, leaves every quad's numbers adjacent and in place.
 BICM_HD WideWords quads(int64_t first, int odd) {
@@ -51,41 +59,68 @@ BICM_HD WideWords quads(int64_t first, int odd) {
   return offset + static_cast<uint64_t>(first);
 }
 
-BICM_HD Quad<WideWords> random_quads(const SampleKey& k, WideWords quad) {
+// The bits of adjacent blocks: low halves of the even lanes' words and of the odd lanes' words, side by side.
+template <int Blocks>
+BICM_HD void write_bits(const SampleKey& k, int64_t quad, uint32_t quad_high, float* out) {
+  using Word = Group<WideWords, 2 * Blocks>;
   const WideWords zero = {};
-  return philox(Quad<WideWords>{{quad, quad >> 32, zero + k.sample, zero + k.step}}, k.key);
+  Quad<Word> counter;
+  for (int i = 0; i < 2 * Blocks; ++i) {
+    counter.lane[0].part[i] = quads(quad + i / 2 * kLanes, i % 2);
+    counter.lane[1].part[i] = zero + quad_high;
+    counter.lane[2].part[i] = zero + k.sample;
+    counter.lane[3].part[i] = zero + k.step;
+  }
+  const Quad<Word> r = philox(counter, k.key);
+  for (int block = 0; block < Blocks; ++block) {
+    for (int lane = 0; lane < 4; ++lane) {
+      const Words bits = merge_words(r.lane[lane].part[2 * block], r.lane[lane].part[2 * block + 1]);
+      __builtin_memcpy(out + block * kNoiseBlock + lane * kLanes, &bits, sizeof(bits));
+    }
+  }
 }
 
-template <Distribution D>
-BICM_HD void noise_block(const SampleKey& k, int64_t quad, float* out) {
-  const Quad<WideWords> even = random_quads(k, quads(quad, 0));
-  const Quad<WideWords> odd = random_quads(k, quads(quad, 1));
-  Quad<Words> bits;
-  for (int lane = 0; lane < 4; ++lane) {
-    bits.lane[lane] = (Words)((even.lane[lane] & 0xFFFFFFFFull) | (odd.lane[lane] << 32));
+template <Distribution D, int Blocks>
+BICM_HD void bits_to_numbers(float* out) {
+  Quad<Group<Words, Blocks>> bits;
+  for (int block = 0; block < Blocks; ++block) {
+    for (int lane = 0; lane < 4; ++lane) {
+      __builtin_memcpy(&bits.lane[lane].part[block], out + block * kNoiseBlock + lane * kLanes, sizeof(Words));
+    }
   }
-  Floats n[4];
+  Group<Floats, Blocks> n[4];
   numbers_from_bits<D>(bits, n);
-  const Floats low01 = interleave_low(n[0], n[1]), high01 = interleave_high(n[0], n[1]);
-  const Floats low23 = interleave_low(n[2], n[3]), high23 = interleave_high(n[2], n[3]);
-  const Floats rows[4] = {pairs_low(low01, low23), pairs_high(low01, low23), pairs_low(high01, high23),
-                          pairs_high(high01, high23)};
-  __builtin_memcpy(out, rows, sizeof(rows));
+  for (int block = 0; block < Blocks; ++block) {
+    const Floats low01 = interleave_low(n[0].part[block], n[1].part[block]);
+    const Floats high01 = interleave_high(n[0].part[block], n[1].part[block]);
+    const Floats low23 = interleave_low(n[2].part[block], n[3].part[block]);
+    const Floats high23 = interleave_high(n[2].part[block], n[3].part[block]);
+    const Floats rows[4] = {pairs_low(low01, low23), pairs_high(low01, low23), pairs_low(high01, high23),
+                            pairs_high(high01, high23)};
+    __builtin_memcpy(out + block * kNoiseBlock, rows, sizeof(rows));
+  }
+}
+
+// Numbers `begin` to `begin + count` of a sample; begin is a multiple of a block, and the buffer has room for whole
+// blocks. First the bits of all blocks, then the numbers in place, two blocks at a time: short loops of interleaved
+// chains keep the processor busy, where one loop over both would wait for the latency of a single block.
+template <Distribution D>
+BICM_HD void fill_noise(const SampleKey& k, int64_t begin, int64_t count, float* out) {
+  const uint32_t quad_high = static_cast<uint32_t>(static_cast<uint64_t>(begin) >> 34);
+  int64_t i = 0;
+  for (; i + kNoiseBlock < count; i += 2 * kNoiseBlock) write_bits<2>(k, (begin + i) / 4, quad_high, out + i);
+  if (i < count) write_bits<1>(k, (begin + i) / 4, quad_high, out + i);
+  for (i = 0; i + kNoiseBlock < count; i += 2 * kNoiseBlock) bits_to_numbers<D, 2>(out + i);
+  if (i < count) bits_to_numbers<D, 1>(out + i);
 }
 
 #else
 
 template <Distribution D>
-BICM_HD void noise_block(const SampleKey& k, int64_t quad, float* out) {
-  numbers_from_bits<D>(random_quad(k, quad), out);
+BICM_HD void fill_noise(const SampleKey& k, int64_t begin, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += kNoiseBlock) numbers_from_bits<D>(random_quad(k, (begin + i) / 4), out + i);
 }
 
 #endif
-
-// Numbers `begin` to `begin + count` of a sample; begin is a multiple of 4, and the buffer has room for whole blocks.
-template <Distribution D>
-BICM_HD void fill_noise(const SampleKey& k, int64_t begin, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; i += kNoiseBlock) noise_block<D>(k, (begin + i) / 4, out + i);
-}
 
 BICM_NAMESPACE_END

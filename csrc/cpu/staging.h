@@ -143,6 +143,14 @@ BICM_HD bool is_compute_type(const Operand& x) {
   return x.dense && x.dtype == (Same<C, double>::value ? DType::float64 : DType::float32);
 }
 
+// Asks for a unit's memory ahead of time, so that it arrives while noise is computed.
+inline void prefetch_unit(const Operand& x, const Unit& unit) {
+  if (!x.dense) return;
+  const int64_t size = x.dtype == DType::float64 ? 8 : (x.dtype == DType::float32 ? 4 : 2);
+  const char* data = static_cast<const char*>(x.data) + (unit.sample * x.batch_stride + unit.begin) * size;
+  for (int64_t i = 0; i < unit.count * size; i += 64) __builtin_prefetch(data + i);
+}
+
 // The unit's elements of x in the compute type: in place where they lie so already, else staged in the buffer.
 template <class C>
 inline const C* load_unit(const Layout& layout, const Operand& x, const Unit& unit, C* buffer) {

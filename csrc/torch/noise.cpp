@@ -10,10 +10,8 @@ void Cpu::run(const Noise& problem, const Tensor&) {
 
 void Cpu::fold_in(const Integer& seed, const Integer& data, const Tensor& out) {
   int64_t* results = static_cast<int64_t*>(out.data_ptr());
-  const int64_t stride = out.dim() == 0 ? 0 : out.stride(0);
-  for (int64_t i = 0; i < out.numel(); ++i) {
-    results[i * stride] = bicm::fold_in(load_integer(seed, i), load_integer(data, i));
-  }
+  const int64_t count = out.numel();
+  for (int64_t i = 0; i < count; ++i) results[i] = bicm::fold_in(load_integer(seed, i), load_integer(data, i));
 }
 
 }  // namespace bicm

@@ -39,7 +39,7 @@ Tensor fold_in_tensors(Tensor seed, Tensor data) {
   const int64_t count = shaped.numel();
   STD_TORCH_CHECK(shaped.dim() <= 1 && (seed.dim() != data.dim() || seed.numel() == data.numel()),
                   "bicm_kernels: seed and data must be 0-d or (B,)");
-  Tensor out = torch::stable::empty_like(shaped);
+  Tensor out = torch::stable::new_empty(shaped, shaped.sizes());
   const int32_t device = device_of(out);
   Device::fold_in(integer_of(seed, count, device), integer_of(data, count, device), out);
   return out;

@@ -1,0 +1,5 @@
+#include "../multistep.h"
+
+#include "cuda.h"
+
+STABLE_TORCH_LIBRARY_IMPL(bicm_kernels, CUDA, library) { bicm::register_multistep<bicm::Cuda>(library); }
