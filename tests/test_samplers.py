@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from bicm_diffusion import (
     Schedule,
     StatePair,
@@ -17,7 +19,6 @@ from bicm_diffusion import (
     vp_alpha_sigma,
     vp_schedule,
 )
-from torch import Tensor
 
 DATA_STD = 0.7
 END = 0.02
@@ -117,14 +118,18 @@ def test_first_states_of_an_inversion_are_ddim_inversion() -> None:
 def test_gamma_zero_is_ddim() -> None:
     z, schedule = noise(4, 3, 5), vp_schedule(20)
     ddim = ddim_sample(gaussian_model, z, schedule)
-    torch.testing.assert_close(bdia_sample(gaussian_model, z, schedule, gamma=0.0).z, ddim, rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        bdia_sample(gaussian_model, z, schedule, gamma=0.0).z, ddim, rtol=0, atol=1e-14
+    )
 
 
 def test_gamma_may_differ_between_samples() -> None:
     z, schedule = noise(3, 4), vp_schedule(12)
     gammas = torch.tensor([1.0, 0.96, 0.5], dtype=torch.float64)
     together = bdia_sample(gaussian_model, z, schedule, gamma=gammas).z
-    alone = [bdia_sample(gaussian_model, z[i : i + 1], schedule, gamma=g).z for i, g in enumerate(gammas.tolist())]
+    alone = [
+        bdia_sample(gaussian_model, z[i : i + 1], schedule, gamma=g).z for i, g in enumerate(gammas.tolist())
+    ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=0)
 
 
@@ -154,13 +159,20 @@ def test_guidance_extrapolates_between_two_predictions(sampler: object) -> None:
 
     guided = sampler(pair, z, schedule, guidance_scale=scale, extra_args={"shift": 0.1})
     plain = sampler(merged, z, schedule, extra_args={"shift": 0.1})
-    for got, expected in zip(*(x if isinstance(x, StatePair) else (x,) for x in (guided, plain)), strict=True):
+    for got, expected in zip(
+        *(x if isinstance(x, StatePair) else (x,) for x in (guided, plain)), strict=True
+    ):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
     ("sampler", "indices"),
-    [(ddim_sample, [4, 3, 2, 1, 0]), (bdia_sample, [4, 3, 2, 1, 0]), (ddim_invert, [1, 2, 3, 4, 5]), (bdia_invert, [1, 2, 3, 4, 5])],
+    [
+        (ddim_sample, [4, 3, 2, 1, 0]),
+        (bdia_sample, [4, 3, 2, 1, 0]),
+        (ddim_invert, [1, 2, 3, 4, 5]),
+        (bdia_invert, [1, 2, 3, 4, 5]),
+    ],
 )
 def test_callback_sees_every_step_and_the_model_every_time(sampler: object, indices: list[int]) -> None:
     assert callable(sampler)
@@ -219,7 +231,9 @@ def test_schedule_is_variance_preserving_and_ends_on_data() -> None:
     for i in range(1, 101):
         assert schedule.alpha[i] ** 2 + schedule.sigma[i] ** 2 == pytest.approx(1.0, abs=1e-15)
         assert schedule.a[i] * schedule.alpha[i] == pytest.approx(schedule.alpha[i - 1], rel=1e-15)
-        assert schedule.b[i] + schedule.a[i] * schedule.sigma[i] == pytest.approx(schedule.sigma[i - 1], rel=1e-14)
+        assert schedule.b[i] + schedule.a[i] * schedule.sigma[i] == pytest.approx(
+            schedule.sigma[i - 1], rel=1e-14
+        )
     assert math.isnan(schedule.a[0]) and math.isnan(schedule.b[0])
 
 
@@ -246,7 +260,9 @@ def test_bad_schedules_are_refused(arguments: dict[str, tuple[float, ...]], mess
         Schedule(**arguments)
 
 
-@pytest.mark.parametrize(("steps", "final_time", "name"), [(0, 0.0, "steps"), (5, 1.0, "final_time"), (5, -0.1, "final_time")])
+@pytest.mark.parametrize(
+    ("steps", "final_time", "name"), [(0, 0.0, "steps"), (5, 1.0, "final_time"), (5, -0.1, "final_time")]
+)
 def test_bad_grids_are_refused(steps: int, final_time: float, name: str) -> None:
     with pytest.raises(ValueError, match=name):
         vp_schedule(steps, final_time=final_time)

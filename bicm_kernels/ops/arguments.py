@@ -25,11 +25,13 @@ WORD = 2**32
 
 compiling = torch.compiler.is_compiling
 _functorch_level = torch._C._functorch.peek_interpreter_stack
+_Interpreter = torch._C._functorch.CInterpreter
 
 
 def transformed() -> bool:
     """Whether a torch.func transform or forward-mode differentiation is active, which a kernel cannot take part in."""
-    return _functorch_level() is not None or forward_ad._current_level >= 0
+    # isinstance, because Dynamo holds the None of an empty stack for an object that is not None.
+    return isinstance(_functorch_level(), _Interpreter) or forward_ad._current_level >= 0
 
 
 def requires_grad(*values: object) -> bool:
@@ -65,7 +67,7 @@ def needs_reference(first: Tensor, *, tracked: bool) -> bool:
 
 def check_vmap(seed: object) -> None:
     """Raise under ``torch.vmap`` unless seeds are per sample: every slice would draw the same noise."""
-    if _functorch_level() is None or not _inside_vmap():
+    if not isinstance(_functorch_level(), _Interpreter) or not _inside_vmap():
         return
     if not isinstance(seed, Tensor) or (seed.dim() == 0 and not torch._C._functorch.is_batchedtensor(seed)):
         raise ValueError(
@@ -79,6 +81,11 @@ def _inside_vmap() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
 
+# torch.compiler.assume_constant_result, without the second that importing Dynamo takes: the stack is what it is while a
+# graph is traced, and Dynamo guards a graph with it.
+_inside_vmap._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def numbers(values: Sequence[Any]) -> list[Any]:
     """The numbers of a step, lists of coefficients opened."""
     flat: list[Any] = []
@@ -88,6 +95,14 @@ def numbers(values: Sequence[Any]) -> list[Any]:
         else:
             flat.append(value)
     return flat
+
+
+def weight_list(name: str, weights: Sequence[Any]) -> list[Any]:
+    """The weights of an affine map as a list."""
+    try:
+        return list(weights)
+    except TypeError:
+        raise TypeError(f"{name} must hold one weight per tensor, got {describe(weights)}") from None
 
 
 def plain(values: Sequence[Any]) -> bool:
@@ -126,13 +141,11 @@ def integer(value: Integer) -> Tensor:
     return value if isinstance(value, Tensor) else torch.full((), signed(value), dtype=torch.int64)
 
 
-def key(seed: Integer | None, step: Integer, sample_id: Integer) -> tuple[Tensor | None, ...]:
-    """The integers of a noise key as tensors; ints out of range raise here, since a tensor cannot tell any more."""
+def key(seed: Integer | None, step: Integer, sample_id: Integer, like: Tensor) -> tuple[Tensor | None, ...]:
+    """The integers of a noise key as tensors; what is wrong raises here, since a tensor cannot tell any more."""
     if seed is None:
         return None, None, None
-    check_range("seed", seed, -(2**63), 2**64)
-    check_range("step", step, 0, WORD)
-    check_range("sample_id", sample_id, 0, WORD)
+    check_key(seed, step, sample_id, like.shape[0], like.device)
     return integer(seed), integer(step), integer(sample_id)
 
 
@@ -279,11 +292,14 @@ def write(outs: Sequence[Tensor], results: Any, tracked: bool) -> Any:
 
 def check_outs(outs: Mapping[str, Any], tensors: Mapping[str, Tensor], first: Tensor) -> None:
     """Raise unless the outputs can take the results: like the first tensor, and no overlap but an exact one."""
+    if outs and isinstance(_functorch_level(), _Interpreter):
+        raise ValueError("out must not be given under a torch.func transform: what is written there is lost to it")
     first_name = next(iter(tensors))
     for name, out in outs.items():
-        if name == "next" and isinstance(out, Tensor) and out.shape == (0,):
-            continue
         check_out(name, out, first, first_name)
+        # A traced tensor has no memory yet: the kernel looks when the graph runs.
+        if compiling():
+            continue
         if overlaps_itself(out):
             raise ValueError(f"{name} must not overlap itself, got strides {out.stride()}")
         for other, x in tensors.items():
@@ -300,7 +316,7 @@ def check_out(name: str, out: object, first: Tensor, first_name: str) -> None:
     assert isinstance(out, Tensor)
     if out.dtype != first.dtype:
         raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {out.dtype}")
-    if out.requires_grad:
+    if requires_grad(out):
         raise ValueError(f"{name} must not require grad: what is written into it has no derivative")
 
 
@@ -310,4 +326,7 @@ def explain(error: Exception, check: Callable[[], None]) -> NoReturn:
         check()
     except (TypeError, ValueError) as better:
         raise better from None
+    _, kernel, reason = str(error).partition("bicm_kernels: ")
+    if kernel:
+        raise ValueError(reason.splitlines()[0]) from None
     raise error

@@ -45,17 +45,25 @@ _SCHEMAS = {
 
 
 def _fake_one(tensors: list[Tensor], *_: object) -> Tensor:
+    _check_one_device(tensors)
     return torch.empty_like(tensors[0])
 
 
 def _fake_three(tensors: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check_one_device(tensors)
     first = tensors[0]
     scaled = torch.empty_like(first) if rest[6] is not None else first.new_empty((0,))
     return torch.empty_like(first), torch.empty_like(first), scaled
 
 
-def _fake_out(*_: object, **__: object) -> None:
-    return None
+def _fake_out(tensors: list[Tensor], *_: object, out: Tensor, **others: Tensor) -> None:
+    _check_one_device([*tensors, out, *others.values()])
+
+
+def _check_one_device(tensors: list[Tensor]) -> None:
+    # A meta tensor among real ones brings the dispatcher here, and the result would be memory that nobody wrote.
+    if any(x.device != tensors[0].device for x in tensors):
+        raise RuntimeError("bicm_kernels: tensors differ in device")
 
 
 for _name, (_flavours, (_returns, _out)) in _SCHEMAS.items():
@@ -106,6 +114,7 @@ _DENOISED_STEP = _noisy(
     ("x0_weights", "weights", "guidance_scale", "x0_weight", "clip", "noise_weight", "next_scale"),
 )
 _OUTS = ("out", "x0", "next")
+_MAY_BE_NONE = ("clip", "next_scale")
 
 
 def _check(
@@ -130,7 +139,7 @@ def _check(
     first = tensors[0]
     for label, value in zip(step.values, values, strict=True):
         if not isinstance(value, list):
-            if value is not None:
+            if value is not None or label not in _MAY_BE_NONE:
                 arguments.check_number(str(label), value, first)
             continue
         labels = label if isinstance(label, tuple) else [f"{label}[{k}]" for k in range(len(value))]
@@ -140,6 +149,8 @@ def _check(
             arguments.check_number(name, number, first)
     if key and key[0] is not None:
         arguments.check_key(*key, first.shape[0], first.device)
+    if values[-1] is None:  # no next_scale: its output is a placeholder
+        outs = outs[:2]
     arguments.check_outs(dict(zip(_OUTS, outs, strict=False)), dict(zip(names, tensors, strict=False)), first)
 
 
@@ -164,7 +175,9 @@ def _run(
         op = getattr(_ops, step.name)
         if not outs and arguments.eager(tensors, values, key):
             return op.default(tensors, *values, *key)
-        tracked = arguments.requires_grad(*tensors, *arguments.numbers(values))
+        tracked = arguments.requires_grad(*tensors, *arguments.numbers(values), *outs)
+        if arguments.compiling():
+            _check(step, operands, values, guidance_scale, key, outs)
         if arguments.needs_reference(tensors[0], tracked=tracked):
             _check(step, operands, values, guidance_scale, key, outs)
             results = step.reference(operands, values, guidance_scale, key)
@@ -173,12 +186,12 @@ def _run(
             function, full = (op.out if outs else op.default), (*values, *key)
         else:
             function = op.tensor_out if outs else op.tensor
-            full = (*arguments.coefficients(values), *(arguments.key(*key) if key else ()))
+            full = (*arguments.coefficients(values), *(arguments.key(*key, tensors[0]) if key else ()))
         if not outs:
             return function(tensors, *full)
         function(tensors, *full, **dict(zip(_OUTS, outs, strict=False)))
         return tuple(outs) if len(outs) > 1 else outs[0]
-    except (RuntimeError, TypeError, AttributeError, OverflowError) as error:
+    except (RuntimeError, TypeError, AttributeError, OverflowError, IndexError) as error:
         arguments.explain(error, lambda: _check(step, operands, values, guidance_scale, key, outs))
 
 
@@ -326,7 +339,7 @@ def affine_step(
     guidance = 0.0 if guidance_scale is None else guidance_scale
     arguments.check_noise(noise_weight, seed)
     key = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
-    values = (list(weights), guidance, noise_weight)
+    values = (arguments.weight_list("weights", weights), guidance, noise_weight)
     outs = () if out is None else (out,)
     return _run(_AFFINE_STEP, tensors, values, guidance_scale, key, outs)
 
@@ -374,7 +387,8 @@ def denoised_step(
     guidance = 0.0 if guidance_scale is None else guidance_scale
     arguments.check_noise(noise_weight, seed)
     key = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
-    values = (list(x0_weights), list(weights), guidance, x0_weight, clip, noise_weight, next_scale)
+    lists = arguments.weight_list("x0_weights", x0_weights), arguments.weight_list("weights", weights)
+    values = (*lists, guidance, x0_weight, clip, noise_weight, next_scale)
     outs = () if out is None else tuple(out)
     if outs and len(outs) != (2 if next_scale is None else 3):
         raise ValueError(f"out must hold (out, x0), and next with next_scale, got {len(outs)} tensors")

@@ -63,13 +63,13 @@ def _draw(
     if arguments.transformed() or backend.running(out.device.type) == "reference":
         _check_draw(out, seed, step, sample_id)
         draw = getattr(reference, name)
-        return draw(shape, seed=seed, step=step, sample_id=sample_id, dtype=dtype, device=out.device)
+        return draw(out.shape, seed=seed, step=step, sample_id=sample_id, dtype=dtype, device=out.device)
     op = getattr(_ops, name)
     try:
         if type(seed) is type(step) is type(sample_id) is int and not arguments.compiling():
             op.default(out, arguments.signed(seed), step, sample_id)
         else:
-            op.tensor(out, *arguments.key(seed, step, sample_id))
+            op.tensor(out, *arguments.key(seed, step, sample_id, out))
     except (RuntimeError, TypeError, OverflowError) as error:
         arguments.explain(error, lambda: _check_draw(out, seed, step, sample_id))
     return out
@@ -153,18 +153,14 @@ def fold_in(seed: Integer, data: Integer) -> Integer:
     >>> bk.fold_in(0, 1) != bk.fold_in(0, 2)
     True
     """
+    _check_fold_in(seed, data)
     both_numbers = not isinstance(seed, Tensor) and not isinstance(data, Tensor)
     if both_numbers and not arguments.compiling():
-        _check_fold_in(seed, data)
         return reference.fold_in_words(int(seed), int(data))
     device = next((x.device for x in (seed, data) if isinstance(x, Tensor)), torch.device("cpu"))
     if arguments.transformed() or backend.running(device.type) == "reference":
-        _check_fold_in(seed, data)
         return reference.fold_in(arguments.integer(seed), data)
-    try:
-        return _ops.fold_in.default(*(arguments.integer(x).to(device) for x in (seed, data)))
-    except (RuntimeError, TypeError) as error:
-        arguments.explain(error, lambda: _check_fold_in(seed, data))
+    return _ops.fold_in.default(*(arguments.integer(x).to(device) for x in (seed, data)))
 
 
 def _check_add_noise(
@@ -201,7 +197,8 @@ def _save_scale(ctx: object, inputs: tuple[Tensor, ...], output: Tensor) -> None
 
 def _scale_gradient(ctx: object, gradient: Tensor) -> tuple[Tensor | None, ...]:
     (scale,) = ctx.saved_tensors  # type: ignore[attr-defined]
-    if arguments.requires_grad(gradient):
+    batched = torch._C._functorch.is_legacy_batchedtensor(gradient)  # is_grads_batched=True
+    if batched or arguments.requires_grad(gradient) or arguments.transformed():
         return reference.affine_step([gradient], [scale]), *[None] * 5
     return _ops.affine_step.tensor([gradient], [scale], None, None, None, None, None), *[None] * 5
 
@@ -239,6 +236,8 @@ def add_noise(
     """
     arguments.check_vmap(seed)
     tracked = arguments.requires_grad(x, sigma, scale)
+    if arguments.compiling():
+        _check_add_noise(x, sigma, scale, seed, step, sample_id)
     key: tuple[Any, ...] = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
     try:
         if arguments.eager([x], (sigma, scale), key):
@@ -247,7 +246,7 @@ def add_noise(
             _check_add_noise(x, sigma, scale, seed, step, sample_id)
             return reference.add_noise(x, sigma, scale=scale, seed=seed, step=step, sample_id=sample_id)
         numbers = [arguments.coefficient(value) for value in (sigma, scale)]
-        key = arguments.key(seed, step, sample_id)
+        key = arguments.key(seed, step, sample_id, x)
         if tracked:
             return _ops.add_noise.default(x, *numbers, *key)
         return _ops.affine_step.tensor([x], [numbers[1]], None, numbers[0], *key)

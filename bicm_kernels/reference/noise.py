@@ -215,6 +215,7 @@ def plus_noise(
         like.shape, seed=seed, step=step, sample_id=sample_id, dtype=result.dtype, device=like.device
     )
     w = per_sample(weight, like, result.dtype)
-    # A weight of zero leaves the bits alone, but its derivative is still the noise.
-    quiet = result + (w - w.detach()) * noise if w.requires_grad else result
+    # Where the weight is zero this adds -0.0, which leaves every bit alone; its derivative is still the noise.
+    still = w.detach()
+    quiet = result + torch.where(noise.signbit(), (w - still) * noise, -((still - w) * noise))
     return torch.where(w != 0, result + w * noise, quiet)

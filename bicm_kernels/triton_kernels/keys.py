@@ -1,10 +1,10 @@
 """Per-sample arguments: numbers in the compute type, and the key of a sample's noise.
 
-A number is (value, None) or (tensor, stride), the stride 0 for one number and otherwise from one sample to the next. The
+A number is (value, None) or (tensor, stride), the stride 0 for one number, or else from sample to sample. The
 integers of a key are passed beside their tensors, so that a new seed or step compiles nothing.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-Number = float | Tensor
-Integer = int | Tensor
-Argument = tuple[object, int | None]
+from bicm_kernels.triton_kernels import checks
+from bicm_kernels.triton_kernels.checks import Integer, Number
 
-WORD = 2**32
+Argument = tuple[object, int | None]
 
 
 @triton.jit
@@ -33,12 +32,12 @@ def number(argument, sample, present, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def integer(value, argument, sample, present):
+def integer(value, tensor, sample, present):
     """An int64 for each row of a tile, (ROWS, 1)."""
-    if argument is None:
+    if tensor is None:
         result = tl.full(sample.shape, value, tl.int64)
     else:
-        result = tl.load(argument[0] + sample * argument[1], mask=present, other=0)
+        result = tl.load(tensor[0] + sample * tensor[1], mask=present, other=0)
     return result
 
 
@@ -46,20 +45,24 @@ def number_argument(value: Number, compute: torch.dtype, device: torch.device) -
     """What a kernel takes for a float, a 0-d or a (B,) tensor."""
     if isinstance(value, Tensor):
         if value.device == device:
-            return (value, value.stride(0) if value.dim() else 0)
-        value = value.item()
-    if compute == torch.float64:  # a float argument is a float32 to Triton
-        return (torch.full((), value, dtype=compute, device=device), 0)
-    return (value, None)
+            return value, value.stride(0) if value.dim() else 0
+        value = value.item()  # of the host, which kernels cannot read
+    if compute == torch.float64:  # to Triton, a float is a float32
+        return torch.full((), value, dtype=compute, device=device), 0
+    return value, None
 
 
-def on_device(value: Integer, device: torch.device) -> Integer:
-    """A 0-d tensor of the host, which a kernel on another device cannot read, as an int."""
-    return value if not isinstance(value, Tensor) or value.device == device else int(value.item())
+def integer_argument(value: Integer, device: torch.device) -> tuple[int, tuple[Tensor, int] | None]:
+    """What a kernel takes for an int, a 0-d or a (B,) tensor: a value and a tensor with its stride."""
+    if not isinstance(value, Tensor):
+        return value, None
+    if value.device != device:
+        return int(value.item()), None
+    return 0, (value, value.stride(0) if value.dim() else 0)
 
 
 class Key(NamedTuple):
-    """The integers of a noise key: three values, three tensors, and whether a sample's place is added to its id."""
+    """Three integers, each a value or a tensor, and whether a sample's place is added to its id."""
 
     seed: int
     step: int
@@ -71,14 +74,12 @@ class Key(NamedTuple):
 NO_KEY = Key(0, 0, 0, (None, None, None), False)
 
 
-def make_key(seed: Integer, step: Integer, sample_id: Integer, batch: int, device: torch.device) -> Key:
-    """The key of a batch's noise. One seed per sample leaves nothing for the sample's id to tell apart: it is 0."""
+def make_key(seed: Integer, step: Integer, sample_id: Integer, like: Tensor) -> Key:
+    """The key of the noise of a batch like ``like``. With a seed for each sample, its id is 0."""
+    checks.check_key(seed, step, sample_id, like)
+    counts = not (isinstance(sample_id, Tensor) and sample_id.dim() == 1)
     if isinstance(seed, Tensor) and seed.dim() == 1:
-        sample_id = 0
-        counts = False
-    else:
-        counts = not (isinstance(sample_id, Tensor) and sample_id.dim() == 1)
-    parts = [on_device(value, device) for value in (seed, step, sample_id)]
-    values = [0 if isinstance(part, Tensor) else part for part in parts]
-    tensors = [(x, x.stride(0) if x.dim() else 0) if isinstance(x, Tensor) else None for x in parts]
-    return Key(values[0], values[1], values[2], tuple(tensors), counts)
+        sample_id, counts = 0, False
+    parts = [integer_argument(value, like.device) for value in (seed, step, sample_id)]
+    values = [value for value, _ in parts]
+    return Key(values[0], values[1], values[2], tuple(tensor for _, tensor in parts), counts)

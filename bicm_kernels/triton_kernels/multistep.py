@@ -1,10 +1,11 @@
-"""Sampler updates: one kernel for an affine map of a few tensors plus keyed noise, and the ops that choose its weights."""
+"""Sampler updates: one kernel for an affine map of a few tensors plus keyed noise; ops choose its weights."""
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -12,21 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from bicm_kernels.triton_kernels import checks
-from bicm_kernels.triton_kernels.keys import (
-    NO_KEY,
-    Argument,
-    Integer,
-    Key,
-    Number,
-    make_key,
-    number,
-    number_argument,
-)
+from bicm_kernels.triton_kernels.checks import Integer, Number
+from bicm_kernels.triton_kernels.keys import NO_KEY, Argument, make_key, number, number_argument
 from bicm_kernels.triton_kernels.noise import draw
 from bicm_kernels.triton_kernels.operands import lay_out, load, locate, store
-
-MAX_TERMS = 5
-FORM_TERMS = {"bdia": 3, "bdia_inverse": 3}  # the coefficients of any other form are its weights
 
 
 @triton.jit
@@ -40,32 +30,40 @@ def divide(a, b):
 
 
 @triton.jit
-def weight(k: tl.constexpr, coefficients, sample, present, FORM: tl.constexpr, COMPUTE: tl.constexpr):
-    """Weight k of the map. The order of operations is part of the contract."""
+def numbers(arguments, sample, present, COUNT: tl.constexpr, COMPUTE: tl.constexpr):
+    """Several numbers for each row of a tile."""
+    loaded = ()
+    for k in tl.static_range(COUNT):
+        loaded += (number(arguments[k], sample, present, COMPUTE),)  # type: ignore[assignment]
+    return loaded
+
+
+@triton.jit
+def form_weights(raw, FORM: tl.constexpr):
+    """From coefficients to weights. The order of operations is part of the contract."""
     if FORM == "affine":
-        result = number(coefficients[k], sample, present, COMPUTE)
+        weights = raw
     else:
-        a = number(coefficients[0], sample, present, COMPUTE)
-        b = number(coefficients[1], sample, present, COMPUTE)
-        a_last = number(coefficients[2], sample, present, COMPUTE)
-        b_last = number(coefficients[3], sample, present, COMPUTE)
-        gamma = number(coefficients[4], sample, present, COMPUTE)
-        one = tl.full(sample.shape, 1.0, COMPUTE)
+        a, b, a_last, b_last, gamma = raw[0], raw[1], raw[2], raw[3], raw[4]
         if FORM == "bdia":  # BDIA eq. 24
-            if k == 0:
-                result = gamma
-            elif k == 1:
-                result = a - divide(gamma, a_last)
-            else:
-                result = b + gamma * divide(b_last, a_last)
-        else:  # BDIA eq. 28; a product keeps the sign of zero where Triton's minus may not
-            if k == 0:
-                result = divide(one, gamma)
-            elif k == 1:
-                result = divide(one, a_last) - divide(a, gamma)
-            else:
-                result = (divide(b, gamma) + divide(b_last, a_last)) * -1.0
-    return result
+            weights = (gamma, a - divide(gamma, a_last), b + gamma * divide(b_last, a_last))
+        else:  # BDIA eq. 28; a product keeps the sign of zero, which Triton's minus may not
+            one = tl.full(gamma.shape, 1.0, gamma.dtype)
+            weights = (
+                divide(one, gamma),
+                divide(one, a_last) - divide(a, gamma),
+                (divide(b, gamma) + divide(b_last, a_last)) * -1.0,
+            )
+    return weights
+
+
+@triton.jit
+def fold(tiles, weights, TERMS: tl.constexpr):
+    """The sum of w_k x_k from the left."""
+    y = weights[0] * tiles[0]
+    for k in tl.static_range(1, TERMS):
+        y = y + weights[k] * tiles[k]
+    return y
 
 
 @triton.jit(do_not_specialize=["batch", "blocks", "seed", "step", "sample_id"])
@@ -96,21 +94,22 @@ def multistep(
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
     INDEX: tl.constexpr,
 ):
     """out = sum of w_k x_k, then + x0_weight x0, then + noise_weight n; what is None does not take place."""
     sample, present, first, element, inside = locate(elements, batch, blocks, ROWS, COLUMNS, INDEX)
+    tiles = ()
     for k in tl.static_range(TERMS):
         x = load(inputs[k], sizes, sample, element, inside, COMPUTE)
         if k == TERMS - 1 and conditional is not None:
             cond = load(conditional, sizes, sample, element, inside, COMPUTE)
             x = x + number(guidance_scale, sample, present, COMPUTE) * (cond - x)
-        term = weight(k, coefficients, sample, present, FORM, COMPUTE) * x
-        y = term if k == 0 else y + term
-        if x0 is not None:
-            term = number(x0_coefficients[k], sample, present, COMPUTE) * x
-            denoised = term if k == 0 else denoised + term
+        tiles += (x,)  # type: ignore[assignment]
+    raw = numbers(coefficients, sample, present, TERMS if FORM == "affine" else 5, COMPUTE)
+    y = fold(tiles, form_weights(raw, FORM), TERMS)
     if x0 is not None:
+        denoised = fold(tiles, numbers(x0_coefficients, sample, present, TERMS, COMPUTE), TERMS)
         if clip is not None:
             high = number(clip, sample, present, COMPUTE)
             low = high * -1.0
@@ -118,7 +117,7 @@ def multistep(
         y = y + number(x0_weight, sample, present, COMPUTE) * denoised
     if noise_weight is not None:
         w = number(noise_weight, sample, present, COMPUTE)
-        n = draw(seed, step, sample_id, key_tensors, sample, present, first, True, COUNTS, COLUMNS)
+        n = draw(seed, step, sample_id, key_tensors, sample, present, first, True, COUNTS, COLUMNS, GROUP)
         y = tl.where(w != 0.0, y + w * n.to(COMPUTE), y)
     store(out, sizes, sample, element, inside, y)
     if x0 is not None:
@@ -126,6 +125,14 @@ def multistep(
     if scaled is not None:
         y = number(next_scale, sample, present, COMPUTE) * y
         store(scaled, sizes, sample, element, inside, y)
+
+
+def terms_of(form: str, coefficients: Sequence[Number]) -> int:
+    """How many tensors are weighted."""
+    if form == "affine":
+        return len(coefficients)
+    checks.require(len(coefficients) == 5, "expected a, b, a_last, b_last and gamma")
+    return 3
 
 
 def launch_multistep(
@@ -142,11 +149,16 @@ def launch_multistep(
     clip: Number | None = None,
     next_scale: Number | None = None,
 ) -> None:
-    """Write the step's results to `outs`: (out,), (out, x0) or (out, x0, next). A tensor more than terms is eps_cond."""
+    """Write a step's results to `outs`: (out,), (out, x0) or (out, x0, next).
+
+    A tensor more than there are terms is eps_cond, the partner of the one before it.
+    """
     first = tensors[0]
     device = first.device
-    terms = FORM_TERMS.get(form, len(coefficients))
+    terms = terms_of(form, coefficients)
     guided = len(tensors) == terms + 1
+    checks.check_states(tensors, terms)
+    checks.require(not guided or guidance_scale is not None, "a pair of predictions needs a guidance scale")
     float64 = any(x.dtype == torch.float64 for x in tensors)
     compute = torch.float64 if float64 else torch.float32
     per_sample = key is not None
@@ -189,3 +201,102 @@ def launch_multistep(
         COMPUTE=tl.float64 if float64 else tl.float32,
         **arguments,
     )
+
+
+FORMS = {
+    "affine_step": "affine",
+    "ddim_step": "affine",
+    "bdia_step": "bdia",
+    "bdia_inverse_step": "bdia_inverse",
+}
+
+
+def noise_arguments(
+    noise_weight: Number | None = None,
+    seed: Integer | None = None,
+    step: Integer | None = None,
+    sample_id: Integer | None = None,
+) -> dict[str, Any]:
+    """The noise that a schema's last arguments ask for; a weight that is the number 0 asks for none."""
+    if seed is None or (isinstance(noise_weight, float) and noise_weight == 0.0):
+        return {}
+    incomplete = noise_weight is None or step is None or sample_id is None
+    checks.require(not incomplete, "incomplete noise key")
+    return {"noise_weight": noise_weight, "key": (seed, step, sample_id)}
+
+
+def form_step(form: str) -> tuple[Callable[..., Tensor], Callable[..., None]]:
+    """An op that returns its result and one that writes it, for numbers and for tensors alike."""
+
+    def returning(
+        tensors: list[Tensor], coefficients: list[Number], guidance_scale: Number | None, *noise: Any
+    ) -> Tensor:
+        out = torch.empty_like(tensors[0])
+        launch_multistep((out,), tensors, coefficients, guidance_scale, form=form, **noise_arguments(*noise))
+        return out
+
+    def writing(
+        tensors: list[Tensor],
+        coefficients: list[Number],
+        guidance_scale: Number | None,
+        *noise: Any,
+        out: Tensor,
+    ) -> None:
+        checks.check_outputs((out,), tensors)
+        launch_multistep((out,), tensors, coefficients, guidance_scale, form=form, **noise_arguments(*noise))
+
+    return returning, writing
+
+
+def launch_denoised(
+    outs: Sequence[Tensor],
+    tensors: list[Tensor],
+    x0_weights: list[Number],
+    weights: list[Number],
+    guidance_scale: Number | None,
+    x0_weight: Number | None,
+    clip: Number | None,
+    noise_weight: Number | None,
+    next_scale: Number | None,
+    *key: Any,
+) -> None:
+    checks.require(len(x0_weights) == len(weights), "as many x0_weights as weights")
+    launch_multistep(
+        outs,
+        tensors,
+        weights,
+        guidance_scale,
+        x0_coefficients=x0_weights,
+        x0_weight=0.0 if x0_weight is None else x0_weight,
+        clip=clip,
+        next_scale=next_scale,
+        **noise_arguments(noise_weight, *key),
+    )
+
+
+def denoised_step(tensors: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The update, the denoised sample, and the next evaluation's input or an empty tensor."""
+    first = tensors[0]
+    outs = [torch.empty_like(first) for _ in range(2 if arguments[6] is None else 3)]
+    launch_denoised(outs, tensors, *arguments)
+    return outs[0], outs[1], outs[2] if len(outs) > 2 else first.new_empty((0,))
+
+
+def denoised_step_out(tensors: list[Tensor], *arguments: Any, **outputs: Tensor) -> None:
+    """The same into tensors that the caller gives: out, x0 and next."""
+    outs = [outputs[name] for name in ("out", "x0", "next")[: 2 if arguments[6] is None else 3]]
+    checks.check_outputs(outs, tensors)
+    launch_denoised(outs, tensors, *arguments)
+
+
+def implementations() -> dict[str, Callable[..., Any]]:
+    """Every overload of the family by the name of its schema."""
+    table: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+        name: form_step(form) for name, form in FORMS.items()
+    }
+    table["denoised_step"] = (denoised_step, denoised_step_out)
+    found: dict[str, Callable[..., Any]] = {}
+    for name, (returning, writing) in table.items():
+        found |= {name: returning, f"{name}.tensor": returning}
+        found |= {f"{name}.out": writing, f"{name}.tensor_out": writing}
+    return found

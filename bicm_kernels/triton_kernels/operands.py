@@ -1,10 +1,10 @@
-"""What a kernel is told of its tensors: a batch of samples, each a row-major index space that strides map to memory.
+"""What a kernel is told of its tensors: B samples, each a row-major index space that strides map to memory.
 
-A kernel works on tiles of ROWS samples by COLUMNS elements. An operand is (tensor, batch_stride, strides); `strides` is
-empty where the elements of a sample are adjacent and in order, which is the path with 128-bit accesses.
+A kernel works on tiles of ROWS samples by COLUMNS elements. An operand is (tensor, batch_stride, strides);
+`strides` is empty where a sample's elements are adjacent and in order: the path with 128-bit accesses.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from torch import Tensor
 
 Operand = tuple[Tensor, int, tuple[int, ...]]
 
-TILE = 1024  # elements of a program: eight for each of its 128 threads
+WARPS = 4 if torch.version.hip is None else 2  # 128 threads
+TILE = 1024  # elements of a program: eight for each thread
 WIDE = 2**31 - 2 * TILE  # from here on, an element's index needs 64 bits
 
 
 @triton.jit
 def locate(elements, batch, blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INDEX: tl.constexpr):
-    """The tile's samples (ROWS, 1), its first element, all its elements (1, COLUMNS), and which of them exist."""
+    """The tile's samples (ROWS, 1), which exist; its first and all its elements (1, COLUMNS), which exist."""
     tile = tl.program_id(0)
     sample = (tile // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     first = (tile % blocks).to(INDEX) * COLUMNS
@@ -83,12 +84,12 @@ class Layout:
 
     def launch(self, kernel: Any, **arguments: object) -> None:
         """Run a kernel over the tiles."""
-        columns = min(TILE, max(4, triton.next_power_of_2(self.elements)))
+        if not self.batch * self.elements:
+            return
+        columns = min(TILE, max(8, triton.next_power_of_2(self.elements)))
         rows = min(TILE // columns, triton.next_power_of_2(self.batch))
         blocks = -(-self.elements // columns)
         tiles = -(-self.batch // rows) * blocks
-        if tiles == 0:
-            return
         with device_of(self.operands[0][0]):
             kernel[(tiles,)](
                 sizes=self.sizes,
@@ -97,16 +98,20 @@ class Layout:
                 blocks=blocks,
                 ROWS=rows,
                 COLUMNS=columns,
+                GROUP=8 if any(x.element_size() == 2 for x, _, _ in self.operands) else 4,
                 INDEX=tl.int32 if self.elements < WIDE else tl.int64,
-                num_warps=4,
+                num_warps=WARPS,
                 enable_fp_fusion=False,
                 **arguments,
             )
 
 
 def lay_out(tensors: Sequence[Tensor], *, per_sample: bool, in_order: bool) -> Layout:
-    """Merge what can be merged. Samples stay apart where something differs `per_sample`; where elements need not be
-    visited `in_order` of their logical index, memory order is as good."""
+    """Merge what can be merged.
+
+    Samples stay apart where something differs `per_sample`. Where elements need not be visited `in_order` of
+    their logical index, memory order is as good.
+    """
     first = tensors[0]
     shape, count = first.shape, first.numel()
     batch = shape[0] if per_sample else 1

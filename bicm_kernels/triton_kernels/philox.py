@@ -1,10 +1,10 @@
 """Philox4x32-10 and the numbers made of its bits: csrc/core/philox.h and normal.h in Triton.
 
-Noise is the same bits on every backend, so these are exactly that header's float32 operations in its order; a launch
-must switch contraction of multiply and add off.
+Noise is the same bits on every backend, so these are exactly those headers' float32 operations in order. A
+launch must switch contraction of multiply and add off.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 

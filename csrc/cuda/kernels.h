@@ -17,5 +17,8 @@ namespace cuda {
 cudaError_t noise(const Noise& problem, cudaStream_t stream);
 cudaError_t multistep(const Multistep& problem, cudaStream_t stream);
 
+// out[i] = the seed for another purpose, from seed i and data i.
+cudaError_t fold_in(const Integer& seed, const Integer& data, int64_t* out, int64_t count, cudaStream_t stream);
+
 }  // namespace cuda
 }  // namespace bicm

@@ -1,6 +1,5 @@
-// The keyed noise itself: a thread draws whole quads and stores them once.
-#include "../core/noise.h"
-
+// The keyed noise itself: every thread draws its group and stores it once.
+#include "draw.h"
 #include "kernels.h"
 #include "strided.h"
 
@@ -8,34 +7,40 @@ namespace bicm {
 namespace cuda {
 namespace {
 
-template <class Access, Distribution D>
+template <class Memory, Distribution D>
 __global__ void __launch_bounds__(kThreads) noise_kernel(const __grid_constant__ Noise problem, bool aligned) {
-  using C = typename Access::Compute;
-  constexpr int G = Access::kGroup;
+  using C = typename Memory::Compute;
+  constexpr int G = Memory::kGroup;
   const Layout& layout = problem.layout;
   for (int64_t sample = blockIdx.y; sample < layout.batch; sample += gridDim.y) {
     const SampleKey key = sample_key(problem.key, sample);
     for (int64_t begin = first_group() * G; begin < layout.elements; begin += group_stride() * G) {
+      float drawn[G];
+      draw<D, G>(key, begin, drawn);
       C values[G];
-      for (int i = 0; i < G; i += 4) {
-        float drawn[4];
-        numbers_from_bits<D>(random_quad(key, (begin + i) / 4), drawn);
-        for (int lane = 0; lane < 4; ++lane) values[i + lane] = static_cast<C>(drawn[lane]);
-      }
-      Access::store(layout, problem.out, Access::at(layout, sample, begin, aligned), values);
+      BICM_UNROLL(8)
+      for (int i = 0; i < G; ++i) values[i] = static_cast<C>(drawn[i]);
+      Memory::store(layout, problem.out, Memory::at(layout, sample, begin, aligned), values);
     }
   }
 }
 
-template <class Access>
+template <class Memory>
 cudaError_t run(const Noise& problem, cudaStream_t stream) {
   Grid grid;
-  const cudaError_t error = plan(problem.layout, Access::kGroup, grid);
+  const cudaError_t error = plan(problem.layout, Memory::kGroup, grid);
   if (error != cudaSuccess) return error;
   const bool aligned = access_aligned(problem.layout, problem.out);
   const bool normal = problem.distribution == Distribution::normal;
-  return launch(normal ? noise_kernel<Access, Distribution::normal> : noise_kernel<Access, Distribution::uniform>, grid,
+  return launch(normal ? noise_kernel<Memory, Distribution::normal> : noise_kernel<Memory, Distribution::uniform>, grid,
                 stream, problem, aligned);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    fold_in_kernel(const __grid_constant__ Integer seed, const __grid_constant__ Integer data, int64_t* out, int64_t count) {
+  for (int64_t i = first_group(); i < count; i += group_stride()) {
+    out[i] = bicm::fold_in(load_integer(seed, i), load_integer(data, i));
+  }
 }
 
 }  // namespace
@@ -49,6 +54,16 @@ cudaError_t noise(const Noise& problem, cudaStream_t stream) {
     case DType::float32: return run<Packed<float>>(problem, stream);
     default: return run<Packed<double>>(problem, stream);
   }
+}
+
+cudaError_t fold_in(const Integer& seed, const Integer& data, int64_t* out, int64_t count, cudaStream_t stream) {
+  if (count == 0) return cudaSuccess;
+  Layout layout = {};
+  layout.batch = 1;
+  layout.elements = count;
+  Grid grid;
+  const cudaError_t error = plan(layout, 1, grid);
+  return error != cudaSuccess ? error : launch(fold_in_kernel, grid, stream, seed, data, out, count);
 }
 
 }  // namespace cuda

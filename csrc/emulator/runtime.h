@@ -21,14 +21,16 @@ inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 namespace bicm {
 namespace emulator {
 
-// The device that is imitated. A test may force the grid (zero: as planned), run blocks and threads backwards, or let
-// every call of the runtime fail.
+// The device that is imitated. A test may force the grid (zero: as planned), run only some of the blocks along x (from
+// 0 until 0: all), run blocks and threads backwards, or let every call of the runtime fail.
 struct Device {
   int processors = 2;
   unsigned x = 0, y = 0, threads = 0;
-  bool backwards = false;
-  cudaError_t error = cudaSuccess;
+  unsigned from_block = 0, until_block = 0;
+  bool backwards = false, fails = false;
   int64_t launches = 0;
+
+  cudaError_t error() const { return fails ? cudaErrorNoDevice : cudaSuccess; }
 };
 
 inline Device device;
@@ -42,7 +44,7 @@ namespace cuda {
 template <class Grid, class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Grid& planned, cudaStream_t, const Arguments&... arguments) {
   emulator::Device& device = emulator::device;
-  if (device.error != cudaSuccess) return device.error;
+  if (device.fails) return device.error();
   const unsigned x = device.x ? device.x : planned.x;
   const unsigned y = device.y ? device.y : planned.y;
   const unsigned threads = device.threads ? device.threads : planned.threads;
@@ -51,9 +53,10 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& planned, cudaStrea
   ++device.launches;
   gridDim = {x, y, 1};
   blockDim = {threads, 1, 1};
+  const unsigned until = device.until_block ? device.until_block : x;
   for (unsigned j = 0; j < y; ++j) {
-    for (unsigned i = 0; i < x; ++i) {
-      blockIdx = {emulator::place(i, x), emulator::place(j, y), 0};
+    for (unsigned i = device.from_block; i < until; ++i) {
+      blockIdx = {device.until_block ? i : emulator::place(i, x), emulator::place(j, y), 0};
       for (unsigned thread = 0; thread < threads; ++thread) {
         threadIdx = {emulator::place(thread, threads), 0, 0};
         kernel(arguments...);
@@ -68,10 +71,10 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& planned, cudaStrea
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
-  return bicm::emulator::device.error;
+  return bicm::emulator::device.error();
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = bicm::emulator::device.processors;
-  return bicm::emulator::device.error;
+  return bicm::emulator::device.error();
 }

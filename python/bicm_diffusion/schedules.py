@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,10 +13,12 @@ BETA_MIN = 0.1
 BETA_MAX = 20.0
 
 
-def vp_alpha_sigma(times: Tensor, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX) -> tuple[Tensor, Tensor]:
-    """Return alpha(t) and sigma(t) of the linear-beta variance-preserving process, so that z = alpha·x + sigma·n.
+def vp_alpha_sigma(
+    times: Tensor, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX
+) -> tuple[Tensor, Tensor]:
+    """Return alpha(t) and sigma(t) of the linear-beta variance-preserving process z = alpha·x + sigma·n.
 
-    times: any shape, floating, in [0, 1] (0 = data); the results have its shape and dtype, and alpha² + sigma² = 1.
+    times: any shape, in [0, 1], 0 = data; the results have its shape and dtype. alpha² + sigma² is 1.
     Equation: ln alpha(t) = -(beta_max - beta_min)·t²/4 - beta_min·t/2, the limit of DDPM's 1000 linear betas.
 
     >>> alpha, sigma = vp_alpha_sigma(torch.tensor([0.0, 1.0], dtype=torch.float64))
@@ -28,11 +31,12 @@ def vp_alpha_sigma(times: Tensor, *, beta_min: float = BETA_MIN, beta_max: float
 
 @dataclass(frozen=True)
 class Schedule:
-    """A sampling grid i = 0 (data) … N (noisiest) with alpha_i, sigma_i and the DDIM coefficients of BDIA eq. 6.
+    """A sampling grid i = 0 (data) … N (noisiest): alpha_i, sigma_i and the coefficients of BDIA eq. 6.
 
-    times: what the model is told at index i; alpha, sigma: z_i = alpha_i·x + sigma_i·n. Each holds N + 1 floats, N ≥ 1.
-    a[i] = alpha_{i-1}/alpha_i and b[i] = sigma_{i-1} - sigma_i·a[i], for i = 1 … N; no step leaves index 0, so a[0] and
-    b[0] are NaN. Raises ValueError unless the lengths agree, alpha > 0, sigma ≥ 0 and sigma/alpha grows with i.
+    times: what the model is told at index i; alpha, sigma: z_i = alpha_i·x + sigma_i·n. Each holds N + 1
+    floats, N ≥ 1. a[i] = alpha_{i-1}/alpha_i and b[i] = sigma_{i-1} - sigma_i·a[i] for i = 1 … N; no step
+    leaves index 0, so a[0] and b[0] are NaN.
+    Raises ValueError unless the lengths agree, alpha > 0, sigma ≥ 0 and sigma/alpha grows with i.
 
     >>> schedule = Schedule(times=(0.0, 1.0), alpha=(1.0, 0.6), sigma=(0.0, 0.8))
     >>> schedule.steps, round(schedule.a[1], 3), round(schedule.b[1], 3)
@@ -67,7 +71,7 @@ def _check_levels(alpha: tuple[float, ...], sigma: tuple[float, ...]) -> None:
         if bad or not all(map(math.isfinite, values)):
             raise ValueError(f"{name}: expected finite values, alpha > 0 and sigma >= 0, got {values}")
     ratio = [s / r for s, r in zip(sigma, alpha, strict=True)]
-    if any(high <= low for low, high in zip(ratio, ratio[1:])):
+    if any(high <= low for low, high in pairwise(ratio)):
         raise ValueError(f"sigma: sigma/alpha must grow with the index, got {ratio}")
 
 
@@ -78,9 +82,9 @@ def vp_schedule(
     beta_min: float = BETA_MIN,
     beta_max: float = BETA_MAX,
 ) -> Schedule:
-    """Return the linear-beta variance-preserving schedule with uniform times from final_time (index 0) to 1 (index N).
+    """Return the linear-beta variance-preserving schedule on uniform times from final_time to 1.
 
-    steps: N ≥ 1. final_time in [0, 1): 0 ends on clean data (sigma_0 = 0). All tables are float64.
+    steps: N ≥ 1. final_time in [0, 1) is index 0; 0 ends on clean data, sigma_0 = 0. All tables are float64.
     Raises ValueError for a value out of range.
 
     >>> schedule = vp_schedule(50)

@@ -1,1 +1,1 @@
-"""A worked example on real data: a small noise predictor for scikit-learn's handwritten digits, trained and inverted."""
+"""A worked example on real data: a small noise predictor for scikit-learn's handwritten digits."""

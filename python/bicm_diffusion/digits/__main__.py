@@ -26,13 +26,34 @@ def main() -> None:
 @main.command("train-denoiser")
 @click.option("--steps", default=RUN.steps, type=click.IntRange(1), help="Optimizer steps.")
 @click.option("--batch-size", default=RUN.batch_size, type=click.IntRange(1, 1500), help="Images per step.")
-@click.option("--learning-rate", default=RUN.learning_rate, help="Peak learning rate of AdamW (cosine decay).")
-@click.option("--ema", default=RUN.ema, type=click.FloatRange(0, 1, max_open=True), help="Decay of the averaged weights.")
-@click.option("--dropout", default=NET.dropout, type=click.FloatRange(0, 1, max_open=True), help="Dropout in the network.")
-@click.option("--channels", default=(NET.fine_channels, NET.coarse_channels), type=(int, int), help="Widths at 8×8 and 4×4.")
+@click.option(
+    "--learning-rate", default=RUN.learning_rate, help="Peak learning rate of AdamW (cosine decay)."
+)
+@click.option(
+    "--ema",
+    default=RUN.ema,
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Decay of the averaged weights.",
+)
+@click.option(
+    "--dropout",
+    default=NET.dropout,
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Dropout in the network.",
+)
+@click.option(
+    "--channels",
+    default=(NET.fine_channels, NET.coarse_channels),
+    type=(int, int),
+    help="Widths at 8×8 and 4×4.",
+)
 @click.option("--seed", default=RUN.seed, help="Seed of everything random in the run.")
-@click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads; another number may round differently.")
-@click.option("--output", default=WEIGHTS, type=click.Path(dir_okay=False, path_type=Path), help="Weights to write.")
+@click.option(
+    "--threads", default=1, type=click.IntRange(1), help="CPU threads; another number may round differently."
+)
+@click.option(
+    "--output", default=WEIGHTS, type=click.Path(dir_okay=False, path_type=Path), help="Weights to write."
+)
 @click.option(
     "--checkpoint",
     default=Path("build/digits/checkpoint.pt"),
@@ -57,11 +78,13 @@ def train_denoiser(
 ) -> None:
     """Train the noise predictor by denoising score matching and write its averaged weights.
 
-    The run is a function of its options: killed at any moment and started again with the same options, it ends with the
-    same bits.
+    The run is a function of its options: killed at any moment and started again with the same options, it
+    ends with the same bits.
     """
     torch.set_num_threads(threads)
-    config = TrainingConfig(seed=seed, steps=steps, batch_size=batch_size, learning_rate=learning_rate, ema=ema)
+    config = TrainingConfig(
+        seed=seed, steps=steps, batch_size=batch_size, learning_rate=learning_rate, ema=ema
+    )
     network = NetworkConfig(fine_channels=channels[0], coarse_channels=channels[1], dropout=dropout)
     if restart:
         checkpoint.unlink(missing_ok=True)
@@ -70,7 +93,10 @@ def train_denoiser(
     except ValueError as error:
         raise click.ClickException(f"{error}; use --restart or another --checkpoint") from error
     split = load_split()
-    losses = {name: evaluate(state.average, part) for name, part in (("train", split.train), ("held_out", split.held_out))}
+    losses = {
+        name: evaluate(state.average, part)
+        for name, part in (("train", split.train), ("held_out", split.held_out))
+    }
     notes = {
         "command": command_line(sys.argv[1:]),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
@@ -86,8 +112,15 @@ def train_denoiser(
 
 
 @main.command()
-@click.option("--output", default=Path("demo.png"), type=click.Path(dir_okay=False, path_type=Path), help="Picture to write.")
-@click.option("--weights", default=WEIGHTS, type=click.Path(dir_okay=False, path_type=Path), help="Weights to load.")
+@click.option(
+    "--output",
+    default=Path("demo.png"),
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Picture to write.",
+)
+@click.option(
+    "--weights", default=WEIGHTS, type=click.Path(dir_okay=False, path_type=Path), help="Weights to load."
+)
 @click.option("--steps", default=50, type=click.IntRange(2), help="Steps between data and noise.")
 @click.option("--seed", default=0, help="Seed of the noise that samples start from.")
 def demo(output: Path, weights: Path, steps: int, seed: int) -> None:

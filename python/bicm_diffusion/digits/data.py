@@ -42,7 +42,9 @@ def load_split() -> Split:
     train, held_out = train_test_split(order, test_size=HELD_OUT, random_state=0, stratify=raw.target)
     images = torch.from_numpy(raw.images).float().reshape(-1, 1, SIDE, SIDE) / 8 - 1  # stored as 0 … 16
     labels = torch.from_numpy(raw.target).long()
-    train_part, held_out_part = (Digits(images[torch.from_numpy(i)], labels[torch.from_numpy(i)]) for i in (train, held_out))
+    train_part, held_out_part = (
+        Digits(images[torch.from_numpy(i)], labels[torch.from_numpy(i)]) for i in (train, held_out)
+    )
     return Split(train_part, held_out_part)
 
 

@@ -16,7 +16,7 @@ NO_LABEL = CLASSES
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Widths of the network: channels at 8×8 and at 4×4, and of the embedding; residual blocks per resolution; dropout."""
+    """Channels at 8×8 and at 4×4, width of the embedding, residual blocks per resolution, dropout."""
 
     fine_channels: int = 48
     coarse_channels: int = 80
@@ -27,7 +27,7 @@ class NetworkConfig:
 
 
 class Embedding(nn.Module):
-    """The sum of a time embedding and a class embedding: times (B,) in [0, 1], labels (B,) in [0, 10] -> (B, width)."""
+    """A time embedding plus a class embedding: times (B,) in [0, 1], labels (B,) -> (B, width)."""
 
     frequencies: Tensor
 
@@ -45,7 +45,7 @@ class Embedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions around a shortcut, the embedding entering as scale and shift of the second norm."""
+    """Two 3×3 convolutions beside a shortcut; the embedding scales and shifts the second norm."""
 
     def __init__(self, inputs: int, outputs: int, config: NetworkConfig) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Attention(nn.Module):
 class Denoiser(nn.Module):
     """Predict the noise of z: z (B, 1, 8, 8), times (B,) in [0, 1], labels (B,) in [0, 10] -> (B, 1, 8, 8).
 
-    Label 10 (`NO_LABEL`) means no label. The network computes and answers in its parameters' dtype, whatever z's is.
+    Label 10 (`NO_LABEL`) means no label. Computes and answers in the parameters' dtype, whatever z's is.
 
     >>> Denoiser()(torch.zeros(2, 1, 8, 8), torch.ones(2), torch.tensor([3, NO_LABEL])).shape
     torch.Size([2, 1, 8, 8])
@@ -125,13 +125,8 @@ class Denoiser(nn.Module):
         return self.head(functional.silu(self.norm(h)))
 
 
-def with_guidance(network: nn.Module) -> GuidedModel:
-    """Return a model for the samplers that answers (eps_uncond, eps_cond), both from one evaluation of a doubled batch."""
-    return GuidedModel(network)
-
-
 class GuidedModel:
-    """A denoiser evaluated without and with its labels."""
+    """A denoiser for guided samplers: (eps_uncond, eps_cond) from one evaluation of a doubled batch."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bicm_kernels import add_noise, fold_in, normal, uniform
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from bicm_diffusion.digits.data import Digits, load_split
 from bicm_diffusion.digits.network import NO_LABEL, Denoiser, NetworkConfig
 from bicm_diffusion.schedules import vp_alpha_sigma
+from bicm_kernels import add_noise, fold_in, normal, uniform
 
 REPORT_EVERY = 1000
 WEIGHTS = Path(__file__).parent / "weights" / "denoiser.safetensors"
@@ -29,7 +29,7 @@ ORDER, TIMES, LABEL_DROP, INITIAL, DROPOUT, EVALUATION = range(1, 7)
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Everything that a run depends on beside the network's widths: two runs with equal configurations give equal bits."""
+    """What a run depends on beside the network: runs with equal configurations give equal bits."""
 
     seed: int = 0
     steps: int = 8_000
@@ -65,7 +65,7 @@ def start(config: TrainingConfig, network: NetworkConfig) -> TrainingState:
 
 
 def train_step(state: TrainingState, config: TrainingConfig, data: Digits) -> float:
-    """Advance the state by one step and return the loss: mean |eps(alpha·x + sigma·n, t) - n|² over the batch."""
+    """Advance the state by one step and return its loss, mean |eps(alpha·x + sigma·n, t) - n|²."""
     step = state.step
     # Dropout draws from torch's own generator: seeding it per step keeps the run a function of (seed, step).
     torch.manual_seed(fold_in(fold_in(config.seed, DROPOUT), step))
@@ -75,8 +75,10 @@ def train_step(state: TrainingState, config: TrainingConfig, data: Digits) -> fl
     state.optimizer.zero_grad(set_to_none=True)
     chosen = batch_indices(step, len(data.images), config)
     labels = dropped_labels(data.labels[chosen], step, config)
-    loss = denoising_loss(state.network, data.images[chosen], labels, stratified_times(step, config), config.seed, step)
-    loss.backward()
+    loss = denoising_loss(
+        state.network, data.images[chosen], labels, stratified_times(step, config), config.seed, step
+    )
+    torch.autograd.backward(loss)
     torch.nn.utils.clip_grad_norm_(state.network.parameters(), 1.0)
     state.optimizer.step()
     state.step = step + 1
@@ -84,8 +86,10 @@ def train_step(state: TrainingState, config: TrainingConfig, data: Digits) -> fl
     return loss.item()
 
 
-def denoising_loss(network: Denoiser, x: Tensor, labels: Tensor, times: Tensor, seed: int, step: int) -> Tensor:
-    """Return mean |eps(alpha·x + sigma·n, t) - n|²; n is the keyed noise of (seed, place in the batch, step)."""
+def denoising_loss(
+    network: Denoiser, x: Tensor, labels: Tensor, times: Tensor, seed: int, step: int
+) -> Tensor:
+    """Return mean |eps(alpha·x + sigma·n, t) - n|², n keyed by (seed, place in the batch, step)."""
     alpha, sigma = vp_alpha_sigma(times)
     z = add_noise(x, sigma, scale=alpha, seed=seed, step=step)
     noise = normal(x.shape, seed=seed, step=step, dtype=x.dtype)
@@ -93,7 +97,7 @@ def denoising_loss(network: Denoiser, x: Tensor, labels: Tensor, times: Tensor, 
 
 
 def batch_indices(step: int, count: int, config: TrainingConfig) -> Tensor:
-    """Return the images of this step: every epoch is one keyed permutation, its incomplete last batch left out."""
+    """Return the images of this step: an epoch is a keyed permutation less its incomplete last batch."""
     per_epoch = max(1, count // config.batch_size)
     keys = uniform((count,), seed=fold_in(config.seed, ORDER), step=step // per_epoch)
     first = step % per_epoch * config.batch_size
@@ -101,7 +105,7 @@ def batch_indices(step: int, count: int, config: TrainingConfig) -> Tensor:
 
 
 def stratified_times(step: int, config: TrainingConfig) -> Tensor:
-    """Return (B,) float64 times in (0, 1], one in every B-th of the interval, which evens out the loss between steps."""
+    """Return (B,) float64 times in (0, 1], one in every B-th of it, for a loss that varies less."""
     count = config.batch_size
     jitter = uniform((count,), seed=fold_in(config.seed, TIMES), step=step, dtype=torch.float64)
     return (torch.arange(count, dtype=torch.float64) + jitter) / count
@@ -114,21 +118,28 @@ def dropped_labels(labels: Tensor, step: int, config: TrainingConfig) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(network: Denoiser, data: Digits, *, repeats: int = 20) -> float:
-    """Return the denoising loss over data with labels, over `repeats` noises and evenly spread times; deterministic."""
+def evaluate(network: Denoiser, data: Digits, *, repeats: int = 10) -> float:
+    """Return the loss over data with their labels, `repeats` noises and evenly spread times each."""
     network.eval()
     count = len(data.images)
-    # An odd stride spreads the times of one image over the interval, whatever the number of repeats.
+    # Steps of the golden ratio spread the times of one image, and of all, over the interval.
     grid = (torch.arange(count * repeats, dtype=torch.float64) * 0.618033988749895 + 0.5) % 1.0
     losses = [
-        denoising_loss(network, data.images, data.labels, grid[k * count : (k + 1) * count], EVALUATION, k).item()
+        denoising_loss(
+            network, data.images, data.labels, grid[k * count : (k + 1) * count], EVALUATION, k
+        ).item()
         for k in range(repeats)
     ]
     return math.fsum(losses) / repeats
 
 
 def train(
-    config: TrainingConfig, network: NetworkConfig, *, checkpoint: Path, checkpoint_every: int, progress: bool = True
+    config: TrainingConfig,
+    network: NetworkConfig,
+    *,
+    checkpoint: Path,
+    checkpoint_every: int,
+    progress: bool = True,
 ) -> TrainingState:
     """Run to `config.steps`, going on from the checkpoint where there is one, and return the last state.
 
@@ -147,12 +158,13 @@ def train(
             if state.step % checkpoint_every == 0 or state.step == config.steps:
                 save_checkpoint(checkpoint, state, config)
             if state.step % REPORT_EVERY == 0:
-                bar.write(f"step {state.step}: loss on held-out images {evaluate(state.average, split.held_out):.4f}")
+                held_out = evaluate(state.average, split.held_out)
+                bar.write(f"step {state.step}: loss on held-out images {held_out:.4f}")
     return state
 
 
 def save_checkpoint(path: Path, state: TrainingState, config: TrainingConfig) -> None:
-    """Write the whole state; a kill at any moment leaves the former file or the new one, never a part of one."""
+    """Write the whole state; a kill at any moment leaves the former file or the new one, whole."""
     content = {
         "step": state.step,
         "config": asdict(config),
@@ -171,7 +183,7 @@ def save_checkpoint(path: Path, state: TrainingState, config: TrainingConfig) ->
 
 
 def resume(path: Path, config: TrainingConfig, network: NetworkConfig) -> TrainingState:
-    """Return the state that `save_checkpoint` wrote; raises ValueError where its configuration is another one."""
+    """Return the state that `save_checkpoint` wrote; raises ValueError for another configuration."""
     content: dict[str, Any] = torch.load(path, weights_only=True)
     for name, wanted in (("config", asdict(config)), ("network_config", asdict(network))):
         if content[name] != wanted:

@@ -1,0 +1,1 @@
+"""Ours against eager PyTorch, ``torch.compile`` and the bandwidth that a copy reaches, in one run."""

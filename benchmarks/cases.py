@@ -1,0 +1,93 @@
+"""What a benchmark compares: one op of ours and the PyTorch that people write in its place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import bicm_kernels as bk
+
+Shape = tuple[int, ...]
+Results = Tensor | tuple[Tensor | None, ...]
+
+SAMPLE: Shape = (3, 32, 32)
+SEED = 1
+
+#: The error allowed, relative to the largest value: eager PyTorch rounds every intermediate result.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the comparison: ``ours`` and ``eager`` take the same tensors and the same Python numbers.
+
+    ``reads`` and ``writes`` count the full tensors that any implementation has to read and write. Where
+    ``noise`` is "added", ``eager`` takes the noise's function as ``draw``; where it is "alone", nothing but
+    noise is returned.
+    """
+
+    name: str
+    ours: Callable[..., Results]
+    eager: Callable[..., Results]
+    tensors: int
+    reads: int
+    writes: int
+    coefficients: Mapping[str, Any] = field(default_factory=dict)
+    noise: Literal["none", "added", "alone"] = "none"
+
+    def least_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        """Bytes that have to be read and written at least."""
+        return (self.reads + self.writes) * math.prod(shape) * dtype.itemsize
+
+    def inputs(self, shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+        """Seeded standard normal tensors."""
+        generator = torch.Generator().manual_seed(SEED)
+        return [
+            torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+            for _ in range(self.tensors)
+        ]
+
+    def error(self, shape: Shape, dtype: torch.dtype, device: str = "cpu") -> float:
+        """How far ours and eager are apart, in units of what rounding, or chance for noise alone, allows."""
+        inputs = self.inputs(shape, dtype, device)
+        extra = {"draw": keyed_noise} if self.noise == "added" else {}
+        ours = opened(self.ours(*inputs, **self.coefficients))
+        eager = opened(self.eager(*inputs, **self.coefficients, **extra))
+        distance = moments_apart if self.noise == "alone" else values_apart
+        return max(distance(x, y) for x, y in zip(ours, eager, strict=True))
+
+
+def shape_of(elements: int) -> Shape:
+    """The batch of 3x32x32 images with so many elements."""
+    batch, rest = divmod(elements, math.prod(SAMPLE))
+    if rest or batch < 1:
+        raise ValueError(f"elements must be a multiple of {math.prod(SAMPLE)}, got {elements}")
+    return (batch, *SAMPLE)
+
+
+def keyed_noise(x: Tensor) -> Tensor:
+    """The noise that every case of ours draws, so that eager code can be given the same."""
+    return bk.normal(x.shape, seed=SEED, dtype=x.dtype, device=x.device)
+
+
+def opened(results: Results) -> tuple[Tensor, ...]:
+    """The tensors among the results as a tuple, however many."""
+    return (results,) if isinstance(results, Tensor) else tuple(x for x in results if x is not None)
+
+
+def values_apart(x: Tensor, y: Tensor) -> float:
+    """The largest difference relative to the largest value, in units of the tolerance."""
+    largest = y.double().abs().max()
+    return float((x.double() - y.double()).abs().max() / largest) / TOLERANCE[y.dtype]
+
+
+def moments_apart(x: Tensor, y: Tensor) -> float:
+    """The larger difference of mean and standard deviation, in units of eight standard errors."""
+    x, y = x.double(), y.double()
+    allowed = 8 / math.sqrt(x.numel())
+    return max(float((x.mean() - y.mean()).abs()), float((x.std() - y.std()).abs())) / allowed

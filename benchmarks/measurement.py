@@ -1,0 +1,132 @@
+"""One case at one size: ours, eager, ``torch.compile`` and a copy of as many bytes, measured in turns."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case, Results, Shape
+from benchmarks.timing import CLOCKS, Call, Effort, Sampler, Timing, interleave
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of a case, and what could not be."""
+
+    family: str
+    case: str
+    device: str
+    threads: int
+    clock: str
+    dtype: str
+    shape: Shape
+    least_bytes: int
+    times: dict[str, Timing]
+    failures: dict[str, str]
+    #: The part of the time in which this process had its processor; None for several threads or a GPU.
+    processor_share: float | None
+
+    @property
+    def elements(self) -> int:
+        """Elements of one tensor."""
+        return math.prod(self.shape)
+
+    def ratio(self, other: str) -> float | None:
+        """How many times as long as ours another takes; for "copy", the part of the bound that is reached."""
+        return self.times[other].median / self.times["ours"].median if other in self.times else None
+
+    def bandwidth(self, name: str = "ours") -> float | None:
+        """Bytes that have to be moved, per second."""
+        return self.least_bytes / self.times[name].median if name in self.times else None
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let PyTorch use so many threads for the length of a ``with`` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def copy_of(least_bytes: int, device: str) -> Callable[[], Tensor]:
+    """A copy that moves so many bytes, half of them read and half written."""
+    source = torch.ones(least_bytes // 8, device=device)
+    return partial(torch.empty_like(source).copy_, source)
+
+
+def compiled(case: Case, inputs: list[Tensor]) -> Callable[..., Results]:
+    """The eager function compiled for this shape and dtype, and run once."""
+    # Compiling in this process: idle workers would share the processor with what is measured.
+    torch._inductor.config.compile_threads = 1
+    torch.compiler.reset()
+    function = torch.compile(case.eager, dynamic=False, fullgraph=True)
+    function(*inputs, **case.coefficients)
+    return function
+
+
+def measure(
+    family: str,
+    case: Case,
+    shape: Shape,
+    dtype: str,
+    *,
+    device: str = "cpu",
+    thread_count: int = 1,
+    compile_too: bool = True,
+    effort: Effort,
+    clock: str = "wall",
+    sampler: Sampler | None = None,
+) -> Measurement:
+    """Measure a case; a contestant that fails is named with its error, not hidden.
+
+    ``clock`` names one of the host's clocks, or that of the ``sampler``.
+    """
+    inputs = case.inputs(shape, DTYPES[dtype], device)
+    least_bytes = case.least_bytes(shape, DTYPES[dtype])
+    functions: dict[str, Callable[..., Results]] = {"ours": case.ours, "eager": case.eager}
+    failures: dict[str, str] = {}
+    with torch.no_grad(), threads(thread_count):
+        if compile_too:
+            # Whatever the compiler or the C++ toolchain below it raises is the result of this contestant.
+            try:
+                functions["compile"] = compiled(case, inputs)
+            except Exception as error:
+                failures["compile"] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        calls: dict[str, Call] = {
+            name: partial(function, *inputs, **case.coefficients) for name, function in functions.items()
+        }
+        calls["copy"] = copy_of(least_bytes, device)
+        wall, processor = time.perf_counter(), time.process_time()
+        times = interleave(calls, effort, sampler or CLOCKS[clock])
+        share = (time.process_time() - processor) / (time.perf_counter() - wall)
+    return Measurement(
+        family=family,
+        case=case.name,
+        device=device,
+        threads=thread_count,
+        clock=clock,
+        dtype=dtype,
+        shape=shape,
+        least_bytes=least_bytes,
+        times=times,
+        failures=failures,
+        processor_share=min(share, 1.0) if device == "cpu" and thread_count == 1 else None,
+    )

@@ -1,0 +1,9 @@
+"""The families that have benchmarks; a new one adds its module and a line here."""
+
+from benchmarks import bench_multistep, bench_noise
+from benchmarks.cases import Case
+
+FAMILIES: dict[str, tuple[Case, ...]] = {
+    "multistep": bench_multistep.CASES,
+    "noise": bench_noise.CASES,
+}

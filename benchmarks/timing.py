@@ -1,0 +1,142 @@
+"""Interleaved timing: the contestants take turns in rounds, so that a drift of the machine hits all alike."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+#: Seconds per call, from so many calls one after another.
+Sampler = Callable[[Call, int], float]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: ``rounds`` of samples of at least ``sample`` seconds.
+
+    Where the rounds take more than ``budget`` seconds, ``least_rounds`` of them are enough.
+    """
+
+    rounds: int = 21
+    least_rounds: int = 7
+    sample: float = 5e-3
+    budget: float = 3.0
+
+
+QUICK = Effort(rounds=3, least_rounds=3, sample=2e-4, budget=0.5)
+#: On a GPU every sample is one call after a flush: many rounds, nothing to scale.
+GPU = Effort(rounds=101, least_rounds=21, sample=0.0, budget=5.0)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call over the rounds."""
+
+    median: float
+    low: float
+    high: float
+    best: float
+    rounds: int
+    repeats: int
+
+    @property
+    def spread(self) -> float:
+        """The interquartile range relative to the median."""
+        return (self.high - self.low) / self.median
+
+
+def summary(samples: list[float], repeats: int) -> Timing:
+    """Median, quartiles and best of the rounds."""
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Timing(median, low, high, min(samples), len(samples), repeats)
+
+
+def clocked(clock: Callable[[], float]) -> Sampler:
+    """A sampler that reads a clock of the host."""
+
+    def sample(call: Call, repeats: int) -> float:
+        start = clock()
+        for _ in range(repeats):
+            call()
+        return (clock() - start) / repeats
+
+    return sample
+
+
+#: On a quiet machine both agree on one thread. Where other processes take turns on the processor, the wall's
+#: clock adds their turns, more of them to long calls than to short ones; the thread's own time leaves them out.
+CLOCKS: dict[str, Sampler] = {"wall": clocked(time.perf_counter), "processor": clocked(time.thread_time)}
+EVENTS = "events"
+
+
+def cold_cuda(device: str) -> Sampler:
+    """A sampler of GPU time with nothing of the operands in the L2 cache.
+
+    Events around the call read the GPU's clock. Before each call a large buffer is read: that empties the
+    cache and, being a read, leaves no dirty lines whose eviction the call would pay for. It also takes longer
+    than launching the kernels of one call, so they wait in the queue and the events do not see the host.
+    """
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    buffer = torch.zeros(max(512 * 2**20, 4 * l2) // 4, device=device)
+
+    def sample(call: Call, repeats: int) -> float:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, end in events:
+            buffer.amax()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(device)
+        return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+
+    return sample
+
+
+def repeats_for(call: Call, sampler: Sampler, seconds: float) -> int:
+    """How many calls take so many seconds; the best of three tries, lest a disturbance end the search."""
+    repeats = 1
+    while True:
+        elapsed = min(sampler(call, repeats) for _ in range(3)) * repeats
+        if elapsed >= seconds:
+            return repeats
+        wanted = repeats * seconds / max(elapsed, 1e-9)
+        repeats = max(repeats + 1, min(10 * repeats, math.ceil(1.1 * wanted)))
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep the garbage collector out of the samples."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def interleave(
+    calls: Mapping[str, Call], effort: Effort, sampler: Sampler = CLOCKS["wall"]
+) -> dict[str, Timing]:
+    """Time the calls in turns; each round starts with another one, so that all of them follow the others."""
+    for call in calls.values():
+        call()
+    repeats = {name: repeats_for(call, sampler, effort.sample) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    start = time.perf_counter()
+    with no_collection():
+        for index in range(effort.rounds):
+            if index >= effort.least_rounds and time.perf_counter() - start > effort.budget:
+                break
+            shift = index % len(names)
+            for name in names[shift:] + names[:shift]:
+                samples[name].append(sampler(calls[name], repeats[name]))
+    return {name: summary(taken, repeats[name]) for name, taken in samples.items()}

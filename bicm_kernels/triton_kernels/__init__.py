@@ -1,0 +1,12 @@
+"""The Triton kernels, one module per family. Import this package late: Triton takes its time.
+
+``OPS`` holds an implementation of every overload under its schema's name, for any device Triton compiles for.
+"""
+
+from bicm_kernels.triton_kernels import multistep, noise
+from bicm_kernels.triton_kernels.multistep import launch_multistep
+from bicm_kernels.triton_kernels.noise import launch_noise
+
+OPS = noise.implementations() | multistep.implementations()
+
+__all__ = ["OPS", "launch_multistep", "launch_noise"]

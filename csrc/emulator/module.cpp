@@ -1,0 +1,179 @@
+// The Python module `bicm_emulator`: every instruction set's CPU kernels and the CUDA kernels on the host, over NumPy
+// arrays and without torch, so that tests can run under the sanitizers.
+#include <pybind11/pybind11.h>
+
+#include "../core/half.h"
+#include "../cpu/kernels.h"
+#include "arrays.h"
+#include "runtime.h"
+
+namespace bicm {
+namespace emulator {
+
+View view_of(py::handle given) {
+  std::string name;
+  py::array array;
+  if (py::isinstance<py::tuple>(given)) {
+    const auto pair = given.cast<std::pair<py::array, std::string>>();
+    array = pair.first;
+    name = pair.second;
+  } else {
+    if (!py::isinstance<py::array>(given)) throw py::type_error("expected a NumPy array or a pair (array, dtype)");
+    array = py::reinterpret_borrow<py::array>(given);
+    name = py::str(array.dtype());
+  }
+  static const std::pair<const char*, DType> dtypes[] = {{"float16", DType::float16},
+                                                         {"bfloat16", DType::bfloat16},
+                                                         {"float32", DType::float32},
+                                                         {"float64", DType::float64}};
+  static const int64_t item_sizes[] = {2, 2, 4, 8};
+  for (const auto& [known, dtype] : dtypes) {
+    const int64_t item = item_sizes[static_cast<int>(dtype)];
+    if (name != known || array.itemsize() != item) continue;
+    View view = {const_cast<void*>(array.data()), dtype, {}, {}};
+    for (py::ssize_t dim = 0; dim < array.ndim(); ++dim) {
+      if (array.strides(dim) % item != 0) throw py::value_error("strides must be whole elements");
+      view.sizes.push_back(array.shape(dim));
+      view.strides.push_back(array.strides(dim) / item);
+    }
+    return view;
+  }
+  throw py::type_error("not an array of float16, bfloat16, float32 or float64: " + name);
+}
+
+namespace {
+
+bool is_array(py::handle value) { return py::isinstance<py::array>(value) || py::isinstance<py::tuple>(value); }
+
+int64_t stride_of(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int64_t batch) {
+  if (sizes.empty()) return 0;
+  if (sizes.size() != 1 || sizes[0] != batch) throw py::value_error("expected a number, a 0-d or a (B,) array");
+  return strides[0];
+}
+
+}  // namespace
+
+Number number_of(py::handle value, int64_t batch) {
+  if (value.is_none()) return {0.0, nullptr, 0, DType::float64};
+  if (!is_array(value)) return {value.cast<double>(), nullptr, 0, DType::float64};
+  const View view = view_of(value);
+  return {0.0, view.data, stride_of(view.sizes, view.strides, batch), view.dtype};
+}
+
+Integer integer_of(py::handle value, int64_t batch) {
+  if (!py::isinstance<py::array>(value)) return {value.cast<int64_t>(), nullptr, 0};
+  const auto array = py::array_t<int64_t, 0>::ensure(value);
+  if (!array || array.data() != py::reinterpret_borrow<py::array>(value).data()) {
+    throw py::type_error("expected an int64 array");
+  }
+  std::vector<int64_t> sizes, strides;
+  for (py::ssize_t dim = 0; dim < array.ndim(); ++dim) {
+    sizes.push_back(array.shape(dim));
+    strides.push_back(array.strides(dim) / 8);
+  }
+  return {0, array.data(), stride_of(sizes, strides, batch)};
+}
+
+NoiseKey key_of(py::handle seed, py::handle step, py::handle sample, bool counts, int64_t batch) {
+  return {integer_of(seed, batch), integer_of(step, batch), integer_of(sample, batch), counts};
+}
+
+void lay_out(const Views& views, bool merge, Layout& layout) {
+  const View& first = views[0].first;
+  if (first.sizes.empty()) throw py::value_error("a tensor has a batch dimension");
+  for (const auto& [view, operand] : views) {
+    if (view.sizes != first.sizes) throw py::value_error("tensors differ in shape");
+    operand->data = view.data;
+    operand->dtype = view.dtype;
+    operand->batch_stride = view.strides[0];
+  }
+  layout.batch = first.sizes[0];
+  layout.elements = 1;
+  layout.dims = 0;
+  for (size_t dim = 1; dim < first.sizes.size(); ++dim) {
+    const int64_t size = first.sizes[dim];
+    layout.elements *= size;
+    bool joins = merge && layout.dims > 0;
+    for (const auto& [view, operand] : views) {
+      joins = joins && operand->strides[layout.dims - 1] == view.strides[dim] * size;
+    }
+    if (!joins) {
+      if (layout.dims == kMaxDims) throw py::value_error("more than 8 dimensions that cannot be merged");
+      layout.sizes[layout.dims++] = 1;
+    }
+    layout.sizes[layout.dims - 1] *= size;
+    for (const auto& [view, operand] : views) operand->strides[layout.dims - 1] = view.strides[dim];
+  }
+  if (layout.dims == 0) {
+    layout.sizes[layout.dims++] = 1;
+    for (const auto& [view, operand] : views) operand->strides[0] = 1;
+  }
+  for (const auto& [view, operand] : views) {
+    int64_t expected = 1;
+    operand->dense = true;
+    for (int dim = layout.dims - 1; dim >= 0; --dim) {
+      operand->dense = operand->dense && (layout.sizes[dim] == 1 || operand->strides[dim] == expected);
+      expected *= layout.sizes[dim];
+    }
+  }
+}
+
+namespace {
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const char* name : {"scalar", "avx2", "avx512"}) {
+    if (find_kernels(name) != nullptr) names.push_back(name);
+  }
+  return names;
+}
+
+py::array widen(py::array_t<uint16_t, py::array::c_style> bits, const std::string& dtype) {
+  py::array_t<float> result(bits.size());
+  const auto convert = dtype == "float16" ? [](uint16_t x) { return half_to_float(x); }
+                                          : [](uint16_t x) { return bfloat16_to_float(x); };
+  for (py::ssize_t i = 0; i < bits.size(); ++i) result.mutable_data()[i] = convert(bits.data()[i]);
+  return result;
+}
+
+py::array narrow(py::array_t<float, py::array::c_style> values, const std::string& dtype) {
+  py::array_t<uint16_t> result(values.size());
+  const auto convert = dtype == "float16" ? [](float x) { return float_to_half(x); }
+                                          : [](float x) { return float_to_bfloat16(x); };
+  for (py::ssize_t i = 0; i < values.size(); ++i) result.mutable_data()[i] = convert(values.data()[i]);
+  return result;
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
+}  // namespace
+
+}  // namespace emulator
+}  // namespace bicm
+
+PYBIND11_MODULE(bicm_emulator, module) {
+  using namespace bicm::emulator;
+  module.doc() = "CPU kernels of every instruction set and CUDA kernels on the host, over NumPy arrays";
+  module.attr("CHUNK") = bicm::kChunk;
+  module.attr("SANITIZED") = kSanitized;
+  module.def("instruction_sets", &instruction_sets, "The instruction sets that this processor has");
+  module.def("widen", &widen, py::arg("bits"), py::arg("dtype"), "Halves as float32, by core/half.h");
+  module.def("narrow", &narrow, py::arg("values"), py::arg("dtype"), "float32 as halves, by core/half.h");
+  py::class_<Device>(module, "Device", "How the imitated GPU runs kernels")
+      .def_readwrite("processors", &Device::processors)
+      .def_readwrite("x", &Device::x)
+      .def_readwrite("y", &Device::y)
+      .def_readwrite("threads", &Device::threads)
+      .def_readwrite("from_block", &Device::from_block)
+      .def_readwrite("until_block", &Device::until_block)
+      .def_readwrite("backwards", &Device::backwards)
+      .def_readwrite("fails", &Device::fails)
+      .def_readonly("launches", &Device::launches);
+  module.attr("device") = py::cast(&device, py::return_value_policy::reference);
+  bind_noise(module);
+  bind_multistep(module);
+}

@@ -1,0 +1,134 @@
+// Family noise in `bicm_emulator`: CPU kernels by instruction set, and "cuda", the emulated CUDA kernels.
+#define BICM_EMULATE 1
+#define BICM_ISA emulated
+#include "../cuda/noise.cu"
+
+#include "../cpu/kernels.h"
+#include "arrays.h"
+#include "polynomials.h"
+
+namespace bicm {
+namespace emulator {
+namespace {
+
+const Kernels& kernels_of(const std::string& target) {
+  const Kernels* kernels = find_kernels(target.c_str());
+  if (kernels == nullptr || target.empty()) throw py::value_error("this processor has no instruction set " + target);
+  return *kernels;
+}
+
+void noise(const std::string& target, py::object out, py::object seed, py::object step, py::object sample, bool counts,
+           const std::string& distribution, bool merge, bool streams, const Units& units) {
+  Noise problem = {};
+  lay_out({{view_of(out), &problem.out}}, merge, problem.layout);
+  problem.out.streams = streams;
+  problem.distribution = distribution == "normal" ? Distribution::normal : Distribution::uniform;
+  problem.key = key_of(seed, step, sample, counts, problem.layout.batch);
+  if (target == "cuda") {
+    if (cuda::noise(problem, nullptr) != cudaSuccess) throw std::runtime_error("cuda::noise returned an error");
+  } else {
+    run_units(kernels_of(target).noise, problem, problem.layout.batch * units_per_sample(problem.layout), units);
+  }
+}
+
+void fold_in_all(py::object seed, py::object data, py::array_t<int64_t, py::array::c_style> out) {
+  const int64_t count = out.size();
+  const cudaError_t error =
+      cuda::fold_in(integer_of(seed, count), integer_of(data, count), out.mutable_data(), count, nullptr);
+  if (error != cudaSuccess) throw std::runtime_error("cuda::fold_in returned an error");
+}
+
+void philox_emulated(int64_t seed, const uint32_t* counters, uint32_t* words, int64_t count) {
+  for (int64_t i = 0; i < 4 * count; i += 4) {
+    const Quad<uint32_t> counter = {{counters[i], counters[i + 1], counters[i + 2], counters[i + 3]}};
+    const Quad<uint32_t> result = bicm::philox(counter, make_key(seed));
+    for (int lane = 0; lane < 4; ++lane) words[i + lane] = result.lane[lane];
+  }
+}
+
+py::array philox(const std::string& target, int64_t seed, py::array_t<uint32_t, py::array::c_style> counters) {
+  if (counters.ndim() != 2 || counters.shape(1) != 4) throw py::value_error("counters must be (n, 4)");
+  py::array_t<uint32_t> words({counters.shape(0), py::ssize_t{4}});
+  const auto kernel = target == "cuda" ? philox_emulated : kernels_of(target).philox;
+  kernel(seed, counters.data(), words.mutable_data(), counters.shape(0));
+  return words;
+}
+
+void log_emulated(const float* u, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = log_of(u[i]);
+}
+
+void cos_sin_emulated(const float* u, float* cosine, float* sine, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) cos_sin_turns(u[i], cosine[i], sine[i]);
+}
+
+template <int Isa>
+const Kernels* const isa_kernels = find_kernels(Isa == 0 ? "scalar" : Isa == 1 ? "avx2" : "avx512");
+
+template <int Isa>
+void log_both(const float* u, float* out, float* second, int64_t count) {
+  isa_kernels<Isa>->log(u, out, count);
+  for (int64_t i = 0; i < count; ++i) second[i] = 0.0f;
+}
+
+template <int Isa>
+void cos_sin_both(const float* u, float* cosine, float* sine, int64_t count) {
+  isa_kernels<Isa>->cos_sin(u, cosine, sine, count);
+}
+
+void log_both_emulated(const float* u, float* out, float* second, int64_t count) {
+  log_emulated(u, out, count);
+  for (int64_t i = 0; i < count; ++i) second[i] = 0.0f;
+}
+
+Evaluate evaluator(const std::string& target, bool log) {
+  if (target == "cuda") return log ? log_both_emulated : cos_sin_emulated;
+  kernels_of(target);
+  if (target == "scalar") return log ? log_both<0> : cos_sin_both<0>;
+  if (target == "avx2") return log ? log_both<1> : cos_sin_both<1>;
+  return log ? log_both<2> : cos_sin_both<2>;
+}
+
+double logarithm(double u) { return ::log(u); }
+
+Reference reference_of(const std::string& function) {
+  if (function == "log") return {0, logarithm};
+  return function == "cos" ? Reference{0, cosine_of_turns} : Reference{1, sine_of_turns};
+}
+
+std::pair<double, float> polynomial_error(const std::string& target, const std::string& function, uint32_t low,
+                                          uint32_t high, uint32_t stride) {
+  const Worst worst = worst_error(evaluator(target, function == "log"), reference_of(function), low, high, stride);
+  return {worst.ulps, worst.at};
+}
+
+int64_t polynomial_differences(const std::string& a, const std::string& b, const std::string& function, uint32_t low,
+                               uint32_t high, uint32_t stride) {
+  const bool log = function == "log";
+  return differences(evaluator(a, log), evaluator(b, log), low, high, stride);
+}
+
+py::array evaluate(const std::string& target, const std::string& function,
+                   py::array_t<float, py::array::c_style> u) {
+  py::array_t<float> first(u.size()), second(u.size());
+  evaluator(target, function == "log")(u.data(), first.mutable_data(), second.mutable_data(), u.size());
+  return function == "sin" ? second : first;
+}
+
+}  // namespace
+
+void bind_noise(py::module_& module) {
+  module.def("noise", &noise, py::arg("target"), py::arg("out"), py::kw_only(), py::arg("seed"), py::arg("step") = 0,
+             py::arg("sample") = 0, py::arg("counts") = true, py::arg("distribution") = "normal",
+             py::arg("merge") = true, py::arg("streams") = false, py::arg("units") = py::none());
+  module.def("fold_in", &fold_in_all, py::arg("seed"), py::arg("data"), py::arg("out"));
+  module.def("philox", &philox, py::arg("target"), py::arg("seed"), py::arg("counters"));
+  module.def("evaluate", &evaluate, py::arg("target"), py::arg("function"), py::arg("u"));
+  module.def("polynomial_error", &polynomial_error, "The largest error in ulp over a range of bit patterns, and where",
+             py::arg("target"), py::arg("function"), py::arg("low"), py::arg("high"), py::arg("stride") = 1);
+  module.def("polynomial_differences", &polynomial_differences, "How many results of two targets differ in a bit",
+             py::arg("a"), py::arg("b"), py::arg("function"), py::arg("low"), py::arg("high"), py::arg("stride") = 1);
+}
+
+}  // namespace emulator
+}  // namespace bicm

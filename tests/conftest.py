@@ -1,0 +1,91 @@
+"""Fixtures that every test shares. Torch is imported inside them, because the sanitizers run tests that never need it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# A missing library must fail here: the reference, which passes every test of bits, must not stand in for it.
+os.environ.setdefault("BICM_KERNELS_BACKEND", "native")
+
+# Failures must repeat from run to run, and a shared machine has no deadlines.
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60, database=None)
+settings.load_profile("repeatable")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def same_bits() -> Callable[[Tensor, Tensor], None]:
+    """Assert that two tensors agree in dtype, shape and every bit; a NaN is a NaN, whatever its payload."""
+    import torch
+
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+    def check(actual: Tensor, expected: Tensor) -> None:
+        assert actual.dtype == expected.dtype
+        assert actual.shape == expected.shape
+        if actual.dtype.is_floating_point:
+            nan = expected.isnan()
+            assert torch.equal(actual.isnan(), nan), "NaNs stand elsewhere"
+            whole = integers[actual.element_size()]
+            actual, expected = (x.detach().contiguous().view(whole)[~nan] for x in (actual, expected))
+        differ = (actual != expected).sum().item()
+        assert differ == 0, f"{differ} of {actual.numel()} elements differ"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def threads() -> Callable[[int], AbstractContextManager[None]]:
+    """A context in which torch runs on so many threads."""
+    import torch
+
+    @contextmanager
+    def use(count: int) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    return use
+
+
+@pytest.fixture(params=["native", "reference"])
+def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a test on the kernels and again on the reference."""
+    from bicm_kernels import backend
+
+    with backend.use(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a program in a fresh interpreter with variables added to its environment (None takes one away)."""
+
+    def run(program: str, check: bool = True, **variables: str | None) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+        environment |= {name: value for name, value in variables.items() if value is not None}
+        for name in [name for name, value in variables.items() if value is None]:
+            environment.pop(name, None)
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    return run

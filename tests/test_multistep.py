@@ -1,0 +1,390 @@
+"""The step ops: the reference's bits for every dtype, layout, size and argument; accuracy, batch invariance, outputs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import bicm_kernels as bk
+import pytest
+import torch
+from bicm_kernels import reference
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+Bits = Callable[[Tensor, Tensor], None]
+Threads = Callable[[int], Any]
+
+# Op -> how many state tensors go before the network's output, and its numbers.
+BDIA = {"a": 1.013, "b": -0.21, "a_last": 0.971, "b_last": 0.13, "gamma": 0.9}
+NOISE = {"noise_weight": 0.4, "seed": 5, "step": 2, "sample_id": 3}
+OPS: dict[str, tuple[int, dict[str, Any]]] = {
+    "ddim_step": (1, {"a": 1.013, "b": -0.21}),
+    "bdia_step": (2, BDIA),
+    "bdia_inverse_step": (2, BDIA),
+    "affine_step": (3, {"weights": [0.7, -1.3, 0.2, 0.9], **NOISE}),
+    "denoised_step": (
+        1,
+        {"x0_weights": [1.2, -2.1], "weights": [0.3, 0.1], "x0_weight": 0.8, "clip": 1.0, "next_scale": 0.6, **NOISE},
+    ),
+}
+DTYPES = [(F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (F16, F16), (F64, F64), (F64, F32), (BF16, F64)]
+
+
+def call(name: str, tensors: Sequence[Any], numbers: dict[str, Any], module: ModuleType = bk) -> tuple[Tensor, ...]:
+    """An op's results, the way it is called: one argument per tensor, or a list of them."""
+    op = getattr(module, name)
+    if "weights" not in numbers:
+        results = op(*tensors, **numbers)
+    elif "x0_weights" not in numbers:
+        results = op(tensors, **numbers)
+    else:
+        results = op(tensors, **numbers)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def random(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def operands(name: str, shape: Sequence[int], states: torch.dtype, network: torch.dtype) -> list[Tensor]:
+    count = OPS[name][0]
+    dtypes = [states] * count + [network]
+    return [random(*shape, dtype=dtype, seed=k) for k, dtype in enumerate(dtypes)]
+
+
+def agree(name: str, tensors: Sequence[Any], numbers: dict[str, Any], same_bits: Bits) -> None:
+    """The kernel's bits are the reference's, and results have the layout of the first tensor."""
+    first = tensors[0][0] if isinstance(tensors[0], tuple) else tensors[0]
+    ours, plain = call(name, tensors, numbers), call(name, tensors, numbers, reference)
+    for actual, expected in zip(ours, plain, strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            same_bits(actual, expected)
+            assert actual.stride() == expected.stride() == torch.empty_like(first).stride()
+
+
+# --- the same bits as the reference -----------------------------------------------------------------------------------
+
+SIZES = [(1,), (7,), (1, 1), (5, 3), (2, 1023), (3, 1025), (2, 3, 17, 31), (1, 2, 3, 2, 3, 2), (130, 257), (0, 3), (2, 0, 4)]
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(("states", "network"), DTYPES)
+def test_dtypes_and_sizes(name: str, states: torch.dtype, network: torch.dtype, same_bits: Bits) -> None:
+    for shape in SIZES:
+        agree(name, operands(name, shape, states, network), OPS[name][1], same_bits)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "sliced": lambda x: torch.stack([x, -x], dim=-1)[..., 0],
+    "cut out": lambda x: torch.nn.functional.pad(x, (1, 2, 1, 0))[..., 1:, 1:-2],
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "samples last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+    "every other sample": lambda x: torch.stack([x, -x], dim=1).flatten(0, 1)[::2],
+    "expanded batch": lambda x: x[:1].expand_as(x),
+    "expanded inside": lambda x: x[:, :, :1].expand_as(x),
+    "one number": lambda x: x[:1, :1, :1, :1].expand_as(x),
+    "negated view": lambda x: torch.complex(x, -x).conj().imag if x.dtype in (F32, F64) else x,
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(("states", "network"), [(F32, F32), (F32, BF16), (F16, F16), (F64, F32)])
+def test_layouts(name: str, states: torch.dtype, network: torch.dtype, same_bits: Bits) -> None:
+    for shape in [(3, 5, 7, 4), (2, 1, 33, 65), (1, 4, 1, 9)]:
+        tensors = operands(name, shape, states, network)
+        for first, rest in itertools.product(LAYOUTS.values(), LAYOUTS.values()):
+            agree(name, [first(tensors[0]), *map(rest, tensors[1:])], OPS[name][1], same_bits)
+
+
+def as_tensors(numbers: dict[str, Any], convert: Callable[[float], Any]) -> dict[str, Any]:
+    def deep(value: Any) -> Any:
+        if isinstance(value, list):
+            return [deep(x) for x in value]
+        return convert(value) if isinstance(value, float) else value
+
+    return {name: deep(value) for name, value in numbers.items()}
+
+
+ARGUMENTS: dict[str, Callable[[float], Any]] = {
+    "float64 0-d": lambda x: torch.tensor(x, dtype=F64),
+    "float32 0-d": lambda x: torch.tensor(x),
+    "per sample": lambda x: x * torch.linspace(0.9, 1.1, 4),
+    "per sample, float64": lambda x: x * torch.linspace(0.9, 1.1, 4, dtype=F64),
+    "per sample, half": lambda x: (x * torch.linspace(0.9, 1.1, 4)).to(F16),
+    "per sample, bfloat16, strided": lambda x: (x * torch.linspace(0.9, 1.1, 8)).to(BF16)[::2],
+    "per sample, expanded": lambda x: torch.tensor(x).expand(4),
+    "now one, now the other": lambda x: x if int(x * 100) % 2 else x * torch.linspace(0.9, 1.1, 4),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_arguments(name: str, kind: str, same_bits: Bits) -> None:
+    numbers = as_tensors(OPS[name][1], ARGUMENTS[kind])
+    for (states, network), shape in itertools.product(DTYPES[:6], [(4, 67), (4, 3, 20, 30)]):
+        tensors = operands(name, shape, states, network)
+        agree(name, tensors, numbers, same_bits)
+        agree(name, [x.transpose(1, -1).contiguous().transpose(1, -1) for x in tensors], numbers, same_bits)
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(("states", "network"), DTYPES)
+def test_floats_and_tensors_agree(name: str, states: torch.dtype, network: torch.dtype, same_bits: Bits) -> None:
+    tensors, numbers = operands(name, (4, 50), states, network), OPS[name][1]
+    plain = call(name, tensors, numbers)
+    for convert in (lambda x: torch.tensor(x, dtype=F64), lambda x: torch.full((4,), x, dtype=F64)):
+        for actual, expected in zip(call(name, tensors, as_tensors(numbers, convert)), plain, strict=True):
+            same_bits(actual, expected)
+
+
+SPECIAL = [0.0, -0.0, 1.0, math.inf, -math.inf, math.nan, 1e-45, -1e-40, 65504.0, 65519.9, 65520.0, 3e38, -3.4e38, 6e-8]
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(("states", "network"), DTYPES)
+def test_special_values(name: str, states: torch.dtype, network: torch.dtype, same_bits: Bits) -> None:
+    grid = torch.tensor(list(itertools.product(SPECIAL, SPECIAL)), dtype=F64)
+    columns = [grid[:, 0], grid[:, 1], grid[:, 0].flip(0), grid[:, 1].roll(3)]
+    tensors = [x.to(y.dtype).view(4, -1) for x, y in zip(columns, operands(name, (1,), states, network), strict=False)]
+    agree(name, tensors, OPS[name][1], same_bits)
+    for value in (0.0, -0.0, math.inf, math.nan, 1e-42):
+        agree(name, tensors, as_tensors(OPS[name][1], lambda _, v=value: v), same_bits)
+        agree(name, tensors, as_tensors(OPS[name][1], lambda _, v=value: torch.tensor([1.0, v, -v, 2.0])), same_bits)
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("guided", [False, True])
+def test_every_number_of_terms(terms: int, guided: bool, same_bits: Bits) -> None:
+    for states, network in DTYPES:
+        tensors: list[Any] = [random(3, 70, dtype=states if k < terms - 1 else network, seed=k) for k in range(terms)]
+        weights = [0.9 - 0.31 * k for k in range(terms)]
+        numbers: dict[str, Any] = {"weights": weights, **NOISE}
+        if guided:
+            tensors[-1] = (tensors[-1], random(3, 70, dtype=network, seed=9))
+            numbers["guidance_scale"] = 3.7
+        agree("affine_step", tensors, numbers, same_bits)
+        for clip, scale, noisy in itertools.product((None, 0.5, torch.tensor([0.1, 1.0, math.inf])), (None, 0.7), (0, 1)):
+            more = {"x0_weights": [1.5, -0.5, 0.25, 2.0, -1.0][:terms], "x0_weight": -0.6, "clip": clip, "next_scale": scale}
+            step = {**numbers, **more} if noisy else {**more, "weights": weights}
+            if guided:
+                step["guidance_scale"] = torch.tensor([3.7, 1.0, 0.0])
+            agree("denoised_step", tensors, step, same_bits)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_guidance(name: str, same_bits: Bits) -> None:
+    for (states, network), layout in itertools.product(DTYPES, ("contiguous", "channels_last", "expanded inside")):
+        *tensors, eps = operands(name, (4, 3, 9, 8), states, network)
+        other = LAYOUTS[layout](random(4, 3, 9, 8, dtype=network, seed=8))
+        for scale in (7.5, 0.0, 1.0, torch.tensor(2.5), torch.tensor([0.0, 1.0, 7.5, -3.0])):
+            numbers = {**OPS[name][1], "guidance_scale": scale}
+            agree(name, [*tensors, (eps, other)], numbers, same_bits)
+            agree(name, [*tensors, (other, eps)], numbers, same_bits)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+def test_results_larger_than_the_cache(dtype: torch.dtype, same_bits: Bits, threads: Threads) -> None:
+    size = 9 * 2**20 // torch.empty((), dtype=dtype).element_size() // 3
+    memory = random(2 * 3 * (size + 1), dtype=dtype)
+    z, eps = (memory[i :][: 3 * (size + 1)].view(3, size + 1)[:, 1:] for i in (0, 3 * (size + 1)))
+    for count, tensors in itertools.product((1, 2), ([z, eps], [z.contiguous(), eps.contiguous()])):
+        with threads(count):
+            agree("ddim_step", tensors, {"a": 1.1, "b": 0.3}, same_bits)
+            out = torch.full((3 * size + 2,), 7.0, dtype=dtype)
+            written = out[1:-1].view(3, size)
+            bk.ddim_step(*tensors, a=1.1, b=0.3, out=written)
+            same_bits(written, bk.ddim_step(*tensors, a=1.1, b=0.3))
+            assert out[0] == out[-1] == 7.0
+
+
+def test_dimensions_that_do_not_merge() -> None:
+    shape = (2,) * 11
+    z = random(*shape)
+    backwards = z.permute(0, *range(10, 0, -1))
+    expected = 2 * z + backwards
+    try:
+        actual = bk.ddim_step(z, backwards, a=2.0, b=1.0)
+    except ValueError as error:
+        assert "more than 8 dimensions" in str(error)  # noqa: PT017
+    else:
+        assert torch.equal(actual, expected)
+    assert torch.equal(bk.ddim_step(z, z, a=2.0, b=1.0), 3 * z)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_autocast_leaves_the_state_alone(name: str, same_bits: Bits) -> None:
+    tensors, numbers = operands(name, (3, 40), F32, BF16), OPS[name][1]
+    plain = call(name, tensors, numbers)
+    with torch.autocast("cpu", dtype=BF16):
+        for actual, expected in zip(call(name, tensors, numbers), plain, strict=True):
+            same_bits(actual, expected)
+        tracked = call(name, [tensors[0].clone().requires_grad_(), *tensors[1:]], numbers)
+        for actual, expected in zip(tracked, plain, strict=True):
+            same_bits(actual, expected)
+
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+def exact(name: str, x: list[Tensor], v: dict[str, Any]) -> Tensor:
+    """The papers' formulas, in the precision of the tensors."""
+    if name == "ddim_step":
+        return v["a"] * x[0] + v["b"] * x[1]
+    if name == "affine_step":
+        return sum(w * y for w, y in zip(v["weights"], x, strict=True))
+    if name == "denoised_step":
+        x0 = sum(w * y for w, y in zip(v["x0_weights"], x, strict=True)).clamp(-v["clip"], v["clip"])
+        return sum(w * y for w, y in zip(v["weights"], x, strict=True)) + v["x0_weight"] * x0
+    a, b, a_last, b_last, gamma = (v[key] for key in BDIA)
+    back, forward = x[1] / a_last - b_last / a_last * x[2], a * x[1] + b * x[2]
+    if name == "bdia_step":
+        return gamma * x[0] - gamma * back + forward
+    return x[0] / gamma - forward / gamma + back
+
+
+def deviation(x: Tensor, exactly: Tensor) -> tuple[float, float]:
+    error = (x.double() - exactly).abs()
+    return error.max().item(), error.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("gamma", [1.0, 0.96, 0.5])
+def test_no_less_accurate_than_eager(name: str, dtype: torch.dtype, gamma: float) -> None:
+    numbers = {key: value for key, value in OPS[name][1].items() if key not in NOISE}
+    if "gamma" in numbers:
+        numbers["gamma"] = gamma
+    tensors = operands(name, (64, 3072), dtype, dtype)
+    truth = exact(name, [x.double() for x in tensors], numbers)
+    ours, eager = call(name, tensors, numbers)[0], exact(name, tensors, numbers)
+    assert eager.dtype == dtype
+    for mine, theirs in zip(deviation(ours, truth), deviation(eager, truth), strict=True):
+        assert mine <= 2 * theirs
+    assert deviation(ours, truth)[0] <= 8 * torch.finfo(dtype).eps * truth.abs().max().item()
+
+
+@pytest.mark.parametrize("scale", [7.5, 15.0])
+def test_guidance_is_formed_before_it_is_weighted(scale: float) -> None:
+    uncond = random(64, 3072)
+    cond = uncond + 0.05 * random(64, 3072, seed=1)
+    truth = uncond.double() + scale * (cond.double() - uncond.double())
+    ours = bk.affine_step([(uncond, cond)], [1.0], guidance_scale=scale)
+    folded = bk.affine_step([uncond, cond], [1 - scale, scale])
+    assert deviation(ours, truth)[1] < deviation(folded, truth)[1] / 5
+
+
+@given(
+    gamma=st.floats(0.5, 1.0),
+    numbers=st.tuples(*[st.floats(low, 1.25) for low in (0.8, -0.5, 0.8, -0.5)]),
+    scale=st.none() | st.floats(-2, 10),
+    seed=st.integers(0, 2**32),
+)
+def test_bdia_returns(gamma: float, numbers: tuple[float, ...], scale: float | None, seed: int) -> None:
+    v: dict[str, Any] = dict(zip(BDIA, (*numbers, gamma), strict=True)) | {"guidance_scale": scale}
+    z_last, z, uncond, cond = (bk.normal((2, 33), seed=seed, step=k, dtype=F64) for k in range(4))
+    eps = uncond if scale is None else (uncond, cond)
+    z_next = bk.bdia_step(z_last, z, eps, **v)
+    torch.testing.assert_close(bk.bdia_inverse_step(z_next, z, eps, **v), z_last, rtol=0, atol=2e-13)
+
+
+# --- batch invariance -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("shape", [(700, 64), (9, 5000), (6, 2, 50, 50), (3, 1, 300, 300)])
+def test_a_sample_does_not_depend_on_its_batch(name: str, shape: tuple[int, ...], same_bits: Bits, threads: Threads) -> None:
+    plain = {key: value for key, value in OPS[name][1].items() if key != "sample_id"}
+    varied = as_tensors(plain, lambda x: x * torch.linspace(0.9, 1.1, shape[0], dtype=F64))
+    layouts = ("contiguous", "channels_last") if len(shape) == 4 else ("contiguous",)
+    for dtypes, layout, numbers in itertools.product([(F32, F32), (F32, BF16)], layouts, (plain, varied)):
+        tensors = [LAYOUTS[layout](x) for x in operands(name, shape, *dtypes)]
+
+        def part(begin: int, end: int, tensors: list[Tensor] = tensors, v: dict[str, Any] = numbers) -> tuple[Tensor, ...]:
+            key = {"sample_id": begin} if "seed" in v else {}
+
+            def cut(x: Any) -> Any:
+                return [cut(y) for y in x] if isinstance(x, list) else x[begin:end] if isinstance(x, Tensor) else x
+
+            return call(name, cut(tensors), {k: cut(x) for k, x in v.items()} | key)
+
+        whole = part(0, shape[0])
+        for count in (1, 2, 3):
+            with threads(count):
+                for actual, expected in zip(part(0, shape[0]), whole, strict=True):
+                    same_bits(actual, expected)
+        for begin, end in [(0, 1), (shape[0] - 1, shape[0]), (shape[0] // 2, shape[0] // 2 + 1), (1, shape[0])]:
+            for actual, expected in zip(part(begin, end), whole, strict=True):
+                same_bits(actual, expected[begin:end])
+
+
+# --- outputs that the caller gives ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+@pytest.mark.parametrize("kind", ["floats", "per sample"])
+def test_out(each_backend: str, name: str, dtype: torch.dtype, kind: str, same_bits: Bits) -> None:
+    numbers = OPS[name][1] if kind == "floats" else as_tensors(OPS[name][1], ARGUMENTS["per sample"])
+    for layout in ("contiguous", "channels_last", "sliced", "transposed"):
+        tensors = [LAYOUTS[layout](x) for x in operands(name, (4, 3, 33, 20), dtype, dtype)]
+        plain = call(name, tensors, numbers)
+        several = len(plain) > 1
+        apart = tuple(LAYOUTS["cut out"](torch.zeros_like(x)) for x in plain)
+        targets = [apart]
+        for k in range(len(tensors)):
+            targets.append((tensors[k], *apart[1:]))
+        if several:
+            targets.append((apart[0], tensors[0], apart[2]))
+            targets.append((tensors[1], tensors[0], apart[2]))
+        for target in targets:
+            inputs = [x.clone(memory_format=torch.preserve_format) for x in tensors]
+            outs = tuple(inputs[places[0]] if (places := [i for i, x in enumerate(tensors) if x is y]) else y for y in target)
+            results = call(name, inputs, {**numbers, "out": outs if several else outs[0]})
+            for result, out, expected in zip(results, outs, plain, strict=True):
+                assert result is out
+                same_bits(out, expected)
+
+
+def test_out_of_a_step_without_next(same_bits: Bits) -> None:
+    x = random(2, 30)
+    expected = bk.denoised_step([x], [0.5], [0.25], x0_weight=1.0, clip=0.3)
+    outs = (torch.empty_like(x), x)
+    results = bk.denoised_step([x], [0.5], [0.25], x0_weight=1.0, clip=0.3, out=outs)
+    assert len(results) == 3
+    assert results[2] is None
+    for actual, wanted in zip(outs, expected[:2], strict=True):
+        same_bits(actual, wanted)
+
+
+def test_out_may_interleave_with_an_input(each_backend: str, same_bits: Bits) -> None:
+    memory = random(4, 6, 10, 2)
+    slices = {
+        "columns": (memory[..., 0], memory[..., 1]),
+        "rows": (memory[:, ::2], memory[:, 1::2]),
+        "halves of samples": (memory[:, :3], memory[:, 3:]),
+        "samples": (memory[::2], memory[1::2]),
+        "corners": (memory[:, :, :5], memory[:, :, 5:]),
+    }
+    for z, out in slices.values():
+        expected = bk.ddim_step(z.clone(), z.clone(), a=1.5, b=0.25)
+        before = z.clone()
+        bk.ddim_step(z, z, a=1.5, b=0.25, out=out)
+        same_bits(out.contiguous(), expected.contiguous())
+        same_bits(z, before)
+
+
+def test_out_keeps_its_own_layout(each_backend: str, same_bits: Bits) -> None:
+    z = random(2, 3, 8, 9)
+    for layout in ("channels_last", "transposed", "sliced", "samples last"):
+        out = LAYOUTS[layout](torch.zeros_like(z))
+        bk.ddim_step(z, z, a=1.5, b=0.25, out=out)
+        same_bits(out, bk.ddim_step(z, z, a=1.5, b=0.25))

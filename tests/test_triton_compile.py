@@ -1,0 +1,255 @@
+"""The Triton kernels compiled for GPUs that need not be there: wide accesses, no spills, no contraction.
+
+A recorder stands in for a kernel, so that exactly what an op would launch is compiled, alignment included.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from bicm_kernels.triton_kernels import OPS, multistep, noise, operands
+
+SM90 = GPUTarget("cuda", 90, 32)
+THREADS, TILE = 128, 1024
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+KERNELS = {"multistep": multistep, "noise": noise, "fold": noise}
+
+
+class Recorder:
+    """Takes a kernel's place and keeps the arguments of its launch."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **kwargs: self.launches.append((args, kwargs))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def specialized(name: str, call: Callable[[], object], target: GPUTarget = SM90) -> tuple[Any, list[Any]]:
+    """The kernel `name`, and the options, signature and constants that the launch in `call` compiles it for."""
+    module = KERNELS[name]
+    kernel, recorder = getattr(module, name), Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, recorder)
+        call()
+    ((args, kwargs),) = recorder.launches
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*args, **kwargs)
+    return kernel, list(kernel._pack_args(backend, kwargs, bound, specialization, options))
+
+
+def compiled(name: str, call: Callable[[], object], target: GPUTarget = SM90) -> Any:
+    """Compile what `call` would launch of the kernel `name`."""
+    kernel, (options, *source) = specialized(name, call, target)
+    return triton.compile(ASTSource(kernel, *source), target=target, options=options.__dict__)
+
+
+def resources(binary: Any, folder: Path) -> dict[str, int]:
+    """Registers, stack and local memory that ptxas gave a kernel."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
+
+
+def accesses(binary: Any) -> Counter[tuple[str, int]]:
+    """How often a thread loads and stores how many bytes of global memory."""
+    found = re.findall(r"\b(ld|st)\.global\.(?:\w+::\w+\.)*(?:v(\d)\.)?b(\d+)", binary.asm["ptx"])
+    return Counter((kind, int(width or 1) * int(bits) // 8) for kind, width, bits in found)
+
+
+def check_arithmetic(binary: Any) -> None:
+    """Every product and sum rounds by itself, quotients and roots correctly; nothing is flushed to zero."""
+    ptx = binary.asm["ptx"]
+    for loose in (r"\bfma\.", r"\bmad\.\w*\.?f", r"\.approx", r"\.ftz", r"\bdiv\.full", r"\bcall\b"):
+        assert not re.search(loose, ptx), loose
+
+
+def check_resources(binary: Any, folder: Path, registers: int = 128) -> None:
+    """Nothing spills, and enough threads fit on a multiprocessor."""
+    used = resources(binary, folder)
+    assert used["STACK"] == used["LOCAL"] == 0
+    assert used["REG"] <= registers
+
+
+def states(*dtypes: torch.dtype, shape: tuple[int, ...] = (4, 3, 64, 64)) -> list[Tensor]:
+    return [torch.empty(shape, dtype=dtype) for dtype in dtypes]
+
+
+BDIA = [0.9, 0.1, 0.8, 0.2, 0.96]
+KEY = (7, 1, 2)
+NETWORKS = {"float32": (F32, F32), "bfloat16": (BF16, BF16), "mixed": (F32, BF16)}
+
+# What is launched with Python numbers on dense tensors: kernel, call, and the tensors it must read.
+Case = tuple[str, Callable[[], object], list[Tensor], list[Tensor]]
+
+
+def step(name: str, tensors: list[Tensor], *arguments: Any, outs: int = 1) -> Case:
+    return "multistep", lambda: OPS[name](tensors, *arguments), tensors, tensors[:1] * outs
+
+
+def dense_cases() -> dict[str, Case]:
+    cases: dict[str, Case] = {}
+    for kind, (state, network) in NETWORKS.items():
+        cases[f"ddim {kind}"] = step("ddim_step", states(state, network), BDIA[:2], 0.0)
+        cases[f"bdia {kind}"] = step("bdia_step", states(state, state, network), BDIA, 0.0)
+        cases[f"inverse {kind}"] = step("bdia_inverse_step", states(state, state, network), BDIA, 0.0)
+        guided = states(state, state, network, network)
+        cases[f"bdia guided {kind}"] = step("bdia_step", guided, BDIA, 7.5)
+        pair = states(state, network)
+        cases[f"affine noisy {kind}"] = step("affine_step", pair, BDIA[:2], 0.0, 0.5, *KEY)
+        everything = ([0.9, 0.1], [0.2, 0.3], 7.5, 0.5, 1.0, 0.5, 0.7, *KEY)
+        cases[f"denoised {kind}"] = step(
+            "denoised_step", states(state, network, network), *everything, outs=3
+        )
+        plain = ([0.9, 0.1], [0.2, 0.3], 0.0, 0.5, None, 0.0, None, None, 0, 0)
+        cases[f"denoised plain {kind}"] = step("denoised_step", states(state, network), *plain, outs=2)
+        for name in ("normal", "uniform"):
+            out = states(state)
+            cases[f"{name} {kind}"] = ("noise", lambda name=name, out=out: OPS[name](out[0], *KEY), [], out)
+    for terms in (1, 3, 4, 5):
+        arguments = (BDIA[:terms], 0.0, 0.0, None, 0, 0)
+        cases[f"affine of {terms}"] = step("affine_step", states(*[F32] * terms), *arguments)
+    return cases
+
+
+DENSE = dense_cases()
+
+
+@pytest.mark.parametrize("case", DENSE.values(), ids=DENSE)
+def test_dense_tensors_move_128_bits_at_a_time(case: Case, tmp_path: Path) -> None:
+    name, call, read, written = case
+    binary = compiled(name, call)
+    check_arithmetic(binary)
+    check_resources(binary, tmp_path, registers=64)
+
+    def moves(tensors: list[Tensor]) -> int:
+        return sum(x.element_size() for x in tensors) * TILE // THREADS // 16
+
+    expected = {("ld", 16): moves(read), ("st", 16): moves(written)}
+    assert accesses(binary) == Counter({access: count for access, count in expected.items() if count})
+
+
+def numbers(*shape: int) -> list[Tensor]:
+    return [torch.empty(shape) for _ in range(5)]
+
+
+def key(*shape: int) -> list[Tensor]:
+    return [torch.empty(shape, dtype=torch.int64) for _ in range(3)]
+
+
+def last(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last)
+
+
+def noisy(*tensors: Tensor) -> Callable[[], object]:
+    return lambda: OPS["affine_step"](list(tensors), BDIA[: len(tensors)], 0.0, 0.5, *KEY)
+
+
+MIXED = states(F32, F32, BF16)
+OTHERS: dict[str, tuple[str, Callable[[], object]]] = {
+    "0-d tensors": ("multistep", lambda: OPS["bdia_step.tensor"](MIXED, numbers(), None)),
+    "(B,) tensors": ("multistep", lambda: OPS["bdia_step.tensor"](MIXED, numbers(4), None)),
+    "(B,) keys": (
+        "multistep",
+        lambda: OPS["affine_step.tensor"](MIXED[1:], numbers(4)[:2], None, torch.empty(4), *key(4)),
+    ),
+    "0-d keys": ("noise", lambda: OPS["normal.tensor"](MIXED[2], *key())),
+    "float64": ("multistep", lambda: OPS["bdia_step"](states(F64, F64, F64), BDIA, 0.0)),
+    "float64 to half": ("multistep", noisy(*states(F16, F64))),
+    "points": ("multistep", noisy(*states(F32, shape=(9, 2)))),
+    "single numbers": ("multistep", noisy(*states(F32, shape=(9,)))),
+    "odd sizes": ("multistep", noisy(*states(F32, shape=(3, 7, 5)))),
+    "one element": ("multistep", noisy(*states(F32, shape=(1, 1)))),
+    "channels last": ("multistep", noisy(last(MIXED[0]), last(MIXED[2]))),
+    "two layouts": ("multistep", lambda: OPS["ddim_step"]([MIXED[0], last(MIXED[1])], [0.9, 0.1], 0.0)),
+    "slices": ("multistep", noisy(MIXED[0][:, 1:, ::2, 3:50], MIXED[2][:, 1:, ::2, 3:50])),
+    "expanded": ("multistep", noisy(MIXED[0][:1].expand(4, -1, -1, -1), MIXED[2])),
+    "fold_in": ("fold", lambda: OPS["fold_in"](torch.empty(9, dtype=torch.int64), torch.tensor(1))),
+}
+
+
+@pytest.mark.parametrize("wide", [operands.WIDE, 1], ids=["32-bit indices", "64-bit indices"])
+@pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS)
+def test_other_variants_compile(
+    case: tuple[str, Callable[[], object]], wide: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operands, "WIDE", wide)
+    binary = compiled(*case)
+    check_arithmetic(binary)
+    check_resources(binary, tmp_path)
+
+
+def test_channels_last_without_noise_is_dense() -> None:
+    tensors = [last(x) for x in states(F32, F32, F32)]
+    binary = compiled("multistep", lambda: OPS["bdia_step"](tensors, BDIA, 0.0))
+    assert set(accesses(binary)) == {("ld", 16), ("st", 16)}
+
+
+def test_new_numbers_and_keys_compile_nothing() -> None:
+    calls = []
+    for seed, step, sample_id in ((0, 0, 0), (1, 1, 1), (16, 16, 16), (2**62, 2**31, 2**31), (-1, 7, 5)):
+        for number in (0.0, 1.0, 0.3):
+            arguments = ([number] * 2, 0.0, 0.5 + number, seed, step, sample_id)
+            calls.append(lambda arguments=arguments: OPS["affine_step"](MIXED[1:], *arguments))
+    signatures = {str(specialized("multistep", call)[1][1:]) for call in calls}
+    assert len(signatures) == 1
+
+
+def test_float64_is_narrowed_by_way_of_float32() -> None:
+    ptx = compiled(*OTHERS["float64 to half"]).asm["ptx"]
+    assert "cvt.rn.f32.f64" in ptx
+    assert not re.search(r"cvt\.rn\.b?f16\.f64", ptx)
+
+
+def test_quotients_and_roots_are_correctly_rounded() -> None:
+    assert compiled("multistep", DENSE["inverse float32"][1]).asm["ptx"].count("div.rn.f32") == 5
+    assert compiled("noise", DENSE["normal float32"][1]).asm["ptx"].count("sqrt.rn.f32") == 4
+
+
+TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 100, 120)}
+ELSEWHERE = ["bdia mixed", "affine noisy bfloat16", "denoised float32", "normal float32"]
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_other_nvidia_targets(target: GPUTarget, case: str, tmp_path: Path) -> None:
+    binary = compiled(*DENSE[case][:2], target)
+    check_arithmetic(binary)
+    check_resources(binary, tmp_path)
+    assert {size for _, size in accesses(binary)} == {16}
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_amd_target(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operands, "WARPS", 2)
+    binary = compiled(*DENSE[case][:2], GPUTarget("hip", "gfx942", 64))
+    assert not re.search(r"\b(contract|fast|afn|arcp|reassoc)\b|llvm\.fmuladd", binary.asm["llir"])
+    assert "scratch_" not in binary.asm["amdgcn"]
+    assert re.search(r"\.vgpr_spill_count: +0", binary.asm["amdgcn"])
+    assert "store_dwordx4" in binary.asm["amdgcn"]
