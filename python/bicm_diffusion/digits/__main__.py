@@ -123,10 +123,13 @@ def train_denoiser(
 )
 @click.option("--steps", default=50, type=click.IntRange(2), help="Steps between data and noise.")
 @click.option("--seed", default=0, help="Seed of the noise that samples start from.")
-def demo(output: Path, weights: Path, steps: int, seed: int) -> None:
+@click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
+def demo(output: Path, weights: Path, steps: int, seed: int, threads: int) -> None:
     """Sample digits, invert real ones to noise and back, draw one picture and print what was measured."""
     from bicm_diffusion.digits.demo import run_demo  # plotting is slow to import, and training does without
 
+    # Layers this small gain nothing from a second thread, and on a busy machine the two wait for each other.
+    torch.set_num_threads(threads)
     run_demo(output, weights=weights, steps=steps, seed=seed, console=Console(highlight=False))
 
 

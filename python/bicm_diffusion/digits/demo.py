@@ -78,11 +78,9 @@ def reconstruction_table(
     results: dict[torch.dtype, list[Reconstruction]], schedule: Schedule, count: int
 ) -> Table:
     """Return the errors of every method and dtype."""
-    table = Table(
-        title=f"{count} held-out digits → noise → digits, {schedule.steps} steps each way (paper -1, ink 1)",
-        title_justify="left",
-    )
-    table.add_column("error", no_wrap=True)
+    way = f"{count} real digits → noise → digits, {schedule.steps} steps each way"
+    table = Table(title=f"{way}: errors (paper -1, ink 1)", title_justify="left")
+    table.add_column("method", no_wrap=True)
     for dtype in results:
         table.add_column(f"{_name(dtype)}\nmax", justify="right")
         table.add_column("\nMSE", justify="right")

@@ -118,7 +118,7 @@ def dropped_labels(labels: Tensor, step: int, config: TrainingConfig) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(network: Denoiser, data: Digits, *, repeats: int = 10) -> float:
+def evaluate(network: Denoiser, data: Digits, *, repeats: int = 20) -> float:
     """Return the loss over data with their labels, `repeats` noises and evenly spread times each."""
     network.eval()
     count = len(data.images)
