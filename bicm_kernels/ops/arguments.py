@@ -22,6 +22,7 @@ Integer = int | Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WORD = 2**32
+LARGE = 2**26  # bytes
 
 compiling = torch.compiler.is_compiling
 _functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -69,11 +70,20 @@ def check_vmap(seed: object) -> None:
     """Raise under ``torch.vmap`` unless seeds are per sample: every slice would draw the same noise."""
     if not isinstance(_functorch_level(), _Interpreter) or not _inside_vmap():
         return
-    if not isinstance(seed, Tensor) or (seed.dim() == 0 and not torch._C._functorch.is_batchedtensor(seed)):
+    if not isinstance(seed, Tensor) or (seed.dim() == 0 and not _differs_between_slices(seed)):
         raise ValueError(
             f"seed must hold one seed per sample, a (B,) int64 tensor, under torch.vmap, got {describe(seed)}: "
             "each slice would repeat the same noise"
         )
+
+
+def _differs_between_slices(x: Tensor) -> bool:
+    """Whether ``torch.vmap`` maps over a tensor, which other transforms may have wrapped since."""
+    functorch = torch._C._functorch
+    # Dynamo cannot look below the innermost transform: a graph of vmap over grad raises.
+    while not compiling() and functorch.is_gradtrackingtensor(x):
+        x = functorch.get_unwrapped(x)
+    return functorch.is_batchedtensor(x)
 
 
 def _inside_vmap() -> bool:
@@ -138,7 +148,10 @@ def signed(seed: int) -> int:
 
 def integer(value: Integer) -> Tensor:
     """An int as a 0-d int64 tensor; tensors as they are."""
-    return value if isinstance(value, Tensor) else torch.full((), signed(value), dtype=torch.int64)
+    if isinstance(value, Tensor):
+        return value
+    # int, because arithmetic on NumPy's integers overflows; a traced one must stay symbolic.
+    return torch.full((), signed(value if compiling() else int(value)), dtype=torch.int64)
 
 
 def key(seed: Integer | None, step: Integer, sample_id: Integer, like: Tensor) -> tuple[Tensor | None, ...]:
@@ -249,12 +262,17 @@ def _elements(x: Tensor) -> tuple[int, int]:
 
 
 def shares_memory(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors have a byte in common; exact, and as slow as touching every byte."""
+    """Whether two tensors have a byte in common; exact, and as slow as touching every byte.
+
+    Large tensors whose ranges of addresses overlap count as sharing: looking closer would take many times their memory.
+    """
     if x.numel() == 0 or y.numel() == 0 or x.device != y.device:
         return False
     (x_begin, x_end), (y_begin, y_end) = _elements(x), _elements(y)
     if x_end <= y_begin or y_end <= x_begin:
         return False
+    if max(x_end, y_end) - min(x_begin, y_begin) > LARGE:
+        return True
     begin = min(x_begin, y_begin)
     touched = torch.zeros(max(x_end, y_end) - begin, dtype=torch.bool)
     touched[_bytes(x, begin)] = True
@@ -270,6 +288,14 @@ def _bytes(x: Tensor, begin: int) -> Tensor:
 
 def overlaps_itself(x: Tensor) -> bool:
     """Whether two elements of a tensor lie at one address."""
+    dims = sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
+    span = 0
+    for stride, size in dims:
+        if stride <= span:
+            break
+        span += (size - 1) * stride
+    else:
+        return False  # each dimension steps over all that the smaller ones reach
     offsets = _bytes(x, x.data_ptr())
     return offsets.unique().numel() != offsets.numel()
 

@@ -44,26 +44,29 @@ _SCHEMAS = {
 }
 
 
-def _fake_one(tensors: list[Tensor], *_: object) -> Tensor:
-    _check_one_device(tensors)
+def _fake_one(tensors: list[Tensor], *rest: Any) -> Tensor:
+    _check_alike(tensors, rest)
     return torch.empty_like(tensors[0])
 
 
 def _fake_three(tensors: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _check_one_device(tensors)
+    _check_alike(tensors, rest)
     first = tensors[0]
     scaled = torch.empty_like(first) if rest[6] is not None else first.new_empty((0,))
     return torch.empty_like(first), torch.empty_like(first), scaled
 
 
-def _fake_out(tensors: list[Tensor], *_: object, out: Tensor, **others: Tensor) -> None:
-    _check_one_device([*tensors, out, *others.values()])
+def _fake_out(tensors: list[Tensor], *rest: Any, out: Tensor, **others: Tensor) -> None:
+    _check_alike([*tensors, out, *(x for x in others.values() if x.shape != (0,))], rest)
 
 
-def _check_one_device(tensors: list[Tensor]) -> None:
+def _check_alike(tensors: list[Tensor], rest: Values) -> None:
     # A meta tensor among real ones brings the dispatcher here, and the result would be memory that nobody wrote.
-    if any(x.device != tensors[0].device for x in tensors):
-        raise RuntimeError("bicm_kernels: tensors differ in device")
+    device, shape = tensors[0].device, tensors[0].shape
+    alike = all(x.device == device and x.shape == shape for x in tensors)
+    numbers = [x for x in arguments.numbers(rest) if isinstance(x, Tensor)]
+    if not alike or (device.type != "meta" and any(x.device.type == "meta" for x in numbers)):
+        raise RuntimeError("bicm_kernels: tensors differ in shape or device")
 
 
 for _name, (_flavours, (_returns, _out)) in _SCHEMAS.items():
@@ -171,6 +174,9 @@ def _run(
         paired = not isinstance(last, Tensor)
         if paired != (guidance_scale is not None):
             raise TypeError("guidance_scale and a pair of predictions go together")
+        # A kernel takes one tensor more than weights for a pair.
+        if not step.operands and len(values[0]) != len(operands):
+            raise TypeError("as many weights as tensors")
         tensors = [*operands[:-1], *last] if paired else [*operands]
         op = getattr(_ops, step.name)
         if not outs and arguments.eager(tensors, values, key):
