@@ -61,17 +61,11 @@ def chosen(families: tuple[str, ...], names: tuple[str, ...]) -> list[tuple[str,
 @click.command()
 @click.argument("families", nargs=-1, type=click.Choice([*FAMILIES, OVERHEAD]))
 @click.option("--threads", callback=integers, help="Thread counts, as 1,2; default: 1 and all cores.")
-@click.option(
-    "--sizes", callback=integers, help="Elements per tensor, multiples of 3072, separated by commas."
-)
+@click.option("--sizes", callback=integers, help="Elements per tensor, multiples of 3072, separated by commas.")
 @click.option("--dtypes", callback=names_among(tuple(DTYPES)), help=f"Default: {','.join(DTYPES)}.")
 @click.option("--cases", callback=names_among(CASE_NAMES), help="Only these cases of the families.")
-@click.option(
-    "--compile/--no-compile", "compile_too", default=True, help="Whether to time torch.compile too."
-)
-@click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here."
-)
+@click.option("--compile/--no-compile", "compile_too", default=True, help="Whether to time torch.compile too.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here.")
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="Draw the figures here.")
 @click.option(
     "--clock",

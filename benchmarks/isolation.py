@@ -20,9 +20,7 @@ def measure_shapes(
     return [measure(family, case, shape, dtype, **options) for shape in sorted(shapes)]
 
 
-def measure_apart(
-    family: str, name: str, shapes: Sequence[Shape], dtype: str, **options: Any
-) -> list[Measurement]:
+def measure_apart(family: str, name: str, shapes: Sequence[Shape], dtype: str, **options: Any) -> list[Measurement]:
     """The same in a new process, so that figures do not depend on which cases ran before.
 
     The C library adapts to what a process frees: after a few large blocks it keeps memory that it gave back

@@ -177,9 +177,7 @@ def show(measurements: Sequence[Measurement], overheads: Sequence[Overhead] = ()
         screen.print(table(group))
     for m in measurements:
         for name, error in m.failures.items():
-            screen.print(
-                f"{m.case} {m.dtype} {m.shape}: {name} failed: {error}", highlight=False, markup=False
-            )
+            screen.print(f"{m.case} {m.dtype} {m.shape}: {name} failed: {error}", highlight=False, markup=False)
     if measurements:
         screen.print(NOTES, highlight=False)
     if overheads:
@@ -218,9 +216,7 @@ def panel(axes: Axes, curves: Sequence[Measurement]) -> None:
     for name, (color, marker, line) in STYLES.items():
         points = [(m.elements, bandwidth / 1e9) for m in curves if (bandwidth := m.bandwidth(name))]
         if points:
-            axes.plot(
-                *zip(*points, strict=True), color=color, marker=marker, linestyle=line, label=LABELS[name]
-            )
+            axes.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=line, label=LABELS[name])
     largest = curves[-1]
     gains = [f"{quotient(ratio)}× {name}" for name in ("eager", "compile") if (ratio := largest.ratio(name))]
     gain = f"{', '.join(gains)} at {short(largest.elements)}"
@@ -241,9 +237,7 @@ def plot(measurements: Sequence[Measurement], path: str) -> None:
         blocks.setdefault((m.device, m.threads, m.dtype), {}).setdefault(m.case, []).append(m)
     columns = min(5, max(len(panels) for panels in blocks.values()))
     heights = [-(-len(panels) // columns) for panels in blocks.values()]
-    figure = Figure(
-        figsize=(3.1 * columns + 0.6, 2.7 * sum(heights) + 0.7 * len(blocks)), layout="constrained"
-    )
+    figure = Figure(figsize=(3.1 * columns + 0.6, 2.7 * sum(heights) + 0.7 * len(blocks)), layout="constrained")
     parts = figure.subfigures(len(blocks), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, ((device, count, dtype), panels), rows in zip(parts, blocks.items(), heights, strict=True):
         where = f"{count} thread{'s' if count > 1 else ''}" if device == "cpu" else device

@@ -131,9 +131,7 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def interleave(
-    calls: Mapping[str, Call], effort: Effort, sampler: Sampler = CLOCKS["wall"]
-) -> dict[str, Timing]:
+def interleave(calls: Mapping[str, Call], effort: Effort, sampler: Sampler = CLOCKS["wall"]) -> dict[str, Timing]:
     """Time the calls in turns; each round starts with another one, so that all of them follow the others."""
     for call in calls.values():
         call()
@@ -151,7 +149,4 @@ def interleave(
                 before = minor_faults()
                 samples[name].append(sampler(calls[name], repeats[name]))
                 faults[name].append((minor_faults() - before) / repeats[name])
-    return {
-        name: summary(taken, repeats[name], statistics.median(faults[name]))
-        for name, taken in samples.items()
-    }
+    return {name: summary(taken, repeats[name], statistics.median(faults[name])) for name, taken in samples.items()}

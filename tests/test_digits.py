@@ -225,9 +225,7 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     from bicm_diffusion.digits.picture import Panels, save_picture
 
     digits = one_per_class(load_split().held_out)
-    results = [
-        reconstruct(method, load_denoiser(), digits, vp_schedule(3), torch.float32) for method in METHODS[::2]
-    ]
+    results = [reconstruct(method, load_denoiser(), digits, vp_schedule(3), torch.float32) for method in METHODS[::2]]
     samples = [(method.name, digits.images.repeat(3, 1, 1, 1)) for method in METHODS]
     save_picture(Panels(3, digits.images, results, samples), tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")

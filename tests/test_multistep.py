@@ -1,4 +1,4 @@
-"""The step ops: the reference's bits for every dtype, layout, size and argument; accuracy, batch invariance, outputs."""
+"""The step ops: bits for every dtype, layout, size and argument; accuracy; batch invariance; outputs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-import bicm_kernels as bk
 import pytest
 import torch
-from bicm_kernels import reference
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+
+import bicm_kernels as bk
+from bicm_kernels import reference
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 Bits = Callable[[Tensor, Tensor], None]
@@ -30,7 +31,14 @@ OPS: dict[str, tuple[int, dict[str, Any]]] = {
     "affine_step": (3, {"weights": [0.7, -1.3, 0.2, 0.9], **NOISE}),
     "denoised_step": (
         1,
-        {"x0_weights": [1.2, -2.1], "weights": [0.3, 0.1], "x0_weight": 0.8, "clip": 1.0, "next_scale": 0.6, **NOISE},
+        {
+            "x0_weights": [1.2, -2.1],
+            "weights": [0.3, 0.1],
+            "x0_weight": 0.8,
+            "clip": 1.0,
+            "next_scale": 0.6,
+            **NOISE,
+        },
     ),
 }
 DTYPES = [(F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (F16, F16), (F64, F64), (F64, F32), (BF16, F64)]
@@ -39,12 +47,7 @@ DTYPES = [(F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (F16, F16), (F64, F
 def call(name: str, tensors: Sequence[Any], numbers: dict[str, Any], module: ModuleType = bk) -> tuple[Tensor, ...]:
     """An op's results, the way it is called: one argument per tensor, or a list of them."""
     op = getattr(module, name)
-    if "weights" not in numbers:
-        results = op(*tensors, **numbers)
-    elif "x0_weights" not in numbers:
-        results = op(tensors, **numbers)
-    else:
-        results = op(tensors, **numbers)
+    results = op(tensors, **numbers) if "weights" in numbers else op(*tensors, **numbers)
     return results if isinstance(results, tuple) else (results,)
 
 
@@ -69,9 +72,21 @@ def agree(name: str, tensors: Sequence[Any], numbers: dict[str, Any], same_bits:
             assert actual.stride() == expected.stride() == torch.empty_like(first).stride()
 
 
-# --- the same bits as the reference -----------------------------------------------------------------------------------
+# --- the same bits as the reference -------------------------------------------------------------------------
 
-SIZES = [(1,), (7,), (1, 1), (5, 3), (2, 1023), (3, 1025), (2, 3, 17, 31), (1, 2, 3, 2, 3, 2), (130, 257), (0, 3), (2, 0, 4)]
+SIZES = [
+    (1,),
+    (7,),
+    (1, 1),
+    (5, 3),
+    (2, 1023),
+    (3, 1025),
+    (2, 3, 17, 31),
+    (1, 2, 3, 2, 3, 2),
+    (130, 257),
+    (0, 3),
+    (2, 0, 4),
+]
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -99,10 +114,13 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize(("states", "network"), [(F32, F32), (F32, BF16), (F16, F16), (F64, F32)])
 def test_layouts(name: str, states: torch.dtype, network: torch.dtype, same_bits: Bits) -> None:
-    for shape in [(3, 5, 7, 4), (2, 1, 33, 65), (1, 4, 1, 9)]:
+    count = len(LAYOUTS)
+    for shape, turn in itertools.product([(3, 5, 7, 4), (2, 1, 33, 65), (1, 4, 1, 9)], (0, 1, 4)):
         tensors = operands(name, shape, states, network)
-        for first, rest in itertools.product(LAYOUTS.values(), LAYOUTS.values()):
-            agree(name, [first(tensors[0]), *map(rest, tensors[1:])], OPS[name][1], same_bits)
+        for i in range(count):
+            places = [list(LAYOUTS.values())[(i + turn * k) % count] for k in range(len(tensors))]
+            laid = [place(x) for place, x in zip(places, tensors, strict=True)]
+            agree(name, laid, OPS[name][1], same_bits)
 
 
 def as_tensors(numbers: dict[str, Any], convert: Callable[[float], Any]) -> dict[str, Any]:
@@ -130,7 +148,7 @@ ARGUMENTS: dict[str, Callable[[float], Any]] = {
 @pytest.mark.parametrize("kind", ARGUMENTS)
 def test_arguments(name: str, kind: str, same_bits: Bits) -> None:
     numbers = as_tensors(OPS[name][1], ARGUMENTS[kind])
-    for (states, network), shape in itertools.product(DTYPES[:6], [(4, 67), (4, 3, 20, 30)]):
+    for (states, network), shape in itertools.product(DTYPES[:6], [(4, 67), (4, 3, 21, 19)]):
         tensors = operands(name, shape, states, network)
         agree(name, tensors, numbers, same_bits)
         agree(name, [x.transpose(1, -1).contiguous().transpose(1, -1) for x in tensors], numbers, same_bits)
@@ -146,7 +164,22 @@ def test_floats_and_tensors_agree(name: str, states: torch.dtype, network: torch
             same_bits(actual, expected)
 
 
-SPECIAL = [0.0, -0.0, 1.0, math.inf, -math.inf, math.nan, 1e-45, -1e-40, 65504.0, 65519.9, 65520.0, 3e38, -3.4e38, 6e-8]
+SPECIAL = [
+    0.0,
+    -0.0,
+    1.0,
+    math.inf,
+    -math.inf,
+    math.nan,
+    1e-45,
+    -1e-40,
+    65504.0,
+    65519.9,
+    65520.0,
+    3e38,
+    -3.4e38,
+    6e-8,
+]
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -158,7 +191,12 @@ def test_special_values(name: str, states: torch.dtype, network: torch.dtype, sa
     agree(name, tensors, OPS[name][1], same_bits)
     for value in (0.0, -0.0, math.inf, math.nan, 1e-42):
         agree(name, tensors, as_tensors(OPS[name][1], lambda _, v=value: v), same_bits)
-        agree(name, tensors, as_tensors(OPS[name][1], lambda _, v=value: torch.tensor([1.0, v, -v, 2.0])), same_bits)
+        agree(
+            name,
+            tensors,
+            as_tensors(OPS[name][1], lambda _, v=value: torch.tensor([1.0, v, -v, 2.0])),
+            same_bits,
+        )
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3, 4, 5])
@@ -172,8 +210,15 @@ def test_every_number_of_terms(terms: int, guided: bool, same_bits: Bits) -> Non
             tensors[-1] = (tensors[-1], random(3, 70, dtype=network, seed=9))
             numbers["guidance_scale"] = 3.7
         agree("affine_step", tensors, numbers, same_bits)
-        for clip, scale, noisy in itertools.product((None, 0.5, torch.tensor([0.1, 1.0, math.inf])), (None, 0.7), (0, 1)):
-            more = {"x0_weights": [1.5, -0.5, 0.25, 2.0, -1.0][:terms], "x0_weight": -0.6, "clip": clip, "next_scale": scale}
+        for clip, scale, noisy in itertools.product(
+            (None, 0.5, torch.tensor([0.1, 1.0, math.inf])), (None, 0.7), (0, 1)
+        ):
+            more = {
+                "x0_weights": [1.5, -0.5, 0.25, 2.0, -1.0][:terms],
+                "x0_weight": -0.6,
+                "clip": clip,
+                "next_scale": scale,
+            }
             step = {**numbers, **more} if noisy else {**more, "weights": weights}
             if guided:
                 step["guidance_scale"] = torch.tensor([3.7, 1.0, 0.0])
@@ -195,7 +240,7 @@ def test_guidance(name: str, same_bits: Bits) -> None:
 def test_results_larger_than_the_cache(dtype: torch.dtype, same_bits: Bits, threads: Threads) -> None:
     size = 9 * 2**20 // torch.empty((), dtype=dtype).element_size() // 3
     memory = random(2 * 3 * (size + 1), dtype=dtype)
-    z, eps = (memory[i :][: 3 * (size + 1)].view(3, size + 1)[:, 1:] for i in (0, 3 * (size + 1)))
+    z, eps = (memory[i:][: 3 * (size + 1)].view(3, size + 1)[:, 1:] for i in (0, 3 * (size + 1)))
     for count, tensors in itertools.product((1, 2), ([z, eps], [z.contiguous(), eps.contiguous()])):
         with threads(count):
             agree("ddim_step", tensors, {"a": 1.1, "b": 0.3}, same_bits)
@@ -232,7 +277,7 @@ def test_autocast_leaves_the_state_alone(name: str, same_bits: Bits) -> None:
             same_bits(actual, expected)
 
 
-# --- accuracy ---------------------------------------------------------------------------------------------------------
+# --- accuracy -----------------------------------------------------------------------------------------------
 
 
 def exact(name: str, x: list[Tensor], v: dict[str, Any]) -> Tensor:
@@ -296,19 +341,23 @@ def test_bdia_returns(gamma: float, numbers: tuple[float, ...], scale: float | N
     torch.testing.assert_close(bk.bdia_inverse_step(z_next, z, eps, **v), z_last, rtol=0, atol=2e-13)
 
 
-# --- batch invariance -------------------------------------------------------------------------------------------------
+# --- batch invariance ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("shape", [(700, 64), (9, 5000), (6, 2, 50, 50), (3, 1, 300, 300)])
-def test_a_sample_does_not_depend_on_its_batch(name: str, shape: tuple[int, ...], same_bits: Bits, threads: Threads) -> None:
+@pytest.mark.parametrize("shape", [(700, 64), (9, 5000), (5, 2, 50, 60)])
+def test_a_sample_does_not_depend_on_its_batch(
+    name: str, shape: tuple[int, ...], same_bits: Bits, threads: Threads
+) -> None:
     plain = {key: value for key, value in OPS[name][1].items() if key != "sample_id"}
     varied = as_tensors(plain, lambda x: x * torch.linspace(0.9, 1.1, shape[0], dtype=F64))
     layouts = ("contiguous", "channels_last") if len(shape) == 4 else ("contiguous",)
     for dtypes, layout, numbers in itertools.product([(F32, F32), (F32, BF16)], layouts, (plain, varied)):
         tensors = [LAYOUTS[layout](x) for x in operands(name, shape, *dtypes)]
 
-        def part(begin: int, end: int, tensors: list[Tensor] = tensors, v: dict[str, Any] = numbers) -> tuple[Tensor, ...]:
+        def part(
+            begin: int, end: int, tensors: list[Tensor] = tensors, v: dict[str, Any] = numbers
+        ) -> tuple[Tensor, ...]:
             key = {"sample_id": begin} if "seed" in v else {}
 
             def cut(x: Any) -> Any:
@@ -321,12 +370,17 @@ def test_a_sample_does_not_depend_on_its_batch(name: str, shape: tuple[int, ...]
             with threads(count):
                 for actual, expected in zip(part(0, shape[0]), whole, strict=True):
                     same_bits(actual, expected)
-        for begin, end in [(0, 1), (shape[0] - 1, shape[0]), (shape[0] // 2, shape[0] // 2 + 1), (1, shape[0])]:
+        for begin, end in [
+            (0, 1),
+            (shape[0] - 1, shape[0]),
+            (shape[0] // 2, shape[0] // 2 + 1),
+            (1, shape[0]),
+        ]:
             for actual, expected in zip(part(begin, end), whole, strict=True):
                 same_bits(actual, expected[begin:end])
 
 
-# --- outputs that the caller gives ------------------------------------------------------------------------------------
+# --- outputs that the caller gives --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -335,7 +389,7 @@ def test_a_sample_does_not_depend_on_its_batch(name: str, shape: tuple[int, ...]
 def test_out(each_backend: str, name: str, dtype: torch.dtype, kind: str, same_bits: Bits) -> None:
     numbers = OPS[name][1] if kind == "floats" else as_tensors(OPS[name][1], ARGUMENTS["per sample"])
     for layout in ("contiguous", "channels_last", "sliced", "transposed"):
-        tensors = [LAYOUTS[layout](x) for x in operands(name, (4, 3, 33, 20), dtype, dtype)]
+        tensors = [LAYOUTS[layout](x) for x in operands(name, (4, 3, 9, 14), dtype, dtype)]
         plain = call(name, tensors, numbers)
         several = len(plain) > 1
         apart = tuple(LAYOUTS["cut out"](torch.zeros_like(x)) for x in plain)
@@ -347,7 +401,9 @@ def test_out(each_backend: str, name: str, dtype: torch.dtype, kind: str, same_b
             targets.append((tensors[1], tensors[0], apart[2]))
         for target in targets:
             inputs = [x.clone(memory_format=torch.preserve_format) for x in tensors]
-            outs = tuple(inputs[places[0]] if (places := [i for i, x in enumerate(tensors) if x is y]) else y for y in target)
+            outs = tuple(
+                inputs[places[0]] if (places := [i for i, x in enumerate(tensors) if x is y]) else y for y in target
+            )
             results = call(name, inputs, {**numbers, "out": outs if several else outs[0]})
             for result, out, expected in zip(results, outs, plain, strict=True):
                 assert result is out

@@ -132,11 +132,7 @@ def coefficient(value: Number) -> Tensor:
 def coefficients(values: Sequence[Any]) -> list[Any]:
     """The values of a step as tensors: lists element by element, None as it is."""
     return [
-        [coefficient(x) for x in value]
-        if isinstance(value, list)
-        else None
-        if value is None
-        else coefficient(value)
+        [coefficient(x) for x in value] if isinstance(value, list) else None if value is None else coefficient(value)
         for value in values
     ]
 
@@ -180,9 +176,7 @@ def check_state(name: str, x: object, first: Tensor | None = None, first_name: s
     if first is None:
         return
     if x.shape != first.shape:
-        raise ValueError(
-            f"{name} must have the shape of {first_name}, {tuple(first.shape)}, got {tuple(x.shape)}"
-        )
+        raise ValueError(f"{name} must have the shape of {first_name}, {tuple(first.shape)}, got {tuple(x.shape)}")
     if x.device != first.device:
         raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {x.device}")
 
@@ -242,9 +236,7 @@ def check_key(seed: object, step: object, sample_id: object, batch: int, device:
         raise ValueError(f"sample_id + B must be at most 2**32, got {sample_id} + {batch}")
     per_sample_seed = isinstance(seed, Tensor) and seed.dim() == 1
     if per_sample_seed and (isinstance(sample_id, Tensor) or sample_id != 0):
-        raise ValueError(
-            f"sample_id must be left at 0 where seed holds one seed per sample, got {describe(sample_id)}"
-        )
+        raise ValueError(f"sample_id must be left at 0 where seed holds one seed per sample, got {describe(sample_id)}")
 
 
 def check_noise(noise_weight: object, seed: object) -> None:
@@ -337,7 +329,7 @@ def check_outs(outs: Mapping[str, Any], tensors: Mapping[str, Tensor], first: Te
 
 
 def check_out(name: str, out: object, first: Tensor, first_name: str) -> None:
-    """Raise unless ``out`` can take a result like ``first``: the shape, dtype and device, and not tracked by autograd."""
+    """Raise unless ``out`` can take a result like ``first``: shape, dtype and device, and no gradient."""
     check_state(name, out, first, first_name)
     assert isinstance(out, Tensor)
     if out.dtype != first.dtype:

@@ -127,11 +127,11 @@ def _check(
     names = step.operands or tuple(f"tensors[{k}]" for k in range(len(operands)))
     if not 1 <= len(operands) <= 5:
         raise ValueError(f"tensors must hold 1 to 5 tensors, got {len(operands)}")
-    first, tensors = operands[0], []
+    tensors: list[Any] = []
     for name, operand in zip(names, operands, strict=True):
         pair = isinstance(operand, tuple | list) and name == names[-1]
         for half in operand if pair else [operand]:
-            arguments.check_state(name, half, first if tensors else None, names[0])
+            arguments.check_state(name, half, tensors[0] if tensors else None, names[0])
             tensors.append(half)
     guided = len(tensors) - len(operands)
     if guided not in (0, 1) or bool(guided) != (guidance_scale is not None):
@@ -151,7 +151,7 @@ def _check(
         for name, number in zip(labels, value, strict=True):
             arguments.check_number(name, number, first)
     if key and key[0] is not None:
-        arguments.check_key(*key, first.shape[0], first.device)
+        arguments.check_key(key[0], key[1], key[2], first.shape[0], first.device)
     if values[-1] is None:  # no next_scale: its output is a placeholder
         outs = outs[:2]
     arguments.check_outs(dict(zip(_OUTS, outs, strict=False)), dict(zip(names, tensors, strict=False)), first)
@@ -177,7 +177,7 @@ def _run(
         # A kernel takes one tensor more than weights for a pair.
         if not step.operands and len(values[0]) != len(operands):
             raise TypeError("as many weights as tensors")
-        tensors = [*operands[:-1], *last] if paired else [*operands]
+        tensors: list[Any] = [*operands[:-1], *last] if paired else [*operands]
         op = getattr(_ops, step.name)
         if not outs and arguments.eager(tensors, values, key):
             return op.default(tensors, *values, *key)
@@ -192,7 +192,8 @@ def _run(
             function, full = (op.out if outs else op.default), (*values, *key)
         else:
             function = op.tensor_out if outs else op.tensor
-            full = (*arguments.coefficients(values), *(arguments.key(*key, tensors[0]) if key else ()))
+            counters = arguments.key(key[0], key[1], key[2], tensors[0]) if key else ()
+            full = (*arguments.coefficients(values), *counters)
         if not outs:
             return function(tensors, *full)
         function(tensors, *full, **dict(zip(_OUTS, outs, strict=False)))

@@ -14,9 +14,7 @@ Number = float | Tensor
 Operand = Tensor | tuple[Tensor, Tensor]
 
 
-def guide(
-    operands: Sequence[Operand], guidance_scale: Number | None, compute: torch.dtype
-) -> list[Tensor]:
+def guide(operands: Sequence[Operand], guidance_scale: Number | None, compute: torch.dtype) -> list[Tensor]:
     """The operands in the compute type; a pair becomes eps_uncond + s (eps_cond - eps_uncond)."""
     tensors: list[Tensor] = []
     for operand in operands:
@@ -66,9 +64,7 @@ def affine_step(
     return like_first(result, first)
 
 
-def ddim_step(
-    z: Tensor, eps: Operand, *, a: Number, b: Number, guidance_scale: Number | None = None
-) -> Tensor:
+def ddim_step(z: Tensor, eps: Operand, *, a: Number, b: Number, guidance_scale: Number | None = None) -> Tensor:
     """BDIA eq. 6: a z + b eps."""
     return affine_step([z, eps], [a, b], guidance_scale=guidance_scale)
 

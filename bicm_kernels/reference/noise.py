@@ -213,9 +213,7 @@ def plus_noise(
     sample_id: int | Tensor,
 ) -> Tensor:
     """result + weight n, where the weight is not zero: noise of weight zero is not drawn."""
-    noise = normal(
-        like.shape, seed=seed, step=step, sample_id=sample_id, dtype=result.dtype, device=like.device
-    )
+    noise = normal(like.shape, seed=seed, step=step, sample_id=sample_id, dtype=result.dtype, device=like.device)
     w = per_sample(weight, like, result.dtype)
     # Where the weight is zero this adds -0.0, which leaves every bit alone; its derivative is still the noise.
     still = w.detach()
