@@ -26,7 +26,7 @@ void multistep(const std::string& target, py::object out, const py::sequence& in
                const std::string& form, py::object conditional, py::object guidance_scale, py::object noise_weight,
                py::object seed, py::object step, py::object sample, bool counts, py::object x0, py::object next,
                const py::sequence& x0_coefficients, py::object x0_weight, py::object clip, py::object next_scale,
-               bool merge, bool streams, const Units& units) {
+               bool merge, bool streams, std::optional<bool> float64, const Units& units) {
   if (inputs.size() < 1 || inputs.size() > kMaxTerms) throw py::value_error("1 to 5 inputs");
   Multistep m = {};
   m.terms = static_cast<int32_t>(inputs.size());
@@ -42,6 +42,7 @@ void multistep(const std::string& target, py::object out, const py::sequence& in
   if (m.guided) views.push_back({view_of(conditional), &m.conditional});
   const size_t first_output = views.size();
   for (const auto& view : views) m.float64 = m.float64 || view.first.dtype == DType::float64;
+  m.float64 = float64.value_or(m.float64);
   views.push_back({view_of(out), &m.out});
   if (m.denoises) views.push_back({view_of(x0), &m.x0});
   if (m.scales) views.push_back({view_of(next), &m.next});
@@ -76,7 +77,7 @@ void bind_multistep(py::module_& module) {
              py::arg("step") = 0, py::arg("sample") = 0, py::arg("counts") = true, py::arg("x0") = py::none(),
              py::arg("next") = py::none(), py::arg("x0_coefficients") = py::tuple(), py::arg("x0_weight") = 0.0,
              py::arg("clip") = py::none(), py::arg("next_scale") = py::none(), py::arg("merge") = true,
-             py::arg("streams") = false, py::arg("units") = py::none());
+             py::arg("streams") = false, py::arg("float64") = py::none(), py::arg("units") = py::none());
 }
 
 }  // namespace emulator

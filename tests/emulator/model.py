@@ -96,6 +96,7 @@ class Problem:
     next_scale: float | Tensor | None = None
     merge: bool = True
     streams: bool = False
+    float64: bool | None = None
 
     @property
     def outputs(self) -> list[Tensor]:
@@ -108,7 +109,8 @@ class Problem:
 
     @property
     def compute(self) -> np.dtype:
-        return np.dtype("f8" if any(x.dtype == "float64" for x in self.operands) else "f4")
+        given = any(x.dtype == "float64" for x in self.operands) if self.float64 is None else self.float64
+        return np.dtype("f8" if given else "f4")
 
     def run(self, target: str, units: list[tuple[int, int]] | None = None) -> None:
         def given(value: object) -> object:
@@ -123,6 +125,7 @@ class Problem:
             x0_coefficients=[given(x) for x in self.x0_coefficients],
             merge=self.merge,
             streams=self.streams,
+            float64=self.float64,
             units=units,
             **{name: given(getattr(self, name)) for name in OPTIONS},
             **self.key,

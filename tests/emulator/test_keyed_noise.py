@@ -10,7 +10,8 @@ from . import model
 from .checks import check_normal, check_uniform, targets
 from .tensors import DTYPES, LAYOUTS, Tensor
 
-SIZES = [1, 2, 3, 4, 5, 63, 64, 65, 1023, 1024, 1025, 4099]
+CHUNK = bicm_emulator.CHUNK
+SIZES = sorted({1, 2, 3, 4, 5, 63, 64, 65, CHUNK - 1, CHUNK, CHUNK + 1, 1023, 1025, 4099})
 KEYS = {
     "zero": {"seed": 0},
     "large": {"seed": -0x123456789ABCDEF, "step": 2**32 - 1, "sample": 2**32 - 4},
@@ -69,7 +70,7 @@ def test_a_dtype_is_a_rounding(target: str, dtype: str) -> None:
 @pytest.mark.parametrize("target", bicm_emulator.instruction_sets())
 def test_any_split_into_units(target: str) -> None:
     shape = (3, 5000)
-    units = 3 * 5
+    units = 3 * -(-5000 // CHUNK)
     whole = drawn(target, shape, "float32", "contiguous", 0)
     rng = np.random.default_rng(0)
     for _ in range(10):
@@ -141,7 +142,7 @@ class TestBeyond32Bits:
     @pytest.mark.parametrize("target", bicm_emulator.instruction_sets())
     def test_cpu(self, target: str) -> None:
         row = np.zeros(1024, np.float32)
-        unit = (self.ROW, self.ROW + 1)
+        unit = (self.FIRST // CHUNK, (self.FIRST + 1024) // CHUNK)
         bicm_emulator.noise(target, self.overlaid(row), seed=3, step=1, sample=2, distribution="uniform", units=[unit])
         assert np.array_equal(row, self.expected())
 

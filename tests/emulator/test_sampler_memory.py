@@ -50,6 +50,14 @@ def test_any_dtype_of_the_output(target: str, dtype: str) -> None:
         check_step(lambda p: p.run(target), problem)
 
 
+@pytest.mark.parametrize("float64", [False, True])
+def test_any_compute_type(target: str, float64: bool) -> None:
+    for dtype in DTYPES:
+        problem = denoised((3, 130), dtype, dtype)
+        problem.float64 = float64
+        check_step(lambda p: p.run(target), problem)
+
+
 @pytest.mark.parametrize("offset", [1, 2, 3, 4, 5])
 def test_unaligned_tensors(target: str, offset: int) -> None:
     """Every operand alone, and all of them, away from a multiple of 16 bytes."""
@@ -90,7 +98,7 @@ def test_outputs_may_replace_inputs(target: str, dtype: str, layout: str) -> Non
 
 @pytest.mark.parametrize("target", bicm_emulator.instruction_sets())
 def test_any_split_into_units(target: str) -> None:
-    units = 3 * 4
+    units = 3 * -(-4000 // bicm_emulator.CHUNK)
     rng = np.random.default_rng(1)
     for _ in range(10):
         cuts = [0, *sorted(rng.integers(0, units + 1, 4).tolist()), units]
@@ -154,7 +162,7 @@ def test_addresses_beyond_32_bits(target: str, device: bicm_emulator.Device) -> 
     device.x, device.threads = 2**23, 256
     device.from_block = Far.FIRST // 1024
     device.until_block = device.from_block + 1
-    unit = (Far.FIRST // 1024, Far.FIRST // 1024 + 1)
+    unit = (Far.FIRST // bicm_emulator.CHUNK, (Far.FIRST + 1024) // bicm_emulator.CHUNK)
     far_out, *far_rows = (np.asarray(Far(row)) for row in (out, *rows))
     bicm_emulator.multistep(target, far_out, far_rows, [0.5, 0.25], units=[unit])
     assert np.array_equal(out, np.float32(0.5) * rows[0] + np.float32(0.25) * rows[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bicm_emulator
 import numpy as np
 import pytest
 
@@ -9,7 +10,7 @@ from .checks import check_step
 from .problems import NOISE, PAIRS, affine, denoised, values
 from .tensors import DTYPES, Tensor
 
-SIZES = [1, 3, 5, 63, 64, 65, 1023, 1025, 4099]
+SIZES = sorted({1, 3, 5, 63, 64, 65, bicm_emulator.CHUNK, bicm_emulator.CHUNK + 1, 1023, 1025, 4099})
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3, 4, 5])
