@@ -7,6 +7,7 @@
   namespace bicm {                                                                  \
   namespace isa {                                                                   \
   void noise(const Noise&, int64_t, int64_t);                                       \
+  void noisy_pair(const NoisyPair&, int64_t, int64_t);                              \
   void multistep(const Multistep&, int64_t, int64_t);                               \
   void log_all(const float*, float*, int64_t);                                      \
   void cos_sin_all(const float*, float*, float*, int64_t);                          \
@@ -15,7 +16,7 @@
   }
 
 #define BICM_KERNELS(isa) \
-  { #isa, bicm::isa::noise, bicm::isa::multistep, bicm::isa::log_all, bicm::isa::cos_sin_all, bicm::isa::philox_all }
+  { #isa, bicm::isa::noise, bicm::isa::noisy_pair, bicm::isa::multistep, bicm::isa::log_all, bicm::isa::cos_sin_all, bicm::isa::philox_all }
 
 BICM_DECLARE_KERNELS(scalar)
 #if defined(__x86_64__)

@@ -12,6 +12,7 @@ constexpr int64_t kChunk = 1024;  // elements of a unit: its buffers stay in the
 struct Kernels {
   const char* name;
   void (*noise)(const Noise&, int64_t begin, int64_t end);
+  void (*noisy_pair)(const NoisyPair&, int64_t begin, int64_t end);
   void (*multistep)(const Multistep&, int64_t begin, int64_t end);
   void (*log)(const float* u, float* out, int64_t count);
   void (*cos_sin)(const float* u, float* cosine, float* sine, int64_t count);

@@ -25,6 +25,7 @@ struct Cpu {
 
   static void run(const struct Multistep& problem, const Tensor&);
   static void run(const struct Noise& problem, const Tensor&);
+  static void run(const struct NoisyPair& problem, const Tensor&);
   static void fold_in(const Integer& seed, const Integer& data, const Tensor& out);
 };
 
