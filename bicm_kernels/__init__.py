@@ -5,7 +5,8 @@ Every op is one kernel launch and gives the same bits on every backend; ``backen
 
 from bicm_kernels import backend, reference
 from bicm_kernels.ops.multistep import affine_step, bdia_inverse_step, bdia_step, ddim_step, denoised_step
-from bicm_kernels.ops.noise import NOISE_VERSION, add_noise, fold_in, normal, uniform
+from bicm_kernels.ops.noise import NOISE_VERSION, add_noise, fold_in, noisy_pair, normal, uniform
+from bicm_kernels.ops.preconditioning import denoise, renoise, scale_input
 
 backend.start()
 
@@ -18,8 +19,12 @@ __all__ = [
     "bdia_step",
     "ddim_step",
     "denoised_step",
+    "denoise",
     "fold_in",
+    "noisy_pair",
     "normal",
     "reference",
+    "renoise",
+    "scale_input",
     "uniform",
 ]

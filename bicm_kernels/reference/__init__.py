@@ -12,7 +12,16 @@ from bicm_kernels.reference.multistep import (
     ddim_step,
     denoised_step,
 )
-from bicm_kernels.reference.noise import add_noise, fold_in, fold_in_words, normal, philox4x32, uniform
+from bicm_kernels.reference.noise import (
+    add_noise,
+    fold_in,
+    fold_in_words,
+    noisy_pair,
+    normal,
+    philox4x32,
+    uniform,
+)
+from bicm_kernels.reference.preconditioning import denoise, denoise_gradient, renoise, scale_input
 
 __all__ = [
     "add_noise",
@@ -21,9 +30,14 @@ __all__ = [
     "bdia_step",
     "ddim_step",
     "denoised_step",
+    "denoise",
+    "denoise_gradient",
     "fold_in",
     "fold_in_words",
+    "noisy_pair",
     "normal",
     "philox4x32",
+    "renoise",
+    "scale_input",
     "uniform",
 ]

@@ -89,3 +89,13 @@ def renoise(
     level = per_sample(sigma if next_sigma is None else next_sigma, x, result.dtype)
     scaled = c_in(level, per_sample(sigma_data, x, result.dtype)) * result
     return like_first(result, x), like_first(scaled, x)
+
+
+def denoise_gradient(
+    gradient: Tensor, t: Tensor, u: Tensor, sigma_data: Tensor, cm: bool, in_F: bool, dtype: torch.dtype
+) -> Tensor:
+    """The derivative of ``denoise`` in x, or in F, times the incoming gradient."""
+    compute = compute_dtype(gradient)
+    numbers = [per_sample(value, gradient, compute) for value in (t, u, sigma_data)]
+    weights = c_skip_c_out(*numbers, numbers[1], "cm" if cm else "bcm")
+    return (weights[in_F] * gradient.to(compute)).to(dtype)

@@ -39,8 +39,8 @@ Tensor denoise(Tensor x, Tensor F, typename A::Coefficient t, typename A::Coeffi
 
 // The gradient of denoise in x (c_skip times the incoming one) or in F (c_out times it), in that tensor's dtype.
 template <class Device>
-Tensor denoise_gradient(Tensor gradient, Tensor t, Tensor u, Tensor sigma_data, bool cm, bool in_F,
-                        torch::headeronly::ScalarType dtype) {
+Tensor denoise_gradient(Tensor gradient, std::optional<Tensor> t, std::optional<Tensor> u,
+                        std::optional<Tensor> sigma_data, bool cm, bool in_F, torch::headeronly::ScalarType dtype) {
   const Tensors tensors = {gradient};
   Step step(tensors, 1);
   precondition<TensorArguments>(step, t, u, sigma_data, cm);
