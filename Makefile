@@ -45,7 +45,7 @@ demo: native ## sample, invert and reconstruct handwritten digits; prints a tabl
 
 test: native emulator ## every test that needs no GPU
 	BICM_KERNELS_BACKEND=native $(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+	TRITON_INTERPRET=1 BICM_KERNELS_BACKEND=reference $(BIN)/python -m pytest tests/interpreter
 
 lint: .venv/.requirements ## ruff, clang-format and mypy
 	$(BIN)/ruff check .
@@ -59,14 +59,14 @@ format: .venv/.requirements ## rewrite the sources the way lint wants them
 	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 
 # The preloaded runtimes must come before Python's own libraries; libstdc++ among them, because the sanitizer looks for
-# the function that throws when it starts. Python itself leaks on purpose at exit.
+# the function that throws when it starts. Python leaks on purpose at exit. --capture=sys lets the report through.
 CXX_FILE = $(shell $(CXX) -print-file-name=$(1))
 sanitize: .venv/.requirements ## CPU and emulated CUDA kernels under the address and undefined-behaviour sanitizers
 	@test -f build/sanitize/build.ninja || $(CMAKE) -DBICM_SANITIZE=ON -S . -B build/sanitize
 	$(BIN)/cmake --build build/sanitize
 	LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libubsan.so) $(call CXX_FILE,libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(BIN)/python -m pytest -o pythonpath="build/sanitize" tests/emulator
+	$(BIN)/python -m pytest --capture=sys -o pythonpath="build/sanitize" tests/emulator
 
 bench: native ## medians of every family against eager PyTorch and torch.compile
 	BICM_KERNELS_BACKEND=native $(BIN)/python -m benchmarks multistep noise

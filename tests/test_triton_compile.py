@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,7 +50,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def specialized(name: str, call: Callable[[], object], target: GPUTarget = SM90) -> tuple[Any, list[Any]]:
-    """The kernel `name`, and the options, signature and constants that the launch in `call` compiles it for."""
+    """The kernel `name`, and the options, signature and constants that a launch compiles it for."""
     module = KERNELS[name]
     kernel, recorder = getattr(module, name), Recorder()
     with pytest.MonkeyPatch.context() as patch:
@@ -253,3 +254,8 @@ def test_amd_target(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "scratch_" not in binary.asm["amdgcn"]
     assert re.search(r"\.vgpr_spill_count: +0", binary.asm["amdgcn"])
     assert "store_dwordx4" in binary.asm["amdgcn"]
+
+
+def test_triton_is_imported_late() -> None:
+    code = "import sys, bicm_kernels; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -133,7 +133,7 @@ def interleave(lanes: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     elements = 1
     for size in shape[1:]:
         elements *= size
-    return flat[:, :elements].reshape(list(shape))
+    return flat[:, :elements].reshape(list(shape)).contiguous()
 
 
 def uniform(

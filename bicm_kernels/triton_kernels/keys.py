@@ -41,14 +41,15 @@ def integer(value, tensor, sample, present):
     return result
 
 
-def number_argument(value: Number, compute: torch.dtype, device: torch.device) -> Argument:
+def number_argument(value: Number, compute: torch.dtype, like: Tensor) -> Argument:
     """What a kernel takes for a float, a 0-d or a (B,) tensor."""
     if isinstance(value, Tensor):
-        if value.device == device:
+        checks.check_number(value, like)
+        if value.device == like.device:
             return value, value.stride(0) if value.dim() else 0
         value = value.item()  # of the host, which kernels cannot read
     if compute == torch.float64:  # to Triton, a float is a float32
-        return torch.full((), value, dtype=compute, device=device), 0
+        return torch.full((), value, dtype=compute, device=like.device), 0
     return value, None
 
 

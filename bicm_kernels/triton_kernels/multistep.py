@@ -154,35 +154,28 @@ def launch_multistep(
     A tensor more than there are terms is eps_cond, the partner of the one before it.
     """
     first = tensors[0]
-    device = first.device
     terms = terms_of(form, coefficients)
     guided = len(tensors) == terms + 1
     checks.check_states(tensors, terms)
     checks.require(not guided or guidance_scale is not None, "a pair of predictions needs a guidance scale")
     float64 = any(x.dtype == torch.float64 for x in tensors)
     compute = torch.float64 if float64 else torch.float32
-    per_sample = key is not None
 
     def argument(value: Number | None) -> Argument | None:
-        nonlocal per_sample
-        if value is None:
-            return None
-        if isinstance(value, Tensor):
-            checks.check_number(value, first)
-            per_sample = per_sample or value.dim() == 1
-        return number_argument(value, compute, device)
+        return None if value is None else number_argument(value, compute, first)
 
-    noise_key = NO_KEY if key is None else make_key(*key, first)
-    arguments = {
-        "coefficients": tuple(argument(x) for x in coefficients),
+    weights = tuple([number_argument(value, compute, first) for value in coefficients])
+    x0_weights = tuple([number_argument(value, compute, first) for value in x0_coefficients])
+    scalars = {
         "guidance_scale": argument(guidance_scale) if guided else None,
         "noise_weight": argument(noise_weight) if key is not None else None,
-        "x0_coefficients": tuple(argument(x) for x in x0_coefficients),
         "x0_weight": argument(x0_weight),
         "clip": argument(clip),
         "next_scale": argument(next_scale),
     }
-    layout = lay_out([*outs, *tensors], per_sample=per_sample, in_order=key is not None)
+    differ = any(x is not None and x[1] for x in (*weights, *x0_weights, *scalars.values()))
+    noise_key = NO_KEY if key is None else make_key(*key, first)
+    layout = lay_out([*outs, *tensors], per_sample=differ or key is not None, in_order=key is not None)
     written, read = layout.operands[: len(outs)], layout.operands[len(outs) :]
     layout.launch(
         multistep,
@@ -199,7 +192,9 @@ def launch_multistep(
         TERMS=terms,
         FORM=form,
         COMPUTE=tl.float64 if float64 else tl.float32,
-        **arguments,
+        coefficients=weights,
+        x0_coefficients=x0_weights,
+        **scalars,
     )
 
 

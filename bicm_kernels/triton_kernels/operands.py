@@ -86,8 +86,8 @@ class Layout:
         """Run a kernel over the tiles."""
         if not self.batch * self.elements:
             return
-        columns = min(TILE, max(8, triton.next_power_of_2(self.elements)))
-        rows = min(TILE // columns, triton.next_power_of_2(self.batch))
+        columns = min(TILE, max(8, power_of_two(self.elements)))
+        rows = min(TILE // columns, power_of_two(self.batch))
         blocks = -(-self.elements // columns)
         tiles = -(-self.batch // rows) * blocks
         with device_of(self.operands[0][0]):
@@ -134,6 +134,11 @@ def lay_out(tensors: Sequence[Tensor], *, per_sample: bool, in_order: bool) -> L
         inner = tuple(steps[k] for _, steps in dims)
         operands.append((x, strides[k][0] if per_sample else 0, () if inner == dense else inner))
     return Layout(batch, elements, sizes if any(x[2] for x in operands) else (), operands)
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two that is not below a positive count."""
+    return 1 << (count - 1).bit_length()
 
 
 def merge(dims: Sequence[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[int, ...]]]:

@@ -1,7 +1,8 @@
 """Philox4x32-10 and the numbers made of its bits: csrc/core/philox.h and normal.h in Triton.
 
-Noise is the same bits on every backend, so these are exactly those headers' float32 operations in order. A
-launch must switch contraction of multiply and add off.
+Noise is the same bits on every backend, so these are exactly those headers' float32 operations in order; a
+launch must switch contraction of multiply and add off. The coefficients are the headers', to the last digit;
+they are literals because Triton compares every global constant again at each launch.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -11,46 +12,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MULTIPLIER_0 = tl.constexpr(0xD2511F53)
-MULTIPLIER_1 = tl.constexpr(0xCD9E8D57)
-WEYL_0 = tl.constexpr(0x9E3779B9)
-WEYL_1 = tl.constexpr(0xBB67AE85)
-
-LOG_0 = tl.constexpr(float.fromhex("0x1.555554p-2"))
-LOG_1 = tl.constexpr(float.fromhex("-0x1.000226p-2"))
-LOG_2 = tl.constexpr(float.fromhex("0x1.99a01cp-3"))
-LOG_3 = tl.constexpr(float.fromhex("-0x1.54728ap-3"))
-LOG_4 = tl.constexpr(float.fromhex("0x1.22d92ep-3"))
-LOG_5 = tl.constexpr(float.fromhex("-0x1.0d8242p-3"))
-LOG_6 = tl.constexpr(float.fromhex("0x1.055ec6p-3"))
-LOG_7 = tl.constexpr(float.fromhex("-0x1.38c9dep-4"))
-LN2_HIGH = tl.constexpr(float.fromhex("0x1.63p-1"))
-LN2_LOW = tl.constexpr(float.fromhex("-0x1.bd0106p-13"))
-
-SINE_0 = tl.constexpr(float.fromhex("0x1.921fb6p+0"))
-SINE_1 = tl.constexpr(float.fromhex("-0x1.4abc24p-1"))
-SINE_2 = tl.constexpr(float.fromhex("0x1.4680a0p-4"))
-SINE_3 = tl.constexpr(float.fromhex("-0x1.33183ap-8"))
-COSINE_1 = tl.constexpr(float.fromhex("-0x1.3bd3ccp+0"))
-COSINE_2 = tl.constexpr(float.fromhex("0x1.03c1b0p-2"))
-COSINE_3 = tl.constexpr(float.fromhex("-0x1.55b2b6p-6"))
-COSINE_4 = tl.constexpr(float.fromhex("0x1.d4f7eep-11"))
-ROUNDER = tl.constexpr(float.fromhex("0x1.8p23"))  # adding it leaves the nearest integer in the low bits
-UNIT = tl.constexpr(2.0**-32)
-
 
 @triton.jit
 def philox(x0, x1, x2, x3, k0, k1):
     """Philox4x32-10 (Salmon, Moraes, Dror & Shaw, SC 2011) on uint32 tensors that broadcast."""
     for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(x0, MULTIPLIER_0), tl.mul(x0, MULTIPLIER_0, sanitize_overflow=False)
-        high1, low1 = tl.umulhi(x2, MULTIPLIER_1), tl.mul(x2, MULTIPLIER_1, sanitize_overflow=False)
+        high0, low0 = tl.umulhi(x0, 0xD2511F53), tl.mul(x0, 0xD2511F53, sanitize_overflow=False)
+        high1, low1 = tl.umulhi(x2, 0xCD9E8D57), tl.mul(x2, 0xCD9E8D57, sanitize_overflow=False)
         x0 = high1 ^ x1 ^ k0
         x1 = low1
         x2 = high0 ^ x3 ^ k1
         x3 = low0
-        k0 = tl.add(k0, WEYL_0, sanitize_overflow=False)
-        k1 = tl.add(k1, WEYL_1, sanitize_overflow=False)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
     return x0, x1, x2, x3
 
 
@@ -69,7 +43,7 @@ def high_word(x):
 @triton.jit
 def uniform_from_bits(bits):
     """u = fl32(fl32(r) + 0.5) 2^-32, so 0 < u <= 1."""
-    return (bits.to(tl.float32) + 0.5) * UNIT
+    return (bits.to(tl.float32) + 0.5) * 2.0**-32
 
 
 @triton.jit
@@ -79,33 +53,33 @@ def log_of(u):
     above = bits - 0x3F3504F3
     f = (bits - (above & -0x800000)).to(tl.float32, bitcast=True) - 1.0
     e = (above >> 23).to(tl.float32)
-    p = f * LOG_7 + LOG_6
-    p = p * f + LOG_5
-    p = p * f + LOG_4
-    p = p * f + LOG_3
-    p = p * f + LOG_2
-    p = p * f + LOG_1
-    p = p * f + LOG_0
+    p = f * -0.07636439055204391 + 0.12762217223644257
+    p = p * f + -0.13159610331058502
+    p = p * f + 0.14201579988002777
+    p = p * f + -0.166234090924263
+    p = p * f + 0.2000124156475067
+    p = p * f + -0.2500081956386566
+    p = p * f + 0.3333333134651184
     f2 = f * f
-    tail = (f2 * (f * p) + e * LN2_LOW) - f2 * 0.5
-    return (f + tail) + e * LN2_HIGH
+    tail = (f2 * (f * p) + e * -0.00021219444170128554) - f2 * 0.5
+    return (f + tail) + e * 0.693359375
 
 
 @triton.jit
 def cos_sin_turns(u):
     """(cos 2 pi u, sin 2 pi u) for u in [0, 1]."""
     turns = u * 4.0
-    shifted = turns + ROUNDER
+    shifted = turns + 12582912.0
     quadrant = shifted.to(tl.int32, bitcast=True)
-    r = turns - (shifted - ROUNDER)
+    r = turns - (shifted - 12582912.0)
     t = r * r
-    s = t * SINE_3 + SINE_2
-    s = s * t + SINE_1
-    s = s * t + SINE_0
+    s = t * -0.004685892257839441 + 0.07971251010894775
+    s = s * t + -0.645966649055481
+    s = s * t + 1.5707963705062866
     s = s * r
-    c = t * COSINE_4 + COSINE_3
-    c = c * t + COSINE_2
-    c = c * t + COSINE_1
+    c = t * 0.0008944863802753389 + -0.020855596289038658
+    c = c * t + 0.25366854667663574
+    c = c * t + -1.2337005138397217
     c = c * t + 1.0
     odd = (quadrant & 1) != 0
     cosine = tl.where(odd, s, c).to(tl.int32, bitcast=True) ^ (((quadrant + 1) & 2) << 30)
