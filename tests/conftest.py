@@ -83,7 +83,12 @@ def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         for name in [name for name, value in variables.items() if value is None]:
             environment.pop(name, None)
         done = subprocess.run(
-            [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+            [sys.executable, "-c", program],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert not check or done.returncode == 0, done.stderr
         return done

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bicm_kernels.reference.arithmetic import compute_dtype, like_first, per_sample
+from bicm_kernels.reference.arithmetic import compute_dtype, like_first, per_sample, root
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -112,16 +112,11 @@ def cos_sin_turns(u: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def square_root(x: Tensor) -> Tensor:
-    """The correctly rounded float32 root."""
-    return x.double().sqrt().float()
-
-
 def normals_from_bits(bits: Sequence[Tensor]) -> list[Tensor]:
     """Box-Muller on lanes (0, 1) and (2, 3): radius from the first, angle from the second."""
     normals: list[Tensor] = []
     for first, second in ((bits[0], bits[1]), (bits[2], bits[3])):
-        radius = square_root(log(uniform_from_bits(first)) * -2.0)
+        radius = root(log(uniform_from_bits(first)) * -2.0)
         cosine, sine = cos_sin_turns(uniform_from_bits(second))
         normals += [radius * cosine, radius * sine]
     return normals

@@ -5,15 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bicm_kernels.reference.arithmetic import compute_dtype, like_first, per_sample
+from bicm_kernels.reference.arithmetic import compute_dtype, like_first, per_sample, root
 from bicm_kernels.reference.noise import plus_noise
 
 Number = float | Tensor
-
-
-def root(x: Tensor) -> Tensor:
-    """The correctly rounded root: torch's own float32 root is off by a unit for some inputs."""
-    return x.sqrt() if x.dtype == torch.float64 else x.double().sqrt().to(x.dtype)
 
 
 def c_in(t: Tensor, sigma_data: Tensor) -> Tensor:
