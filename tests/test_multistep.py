@@ -30,13 +30,22 @@ OPS: dict[str, tuple[int, dict[str, Any]]] = {
     "affine_step": (3, {"weights": [0.7, -1.3, 0.2, 0.9], **NOISE}),
     "denoised_step": (
         1,
-        {"x0_weights": [1.2, -2.1], "weights": [0.3, 0.1], "x0_weight": 0.8, "clip": 1.0, "next_scale": 0.6, **NOISE},
+        {
+            "x0_weights": [1.2, -2.1],
+            "weights": [0.3, 0.1],
+            "x0_weight": 0.8,
+            "clip": 1.0,
+            "next_scale": 0.6,
+            **NOISE,
+        },
     ),
 }
 DTYPES = [(F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (F16, F16), (F64, F64), (F64, F32), (BF16, F64)]
 
 
-def call(name: str, tensors: Sequence[Any], numbers: dict[str, Any], module: ModuleType = bk) -> tuple[Tensor, ...]:
+def call(
+    name: str, tensors: Sequence[Any], numbers: dict[str, Any], module: ModuleType = bk
+) -> tuple[Tensor, ...]:
     """An op's results, the way it is called: one argument per tensor, or a list of them."""
     op = getattr(module, name)
     if "weights" not in numbers:
@@ -71,7 +80,19 @@ def agree(name: str, tensors: Sequence[Any], numbers: dict[str, Any], same_bits:
 
 # --- the same bits as the reference -----------------------------------------------------------------------------------
 
-SIZES = [(1,), (7,), (1, 1), (5, 3), (2, 1023), (3, 1025), (2, 3, 17, 31), (1, 2, 3, 2, 3, 2), (130, 257), (0, 3), (2, 0, 4)]
+SIZES = [
+    (1,),
+    (7,),
+    (1, 1),
+    (5, 3),
+    (2, 1023),
+    (3, 1025),
+    (2, 3, 17, 31),
+    (1, 2, 3, 2, 3, 2),
+    (130, 257),
+    (0, 3),
+    (2, 0, 4),
+]
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -138,7 +159,9 @@ def test_arguments(name: str, kind: str, same_bits: Bits) -> None:
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize(("states", "network"), DTYPES)
-def test_floats_and_tensors_agree(name: str, states: torch.dtype, network: torch.dtype, same_bits: Bits) -> None:
+def test_floats_and_tensors_agree(
+    name: str, states: torch.dtype, network: torch.dtype, same_bits: Bits
+) -> None:
     tensors, numbers = operands(name, (4, 50), states, network), OPS[name][1]
     plain = call(name, tensors, numbers)
     for convert in (lambda x: torch.tensor(x, dtype=F64), lambda x: torch.full((4,), x, dtype=F64)):
@@ -146,7 +169,22 @@ def test_floats_and_tensors_agree(name: str, states: torch.dtype, network: torch
             same_bits(actual, expected)
 
 
-SPECIAL = [0.0, -0.0, 1.0, math.inf, -math.inf, math.nan, 1e-45, -1e-40, 65504.0, 65519.9, 65520.0, 3e38, -3.4e38, 6e-8]
+SPECIAL = [
+    0.0,
+    -0.0,
+    1.0,
+    math.inf,
+    -math.inf,
+    math.nan,
+    1e-45,
+    -1e-40,
+    65504.0,
+    65519.9,
+    65520.0,
+    3e38,
+    -3.4e38,
+    6e-8,
+]
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -154,26 +192,43 @@ SPECIAL = [0.0, -0.0, 1.0, math.inf, -math.inf, math.nan, 1e-45, -1e-40, 65504.0
 def test_special_values(name: str, states: torch.dtype, network: torch.dtype, same_bits: Bits) -> None:
     grid = torch.tensor(list(itertools.product(SPECIAL, SPECIAL)), dtype=F64)
     columns = [grid[:, 0], grid[:, 1], grid[:, 0].flip(0), grid[:, 1].roll(3)]
-    tensors = [x.to(y.dtype).view(4, -1) for x, y in zip(columns, operands(name, (1,), states, network), strict=False)]
+    tensors = [
+        x.to(y.dtype).view(4, -1)
+        for x, y in zip(columns, operands(name, (1,), states, network), strict=False)
+    ]
     agree(name, tensors, OPS[name][1], same_bits)
     for value in (0.0, -0.0, math.inf, math.nan, 1e-42):
         agree(name, tensors, as_tensors(OPS[name][1], lambda _, v=value: v), same_bits)
-        agree(name, tensors, as_tensors(OPS[name][1], lambda _, v=value: torch.tensor([1.0, v, -v, 2.0])), same_bits)
+        agree(
+            name,
+            tensors,
+            as_tensors(OPS[name][1], lambda _, v=value: torch.tensor([1.0, v, -v, 2.0])),
+            same_bits,
+        )
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("guided", [False, True])
 def test_every_number_of_terms(terms: int, guided: bool, same_bits: Bits) -> None:
     for states, network in DTYPES:
-        tensors: list[Any] = [random(3, 70, dtype=states if k < terms - 1 else network, seed=k) for k in range(terms)]
+        tensors: list[Any] = [
+            random(3, 70, dtype=states if k < terms - 1 else network, seed=k) for k in range(terms)
+        ]
         weights = [0.9 - 0.31 * k for k in range(terms)]
         numbers: dict[str, Any] = {"weights": weights, **NOISE}
         if guided:
             tensors[-1] = (tensors[-1], random(3, 70, dtype=network, seed=9))
             numbers["guidance_scale"] = 3.7
         agree("affine_step", tensors, numbers, same_bits)
-        for clip, scale, noisy in itertools.product((None, 0.5, torch.tensor([0.1, 1.0, math.inf])), (None, 0.7), (0, 1)):
-            more = {"x0_weights": [1.5, -0.5, 0.25, 2.0, -1.0][:terms], "x0_weight": -0.6, "clip": clip, "next_scale": scale}
+        for clip, scale, noisy in itertools.product(
+            (None, 0.5, torch.tensor([0.1, 1.0, math.inf])), (None, 0.7), (0, 1)
+        ):
+            more = {
+                "x0_weights": [1.5, -0.5, 0.25, 2.0, -1.0][:terms],
+                "x0_weight": -0.6,
+                "clip": clip,
+                "next_scale": scale,
+            }
             step = {**numbers, **more} if noisy else {**more, "weights": weights}
             if guided:
                 step["guidance_scale"] = torch.tensor([3.7, 1.0, 0.0])
@@ -182,7 +237,9 @@ def test_every_number_of_terms(terms: int, guided: bool, same_bits: Bits) -> Non
 
 @pytest.mark.parametrize("name", OPS)
 def test_guidance(name: str, same_bits: Bits) -> None:
-    for (states, network), layout in itertools.product(DTYPES, ("contiguous", "channels_last", "expanded inside")):
+    for (states, network), layout in itertools.product(
+        DTYPES, ("contiguous", "channels_last", "expanded inside")
+    ):
         *tensors, eps = operands(name, (4, 3, 9, 8), states, network)
         other = LAYOUTS[layout](random(4, 3, 9, 8, dtype=network, seed=8))
         for scale in (7.5, 0.0, 1.0, torch.tensor(2.5), torch.tensor([0.0, 1.0, 7.5, -3.0])):
@@ -195,7 +252,7 @@ def test_guidance(name: str, same_bits: Bits) -> None:
 def test_results_larger_than_the_cache(dtype: torch.dtype, same_bits: Bits, threads: Threads) -> None:
     size = 9 * 2**20 // torch.empty((), dtype=dtype).element_size() // 3
     memory = random(2 * 3 * (size + 1), dtype=dtype)
-    z, eps = (memory[i :][: 3 * (size + 1)].view(3, size + 1)[:, 1:] for i in (0, 3 * (size + 1)))
+    z, eps = (memory[i:][: 3 * (size + 1)].view(3, size + 1)[:, 1:] for i in (0, 3 * (size + 1)))
     for count, tensors in itertools.product((1, 2), ([z, eps], [z.contiguous(), eps.contiguous()])):
         with threads(count):
             agree("ddim_step", tensors, {"a": 1.1, "b": 0.3}, same_bits)
@@ -301,18 +358,28 @@ def test_bdia_returns(gamma: float, numbers: tuple[float, ...], scale: float | N
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("shape", [(700, 64), (9, 5000), (6, 2, 50, 50), (3, 1, 300, 300)])
-def test_a_sample_does_not_depend_on_its_batch(name: str, shape: tuple[int, ...], same_bits: Bits, threads: Threads) -> None:
+def test_a_sample_does_not_depend_on_its_batch(
+    name: str, shape: tuple[int, ...], same_bits: Bits, threads: Threads
+) -> None:
     plain = {key: value for key, value in OPS[name][1].items() if key != "sample_id"}
     varied = as_tensors(plain, lambda x: x * torch.linspace(0.9, 1.1, shape[0], dtype=F64))
     layouts = ("contiguous", "channels_last") if len(shape) == 4 else ("contiguous",)
     for dtypes, layout, numbers in itertools.product([(F32, F32), (F32, BF16)], layouts, (plain, varied)):
         tensors = [LAYOUTS[layout](x) for x in operands(name, shape, *dtypes)]
 
-        def part(begin: int, end: int, tensors: list[Tensor] = tensors, v: dict[str, Any] = numbers) -> tuple[Tensor, ...]:
+        def part(
+            begin: int, end: int, tensors: list[Tensor] = tensors, v: dict[str, Any] = numbers
+        ) -> tuple[Tensor, ...]:
             key = {"sample_id": begin} if "seed" in v else {}
 
             def cut(x: Any) -> Any:
-                return [cut(y) for y in x] if isinstance(x, list) else x[begin:end] if isinstance(x, Tensor) else x
+                return (
+                    [cut(y) for y in x]
+                    if isinstance(x, list)
+                    else x[begin:end]
+                    if isinstance(x, Tensor)
+                    else x
+                )
 
             return call(name, cut(tensors), {k: cut(x) for k, x in v.items()} | key)
 
@@ -321,7 +388,12 @@ def test_a_sample_does_not_depend_on_its_batch(name: str, shape: tuple[int, ...]
             with threads(count):
                 for actual, expected in zip(part(0, shape[0]), whole, strict=True):
                     same_bits(actual, expected)
-        for begin, end in [(0, 1), (shape[0] - 1, shape[0]), (shape[0] // 2, shape[0] // 2 + 1), (1, shape[0])]:
+        for begin, end in [
+            (0, 1),
+            (shape[0] - 1, shape[0]),
+            (shape[0] // 2, shape[0] // 2 + 1),
+            (1, shape[0]),
+        ]:
             for actual, expected in zip(part(begin, end), whole, strict=True):
                 same_bits(actual, expected[begin:end])
 
@@ -347,7 +419,10 @@ def test_out(each_backend: str, name: str, dtype: torch.dtype, kind: str, same_b
             targets.append((tensors[1], tensors[0], apart[2]))
         for target in targets:
             inputs = [x.clone(memory_format=torch.preserve_format) for x in tensors]
-            outs = tuple(inputs[places[0]] if (places := [i for i, x in enumerate(tensors) if x is y]) else y for y in target)
+            outs = tuple(
+                inputs[places[0]] if (places := [i for i, x in enumerate(tensors) if x is y]) else y
+                for y in target
+            )
             results = call(name, inputs, {**numbers, "out": outs if several else outs[0]})
             for result, out, expected in zip(results, outs, plain, strict=True):
                 assert result is out

@@ -34,10 +34,18 @@ Bits = Callable[[Tensor, Tensor], None]
 
 def vector_cases() -> list[dict[str, Any]]:
     """Every seed, then steps, sample ids and sizes that fill no quad, vector or chunk."""
-    cases: list[dict[str, Any]] = [{"shape": [2, 5], "seed": seed, "step": 0, "sample_id": 0} for seed in SEEDS]
+    cases: list[dict[str, Any]] = [
+        {"shape": [2, 5], "seed": seed, "step": 0, "sample_id": 0} for seed in SEEDS
+    ]
     cases += [{"shape": [2, 5], "seed": 7, "step": step, "sample_id": 3} for step in (1, 2**31, 2**32 - 1)]
-    cases += [{"shape": [2, 5], "seed": 7, "step": 5, "sample_id": ids} for ids in (1, 2**31, 2**32 - 2, [9, 2**32 - 1])]
-    cases += [{"shape": shape, "seed": 11, "step": 4, "sample_id": 0} for shape in ([3], [1, 1], [1, 67], [2, 3, 1, 7])]
+    cases += [
+        {"shape": [2, 5], "seed": 7, "step": 5, "sample_id": ids}
+        for ids in (1, 2**31, 2**32 - 2, [9, 2**32 - 1])
+    ]
+    cases += [
+        {"shape": shape, "seed": 11, "step": 4, "sample_id": 0}
+        for shape in ([3], [1, 1], [1, 67], [2, 3, 1, 7])
+    ]
     cases += [{"shape": [3, 3], "seed": [5, -6, 2**62], "step": [0, 1, 2**32 - 1], "sample_id": 0}]
     return cases
 
@@ -98,7 +106,9 @@ def philox(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
-def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def test_philox_known_answers(
+    counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
     assert philox(counter, key) == expected
     words = reference.philox4x32([torch.tensor(x) for x in counter], [torch.tensor(x) for x in key])
     assert tuple(int(word) for word in words) == expected
@@ -118,7 +128,9 @@ def test_counter_key_and_box_muller(each_backend: str, seed: int) -> None:
     drawn = bk.normal(shape, seed=seed, step=step, sample_id=sample_id, dtype=torch.float64).flatten(1)
     for b, e in itertools.product(range(2), range(9)):
         r = philox((e // 4, 0, sample_id + b, step), (seed % 2**32, seed % 2**64 >> 32))
-        first, second = (float(np.float32(r[2 * (e % 4 // 2) + i]) + np.float32(0.5)) * 2.0**-32 for i in (0, 1))
+        first, second = (
+            float(np.float32(r[2 * (e % 4 // 2) + i]) + np.float32(0.5)) * 2.0**-32 for i in (0, 1)
+        )
         turn = (math.cos, math.sin)[e % 2]
         exact = math.sqrt(-2 * math.log(first)) * turn(2 * math.pi * second)
         assert drawn[b, e].item() == pytest.approx(exact, rel=1e-6, abs=1e-6)
@@ -237,7 +249,9 @@ def test_neighbouring_uniforms_fill_the_square() -> None:
     sample_id=st.sampled_from([0, 1, 2**31, 2**32 - 10]),
     dtype=st.sampled_from([torch.float32, torch.float64, *HALVES]),
 )
-def test_any_split_of_a_batch(same_bits: Bits, cuts: list[int], inner: list[int], sample_id: int, dtype: torch.dtype) -> None:
+def test_any_split_of_a_batch(
+    same_bits: Bits, cuts: list[int], inner: list[int], sample_id: int, dtype: torch.dtype
+) -> None:
     key = {"seed": -5, "step": 9}
     bounds = [0, *sorted(cuts), 9]
     x = torch.linspace(-2, 3, 9 * math.prod(inner), dtype=torch.float64).to(dtype).reshape(9, *inner)
@@ -255,8 +269,12 @@ def test_any_split_of_a_batch(same_bits: Bits, cuts: list[int], inner: list[int]
         same_bits(part, noisy[begin:end])
 
 
-@pytest.mark.parametrize("shape", [(1,), (5, 1), (3, 63), (2, 1023), (2, 1025), (700, 64), (3, 50_001), (0, 4), (4, 0)])
-def test_threads_and_backends_agree(shape: tuple[int, ...], same_bits: Bits, threads: Callable[[int], Any]) -> None:
+@pytest.mark.parametrize(
+    "shape", [(1,), (5, 1), (3, 63), (2, 1023), (2, 1025), (700, 64), (3, 50_001), (0, 4), (4, 0)]
+)
+def test_threads_and_backends_agree(
+    shape: tuple[int, ...], same_bits: Bits, threads: Callable[[int], Any]
+) -> None:
     for draw, plain in ((bk.normal, reference.normal), (bk.uniform, reference.uniform)):
         expected = plain(shape, seed=4, step=2, sample_id=6)
         for count in (1, 2, 5):
@@ -265,9 +283,13 @@ def test_threads_and_backends_agree(shape: tuple[int, ...], same_bits: Bits, thr
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float64])
-def test_other_dtypes_are_the_float32_number_rounded_once(each_backend: str, same_bits: Bits, dtype: torch.dtype) -> None:
+def test_other_dtypes_are_the_float32_number_rounded_once(
+    each_backend: str, same_bits: Bits, dtype: torch.dtype
+) -> None:
     for draw in (bk.normal, bk.uniform):
-        same_bits(draw((3, 1001), seed=8, dtype=dtype), draw((3, 1001), seed=8, dtype=torch.float32).to(dtype))
+        same_bits(
+            draw((3, 1001), seed=8, dtype=dtype), draw((3, 1001), seed=8, dtype=torch.float32).to(dtype)
+        )
 
 
 def test_default_dtype_is_torchs() -> None:
@@ -334,7 +356,9 @@ def test_noise_of_weight_zero_is_not_added(each_backend: str, same_bits: Bits, v
     for weight in weights:
         same_bits(bk.add_noise(x, weight, seed=1), x)
         same_bits(bk.affine_step([x], [1.0], noise_weight=weight, seed=1), x)
-        same_bits(bk.denoised_step([x], [1.0], [1.0], x0_weight=0.0, noise_weight=weight, seed=1)[0], x + 0.0 * x)
+        same_bits(
+            bk.denoised_step([x], [1.0], [1.0], x0_weight=0.0, noise_weight=weight, seed=1)[0], x + 0.0 * x
+        )
     some = bk.add_noise(x, torch.tensor([0.0, 1.0, 0.0]), seed=1)
     same_bits(some[::2], x[::2])
     same_bits(some[1:2], x[1:2] + bk.normal((1, 200), seed=1, sample_id=1))
@@ -411,9 +435,13 @@ def best_digest() -> str:
 
 
 @pytest.mark.parametrize("instructions", ["scalar", "avx2", "avx512"])
-def test_instruction_sets_and_threads_give_one_digest(python: Any, best_digest: str, instructions: str) -> None:
+def test_instruction_sets_and_threads_give_one_digest(
+    python: Any, best_digest: str, instructions: str
+) -> None:
     order = ("scalar", "avx2", "avx512")
-    capability = {"DEFAULT": "scalar", "AVX2": "avx2", "AVX512": "avx512"}[torch.backends.cpu.get_cpu_capability()]
+    capability = {"DEFAULT": "scalar", "AVX2": "avx2", "AVX512": "avx512"}[
+        torch.backends.cpu.get_cpu_capability()
+    ]
     if order.index(instructions) > order.index(capability):
         pytest.skip(f"this processor has no {instructions}")
     described, one, two = python(DIGEST, BICM_KERNELS_ISA=instructions).stdout.splitlines()

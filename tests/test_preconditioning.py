@@ -79,12 +79,16 @@ def test_two_time_gaussian_flow() -> None:
     s, x = 1.3, random(4, 6, dtype=F64)
     t, u = torch.tensor([80.0, 3.0, 0.5, 0.002], dtype=F64), torch.tensor([0.002, 5.0, 0.1, 80.0], dtype=F64)
     exact = ((s**2 + u**2) / (s**2 + t**2)).sqrt()[:, None] * x
-    c_skip, c_out = (torch.tensor(w, dtype=F64)[:, None] for w in zip(*map(weights, t.tolist(), u.tolist()), strict=True))
+    c_skip, c_out = (
+        torch.tensor(w, dtype=F64)[:, None] for w in zip(*map(weights, t.tolist(), u.tolist()), strict=True)
+    )
     F = (exact - c_skip * x) / c_out
     torch.testing.assert_close(bk.denoise(x, F, t, u), exact, rtol=1e-12, atol=1e-12)
     # Edm's denoiser for sigma_data = s is the posterior mean with F = 0.
     mean = (s**2 / (s**2 + t**2))[:, None] * x
-    torch.testing.assert_close(bk.denoise(x, 0 * x, t, parameterization="edm", sigma_data=s), mean, rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        bk.denoise(x, 0 * x, t, parameterization="edm", sigma_data=s), mean, rtol=1e-14, atol=0
+    )
 
 
 def test_scaled_input_has_unit_variance() -> None:
@@ -120,7 +124,9 @@ def results(module: Any, x: Tensor, F: Tensor, t: Any, u: Any, parameterization:
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
 @pytest.mark.parametrize(("states", "network"), DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bits(layout: str, states: torch.dtype, network: torch.dtype, parameterization: str, same_bits: Bits) -> None:
+def test_bits(
+    layout: str, states: torch.dtype, network: torch.dtype, parameterization: str, same_bits: Bits
+) -> None:
     x, F = (LAYOUTS[layout](random(5, 3, 8, 8, dtype=d, seed=k)) for k, d in enumerate((states, network)))
     t, u = torch.rand(5, dtype=F64) * 80, torch.rand(5) * 80
     for numbers in ((3.3, 0.4), (torch.tensor(3.3), torch.tensor(0.4)), (t, u), (t, 0.4)):
@@ -195,7 +201,8 @@ def test_gradients(parameterization: str) -> None:
     assert torch.autograd.gradcheck(lambda x: bk.scale_input(x, fixed[0]), (x,), check_batched_grad=True)
     assert torch.autograd.gradcheck(bk.scale_input, (x, t))
     assert torch.autograd.gradcheck(
-        lambda x, F, s: bk.renoise(x, F, fixed[0], None, s, seed=1, **options), (x, F, torch.tensor(0.3, dtype=F64).requires_grad_())
+        lambda x, F, s: bk.renoise(x, F, fixed[0], None, s, seed=1, **options),
+        (x, F, torch.tensor(0.3, dtype=F64).requires_grad_()),
     )
     assert torch.autograd.gradcheck(lambda x: moved(x, F, *fixed), (x,), check_forward_ad=True)
 
@@ -229,7 +236,10 @@ def test_opcheck() -> None:
         (ops.scale_input_tracked.default, (x.clone().requires_grad_(), t, sd)),
         (ops.denoise.default, (x, F, 2.0, 1.0, 0.5, False)),
         (ops.denoise.tensor, (x, F, t, t, sd, True)),
-        (ops.denoise_tracked.default, (x.clone().requires_grad_(), F.clone().requires_grad_(), t, t, sd, False)),
+        (
+            ops.denoise_tracked.default,
+            (x.clone().requires_grad_(), F.clone().requires_grad_(), t, t, sd, False),
+        ),
         (ops.denoise_gradient.default, (x, t, t, sd, False, True, BF16)),
         (ops.renoise.default, (x, F, 2.0, 1.0, 0.3, 0.3, 0.5, False, 1, 2, 3)),
         (ops.renoise.tensor, (x, F, t, t, t, t, sd, False, *key)),
@@ -270,8 +280,16 @@ def test_export(same_bits: Bits) -> None:
 
 X = torch.ones(2, 3)
 WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (lambda: bk.denoise(X, X, 1.0, parameterization="vp"), ValueError, "parameterization must be one of bcm, cm, edm"),
-    (lambda: bk.denoise(X, X, 1.0, 0.5, parameterization="cm"), ValueError, "u goes with parameterization='bcm'"),
+    (
+        lambda: bk.denoise(X, X, 1.0, parameterization="vp"),
+        ValueError,
+        "parameterization must be one of bcm, cm, edm",
+    ),
+    (
+        lambda: bk.denoise(X, X, 1.0, 0.5, parameterization="cm"),
+        ValueError,
+        "u goes with parameterization='bcm'",
+    ),
     (lambda: bk.denoise(X, X[:1], 1.0), ValueError, r"F must have the shape of x, \(2, 3\), got \(1, 3\)"),
     (lambda: bk.denoise(X, X.int(), 1.0), TypeError, "F must be float16"),
     (lambda: bk.denoise(X, X, torch.ones(3)), ValueError, "t must be a 0-d or a "),

@@ -268,7 +268,9 @@ def _check_noisy_pair(
     arguments.check_number("sigma_high", sigma_high, x)
     arguments.check_key(*key, x.shape[0], x.device)
     if (x_hat is None) != (mask is None):
-        raise ValueError("x_hat and mask go together: mask tells for which samples x_hat takes the place of x")
+        raise ValueError(
+            "x_hat and mask go together: mask tells for which samples x_hat takes the place of x"
+        )
     if x_hat is None:
         return
     arguments.check_state("x_hat", x_hat, x, "x")
@@ -357,7 +359,9 @@ def noisy_pair(
     try:
         if x_hat is not None or mask is not None or arguments.compiling():
             check()
-        if arguments.needs_reference(x, tracked=arguments.requires_grad(sigma_low, sigma_high), family="noisy_pair"):
+        if arguments.needs_reference(
+            x, tracked=arguments.requires_grad(sigma_low, sigma_high), family="noisy_pair"
+        ):
             check()
             return reference.noisy_pair(
                 x, sigma_low, sigma_high, seed=seed, step=step, sample_id=sample_id, x_hat=x_hat, mask=mask

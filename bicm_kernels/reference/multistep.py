@@ -14,9 +14,7 @@ Number = float | Tensor
 Operand = Tensor | tuple[Tensor, Tensor]
 
 
-def guide(
-    operands: Sequence[Operand], guidance_scale: Number | None, compute: torch.dtype
-) -> list[Tensor]:
+def guide(operands: Sequence[Operand], guidance_scale: Number | None, compute: torch.dtype) -> list[Tensor]:
     """The operands in the compute type; a pair becomes eps_uncond + s (eps_cond - eps_uncond)."""
     tensors: list[Tensor] = []
     for operand in operands:

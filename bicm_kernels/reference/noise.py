@@ -59,7 +59,11 @@ def words(value: int | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def random_bits(
-    shape: Sequence[int], seed: int | Tensor, step: int | Tensor, sample_id: int | Tensor, device: torch.device
+    shape: Sequence[int],
+    seed: int | Tensor,
+    step: int | Tensor,
+    sample_id: int | Tensor,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four lanes of every quad, each (B, ceil(d / 4)): contract 1's key and counter."""
     batch = shape[0]

@@ -36,7 +36,13 @@ def scale_input(x: Tensor, t: Number, *, sigma_data: float = 0.5) -> Tensor:
 
 
 def _denoised(
-    x: Tensor, F: Tensor, t: Number, u: Number | None, parameterization: str, sigma_data: float, sigma_min: float
+    x: Tensor,
+    F: Tensor,
+    t: Number,
+    u: Number | None,
+    parameterization: str,
+    sigma_data: float,
+    sigma_min: float,
 ) -> Tensor:
     """c_skip x + c_out F in the compute type."""
     compute = compute_dtype(x, F)

@@ -71,9 +71,7 @@ BICM_HD void form_weights(const Multistep& m, int64_t sample, C weight[kMaxTerms
       weight[1] = p.c_out;
       break;
     }
-    case Form::input:
-      weight[0] = c_in(raw[0], raw[1]);
-      break;
+    case Form::input: weight[0] = c_in(raw[0], raw[1]); break;
   }
   if (m.takes_second) weight[0] = weight[1];
 }

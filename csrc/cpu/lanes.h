@@ -78,18 +78,18 @@ struct Group {
   T part[N];
 };
 
-#define BICM_GROUP_OPERATOR(op)                                                      \
-  template <class T, int N>                                                          \
-  BICM_HD Group<T, N> operator op(const Group<T, N>& a, const Group<T, N>& b) {      \
-    Group<T, N> result;                                                              \
-    for (int i = 0; i < N; ++i) result.part[i] = a.part[i] op b.part[i];             \
-    return result;                                                                   \
-  }                                                                                  \
-  template <class T, int N, class Scalar>                                            \
-  BICM_HD Group<T, N> operator op(const Group<T, N>& a, Scalar b) {                  \
-    Group<T, N> result;                                                              \
-    for (int i = 0; i < N; ++i) result.part[i] = a.part[i] op b;                     \
-    return result;                                                                   \
+#define BICM_GROUP_OPERATOR(op)                                                 \
+  template <class T, int N>                                                     \
+  BICM_HD Group<T, N> operator op(const Group<T, N>& a, const Group<T, N>& b) { \
+    Group<T, N> result;                                                         \
+    for (int i = 0; i < N; ++i) result.part[i] = a.part[i] op b.part[i];        \
+    return result;                                                              \
+  }                                                                             \
+  template <class T, int N, class Scalar>                                       \
+  BICM_HD Group<T, N> operator op(const Group<T, N>& a, Scalar b) {             \
+    Group<T, N> result;                                                         \
+    for (int i = 0; i < N; ++i) result.part[i] = a.part[i] op b;                \
+    return result;                                                              \
   }
 BICM_GROUP_OPERATOR(+)
 BICM_GROUP_OPERATOR(-)

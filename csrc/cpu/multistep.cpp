@@ -20,7 +20,8 @@ void fold(const C* const* x, const C* weight, const float* noise, C noise_weight
 }
 
 template <class C, bool Draws>
-void fold_terms(int terms, const C* const* x, const C* weight, const float* noise, C noise_weight, C* out, int64_t count) {
+void fold_terms(int terms, const C* const* x, const C* weight, const float* noise, C noise_weight, C* out,
+                int64_t count) {
   switch (terms) {
     case 1: return fold<C, 1, Draws>(x, weight, noise, noise_weight, out, count);
     case 2: return fold<C, 2, Draws>(x, weight, noise, noise_weight, out, count);

@@ -19,8 +19,8 @@ void draw(const Noise& problem, int64_t begin, int64_t end) {
 }  // namespace
 
 void noise(const Noise& problem, int64_t begin, int64_t end) {
-  (problem.distribution == Distribution::normal ? draw<Distribution::normal> : draw<Distribution::uniform>)(problem, begin,
-                                                                                                        end);
+  (problem.distribution == Distribution::normal ? draw<Distribution::normal> : draw<Distribution::uniform>)(problem,
+                                                                                                            begin, end);
 }
 
 namespace {

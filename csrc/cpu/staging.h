@@ -34,17 +34,23 @@ BICM_HD float widen(BFloat16 x) { return bfloat16_to_float(x.bits); }
 template <class T>
 struct Narrow {
   template <class C>
-  BICM_HD static T from(C x) { return static_cast<T>(x); }
+  BICM_HD static T from(C x) {
+    return static_cast<T>(x);
+  }
 };
 template <>
 struct Narrow<Half> {
   template <class C>
-  BICM_HD static Half from(C x) { return {float_to_half(static_cast<float>(x))}; }
+  BICM_HD static Half from(C x) {
+    return {float_to_half(static_cast<float>(x))};
+  }
 };
 template <>
 struct Narrow<BFloat16> {
   template <class C>
-  BICM_HD static BFloat16 from(C x) { return {float_to_bfloat16(static_cast<float>(x))}; }
+  BICM_HD static BFloat16 from(C x) {
+    return {float_to_bfloat16(static_cast<float>(x))};
+  }
 };
 
 template <class T, class C>
@@ -59,12 +65,16 @@ inline void narrow_all(const C* from, T* to, int64_t count) {
 
 #if defined(BICM_VECTOR)
 #if defined(BICM_ISA_AVX512)
-BICM_HD Floats halves_to_floats(const Half* from) { return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+BICM_HD Floats halves_to_floats(const Half* from) {
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+}
 BICM_HD void floats_to_halves(Floats x, Half* to) {
   _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #else
-BICM_HD Floats halves_to_floats(const Half* from) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
+BICM_HD Floats halves_to_floats(const Half* from) {
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+}
 BICM_HD void floats_to_halves(Floats x, Half* to) {
   _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }

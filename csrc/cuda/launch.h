@@ -54,7 +54,8 @@ BICM_DEVICE int64_t group_stride() { return static_cast<int64_t>(gridDim.x) * bl
 
 #if !defined(BICM_EMULATE)
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream, const Arguments&... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
+                   const Arguments&... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(grid.x, grid.y);
   config.blockDim = dim3(grid.threads);

@@ -44,9 +44,7 @@ BICM_HD T round_to(C x) {
   return element;
 }
 
-BICM_HD int64_t size_in_bytes(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
+BICM_HD int64_t size_in_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 constexpr int kAccess = 16;  // bytes of the widest access
 

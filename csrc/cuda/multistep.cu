@@ -109,7 +109,8 @@ template <class Memory, bool Denoises>
 constexpr int kResident = Denoises || sizeof(typename Memory::Compute) == 8 ? 2 : 3;
 
 template <class Memory, int Terms, bool Denoises>
-__global__ void __launch_bounds__(kThreads, kResident<Memory, Denoises>) multistep_kernel(const __grid_constant__ Multistep m, bool aligned) {
+__global__ void __launch_bounds__(kThreads, kResident<Memory, Denoises>)
+    multistep_kernel(const __grid_constant__ Multistep m, bool aligned) {
   using C = typename Memory::Compute;
   constexpr int G = Memory::kGroup;
   for (int64_t sample = blockIdx.y; sample < m.layout.batch; sample += gridDim.y) {

@@ -37,7 +37,8 @@ cudaError_t run(const Noise& problem, cudaStream_t stream) {
 }
 
 __global__ void __launch_bounds__(kThreads)
-    fold_in_kernel(const __grid_constant__ Integer seed, const __grid_constant__ Integer data, int64_t* out, int64_t count) {
+    fold_in_kernel(const __grid_constant__ Integer seed, const __grid_constant__ Integer data, int64_t* out,
+                   int64_t count) {
   for (int64_t i = first_group(); i < count; i += group_stride()) {
     out[i] = bicm::fold_in(load_integer(seed, i), load_integer(data, i));
   }

@@ -39,7 +39,8 @@ using Units = std::optional<std::vector<std::pair<int64_t, int64_t>>>;
 
 // Runs units of a CPU kernel in the order given; all of them if none are.
 template <class Problem>
-void run_units(void (*kernel)(const Problem&, int64_t, int64_t), const Problem& problem, int64_t all, const Units& units) {
+void run_units(void (*kernel)(const Problem&, int64_t, int64_t), const Problem& problem, int64_t all,
+               const Units& units) {
   if (!units) return kernel(problem, 0, all);
   for (const auto& [begin, end] : *units) kernel(problem, begin, end);
 }

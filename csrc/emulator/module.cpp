@@ -138,8 +138,8 @@ py::array widen(py::array_t<uint16_t, py::array::c_style> bits, const std::strin
 
 py::array narrow(py::array_t<float, py::array::c_style> values, const std::string& dtype) {
   py::array_t<uint16_t> result(values.size());
-  const auto convert = dtype == "float16" ? [](float x) { return float_to_half(x); }
-                                          : [](float x) { return float_to_bfloat16(x); };
+  const auto convert =
+      dtype == "float16" ? [](float x) { return float_to_half(x); } : [](float x) { return float_to_bfloat16(x); };
   for (py::ssize_t i = 0; i < values.size(); ++i) result.mutable_data()[i] = convert(values.data()[i]);
   return result;
 }

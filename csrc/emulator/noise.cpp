@@ -63,7 +63,9 @@ void cos_sin_emulated(const float* u, float* cosine, float* sine, int64_t count)
 }
 
 template <int Isa>
-const Kernels* const isa_kernels = find_kernels(Isa == 0 ? "scalar" : Isa == 1 ? "avx2" : "avx512");
+const Kernels* const isa_kernels = find_kernels(Isa == 0   ? "scalar"
+                                                : Isa == 1 ? "avx2"
+                                                           : "avx512");
 
 template <int Isa>
 void log_both(const float* u, float* out, float* second, int64_t count) {
@@ -108,8 +110,7 @@ int64_t polynomial_differences(const std::string& a, const std::string& b, const
   return differences(evaluator(a, log), evaluator(b, log), low, high, stride);
 }
 
-py::array evaluate(const std::string& target, const std::string& function,
-                   py::array_t<float, py::array::c_style> u) {
+py::array evaluate(const std::string& target, const std::string& function, py::array_t<float, py::array::c_style> u) {
   py::array_t<float> first(u.size()), second(u.size());
   evaluator(target, function == "log")(u.data(), first.mutable_data(), second.mutable_data(), u.size());
   return function == "sin" ? second : first;

@@ -33,6 +33,7 @@ static PyObject* instruction_set(PyObject*, PyObject*) {
 static PyMethodDef methods[] = {{"instruction_set", instruction_set, METH_NOARGS, "The instruction set in use."},
                                 {nullptr, nullptr, 0, nullptr}};
 
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() { return PyModule_Create(&module); }

@@ -66,8 +66,8 @@ std::tuple<Tensor, Tensor> noisy_pair(Tensor x, Tensor sigma_low, Tensor sigma_h
   problem.sigma_high = number_of(sigma_high, batch, view.device);
   problem.key = key_of(KeyTensors{seed, step, sample_id}, batch, view.device);
   if (mask.has_value()) {
-    STD_TORCH_CHECK(x_hat.has_value() && mask->dim() == 1 && mask->size(0) == batch &&
-                        mask->element_size() == 1 && device_of(*mask) == view.device,
+    STD_TORCH_CHECK(x_hat.has_value() && mask->dim() == 1 && mask->size(0) == batch && mask->element_size() == 1 &&
+                        device_of(*mask) == view.device,
                     "bicm_kernels: mask must be a (B,) bool tensor beside x_hat");
     problem.mask = static_cast<const bool*>(mask->data_ptr());
     problem.mask_stride = mask->stride(0);

@@ -54,8 +54,8 @@ struct KeyTensors {
 };
 
 inline NoiseKey key_of(const KeyNumbers& key, int64_t batch, int32_t) {
-  const bool fits = key.step >= 0 && key.step < kWord && key.sample >= 0 && key.sample < kWord &&
-                    key.sample + batch <= kWord;
+  const bool fits =
+      key.step >= 0 && key.step < kWord && key.sample >= 0 && key.sample < kWord && key.sample + batch <= kWord;
   STD_TORCH_CHECK(fits, "bicm_kernels: step and sample_id must be in [0, 2**32)");
   return {integer_of(key.seed), integer_of(key.step), integer_of(key.sample), true};
 }

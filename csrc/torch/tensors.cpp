@@ -84,7 +84,8 @@ bool may_alias(const View& out, const View& in) {
          !reaches(distance / out_size, out_extents, out_count);
 }
 
-void merge(const View* const* views, Operand* const* operands, int count, bool ordered, bool per_sample, Layout& layout) {
+void merge(const View* const* views, Operand* const* operands, int count, bool ordered, bool per_sample,
+           Layout& layout) {
   const View& first = *views[0];
   layout.batch = first.sizes[0];
   layout.elements = 1;

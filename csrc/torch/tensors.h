@@ -94,7 +94,8 @@ bool overlaps_itself(const View& out);
 
 // Fills `layout` and the operands for views of one shape (B, ...). `ordered`: the row-major order of a sample's elements
 // matters, because noise is keyed by it; else memory order may be followed. `per_sample`: samples must stay apart.
-void merge(const View* const* views, Operand* const* operands, int count, bool ordered, bool per_sample, Layout& layout);
+void merge(const View* const* views, Operand* const* operands, int count, bool ordered, bool per_sample,
+           Layout& layout);
 
 // The number of elements above which an output is written past the cache.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
