@@ -11,8 +11,9 @@ import click
 from tqdm import tqdm
 
 from benchmarks import overhead, report
-from benchmarks.cases import Case, shape_of
-from benchmarks.measurement import DTYPES, Measurement, cores, measure
+from benchmarks.cases import shape_of
+from benchmarks.isolation import measure_apart
+from benchmarks.measurement import DTYPES, Measurement, cores
 from benchmarks.registry import FAMILIES
 from benchmarks.timing import CLOCKS, QUICK, Effort
 
@@ -46,10 +47,10 @@ def names_among(choices: tuple[str, ...]) -> Callable[..., tuple[str, ...]]:
     return names
 
 
-def chosen(families: tuple[str, ...], names: tuple[str, ...]) -> list[tuple[str, Case]]:
+def chosen(families: tuple[str, ...], names: tuple[str, ...]) -> list[tuple[str, str]]:
     """The cases to measure, with their families."""
     return [
-        (family, case)
+        (family, case.name)
         for family in families
         if family != OVERHEAD
         for case in FAMILIES[family]
@@ -60,17 +61,11 @@ def chosen(families: tuple[str, ...], names: tuple[str, ...]) -> list[tuple[str,
 @click.command()
 @click.argument("families", nargs=-1, type=click.Choice([*FAMILIES, OVERHEAD]))
 @click.option("--threads", callback=integers, help="Thread counts, as 1,2; default: 1 and all cores.")
-@click.option(
-    "--sizes", callback=integers, help="Elements per tensor, multiples of 3072, separated by commas."
-)
+@click.option("--sizes", callback=integers, help="Elements per tensor, multiples of 3072, separated by commas.")
 @click.option("--dtypes", callback=names_among(tuple(DTYPES)), help=f"Default: {','.join(DTYPES)}.")
 @click.option("--cases", callback=names_among(CASE_NAMES), help="Only these cases of the families.")
-@click.option(
-    "--compile/--no-compile", "compile_too", default=True, help="Whether to time torch.compile too."
-)
-@click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here."
-)
+@click.option("--compile/--no-compile", "compile_too", default=True, help="Whether to time torch.compile too.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here.")
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="Draw the figures here.")
 @click.option(
     "--clock",
@@ -103,21 +98,19 @@ def main(
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--sizes") from None
 
-    plan = list(itertools.product(threads, chosen(families, cases), dtypes, shapes))
+    plan = list(itertools.product(threads, chosen(families, cases), dtypes))
     measurements: list[Measurement] = []
-    for thread_count, (family, case), dtype, shape in (bar := tqdm(plan, disable=None, leave=False)):
-        bar.set_postfix_str(f"{case.name} {dtype} {shape}")
-        measurements.append(
-            measure(
-                family,
-                case,
-                shape,
-                dtype,
-                thread_count=thread_count,
-                compile_too=compile_too,
-                effort=effort,
-                clock=clock,
-            )
+    for thread_count, (family, name), dtype in (bar := tqdm(plan, disable=None, leave=False)):
+        bar.set_postfix_str(f"{name} {dtype}")
+        measurements += measure_apart(
+            family,
+            name,
+            shapes,
+            dtype,
+            thread_count=thread_count,
+            compile_too=compile_too,
+            effort=effort,
+            clock=clock,
         )
     overheads = overhead.measure(effort, clock) if OVERHEAD in families else []
 

@@ -80,9 +80,7 @@ def euler(
     return out, x0, next_scale * out
 
 
-def ours_bdia_guided(
-    z_last: Tensor, z: Tensor, eps_uncond: Tensor, eps_cond: Tensor, **numbers: Any
-) -> Tensor:
+def ours_bdia_guided(z_last: Tensor, z: Tensor, eps_uncond: Tensor, eps_cond: Tensor, **numbers: Any) -> Tensor:
     """``bdia_step`` with a pair of predictions."""
     return bk.bdia_step(z_last, z, (eps_uncond, eps_cond), **numbers)
 

@@ -31,9 +31,7 @@ def add_noise(x: Tensor, *, sigma: float) -> Tensor:
     return bk.add_noise(x, sigma, seed=SEED)
 
 
-def torch_add_noise(
-    x: Tensor, *, sigma: float, draw: Callable[[Tensor], Tensor] = torch.randn_like
-) -> Tensor:
+def torch_add_noise(x: Tensor, *, sigma: float, draw: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
     """Forward diffusion as everybody writes it."""
     return x + sigma * draw(x)
 

@@ -47,10 +47,7 @@ class Case:
     def inputs(self, shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
         """Seeded standard normal tensors."""
         generator = torch.Generator().manual_seed(SEED)
-        return [
-            torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
-            for _ in range(self.tensors)
-        ]
+        return [torch.randn(shape, generator=generator).to(device=device, dtype=dtype) for _ in range(self.tensors)]
 
     def error(self, shape: Shape, dtype: torch.dtype, device: str = "cpu") -> float:
         """How far ours and eager are apart, in units of what rounding, or chance for noise alone, allows."""

@@ -51,9 +51,7 @@ def check_agreement() -> list[str]:
         for case in cases:
             error = case.error(shape_of(SIZES[0]), dtype, DEVICE)
             if not error <= 1:
-                wrong.append(
-                    f"{case.name} {name} differs from eager by {error:.3g} times what rounding allows"
-                )
+                wrong.append(f"{case.name} {name} differs from eager by {error:.3g} times what rounding allows")
     return wrong
 
 
@@ -82,12 +80,8 @@ def measure_all(compile_too: bool) -> list[Measurement]:
 
 
 @click.command()
-@click.option(
-    "--compile/--no-compile", "compile_too", default=True, help="Whether to time torch.compile too."
-)
-@click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here."
-)
+@click.option("--compile/--no-compile", "compile_too", default=True, help="Whether to time torch.compile too.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here.")
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="Draw the figures here.")
 def main(compile_too: bool, json_path: Path | None, plot_path: str | None) -> None:
     """Run every test and benchmark that needs a GPU."""

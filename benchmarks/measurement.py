@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,8 +34,8 @@ class Measurement:
     least_bytes: int
     times: dict[str, Timing]
     failures: dict[str, str]
-    #: The part of the time in which this process had its processor; None for several threads or a GPU.
-    processor_share: float | None
+    #: How often a second another process took a processor from this one.
+    preemptions: float
 
     @property
     def elements(self) -> int:
@@ -44,6 +45,11 @@ class Measurement:
     def ratio(self, other: str) -> float | None:
         """How many times as long as ours another takes; for "copy", the part of the bound that is reached."""
         return self.times[other].median / self.times["ours"].median if other in self.times else None
+
+    def faulted(self, name: str) -> bool:
+        """Whether a contestant's memory came page by page from the system rather than from the allocator."""
+        faulted = self.times[name].page_faults * resource.getpagesize()
+        return self.device == "cpu" and faulted > 0.1 * self.least_bytes
 
     def bandwidth(self, name: str = "ours") -> float | None:
         """Bytes that have to be moved, per second."""
@@ -64,6 +70,11 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def preemptions() -> int:
+    """How often this process had to leave a processor so far, though it wanted to go on."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def copy_of(least_bytes: int, device: str) -> Callable[[], Tensor]:
@@ -114,9 +125,9 @@ def measure(
             name: partial(function, *inputs, **case.coefficients) for name, function in functions.items()
         }
         calls["copy"] = copy_of(least_bytes, device)
-        wall, processor = time.perf_counter(), time.process_time()
+        start, preempted = time.perf_counter(), preemptions()
         times = interleave(calls, effort, sampler or CLOCKS[clock])
-        share = (time.process_time() - processor) / (time.perf_counter() - wall)
+        rate = (preemptions() - preempted) / (time.perf_counter() - start)
     return Measurement(
         family=family,
         case=case.name,
@@ -128,5 +139,5 @@ def measure(
         least_bytes=least_bytes,
         times=times,
         failures=failures,
-        processor_share=min(share, 1.0) if device == "cpu" and thread_count == 1 else None,
+        preemptions=rate,
     )

@@ -45,9 +45,7 @@ def calls() -> dict[tuple[str, str], Call]:
         if "guidance_scale" in case.coefficients:
             continue
         for column, shape in SIZES.items():
-            table[case.name, column] = partial(
-                case.ours, *case.inputs(shape, torch.float32), **case.coefficients
-            )
+            table[case.name, column] = partial(case.ours, *case.inputs(shape, torch.float32), **case.coefficients)
         table[case.name, GUIDED] = _guided(case, case.inputs(SIZES[COLUMNS[0]], torch.float32))
     return table
 

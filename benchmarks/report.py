@@ -22,12 +22,16 @@ from benchmarks.overhead import COLUMNS, Overhead
 from bicm_kernels import backend
 
 SCHEMA = 1
-WIDTH = 126
+WIDTH = 140
+#: Preemptions per second on a machine that is not quiet.
+BUSY = 20
 NOTES = """\
-ours, eager, compile, copy: median time of a call. ±: interquartile range of ours over the rounds.
+ours, eager, compile, copy: median time of a call; every op and dtype in a process of its own.
+±: interquartile range of ours over the rounds.
 moved: what any implementation must read and write at least. copy: Tensor.copy_ moving as many bytes.
 GB/s: moved / ours. vs eager, vs compile: how many times faster ours is.
-of bound: copy / ours, the part of the bandwidth bound that ours reaches.\
+of bound: copy / ours, the part of the bandwidth bound that ours reaches.
+†: the allocator returned memory to the system and got it anew, page by page, in every call.\
 """
 STYLES = {
     "ours": ("C3", "o", "-"),
@@ -68,13 +72,18 @@ def console() -> Console:
     return terminal if terminal.width >= WIDTH else Console(width=WIDTH)
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float) -> str:
     """Three significant digits, in microseconds or milliseconds."""
-    if seconds is None:
-        return "failed"
     number, unit = (seconds * 1e6, "µs") if seconds < 1e-3 else (seconds * 1e3, "ms")
     digits = 2 if number < 10 else 1 if number < 100 else 0
     return f"{number:.{digits}f} {unit}"
+
+
+def time_of(m: Measurement, name: str) -> str:
+    """What a contestant took, marked where it took page faults."""
+    if name not in m.times:
+        return "failed" if name in m.failures else "–"
+    return duration(m.times[name].median) + (" †" if m.faulted(name) else "")
 
 
 def size(count: int) -> str:
@@ -98,31 +107,24 @@ def title(group: Sequence[Measurement]) -> str:
     if first.device != "cpu":
         return f"{first.family} on {torch.cuda.get_device_name(first.device)}, cold L2"
     text = f"{first.family}, {first.threads} thread{'s' if first.threads > 1 else ''}"
-    shares = [m.processor_share for m in group if m.processor_share is not None]
+    rate = statistics.mean(m.preemptions for m in group)
     if first.clock == "processor":
         text += ", processor time"
-    elif shares and statistics.mean(shares) < 0.95:
-        text += (
-            f" — had its processor only {statistics.mean(shares):.0%} of the time:"
-            " other processes ran, see --clock processor"
-        )
+    elif rate > BUSY:
+        text += f" — preempted {rate:.0f} times a second: other processes ran, see --clock processor"
     return text
 
 
 def cells(m: Measurement) -> list[str]:
     """The row of one measurement."""
-    medians = {name: time.median for name, time in m.times.items()}
-    compile_time = "–" if "compile" not in m.times | m.failures else duration(medians.get("compile"))
     return [
         m.case,
         m.dtype,
         f"{m.elements:,}",
         size(m.least_bytes),
-        duration(medians["ours"]),
+        time_of(m, "ours"),
         f"{m.times['ours'].spread:.0%}",
-        duration(medians["eager"]),
-        compile_time,
-        duration(medians["copy"]),
+        *(time_of(m, name) for name in ("eager", "compile", "copy")),
         f"{(m.bandwidth() or 0) / 1e9:.1f}",
         *(quotient(m.ratio(other)) for other in ("eager", "compile", "copy")),
     ]
@@ -175,9 +177,7 @@ def show(measurements: Sequence[Measurement], overheads: Sequence[Overhead] = ()
         screen.print(table(group))
     for m in measurements:
         for name, error in m.failures.items():
-            screen.print(
-                f"{m.case} {m.dtype} {m.shape}: {name} failed: {error}", highlight=False, markup=False
-            )
+            screen.print(f"{m.case} {m.dtype} {m.shape}: {name} failed: {error}", highlight=False, markup=False)
     if measurements:
         screen.print(NOTES, highlight=False)
     if overheads:
@@ -216,13 +216,13 @@ def panel(axes: Axes, curves: Sequence[Measurement]) -> None:
     for name, (color, marker, line) in STYLES.items():
         points = [(m.elements, bandwidth / 1e9) for m in curves if (bandwidth := m.bandwidth(name))]
         if points:
-            axes.plot(
-                *zip(*points, strict=True), color=color, marker=marker, linestyle=line, label=LABELS[name]
-            )
+            axes.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=line, label=LABELS[name])
     largest = curves[-1]
-    gains = (f"{quotient(ratio)}× {name}" for name in ("eager", "compile") if (ratio := largest.ratio(name)))
-    axes.text(0.97, 0.04, "\n".join(gains), ha="right", va="bottom", fontsize=8, transform=axes.transAxes)
-    axes.set(xscale="log", yscale="log", title=curves[0].case)
+    gains = [f"{quotient(ratio)}× {name}" for name in ("eager", "compile") if (ratio := largest.ratio(name))]
+    gain = f"{', '.join(gains)} at {short(largest.elements)}"
+    axes.set_title(largest.case, pad=16)
+    axes.text(0.5, 1.03, gain, ha="center", fontsize=8, color="0.3", transform=axes.transAxes)
+    axes.set(xscale="log", yscale="log")
     axes.set_xticks([m.elements for m in curves], [short(m.elements) for m in curves], minor=False)
     axes.set_xticks([], minor=True)
     axes.margins(y=0.15)
@@ -237,9 +237,7 @@ def plot(measurements: Sequence[Measurement], path: str) -> None:
         blocks.setdefault((m.device, m.threads, m.dtype), {}).setdefault(m.case, []).append(m)
     columns = min(5, max(len(panels) for panels in blocks.values()))
     heights = [-(-len(panels) // columns) for panels in blocks.values()]
-    figure = Figure(
-        figsize=(3.1 * columns + 0.6, 2.6 * sum(heights) + 0.7 * len(blocks)), layout="constrained"
-    )
+    figure = Figure(figsize=(3.1 * columns + 0.6, 2.7 * sum(heights) + 0.7 * len(blocks)), layout="constrained")
     parts = figure.subfigures(len(blocks), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, ((device, count, dtype), panels), rows in zip(parts, blocks.items(), heights, strict=True):
         where = f"{count} thread{'s' if count > 1 else ''}" if device == "cpu" else device

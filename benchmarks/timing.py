@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import math
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,7 +39,7 @@ GPU = Effort(rounds=101, least_rounds=21, sample=0.0, budget=5.0)
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call over the rounds."""
+    """Seconds per call over the rounds, and the pages that a call had the system fault in."""
 
     median: float
     low: float
@@ -45,6 +47,7 @@ class Timing:
     best: float
     rounds: int
     repeats: int
+    page_faults: float = 0.0
 
     @property
     def spread(self) -> float:
@@ -52,10 +55,10 @@ class Timing:
         return (self.high - self.low) / self.median
 
 
-def summary(samples: list[float], repeats: int) -> Timing:
+def summary(samples: list[float], repeats: int, page_faults: float = 0.0) -> Timing:
     """Median, quartiles and best of the rounds."""
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return Timing(median, low, high, min(samples), len(samples), repeats)
+    return Timing(median, low, high, min(samples), len(samples), repeats, page_faults)
 
 
 def clocked(clock: Callable[[], float]) -> Sampler:
@@ -71,9 +74,14 @@ def clocked(clock: Callable[[], float]) -> Sampler:
 
 
 #: On a quiet machine both agree on one thread. Where other processes take turns on the processor, the wall's
-#: clock adds their turns, more of them to long calls than to short ones; the thread's own time leaves them out.
+#: clock adds their turns, more of them to long calls than to short ones; the thread's own time has none.
 CLOCKS: dict[str, Sampler] = {"wall": clocked(time.perf_counter), "processor": clocked(time.thread_time)}
 EVENTS = "events"
+
+
+def minor_faults() -> int:
+    """Pages that the system has mapped for this process so far without reading them from a disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def cold_cuda(device: str) -> Sampler:
@@ -84,10 +92,11 @@ def cold_cuda(device: str) -> Sampler:
     than launching the kernels of one call, so they wait in the queue and the events do not see the host.
     """
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    timer: Any = torch.cuda.Event
     buffer = torch.zeros(max(512 * 2**20, 4 * l2) // 4, device=device)
 
     def sample(call: Call, repeats: int) -> float:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        events = [[timer(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         for start, end in events:
             buffer.amax()
             start.record()
@@ -122,14 +131,13 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def interleave(
-    calls: Mapping[str, Call], effort: Effort, sampler: Sampler = CLOCKS["wall"]
-) -> dict[str, Timing]:
+def interleave(calls: Mapping[str, Call], effort: Effort, sampler: Sampler = CLOCKS["wall"]) -> dict[str, Timing]:
     """Time the calls in turns; each round starts with another one, so that all of them follow the others."""
     for call in calls.values():
         call()
     repeats = {name: repeats_for(call, sampler, effort.sample) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    faults: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     start = time.perf_counter()
     with no_collection():
@@ -138,5 +146,7 @@ def interleave(
                 break
             shift = index % len(names)
             for name in names[shift:] + names[:shift]:
+                before = minor_faults()
                 samples[name].append(sampler(calls[name], repeats[name]))
-    return {name: summary(taken, repeats[name]) for name, taken in samples.items()}
+                faults[name].append((minor_faults() - before) / repeats[name])
+    return {name: summary(taken, repeats[name], statistics.median(faults[name])) for name, taken in samples.items()}

@@ -1,4 +1,4 @@
-"""Fixtures that every test shares. Torch is imported inside them, because the sanitizers run tests that never need it."""
+"""Fixtures that every test shares. They import torch themselves: sanitizers run tests that do without it."""
 
 from __future__ import annotations
 

@@ -113,11 +113,8 @@ def test_a_case_that_does_not_compile_is_named() -> None:
 
 
 def test_ratios() -> None:
-    times = {
-        name: summary([seconds, seconds], 1)
-        for name, seconds in [("ours", 2.0), ("eager", 8.0), ("copy", 1.0)]
-    }
-    m = Measurement("family", "case", "cpu", 1, "wall", "float32", (1, 3, 32, 32), 1000, times, {}, None)
+    times = {name: summary([seconds, seconds], 1) for name, seconds in [("ours", 2.0), ("eager", 8.0), ("copy", 1.0)]}
+    m = Measurement("family", "case", "cpu", 1, "wall", "float32", (1, 3, 32, 32), 1000, times, {}, 0.0)
     assert (m.ratio("eager"), m.ratio("copy"), m.ratio("compile")) == (4.0, 0.5, None)
     assert m.bandwidth() == 500.0
     assert m.bandwidth("compile") is None
@@ -200,3 +197,23 @@ def test_gpu_check_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(gpu_check.main, [])
     assert result.exit_code == 1
     assert "sees no GPU: nothing was checked" in result.output
+
+
+def test_gpu_check_to_its_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The whole program on the CPU: on a machine without a GPU nothing else would run its lines."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(report, "environment", lambda: {"processor": "a stand-in for a GPU"})
+    monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_check, "SIZES", (3_072,))
+    monkeypatch.setattr(gpu_check, "GPU", QUICK)
+    monkeypatch.setattr(gpu_check, "cold_cuda", lambda device: CLOCKS["wall"])
+    monkeypatch.setattr(gpu_check, "run_tests", lambda: ["no test is marked gpu"])
+    figures = tmp_path / "figures.json"
+    result = CliRunner().invoke(gpu_check.main, ["--no-compile", "--json", str(figures)], catch_exceptions=False)
+    assert result.exit_code == 1
+    assert "FAILED: no test is marked gpu" in result.output
+    assert len(json.loads(figures.read_text())["measurements"]) == 2 * len(CASES)
+
+    monkeypatch.setattr(gpu_check, "run_tests", list)
+    monkeypatch.setattr(gpu_check, "measure_all", lambda compile_too: [])
+    assert CliRunner().invoke(gpu_check.main, [], catch_exceptions=False).exit_code == 0

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,15 @@ from bicm_diffusion.digits.training import (
 
 TINY = NetworkConfig(fine_channels=8, coarse_channels=8, embedding=16, blocks=1, groups=4)
 HELD_OUT_LOSS = 0.072
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small layers gain nothing from a second thread; on a busy machine the two wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_split_is_fixed_disjoint_and_in_range() -> None:
@@ -215,9 +225,7 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     from bicm_diffusion.digits.picture import Panels, save_picture
 
     digits = one_per_class(load_split().held_out)
-    results = [
-        reconstruct(method, load_denoiser(), digits, vp_schedule(3), torch.float32) for method in METHODS[::2]
-    ]
+    results = [reconstruct(method, load_denoiser(), digits, vp_schedule(3), torch.float32) for method in METHODS[::2]]
     samples = [(method.name, digits.images.repeat(3, 1, 1, 1)) for method in METHODS]
     save_picture(Panels(3, digits.images, results, samples), tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""The step ops: the reference's bits for every dtype, layout, size and argument; accuracy, batch invariance, outputs."""
+"""The step ops: bits for every dtype, layout, size and argument; accuracy; batch invariance; outputs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-import bicm_kernels as bk
 import pytest
 import torch
-from bicm_kernels import reference
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+
+import bicm_kernels as bk
+from bicm_kernels import reference
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 Bits = Callable[[Tensor, Tensor], None]
@@ -43,17 +44,10 @@ OPS: dict[str, tuple[int, dict[str, Any]]] = {
 DTYPES = [(F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (F16, F16), (F64, F64), (F64, F32), (BF16, F64)]
 
 
-def call(
-    name: str, tensors: Sequence[Any], numbers: dict[str, Any], module: ModuleType = bk
-) -> tuple[Tensor, ...]:
+def call(name: str, tensors: Sequence[Any], numbers: dict[str, Any], module: ModuleType = bk) -> tuple[Tensor, ...]:
     """An op's results, the way it is called: one argument per tensor, or a list of them."""
     op = getattr(module, name)
-    if "weights" not in numbers:
-        results = op(*tensors, **numbers)
-    elif "x0_weights" not in numbers:
-        results = op(tensors, **numbers)
-    else:
-        results = op(tensors, **numbers)
+    results = op(tensors, **numbers) if "weights" in numbers else op(*tensors, **numbers)
     return results if isinstance(results, tuple) else (results,)
 
 
@@ -78,7 +72,7 @@ def agree(name: str, tensors: Sequence[Any], numbers: dict[str, Any], same_bits:
             assert actual.stride() == expected.stride() == torch.empty_like(first).stride()
 
 
-# --- the same bits as the reference -----------------------------------------------------------------------------------
+# --- the same bits as the reference -------------------------------------------------------------------------
 
 SIZES = [
     (1,),
@@ -120,10 +114,13 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize(("states", "network"), [(F32, F32), (F32, BF16), (F16, F16), (F64, F32)])
 def test_layouts(name: str, states: torch.dtype, network: torch.dtype, same_bits: Bits) -> None:
-    for shape in [(3, 5, 7, 4), (2, 1, 33, 65), (1, 4, 1, 9)]:
+    count = len(LAYOUTS)
+    for shape, turn in itertools.product([(3, 5, 7, 4), (2, 1, 33, 65), (1, 4, 1, 9)], (0, 1, 4)):
         tensors = operands(name, shape, states, network)
-        for first, rest in itertools.product(LAYOUTS.values(), LAYOUTS.values()):
-            agree(name, [first(tensors[0]), *map(rest, tensors[1:])], OPS[name][1], same_bits)
+        for i in range(count):
+            places = [list(LAYOUTS.values())[(i + turn * k) % count] for k in range(len(tensors))]
+            laid = [place(x) for place, x in zip(places, tensors, strict=True)]
+            agree(name, laid, OPS[name][1], same_bits)
 
 
 def as_tensors(numbers: dict[str, Any], convert: Callable[[float], Any]) -> dict[str, Any]:
@@ -151,7 +148,7 @@ ARGUMENTS: dict[str, Callable[[float], Any]] = {
 @pytest.mark.parametrize("kind", ARGUMENTS)
 def test_arguments(name: str, kind: str, same_bits: Bits) -> None:
     numbers = as_tensors(OPS[name][1], ARGUMENTS[kind])
-    for (states, network), shape in itertools.product(DTYPES[:6], [(4, 67), (4, 3, 20, 30)]):
+    for (states, network), shape in itertools.product(DTYPES[:6], [(4, 67), (4, 3, 21, 19)]):
         tensors = operands(name, shape, states, network)
         agree(name, tensors, numbers, same_bits)
         agree(name, [x.transpose(1, -1).contiguous().transpose(1, -1) for x in tensors], numbers, same_bits)
@@ -159,9 +156,7 @@ def test_arguments(name: str, kind: str, same_bits: Bits) -> None:
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize(("states", "network"), DTYPES)
-def test_floats_and_tensors_agree(
-    name: str, states: torch.dtype, network: torch.dtype, same_bits: Bits
-) -> None:
+def test_floats_and_tensors_agree(name: str, states: torch.dtype, network: torch.dtype, same_bits: Bits) -> None:
     tensors, numbers = operands(name, (4, 50), states, network), OPS[name][1]
     plain = call(name, tensors, numbers)
     for convert in (lambda x: torch.tensor(x, dtype=F64), lambda x: torch.full((4,), x, dtype=F64)):
@@ -192,10 +187,7 @@ SPECIAL = [
 def test_special_values(name: str, states: torch.dtype, network: torch.dtype, same_bits: Bits) -> None:
     grid = torch.tensor(list(itertools.product(SPECIAL, SPECIAL)), dtype=F64)
     columns = [grid[:, 0], grid[:, 1], grid[:, 0].flip(0), grid[:, 1].roll(3)]
-    tensors = [
-        x.to(y.dtype).view(4, -1)
-        for x, y in zip(columns, operands(name, (1,), states, network), strict=False)
-    ]
+    tensors = [x.to(y.dtype).view(4, -1) for x, y in zip(columns, operands(name, (1,), states, network), strict=False)]
     agree(name, tensors, OPS[name][1], same_bits)
     for value in (0.0, -0.0, math.inf, math.nan, 1e-42):
         agree(name, tensors, as_tensors(OPS[name][1], lambda _, v=value: v), same_bits)
@@ -211,9 +203,7 @@ def test_special_values(name: str, states: torch.dtype, network: torch.dtype, sa
 @pytest.mark.parametrize("guided", [False, True])
 def test_every_number_of_terms(terms: int, guided: bool, same_bits: Bits) -> None:
     for states, network in DTYPES:
-        tensors: list[Any] = [
-            random(3, 70, dtype=states if k < terms - 1 else network, seed=k) for k in range(terms)
-        ]
+        tensors: list[Any] = [random(3, 70, dtype=states if k < terms - 1 else network, seed=k) for k in range(terms)]
         weights = [0.9 - 0.31 * k for k in range(terms)]
         numbers: dict[str, Any] = {"weights": weights, **NOISE}
         if guided:
@@ -237,9 +227,7 @@ def test_every_number_of_terms(terms: int, guided: bool, same_bits: Bits) -> Non
 
 @pytest.mark.parametrize("name", OPS)
 def test_guidance(name: str, same_bits: Bits) -> None:
-    for (states, network), layout in itertools.product(
-        DTYPES, ("contiguous", "channels_last", "expanded inside")
-    ):
+    for (states, network), layout in itertools.product(DTYPES, ("contiguous", "channels_last", "expanded inside")):
         *tensors, eps = operands(name, (4, 3, 9, 8), states, network)
         other = LAYOUTS[layout](random(4, 3, 9, 8, dtype=network, seed=8))
         for scale in (7.5, 0.0, 1.0, torch.tensor(2.5), torch.tensor([0.0, 1.0, 7.5, -3.0])):
@@ -289,7 +277,7 @@ def test_autocast_leaves_the_state_alone(name: str, same_bits: Bits) -> None:
             same_bits(actual, expected)
 
 
-# --- accuracy ---------------------------------------------------------------------------------------------------------
+# --- accuracy -----------------------------------------------------------------------------------------------
 
 
 def exact(name: str, x: list[Tensor], v: dict[str, Any]) -> Tensor:
@@ -353,11 +341,11 @@ def test_bdia_returns(gamma: float, numbers: tuple[float, ...], scale: float | N
     torch.testing.assert_close(bk.bdia_inverse_step(z_next, z, eps, **v), z_last, rtol=0, atol=2e-13)
 
 
-# --- batch invariance -------------------------------------------------------------------------------------------------
+# --- batch invariance ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("shape", [(700, 64), (9, 5000), (6, 2, 50, 50), (3, 1, 300, 300)])
+@pytest.mark.parametrize("shape", [(700, 64), (9, 5000), (5, 2, 50, 60)])
 def test_a_sample_does_not_depend_on_its_batch(
     name: str, shape: tuple[int, ...], same_bits: Bits, threads: Threads
 ) -> None:
@@ -373,13 +361,7 @@ def test_a_sample_does_not_depend_on_its_batch(
             key = {"sample_id": begin} if "seed" in v else {}
 
             def cut(x: Any) -> Any:
-                return (
-                    [cut(y) for y in x]
-                    if isinstance(x, list)
-                    else x[begin:end]
-                    if isinstance(x, Tensor)
-                    else x
-                )
+                return [cut(y) for y in x] if isinstance(x, list) else x[begin:end] if isinstance(x, Tensor) else x
 
             return call(name, cut(tensors), {k: cut(x) for k, x in v.items()} | key)
 
@@ -398,7 +380,7 @@ def test_a_sample_does_not_depend_on_its_batch(
                 same_bits(actual, expected[begin:end])
 
 
-# --- outputs that the caller gives ------------------------------------------------------------------------------------
+# --- outputs that the caller gives --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -407,7 +389,7 @@ def test_a_sample_does_not_depend_on_its_batch(
 def test_out(each_backend: str, name: str, dtype: torch.dtype, kind: str, same_bits: Bits) -> None:
     numbers = OPS[name][1] if kind == "floats" else as_tensors(OPS[name][1], ARGUMENTS["per sample"])
     for layout in ("contiguous", "channels_last", "sliced", "transposed"):
-        tensors = [LAYOUTS[layout](x) for x in operands(name, (4, 3, 33, 20), dtype, dtype)]
+        tensors = [LAYOUTS[layout](x) for x in operands(name, (4, 3, 9, 14), dtype, dtype)]
         plain = call(name, tensors, numbers)
         several = len(plain) > 1
         apart = tuple(LAYOUTS["cut out"](torch.zeros_like(x)) for x in plain)
@@ -420,8 +402,7 @@ def test_out(each_backend: str, name: str, dtype: torch.dtype, kind: str, same_b
         for target in targets:
             inputs = [x.clone(memory_format=torch.preserve_format) for x in tensors]
             outs = tuple(
-                inputs[places[0]] if (places := [i for i, x in enumerate(tensors) if x is y]) else y
-                for y in target
+                inputs[places[0]] if (places := [i for i, x in enumerate(tensors) if x is y]) else y for y in target
             )
             results = call(name, inputs, {**numbers, "out": outs if several else outs[0]})
             for result, out, expected in zip(results, outs, plain, strict=True):

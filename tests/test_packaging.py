@@ -62,9 +62,7 @@ print(json.dumps(about))
 """
 
 
-def run(
-    command: list[str], cwd: Path = ROOT, changes: Changes | None = None
-) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], cwd: Path = ROOT, changes: Changes | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command without the project's environment variables, and with some changed; None removes one."""
     changes = changes or {}
     kept = {

@@ -118,18 +118,14 @@ def test_first_states_of_an_inversion_are_ddim_inversion() -> None:
 def test_gamma_zero_is_ddim() -> None:
     z, schedule = noise(4, 3, 5), vp_schedule(20)
     ddim = ddim_sample(gaussian_model, z, schedule)
-    torch.testing.assert_close(
-        bdia_sample(gaussian_model, z, schedule, gamma=0.0).z, ddim, rtol=0, atol=1e-14
-    )
+    torch.testing.assert_close(bdia_sample(gaussian_model, z, schedule, gamma=0.0).z, ddim, rtol=0, atol=1e-14)
 
 
 def test_gamma_may_differ_between_samples() -> None:
     z, schedule = noise(3, 4), vp_schedule(12)
     gammas = torch.tensor([1.0, 0.96, 0.5], dtype=torch.float64)
     together = bdia_sample(gaussian_model, z, schedule, gamma=gammas).z
-    alone = [
-        bdia_sample(gaussian_model, z[i : i + 1], schedule, gamma=g).z for i, g in enumerate(gammas.tolist())
-    ]
+    alone = [bdia_sample(gaussian_model, z[i : i + 1], schedule, gamma=g).z for i, g in enumerate(gammas.tolist())]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=0)
 
 
@@ -159,9 +155,7 @@ def test_guidance_extrapolates_between_two_predictions(sampler: object) -> None:
 
     guided = sampler(pair, z, schedule, guidance_scale=scale, extra_args={"shift": 0.1})
     plain = sampler(merged, z, schedule, extra_args={"shift": 0.1})
-    for got, expected in zip(
-        *(x if isinstance(x, StatePair) else (x,) for x in (guided, plain)), strict=True
-    ):
+    for got, expected in zip(*(x if isinstance(x, StatePair) else (x,) for x in (guided, plain)), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
@@ -231,9 +225,7 @@ def test_schedule_is_variance_preserving_and_ends_on_data() -> None:
     for i in range(1, 101):
         assert schedule.alpha[i] ** 2 + schedule.sigma[i] ** 2 == pytest.approx(1.0, abs=1e-15)
         assert schedule.a[i] * schedule.alpha[i] == pytest.approx(schedule.alpha[i - 1], rel=1e-15)
-        assert schedule.b[i] + schedule.a[i] * schedule.sigma[i] == pytest.approx(
-            schedule.sigma[i - 1], rel=1e-14
-        )
+        assert schedule.b[i] + schedule.a[i] * schedule.sigma[i] == pytest.approx(schedule.sigma[i - 1], rel=1e-14)
     assert math.isnan(schedule.a[0]) and math.isnan(schedule.b[0])
 
 

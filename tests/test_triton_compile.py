@@ -125,9 +125,7 @@ def dense_cases() -> dict[str, Case]:
         pair = states(state, network)
         cases[f"affine noisy {kind}"] = step("affine_step", pair, BDIA[:2], 0.0, 0.5, *KEY)
         everything = ([0.9, 0.1], [0.2, 0.3], 7.5, 0.5, 1.0, 0.5, 0.7, *KEY)
-        cases[f"denoised {kind}"] = step(
-            "denoised_step", states(state, network, network), *everything, outs=3
-        )
+        cases[f"denoised {kind}"] = step("denoised_step", states(state, network, network), *everything, outs=3)
         plain = ([0.9, 0.1], [0.2, 0.3], 0.0, 0.5, None, 0.0, None, None, 0, 0)
         cases[f"denoised plain {kind}"] = step("denoised_step", states(state, network), *plain, outs=2)
         for name in ("normal", "uniform"):

@@ -22,6 +22,7 @@ Integer = int | Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WORD = 2**32
+LARGE = 2**26  # bytes
 
 compiling = torch.compiler.is_compiling
 _functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -79,11 +80,20 @@ def check_vmap(seed: object) -> None:
     """Raise under ``torch.vmap`` unless seeds are per sample: every slice would draw the same noise."""
     if not isinstance(_functorch_level(), _Interpreter) or not _inside_vmap():
         return
-    if not isinstance(seed, Tensor) or (seed.dim() == 0 and not torch._C._functorch.is_batchedtensor(seed)):
+    if not isinstance(seed, Tensor) or (seed.dim() == 0 and not _differs_between_slices(seed)):
         raise ValueError(
             f"seed must hold one seed per sample, a (B,) int64 tensor, under torch.vmap, got {describe(seed)}: "
             "each slice would repeat the same noise"
         )
+
+
+def _differs_between_slices(x: Tensor) -> bool:
+    """Whether ``torch.vmap`` maps over a tensor, which other transforms may have wrapped since."""
+    functorch = torch._C._functorch
+    # Dynamo cannot look below the innermost transform: a graph of vmap over grad raises.
+    while not compiling() and functorch.is_gradtrackingtensor(x):
+        x = functorch.get_unwrapped(x)
+    return functorch.is_batchedtensor(x)
 
 
 def _inside_vmap() -> bool:
@@ -132,11 +142,7 @@ def coefficient(value: Number) -> Tensor:
 def coefficients(values: Sequence[Any]) -> list[Any]:
     """The values of a step as tensors: lists element by element, None as it is."""
     return [
-        [coefficient(x) for x in value]
-        if isinstance(value, list)
-        else None
-        if value is None
-        else coefficient(value)
+        [coefficient(x) for x in value] if isinstance(value, list) else None if value is None else coefficient(value)
         for value in values
     ]
 
@@ -148,7 +154,10 @@ def signed(seed: int) -> int:
 
 def integer(value: Integer) -> Tensor:
     """An int as a 0-d int64 tensor; tensors as they are."""
-    return value if isinstance(value, Tensor) else torch.full((), signed(value), dtype=torch.int64)
+    if isinstance(value, Tensor):
+        return value
+    # int, because arithmetic on NumPy's integers overflows; a traced one must stay symbolic.
+    return torch.full((), signed(value if compiling() else int(value)), dtype=torch.int64)
 
 
 def key(seed: Integer | None, step: Integer, sample_id: Integer, like: Tensor) -> tuple[Tensor | None, ...]:
@@ -177,9 +186,7 @@ def check_state(name: str, x: object, first: Tensor | None = None, first_name: s
     if first is None:
         return
     if x.shape != first.shape:
-        raise ValueError(
-            f"{name} must have the shape of {first_name}, {tuple(first.shape)}, got {tuple(x.shape)}"
-        )
+        raise ValueError(f"{name} must have the shape of {first_name}, {tuple(first.shape)}, got {tuple(x.shape)}")
     if x.device != first.device:
         raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {x.device}")
 
@@ -239,9 +246,7 @@ def check_key(seed: object, step: object, sample_id: object, batch: int, device:
         raise ValueError(f"sample_id + B must be at most 2**32, got {sample_id} + {batch}")
     per_sample_seed = isinstance(seed, Tensor) and seed.dim() == 1
     if per_sample_seed and (isinstance(sample_id, Tensor) or sample_id != 0):
-        raise ValueError(
-            f"sample_id must be left at 0 where seed holds one seed per sample, got {describe(sample_id)}"
-        )
+        raise ValueError(f"sample_id must be left at 0 where seed holds one seed per sample, got {describe(sample_id)}")
 
 
 def check_noise(noise_weight: object, seed: object) -> None:
@@ -261,12 +266,17 @@ def _elements(x: Tensor) -> tuple[int, int]:
 
 
 def shares_memory(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors have a byte in common; exact, and as slow as touching every byte."""
+    """Whether two tensors have a byte in common; exact, and as slow as touching every byte.
+
+    Large tensors whose ranges of addresses overlap count as sharing: looking closer would take many times their memory.
+    """
     if x.numel() == 0 or y.numel() == 0 or x.device != y.device:
         return False
     (x_begin, x_end), (y_begin, y_end) = _elements(x), _elements(y)
     if x_end <= y_begin or y_end <= x_begin:
         return False
+    if max(x_end, y_end) - min(x_begin, y_begin) > LARGE:
+        return True
     begin = min(x_begin, y_begin)
     touched = torch.zeros(max(x_end, y_end) - begin, dtype=torch.bool)
     touched[_bytes(x, begin)] = True
@@ -282,6 +292,14 @@ def _bytes(x: Tensor, begin: int) -> Tensor:
 
 def overlaps_itself(x: Tensor) -> bool:
     """Whether two elements of a tensor lie at one address."""
+    dims = sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
+    span = 0
+    for stride, size in dims:
+        if stride <= span:
+            break
+        span += (size - 1) * stride
+    else:
+        return False  # each dimension steps over all that the smaller ones reach
     offsets = _bytes(x, x.data_ptr())
     return offsets.unique().numel() != offsets.numel()
 
@@ -327,7 +345,7 @@ def check_outs(outs: Mapping[str, Any], tensors: Mapping[str, Tensor], first: Te
 
 
 def check_out(name: str, out: object, first: Tensor, first_name: str) -> None:
-    """Raise unless ``out`` can take a result like ``first``: the shape, dtype and device, and not tracked by autograd."""
+    """Raise unless ``out`` can take a result like ``first``: shape, dtype and device, and no gradient."""
     check_state(name, out, first, first_name)
     assert isinstance(out, Tensor)
     if out.dtype != first.dtype:

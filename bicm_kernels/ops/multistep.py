@@ -44,26 +44,29 @@ _SCHEMAS = {
 }
 
 
-def _fake_one(tensors: list[Tensor], *_: object) -> Tensor:
-    _check_one_device(tensors)
+def _fake_one(tensors: list[Tensor], *rest: Any) -> Tensor:
+    _check_alike(tensors, rest)
     return torch.empty_like(tensors[0])
 
 
 def _fake_three(tensors: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _check_one_device(tensors)
+    _check_alike(tensors, rest)
     first = tensors[0]
     scaled = torch.empty_like(first) if rest[6] is not None else first.new_empty((0,))
     return torch.empty_like(first), torch.empty_like(first), scaled
 
 
-def _fake_out(tensors: list[Tensor], *_: object, out: Tensor, **others: Tensor) -> None:
-    _check_one_device([*tensors, out, *others.values()])
+def _fake_out(tensors: list[Tensor], *rest: Any, out: Tensor, **others: Tensor) -> None:
+    _check_alike([*tensors, out, *(x for x in others.values() if x.shape != (0,))], rest)
 
 
-def _check_one_device(tensors: list[Tensor]) -> None:
+def _check_alike(tensors: list[Tensor], rest: Values) -> None:
     # A meta tensor among real ones brings the dispatcher here, and the result would be memory that nobody wrote.
-    if any(x.device != tensors[0].device for x in tensors):
-        raise RuntimeError("bicm_kernels: tensors differ in device")
+    device, shape = tensors[0].device, tensors[0].shape
+    alike = all(x.device == device and x.shape == shape for x in tensors)
+    numbers = [x for x in arguments.numbers(rest) if isinstance(x, Tensor)]
+    if not alike or (device.type != "meta" and any(x.device.type == "meta" for x in numbers)):
+        raise RuntimeError("bicm_kernels: tensors differ in shape or device")
 
 
 for _name, (_flavours, (_returns, _out)) in _SCHEMAS.items():
@@ -129,11 +132,11 @@ def _check(
     names = step.operands or tuple(f"tensors[{k}]" for k in range(len(operands)))
     if not 1 <= len(operands) <= 5:
         raise ValueError(f"tensors must hold 1 to 5 tensors, got {len(operands)}")
-    first, tensors = operands[0], []
+    tensors: list[Any] = []
     for name, operand in zip(names, operands, strict=True):
         pair = isinstance(operand, tuple | list) and name == names[-1]
         for half in operand if pair else [operand]:
-            arguments.check_state(name, half, first if tensors else None, names[0])
+            arguments.check_state(name, half, tensors[0] if tensors else None, names[0])
             tensors.append(half)
     guided = len(tensors) - len(operands)
     if guided not in (0, 1) or bool(guided) != (guidance_scale is not None):
@@ -153,7 +156,7 @@ def _check(
         for name, number in zip(labels, value, strict=True):
             arguments.check_number(name, number, first)
     if key and key[0] is not None:
-        arguments.check_key(*key, first.shape[0], first.device)
+        arguments.check_key(key[0], key[1], key[2], first.shape[0], first.device)
     if values[-1] is None:  # no next_scale: its output is a placeholder
         outs = outs[:2]
     arguments.check_outs(dict(zip(_OUTS, outs, strict=False)), dict(zip(names, tensors, strict=False)), first)
@@ -176,7 +179,10 @@ def _run(
         paired = not isinstance(last, Tensor)
         if paired != (guidance_scale is not None):
             raise TypeError("guidance_scale and a pair of predictions go together")
-        tensors = [*operands[:-1], *last] if paired else [*operands]
+        # A kernel takes one tensor more than weights for a pair.
+        if not step.operands and len(values[0]) != len(operands):
+            raise TypeError("as many weights as tensors")
+        tensors: list[Any] = [*operands[:-1], *last] if paired else [*operands]
         op = getattr(_ops, step.name)
         if not outs and arguments.eager(tensors, values, key):
             return op.default(tensors, *values, *key)
@@ -191,7 +197,8 @@ def _run(
             function, full = (op.out if outs else op.default), (*values, *key)
         else:
             function = op.tensor_out if outs else op.tensor
-            full = (*arguments.coefficients(values), *(arguments.key(*key, tensors[0]) if key else ()))
+            counters = arguments.key(key[0], key[1], key[2], tensors[0]) if key else ()
+            full = (*arguments.coefficients(values), *counters)
         if not outs:
             return function(tensors, *full)
         function(tensors, *full, **dict(zip(_OUTS, outs, strict=False)))

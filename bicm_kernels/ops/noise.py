@@ -20,9 +20,7 @@ for _name in ("normal", "uniform"):
     library.define(f"{_name}(Tensor(a!) out, SymInt seed, SymInt step, SymInt sample_id) -> ()")
     library.define(f"{_name}.tensor(Tensor(a!) out, Tensor seed, Tensor step, Tensor sample_id) -> ()")
 library.define("fold_in(Tensor seed, Tensor data) -> Tensor")
-library.define(
-    "add_noise(Tensor x, Tensor sigma, Tensor scale, Tensor seed, Tensor step, Tensor sample_id) -> Tensor"
-)
+library.define("add_noise(Tensor x, Tensor sigma, Tensor scale, Tensor seed, Tensor step, Tensor sample_id) -> Tensor")
 
 _PAIR = (
     "Tensor x, Tensor sigma_low, Tensor sigma_high, Tensor seed, Tensor step, Tensor sample_id, Tensor? x_hat, "
@@ -40,7 +38,7 @@ def _check_draw(out: Tensor, seed: Integer, step: Integer, sample_id: Integer) -
 
 
 def _fake_draw(out: Tensor, seed: Integer, step: Integer, sample_id: Integer) -> None:
-    _check_draw(out, seed, step, sample_id)
+    """Nothing: the public functions check while they are traced."""
 
 
 for _name in ("normal", "normal.tensor", "uniform", "uniform.tensor"):
@@ -98,7 +96,7 @@ def normal(
         seed: int in [-2^63, 2^64), a 0-d int64 tensor, or a (B,) int64 tensor of one seed per sample (then sample = 0).
         step: int in [0, 2^32) or an int64 tensor, 0-d or (B,): another step, other noise.
         sample_id: int in [0, 2^32), a 0-d int64 tensor, or a (B,) int64 tensor of the ids themselves.
-        dtype: float16, bfloat16, float32 or float64 (torch's default); numbers are float32 and rounded once, |n| <= 6.77.
+        dtype: float16, bfloat16, float32 or float64 (torch's default); float32 numbers rounded once, |n| <= 6.77.
         device: where the result lies.
 
     Raises:
@@ -122,7 +120,10 @@ def uniform(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Uniform numbers in (0, 1], keyed like ``normal`` and with the same arguments.
+    """Uniform numbers in (0, 1], keyed by (seed, sample, step, element) like ``normal``.
+
+    Args:
+        shape, seed, step, sample_id, dtype, device: as for ``normal``.
 
     u = fl32(fl32(r) + 1/2) 2^-32 from each 32-bit lane r; in float16 the smallest of them round to 0.
 
@@ -170,9 +171,7 @@ def fold_in(seed: Integer, data: Integer) -> Integer:
     return _ops.fold_in.default(*(arguments.integer(x).to(device) for x in (seed, data)))
 
 
-def _check_add_noise(
-    x: object, sigma: object, scale: object, seed: object, step: object, sample_id: object
-) -> None:
+def _check_add_noise(x: object, sigma: object, scale: object, seed: object, step: object, sample_id: object) -> None:
     arguments.check_state("x", x)
     assert isinstance(x, Tensor)
     arguments.check_number("sigma", sigma, x)
@@ -180,9 +179,7 @@ def _check_add_noise(
     arguments.check_key(seed, step, sample_id, x.shape[0], x.device)
 
 
-def _add_noise(
-    x: Tensor, sigma: Tensor, scale: Tensor, seed: Tensor, step: Tensor, sample_id: Tensor
-) -> Tensor:
+def _add_noise(x: Tensor, sigma: Tensor, scale: Tensor, seed: Tensor, step: Tensor, sample_id: Tensor) -> Tensor:
     """add_noise is the affine step of one tensor: the op exists to carry the derivative."""
     return _ops.affine_step.tensor([x], [scale], None, sigma, seed, step, sample_id)
 
@@ -191,10 +188,9 @@ library.impl("add_noise", _add_noise, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("bicm_kernels::add_noise", lib=library)
-def _fake_add_noise(
-    x: Tensor, sigma: Tensor, scale: Tensor, seed: Tensor, step: Tensor, sample_id: Tensor
-) -> Tensor:
-    _check_add_noise(x, sigma, scale, seed, step, sample_id)
+def _fake_add_noise(x: Tensor, sigma: Tensor, scale: Tensor, seed: Tensor, step: Tensor, sample_id: Tensor) -> Tensor:
+    arguments.check_number("sigma", sigma, x)
+    arguments.check_number("scale", scale, x)
     return torch.empty_like(x)
 
 
@@ -209,9 +205,7 @@ def _scale_gradient(ctx: object, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return _ops.affine_step.tensor([gradient], [scale], None, None, None, None, None), *[None] * 5
 
 
-torch.library.register_autograd(
-    "bicm_kernels::add_noise", _scale_gradient, setup_context=_save_scale, lib=library
-)
+torch.library.register_autograd("bicm_kernels::add_noise", _scale_gradient, setup_context=_save_scale, lib=library)
 
 
 def add_noise(

@@ -26,9 +26,7 @@ def like_first(result: Tensor, first: Tensor) -> Tensor:
     layout = torch.empty_like(first)
     if result.stride() == layout.stride():
         return result
-    return torch.empty_strided(layout.shape, layout.stride(), dtype=result.dtype, device=result.device).copy_(
-        result
-    )
+    return torch.empty_strided(layout.shape, layout.stride(), dtype=result.dtype, device=result.device).copy_(result)
 
 
 def root(x: Tensor) -> Tensor:

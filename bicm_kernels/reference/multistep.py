@@ -64,9 +64,7 @@ def affine_step(
     return like_first(result, first)
 
 
-def ddim_step(
-    z: Tensor, eps: Operand, *, a: Number, b: Number, guidance_scale: Number | None = None
-) -> Tensor:
+def ddim_step(z: Tensor, eps: Operand, *, a: Number, b: Number, guidance_scale: Number | None = None) -> Tensor:
     """BDIA eq. 6: a z + b eps."""
     return affine_step([z, eps], [a, b], guidance_scale=guidance_scale)
 

@@ -13,17 +13,18 @@ MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 
+# The polynomials' coefficients, lowest first; the logarithm's are those of -2 log.
 LOG = (
-    "0x1.555554p-2",
-    "-0x1.000226p-2",
-    "0x1.99a01cp-3",
-    "-0x1.54728ap-3",
-    "0x1.22d92ep-3",
-    "-0x1.0d8242p-3",
-    "0x1.055ec6p-3",
-    "-0x1.38c9dep-4",
+    "-0x1.555554p-1",
+    "0x1.000226p-1",
+    "-0x1.99a01cp-2",
+    "0x1.54728ap-2",
+    "-0x1.22d92ep-2",
+    "0x1.0d8242p-2",
+    "-0x1.055ec6p-2",
+    "0x1.38c9dep-3",
 )
-LN2 = ("0x1.63p-1", "-0x1.bd0106p-13")
+MINUS_TWO_LN2 = ("-0x1.63p+0", "0x1.bd0106p-12")
 SINE = ("0x1.921fb6p+0", "-0x1.4abc24p-1", "0x1.4680a0p-4", "-0x1.33183ap-8")
 COSINE = ("0x1p+0", "-0x1.3bd3ccp+0", "0x1.03c1b0p-2", "-0x1.55b2b6p-6", "0x1.d4f7eep-11")
 
@@ -53,6 +54,7 @@ def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor
 def words(value: int | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """The low and the high 32 bits of a 64-bit integer, as int64 tensors."""
     if not isinstance(value, Tensor):
+        value = value if torch.compiler.is_compiling() else int(value)  # NumPy's integers would overflow
         value = torch.full((), (value + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
     value = value.to(device=device, dtype=torch.int64)
     return value & MASK, (value >> 32) & MASK
@@ -89,15 +91,15 @@ def uniform_from_bits(bits: Tensor) -> Tensor:
     return (bits.to(torch.float32) + 0.5) * 2.0**-32
 
 
-def log(u: Tensor) -> Tensor:
-    """The natural logarithm of normal float32 numbers, exactly 0 at 1."""
+def minus_two_log(u: Tensor) -> Tensor:
+    """-2 log(u) of normal float32 numbers, exactly 0 at 1."""
     bits = u.view(torch.int32)
     above = bits - 0x3F3504F3
     f = (bits - (above & -0x800000)).view(torch.float32) - 1.0
     e = (above >> 23).to(torch.float32)
     f2 = f * f
-    tail = (f2 * (f * horner(f, LOG)) + e * float.fromhex(LN2[1])) - f2 * 0.5
-    return (f + tail) + e * float.fromhex(LN2[0])
+    tail = (f2 * (f * horner(f, LOG)) + e * float.fromhex(MINUS_TWO_LN2[1])) + f2
+    return (tail - (f + f)) + e * float.fromhex(MINUS_TWO_LN2[0])
 
 
 def cos_sin_turns(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +122,7 @@ def normals_from_bits(bits: Sequence[Tensor]) -> list[Tensor]:
     """Box-Muller on lanes (0, 1) and (2, 3): radius from the first, angle from the second."""
     normals: list[Tensor] = []
     for first, second in ((bits[0], bits[1]), (bits[2], bits[3])):
-        radius = root(log(uniform_from_bits(first)) * -2.0)
+        radius = root(minus_two_log(uniform_from_bits(first)))
         cosine, sine = cos_sin_turns(uniform_from_bits(second))
         normals += [radius * cosine, radius * sine]
     return normals
@@ -210,9 +212,7 @@ def plus_noise(
     sample_id: int | Tensor,
 ) -> Tensor:
     """result + weight n, where the weight is not zero: noise of weight zero is not drawn."""
-    noise = normal(
-        like.shape, seed=seed, step=step, sample_id=sample_id, dtype=result.dtype, device=like.device
-    )
+    noise = normal(like.shape, seed=seed, step=step, sample_id=sample_id, dtype=result.dtype, device=like.device)
     w = per_sample(weight, like, result.dtype)
     # Where the weight is zero this adds -0.0, which leaves every bit alone; its derivative is still the noise.
     still = w.detach()

@@ -89,9 +89,7 @@ def moving(x: Tensor) -> Extents:
     """(stride, size) of the dimensions that move the address, largest stride first."""
     if x.numel() == 0:
         return []
-    return sorted(
-        ((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1), reverse=True
-    )
+    return sorted(((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1), reverse=True)
 
 
 def reach(extents: Extents) -> int:

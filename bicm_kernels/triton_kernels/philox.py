@@ -47,22 +47,22 @@ def uniform_from_bits(bits):
 
 
 @triton.jit
-def log_of(u):
-    """log(u) for normal u > 0; exactly 0 at 1."""
+def minus_two_log(u):
+    """-2 log(u) for normal u > 0; exactly 0 at 1. The factor is in the coefficients, where it rounds nothing."""
     bits = u.to(tl.int32, bitcast=True)
     above = bits - 0x3F3504F3
     f = (bits - (above & -0x800000)).to(tl.float32, bitcast=True) - 1.0
     e = (above >> 23).to(tl.float32)
-    p = f * -0.07636439055204391 + 0.12762217223644257
-    p = p * f + -0.13159610331058502
-    p = p * f + 0.14201579988002777
-    p = p * f + -0.166234090924263
-    p = p * f + 0.2000124156475067
-    p = p * f + -0.2500081956386566
-    p = p * f + 0.3333333134651184
+    p = f * 0.15272878110408783 + -0.25524434447288513
+    p = p * f + 0.26319220662117004
+    p = p * f + -0.28403159976005554
+    p = p * f + 0.332468181848526
+    p = p * f + -0.4000248312950134
+    p = p * f + 0.5000163912773132
+    p = p * f + -0.6666666269302368
     f2 = f * f
-    tail = (f2 * (f * p) + e * -0.00021219444170128554) - f2 * 0.5
-    return (f + tail) + e * 0.693359375
+    tail = (f2 * (f * p) + e * 0.0004243888834025711) + f2
+    return (tail - (f + f)) + e * -1.38671875
 
 
 @triton.jit
@@ -90,6 +90,6 @@ def cos_sin_turns(u):
 @triton.jit
 def box_muller(first, second):
     """Two normal numbers: radius from the first word, angle from the second; cosine, then sine."""
-    radius = tl.sqrt_rn(log_of(uniform_from_bits(first)) * -2.0)
+    radius = tl.sqrt_rn(minus_two_log(uniform_from_bits(first)))
     cosine, sine = cos_sin_turns(uniform_from_bits(second))
     return radius * cosine, radius * sine

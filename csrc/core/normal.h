@@ -30,26 +30,26 @@ BICM_HD F uniform_from_bits(typename LaneOps<F>::Word bits) {
   return (LaneOps<F>::to_float(bits) + 0.5f) * 0x1p-32f;
 }
 
-// log(u) for normal u > 0: u = 2^e m with m in [sqrt(1/2), sqrt(2)), f = m - 1, log m = f - f^2/2 + f^3 P(f) with P
-// minimax for the relative error of log m. log(1) is exactly 0.
+// -2 log(u) for normal u > 0: u = 2^e m with m in [sqrt(1/2), sqrt(2)), f = m - 1, log m = f - f^2/2 + f^3 P(f) with P
+// minimax for the relative error of log m. The factor is in the coefficients, where it rounds nothing. Exactly 0 at 1.
 template <class F>
-BICM_HD F log_of(F u) {
+BICM_HD F minus_two_log(F u) {
   using I = typename LaneOps<F>::Int;
   const I bits = bit_cast<I>(u);
   const I above = bits - 0x3F3504F3;
   const F f = bit_cast<F>(bits - (above & -0x800000)) - 1.0f;
   const F e = LaneOps<F>::to_float(above >> 23);
-  F p = f * -0x1.38c9dep-4f + 0x1.055ec6p-3f;
-  p = p * f + -0x1.0d8242p-3f;
-  p = p * f + 0x1.22d92ep-3f;
-  p = p * f + -0x1.54728ap-3f;
-  p = p * f + 0x1.99a01cp-3f;
-  p = p * f + -0x1.000226p-2f;
-  p = p * f + 0x1.555554p-2f;
+  F p = f * 0x1.38c9dep-3f + -0x1.055ec6p-2f;
+  p = p * f + 0x1.0d8242p-2f;
+  p = p * f + -0x1.22d92ep-2f;
+  p = p * f + 0x1.54728ap-2f;
+  p = p * f + -0x1.99a01cp-2f;
+  p = p * f + 0x1.000226p-1f;
+  p = p * f + -0x1.555554p-1f;
   const F f2 = f * f;
-  // ln 2 in two pieces: the first has few enough bits that e times it is exact.
-  const F tail = (f2 * (f * p) + e * -0x1.bd0106p-13f) - f2 * 0.5f;
-  return (f + tail) + e * 0x1.63p-1f;
+  // 2 ln 2 in two pieces: the first has few enough bits that e times it is exact.
+  const F tail = (f2 * (f * p) + e * 0x1.bd0106p-12f) + f2;
+  return (tail - (f + f)) + e * -0x1.63p+0f;
 }
 
 // (cos, sin) of 2 pi u for u in [0, 1]: 4u = q + r with q whole and |r| <= 1/2, both exact; minimax polynomials of
@@ -57,9 +57,10 @@ BICM_HD F log_of(F u) {
 template <class F>
 BICM_HD void cos_sin_turns(F u, F& cosine, F& sine) {
   using I = typename LaneOps<F>::Int;
+  using W = typename LaneOps<F>::Word;
   const F turns = u * 4.0f;
   const F shifted = turns + 0x1.8p23f;
-  const I quadrant = bit_cast<I>(shifted);
+  const W quadrant = bit_cast<W>(shifted);
   const F r = turns - (shifted - 0x1.8p23f);
   const F t = r * r;
   F s = t * -0x1.33183ap-8f + 0x1.4680a0p-4f;
@@ -70,10 +71,10 @@ BICM_HD void cos_sin_turns(F u, F& cosine, F& sine) {
   c = c * t + 0x1.03c1b0p-2f;
   c = c * t + -0x1.3bd3ccp+0f;
   c = c * t + 1.0f;
-  const I odd = -(quadrant & 1);
+  const I odd = -bit_cast<I>(quadrant & 1u);
   // The quadrant's second bit, as a sign.
-  const I cosine_sign = ((quadrant + 1) << 30) & INT32_MIN;
-  const I sine_sign = (quadrant << 30) & INT32_MIN;
+  const I cosine_sign = bit_cast<I>(((quadrant + 1u) << 30) & 0x80000000u);
+  const I sine_sign = bit_cast<I>((quadrant << 30) & 0x80000000u);
   cosine = bit_cast<F>(bit_cast<I>(LaneOps<F>::select(odd, s, c)) ^ cosine_sign);
   sine = bit_cast<F>(bit_cast<I>(LaneOps<F>::select(odd, c, s)) ^ sine_sign);
 }
@@ -83,7 +84,7 @@ template <class F>
 BICM_HD void normals_from_bits(const Quad<typename LaneOps<F>::Word>& bits, F normal[4]) {
   BICM_UNROLL(2)
   for (int pair = 0; pair < 4; pair += 2) {
-    const F radius = LaneOps<F>::square_root(log_of(uniform_from_bits<F>(bits.lane[pair])) * -2.0f);
+    const F radius = LaneOps<F>::square_root(minus_two_log(uniform_from_bits<F>(bits.lane[pair])));
     F cosine, sine;
     cos_sin_turns(uniform_from_bits<F>(bits.lane[pair + 1]), cosine, sine);
     normal[pair] = radius * cosine;

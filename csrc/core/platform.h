@@ -6,11 +6,18 @@
 
 #if defined(__CUDACC__)
 #define BICM_HD __host__ __device__ __forceinline__
-#define BICM_UNROLL(count) _Pragma("unroll")
 #else
 #define BICM_HD inline __attribute__((always_inline))
-#define BICM_UNROLL(count) BICM_PRAGMA(GCC unroll count)
+#endif
+
+// Before a loop that must not remain a loop: its arrays live in registers.
+#if defined(__CUDA_ARCH__)
+#define BICM_UNROLL(count) _Pragma("unroll")
+#elif defined(__CUDACC__)
+#define BICM_UNROLL(count)
+#else
 #define BICM_PRAGMA(text) _Pragma(#text)
+#define BICM_UNROLL(count) BICM_PRAGMA(GCC unroll count)
 #endif
 
 // Every unit that is compiled once per instruction set lives in an inline namespace of its own. Without it the

@@ -7,7 +7,7 @@
 
 namespace bicm {
 
-constexpr int64_t kChunk = 1024;  // elements of a unit: its buffers stay in the first-level cache
+constexpr int64_t kChunk = 512;  // elements of a unit: its buffers stay in the first-level cache
 
 struct Kernels {
   const char* name;

@@ -31,12 +31,15 @@ void fold_terms(int terms, const C* const* x, const C* weight, const float* nois
   }
 }
 
+// Keeps the buffers from lying a multiple of a page apart, where they would compete for the same cache sets.
+constexpr int64_t kPad = 48;
+
 template <class C>
 struct Buffers {
-  alignas(64) C input[kMaxTerms][kChunk];
-  alignas(64) C conditional[kChunk];
-  alignas(64) C out[kChunk];
-  alignas(64) C x0[kChunk];
+  alignas(64) C input[kMaxTerms][kChunk + kPad];
+  alignas(64) C conditional[kChunk + kPad];
+  alignas(64) C out[kChunk + kPad];
+  alignas(64) C x0[kChunk + kPad];
   alignas(64) float noise[kChunk];
 };
 
@@ -119,11 +122,21 @@ void denoised_unit(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
   store_results(m, unit, out);
 }
 
+// A staged tensor is read in a burst per unit, too short for the hardware to see far ahead: ask for the next one now.
+template <class C>
+void prefetch_staged(const Multistep& m, const Unit& next) {
+  for (int k = 0; k < m.terms; ++k) {
+    if (!is_compute_type<C>(m.input[k]) || m.denoises) prefetch_unit(m.input[k], next);
+  }
+  if (m.guided) prefetch_unit(m.conditional, next);
+}
+
 template <class C>
 void run(const Multistep& m, int64_t begin, int64_t end) {
   Buffers<C> buffers;
   for (int64_t i = begin; i < end; ++i) {
     const Unit unit = unit_at(m.layout, i);
+    if (i + 1 < end) prefetch_staged<C>(m, unit_at(m.layout, i + 1));
     m.denoises ? denoised_unit(m, unit, buffers) : affine_unit(m, unit, buffers);
   }
   finish_streams();

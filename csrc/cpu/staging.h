@@ -158,7 +158,7 @@ inline void prefetch_unit(const Operand& x, const Unit& unit) {
   if (!x.dense) return;
   const int64_t size = x.dtype == DType::float64 ? 8 : (x.dtype == DType::float32 ? 4 : 2);
   const char* data = static_cast<const char*>(x.data) + (unit.sample * x.batch_stride + unit.begin) * size;
-  for (int64_t i = 0; i < unit.count * size; i += 64) __builtin_prefetch(data + i);
+  for (int64_t i = 0; i < unit.count * size; i += 64) __builtin_prefetch(data + i, 0, 2);
 }
 
 // The unit's elements of x in the compute type: in place where they lie so already, else staged in the buffer.

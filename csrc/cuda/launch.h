@@ -60,7 +60,9 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t
   config.gridDim = dim3(grid.x, grid.y);
   config.blockDim = dim3(grid.threads);
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error != cudaSuccess) cudaGetLastError();  // reported here; the next caller shall not find it again
+  return error;
 }
 #endif
 

@@ -55,40 +55,22 @@ py::array philox(const std::string& target, int64_t seed, py::array_t<uint32_t, 
 }
 
 void log_emulated(const float* u, float* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = log_of(u[i]);
+  for (int64_t i = 0; i < count; ++i) out[i] = minus_two_log(u[i]) * -0.5f;
 }
 
 void cos_sin_emulated(const float* u, float* cosine, float* sine, int64_t count) {
   for (int64_t i = 0; i < count; ++i) cos_sin_turns(u[i], cosine[i], sine[i]);
 }
 
-template <int Isa>
-const Kernels* const isa_kernels = find_kernels(Isa == 0   ? "scalar"
-                                                : Isa == 1 ? "avx2"
-                                                           : "avx512");
-
-template <int Isa>
-void log_both(const float* u, float* out, float* second, int64_t count) {
-  isa_kernels<Isa>->log(u, out, count);
-  for (int64_t i = 0; i < count; ++i) second[i] = 0.0f;
-}
-
-template <int Isa>
-void cos_sin_both(const float* u, float* cosine, float* sine, int64_t count) {
-  isa_kernels<Isa>->cos_sin(u, cosine, sine, count);
-}
-
-void log_both_emulated(const float* u, float* out, float* second, int64_t count) {
-  log_emulated(u, out, count);
-  for (int64_t i = 0; i < count; ++i) second[i] = 0.0f;
-}
-
-Evaluate evaluator(const std::string& target, bool log) {
-  if (target == "cuda") return log ? log_both_emulated : cos_sin_emulated;
-  kernels_of(target);
-  if (target == "scalar") return log ? log_both<0> : cos_sin_both<0>;
-  if (target == "avx2") return log ? log_both<1> : cos_sin_both<1>;
-  return log ? log_both<2> : cos_sin_both<2>;
+// A logarithm has one result; the second is zero.
+Evaluate evaluator(const std::string& target, const std::string& function) {
+  const bool cuda = target == "cuda";
+  if (function != "log") return cuda ? cos_sin_emulated : kernels_of(target).cos_sin;
+  const auto log = cuda ? log_emulated : kernels_of(target).log;
+  return [log](const float* u, float* first, float* second, int64_t count) {
+    log(u, first, count);
+    for (int64_t i = 0; i < count; ++i) second[i] = 0.0f;
+  };
 }
 
 double logarithm(double u) { return ::log(u); }
@@ -100,19 +82,18 @@ Reference reference_of(const std::string& function) {
 
 std::pair<double, float> polynomial_error(const std::string& target, const std::string& function, uint32_t low,
                                           uint32_t high, uint32_t stride) {
-  const Worst worst = worst_error(evaluator(target, function == "log"), reference_of(function), low, high, stride);
+  const Worst worst = worst_error(evaluator(target, function), reference_of(function), low, high, stride);
   return {worst.ulps, worst.at};
 }
 
 int64_t polynomial_differences(const std::string& a, const std::string& b, const std::string& function, uint32_t low,
                                uint32_t high, uint32_t stride) {
-  const bool log = function == "log";
-  return differences(evaluator(a, log), evaluator(b, log), low, high, stride);
+  return differences(evaluator(a, function), evaluator(b, function), low, high, stride);
 }
 
 py::array evaluate(const std::string& target, const std::string& function, py::array_t<float, py::array::c_style> u) {
   py::array_t<float> first(u.size()), second(u.size());
-  evaluator(target, function == "log")(u.data(), first.mutable_data(), second.mutable_data(), u.size());
+  evaluator(target, function)(u.data(), first.mutable_data(), second.mutable_data(), u.size());
   return function == "sin" ? second : first;
 }
 

@@ -3,6 +3,7 @@
 
 #include <math.h>
 
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -11,7 +12,7 @@
 namespace bicm {
 namespace emulator {
 
-using Evaluate = void (*)(const float* u, float* first, float* second, int64_t count);
+using Evaluate = std::function<void(const float* u, float* first, float* second, int64_t count)>;
 
 // A function's place among the two results of Evaluate, and its value.
 struct Reference {
@@ -42,16 +43,16 @@ struct Worst {
 // The distance in units of the last place that float32 has at the exact value.
 inline double ulps_between(float got, double exact) {
   if (exact == 0.0) return got == 0.0f ? 0.0 : std::numeric_limits<double>::infinity();
-  int exponent;
-  frexp(exact, &exponent);
-  return fabs(got - exact) * ldexp(1.0, 24 - (exponent < -125 ? -125 : exponent));
+  const int64_t exponent = static_cast<int64_t>(bit_cast<uint64_t>(exact) >> 52 & 0x7FF) - 1023;
+  const int64_t places = 23 - (exponent < -126 ? -126 : exponent);
+  return fabs(got - exact) * bit_cast<double>(static_cast<uint64_t>(places + 1023) << 52);
 }
 
 constexpr int64_t kSweep = 4096;
 
 // Calls visit(u, first results, second results, count) over every `stride`-th bit pattern in [low, high].
 template <class Visit>
-void sweep(Evaluate evaluate, uint32_t low, uint32_t high, uint32_t stride, Visit visit) {
+void sweep(const Evaluate& evaluate, uint32_t low, uint32_t high, uint32_t stride, Visit visit) {
   std::vector<float> u(kSweep), first(kSweep), second(kSweep);
   for (uint64_t bits = low; bits <= high;) {
     int64_t count = 0;
@@ -61,7 +62,7 @@ void sweep(Evaluate evaluate, uint32_t low, uint32_t high, uint32_t stride, Visi
   }
 }
 
-inline Worst worst_error(Evaluate evaluate, Reference reference, uint32_t low, uint32_t high, uint32_t stride) {
+inline Worst worst_error(const Evaluate& evaluate, Reference reference, uint32_t low, uint32_t high, uint32_t stride) {
   Worst worst = {0.0, 0.0f};
   sweep(evaluate, low, high, stride, [&](const float* u, const float* first, const float* second, int64_t count) {
     const float* got = reference.output == 0 ? first : second;
@@ -74,7 +75,7 @@ inline Worst worst_error(Evaluate evaluate, Reference reference, uint32_t low, u
 }
 
 // How many of a range's results differ in a bit.
-inline int64_t differences(Evaluate a, Evaluate b, uint32_t low, uint32_t high, uint32_t stride) {
+inline int64_t differences(const Evaluate& a, const Evaluate& b, uint32_t low, uint32_t high, uint32_t stride) {
   std::vector<float> first_b(kSweep), second_b(kSweep);
   int64_t count_different = 0;
   sweep(a, low, high, stride, [&](const float* u, const float* first, const float* second, int64_t count) {

@@ -133,9 +133,7 @@ def bdia_sample(
     for i in _indices(range(start, 0, -1), progress):
         eps = _predict(model, current, schedule, i, extra_args)
         if i == top:
-            following = ddim_step(
-                current, eps, a=schedule.a[i], b=schedule.b[i], guidance_scale=guidance_scale
-            )
+            following = ddim_step(current, eps, a=schedule.a[i], b=schedule.b[i], guidance_scale=guidance_scale)
         else:
             following = bdia_step(
                 last,
@@ -214,9 +212,7 @@ def _bdia_coefficients(schedule: Schedule, i: int) -> _Coefficients:
     return {"a": schedule.a[i], "b": schedule.b[i], "a_last": schedule.a[i + 1], "b_last": schedule.b[i + 1]}
 
 
-def _predict(
-    model: Model, z: Tensor, schedule: Schedule, i: int, extra_args: Mapping[str, Any] | None
-) -> Prediction:
+def _predict(model: Model, z: Tensor, schedule: Schedule, i: int, extra_args: Mapping[str, Any] | None) -> Prediction:
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     times = torch.full(z.shape[:1], schedule.times[i], dtype=dtype, device=z.device)
     return model(z, times, **(extra_args or {}))

@@ -13,9 +13,7 @@ BETA_MIN = 0.1
 BETA_MAX = 20.0
 
 
-def vp_alpha_sigma(
-    times: Tensor, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX
-) -> tuple[Tensor, Tensor]:
+def vp_alpha_sigma(times: Tensor, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX) -> tuple[Tensor, Tensor]:
     """Return alpha(t) and sigma(t) of the linear-beta variance-preserving process z = alpha·x + sigma·n.
 
     times: any shape, in [0, 1], 0 = data; the results have its shape and dtype. alpha² + sigma² is 1.

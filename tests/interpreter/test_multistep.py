@@ -78,9 +78,7 @@ def test_denoised(
     tensors = inputs(1, dtypes, guided)
     clip, next_scale = 0.8 if clips else None, 1.7 if scales else None
     scale, weight = 2.5 if guided else None, 0.3 if draws else 0.0
-    actual = OPS["denoised_step"](
-        tensors, [0.9, -0.4], [0.2, 0.1], scale or 0.0, 0.6, clip, weight, next_scale, *KEY
-    )
+    actual = OPS["denoised_step"](tensors, [0.9, -0.4], [0.2, 0.1], scale or 0.0, 0.6, clip, weight, next_scale, *KEY)
     expected = reference.denoised_step(
         pair_up(tensors, guided), [0.9, -0.4], [0.2, 0.1], x0_weight=0.6, clip=clip, noise_weight=weight,
         next_scale=next_scale, guidance_scale=scale, seed=KEY[0], step=KEY[1], sample_id=KEY[2],
@@ -194,9 +192,7 @@ def test_denoised_with_an_argument_per_sample(compute: torch.dtype) -> None:
         torch.tensor([0.5, 0.9, 1.1], dtype=compute) * k for k in range(1, 7)
     )
     key = (torch.tensor([4, 5, 6]), torch.tensor([1, 2, 1]), torch.tensor(0))
-    actual = OPS["denoised_step.tensor"](
-        tensors, [p, w], [w, p], None, x0_weight, clip, noise_weight, next_scale, *key
-    )
+    actual = OPS["denoised_step.tensor"](tensors, [p, w], [w, p], None, x0_weight, clip, noise_weight, next_scale, *key)
     expected = reference.denoised_step(
         tensors, [p, w], [w, p], x0_weight=x0_weight, clip=clip, noise_weight=noise_weight,
         next_scale=next_scale, seed=key[0], step=key[1], sample_id=key[2],
@@ -322,9 +318,7 @@ def test_the_public_functions_run_on_the_kernels() -> None:
     expected = reference.affine_step([x, (eps, x)], [0.9, 0.1], **arguments)
     with backend.use("triton"):
         assert backend.running("cpu") == "triton"
-        actual = bicm_kernels.affine_step(
-            [x, (eps, x)], [0.9, 0.1], guidance_scale=2.0, noise_weight=0.3, seed=1
-        )
+        actual = bicm_kernels.affine_step([x, (eps, x)], [0.9, 0.1], guidance_scale=2.0, noise_weight=0.3, seed=1)
         noisy = bicm_kernels.add_noise(x, torch.tensor([0.1, 0.2, 0.3]), seed=2)
         numbers = bicm_kernels.normal((2, 3), seed=torch.tensor([1, 2]))
         with pytest.raises(ValueError, match="eps must have the shape of z"):

@@ -26,9 +26,7 @@ def main() -> None:
 @main.command("train-denoiser")
 @click.option("--steps", default=RUN.steps, type=click.IntRange(1), help="Optimizer steps.")
 @click.option("--batch-size", default=RUN.batch_size, type=click.IntRange(1, 1500), help="Images per step.")
-@click.option(
-    "--learning-rate", default=RUN.learning_rate, help="Peak learning rate of AdamW (cosine decay)."
-)
+@click.option("--learning-rate", default=RUN.learning_rate, help="Peak learning rate of AdamW (cosine decay).")
 @click.option(
     "--ema",
     default=RUN.ema,
@@ -48,12 +46,8 @@ def main() -> None:
     help="Widths at 8×8 and 4×4.",
 )
 @click.option("--seed", default=RUN.seed, help="Seed of everything random in the run.")
-@click.option(
-    "--threads", default=1, type=click.IntRange(1), help="CPU threads; another number may round differently."
-)
-@click.option(
-    "--output", default=WEIGHTS, type=click.Path(dir_okay=False, path_type=Path), help="Weights to write."
-)
+@click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads; another number may round differently.")
+@click.option("--output", default=WEIGHTS, type=click.Path(dir_okay=False, path_type=Path), help="Weights to write.")
 @click.option(
     "--checkpoint",
     default=Path("build/digits/checkpoint.pt"),
@@ -82,9 +76,7 @@ def train_denoiser(
     ends with the same bits.
     """
     torch.set_num_threads(threads)
-    config = TrainingConfig(
-        seed=seed, steps=steps, batch_size=batch_size, learning_rate=learning_rate, ema=ema
-    )
+    config = TrainingConfig(seed=seed, steps=steps, batch_size=batch_size, learning_rate=learning_rate, ema=ema)
     network = NetworkConfig(fine_channels=channels[0], coarse_channels=channels[1], dropout=dropout)
     if restart:
         checkpoint.unlink(missing_ok=True)
@@ -94,8 +86,7 @@ def train_denoiser(
         raise click.ClickException(f"{error}; use --restart or another --checkpoint") from error
     split = load_split()
     losses = {
-        name: evaluate(state.average, part)
-        for name, part in (("train", split.train), ("held_out", split.held_out))
+        name: evaluate(state.average, part) for name, part in (("train", split.train), ("held_out", split.held_out))
     }
     notes = {
         "command": command_line(sys.argv[1:]),
@@ -118,15 +109,16 @@ def train_denoiser(
     type=click.Path(dir_okay=False, path_type=Path),
     help="Picture to write.",
 )
-@click.option(
-    "--weights", default=WEIGHTS, type=click.Path(dir_okay=False, path_type=Path), help="Weights to load."
-)
+@click.option("--weights", default=WEIGHTS, type=click.Path(dir_okay=False, path_type=Path), help="Weights to load.")
 @click.option("--steps", default=50, type=click.IntRange(2), help="Steps between data and noise.")
 @click.option("--seed", default=0, help="Seed of the noise that samples start from.")
-def demo(output: Path, weights: Path, steps: int, seed: int) -> None:
+@click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
+def demo(output: Path, weights: Path, steps: int, seed: int, threads: int) -> None:
     """Sample digits, invert real ones to noise and back, draw one picture and print what was measured."""
     from bicm_diffusion.digits.demo import run_demo  # plotting is slow to import, and training does without
 
+    # Layers this small gain nothing from a second thread, and on a busy machine the two wait for each other.
+    torch.set_num_threads(threads)
     run_demo(output, weights=weights, steps=steps, seed=seed, console=Console(highlight=False))
 
 

@@ -53,14 +53,10 @@ def run_demo(output: Path, *, weights: Path, steps: int, seed: int, console: Con
             status.update(f"new digits from noise: {method.name}")
             samples.append(draw(method, network, noise, labels, schedule))
         status.update("timing the step ops")
-        timings = [
-            t for shape, repeats in TIMED_SHAPES.items() for t in time_steps(shape, schedule, repeats=repeats)
-        ]
+        timings = [t for shape, repeats in TIMED_SHAPES.items() for t in time_steps(shape, schedule, repeats=repeats)]
         status.update("drawing the picture")
         ddim, _, bdia = results[torch.float32]
-        panels = Panels(
-            steps, real.images, [ddim, bdia], [(m.name, s) for m, s in zip(METHODS, samples, strict=True)]
-        )
+        panels = Panels(steps, real.images, [ddim, bdia], [(m.name, s) for m, s in zip(METHODS, samples, strict=True)])
         save_picture(panels, output)
     console.print(reconstruction_table(results, schedule, len(real.images)))
     console.print(sample_table(samples, labels))
@@ -74,15 +70,11 @@ def real_digits() -> Digits:
     return Digits(torch.cat([r.images for r in rows]), torch.cat([r.labels for r in rows]))
 
 
-def reconstruction_table(
-    results: dict[torch.dtype, list[Reconstruction]], schedule: Schedule, count: int
-) -> Table:
+def reconstruction_table(results: dict[torch.dtype, list[Reconstruction]], schedule: Schedule, count: int) -> Table:
     """Return the errors of every method and dtype."""
-    table = Table(
-        title=f"{count} held-out digits → noise → digits, {schedule.steps} steps each way (paper -1, ink 1)",
-        title_justify="left",
-    )
-    table.add_column("error", no_wrap=True)
+    way = f"{count} real digits → noise → digits, {schedule.steps} steps each way"
+    table = Table(title=f"{way}: errors (paper -1, ink 1)", title_justify="left")
+    table.add_column("method", no_wrap=True)
     for dtype in results:
         table.add_column(f"{_name(dtype)}\nmax", justify="right")
         table.add_column("\nMSE", justify="right")
@@ -118,9 +110,7 @@ def timing_table(timings: list[Timing]) -> Table:
         table.add_column(heading, justify="left" if heading in ("op", "shape") else "right")
     for t in timings:
         shape = " × ".join(map(str, t.shape))
-        table.add_row(
-            t.name, shape, f"{t.fused * 1e6:.1f}", f"{t.eager * 1e6:.1f}", f"{t.eager / t.fused:.1f}×"
-        )
+        table.add_row(t.name, shape, f"{t.fused * 1e6:.1f}", f"{t.eager * 1e6:.1f}", f"{t.eager / t.fused:.1f}×")
     return table
 
 

@@ -70,9 +70,7 @@ def draw(method: Method, network: Denoiser, noise: Tensor, labels: Tensor, sched
     model, extra_args = GuidedModel(network), {"labels": labels}
     if method.gamma is None:
         return ddim_sample(model, noise, schedule, guidance_scale=GUIDANCE_SCALE, extra_args=extra_args)
-    pair = bdia_sample(
-        model, noise, schedule, gamma=method.gamma, guidance_scale=GUIDANCE_SCALE, extra_args=extra_args
-    )
+    pair = bdia_sample(model, noise, schedule, gamma=method.gamma, guidance_scale=GUIDANCE_SCALE, extra_args=extra_args)
     return pair.z
 
 

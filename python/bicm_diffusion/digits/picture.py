@@ -72,9 +72,7 @@ def save_picture(panels: Panels, path: Path) -> None:
     _text(figure, LEFT, 0.35, "Handwritten digits, to noise and back", size=22, weight="bold")
     _text(figure, LEFT, 0.85, SUMMARY, size=11.5, colour=GREY)
     note = f"{panels.steps} steps to noise and {panels.steps} steps back, state in {_dtype_name(panels)}"
-    bottom = _column(
-        figure, LEFT, "Real images inverted", note, inversion_rows(panels), GROUP_GAPS["inversion"]
-    )
+    bottom = _column(figure, LEFT, "Real images inverted", note, inversion_rows(panels), GROUP_GAPS["inversion"])
     _colour_bar(figure, LEFT + LABEL_WIDTH, bottom + 0.25)
     note = f"one column per class, the same noise for every method, guidance scale {GUIDANCE_SCALE}"
     _column(figure, MIDDLE, "New images from noise", note, sample_rows(panels), GROUP_GAPS["samples"])
@@ -106,9 +104,7 @@ def sample_rows(panels: Panels) -> list[list[Row]]:
     return groups
 
 
-def _column(
-    figure: Figure, left: float, title: str, note: str, groups: list[list[Row]], group_gap: float
-) -> float:
+def _column(figure: Figure, left: float, title: str, note: str, groups: list[list[Row]], group_gap: float) -> float:
     _text(figure, left, 1.4, title, size=14, weight="bold")
     _text(figure, left, 1.74, note, size=10, colour=GREY)
     top = TOP
@@ -165,6 +161,4 @@ def _text(
     weight: str = "normal",
     colour: str = INK,
 ) -> None:
-    figure.text(
-        left / WIDTH, 1 - top / HEIGHT, text, fontsize=size, fontweight=weight, color=colour, va="top"
-    )
+    figure.text(left / WIDTH, 1 - top / HEIGHT, text, fontsize=size, fontweight=weight, color=colour, va="top")

@@ -75,9 +75,7 @@ def train_step(state: TrainingState, config: TrainingConfig, data: Digits) -> fl
     state.optimizer.zero_grad(set_to_none=True)
     chosen = batch_indices(step, len(data.images), config)
     labels = dropped_labels(data.labels[chosen], step, config)
-    loss = denoising_loss(
-        state.network, data.images[chosen], labels, stratified_times(step, config), config.seed, step
-    )
+    loss = denoising_loss(state.network, data.images[chosen], labels, stratified_times(step, config), config.seed, step)
     torch.autograd.backward(loss)
     torch.nn.utils.clip_grad_norm_(state.network.parameters(), 1.0)
     state.optimizer.step()
@@ -86,9 +84,7 @@ def train_step(state: TrainingState, config: TrainingConfig, data: Digits) -> fl
     return loss.item()
 
 
-def denoising_loss(
-    network: Denoiser, x: Tensor, labels: Tensor, times: Tensor, seed: int, step: int
-) -> Tensor:
+def denoising_loss(network: Denoiser, x: Tensor, labels: Tensor, times: Tensor, seed: int, step: int) -> Tensor:
     """Return mean |eps(alpha·x + sigma·n, t) - n|², n keyed by (seed, place in the batch, step)."""
     alpha, sigma = vp_alpha_sigma(times)
     z = add_noise(x, sigma, scale=alpha, seed=seed, step=step)
@@ -118,16 +114,14 @@ def dropped_labels(labels: Tensor, step: int, config: TrainingConfig) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(network: Denoiser, data: Digits, *, repeats: int = 10) -> float:
+def evaluate(network: Denoiser, data: Digits, *, repeats: int = 20) -> float:
     """Return the loss over data with their labels, `repeats` noises and evenly spread times each."""
     network.eval()
     count = len(data.images)
     # Steps of the golden ratio spread the times of one image, and of all, over the interval.
     grid = (torch.arange(count * repeats, dtype=torch.float64) * 0.618033988749895 + 0.5) % 1.0
     losses = [
-        denoising_loss(
-            network, data.images, data.labels, grid[k * count : (k + 1) * count], EVALUATION, k
-        ).item()
+        denoising_loss(network, data.images, data.labels, grid[k * count : (k + 1) * count], EVALUATION, k).item()
         for k in range(repeats)
     ]
     return math.fsum(losses) / repeats

@@ -1,0 +1,339 @@
+"""Which implementation runs and why; one digest on every instruction set; imports that run one way."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bicm_kernels as bk
+from bicm_kernels import backend
+
+Python = Callable[..., "subprocess.CompletedProcess[str]"]
+KERNELS = Path(bk.__file__).parent
+DIFFUSION = KERNELS.parent / "python" / "bicm_diffusion"
+
+# --- the choice ---------------------------------------------------------------------------------------------
+
+DESCRIBE = "import bicm_kernels as bk; print(bk.backend.describe())"
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        (None, "cpu: native (C++, "),
+        ("auto", "cpu: native (C++, "),
+        ("native", "cpu: native (C++, "),
+        ("reference", "cpu: reference (plain PyTorch, slow)"),
+    ],
+)
+def test_the_environment_chooses(python: Python, choice: str | None, expected: str) -> None:
+    done = python(DESCRIBE, BICM_KERNELS_BACKEND=choice, BICM_KERNELS_ISA=None)
+    assert done.stdout.startswith(expected)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("choice", ["nonsense", "", "Native"])
+def test_an_unknown_backend_is_refused(python: Python, choice: str) -> None:
+    done = python(DESCRIBE, check=False, BICM_KERNELS_BACKEND=choice)
+    assert done.returncode != 0
+    last = done.stderr.splitlines()[-1]
+    assert last == f"ValueError: the backend must be one of auto, native, triton, reference, got {choice!r}"
+
+
+@pytest.mark.parametrize("choice", [None, "native"])
+def test_an_unknown_instruction_set_is_refused(python: Python, choice: str | None) -> None:
+    done = python(DESCRIBE, check=False, BICM_KERNELS_BACKEND=choice, BICM_KERNELS_ISA="sse9")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("ValueError: ")
+    for word in ("BICM_KERNELS_ISA=sse9", "scalar, avx2 and avx512"):
+        assert word in done.stderr.splitlines()[-1]
+
+
+# Without the library, as after an installation without a compiler.
+WITHOUT = """
+import importlib.util, sys, warnings
+import torch
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "bicm_kernels._C" else found(name, *rest)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import bicm_kernels as bk
+    x = torch.linspace(-1, 1, 12).reshape(3, 4)
+    for _ in range(3):
+        n = bk.normal((3, 4), seed=5)
+        y = bk.bdia_step(x, n, x, a=1.1, b=0.2, a_last=0.9, b_last=0.3, gamma=0.8)
+        z = bk.add_noise(x, 0.5, seed=bk.fold_in(1, 2))
+    print(bk.backend.describe())
+for warning in caught:
+    if "bicm_kernels" in str(warning.message):
+        print(warning.category.__name__, warning.filename, warning.message)
+print([x.flatten().tolist() for x in (n, y, z)])
+"""
+
+
+def test_without_the_library_the_reference_runs_and_says_so_once(python: Python) -> None:
+    described, warning, numbers = python(WITHOUT, BICM_KERNELS_BACKEND="auto").stdout.splitlines()
+    assert described.startswith("cpu: reference (plain PyTorch, slow; native: the native library was not built")
+    assert warning.startswith("UserWarning")
+    assert "slow PyTorch reference" in warning
+    assert "not built" in warning
+    x = torch.linspace(-1, 1, 12).reshape(3, 4)
+    n = bk.normal((3, 4), seed=5)
+    y = bk.bdia_step(x, n, x, a=1.1, b=0.2, a_last=0.9, b_last=0.3, gamma=0.8)
+    z = bk.add_noise(x, 0.5, seed=bk.fold_in(1, 2))
+    assert numbers == str([t.flatten().tolist() for t in (n, y, z)])
+
+
+def test_forcing_a_missing_library_is_an_error(python: Python) -> None:
+    done = python(WITHOUT, check=False, BICM_KERNELS_BACKEND="native")
+    assert done.returncode != 0
+    assert "ImportError: BICM_KERNELS_BACKEND=native cannot run on cpu" in done.stderr
+    assert "install with a C++ compiler" in done.stderr
+
+
+def test_use_and_choose() -> None:
+    before = backend.describe()
+    assert backend.running("cpu") == "native"
+    with backend.use("reference"):
+        assert backend.running("cpu") == "reference"
+        assert not backend.native_cpu
+        with backend.use("native"):
+            assert backend.native_cpu
+        assert backend.running("cpu") == "reference"
+    assert backend.describe() == before
+    with pytest.raises(RuntimeError, match="inside"), backend.use("reference"):
+        raise RuntimeError("inside")
+    assert backend.describe() == before
+    with pytest.raises(ValueError, match="the backend must be one of auto, native, triton, reference, got 'gpu'"):
+        backend.choose("gpu")
+    with pytest.raises(ValueError, match="got 'gpu'"), backend.use("gpu"):
+        pass
+    assert backend.describe() == before
+
+
+def test_the_reference_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def spy(name: str) -> Callable[..., Any]:
+        original = getattr(bk.reference, name)
+        return lambda *args, **kwargs: calls.append(name) or original(*args, **kwargs)
+
+    names = [
+        "normal",
+        "uniform",
+        "add_noise",
+        "ddim_step",
+        "bdia_step",
+        "bdia_inverse_step",
+        "affine_step",
+        "denoised_step",
+    ]
+    for name in names:
+        monkeypatch.setattr(bk.reference, name, spy(name))
+    x, bdia = torch.zeros(2, 3), {"a": 1.0, "b": 0.5, "a_last": 1.0, "b_last": 0.5}
+
+    def all_of_them() -> None:
+        bk.normal((2, 3), seed=1)
+        bk.uniform((2, 3), seed=1)
+        bk.add_noise(x, 1.0, seed=1)
+        bk.ddim_step(x, x, a=1.0, b=0.5)
+        bk.bdia_step(x, x, x, **bdia)
+        bk.bdia_inverse_step(x, x, x, **bdia)
+        bk.affine_step([x], [1.0])
+        bk.denoised_step([x], [1.0], [1.0], x0_weight=1.0)
+
+    all_of_them()
+    assert calls == []
+    with backend.use("reference"):
+        all_of_them()
+    assert [name for name in calls if name in names] == names
+
+
+def test_import_is_light(python: Python) -> None:
+    """The kernels come without Triton, the compiler, and what only the diffusion package needs."""
+    heavy = ("triton", "torch._dynamo", "torch._inductor", "sklearn", "matplotlib", "scipy", "rich", "tqdm")
+    program = f"""
+import sys, torch
+before = set(sys.modules)
+import bicm_kernels
+print(sorted(set({heavy}) & (set(sys.modules) - before)))
+"""
+    assert python(program).stdout.strip() == "[]"
+
+
+def test_the_library_registers_every_op() -> None:
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("bicm_kernels::")]
+    assert len(names) >= 26
+    for name in names:
+        key = "CompositeExplicitAutograd" if name == "bicm_kernels::add_noise" else "CPU"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), name
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"), name
+
+
+# --- instruction sets ---------------------------------------------------------------------------------------
+
+DIGEST = """
+import hashlib, itertools, torch, bicm_kernels as bk
+dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+digest = hashlib.sha256()
+def add(*tensors):
+    for x in tensors:
+        digest.update(x.contiguous().view(torch.uint8).numpy().tobytes())
+def digest_all():
+    for dtype, shape in itertools.product(dtypes, [(1, 1), (3, 67), (5, 1025), (2, 40_003), (300, 3, 8, 8)]):
+        n = bk.normal(shape, seed=1, dtype=dtype)
+        u = bk.uniform(shape, seed=2**63, step=3, sample_id=7, dtype=dtype)
+        e = (4 * n.float()).to(torch.bfloat16)
+        if len(shape) == 4:
+            n, e = n.to(memory_format=torch.channels_last), e.transpose(2, 3).contiguous().transpose(2, 3)
+        add(n, u, bk.add_noise(n, torch.linspace(0, 3, shape[0]), scale=0.9, seed=3))
+        numbers = dict(a=1.01, b=-0.3, a_last=0.98, b_last=0.2)
+        add(bk.bdia_step(n, u, e, gamma=0.9, **numbers), bk.bdia_inverse_step(n, u, e, gamma=0.9, **numbers))
+        add(bk.ddim_step(u, (e, n), a=1.1, b=-0.7, guidance_scale=3.5))
+        noise = dict(noise_weight=0.1, seed=4)
+        add(bk.affine_step([n, u, e, n, u], [0.1, 0.2, 0.3, -0.4, 0.5], **noise))
+        more = dict(x0_weight=0.7, clip=1.0, next_scale=0.3, **noise)
+        add(*bk.denoised_step([n, u], [1.5, -2.0], [0.1, 0.2], **more))
+    add(bk.fold_in(3, torch.arange(1000)))
+    return digest.hexdigest()
+print(bk.backend.describe())
+for count in (1, 2):
+    torch.set_num_threads(count)
+    digest = hashlib.sha256()
+    print(digest_all())
+"""
+
+
+@pytest.fixture(scope="module")
+def best_digest() -> str:
+    space: dict[str, Any] = {}
+    exec(DIGEST.partition("print")[0], space)
+    return str(space["digest_all"]())
+
+
+@pytest.mark.parametrize("instructions", ["scalar", "avx2", "avx512"])
+def test_instruction_sets_and_threads_give_one_digest(python: Python, best_digest: str, instructions: str) -> None:
+    order = ("scalar", "avx2", "avx512")
+    capability = {"DEFAULT": "scalar", "AVX2": "avx2", "AVX512": "avx512"}[torch.backends.cpu.get_cpu_capability()]
+    if order.index(instructions) > order.index(capability):
+        pytest.skip(f"this processor has no {instructions}")
+    described, one, two = python(DIGEST, BICM_KERNELS_ISA=instructions).stdout.splitlines()
+    assert described == f"cpu: native (C++, {instructions})"
+    assert one == two == best_digest
+
+
+# --- the house ----------------------------------------------------------------------------------------------
+
+
+def imports(path: Path, package: str) -> Iterator[str]:
+    """Every module that a file imports, in full; names imported from a package count as its modules."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: {package} imports itself by a relative name"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
+
+
+@pytest.mark.parametrize(
+    ("room", "forbidden"),
+    [
+        (
+            "reference",
+            (
+                "bicm_kernels.ops",
+                "bicm_kernels.backend",
+                "bicm_kernels.triton_kernels",
+                "bicm_kernels._C",
+                "triton",
+            ),
+        ),
+        ("ops", ("triton", "bicm_kernels.triton_kernels", "bicm_kernels._C", "bicm_diffusion")),
+        ("triton_kernels", ("bicm_kernels.reference", "bicm_kernels.backend", "bicm_diffusion")),
+        ("backend.py", ("triton", "bicm_kernels.ops", "bicm_kernels.reference", "bicm_diffusion")),
+    ],
+)
+def test_imports_run_one_way(room: str, forbidden: tuple[str, ...]) -> None:
+    paths = [KERNELS / room] if room.endswith(".py") else files(KERNELS / room)
+    assert paths
+    for path in paths:
+        for name in imports(path, room):
+            wrong = [f for f in forbidden if name == f or name.startswith(f + ".")]
+            assert not wrong, f"{path.relative_to(KERNELS)} imports {name}"
+
+
+def test_diffusion_uses_public_names_only() -> None:
+    public = {f"bicm_kernels.{name}" for name in bk.__all__} - {"bicm_kernels.reference"}
+    for path in files(DIFFUSION):
+        for name in imports(path, "bicm_diffusion"):
+            assert not name.startswith("bicm_kernels") or name in public, f"{path.name} imports {name}"
+
+
+def test_nothing_is_called_utils() -> None:
+    for folder in (
+        KERNELS,
+        DIFFUSION,
+        KERNELS.parent / "csrc",
+        KERNELS.parent / "tests",
+        KERNELS.parent / "benchmarks",
+    ):
+        for path in folder.rglob("*"):
+            assert path.stem.lower() not in ("utils", "util", "common", "helpers", "helper", "misc"), path
+
+
+def public_functions() -> list[tuple[str, Any]]:
+    found = [(name, getattr(bk, name)) for name in bk.__all__]
+    return [(name, value) for name, value in found if inspect.isfunction(value)]
+
+
+def test_public_names_exist() -> None:
+    assert set(bk.__all__) <= set(dir(bk))
+    assert bk.__all__ == sorted(bk.__all__, key=lambda name: (not name.isupper(), name))
+    expected = "affine_step denoised_step ddim_step bdia_step bdia_inverse_step normal uniform fold_in add_noise"
+    assert {name for name, _ in public_functions()} == set(expected.split())
+    for module in pkgutil.walk_packages([str(KERNELS / "reference"), str(KERNELS / "ops")]):
+        assert not module.name.startswith("_")
+
+
+@pytest.mark.parametrize(("name", "function"), public_functions())
+def test_public_docstrings(name: str, function: Any) -> None:
+    text = inspect.getdoc(function) or ""
+    assert text.splitlines()[0].endswith(".")
+    assert ">>> " in text, "no example"
+    assert "Raises:" in text
+    signature = inspect.signature(function)
+    if "with the same arguments" in text:
+        text += inspect.getdoc(bk.normal) or ""
+    for parameter in signature.parameters:
+        assert parameter in text, f"{name}: {parameter} is not described"
+    assert all(value.annotation is not inspect.Parameter.empty for value in signature.parameters.values())
+
+
+def test_ops_and_references_share_their_signatures() -> None:
+    """An argument that one side lacks would fail only where that side runs."""
+    for name, function in public_functions():
+        ours = inspect.signature(function).parameters
+        plain = inspect.signature(getattr(bk.reference, name)).parameters
+        assert [key for key in ours if key != "out"] == list(plain), name
+        assert all(
+            ours[key].default == value.default and ours[key].kind == value.kind for key, value in plain.items()
+        ), name
+
+
+def test_every_module_says_what_it_is() -> None:
+    for package in ("bicm_kernels.ops", "bicm_kernels.reference"):
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__, package + "."):
+            assert importlib.import_module(module.name).__doc__, module.name

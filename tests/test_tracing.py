@@ -1,0 +1,393 @@
+"""Contract 4: every op traces whole, changing numbers compile at most three times, and bits stay the same."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import bicm_kernels as bk
+from bicm_kernels import backend
+
+Bits = Callable[[Tensor, Tensor], None]
+F32, F64 = torch.float32, torch.float64
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def state(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# --- schemas ------------------------------------------------------------------------------------------------
+
+
+def d(value: float) -> Tensor:
+    return torch.tensor(value, dtype=F64)
+
+
+def i(value: int) -> Tensor:
+    return torch.tensor(value)
+
+
+def one_out() -> dict[str, Tensor]:
+    return {"out": torch.empty(3, 4)}
+
+
+def three_outs() -> dict[str, Tensor]:
+    return {"out": torch.empty(3, 4), "x0": torch.empty(3, 4), "next": torch.empty(3, 4)}
+
+
+ROW = torch.linspace(0.5, 1.5, 3)
+FORMS = {"ddim_step": (2, [1.1, -0.2]), "bdia_step": (3, [1.1, -0.2, 0.9, 0.1, 0.8])}
+FORMS["bdia_inverse_step"] = FORMS["bdia_step"]
+
+
+def step_samples() -> dict[str, list[tuple[Any, ...]]]:
+    samples: dict[str, list[tuple[Any, ...]]] = {}
+
+    def add(name: str, numbers: list[Any], tensors: list[Any], outs: Callable[[], dict[str, Tensor]]) -> None:
+        samples[name], samples[f"{name}.tensor"] = (
+            [(*args, {}) for args in numbers],
+            [(*args, {}) for args in tensors],
+        )
+        samples[f"{name}.out"] = [(*args, outs()) for args in numbers]
+        samples[f"{name}.tensor_out"] = [(*args, outs()) for args in tensors]
+
+    for name, (count, numbers) in FORMS.items():
+        states = [state(3, 4, seed=k) for k in range(count)]
+        half = [*states[:-1], states[-1].bfloat16()]
+        cases = [(states, numbers, 0.0), (half, numbers, 0.0), ([*states, state(3, 4, seed=9)], numbers, 3.0)]
+        weights = [d(x) for x in numbers]
+        per_sample = [(ROW * x).to(F64) for x in numbers]
+        traced = [
+            (states, weights, None),
+            (half, per_sample, None),
+            ([*states, state(3, 4, seed=9)], weights, ROW),
+        ]
+        add(name, cases, traced, one_out)
+    pair = [state(3, 4), state(3, 4, seed=1).bfloat16()]
+    last = [state(3, 4).mT.contiguous().mT]
+    key, keys = (2, 3, 4), (i(2), i(3), i(4))
+    add(
+        "affine_step",
+        [
+            (pair, [0.5, 0.6], 0.0, 0.7, *key),
+            (last, [0.5], 0.0, 0.0, None, 0, 0),
+            (pair, [0.5], 2.0, 0.0, None, 0, 0),
+        ],
+        [
+            (pair, [d(0.5), ROW], None, d(0.7), *keys),
+            (last, [d(0.5)], None, ROW, torch.arange(3), torch.arange(3), i(0)),
+            (pair, [d(0.5)], ROW, None, None, None, None),
+        ],
+        one_out,
+    )
+    weights = [d(0.5), ROW]
+    add(
+        "denoised_step",
+        [(pair, [0.5, 0.6], [0.7, 0.8], 0.0, 0.9, 1.0, 0.3, 1.1, *key)],
+        [(pair, weights, weights, None, d(0.9), d(1.0), d(0.3), d(1.1), i(2), i(3), torch.arange(3))],
+        three_outs,
+    )
+    # Without next_scale the third result is a placeholder.
+    samples["denoised_step"] += [(pair, [0.5, 0.6], [0.7, 0.8], 0.0, 0.9, None, 0.0, None, None, 0, 0, {})]
+    samples["denoised_step.tensor"] += [(pair, weights, weights, None, d(0.9), None, None, None, None, None, None, {})]
+    return samples
+
+
+def noise_samples() -> dict[str, list[tuple[Any, ...]]]:
+    samples: dict[str, list[tuple[Any, ...]]] = {}
+    for name in ("normal", "uniform"):
+        samples[name] = [
+            (torch.empty(3, 5), -2, 3, 4, {}),
+            (torch.empty(5, 3, dtype=torch.float16).T, 1, 0, 0, {}),
+        ]
+        seeds = (torch.empty(3, 5), torch.arange(3), i(1), i(0), {})
+        samples[f"{name}.tensor"] = [(torch.empty(3, 5), i(-2), i(3), torch.arange(3), {}), seeds]
+    samples["fold_in"] = [(i(1), i(2), {}), (torch.arange(4), i(2), {}), (i(1), torch.arange(4), {})]
+    key = (i(2), i(3), i(4))
+    samples["add_noise"] = [
+        (state(3, 4), d(0.5), d(1.0), *key, {}),
+        (state(3, 4, dtype=F64).requires_grad_(), ROW.double(), ROW.double(), *key, {}),
+        (state(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_(), d(0.5), d(0.7), *key, {}),
+    ]
+    return samples
+
+
+SAMPLES = step_samples() | noise_samples()
+
+
+def test_every_overload_is_checked() -> None:
+    names = {
+        name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("bicm_kernels::")
+    }
+    assert names == set(SAMPLES)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name: str) -> None:
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.bicm_kernels, packet), overload or "default")
+    for *positional, keywords in SAMPLES[name]:
+        torch.library.opcheck(op, tuple(positional), keywords)
+
+
+# --- changing numbers ---------------------------------------------------------------------------------------
+
+
+def into(out: Tensor, op: Callable[..., Any], *args: Any, **numbers: Any) -> Tensor:
+    op(*args, out=out, **numbers)
+    return out
+
+
+def denoised_into(x: Tensor, v: float, key: dict[str, int]) -> tuple[Tensor, ...]:
+    outs = x.clone(), torch.empty_like(x), torch.empty_like(x)
+    weights = ([v, 2.0], [0.1, v])
+    bk.denoised_step([outs[0], x], *weights, x0_weight=v, clip=1 + v, next_scale=v, noise_weight=v, out=outs, **key)
+    return outs
+
+
+# One op after another on a state, a float that changes and a noise key that changes.
+BODIES: dict[str, Callable[[Tensor, float, dict[str, int]], Any]] = {
+    "ddim_step": lambda x, v, key: bk.ddim_step(x, x.bfloat16(), a=v, b=1 - v),
+    "ddim_step guided": lambda x, v, key: bk.ddim_step(x, (x, -x), a=v, b=1 - v, guidance_scale=v),
+    "bdia_step": lambda x, v, key: bk.bdia_step(x, -x, x, a=v, b=1.0, a_last=1 + v, b_last=v, gamma=v),
+    "bdia_inverse_step": lambda x, v, key: bk.bdia_inverse_step(
+        x, -x, x, a=v, b=1.0, a_last=1 + v, b_last=v, gamma=1 + v
+    ),
+    "affine_step": lambda x, v, key: bk.affine_step([x, -x], [v, 0.5], noise_weight=v, **key),
+    "affine_step per sample": lambda x, v, key: bk.affine_step(
+        [x, -x], [v * x[:, 0], 0.5], noise_weight=x[:, 0], **key
+    ),
+    "denoised_step": lambda x, v, key: bk.denoised_step(
+        [x, -x], [v, 2.0], [0.1, v], x0_weight=v, clip=1 + v, next_scale=v, noise_weight=v, **key
+    ),
+    "add_noise": lambda x, v, key: bk.add_noise(x, v, scale=1 - v, **key),
+    "add_noise per sample": lambda x, v, key: bk.add_noise(
+        x, x[:, 0], seed=key["step"] + torch.arange(x.shape[0]), step=7
+    ),
+    "normal": lambda x, v, key: x + v * bk.normal(x.shape, **key),
+    "normal per sample": lambda x, v, key: x + bk.normal(x.shape, seed=key["step"] + torch.arange(x.shape[0])),
+    "uniform": lambda x, v, key: x + v * bk.uniform(x.shape, **key, dtype=x.dtype, device=x.device),
+    "fold_in": lambda x, v, key: x + bk.normal(x.shape, seed=bk.fold_in(bk.fold_in(key["seed"], key["step"]), 7)),
+    "out": lambda x, v, key: into(torch.empty_like(x), bk.affine_step, [x], [v], noise_weight=v, **key),
+    "out in place": lambda x, v, key: into(x.clone(), bk.ddim_step, x, x, a=v, b=1 - v),
+    "out of three": denoised_into,
+}
+
+# Seeds of both signs and of more than 63 bits; steps and samples up to the end of their range.
+KEYS = [{"seed": (-3) ** (3 * k), "step": 2**32 - 12 + k, "sample_id": k * 2**28} for k in range(11)]
+KEYS += [{"seed": 2**64 - 1, "step": 0, "sample_id": 0}]
+
+
+def compiled(body: Callable[..., Any], **options: Any) -> tuple[Callable[..., Any], CompileCounterWithBackend]:
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(body, fullgraph=True, backend=counter, **options), counter
+
+
+def compare(actual: Any, expected: Any, same_bits: Bits) -> None:
+    pairs = zip(actual, expected, strict=True) if isinstance(expected, tuple) else [(actual, expected)]
+    for x, y in pairs:
+        same_bits(x, y)
+
+
+CHANGING = [(name, False) for name in BODIES]
+CHANGING += [(name, True) for name in ("ddim_step guided", "bdia_step", "affine_step", "add_noise")]
+
+
+@pytest.mark.parametrize(("name", "tracked"), CHANGING)
+def test_twelve_values_compile_at_most_three_times(name: str, tracked: bool, same_bits: Bits) -> None:
+    body = BODIES[name]
+    fast, counter = compiled(body)
+    x = state(3, 4).requires_grad_(tracked)
+    for k, key in enumerate(KEYS):
+        compare(fast(x, 0.07 * k, key), body(x, 0.07 * k, key), same_bits)
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_graphs_hold_the_kernels(name: str) -> None:
+    targets: list[str] = []
+
+    def collect(graph: torch.fx.GraphModule, _: Any) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compile(BODIES[name], fullgraph=True, backend=collect)(state(3, 4), 0.3, KEYS[1])
+    ours = [target for target in targets if target.startswith("bicm_kernels")]
+    assert ours, targets
+    assert len(ours) == (3 if name == "fold_in" else 1)
+
+
+def test_a_sampler_loop_with_tensor_keys(same_bits: Bits) -> None:
+    """What a captured loop does: numbers and keys are tensors that the graph itself advances."""
+
+    def body(z_last: Tensor, z: Tensor, table: Tensor, seed: Tensor, step: Tensor) -> Tensor:
+        for row in table:
+            z_last, z = (
+                z,
+                bk.bdia_step(z_last, z, torch.tanh(z), a=row[0], b=row[1], a_last=row[2], b_last=row[3]),
+            )
+            z = bk.add_noise(z, row[1], seed=seed, step=step)
+            step = step + 1
+        return z
+
+    table = torch.linspace(0.5, 1.5, 12, dtype=F64).reshape(3, 4)
+    fast, counter = compiled(body)
+    for seed in range(12):
+        arguments = (
+            state(2, 5),
+            state(2, 5, seed=1),
+            table * (1 + seed),
+            torch.tensor(seed),
+            torch.tensor(seed),
+        )
+        same_bits(fast(*arguments), body(*arguments))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_dynamic_batch(name: str, same_bits: Bits) -> None:
+    fast, counter = compiled(BODIES[name])
+    for batch in (3, 5, 2, 8):
+        x = state(batch, 6)
+        torch._dynamo.mark_dynamic(x, 0)
+        compare(fast(x, 0.3, KEYS[2]), BODIES[name](x, 0.3, KEYS[2]), same_bits)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_traced_layouts(channels_last: bool, same_bits: Bits) -> None:
+    x = state(2, 3, 4, 5)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x[..., ::2]
+    for name in ("ddim_step", "affine_step", "denoised_step", "add_noise"):
+        torch._dynamo.reset()
+        actual, expected = compiled(BODIES[name])[0](x, 0.3, KEYS[1]), BODIES[name](x, 0.3, KEYS[1])
+        compare(actual, expected, same_bits)
+        first = actual[0] if isinstance(actual, tuple) else actual
+        assert first.stride() == torch.empty_like(x).stride()
+
+
+# --- other ways to trace ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["affine_step", "normal"])
+def test_inductor(name: str, same_bits: Bits) -> None:
+    fast = torch.compile(BODIES[name], fullgraph=True)
+    for v, key in ((0.3, KEYS[1]), (0.4, KEYS[2])):
+        same_bits(fast(state(3, 4), v, key), BODIES[name](state(3, 4), v, key))
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_export(name: str, same_bits: Bits) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return BODIES[name](x, 0.3, KEYS[3])
+
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(Module(), (state(3, 4),), dynamic_shapes=({0: batch},))
+    assert any(str(node.target).startswith("bicm_kernels") for node in program.graph.nodes)
+    for size in (3, 7):
+        compare(program.module()(state(size, 4)), BODIES[name](state(size, 4), 0.3, KEYS[3]), same_bits)
+
+
+@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx(name: str, mode: str, same_bits: Bits) -> None:
+    graph = make_fx(lambda x: BODIES[name](x, 0.3, KEYS[3]), tracing_mode=mode)(state(3, 4))
+    assert any(str(node.target).startswith("bicm_kernels") for node in graph.graph.nodes)
+    compare(graph(state(3, 4, seed=5)), BODIES[name](state(3, 4, seed=5), 0.3, KEYS[3]), same_bits)
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_fake_tensors(name: str) -> None:
+    expected = BODIES[name](state(3, 4), 0.3, KEYS[3])
+    with FakeTensorMode():
+        fake = BODIES[name](torch.empty(3, 4), 0.3, KEYS[3])
+        with pytest.raises(ValueError, match="shape"):
+            bk.ddim_step(torch.empty(3, 4), torch.empty(3, 5), a=1.0, b=1.0)
+    pairs = zip(fake, expected, strict=True) if isinstance(expected, tuple) else [(fake, expected)]
+    for x, y in pairs:
+        assert (x.shape, x.dtype, x.stride(), x.device) == (y.shape, y.dtype, y.stride(), y.device)
+
+
+def test_the_reference_traces_too(same_bits: Bits) -> None:
+    with backend.use("reference"):
+        for name in ("bdia_step", "uniform"):
+            fast, counter = compiled(BODIES[name])
+            for k, key in enumerate(KEYS):
+                compare(fast(state(3, 4), 0.07 * k, key), BODIES[name](state(3, 4), 0.07 * k, key), same_bits)
+            assert counter.frame_count <= 3
+
+
+# --- wrong calls --------------------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "shape": (lambda x: bk.ddim_step(x, x[:2], a=1.0, b=2.0), "eps must have the shape of z"),
+    "dtype": (lambda x: bk.ddim_step(x, x.int(), a=1.0, b=2.0), "eps must be float16"),
+    "number": (lambda x: bk.ddim_step(x, x, a=x[0], b=2.0), "a must be a 0-d or a"),
+    "out": (
+        lambda x: bk.ddim_step(x, x, a=1.0, b=2.0, out=x.new_empty(2, 4)),
+        "out must have the shape of z",
+    ),
+    "sigma": (lambda x: bk.add_noise(x, x[0], seed=1), "sigma must be a 0-d or a"),
+    "step": (lambda x: bk.add_noise(x, 1.0, seed=1, step=-1), "step must be in"),
+    "seed": (lambda x: bk.normal(x.shape, seed=x[:, 0]), "seed must be an int or an int64 tensor"),
+    "no seed": (lambda x: bk.affine_step([x], [1.0], noise_weight=1.0), "seed must be given"),
+    "float seed": (lambda x: x + bk.fold_in(1.5, 2), "seed must be an int"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_calls_raise_while_they_are_traced(name: str) -> None:
+    body, message = WRONG[name]
+    fast, _ = compiled(body)
+    with pytest.raises(Exception) as raised:  # noqa: PT011
+        fast(state(3, 4))
+    chain = [raised.value, raised.value.__cause__, raised.value.__context__]
+    assert any(message in str(error) for error in chain), raised.value
+    with pytest.raises((TypeError, ValueError), match=message):
+        torch.compile(body, backend="eager")(state(3, 4))
+
+
+def test_vmap_of_one_seed_raises_while_it_is_traced() -> None:
+    rows = state(5, 3, 4)
+    with pytest.raises(Exception) as raised:  # noqa: PT011
+        compiled(torch.vmap(lambda x: bk.add_noise(x, 1.0, seed=1)))[0](rows)
+    assert "seed must hold one seed per sample" in f"{raised.value} {raised.value.__cause__} {raised.value.__context__}"
+
+
+def test_transforms_compile(same_bits: Bits) -> None:
+    rows = state(5, 3, 4, dtype=F64)
+    seeds = torch.arange(5)
+    cases: list[tuple[Callable[..., Any], tuple[Tensor, ...]]] = [
+        (torch.vmap(lambda x: bk.ddim_step(x, -x, a=1.5, b=0.2)), (rows,)),
+        (torch.vmap(lambda x, seed: bk.add_noise(x, 0.5, seed=seed)), (rows, seeds)),
+        (torch.func.grad(lambda x: bk.add_noise(x, 0.5, scale=0.3, seed=1).square().sum()), (rows,)),
+        (lambda x: torch.func.jvp(lambda y: bk.ddim_step(y, y * y, a=1.5, b=0.2), (x,), (x,))[1], (rows,)),
+    ]
+    for body, arguments in cases:
+        torch._dynamo.reset()
+        same_bits(compiled(body)[0](*arguments), body(*arguments))
+
+
+def test_a_graph_survives_a_change_of_backend(same_bits: Bits) -> None:
+    fast, _ = compiled(BODIES["add_noise"])
+    expected = BODIES["add_noise"](state(3, 4), 0.3, KEYS[1])
+    for name in itertools.islice(itertools.cycle(["native", "reference"]), 4):
+        with backend.use(name):
+            same_bits(fast(state(3, 4), 0.3, KEYS[1]), expected)
