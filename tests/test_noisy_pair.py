@@ -32,9 +32,7 @@ def test_two_levels_of_one_noise(shape: tuple[int, ...], dtype: torch.dtype, sam
         same_bits(actual, bk.add_noise(mixed, level, **key))
 
 
-@pytest.mark.parametrize(
-    "layout", [lambda x: x.transpose(1, 2), lambda x: x[:, ::2], lambda x: x[:, :1].expand_as(x)]
-)
+@pytest.mark.parametrize("layout", [lambda x: x.transpose(1, 2), lambda x: x[:, ::2], lambda x: x[:, :1].expand_as(x)])
 def test_layouts(layout: Callable[[Tensor], Tensor], same_bits: Bits) -> None:
     x, x_hat = layout(random(4, 6, 5)), layout(random(4, 6, 5, seed=1))
     ours, plain = (m.noisy_pair(x, 0.5, 2.0, seed=1, x_hat=x_hat, mask=MASK) for m in (bk, reference))
@@ -61,9 +59,7 @@ def test_gradients() -> None:
     assert check(lambda x: bk.noisy_pair(x, 0.5, 2.0, **key), (x,), check_batched_grad=True)
     assert check(lambda x, y: bk.noisy_pair(x, 0.5, 2.0, x_hat=y, mask=MASK, **key), (x, x_hat))
     assert check(lambda x, y, a, b: bk.noisy_pair(x, a, b, x_hat=y, mask=MASK, **key), (x, x_hat, low, high))
-    assert torch.autograd.gradgradcheck(
-        lambda x, y: bk.noisy_pair(x, 0.5, 2.0, x_hat=y, mask=MASK, **key), (x, x_hat)
-    )
+    assert torch.autograd.gradgradcheck(lambda x, y: bk.noisy_pair(x, 0.5, 2.0, x_hat=y, mask=MASK, **key), (x, x_hat))
 
 
 def test_tracing(same_bits: Bits) -> None:
@@ -82,9 +78,7 @@ def test_tracing(same_bits: Bits) -> None:
 
     compiled = torch.compile(body, fullgraph=True, backend="aot_eager")
     for k in range(3):
-        for actual, expected in zip(
-            compiled(x, 0.5 + k, 2.0 + k, k), body(x, 0.5 + k, 2.0 + k, k), strict=True
-        ):
+        for actual, expected in zip(compiled(x, 0.5 + k, 2.0 + k, k), body(x, 0.5 + k, 2.0 + k, k), strict=True):
             same_bits(actual, expected)
 
 

@@ -86,9 +86,7 @@ def test_two_time_gaussian_flow() -> None:
     torch.testing.assert_close(bk.denoise(x, F, t, u), exact, rtol=1e-12, atol=1e-12)
     # Edm's denoiser for sigma_data = s is the posterior mean with F = 0.
     mean = (s**2 / (s**2 + t**2))[:, None] * x
-    torch.testing.assert_close(
-        bk.denoise(x, 0 * x, t, parameterization="edm", sigma_data=s), mean, rtol=1e-14, atol=0
-    )
+    torch.testing.assert_close(bk.denoise(x, 0 * x, t, parameterization="edm", sigma_data=s), mean, rtol=1e-14, atol=0)
 
 
 def test_scaled_input_has_unit_variance() -> None:
@@ -124,9 +122,7 @@ def results(module: Any, x: Tensor, F: Tensor, t: Any, u: Any, parameterization:
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
 @pytest.mark.parametrize(("states", "network"), DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bits(
-    layout: str, states: torch.dtype, network: torch.dtype, parameterization: str, same_bits: Bits
-) -> None:
+def test_bits(layout: str, states: torch.dtype, network: torch.dtype, parameterization: str, same_bits: Bits) -> None:
     x, F = (LAYOUTS[layout](random(5, 3, 8, 8, dtype=d, seed=k)) for k, d in enumerate((states, network)))
     t, u = torch.rand(5, dtype=F64) * 80, torch.rand(5) * 80
     for numbers in ((3.3, 0.4), (torch.tensor(3.3), torch.tensor(0.4)), (t, u), (t, 0.4)):

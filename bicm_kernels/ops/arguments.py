@@ -64,9 +64,7 @@ def eager(tensors: Sequence[Tensor], values: Sequence[Any], key: Sequence[Any]) 
 def needs_reference(first: Tensor, *, tracked: bool, family: str = "") -> bool:
     """Whether the differentiable PyTorch reference must do the work."""
     running = backend.running(first.device.type)
-    compiled = (
-        running == "native" and first.is_cpu if family in backend.CPU_FAMILIES else running != "reference"
-    )
+    compiled = running == "native" and first.is_cpu if family in backend.CPU_FAMILIES else running != "reference"
     return tracked or transformed() or not compiled
 
 
@@ -254,9 +252,7 @@ def check_noise(noise_weight: object, seed: object) -> None:
     if seed is not None:
         check_vmap(seed)
     elif isinstance(noise_weight, Tensor) or noise_weight != 0:
-        raise ValueError(
-            f"seed must be given where noise is drawn, got None and noise_weight={noise_weight!r}"
-        )
+        raise ValueError(f"seed must be given where noise is drawn, got None and noise_weight={noise_weight!r}")
 
 
 def _elements(x: Tensor) -> tuple[int, int]:
@@ -312,9 +308,7 @@ def same_place(x: Tensor, y: Tensor) -> bool:
 def write(outs: Sequence[Tensor], results: Any, tracked: bool) -> Any:
     """Copy the results of a reference into the caller's outputs, which carry no derivative."""
     if tracked:
-        raise ValueError(
-            "out must not be given where a tensor requires grad: what is written there has no derivative"
-        )
+        raise ValueError("out must not be given where a tensor requires grad: what is written there has no derivative")
     results = (results,) if isinstance(results, Tensor) else results
     for out, result in zip(outs, results, strict=True):
         if result is not None:
@@ -325,9 +319,7 @@ def write(outs: Sequence[Tensor], results: Any, tracked: bool) -> Any:
 def check_outs(outs: Mapping[str, Any], tensors: Mapping[str, Tensor], first: Tensor) -> None:
     """Raise unless the outputs can take the results: like the first tensor, and no overlap but an exact one."""
     if outs and isinstance(_functorch_level(), _Interpreter):
-        raise ValueError(
-            "out must not be given under a torch.func transform: what is written there is lost to it"
-        )
+        raise ValueError("out must not be given under a torch.func transform: what is written there is lost to it")
     first_name = next(iter(tensors))
     for name, out in outs.items():
         check_out(name, out, first, first_name)

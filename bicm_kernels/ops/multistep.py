@@ -121,12 +121,7 @@ _MAY_BE_NONE = ("clip", "next_scale")
 
 
 def _check(
-    step: _Step,
-    operands: Sequence[Any],
-    values: Values,
-    guidance_scale: object,
-    key: Key,
-    outs: Sequence[Any],
+    step: _Step, operands: Sequence[Any], values: Values, guidance_scale: object, key: Key, outs: Sequence[Any]
 ) -> None:
     """Raise what is wrong with a step's arguments, if anything is."""
     names = step.operands or tuple(f"tensors[{k}]" for k in range(len(operands)))
@@ -313,9 +308,7 @@ def bdia_inverse_step(
     """
     guidance = 0.0 if guidance_scale is None else guidance_scale
     values = ([a, b, a_last, b_last, gamma], guidance)
-    return _run(
-        _BDIA_INVERSE_STEP, (z_next, z, eps), values, guidance_scale, (), () if out is None else (out,)
-    )
+    return _run(_BDIA_INVERSE_STEP, (z_next, z, eps), values, guidance_scale, (), () if out is None else (out,))
 
 
 def affine_step(

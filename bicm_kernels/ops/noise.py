@@ -262,9 +262,7 @@ def _check_noisy_pair(
     arguments.check_number("sigma_high", sigma_high, x)
     arguments.check_key(*key, x.shape[0], x.device)
     if (x_hat is None) != (mask is None):
-        raise ValueError(
-            "x_hat and mask go together: mask tells for which samples x_hat takes the place of x"
-        )
+        raise ValueError("x_hat and mask go together: mask tells for which samples x_hat takes the place of x")
     if x_hat is None:
         return
     arguments.check_state("x_hat", x_hat, x, "x")
@@ -273,9 +271,7 @@ def _check_noisy_pair(
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor, got {arguments.describe(mask)}")
     if mask.shape != x.shape[:1] or mask.device != x.device:
-        raise ValueError(
-            f"mask must have shape ({x.shape[0]},) and lie on {x.device}, got {arguments.describe(mask)}"
-        )
+        raise ValueError(f"mask must have shape ({x.shape[0]},) and lie on {x.device}, got {arguments.describe(mask)}")
 
 
 def _fake_noisy_pair(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -353,9 +349,7 @@ def noisy_pair(
     try:
         if x_hat is not None or mask is not None or arguments.compiling():
             check()
-        if arguments.needs_reference(
-            x, tracked=arguments.requires_grad(sigma_low, sigma_high), family="noisy_pair"
-        ):
+        if arguments.needs_reference(x, tracked=arguments.requires_grad(sigma_low, sigma_high), family="noisy_pair"):
             check()
             return reference.noisy_pair(
                 x, sigma_low, sigma_high, seed=seed, step=step, sample_id=sample_id, x_hat=x_hat, mask=mask

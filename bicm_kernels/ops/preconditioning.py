@@ -19,9 +19,7 @@ PARAMETERIZATIONS = ("bcm", "cm", "edm")
 library.define("scale_input(Tensor x, float t, float sigma_data) -> Tensor")
 library.define("scale_input.tensor(Tensor x, Tensor? t, Tensor? sigma_data) -> Tensor")
 library.define("denoise(Tensor x, Tensor F, float t, float u, float sigma_data, bool cm) -> Tensor")
-library.define(
-    "denoise.tensor(Tensor x, Tensor F, Tensor? t, Tensor? u, Tensor? sigma_data, bool cm) -> Tensor"
-)
+library.define("denoise.tensor(Tensor x, Tensor F, Tensor? t, Tensor? u, Tensor? sigma_data, bool cm) -> Tensor")
 library.define(
     "denoise_gradient(Tensor gradient, Tensor? t, Tensor? u, Tensor? sigma_data, bool cm, bool in_F, ScalarType dtype)"
     " -> Tensor"
@@ -36,9 +34,7 @@ library.define(
 )
 # The same two with a derivative. They stand apart because carrying one doubles the cost of every call.
 library.define("scale_input_tracked(Tensor x, Tensor t, Tensor sigma_data) -> Tensor")
-library.define(
-    "denoise_tracked(Tensor x, Tensor F, Tensor t, Tensor u, Tensor sigma_data, bool cm) -> Tensor"
-)
+library.define("denoise_tracked(Tensor x, Tensor F, Tensor t, Tensor u, Tensor sigma_data, bool cm) -> Tensor")
 
 
 def _fake_like_first(x: Tensor, *_: Any) -> Tensor:
@@ -112,13 +108,9 @@ torch.library.register_autograd(
 def _target(parameterization: str, u: Number | None, sigma_min: float) -> Number:
     """The level that a denoiser leads to: u, or the parameterisation's own end."""
     if parameterization not in PARAMETERIZATIONS:
-        raise ValueError(
-            f"parameterization must be one of {', '.join(PARAMETERIZATIONS)}, got {parameterization!r}"
-        )
+        raise ValueError(f"parameterization must be one of {', '.join(PARAMETERIZATIONS)}, got {parameterization!r}")
     if u is not None and parameterization != "bcm":
-        raise ValueError(
-            f"u goes with parameterization='bcm', got u={arguments.describe(u)} with {parameterization!r}"
-        )
+        raise ValueError(f"u goes with parameterization='bcm', got u={arguments.describe(u)} with {parameterization!r}")
     if parameterization == "edm":
         return 0.0
     return sigma_min if u is None else u
@@ -214,9 +206,7 @@ def _call(
         if arguments.compiling():
             _check(states, numbers)
         tracked = arguments.requires_grad(*tensors)
-        if arguments.needs_reference(
-            tensors[0], tracked=arguments.requires_grad(*values), family="preconditioning"
-        ):
+        if arguments.needs_reference(tensors[0], tracked=arguments.requires_grad(*values), family="preconditioning"):
             _check(states, numbers)
             return plain_torch()
         table = [arguments.coefficient(value) for value in values]
