@@ -6,6 +6,7 @@ Every op is one kernel launch and gives the same bits on every backend; ``backen
 from bicm_kernels import backend, reference
 from bicm_kernels.ops.multistep import affine_step, bdia_inverse_step, bdia_step, ddim_step, denoised_step
 from bicm_kernels.ops.noise import NOISE_VERSION, add_noise, fold_in, normal, uniform
+from bicm_kernels.ops.pseudo_huber import consistency_loss, pseudo_huber
 
 backend.start()
 
@@ -16,10 +17,12 @@ __all__ = [
     "backend",
     "bdia_inverse_step",
     "bdia_step",
+    "consistency_loss",
     "ddim_step",
     "denoised_step",
     "fold_in",
     "normal",
+    "pseudo_huber",
     "reference",
     "uniform",
 ]

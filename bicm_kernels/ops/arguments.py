@@ -60,9 +60,17 @@ def eager(tensors: Sequence[Tensor], values: Sequence[Any], key: Sequence[Any]) 
     return True
 
 
-def needs_reference(first: Tensor, *, tracked: bool) -> bool:
+def needs_reference(first: Tensor, *, tracked: bool, family: str = "") -> bool:
     """Whether the differentiable PyTorch reference must do the work."""
-    return tracked or transformed() or backend.running(first.device.type) == "reference"
+    running = backend.running(first.device.type)
+    compiled = running == "native" and first.is_cpu if family in backend.CPU_FAMILIES else running != "reference"
+    return tracked or transformed() or not compiled
+
+
+def plain_gradient(gradient: Tensor) -> bool:
+    """Whether a kernel may compute a derivative: nothing differentiates or maps the derivative itself."""
+    batched = torch._C._functorch.is_legacy_batchedtensor(gradient)  # is_grads_batched=True
+    return not (batched or requires_grad(gradient) or transformed())
 
 
 def check_vmap(seed: object) -> None:

@@ -13,17 +13,20 @@ from bicm_kernels.reference.multistep import (
     denoised_step,
 )
 from bicm_kernels.reference.noise import add_noise, fold_in, fold_in_words, normal, philox4x32, uniform
+from bicm_kernels.reference.pseudo_huber import consistency_loss, pseudo_huber
 
 __all__ = [
     "add_noise",
     "affine_step",
     "bdia_inverse_step",
     "bdia_step",
+    "consistency_loss",
     "ddim_step",
     "denoised_step",
     "fold_in",
     "fold_in_words",
     "normal",
     "philox4x32",
+    "pseudo_huber",
     "uniform",
 ]

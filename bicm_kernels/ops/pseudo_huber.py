@@ -1,0 +1,296 @@
+"""Pseudo-Huber losses: one pass over the inputs forward, one backward, and nothing of their size kept in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bicm_kernels import reference
+from bicm_kernels.ops import arguments
+from bicm_kernels.ops.arguments import Number
+from bicm_kernels.ops.library import library
+
+Gradients = tuple[Tensor | None, ...]
+
+_ops = torch.ops.bicm_kernels
+_CODES = {
+    "parameterization": {"bcm": 0, "cm": 1, "edm": 2},
+    "kind": {"vector": 0, "elementwise": 1},
+    "reduction": {"mean": 0, "sum": 1, "none": 2},
+}
+_NAMES = {name: tuple(codes) for name, codes in _CODES.items()}
+_PARAMETERIZATION, _KIND, _REDUCTION = _CODES.values()
+_PER_SAMPLE = _REDUCTION["none"]
+_MAY_BE_NONE = ("u", "weight", "c")
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """A loss in its schema's order: tensors, the first ``inputs`` of which it differentiates, then other arguments."""
+
+    name: str
+    tensors: tuple[str, ...]
+    inputs: int
+    options: tuple[str, ...]
+    reference: Callable[..., Tensor]
+
+    def schema(self, number: str) -> str:
+        """The arguments of the op, numbers as ``float`` or as ``Tensor``."""
+        types = dict.fromkeys(self.tensors, "Tensor") | dict.fromkeys(self.options, number) | dict.fromkeys(_CODES, "int")
+        names = (*self.tensors, *self.options)
+        return ", ".join(f"{types[name]}{'?' if name in _MAY_BE_NONE else ''} {name}" for name in names)
+
+    def named(self, call: Sequence[Any]) -> dict[str, Any]:
+        """The arguments of a call by name, codes as names."""
+        values = dict(zip((*self.tensors, *self.options), call, strict=True))
+        return {name: _NAMES[name][x] if name in _NAMES else x for name, x in values.items()}
+
+
+_PSEUDO_HUBER = _Loss(
+    "pseudo_huber", ("pred", "target", "weight"), 2, ("c", "kind", "reduction"), reference.pseudo_huber
+)
+_CONSISTENCY_LOSS = _Loss(
+    "consistency_loss",
+    ("F", "target", "x", "t", "u", "weight"),
+    3,
+    ("c", "sigma_data", "sigma_min", "parameterization", "kind", "reduction"),
+    reference.consistency_loss,
+)
+
+
+def _gradients(
+    loss: _Loss, overload: str, upstream: Tensor, sums: Tensor, needs: Sequence[bool], call: Sequence[Any]
+) -> Gradients:
+    """The derivatives that are needed, in one pass; through the reference where they are differentiated themselves."""
+    if not arguments.plain_gradient(upstream) or arguments.requires_grad(*call[: loss.inputs]):
+        return _reference_gradients(loss, upstream, needs, call)
+    op = getattr(getattr(_ops, loss.name + "_backward"), overload)
+    results = op(upstream, sums, sum(need << k for k, need in enumerate(needs)), *call)
+    return tuple(result if need else None for result, need in zip(results, needs, strict=True))
+
+
+def _reference_gradients(loss: _Loss, upstream: Tensor, needs: Sequence[bool], call: Sequence[Any]) -> Gradients:
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, because one tensor may be given twice.
+        inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in call[: loss.inputs]]
+        value = loss.reference(**loss.named([*inputs, *call[loss.inputs :]]))
+        wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(value, wanted, upstream, create_graph=differentiable))
+    return tuple(next(found) if need else None for need in needs)
+
+
+def _save(ctx: Any, call: Sequence[Any], sums: Tensor) -> None:
+    ctx.save_for_backward(sums, *(x if isinstance(x, Tensor) else None for x in call))
+    ctx.call = [None if isinstance(x, Tensor) else x for x in call]
+
+
+def _saved(ctx: Any) -> tuple[Tensor, list[Any]]:
+    sums, *tensors = ctx.saved_tensors
+    return sums, [x if tensor is None else tensor for x, tensor in zip(ctx.call, tensors, strict=True)]
+
+
+class _Tracked(torch.autograd.Function):
+    """The losses for eager calls; what ``register_autograd`` makes for traced graphs costs several times as much."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: _Loss, overload: str, *call: Any) -> Tensor:
+        value, sums = getattr(getattr(_ops, loss.name), overload)(*call)
+        ctx.loss, ctx.overload = loss, overload
+        _save(ctx, call, sums)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        sums, call = _saved(ctx)
+        loss = ctx.loss
+        needs = ctx.needs_input_grad[2 : 2 + loss.inputs]
+        found = _gradients(loss, ctx.overload, upstream[0], sums, needs, call)
+        return None, None, *found, *[None] * (len(call) - loss.inputs)
+
+
+def _register(loss: _Loss) -> None:
+    """Define a loss and its derivative, with numbers and with tensors; the latter, for traced graphs, differentiable."""
+
+    def fake_value(*call: Any) -> tuple[Tensor, Tensor]:
+        first, each = call[0], call[-1] == _PER_SAMPLE
+        wide = any(x.dtype == torch.float64 for x in call[: loss.inputs])
+        value = first.new_empty(first.shape[:1] if each else (), dtype=torch.float64 if wide else torch.float32)
+        return value, first.new_empty(first.shape[:1], dtype=torch.float64)
+
+    def fake_gradients(upstream: Tensor, sums: Tensor, needs: int, *call: Any) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.empty_like(x) if needs >> k & 1 else x.new_empty((0,), dtype=torch.float32)
+            for k, x in enumerate(call[: loss.inputs])
+        )
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save(ctx, inputs, output[1])
+
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Gradients:
+        sums, call = _saved(ctx)
+        found = _gradients(loss, "tensor", upstream, sums, ctx.needs_input_grad[: loss.inputs], call)
+        return *found, *[None] * (len(call) - loss.inputs)
+
+    gradients = ", ".join(["Tensor"] * loss.inputs)
+    for overload, number in (("", "float"), (".tensor", "Tensor")):
+        schema = loss.schema(number)
+        library.define(f"{loss.name}{overload}({schema}) -> (Tensor, Tensor)")
+        library.define(
+            f"{loss.name}_backward{overload}(Tensor upstream, Tensor sums, int needs, {schema}) -> ({gradients})"
+        )
+        torch.library.register_fake(f"bicm_kernels::{loss.name}{overload}", fake_value, lib=library)
+        torch.library.register_fake(f"bicm_kernels::{loss.name}_backward{overload}", fake_gradients, lib=library)
+    torch.library.register_autograd(
+        f"bicm_kernels::{loss.name}.tensor", backward, setup_context=setup_context, lib=library
+    )
+
+
+for _loss in (_PSEUDO_HUBER, _CONSISTENCY_LOSS):
+    _register(_loss)
+
+
+def _check(loss: _Loss, values: dict[str, Any]) -> None:
+    """Raise what is wrong with a loss's arguments, if anything is."""
+    first = "x" if "x" in values else loss.tensors[0]
+    arguments.check_state(first, values[first])
+    for name in loss.tensors[: loss.inputs]:
+        arguments.check_state(name, values[name], values[first], first)
+    for name in (*loss.tensors[loss.inputs :], *loss.options):
+        value = values[name]
+        if name in _CODES:
+            if not isinstance(value, str) or value not in _CODES[name]:
+                raise ValueError(f"{name} must be one of {', '.join(_CODES[name])}, got {value!r}")
+        elif value is not None or name not in _MAY_BE_NONE:
+            arguments.check_number(name, value, values[first])
+    c = values["c"]
+    if c is None and values["kind"] == "elementwise":
+        raise ValueError("c must be given for kind='elementwise', where it has no usual value, got None")
+    if isinstance(c, Real) and not arguments.compiling() and not c >= 0:
+        raise ValueError(f"c must be at least 0, got {c!r}")
+    if values.get("u") is not None and values["parameterization"] != "bcm":
+        raise ValueError(f"u must be None for parameterization={values['parameterization']!r}: only bcm takes it")
+
+
+def _run(loss: _Loss, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+    """Run a loss's kernel, or its reference where a derivative, a transform or the backend asks for it.
+
+    ``tensors`` and ``options`` are in the schema's order, the latter with names in place of codes.
+    """
+    values = (*tensors, *options)
+    try:
+        traced = arguments.compiling()
+        inputs, numbers = tensors[: loss.inputs], values[loss.inputs :]
+        fallback = arguments.needs_reference(
+            inputs[0], tracked=arguments.requires_grad(*numbers), family="pseudo_huber"
+        )
+        if traced or fallback:
+            named = dict(zip((*loss.tensors, *loss.options), values, strict=True))
+            _check(loss, named)
+            if fallback:
+                return loss.reference(**named)
+        tensors = (*inputs, *(_number(x) for x in tensors[loss.inputs :]))
+        overload = "default"
+        if traced or any(isinstance(x, Tensor) for x in options):
+            overload = "tensor"
+            options = tuple(_CODES[name][x] if name in _CODES else _number(x) for name, x in zip(loss.options, options, strict=True))
+        else:
+            options = tuple(_CODES[name][x] if name in _CODES else x for name, x in zip(loss.options, options, strict=True))
+        if not traced and arguments.requires_grad(*inputs):
+            return _Tracked.apply(loss, overload, *tensors, *options)
+        return getattr(getattr(_ops, loss.name), overload)(*tensors, *options)[0]
+    except (RuntimeError, TypeError, AttributeError, KeyError, OverflowError) as error:
+        names = (*loss.tensors, *loss.options)
+        arguments.explain(error, lambda: _check(loss, dict(zip(names, values, strict=True))))
+
+
+def _number(value: Number | None) -> Tensor | None:
+    return None if value is None else arguments.coefficient(value)
+
+
+def pseudo_huber(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    c: Number | None = None,
+    weight: Number | None = None,
+    kind: str = "vector",
+    reduction: str = "mean",
+) -> Tensor:
+    """Pseudo-Huber loss, the distance of consistency training (BCM eq. 11), with nothing stored between the passes.
+
+    ``vector``: sqrt(|r|^2 + c^2) - c per sample, r = pred - target; ``elementwise``: the mean of sqrt(r_i^2 + c^2) - c over
+    a sample's elements. Both are computed as s / (sqrt(s + c^2) + c); value and gradient are 0 at s = c = 0.
+
+    Args:
+        pred, target: (B, ...) of one shape, each float16, bfloat16, float32 or float64, any strides.
+        c: where the square turns into the norm, >= 0; float, 0-d or (B,) tensor. None is 0.00054 sqrt(d) for ``vector``,
+            d elements in a sample; ``elementwise`` must be given one.
+        weight: weight of each sample, a (B,) tensor, a 0-d tensor or a float; None weighs all alike.
+        kind: "vector" or "elementwise".
+        reduction: "mean" or "sum" of the weighted distances over the batch, or "none".
+
+    Returns:
+        The loss, 0-d or (B,), float64 where pred or target is float64, else float32: it is not rounded to halves. The
+        gradient of a tensor has that tensor's dtype and layout. Of an empty batch the mean is NaN and the sum 0.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, device, name or range.
+
+    Differentiable in pred and target through the fused kernel; in c and weight, and twice, through the reference.
+
+    >>> import torch, bicm_kernels as bk
+    >>> bk.pseudo_huber(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), c=0.0)
+    tensor(5.)
+    """
+    return _run(_PSEUDO_HUBER, (pred, target, weight), (c, kind, reduction))
+
+
+def consistency_loss(
+    x: Tensor,
+    F: Tensor,
+    t: Number,
+    u: Number | None,
+    target: Tensor,
+    *,
+    c: Number | None = None,
+    weight: Number | None = None,
+    kind: str = "vector",
+    reduction: str = "mean",
+    parameterization: str = "bcm",
+    sigma_data: Number = 0.5,
+    sigma_min: Number = 0.002,
+) -> Tensor:
+    """``pseudo_huber(denoise(x, F, t, u), target)`` without the denoised sample: training allocates F's gradient alone.
+
+    c_skip x + c_out F (BCM eq. 20, 39, 43) exists in the compute type only: unlike ``denoise`` it is not rounded to the
+    dtype of x.
+
+    Args:
+        x: noisy sample (B, ...), float16, bfloat16, float32 or float64, any strides.
+        F: network output, like x, of any of these dtypes.
+        t, u: noise levels from and to; float, 0-d or (B,) tensor. u = None is sigma_min for "bcm"; "cm" and "edm" take none.
+        target: like x, of any of these dtypes.
+        c, weight, kind, reduction: as for ``pseudo_huber``.
+        parameterization: "bcm" (t to u), "cm" (t to sigma_min) or "edm" (t to 0).
+        sigma_data, sigma_min: standard deviation of the data and smallest noise level; floats.
+
+    Returns:
+        The loss, as for ``pseudo_huber``.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, device, name or range.
+
+    Differentiable in F, x and target through the fused kernel; in t, u, c and weight, and twice, through the reference.
+
+    >>> import torch, bicm_kernels as bk
+    >>> x = torch.tensor([[3.0, 4.0]]); bk.consistency_loss(x, x, 2.0, 2.0, 0 * x, c=0.0)
+    tensor(5.)
+    """
+    options = (c, sigma_data, sigma_min, parameterization, kind, reduction)
+    return _run(_CONSISTENCY_LOSS, (F, target, x, t, u, weight), options)
