@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bicm_kernels import reference
+from bicm_kernels import backend, reference
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.arguments import Number
 from bicm_kernels.ops.library import library
@@ -38,6 +38,8 @@ class _Loss:
     inputs: int
     options: tuple[str, ...]
     reference: Callable[..., Tensor]
+    #: The op and its derivative, by the overload's name.
+    kernels: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = field(default_factory=dict)
 
     def schema(self, number: str) -> str:
         """The arguments of the op, numbers as ``float`` or as ``Tensor``."""
@@ -65,53 +67,53 @@ _CONSISTENCY_LOSS = _Loss(
 
 def _gradients(
     loss: _Loss, overload: str, upstream: Tensor, sums: Tensor, needs: Sequence[bool], call: Sequence[Any]
-) -> Gradients:
+) -> Sequence[Tensor]:
     """The derivatives that are needed, in one pass; through the reference where they are differentiated themselves."""
-    if not arguments.plain_gradient(upstream) or arguments.requires_grad(*call[: loss.inputs]):
+    if torch.is_grad_enabled() or not arguments.plain_gradient(upstream):
         return _reference_gradients(loss, upstream, needs, call)
-    op = getattr(getattr(_ops, loss.name + "_backward"), overload)
-    results = op(upstream, sums, sum(need << k for k, need in enumerate(needs)), *call)
-    return tuple(result if need else None for result, need in zip(results, needs, strict=True))
+    bits = 0
+    for k in range(loss.inputs):
+        bits |= needs[k] << k
+    return loss.kernels[overload][1](upstream, sums, bits, *call)
 
 
-def _reference_gradients(loss: _Loss, upstream: Tensor, needs: Sequence[bool], call: Sequence[Any]) -> Gradients:
+def _placed(results: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
+    """The derivatives at the places of the arguments that they belong to."""
+    if len(results) == 1 and needs[0]:
+        return results[0], *[None] * (len(needs) - 1)
+    found = iter(results)
+    return tuple(next(found) if need else None for need in needs)
+
+
+def _reference_gradients(
+    loss: _Loss, upstream: Tensor, needs: Sequence[bool], call: Sequence[Any]
+) -> Sequence[Tensor]:
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, because one tensor may be given twice.
         inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in call[: loss.inputs]]
         value = loss.reference(**loss.named([*inputs, *call[loss.inputs :]]))
-        wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(value, wanted, upstream, create_graph=differentiable))
-    return tuple(next(found) if need else None for need in needs)
-
-
-def _save(ctx: Any, call: Sequence[Any], sums: Tensor) -> None:
-    ctx.save_for_backward(sums, *(x if isinstance(x, Tensor) else None for x in call))
-    ctx.call = [None if isinstance(x, Tensor) else x for x in call]
-
-
-def _saved(ctx: Any) -> tuple[Tensor, list[Any]]:
-    sums, *tensors = ctx.saved_tensors
-    return sums, [x if tensor is None else tensor for x, tensor in zip(ctx.call, tensors, strict=True)]
+        wanted = [x for x, need in zip(inputs, needs, strict=False) if need]
+        return torch.autograd.grad(value, wanted, upstream, create_graph=differentiable)
 
 
 class _Tracked(torch.autograd.Function):
     """The losses for eager calls; what ``register_autograd`` makes for traced graphs costs several times as much."""
 
     @staticmethod
-    def forward(ctx: Any, loss: _Loss, overload: str, *call: Any) -> Tensor:
-        value, sums = getattr(getattr(_ops, loss.name), overload)(*call)
-        ctx.loss, ctx.overload = loss, overload
-        _save(ctx, call, sums)
+    def forward(ctx: Any, call: tuple[_Loss, str, tuple[Any, ...]], *tensors: Any) -> Tensor:
+        loss, overload, options = ctx.call = call
+        value, sums = loss.kernels[overload][0](*tensors, *options)
+        ctx.save_for_backward(sums, *tensors)
         return value
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        sums, call = _saved(ctx)
-        loss = ctx.loss
-        needs = ctx.needs_input_grad[2 : 2 + loss.inputs]
-        found = _gradients(loss, ctx.overload, upstream[0], sums, needs, call)
-        return None, None, *found, *[None] * (len(call) - loss.inputs)
+        loss, overload, options = ctx.call
+        sums, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:]
+        results = _gradients(loss, overload, upstream[0], sums, needs, (*tensors, *options))
+        return None, *_placed(results, needs)
 
 
 def _register(loss: _Loss) -> None:
@@ -123,29 +125,28 @@ def _register(loss: _Loss) -> None:
         value = first.new_empty(first.shape[:1] if each else (), dtype=torch.float64 if wide else torch.float32)
         return value, first.new_empty(first.shape[:1], dtype=torch.float64)
 
-    def fake_gradients(upstream: Tensor, sums: Tensor, needs: int, *call: Any) -> tuple[Tensor, ...]:
-        return tuple(
-            torch.empty_like(x) if needs >> k & 1 else x.new_empty((0,), dtype=torch.float32)
-            for k, x in enumerate(call[: loss.inputs])
-        )
+    def fake_gradients(upstream: Tensor, sums: Tensor, needs: int, *call: Any) -> list[Tensor]:
+        return [torch.empty_like(x) for k, x in enumerate(call[: loss.inputs]) if needs >> k & 1]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _save(ctx, inputs, output[1])
+        ctx.save_for_backward(output[1], *(x if isinstance(x, Tensor) else None for x in inputs))
+        ctx.call = [None if isinstance(x, Tensor) else x for x in inputs]
 
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Gradients:
-        sums, call = _saved(ctx)
-        found = _gradients(loss, "tensor", upstream, sums, ctx.needs_input_grad[: loss.inputs], call)
-        return *found, *[None] * (len(call) - loss.inputs)
+        sums, *tensors = ctx.saved_tensors
+        call = [x if tensor is None else tensor for x, tensor in zip(ctx.call, tensors, strict=True)]
+        needs = ctx.needs_input_grad
+        return _placed(_gradients(loss, "tensor", upstream, sums, needs, call), needs)
 
-    gradients = ", ".join(["Tensor"] * loss.inputs)
     for overload, number in (("", "float"), (".tensor", "Tensor")):
         schema = loss.schema(number)
+        derivative = f"{loss.name}_backward{overload}"
         library.define(f"{loss.name}{overload}({schema}) -> (Tensor, Tensor)")
-        library.define(
-            f"{loss.name}_backward{overload}(Tensor upstream, Tensor sums, int needs, {schema}) -> ({gradients})"
-        )
+        library.define(f"{derivative}(Tensor upstream, Tensor sums, int needs, {schema}) -> Tensor[]")
         torch.library.register_fake(f"bicm_kernels::{loss.name}{overload}", fake_value, lib=library)
-        torch.library.register_fake(f"bicm_kernels::{loss.name}_backward{overload}", fake_gradients, lib=library)
+        torch.library.register_fake(f"bicm_kernels::{derivative}", fake_gradients, lib=library)
+        named = overload.lstrip(".") or "default"
+        loss.kernels[named] = tuple(getattr(getattr(_ops, loss.name + x), named) for x in ("", "_backward"))
     torch.library.register_autograd(
         f"bicm_kernels::{loss.name}.tensor", backward, setup_context=setup_context, lib=library
     )
@@ -155,8 +156,9 @@ for _loss in (_PSEUDO_HUBER, _CONSISTENCY_LOSS):
     _register(_loss)
 
 
-def _check(loss: _Loss, values: dict[str, Any]) -> None:
+def _check(loss: _Loss, call: Sequence[Any]) -> None:
     """Raise what is wrong with a loss's arguments, if anything is."""
+    values = dict(zip((*loss.tensors, *loss.options), call, strict=True))
     first = "x" if "x" in values else loss.tensors[0]
     arguments.check_state(first, values[first])
     for name in loss.tensors[: loss.inputs]:
@@ -177,36 +179,60 @@ def _check(loss: _Loss, values: dict[str, Any]) -> None:
         raise ValueError(f"u must be None for parameterization={values['parameterization']!r}: only bcm takes it")
 
 
-def _run(loss: _Loss, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+def _eager(first: Any) -> bool:
+    return (
+        backend.native_cpu
+        and not arguments.compiling()
+        and isinstance(first, Tensor)
+        and first.is_cpu
+        and not arguments.transformed()
+    )
+
+
+def _quick(loss: _Loss, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor | None:
+    """The loss of an eager call on the CPU whose numbers need no conversion; None where a call is another or wrong."""
+    tracked = False
+    for x in tensors[: loss.inputs]:
+        tracked |= x.requires_grad
+    for x in tensors[loss.inputs :]:
+        if x is not None and (type(x) is not Tensor or x.requires_grad):
+            return None
+    if tracked and torch.is_grad_enabled():
+        return _apply((loss, "default", options), *tensors)
+    return loss.kernels["default"][0](*tensors, *options)[0]
+
+
+# Without the detour through Function.apply, which looks for the transforms that were ruled out before.
+_apply = super(torch.autograd.Function, _Tracked).apply
+
+
+def _run(loss: _Loss, tensors: tuple[Any, ...], numbers: tuple[Any, ...], names: tuple[str, ...]) -> Tensor:
     """Run a loss's kernel, or its reference where a derivative, a transform or the backend asks for it.
 
-    ``tensors`` and ``options`` are in the schema's order, the latter with names in place of codes.
+    ``tensors``, ``numbers`` and the ``names`` of codes follow one another in the schema's order.
     """
-    values = (*tensors, *options)
+    values = (*tensors, *numbers, *names)
+    traced = arguments.compiling()
     try:
-        traced = arguments.compiling()
-        inputs, numbers = tensors[: loss.inputs], values[loss.inputs :]
+        codes = [_CODES[option][name] for option, name in zip(loss.options[len(numbers) :], names, strict=True)]
         fallback = arguments.needs_reference(
-            inputs[0], tracked=arguments.requires_grad(*numbers), family="pseudo_huber"
+            tensors[0], tracked=arguments.requires_grad(*tensors[loss.inputs :], *numbers), family="pseudo_huber"
         )
         if traced or fallback:
-            named = dict(zip((*loss.tensors, *loss.options), values, strict=True))
-            _check(loss, named)
-            if fallback:
-                return loss.reference(**named)
-        tensors = (*inputs, *(_number(x) for x in tensors[loss.inputs :]))
+            _check(loss, values)
+        if fallback:
+            return loss.reference(**dict(zip((*loss.tensors, *loss.options), values, strict=True)))
+        tensors = (*tensors[: loss.inputs], *map(_number, tensors[loss.inputs :]))
         overload = "default"
-        if traced or any(isinstance(x, Tensor) for x in options):
-            overload = "tensor"
-            options = tuple(_CODES[name][x] if name in _CODES else _number(x) for name, x in zip(loss.options, options, strict=True))
-        else:
-            options = tuple(_CODES[name][x] if name in _CODES else x for name, x in zip(loss.options, options, strict=True))
-        if not traced and arguments.requires_grad(*inputs):
-            return _Tracked.apply(loss, overload, *tensors, *options)
-        return getattr(getattr(_ops, loss.name), overload)(*tensors, *options)[0]
+        if traced or any(isinstance(x, Tensor) for x in numbers):
+            overload, numbers = "tensor", tuple(map(_number, numbers))
+        if traced or not arguments.requires_grad(*tensors):
+            return loss.kernels[overload][0](*tensors, *numbers, *codes)[0]
+        # Copies, because nothing would notice if they were overwritten before the backward pass.
+        numbers = tuple(x.clone() if isinstance(x, Tensor) else x for x in numbers)
+        return _Tracked.apply((loss, overload, (*numbers, *codes)), *tensors)
     except (RuntimeError, TypeError, AttributeError, KeyError, OverflowError) as error:
-        names = (*loss.tensors, *loss.options)
-        arguments.explain(error, lambda: _check(loss, dict(zip(names, values, strict=True))))
+        arguments.explain(error, lambda: _check(loss, values))
 
 
 def _number(value: Number | None) -> Tensor | None:
@@ -248,7 +274,15 @@ def pseudo_huber(
     >>> bk.pseudo_huber(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), c=0.0)
     tensor(5.)
     """
-    return _run(_PSEUDO_HUBER, (pred, target, weight), (c, kind, reduction))
+    tensors = (pred, target, weight)
+    if _eager(pred) and (c is None or type(c) is float):
+        try:
+            loss = _quick(_PSEUDO_HUBER, tensors, (c, _KIND[kind], _REDUCTION[reduction]))
+            if loss is not None:
+                return loss
+        except (RuntimeError, TypeError, AttributeError, KeyError):
+            pass  # the long way says why
+    return _run(_PSEUDO_HUBER, tensors, (c,), (kind, reduction))
 
 
 def consistency_loss(
@@ -292,5 +326,13 @@ def consistency_loss(
     >>> x = torch.tensor([[3.0, 4.0]]); bk.consistency_loss(x, x, 2.0, 2.0, 0 * x, c=0.0)
     tensor(5.)
     """
-    options = (c, sigma_data, sigma_min, parameterization, kind, reduction)
-    return _run(_CONSISTENCY_LOSS, (F, target, x, t, u, weight), options)
+    tensors = (F, target, x, t, u, weight)
+    if _eager(F) and (c is None or type(c) is float) and type(sigma_data) is type(sigma_min) is float:
+        try:
+            codes = (_PARAMETERIZATION[parameterization], _KIND[kind], _REDUCTION[reduction])
+            loss = _quick(_CONSISTENCY_LOSS, tensors, (c, sigma_data, sigma_min, *codes))
+            if loss is not None:
+                return loss
+        except (RuntimeError, TypeError, AttributeError, KeyError):
+            pass  # the long way says why
+    return _run(_CONSISTENCY_LOSS, tensors, (c, sigma_data, sigma_min), (parameterization, kind, reduction))

@@ -75,17 +75,9 @@ class Loss {
     return {loss, sums};
   }
 
-  Tensor gradient(int input, int64_t needs) {
-    p.wanted[input] = (needs >> input & 1) != 0;
-    if (!p.wanted[input]) return empty_tensor(*inputs_[0], 1, 0, aoti_torch_dtype_float32());
-    Tensor result = like(*inputs_[input], views_[input]);
-    outputs_[input] = view_of(result);
-    add(outputs_[input], p.gradient[input]);
-    return result;
-  }
-
+  // The gradients of the inputs whose bit is set in `needs`, in the order of the inputs.
   template <class Device>
-  void gradients(const Tensor& upstream, const Tensor& sums) {
+  std::vector<Tensor> gradients(const Tensor& upstream, const Tensor& sums, int64_t needs) {
     const bool each = p.reduction == Reduction::none;
     STD_TORCH_CHECK(upstream.dim() == (each ? 1 : 0), "bicm_kernels: the gradient must have the shape of the loss");
     p.upstream = number(upstream);
@@ -94,13 +86,23 @@ class Loss {
                         view.device == views_[0].device && contiguous(view),
                     "bicm_kernels: sums must be what the forward pass returned");
     p.sums = static_cast<double*>(view.data);
+
+    std::vector<Tensor> results;
+    for (int i = 0; i < count_; ++i) {
+      p.wanted[i] = (needs >> i & 1) != 0;
+      if (!p.wanted[i]) continue;
+      results.push_back(like(*inputs_[i], views_[i]));
+      outputs_[i] = view_of(results.back());
+      add(outputs_[i], p.gradient[i]);
+    }
     merge_all();
-    if (p.layout.batch == 0 || p.layout.elements == 0) return;
+    if (p.layout.batch == 0 || p.layout.elements == 0) return results;
     for (int i = 0; i < count_; ++i) {
       const int64_t bytes = p.layout.batch * p.layout.elements * size_of(views_[i].dtype);
       p.gradient[i].streams = p.wanted[i] && bytes >= kStreamBytes;
     }
     Device::gradients(p, sums);
+    return results;
   }
 
   PseudoHuber p = {};
@@ -140,14 +142,12 @@ std::tuple<Tensor, Tensor> pseudo_huber_loss(Tensor pred, Tensor target, MaybeTe
 }
 
 template <class Device, class A>
-std::tuple<Tensor, Tensor> pseudo_huber_backward(Tensor upstream, Tensor sums, int64_t needs, Tensor pred,
-                                                 Tensor target, MaybeTensor weight, typename A::Maybe c,
-                                                 int64_t distance, int64_t reduction) {
+std::vector<Tensor> pseudo_huber_backward(Tensor upstream, Tensor sums, int64_t needs, Tensor pred, Tensor target,
+                                          MaybeTensor weight, typename A::Maybe c, int64_t distance,
+                                          int64_t reduction) {
   Loss loss(pred, target, nullptr);
   loss.distance(weight, c, distance, reduction);
-  Tensor pred_gradient = loss.gradient(0, needs), target_gradient = loss.gradient(1, needs);
-  loss.gradients<Device>(upstream, sums);
-  return {pred_gradient, target_gradient};
+  return loss.gradients<Device>(upstream, sums, needs);
 }
 
 template <class Device, class A>
@@ -162,19 +162,15 @@ std::tuple<Tensor, Tensor> consistency_loss(Tensor F, Tensor target, Tensor x, T
 }
 
 template <class Device, class A>
-std::tuple<Tensor, Tensor, Tensor> consistency_loss_backward(Tensor upstream, Tensor sums, int64_t needs, Tensor F,
-                                                             Tensor target, Tensor x, Tensor t, MaybeTensor u,
-                                                             MaybeTensor weight, typename A::Maybe c,
-                                                             typename A::Numeric sigma_data,
-                                                             typename A::Numeric sigma_min, int64_t parameterization,
-                                                             int64_t distance, int64_t reduction) {
+std::vector<Tensor> consistency_loss_backward(Tensor upstream, Tensor sums, int64_t needs, Tensor F, Tensor target,
+                                              Tensor x, Tensor t, MaybeTensor u, MaybeTensor weight,
+                                              typename A::Maybe c, typename A::Numeric sigma_data,
+                                              typename A::Numeric sigma_min, int64_t parameterization,
+                                              int64_t distance, int64_t reduction) {
   Loss loss(F, target, &x);
   loss.denoising(t, u, sigma_data, sigma_min, parameterization);
   loss.distance(weight, c, distance, reduction);
-  Tensor F_gradient = loss.gradient(0, needs), target_gradient = loss.gradient(1, needs);
-  Tensor x_gradient = loss.gradient(2, needs);
-  loss.gradients<Device>(upstream, sums);
-  return {F_gradient, target_gradient, x_gradient};
+  return loss.gradients<Device>(upstream, sums, needs);
 }
 
 template <class Device, class A, class Library>
