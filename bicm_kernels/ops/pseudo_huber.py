@@ -16,6 +16,8 @@ from bicm_kernels.ops.arguments import Number
 from bicm_kernels.ops.library import library
 
 Gradients = tuple[Tensor | None, ...]
+_Kernel = Callable[..., Any]
+_Kernels = tuple[_Kernel, _Kernel]
 
 _ops = torch.ops.bicm_kernels
 _CODES = {
@@ -39,7 +41,7 @@ class _Loss:
     options: tuple[str, ...]
     reference: Callable[..., Tensor]
     #: The op and its derivative, by the overload's name.
-    kernels: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = field(default_factory=dict)
+    kernels: dict[str, _Kernels] = field(default_factory=dict)
 
     def schema(self, number: str) -> str:
         """The arguments of the op, numbers as ``float`` or as ``Tensor``."""
@@ -66,21 +68,14 @@ _CONSISTENCY_LOSS = _Loss(
 
 
 def _gradients(
-    loss: _Loss, overload: str, upstream: Tensor, sums: Tensor, needs: Sequence[bool], call: Sequence[Any]
-) -> Sequence[Tensor]:
+    loss: _Loss, kernel: _Kernel, upstream: Tensor, sums: Tensor, needs: Sequence[bool], call: Sequence[Any]
+) -> Gradients:
     """The derivatives that are needed, in one pass; through the reference where they are differentiated themselves."""
-    if torch.is_grad_enabled() or not arguments.plain_gradient(upstream):
-        return _reference_gradients(loss, upstream, needs, call)
-    bits = 0
-    for k in range(loss.inputs):
-        bits |= needs[k] << k
-    return loss.kernels[overload][1](upstream, sums, bits, *call)
-
-
-def _placed(results: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
-    """The derivatives at the places of the arguments that they belong to."""
-    if len(results) == 1 and needs[0]:
-        return results[0], *[None] * (len(needs) - 1)
+    if torch.is_grad_enabled() or arguments.batched(upstream) or arguments.transformed():
+        results = _reference_gradients(loss, upstream, needs, call)
+    else:
+        # The third argument is an input or a weight, which needs none here.
+        results = kernel(upstream, sums, needs[0] + 2 * needs[1] + 4 * needs[2], *call)
     found = iter(results)
     return tuple(next(found) if need else None for need in needs)
 
@@ -97,23 +92,25 @@ def _reference_gradients(
         return torch.autograd.grad(value, wanted, upstream, create_graph=differentiable)
 
 
+# A loss, its op and derivative, and the arguments that are not tensors.
+_Call = tuple[_Loss, _Kernels, tuple[Any, ...]]
+
+
 class _Tracked(torch.autograd.Function):
     """The losses for eager calls; what ``register_autograd`` makes for traced graphs costs several times as much."""
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[_Loss, str, tuple[Any, ...]], *tensors: Any) -> Tensor:
-        loss, overload, options = ctx.call = call
-        value, sums = loss.kernels[overload][0](*tensors, *options)
+    def forward(ctx: Any, call: _Call, *tensors: Any) -> Tensor:
+        value, sums = call[1][0](*tensors, *call[2])
         ctx.save_for_backward(sums, *tensors)
+        ctx.call = call
         return value
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
-        loss, overload, options = ctx.call
+    def backward(ctx: Any, *upstreams: Tensor) -> Any:
+        loss, (_, kernel), options = ctx.call
         sums, *tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:]
-        results = _gradients(loss, overload, upstream[0], sums, needs, (*tensors, *options))
-        return None, *_placed(results, needs)
+        return None, *_gradients(loss, kernel, upstreams[0], sums, ctx.needs_input_grad[1:], (*tensors, *options))
 
 
 def _register(loss: _Loss) -> None:
@@ -135,8 +132,7 @@ def _register(loss: _Loss) -> None:
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Gradients:
         sums, *tensors = ctx.saved_tensors
         call = [x if tensor is None else tensor for x, tensor in zip(ctx.call, tensors, strict=True)]
-        needs = ctx.needs_input_grad
-        return _placed(_gradients(loss, "tensor", upstream, sums, needs, call), needs)
+        return _gradients(loss, loss.kernels["tensor"][1], upstream, sums, ctx.needs_input_grad, call)
 
     for overload, number in (("", "float"), (".tensor", "Tensor")):
         schema = loss.schema(number)
@@ -179,27 +175,21 @@ def _check(loss: _Loss, call: Sequence[Any]) -> None:
         raise ValueError(f"u must be None for parameterization={values['parameterization']!r}: only bcm takes it")
 
 
-def _eager(first: Any) -> bool:
-    return (
-        backend.native_cpu
-        and not arguments.compiling()
-        and isinstance(first, Tensor)
-        and first.is_cpu
-        and not arguments.transformed()
-    )
-
-
 def _quick(loss: _Loss, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor | None:
     """The loss of an eager call on the CPU whose numbers need no conversion; None where a call is another or wrong."""
-    tracked = False
-    for x in tensors[: loss.inputs]:
-        tracked |= x.requires_grad
-    for x in tensors[loss.inputs :]:
-        if x is not None and (type(x) is not Tensor or x.requires_grad):
+    if arguments.transformed() or not tensors[0].is_cpu:
+        return None
+    place, tracked = 0, False
+    for x in tensors:
+        place += 1
+        if place <= loss.inputs:
+            tracked = tracked or x.requires_grad
+        elif x is not None and (type(x) is not Tensor or x.requires_grad):
             return None
+    kernels = loss.kernels["default"]
     if tracked and torch.is_grad_enabled():
-        return _apply((loss, "default", options), *tensors)
-    return loss.kernels["default"][0](*tensors, *options)[0]
+        return _apply((loss, kernels, options), *tensors)
+    return kernels[0](*tensors, *options)[0]
 
 
 # Without the detour through Function.apply, which looks for the transforms that were ruled out before.
@@ -230,7 +220,7 @@ def _run(loss: _Loss, tensors: tuple[Any, ...], numbers: tuple[Any, ...], names:
             return loss.kernels[overload][0](*tensors, *numbers, *codes)[0]
         # Copies, because nothing would notice if they were overwritten before the backward pass.
         numbers = tuple(x.clone() if isinstance(x, Tensor) else x for x in numbers)
-        return _Tracked.apply((loss, overload, (*numbers, *codes)), *tensors)
+        return _Tracked.apply((loss, loss.kernels[overload], (*numbers, *codes)), *tensors)
     except (RuntimeError, TypeError, AttributeError, KeyError, OverflowError) as error:
         arguments.explain(error, lambda: _check(loss, values))
 
@@ -275,7 +265,7 @@ def pseudo_huber(
     tensor(5.)
     """
     tensors = (pred, target, weight)
-    if _eager(pred) and (c is None or type(c) is float):
+    if backend.native_cpu and not arguments.compiling() and (c is None or type(c) is float):
         try:
             loss = _quick(_PSEUDO_HUBER, tensors, (c, _KIND[kind], _REDUCTION[reduction]))
             if loss is not None:
@@ -327,7 +317,7 @@ def consistency_loss(
     tensor(5.)
     """
     tensors = (F, target, x, t, u, weight)
-    if _eager(F) and (c is None or type(c) is float) and type(sigma_data) is type(sigma_min) is float:
+    if backend.native_cpu and not arguments.compiling() and (c is None or type(c) is float):
         try:
             codes = (_PARAMETERIZATION[parameterization], _KIND[kind], _REDUCTION[reduction])
             loss = _quick(_CONSISTENCY_LOSS, tensors, (c, sigma_data, sigma_min, *codes))
