@@ -32,8 +32,8 @@ struct PseudoHuber {
   // The forward pass: one sum per chunk of a sample. The backward pass reads them, added up per sample.
   double* sums;
 
-  Number upstream;               // the gradient of the loss, one number or one per sample
-  bool wanted[kLossInputs];      // of prediction, target, x
+  Number upstream;           // the gradient of the loss, one number or one per sample
+  bool wanted[kLossInputs];  // of prediction, target, x
   Operand gradient[kLossInputs];
 };
 
@@ -41,17 +41,17 @@ struct PseudoHuber {
 
 BICM_NAMESPACE_BEGIN
 
-// sqrt(s + c^2) - c without its cancellation where s << c^2; s = 0 gives 0 for every c.
+// What zero is divided by where zero over zero is meant to be zero: x, or any other number for x = 0. Compilers make a
+// branch of a division by 1 or 2, and a loop with a branch is not vectorised.
 template <class C>
-BICM_HD C pseudo_huber_distance(C s, C c) {
-  const C divisor = root(s + c * c) + c;
-  return divisor == C(0) ? C(0) : s / divisor;
+BICM_HD C nonzero(C x) {
+  return x == C(0) ? C(3) : x;
 }
 
-// What r is divided by in the gradient r / sqrt(s + c^2), as a factor; 0 where r = 0 and c = 0.
-BICM_HD double pseudo_huber_slope(double s, double c) {
-  const double length = root(s + c * c);
-  return length == 0.0 ? 0.0 : 1.0 / length;
+// sqrt(s + c^2) - c without its cancellation where s << c^2; 0 at s = c = 0.
+template <class C>
+BICM_HD C pseudo_huber_distance(C s, C c) {
+  return s / nonzero(root(s + c * c) + c);
 }
 
 BICM_HD double transition_of(const PseudoHuber& p, int64_t sample) {
@@ -69,7 +69,8 @@ BICM_HD double factor_of(const PseudoHuber& p, int64_t sample, double sum) {
   double factor = load_number<double>(p.upstream, sample) * load_number<double>(p.weight, sample);
   if (p.reduction == Reduction::mean) factor = factor / static_cast<double>(p.layout.batch);
   if (p.distance == Distance::elementwise) return factor / static_cast<double>(p.layout.elements);
-  return factor * pseudo_huber_slope(sum, transition_of(p, sample));
+  const double c = transition_of(p, sample);
+  return factor / nonzero(root(sum + c * c));
 }
 
 template <class C>

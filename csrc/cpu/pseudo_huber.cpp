@@ -28,6 +28,17 @@ struct Part<double> {
   typedef Doubles Lanes;
 };
 
+BICM_HD Doubles to_doubles(Doubles x) { return x; }
+BICM_HD Doubles to_doubles(Part<float>::Lanes x) {
+#if defined(BICM_ISA_AVX512)
+  return (Doubles)_mm512_cvtps_pd((__m256)x);
+#elif defined(BICM_VECTOR)
+  return (Doubles)_mm256_cvtps_pd((__m128)x);
+#else
+  return __builtin_convertvector(x, Doubles);
+#endif
+}
+
 struct Identity {
   BICM_HD static Doubles of(Doubles x) { return x; }
 };
@@ -35,19 +46,55 @@ struct Square {
   BICM_HD static Doubles of(Doubles x) { return x * x; }
 };
 
-// The sum of Term over a buffer with room for whole rounds of accumulators.
-template <class Term, class C>
-double sum_of(C* x, int64_t count) {
-  constexpr int parts = kAccumulators / kDoubles;
-  const int64_t end = (count + kAccumulators - 1) / kAccumulators * kAccumulators;
-  for (int64_t i = count; i < end; ++i) x[i] = C(0);
-  Doubles total[parts] = {};
-  for (int64_t i = 0; i < end; i += kAccumulators) {
-    for (int k = 0; k < parts; ++k) {
-      typename Part<C>::Lanes lanes;
-      __builtin_memcpy(&lanes, x + i + k * kDoubles, sizeof(lanes));
-      total[k] += Term::of(__builtin_convertvector(lanes, Doubles));
-    }
+template <class Lanes, class C>
+BICM_HD Lanes load_lanes(const C* from) {
+  Lanes lanes;
+  __builtin_memcpy(&lanes, from, sizeof(lanes));
+  return lanes;
+}
+
+// What lies in a buffer, as a function of the place.
+template <class C>
+struct Stored {
+  const C* data;
+  BICM_HD C operator()(int64_t i) const { return data[i]; }
+  template <class Lanes>
+  BICM_HD Lanes lanes(int64_t i) const {
+    return load_lanes<Lanes>(data + i);
+  }
+};
+
+// The residual, never stored.
+template <class C, bool Denoises>
+struct Residual {
+  const C *prediction, *target, *x;
+  C c_skip, c_out;
+  BICM_HD C operator()(int64_t i) const {
+    return (Denoises ? c_skip * x[i] + c_out * prediction[i] : prediction[i]) - target[i];
+  }
+  template <class Lanes>
+  BICM_HD Lanes lanes(int64_t i) const {
+    const Lanes y = load_lanes<Lanes>(prediction + i);
+    return (Denoises ? c_skip * load_lanes<Lanes>(x + i) + c_out * y : y) - load_lanes<Lanes>(target + i);
+  }
+};
+
+template <class Term, class C, class Source>
+BICM_HD void add_round(const Source& source, int64_t i, Doubles* total) {
+  for (int k = 0; k < kAccumulators / kDoubles; ++k) {
+    total[k] += Term::of(to_doubles(source.template lanes<typename Part<C>::Lanes>(i + k * kDoubles)));
+  }
+}
+
+template <class Term, class C, class Source>
+double sum_of(const Source& source, int64_t count) {
+  Doubles total[kAccumulators / kDoubles] = {};
+  int64_t i = 0;
+  for (; i + kAccumulators <= count; i += kAccumulators) add_round<Term, C>(source, i, total);
+  if (i < count) {
+    C rest[kAccumulators] = {};
+    for (int64_t j = i; j < count; ++j) rest[j - i] = source(j);
+    add_round<Term, C>(Stored<C>{rest}, 0, total);
   }
   double single[kAccumulators];
   __builtin_memcpy(single, total, sizeof(single));
@@ -66,27 +113,66 @@ struct Buffers {
   alignas(64) C out[kChunk];
 };
 
-template <class C>
-void form_residual(const PseudoHuber& p, const Unit& unit, const Preconditioning<C>& weights, Buffers<C>& buffers) {
+// Calls visit with the unit's residual, its inputs loaded.
+template <class C, class Visit>
+BICM_HD void with_residual(const PseudoHuber& p, const Unit& unit, const Preconditioning<C>& weights,
+                           Buffers<C>& buffers, Visit visit) {
   const C* prediction = load_unit(p.layout, p.prediction, unit, buffers.prediction);
   const C* target = load_unit(p.layout, p.target, unit, buffers.target);
-  C* residual = buffers.residual;
-  if (!p.denoises) {
-    for (int64_t i = 0; i < unit.count; ++i) residual[i] = prediction[i] - target[i];
-    return;
-  }
+  if (!p.denoises) return visit(Residual<C, false>{prediction, target, nullptr, C(0), C(1)});
   const C* x = load_unit(p.layout, p.x, unit, buffers.x);
-  const C c_skip = weights.c_skip, c_out = weights.c_out;
-#pragma GCC ivdep
-  for (int64_t i = 0; i < unit.count; ++i) residual[i] = (c_skip * x[i] + c_out * prediction[i]) - target[i];
+  visit(Residual<C, true>{prediction, target, x, weights.c_skip, weights.c_out});
 }
 
 template <class C>
-double sum_unit(const PseudoHuber& p, C c, int64_t count, Buffers<C>& buffers) {
-  C* residual = buffers.residual;
-  if (p.distance == Distance::vector) return sum_of<Square>(residual, count);
-  for (int64_t i = 0; i < count; ++i) residual[i] = pseudo_huber_distance(residual[i] * residual[i], c);
-  return sum_of<Identity>(residual, count);
+void form_residual(const PseudoHuber& p, const Unit& unit, const Preconditioning<C>& weights, Buffers<C>& buffers) {
+  C* out = buffers.residual;
+  with_residual(p, unit, weights, buffers, [&](const auto& residual) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < unit.count; ++i) out[i] = residual(i);
+  });
+}
+
+#if defined(BICM_VECTOR)
+BICM_HD void stream(Floats x, float* to) {
+#if defined(BICM_ISA_AVX512)
+  _mm512_stream_ps(to, (__m512)x);
+#else
+  _mm256_stream_ps(to, (__m256)x);
+#endif
+}
+
+// The usual case of training, F's gradient alone and larger than the cache: from registers to memory.
+inline bool stream_scaled(const PseudoHuber& p, const Unit& unit, const Preconditioning<float>& weights, float factor,
+                          Buffers<float>& buffers) {
+  const Operand& to = p.gradient[0];
+  const bool alone = p.wanted[0] && !p.wanted[1] && !p.wanted[2] && p.distance == Distance::vector;
+  if (!alone || !to.streams || !is_compute_type<float>(to) || unit.count % kLanes != 0) return false;
+  float* out = static_cast<float*>(to.data) + unit.sample * to.batch_stride + unit.begin;
+  if (reinterpret_cast<uintptr_t>(out) % sizeof(Floats) != 0) return false;
+  with_residual(p, unit, weights, buffers, [&](const auto& residual) {
+    for (int64_t i = 0; i < unit.count; i += kLanes) stream(factor * residual.template lanes<Floats>(i), out + i);
+  });
+  return true;
+}
+#endif
+template <class C>
+bool stream_scaled(const PseudoHuber&, const Unit&, const Preconditioning<C>&, C, Buffers<C>&) {
+  return false;
+}
+
+template <class C>
+double sum_unit(const PseudoHuber& p, const Unit& unit, const Preconditioning<C>& weights, C c, Buffers<C>& buffers) {
+  double total = 0.0;
+  if (p.distance == Distance::vector) {
+    with_residual(p, unit, weights, buffers,
+                  [&](const auto& residual) { total = sum_of<Square, C>(residual, unit.count); });
+    return total;
+  }
+  form_residual(p, unit, weights, buffers);
+  C* r = buffers.residual;
+  for (int64_t i = 0; i < unit.count; ++i) r[i] = pseudo_huber_distance(r[i] * r[i], c);
+  return sum_of<Identity, C>(Stored<C>{r}, unit.count);
 }
 
 template <class C>
@@ -101,8 +187,7 @@ void sums(const PseudoHuber& p, int64_t begin, int64_t end) {
     double total = 0.0;
     for (int64_t i = first; i < last; ++i) {
       const Unit unit = unit_at(p.layout, sample * units + i);
-      form_residual(p, unit, weights, buffers);
-      total = total + sum_unit(p, c, unit.count, buffers);
+      total = total + sum_unit(p, unit, weights, c, buffers);
     }
     p.sums[item] = total;
   }
@@ -135,12 +220,12 @@ void gradients(const PseudoHuber& p, int64_t begin, int64_t end) {
       factor[1] = static_cast<C>(-shared);
       factor[2] = static_cast<C>(shared * static_cast<double>(weights.c_skip));
     }
+    if (stream_scaled(p, unit, weights, factor[0], buffers)) continue;
     form_residual(p, unit, weights, buffers);
     if (p.distance == Distance::elementwise) {
       C* r = buffers.residual;
       for (int64_t j = 0; j < unit.count; ++j) {
-        const C length = root(r[j] * r[j] + c * c);
-        r[j] = length == C(0) ? C(0) : r[j] / length;
+        r[j] = r[j] / nonzero(root(r[j] * r[j] + c * c));
       }
     }
     for (int k = 0; k < kLossInputs; ++k) {

@@ -165,8 +165,8 @@ template <class Device, class A>
 std::vector<Tensor> consistency_loss_backward(Tensor upstream, Tensor sums, int64_t needs, Tensor F, Tensor target,
                                               Tensor x, Tensor t, MaybeTensor u, MaybeTensor weight,
                                               typename A::Maybe c, typename A::Numeric sigma_data,
-                                              typename A::Numeric sigma_min, int64_t parameterization,
-                                              int64_t distance, int64_t reduction) {
+                                              typename A::Numeric sigma_min, int64_t parameterization, int64_t distance,
+                                              int64_t reduction) {
   Loss loss(F, target, &x);
   loss.denoising(t, u, sigma_data, sigma_min, parameterization);
   loss.distance(weight, c, distance, reduction);
