@@ -7,21 +7,41 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import bicm_kernels as bk
 import pytest
 import torch
-from bicm_kernels import reference
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import bicm_kernels as bk
+from bicm_kernels import reference
+
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 Bits = Callable[[Tensor, Tensor], None]
 Threads = Callable[[int], Any]
-KINDS: list[dict[str, Any]] = [{}, {"c": 0.0}, {"c": 0.3}, {"kind": "elementwise", "c": 0.03}, {"kind": "elementwise", "c": 0.0}]
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"c": 0.0},
+    {"c": 0.3},
+    {"kind": "elementwise", "c": 0.03},
+    {"kind": "elementwise", "c": 0.0},
+]
 REDUCTIONS = ("mean", "sum", "none")
 DTYPES = [(F32, F32), (F32, BF16), (F16, F32), (BF16, BF16), (F16, F16), (F64, F64), (F64, F32), (BF16, F64)]
-SIZES = [(1,), (7,), (1, 1), (5, 3), (2, 31), (2, 33), (2, 1023), (3, 1025), (2, 3, 17, 31), (1, 2, 3, 2, 3, 2), (130, 257), (2, 70_001)]
+SIZES = [
+    (1,),
+    (7,),
+    (1, 1),
+    (5, 3),
+    (2, 31),
+    (2, 33),
+    (2, 1023),
+    (3, 1025),
+    (2, 3, 17, 31),
+    (1, 2, 3, 2, 3, 2),
+    (130, 257),
+    (2, 70_001),
+]
 
 
 def random(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
@@ -32,7 +52,9 @@ def close(actual: Tensor, expected: Tensor, rtol: float = 1e-6) -> None:
     assert actual.dtype == expected.dtype
     atol = 1e-30 if expected.numel() == 0 else 1e-7 * expected.abs().max().item() + 1e-30
     half = {F16: 1e-3, BF16: 8e-3}.get(actual.dtype, 0.0)
-    torch.testing.assert_close(actual, expected, rtol=max(rtol, half), atol=max(atol, 6e-8 if half else 0.0), equal_nan=True)
+    torch.testing.assert_close(
+        actual, expected, rtol=max(rtol, half), atol=max(atol, 6e-8 if half else 0.0), equal_nan=True
+    )
 
 
 def value_and_gradients(loss: Callable[..., Tensor], inputs: list[Tensor], *rest: Any, **options: Any) -> list[Tensor]:
@@ -127,7 +149,12 @@ def test_forms_of_numbers(form: str, parameterization: str) -> None:
     x, F, target = (random(4, 3, 20, seed=k) for k in range(3))
     u = number(0.7) if parameterization == "bcm" else None
     for reduction, dtype in itertools.product(REDUCTIONS, (F32, F64)):
-        options = {"c": number(0.2), "weight": number(1.5), "reduction": reduction, "parameterization": parameterization}
+        options = {
+            "c": number(0.2),
+            "weight": number(1.5),
+            "reduction": reduction,
+            "parameterization": parameterization,
+        }
         options |= {"sigma_data": number(0.6), "sigma_min": number(0.01)}
         inputs = [x.to(dtype), F, target]
         ours = value_and_gradients(denoising(bk, number(3.0), u), inputs, **options)
@@ -138,7 +165,9 @@ def test_forms_of_numbers(form: str, parameterization: str) -> None:
 
 def test_defaults() -> None:
     x, F, target = (random(3, 2, 50, seed=k) for k in range(3))
-    close(bk.pseudo_huber(F, target), bk.pseudo_huber(F, target, c=0.00054 * 10, weight=torch.ones(3), reduction="mean"))
+    close(
+        bk.pseudo_huber(F, target), bk.pseudo_huber(F, target, c=0.00054 * 10, weight=torch.ones(3), reduction="mean")
+    )
     close(bk.consistency_loss(x, F, 2.0, None, target), bk.consistency_loss(x, F, 2.0, 0.002, target))
     edm = bk.consistency_loss(x, F, 2.0, None, target, parameterization="edm")
     close(edm, bk.consistency_loss(x, F, 2.0, 0.0, target))
@@ -187,7 +216,9 @@ def test_without_c(each_backend: str, kind: str) -> None:
     assert gradient.isfinite().all()
 
 
-@given(scale=st.floats(-12, 6), c=st.floats(0, 10), kind=st.sampled_from(["vector", "elementwise"]), d=st.integers(1, 200))
+@given(
+    scale=st.floats(-12, 6), c=st.floats(0, 10), kind=st.sampled_from(["vector", "elementwise"]), d=st.integers(1, 200)
+)
 def test_any_scale(scale: float, c: float, kind: str, d: int) -> None:
     r = 10**scale * random(2, d)
     s = r.double().square()
@@ -302,7 +333,10 @@ def test_instruction_sets_and_threads_give_one_digest(python: Any, best_digest: 
     capability = {"DEFAULT": "scalar", "AVX2": "avx2", "AVX512": "avx512"}[torch.backends.cpu.get_cpu_capability()]
     if order.index(instructions) > order.index(capability):
         pytest.skip(f"this processor has no {instructions}")
-    program = DIGEST + "print(bk.backend.describe())\nfor n in (1, 2):\n    torch.set_num_threads(n)\n    print(digest_all())\n"
+    program = (
+        DIGEST
+        + "print(bk.backend.describe())\nfor n in (1, 2):\n    torch.set_num_threads(n)\n    print(digest_all())\n"
+    )
     described, one, two = python(program, BICM_KERNELS_ISA=instructions).stdout.splitlines()
     assert described == f"cpu: native (C++, {instructions})"
     assert one == two == best_digest
@@ -351,7 +385,11 @@ def test_autocast_leaves_dtypes_alone(each_backend: str) -> None:
 
 X = torch.ones(2, 3)
 ERRORS: list[tuple[type[Exception], str, Callable[[], Any]]] = [
-    (ValueError, r"target must have the shape of pred, \(2, 3\), got \(2, 4\)", lambda: bk.pseudo_huber(X, torch.ones(2, 4))),
+    (
+        ValueError,
+        r"target must have the shape of pred, \(2, 3\), got \(2, 4\)",
+        lambda: bk.pseudo_huber(X, torch.ones(2, 4)),
+    ),
     (TypeError, "target must be a tensor, got None", lambda: bk.pseudo_huber(X, None)),  # type: ignore[arg-type]
     (TypeError, "pred must be float16, .* got torch.int64", lambda: bk.pseudo_huber(X.long(), X)),
     (ValueError, "pred must have a batch dimension", lambda: bk.pseudo_huber(torch.ones(()), torch.ones(()))),
@@ -360,13 +398,33 @@ ERRORS: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (ValueError, "c must be given for kind='elementwise'", lambda: bk.pseudo_huber(X, X, kind="elementwise")),
     (ValueError, "c must be at least 0, got -0.5", lambda: bk.pseudo_huber(X, X, c=-0.5)),
     (TypeError, "c must be a float", lambda: bk.pseudo_huber(X, X, c="0.5")),  # type: ignore[arg-type]
-    (ValueError, r"weight must be a 0-d or a \(2,\) tensor, got shape \(3,\)", lambda: bk.pseudo_huber(X, X, weight=X[0])),
+    (
+        ValueError,
+        r"weight must be a 0-d or a \(2,\) tensor, got shape \(3,\)",
+        lambda: bk.pseudo_huber(X, X, weight=X[0]),
+    ),
     (TypeError, "weight must be a floating tensor", lambda: bk.pseudo_huber(X, X, weight=torch.tensor([1, 2]))),
-    (ValueError, r"F must have the shape of x, \(2, 3\), got \(2, 4\)", lambda: bk.consistency_loss(X, torch.ones(2, 4), 1.0, None, X)),
+    (
+        ValueError,
+        r"F must have the shape of x, \(2, 3\), got \(2, 4\)",
+        lambda: bk.consistency_loss(X, torch.ones(2, 4), 1.0, None, X),
+    ),
     (TypeError, "x must be a tensor, got None", lambda: bk.consistency_loss(None, X, 1.0, None, X)),  # type: ignore[arg-type]
-    (ValueError, "u must be None for parameterization='cm'", lambda: bk.consistency_loss(X, X, 1.0, 0.5, X, parameterization="cm")),
-    (ValueError, "u must be None for parameterization='edm'", lambda: bk.consistency_loss(X, X, 1.0, X[:, 0], X, parameterization="edm")),
-    (ValueError, "parameterization must be one of bcm, cm, edm", lambda: bk.consistency_loss(X, X, 1.0, None, X, parameterization="v")),
+    (
+        ValueError,
+        "u must be None for parameterization='cm'",
+        lambda: bk.consistency_loss(X, X, 1.0, 0.5, X, parameterization="cm"),
+    ),
+    (
+        ValueError,
+        "u must be None for parameterization='edm'",
+        lambda: bk.consistency_loss(X, X, 1.0, X[:, 0], X, parameterization="edm"),
+    ),
+    (
+        ValueError,
+        "parameterization must be one of bcm, cm, edm",
+        lambda: bk.consistency_loss(X, X, 1.0, None, X, parameterization="v"),
+    ),
     (ValueError, r"t must be a 0-d or a \(2,\) tensor", lambda: bk.consistency_loss(X, X, X, None, X)),
     (TypeError, "t must be a float", lambda: bk.consistency_loss(X, X, None, None, X)),  # type: ignore[arg-type]
     (TypeError, "sigma_data must be a float", lambda: bk.consistency_loss(X, X, 1.0, None, X, sigma_data="0.5")),  # type: ignore[arg-type]

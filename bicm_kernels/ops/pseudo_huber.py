@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import torch
@@ -45,7 +44,9 @@ class _Loss:
 
     def schema(self, number: str) -> str:
         """The arguments of the op, numbers as ``float`` or as ``Tensor``."""
-        types = dict.fromkeys(self.tensors, "Tensor") | dict.fromkeys(self.options, number) | dict.fromkeys(_CODES, "int")
+        types = (
+            dict.fromkeys(self.tensors, "Tensor") | dict.fromkeys(self.options, number) | dict.fromkeys(_CODES, "int")
+        )
         names = (*self.tensors, *self.options)
         return ", ".join(f"{types[name]}{'?' if name in _MAY_BE_NONE else ''} {name}" for name in names)
 
@@ -80,9 +81,7 @@ def _gradients(
     return tuple(next(found) if need else None for need in needs)
 
 
-def _reference_gradients(
-    loss: _Loss, upstream: Tensor, needs: Sequence[bool], call: Sequence[Any]
-) -> Sequence[Tensor]:
+def _reference_gradients(loss: _Loss, upstream: Tensor, needs: Sequence[bool], call: Sequence[Any]) -> Sequence[Tensor]:
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, because one tensor may be given twice.
@@ -114,7 +113,7 @@ class _Tracked(torch.autograd.Function):
 
 
 def _register(loss: _Loss) -> None:
-    """Define a loss and its derivative, with numbers and with tensors; the latter, for traced graphs, differentiable."""
+    """Define a loss and its derivative, with numbers and with tensors; the latter, for traced graphs, has autograd."""
 
     def fake_value(*call: Any) -> tuple[Tensor, Tensor]:
         first, each = call[0], call[-1] == _PER_SAMPLE
@@ -169,7 +168,7 @@ def _check(loss: _Loss, call: Sequence[Any]) -> None:
     c = values["c"]
     if c is None and values["kind"] == "elementwise":
         raise ValueError("c must be given for kind='elementwise', where it has no usual value, got None")
-    if isinstance(c, Real) and not arguments.compiling() and not c >= 0:
+    if isinstance(c, float | int) and not arguments.compiling() and not c >= 0:
         raise ValueError(f"c must be at least 0, got {c!r}")
     if values.get("u") is not None and values["parameterization"] != "bcm":
         raise ValueError(f"u must be None for parameterization={values['parameterization']!r}: only bcm takes it")
@@ -179,10 +178,9 @@ def _quick(loss: _Loss, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> T
     """The loss of an eager call on the CPU whose numbers need no conversion; None where a call is another or wrong."""
     if arguments.transformed() or not tensors[0].is_cpu:
         return None
-    place, tracked = 0, False
-    for x in tensors:
-        place += 1
-        if place <= loss.inputs:
+    tracked = False
+    for place, x in enumerate(tensors):
+        if place < loss.inputs:
             tracked = tracked or x.requires_grad
         elif x is not None and (type(x) is not Tensor or x.requires_grad):
             return None
@@ -240,13 +238,13 @@ def pseudo_huber(
 ) -> Tensor:
     """Pseudo-Huber loss, the distance of consistency training (BCM eq. 11), with nothing stored between the passes.
 
-    ``vector``: sqrt(|r|^2 + c^2) - c per sample, r = pred - target; ``elementwise``: the mean of sqrt(r_i^2 + c^2) - c over
-    a sample's elements. Both are computed as s / (sqrt(s + c^2) + c); value and gradient are 0 at s = c = 0.
+    ``vector``: sqrt(|r|^2 + c^2) - c per sample, r = pred - target; ``elementwise``: the mean of sqrt(r_i^2 + c^2) - c
+    over a sample's elements. Both are computed as s / (sqrt(s + c^2) + c); value and gradient are 0 at s = c = 0.
 
     Args:
         pred, target: (B, ...) of one shape, each float16, bfloat16, float32 or float64, any strides.
-        c: where the square turns into the norm, >= 0; float, 0-d or (B,) tensor. None is 0.00054 sqrt(d) for ``vector``,
-            d elements in a sample; ``elementwise`` must be given one.
+        c: where the square turns into the norm, >= 0; float, 0-d or (B,) tensor. None is 0.00054 sqrt(d) for
+            ``vector``, d elements in a sample; ``elementwise`` must be given one.
         weight: weight of each sample, a (B,) tensor, a 0-d tensor or a float; None weighs all alike.
         kind: "vector" or "elementwise".
         reduction: "mean" or "sum" of the weighted distances over the batch, or "none".
@@ -298,7 +296,8 @@ def consistency_loss(
     Args:
         x: noisy sample (B, ...), float16, bfloat16, float32 or float64, any strides.
         F: network output, like x, of any of these dtypes.
-        t, u: noise levels from and to; float, 0-d or (B,) tensor. u = None is sigma_min for "bcm"; "cm" and "edm" take none.
+        t, u: noise levels from and to; float, 0-d or (B,) tensor. u = None is sigma_min for "bcm"; "cm" and "edm" take
+            no u.
         target: like x, of any of these dtypes.
         c, weight, kind, reduction: as for ``pseudo_huber``.
         parameterization: "bcm" (t to u), "cm" (t to sigma_min) or "edm" (t to 0).

@@ -25,9 +25,7 @@ def distance(s: Tensor, c: Tensor) -> Tensor:
     return torch.where(zero, 0.0, s / divisor)
 
 
-def reduced(
-    residual: Tensor, c: Number | None, weight: Number | None, kind: str, reduction: str
-) -> Tensor:
+def reduced(residual: Tensor, c: Number | None, weight: Number | None, kind: str, reduction: str) -> Tensor:
     """The loss of a residual (B, ...) in the compute type."""
     batch, elements = residual.shape[0], math.prod(residual.shape[1:])
     flat = residual.reshape(batch, elements)
@@ -79,7 +77,7 @@ def consistency_loss(
     compute = compute_dtype(x, F, target)
     if u is None:
         u = 0.0 if parameterization == "edm" else sigma_min
-    numbers = [per_sample(value, x, compute) for value in (t, u, sigma_data, sigma_min)]
-    c_skip, c_out = c_skip_c_out(*numbers, parameterization)
+    t_, u_, data, least = (per_sample(value, x, compute) for value in (t, u, sigma_data, sigma_min))
+    c_skip, c_out = c_skip_c_out(t_, u_, data, least, parameterization)
     denoised = c_skip * x.to(compute) + c_out * F.to(compute)
     return reduced(denoised - target.to(compute), c, weight, kind, reduction)
