@@ -25,6 +25,8 @@ WORD = 2**32
 LARGE = 2**26  # bytes
 
 compiling = torch.compiler.is_compiling
+#: Whether a gradient stands for many, by ``is_grads_batched=True``.
+batched = torch._C._functorch.is_legacy_batchedtensor
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _Interpreter = torch._C._functorch.CInterpreter
 
@@ -70,8 +72,7 @@ def needs_reference(first: Tensor, *, tracked: bool, family: str = "") -> bool:
 
 def plain_gradient(gradient: Tensor) -> bool:
     """Whether a kernel may compute a derivative: nothing differentiates or maps the derivative itself."""
-    batched = torch._C._functorch.is_legacy_batchedtensor(gradient)  # is_grads_batched=True
-    return not (batched or requires_grad(gradient) or transformed())
+    return not (batched(gradient) or requires_grad(gradient) or transformed())
 
 
 def check_vmap(seed: object) -> None:

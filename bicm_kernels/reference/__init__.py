@@ -22,12 +22,14 @@ from bicm_kernels.reference.noise import (
     uniform,
 )
 from bicm_kernels.reference.preconditioning import denoise, denoise_gradient, renoise, scale_input
+from bicm_kernels.reference.pseudo_huber import consistency_loss, pseudo_huber
 
 __all__ = [
     "add_noise",
     "affine_step",
     "bdia_inverse_step",
     "bdia_step",
+    "consistency_loss",
     "ddim_step",
     "denoised_step",
     "denoise",
@@ -37,6 +39,7 @@ __all__ = [
     "noisy_pair",
     "normal",
     "philox4x32",
+    "pseudo_huber",
     "renoise",
     "scale_input",
     "uniform",
