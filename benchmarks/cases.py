@@ -55,7 +55,7 @@ class Case:
         return [*tensors, *numbers]
 
     def measured(self, function: Callable[..., Results]) -> Callable[..., Results | None]:
-        """What is timed of a function: the function, or for a loss a step that leaves the gradient and returns nothing."""
+        """What is timed: the function itself, or for a loss a step that leaves the gradient and returns nothing."""
         if not self.trains:
             return function
 
