@@ -51,7 +51,7 @@ class Case:
         """Seeded standard normal tensors."""
         generator = torch.Generator().manual_seed(SEED)
         tensors = [torch.randn(shape, generator=generator).to(device=device, dtype=dtype) for _ in range(self.tensors)]
-        numbers = [torch.linspace(1.0, 2.0, shape[0], device=device) for _ in range(self.per_sample)]
+        numbers = [torch.linspace(1.0 + k, 2.0 + k, shape[0], device=device) for k in range(self.per_sample)]
         return [*tensors, *numbers]
 
     def measured(self, function: Callable[..., Results]) -> Callable[..., Results | None]:

@@ -122,8 +122,7 @@ def measure(
             except Exception as error:
                 failures["compile"] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         calls: dict[str, Call] = {
-            name: partial(case.measured(function), *inputs, **case.coefficients)
-            for name, function in functions.items()
+            name: partial(case.measured(function), *inputs, **case.coefficients) for name, function in functions.items()
         }
         calls["copy"] = copy_of(least_bytes, device)
         start, preempted = time.perf_counter(), preemptions()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import bicm_kernels as bk
 import pytest
 import torch
-from bicm_kernels import reference
 from torch import Tensor
+
+import bicm_kernels as bk
+from bicm_kernels import reference
 
 Bits = Callable[[Tensor, Tensor], None]
 MASK = torch.tensor([True, False, True, False])

@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import bicm_kernels as bk
 import pytest
 import torch
-from bicm_kernels import reference
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+
+import bicm_kernels as bk
+from bicm_kernels import reference
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = [(F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (F16, F16), (F64, F64), (F64, F32)]

@@ -260,7 +260,7 @@ def _check_noisy_pair(
     arguments.check_state("x", x)
     arguments.check_number("sigma_low", sigma_low, x)
     arguments.check_number("sigma_high", sigma_high, x)
-    arguments.check_key(*key, x.shape[0], x.device)
+    arguments.check_key(key[0], key[1], key[2], x.shape[0], x.device)
     if (x_hat is None) != (mask is None):
         raise ValueError("x_hat and mask go together: mask tells for which samples x_hat takes the place of x")
     if x_hat is None:

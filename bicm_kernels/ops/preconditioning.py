@@ -125,7 +125,7 @@ def _check(states: dict[str, Any], numbers: dict[str, Any], key: tuple[Any, ...]
     for name, number in numbers.items():
         arguments.check_number(name, number, first)
     if key:
-        arguments.check_key(*key, first.shape[0], first.device)
+        arguments.check_key(key[0], key[1], key[2], first.shape[0], first.device)
 
 
 def scale_input(x: Tensor, t: Number, *, sigma_data: float = 0.5) -> Tensor:
@@ -198,7 +198,7 @@ def denoise(
 def _call(
     name: str, states: dict[str, Any], numbers: dict[str, Any], plain_torch: Any, flags: tuple[bool, ...] = ()
 ) -> Any:
-    """A preconditioning op without noise: its kernel, its tracked twin where a derivative is recorded, or its reference."""
+    """An op without noise: its kernel, its tracked twin where a derivative is recorded, or its reference."""
     tensors, values = [*states.values()], tuple(numbers.values())
     try:
         if arguments.eager(tensors, values, ()):

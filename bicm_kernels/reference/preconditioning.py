@@ -97,6 +97,6 @@ def denoise_gradient(
 ) -> Tensor:
     """The derivative of ``denoise`` in x, or in F, times the incoming gradient."""
     compute = compute_dtype(gradient)
-    numbers = [per_sample(value, gradient, compute) for value in (t, u, sigma_data)]
-    weights = c_skip_c_out(*numbers, numbers[1], "cm" if cm else "bcm")
+    t, u, sigma_data = (per_sample(value, gradient, compute) for value in (t, u, sigma_data))
+    weights = c_skip_c_out(t, u, sigma_data, u, "cm" if cm else "bcm")
     return (weights[in_F] * gradient.to(compute)).to(dtype)

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from bicm_kernels.reference.arithmetic import compute_dtype, per_sample
-from bicm_kernels.reference.preconditioning import c_skip_c_out, root
+from bicm_kernels.reference.arithmetic import compute_dtype, per_sample, root
+from bicm_kernels.reference.preconditioning import c_skip_c_out
 
 Number = float | Tensor
 
