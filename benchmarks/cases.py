@@ -28,7 +28,8 @@ class Case:
 
     ``reads`` and ``writes`` count the full tensors that any implementation has to read and write. Where
     ``noise`` is "added", ``eager`` takes the noise's function as ``draw``; where it is "alone", nothing but
-    noise is returned.
+    noise is returned. Where it ``trains``, the functions return a loss and are measured
+    with the backward pass down to the gradient of the first tensor. ``per_sample`` (B,) tensors follow the others.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Case:
     writes: int
     coefficients: Mapping[str, Any] = field(default_factory=dict)
     noise: Literal["none", "added", "alone"] = "none"
+    trains: bool = False
+    per_sample: int = 0
 
     def least_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
         """Bytes that have to be read and written at least."""
@@ -47,7 +50,23 @@ class Case:
     def inputs(self, shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
         """Seeded standard normal tensors."""
         generator = torch.Generator().manual_seed(SEED)
-        return [torch.randn(shape, generator=generator).to(device=device, dtype=dtype) for _ in range(self.tensors)]
+        tensors = [torch.randn(shape, generator=generator).to(device=device, dtype=dtype) for _ in range(self.tensors)]
+        numbers = [torch.linspace(1.0 + k, 2.0 + k, shape[0], device=device) for k in range(self.per_sample)]
+        return [*tensors, *numbers]
+
+    def measured(self, function: Callable[..., Results]) -> Callable[..., Results | None]:
+        """What is timed: the function itself, or for a loss a step that leaves the gradient and returns nothing."""
+        if not self.trains:
+            return function
+
+        def step(first: Tensor, *rest: Tensor, **coefficients: Any) -> None:
+            with torch.enable_grad():
+                first.requires_grad_().grad = None
+                loss = function(first, *rest, **coefficients)
+                assert isinstance(loss, Tensor)
+                loss.backward()
+
+        return step
 
     def error(self, shape: Shape, dtype: torch.dtype, device: str = "cpu") -> float:
         """How far ours and eager are apart, in units of what rounding, or chance for noise alone, allows."""

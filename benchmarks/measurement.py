@@ -89,7 +89,7 @@ def compiled(case: Case, inputs: list[Tensor]) -> Callable[..., Results]:
     torch._inductor.config.compile_threads = 1
     torch.compiler.reset()
     function = torch.compile(case.eager, dynamic=False, fullgraph=True)
-    function(*inputs, **case.coefficients)
+    case.measured(function)(*inputs, **case.coefficients)
     return function
 
 
@@ -122,7 +122,7 @@ def measure(
             except Exception as error:
                 failures["compile"] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         calls: dict[str, Call] = {
-            name: partial(function, *inputs, **case.coefficients) for name, function in functions.items()
+            name: partial(case.measured(function), *inputs, **case.coefficients) for name, function in functions.items()
         }
         calls["copy"] = copy_of(least_bytes, device)
         start, preempted = time.perf_counter(), preemptions()

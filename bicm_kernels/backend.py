@@ -18,6 +18,9 @@ from pathlib import Path
 
 import torch
 
+#: What has no kernel but the native CPU one yet; elsewhere its reference runs.
+CPU_FAMILIES = ("noisy_pair", "preconditioning", "pseudo_huber")
+
 CHOICES = ("auto", "native", "triton", "reference")
 
 _choice = "auto"

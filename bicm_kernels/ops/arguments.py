@@ -25,6 +25,8 @@ WORD = 2**32
 LARGE = 2**26  # bytes
 
 compiling = torch.compiler.is_compiling
+#: Whether a gradient stands for many, by ``is_grads_batched=True``.
+batched = torch._C._functorch.is_legacy_batchedtensor
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _Interpreter = torch._C._functorch.CInterpreter
 
@@ -61,9 +63,16 @@ def eager(tensors: Sequence[Tensor], values: Sequence[Any], key: Sequence[Any]) 
     return True
 
 
-def needs_reference(first: Tensor, *, tracked: bool) -> bool:
+def needs_reference(first: Tensor, *, tracked: bool, family: str = "") -> bool:
     """Whether the differentiable PyTorch reference must do the work."""
-    return tracked or transformed() or backend.running(first.device.type) == "reference"
+    running = backend.running(first.device.type)
+    compiled = running == "native" and first.is_cpu if family in backend.CPU_FAMILIES else running != "reference"
+    return tracked or transformed() or not compiled
+
+
+def plain_gradient(gradient: Tensor) -> bool:
+    """Whether a kernel may compute a derivative: nothing differentiates or maps the derivative itself."""
+    return not (batched(gradient) or requires_grad(gradient) or transformed())
 
 
 def check_vmap(seed: object) -> None:

@@ -12,18 +12,35 @@ from bicm_kernels.reference.multistep import (
     ddim_step,
     denoised_step,
 )
-from bicm_kernels.reference.noise import add_noise, fold_in, fold_in_words, normal, philox4x32, uniform
+from bicm_kernels.reference.noise import (
+    add_noise,
+    fold_in,
+    fold_in_words,
+    noisy_pair,
+    normal,
+    philox4x32,
+    uniform,
+)
+from bicm_kernels.reference.preconditioning import denoise, denoise_gradient, renoise, scale_input
+from bicm_kernels.reference.pseudo_huber import consistency_loss, pseudo_huber
 
 __all__ = [
     "add_noise",
     "affine_step",
     "bdia_inverse_step",
     "bdia_step",
+    "consistency_loss",
     "ddim_step",
+    "denoise",
+    "denoise_gradient",
     "denoised_step",
     "fold_in",
     "fold_in_words",
+    "noisy_pair",
     "normal",
     "philox4x32",
+    "pseudo_huber",
+    "renoise",
+    "scale_input",
     "uniform",
 ]

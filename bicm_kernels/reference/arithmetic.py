@@ -27,3 +27,20 @@ def like_first(result: Tensor, first: Tensor) -> Tensor:
     if result.stride() == layout.stride():
         return result
     return torch.empty_strided(layout.shape, layout.stride(), dtype=result.dtype, device=result.device).copy_(result)
+
+
+def root(x: Tensor) -> Tensor:
+    """The correctly rounded root. Torch's own is off by a unit for some inputs, in float32 and in float64."""
+    if x.dtype == torch.float32:
+        return x.double().sqrt().float()
+    y = x.sqrt()
+    # One Newton step from the exact remainder x - y y, whose product is split into halves as Dekker does.
+    with torch.no_grad():
+        high = y * 134217729.0
+        high = high - (high - y)
+        low = y - high
+        square = y * y
+        remainder = (x - square) - (((high * high - square) + 2.0 * (high * low)) + low * low)
+        step = remainder / (y + y)
+        step = torch.where(step.isfinite(), step, torch.zeros_like(step))
+    return y + step

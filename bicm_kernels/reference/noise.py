@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bicm_kernels.reference.arithmetic import compute_dtype, per_sample
+from bicm_kernels.reference.arithmetic import compute_dtype, like_first, per_sample, root
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -61,7 +61,11 @@ def words(value: int | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def random_bits(
-    shape: Sequence[int], seed: int | Tensor, step: int | Tensor, sample_id: int | Tensor, device: torch.device
+    shape: Sequence[int],
+    seed: int | Tensor,
+    step: int | Tensor,
+    sample_id: int | Tensor,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four lanes of every quad, each (B, ceil(d / 4)): contract 1's key and counter."""
     batch = shape[0]
@@ -114,16 +118,11 @@ def cos_sin_turns(u: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def square_root(x: Tensor) -> Tensor:
-    """The correctly rounded float32 root."""
-    return x.double().sqrt().float()
-
-
 def normals_from_bits(bits: Sequence[Tensor]) -> list[Tensor]:
     """Box-Muller on lanes (0, 1) and (2, 3): radius from the first, angle from the second."""
     normals: list[Tensor] = []
     for first, second in ((bits[0], bits[1]), (bits[2], bits[3])):
-        radius = square_root(minus_two_log(uniform_from_bits(first)))
+        radius = root(minus_two_log(uniform_from_bits(first)))
         cosine, sine = cos_sin_turns(uniform_from_bits(second))
         normals += [radius * cosine, radius * sine]
     return normals
@@ -219,3 +218,23 @@ def plus_noise(
     still = w.detach()
     quiet = result + torch.where(noise.signbit(), (w - still) * noise, -((still - w) * noise))
     return torch.where(w != 0, result + w * noise, quiet)
+
+
+def noisy_pair(
+    x: Tensor,
+    sigma_low: float | Tensor,
+    sigma_high: float | Tensor,
+    *,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    sample_id: int | Tensor = 0,
+    x_hat: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(x + sigma_low n, x + sigma_high n), with x_hat in place of x where the mask is true (GC Alg. 1)."""
+    compute = compute_dtype(x)
+    base = x.to(compute)
+    if x_hat is not None and mask is not None:
+        base = torch.where(mask.reshape(-1, *[1] * (x.dim() - 1)), x_hat.to(compute), base)
+    low, high = (plus_noise(base, x, level, seed, step, sample_id) for level in (sigma_low, sigma_high))
+    return like_first(low, x), like_first(high, x)

@@ -2,11 +2,13 @@
 #pragma once
 
 #include "keys.h"
+#include "preconditioning.h"
 
 namespace bicm {
 
 // How raw coefficients become weights. affine: they are the weights. bdia, bdia_inverse: (a, b, a_last, b_last, gamma).
-enum class Form : int32_t { affine, bdia, bdia_inverse };
+// bcm, cm: (t, u, sigma_data), weights c_skip and c_out. input: (t, sigma_data), weight c_in.
+enum class Form : int32_t { affine, bdia, bdia_inverse, bcm, cm, input };
 
 struct Multistep {
   Layout layout;
@@ -16,6 +18,7 @@ struct Multistep {
   Operand input[kMaxTerms];
   Form form;
   Number coefficient[kMaxTerms];
+  bool takes_second;  // one input, and its weight is the form's second: the derivative in F
 
   bool guided;  // the last input is the unconditional prediction, `conditional` its partner
   Operand conditional;
@@ -27,8 +30,8 @@ struct Multistep {
 
   Operand out;
 
-  // x0 = clip(sum of p_k x_k); out gains x0_weight x0; next = next_scale out.
-  bool denoises, clips, scales;
+  // x0 = clip(sum of p_k x_k); out gains x0_weight x0; next = next_scale out, or c_in(next_scale) out.
+  bool denoises, clips, scales, next_scale_is_sigma;
   Number x0_coefficient[kMaxTerms];
   Number x0_weight, clip, next_scale;
   Operand x0, next;
@@ -61,7 +64,22 @@ BICM_HD void form_weights(const Multistep& m, int64_t sample, C weight[kMaxTerms
       weight[1] = C(1) / a_last - a / gamma;
       weight[2] = -(b / gamma + b_last / a_last);
       break;
+    case Form::bcm:
+    case Form::cm: {
+      const Preconditioning<C> p = m.form == Form::bcm ? bcm(raw[0], raw[1], raw[2]) : cm(raw[0], raw[1], raw[2]);
+      weight[0] = p.c_skip;
+      weight[1] = p.c_out;
+      break;
+    }
+    case Form::input: weight[0] = c_in(raw[0], raw[1]); break;
   }
+  if (m.takes_second) weight[0] = weight[1];
+}
+
+template <class C>
+BICM_HD C next_scale(const Multistep& m, int64_t sample) {
+  const C scale = load_number<C>(m.next_scale, sample);
+  return m.next_scale_is_sigma ? c_in(scale, load_number<C>(m.coefficient[2], sample)) : scale;
 }
 
 // e = eps_uncond + s (eps_cond - eps_uncond), before weighting: folded into the weights it loses digits.

@@ -15,6 +15,18 @@ struct Noise {
   Operand out;
 };
 
+// One noise at two levels: low = x + sigma_low n, high = x + sigma_high n, with x_hat for x where the mask says so.
+struct NoisyPair {
+  Layout layout;
+  bool float64;
+  Operand x, x_hat;
+  const bool* mask;  // null: x everywhere
+  int64_t mask_stride;
+  Number sigma_low, sigma_high;
+  NoiseKey key;
+  Operand low, high;
+};
+
 }  // namespace bicm
 
 BICM_NAMESPACE_BEGIN

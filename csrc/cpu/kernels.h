@@ -4,15 +4,22 @@
 
 #include "../core/multistep.h"
 #include "../core/noise.h"
+#include "../core/pseudo_huber.h"
 
 namespace bicm {
 
 constexpr int64_t kChunk = 512;  // elements of a unit: its buffers stay in the first-level cache
 
+// Units of a partial sum. A sample's sum is a sum of these in order, which depends on its size alone.
+constexpr int64_t kUnitsPerSum = 64;
+
 struct Kernels {
   const char* name;
   void (*noise)(const Noise&, int64_t begin, int64_t end);
+  void (*noisy_pair)(const NoisyPair&, int64_t begin, int64_t end);
   void (*multistep)(const Multistep&, int64_t begin, int64_t end);
+  void (*pseudo_huber)(const PseudoHuber&, int64_t begin, int64_t end);  // of partial sums; the others: of units
+  void (*pseudo_huber_gradient)(const PseudoHuber&, int64_t begin, int64_t end);
   void (*log)(const float* u, float* out, int64_t count);
   void (*cos_sin)(const float* u, float* cosine, float* sine, int64_t count);
   void (*philox)(int64_t seed, const uint32_t* counters, uint32_t* words, int64_t count);  // four words per counter
@@ -23,5 +30,7 @@ struct Kernels {
 const Kernels* find_kernels(const char* name);
 
 inline int64_t units_per_sample(const Layout& layout) { return (layout.elements + kChunk - 1) / kChunk; }
+
+inline int64_t sum_chunks(const Layout& layout) { return (units_per_sample(layout) + kUnitsPerSum - 1) / kUnitsPerSum; }
 
 }  // namespace bicm

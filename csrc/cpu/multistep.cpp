@@ -69,6 +69,16 @@ C draw(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
   return weight;
 }
 
+// The results of a unit that lie in buffers: the state, and its scaled copy for the next evaluation.
+template <class C>
+void store_results(const Multistep& m, const Unit& unit, C* out) {
+  store_unit(m.layout, m.out, unit, out);
+  if (!m.scales) return;
+  const C scale = next_scale<C>(m, unit.sample);
+  for (int64_t i = 0; i < unit.count; ++i) out[i] = scale * out[i];
+  store_unit(m.layout, m.next, unit, out);
+}
+
 template <class C>
 void affine_unit(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
   const C* x[kMaxTerms];
@@ -76,14 +86,14 @@ void affine_unit(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
   const C noise_weight = draw(m, unit, buffers);
   load_inputs(m, unit, buffers, x);
   form_weights(m, unit.sample, weight);
-  const bool in_place = is_compute_type<C>(m.out) && !m.out.streams;
+  const bool in_place = is_compute_type<C>(m.out) && !m.out.streams && !m.scales;
   C* out = in_place ? static_cast<C*>(m.out.data) + unit.sample * m.out.batch_stride + unit.begin : buffers.out;
   if (noise_weight != C(0)) {
     fold_terms<C, true>(m.terms, x, weight, buffers.noise, noise_weight, out, unit.count);
   } else {
     fold_terms<C, false>(m.terms, x, weight, nullptr, C(0), out, unit.count);
   }
-  if (!in_place) store_unit(m.layout, m.out, unit, out);
+  if (!in_place) store_results(m, unit, out);
 }
 
 // Every result stays in a buffer until all inputs were read: the outputs may alias them.
@@ -91,6 +101,7 @@ template <class C>
 void denoised_unit(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
   const C* x[kMaxTerms];
   C weight[kMaxTerms];
+  const C noise_weight = draw(m, unit, buffers);
   load_inputs(m, unit, buffers, x);
   for (int k = 0; k < m.terms; ++k) weight[k] = load_number<C>(m.x0_coefficient[k], unit.sample);
   C* x0 = buffers.x0;
@@ -104,17 +115,11 @@ void denoised_unit(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
   fold_terms<C, false>(m.terms, x, weight, nullptr, C(0), out, unit.count);
   const C x0_weight = load_number<C>(m.x0_weight, unit.sample);
   for (int64_t i = 0; i < unit.count; ++i) out[i] = out[i] + x0_weight * x0[i];
-  const C noise_weight = draw(m, unit, buffers);
   if (noise_weight != C(0)) {
     for (int64_t i = 0; i < unit.count; ++i) out[i] = out[i] + noise_weight * static_cast<C>(buffers.noise[i]);
   }
   store_unit(m.layout, m.x0, unit, x0);
-  store_unit(m.layout, m.out, unit, out);
-  if (m.scales) {
-    const C scale = load_number<C>(m.next_scale, unit.sample);
-    for (int64_t i = 0; i < unit.count; ++i) out[i] = scale * out[i];
-    store_unit(m.layout, m.next, unit, out);
-  }
+  store_results(m, unit, out);
 }
 
 // A staged tensor is read in a burst per unit, too short for the hardware to see far ahead: ask for the next one now.

@@ -25,6 +25,43 @@ void noise(const Noise& problem, int64_t begin, int64_t end) {
 
 namespace {
 
+// x + sigma n; a level of zero draws nothing.
+template <class C>
+void add_level(const C* x, const float* noise, C sigma, C* out, int64_t count) {
+  if (sigma == C(0)) {
+    for (int64_t i = 0; i < count; ++i) out[i] = x[i];
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) out[i] = x[i] + sigma * static_cast<C>(noise[i]);
+}
+
+template <class C>
+void pair_units(const NoisyPair& p, int64_t begin, int64_t end) {
+  alignas(64) float noise[kChunk];
+  alignas(64) C input[kChunk], out[kChunk];
+  for (int64_t i = begin; i < end; ++i) {
+    const Unit unit = unit_at(p.layout, i);
+    const bool generated = p.mask != nullptr && p.mask[unit.sample * p.mask_stride];
+    const Operand& from = generated ? p.x_hat : p.x;
+    prefetch_unit(from, unit);
+    fill_noise<Distribution::normal>(sample_key(p.key, unit.sample), unit.begin, unit.count, noise);
+    const C* x = load_unit(p.layout, from, unit, input);
+    add_level(x, noise, load_number<C>(p.sigma_low, unit.sample), out, unit.count);
+    store_unit(p.layout, p.low, unit, out);
+    add_level(x, noise, load_number<C>(p.sigma_high, unit.sample), out, unit.count);
+    store_unit(p.layout, p.high, unit, out);
+  }
+  finish_streams();
+}
+
+}  // namespace
+
+void noisy_pair(const NoisyPair& p, int64_t begin, int64_t end) {
+  p.float64 ? pair_units<double>(p, begin, end) : pair_units<float>(p, begin, end);
+}
+
+namespace {
+
 template <class Evaluate>
 void in_blocks(const float* u, int64_t count, Evaluate evaluate) {
   for (int64_t i = 0; i < count; i += kLanes) {

@@ -17,14 +17,20 @@ struct Cpu {
   static void split(const Problem& problem, const Layout& layout, int64_t grain, Kernel kernel) {
     const int64_t per_unit = layout.elements < kChunk ? layout.elements : kChunk;
     const int64_t units = layout.batch * units_per_sample(layout);
-    const int64_t units_per_thread = grain / per_unit + 1;
-    if (units <= units_per_thread) return kernel(problem, 0, units);
-    torch::stable::parallel_for(0, units, units_per_thread,
-                                [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
+    split_items(problem, units, grain / per_unit + 1, kernel);
+  }
+
+  template <class Problem, class Kernel>
+  static void split_items(const Problem& problem, int64_t items, int64_t per_thread, Kernel kernel) {
+    if (items <= per_thread) return kernel(problem, 0, items);
+    torch::stable::parallel_for(0, items, per_thread, [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
   }
 
   static void run(const struct Multistep& problem, const Tensor&);
   static void run(const struct Noise& problem, const Tensor&);
+  static void run(const struct NoisyPair& problem, const Tensor&);
+  static void sums(struct PseudoHuber& problem, const Tensor& loss, const Tensor& sums);
+  static void gradients(const struct PseudoHuber& problem, const Tensor&);
   static void fold_in(const Integer& seed, const Integer& data, const Tensor& out);
 };
 

@@ -55,9 +55,10 @@ class Step {
     return result;
   }
 
-  void output(Operand& operand, const Tensor& given) {
+  void output(Operand& operand, const Tensor& given, bool any_dtype = false) {
     View& view = storage_[used_] = view_of(given);
-    const bool agrees = same_sizes(view, first()) && view.dtype == first().dtype && view.device == first().device;
+    const bool agrees =
+        same_sizes(view, first()) && view.device == first().device && (any_dtype || view.dtype == first().dtype);
     STD_TORCH_CHECK(agrees, "bicm_kernels: out differs from the first tensor in shape, dtype or device");
     add(view, operand);
   }

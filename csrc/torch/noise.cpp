@@ -8,6 +8,10 @@ void Cpu::run(const Noise& problem, const Tensor&) {
   split(problem, problem.layout, kNoiseGrain, active_kernels().noise);
 }
 
+void Cpu::run(const NoisyPair& problem, const Tensor&) {
+  split(problem, problem.layout, kNoiseGrain, active_kernels().noisy_pair);
+}
+
 void Cpu::fold_in(const Integer& seed, const Integer& data, const Tensor& out) {
   int64_t* results = static_cast<int64_t*>(out.data_ptr());
   const int64_t count = out.numel();
@@ -16,4 +20,7 @@ void Cpu::fold_in(const Integer& seed, const Integer& data, const Tensor& out) {
 
 }  // namespace bicm
 
-STABLE_TORCH_LIBRARY_IMPL(bicm_kernels, CPU, library) { bicm::register_noise<bicm::Cpu>(library); }
+STABLE_TORCH_LIBRARY_IMPL(bicm_kernels, CPU, library) {
+  bicm::register_noise<bicm::Cpu>(library);
+  library.impl("noisy_pair", TORCH_BOX((&bicm::noisy_pair<bicm::Cpu>)));
+}

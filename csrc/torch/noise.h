@@ -1,6 +1,8 @@
 // The ops of the noise family for any device: Device::run launches a problem.
 #pragma once
 
+#include <tuple>
+
 #include "../core/noise.h"
 #include "numbers.h"
 
@@ -43,6 +45,38 @@ Tensor fold_in_tensors(Tensor seed, Tensor data) {
   const int32_t device = device_of(out);
   Device::fold_in(integer_of(seed, count, device), integer_of(data, count, device), out);
   return out;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> noisy_pair(Tensor x, Tensor sigma_low, Tensor sigma_high, Tensor seed, Tensor step,
+                                      Tensor sample_id, std::optional<Tensor> x_hat, std::optional<Tensor> mask) {
+  const View view = view_of(x);
+  const View other = x_hat.has_value() ? view_of(*x_hat) : view;
+  STD_TORCH_CHECK(view.dim > 0 && same_sizes(view, other) && view.dtype == other.dtype && view.device == other.device,
+                  "bicm_kernels: x_hat differs from x in shape, dtype or device");
+  Tensor low = like(x, view), high = like(x, view);
+  const View low_view = view_of(low), high_view = view_of(high);
+  const int64_t batch = view.sizes[0];
+  NoisyPair problem = {};
+  const View* views[] = {&view, &low_view, &high_view, &other};
+  Operand* operands[] = {&problem.x, &problem.low, &problem.high, &problem.x_hat};
+  merge(views, operands, 4, true, true, problem.layout);
+  problem.float64 = view.dtype == DType::float64;
+  problem.sigma_low = number_of(sigma_low, batch, view.device);
+  problem.sigma_high = number_of(sigma_high, batch, view.device);
+  problem.key = key_of(KeyTensors{seed, step, sample_id}, batch, view.device);
+  if (mask.has_value()) {
+    STD_TORCH_CHECK(x_hat.has_value() && mask->dim() == 1 && mask->size(0) == batch && mask->element_size() == 1 &&
+                        device_of(*mask) == view.device,
+                    "bicm_kernels: mask must be a (B,) bool tensor beside x_hat");
+    problem.mask = static_cast<const bool*>(mask->data_ptr());
+    problem.mask_stride = mask->stride(0);
+  }
+  if (batch > 0 && problem.layout.elements > 0) {
+    problem.low.streams = problem.high.streams = batch * problem.layout.elements * size_of(view.dtype) >= kStreamBytes;
+    Device::run(problem, x);
+  }
+  return {low, high};
 }
 
 template <class Device>

@@ -1,0 +1,62 @@
+"""A loss and its backward pass against the formulas of training scripts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+import bicm_kernels as bk
+from benchmarks.cases import Case
+
+
+def ours_pseudo_huber(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """``pseudo_huber``, weighted."""
+    return bk.pseudo_huber(pred, target, weight=weight)
+
+
+def pseudo_huber(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """BCM eq. 11 without the cancellation of small residuals, weighted."""
+    c = 0.00054 * pred[0].numel() ** 0.5
+    s = (pred.float() - target.float()).flatten(1).square().sum(1)
+    return (weight * (s / ((s + c * c).sqrt() + c))).mean()
+
+
+def ours_elementwise(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """The elementwise distance."""
+    return bk.pseudo_huber(pred, target, weight=weight, c=0.03, kind="elementwise")
+
+
+def elementwise(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """The elementwise distance, as written."""
+    r = pred.float() - target.float()
+    return (weight * ((r.square() + 0.03**2).sqrt() - 0.03).flatten(1).mean(1)).mean()
+
+
+def ours_consistency(F: Tensor, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``consistency_loss`` with times per sample; the weight's numbers serve as times."""
+    return bk.consistency_loss(x, F, weight, 0.5 * weight, target, weight=weight)
+
+
+def consistency(F: Tensor, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """BCM eq. 20 and 11: the denoised sample, then the distance."""
+    t = weight.view(-1, 1, 1, 1)
+    u = 0.5 * t
+    s = 0.25 + t * t
+    denoised = (0.25 + t * u) / s * x + 0.5 * (t - u) / s.sqrt() * F
+    return pseudo_huber(denoised, target, weight)
+
+
+# Every pass reads its inputs, and the backward pass writes one gradient.
+CASES = (
+    Case("pseudo_huber", ours_pseudo_huber, pseudo_huber, tensors=2, reads=4, writes=1, trains=True, per_sample=1),
+    Case(
+        "pseudo_huber_elementwise",
+        ours_elementwise,
+        elementwise,
+        tensors=2,
+        reads=4,
+        writes=1,
+        trains=True,
+        per_sample=1,
+    ),
+    Case("consistency_loss", ours_consistency, consistency, tensors=3, reads=6, writes=1, trains=True, per_sample=1),
+)

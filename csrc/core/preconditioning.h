@@ -1,0 +1,45 @@
+// Preconditioning: the weights that join a sample and a network's output, f(x, t, u) = c_skip x + c_out F(c_in x).
+//
+// s = sigma_data^2 + t t is formed once and its root r once; the order of operations is part of the contract.
+#pragma once
+
+#include "normal.h"
+
+BICM_NAMESPACE_BEGIN
+
+#if defined(__CUDA_ARCH__)
+BICM_HD float root(float x) { return __fsqrt_rn(x); }
+BICM_HD double root(double x) { return __dsqrt_rn(x); }
+#else
+BICM_HD float root(float x) { return __builtin_sqrtf(x); }
+BICM_HD double root(double x) { return __builtin_sqrt(x); }
+#endif
+
+template <class C>
+struct Preconditioning {
+  C c_skip, c_out;
+};
+
+template <class C>
+BICM_HD C c_in(C t, C sigma_data) {
+  return C(1) / root(sigma_data * sigma_data + t * t);
+}
+
+// BCM eq. 20, 39, 43: from t to u. With u = 0 it is EDM's denoiser.
+template <class C>
+BICM_HD Preconditioning<C> bcm(C t, C u, C sigma_data) {
+  const C variance = sigma_data * sigma_data;
+  const C s = variance + t * t;
+  return {(variance + t * u) / s, (sigma_data * (t - u)) / root(s)};
+}
+
+// Consistency models (BCM eq. 17, GC eq. 3): from t to sigma_min.
+template <class C>
+BICM_HD Preconditioning<C> cm(C t, C sigma_min, C sigma_data) {
+  const C variance = sigma_data * sigma_data;
+  const C s = variance + t * t;
+  const C d = t - sigma_min;
+  return {variance / (variance + d * d), (sigma_data * d) / root(s)};
+}
+
+BICM_NAMESPACE_END

@@ -1,0 +1,82 @@
+// The ops of the preconditioning family for any device: affine steps whose weights come from noise levels.
+#pragma once
+
+#include "multistep.h"
+
+namespace bicm {
+
+template <class A>
+void precondition(Step& step, const typename A::Coefficient& t, const typename A::Coefficient& u,
+                  const typename A::Coefficient& sigma_data, bool cm) {
+  step.m.form = cm ? Form::cm : Form::bcm;
+  step.m.coefficient[0] = given(step, t);
+  step.m.coefficient[1] = given(step, u);
+  step.m.coefficient[2] = given(step, sigma_data);
+}
+
+template <class Device, class A>
+Tensor scale_input(Tensor x, typename A::Coefficient t, typename A::Coefficient sigma_data) {
+  const Tensors tensors = {x};
+  Step step(tensors, 1);
+  step.m.form = Form::input;
+  step.m.coefficient[0] = given(step, t);
+  step.m.coefficient[1] = given(step, sigma_data);
+  Tensor out = step.output(step.m.out);
+  step.run<Device>();
+  return out;
+}
+
+template <class Device, class A>
+Tensor denoise(Tensor x, Tensor F, typename A::Coefficient t, typename A::Coefficient u,
+               typename A::Coefficient sigma_data, bool cm) {
+  const Tensors tensors = {x, F};
+  Step step(tensors, 2);
+  precondition<A>(step, t, u, sigma_data, cm);
+  Tensor out = step.output(step.m.out);
+  step.run<Device>();
+  return out;
+}
+
+// The gradient of denoise in x (c_skip times the incoming one) or in F (c_out times it), in that tensor's dtype.
+template <class Device>
+Tensor denoise_gradient(Tensor gradient, std::optional<Tensor> t, std::optional<Tensor> u,
+                        std::optional<Tensor> sigma_data, bool cm, bool in_F, torch::headeronly::ScalarType dtype) {
+  const Tensors tensors = {gradient};
+  Step step(tensors, 1);
+  precondition<TensorArguments>(step, t, u, sigma_data, cm);
+  step.m.takes_second = in_F;
+  Tensor out = torch::stable::new_empty(gradient, gradient.sizes(), dtype);
+  step.output(step.m.out, out, /*any_dtype=*/true);
+  step.run<Device>();
+  return out;
+}
+
+template <class Device, class A>
+std::tuple<Tensor, Tensor> renoise(Tensor x, Tensor F, typename A::Coefficient t, typename A::Coefficient u,
+                                   typename A::Coefficient sigma, typename A::Coefficient next_sigma,
+                                   typename A::Coefficient sigma_data, bool cm, typename A::Seed seed,
+                                   typename A::Counter at, typename A::Counter sample_id) {
+  const Tensors tensors = {x, F};
+  Step step(tensors, 2);
+  precondition<A>(step, t, u, sigma_data, cm);
+  draw_noise(step, sigma, seed, at, sample_id);
+  step.m.scales = step.m.next_scale_is_sigma = true;
+  step.m.next_scale = given(step, next_sigma);
+  Tensor out = step.output(step.m.out);
+  Tensor next = step.output(step.m.next);
+  step.run<Device>();
+  return {out, next};
+}
+
+template <class Device>
+void register_preconditioning(torch::stable::detail::StableLibrary& library) {
+  library.impl("scale_input", TORCH_BOX((&scale_input<Device, NumberArguments>)));
+  library.impl("scale_input.tensor", TORCH_BOX((&scale_input<Device, TensorArguments>)));
+  library.impl("denoise", TORCH_BOX((&denoise<Device, NumberArguments>)));
+  library.impl("denoise.tensor", TORCH_BOX((&denoise<Device, TensorArguments>)));
+  library.impl("denoise_gradient", TORCH_BOX((&denoise_gradient<Device>)));
+  library.impl("renoise", TORCH_BOX((&renoise<Device, NumberArguments>)));
+  library.impl("renoise.tensor", TORCH_BOX((&renoise<Device, TensorArguments>)));
+}
+
+}  // namespace bicm

@@ -1,0 +1,194 @@
+// The ops of the pseudo_huber family for any device: checks and outputs; Device::sums and Device::gradients launch.
+#pragma once
+
+#include <tuple>
+
+#include "../core/pseudo_huber.h"
+#include "numbers.h"
+
+namespace bicm {
+
+using MaybeTensor = std::optional<Tensor>;
+
+inline Tensor empty_tensor(const Tensor& like, int64_t dim, int64_t size, int32_t dtype) {
+  int32_t type, index;
+  const int64_t stride = 1;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle result;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, &size, &stride, dtype, type, index, &result));
+  return Tensor(result);
+}
+
+// A loss's arguments, checked; the problem's operands point at them.
+class Loss {
+ public:
+  Loss(const Tensor& prediction, const Tensor& target, const Tensor* x) : inputs_{&prediction, &target, x} {
+    Operand* const operands[] = {&p.prediction, &p.target, &p.x};
+    p.denoises = x != nullptr;
+    count_ = p.denoises ? 3 : 2;
+    for (int i = 0; i < count_; ++i) {
+      const View& view = views_[i] = view_of(*inputs_[i]);
+      const bool agrees = view.dim > 0 && same_sizes(view, views_[0]) && view.device == views_[0].device;
+      STD_TORCH_CHECK(agrees, "bicm_kernels: tensors differ in shape or device");
+      p.float64 = p.float64 || view.dtype == DType::float64;
+      add(view, *operands[i]);
+    }
+  }
+
+  Number number(double value) const { return number_of(value); }
+  Number number(const Tensor& value) const { return number_of(value, views_[0].sizes[0], views_[0].device); }
+
+  template <class MaybeNumber>
+  void distance(const MaybeTensor& weight, const MaybeNumber& c, int64_t distance, int64_t reduction) {
+    STD_TORCH_CHECK(distance >= 0 && distance < 2 && reduction >= 0 && reduction < 3, "bicm_kernels: unknown code");
+    p.distance = static_cast<Distance>(distance);
+    p.reduction = static_cast<Reduction>(reduction);
+    p.weight = weight.has_value() ? number(*weight) : number_of(1.0);
+    p.given_c = c.has_value();
+    STD_TORCH_CHECK(p.given_c || p.distance == Distance::vector, "bicm_kernels: elementwise needs c");
+    if (p.given_c) p.c = number(*c);
+    STD_TORCH_CHECK(p.c.data != nullptr || p.c.value >= 0.0, "bicm_kernels: c must not be negative");
+  }
+
+  template <class Numeric>
+  void denoising(const Tensor& t, const MaybeTensor& u, const Numeric& sigma_data, const Numeric& sigma_min,
+                 int64_t parameterization) {
+    STD_TORCH_CHECK(parameterization >= 0 && parameterization < 3, "bicm_kernels: unknown code");
+    p.parameterization = static_cast<Parameterization>(parameterization);
+    STD_TORCH_CHECK(!u.has_value() || p.parameterization == Parameterization::bcm, "bicm_kernels: only bcm takes u");
+    p.t = number(t);
+    p.sigma_data = number(sigma_data);
+    p.sigma_min = number(sigma_min);
+    p.u = u.has_value() ? number(*u) : p.sigma_min;
+  }
+
+  template <class Device>
+  std::tuple<Tensor, Tensor> value() {
+    merge_all();
+    const Layout& layout = p.layout;
+    const int64_t batch = layout.batch;
+    const int32_t dtype = p.float64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+    Tensor loss = empty_tensor(*inputs_[0], p.reduction == Reduction::none ? 1 : 0, batch, dtype);
+    Tensor sums = empty_tensor(*inputs_[0], 1, batch, aoti_torch_dtype_float64());
+    Device::sums(p, loss, sums);
+    return {loss, sums};
+  }
+
+  // The gradients of the inputs whose bit is set in `needs`, in the order of the inputs.
+  template <class Device>
+  std::vector<Tensor> gradients(const Tensor& upstream, const Tensor& sums, int64_t needs) {
+    const bool each = p.reduction == Reduction::none;
+    STD_TORCH_CHECK(upstream.dim() == (each ? 1 : 0), "bicm_kernels: the gradient must have the shape of the loss");
+    p.upstream = number(upstream);
+    const View view = view_of(sums);
+    STD_TORCH_CHECK(view.dim == 1 && view.sizes[0] == views_[0].sizes[0] && view.dtype == DType::float64 &&
+                        view.device == views_[0].device && contiguous(view),
+                    "bicm_kernels: sums must be what the forward pass returned");
+    p.sums = static_cast<double*>(view.data);
+
+    std::vector<Tensor> results;
+    for (int i = 0; i < count_; ++i) {
+      p.wanted[i] = (needs >> i & 1) != 0;
+      if (!p.wanted[i]) continue;
+      results.push_back(like(*inputs_[i], views_[i]));
+      outputs_[i] = view_of(results.back());
+      add(outputs_[i], p.gradient[i]);
+    }
+    merge_all();
+    if (p.layout.batch == 0 || p.layout.elements == 0) return results;
+    for (int i = 0; i < count_; ++i) {
+      const int64_t bytes = p.layout.batch * p.layout.elements * size_of(views_[i].dtype);
+      p.gradient[i].streams = p.wanted[i] && bytes >= kStreamBytes;
+    }
+    Device::gradients(p, sums);
+    return results;
+  }
+
+  PseudoHuber p = {};
+
+ private:
+  void add(const View& view, Operand& operand) {
+    pointers_[used_] = &view;
+    operands_[used_++] = &operand;
+  }
+
+  // Memory order may be followed: a sum's partition depends on the sample alone.
+  void merge_all() { merge(pointers_, operands_, used_, false, true, p.layout); }
+
+  const Tensor* inputs_[kLossInputs];
+  View views_[kLossInputs], outputs_[kLossInputs];
+  const View* pointers_[2 * kLossInputs];
+  Operand* operands_[2 * kLossInputs];
+  int count_ = 0, used_ = 0;
+};
+
+// The two flavours of every schema: numbers for eager calls, tensors for traced graphs and per-sample arguments.
+struct LossNumbers {
+  using Numeric = double;
+  using Maybe = std::optional<double>;
+};
+struct LossTensors {
+  using Numeric = Tensor;
+  using Maybe = std::optional<Tensor>;
+};
+
+template <class Device, class A>
+std::tuple<Tensor, Tensor> pseudo_huber_loss(Tensor pred, Tensor target, MaybeTensor weight, typename A::Maybe c,
+                                             int64_t distance, int64_t reduction) {
+  Loss loss(pred, target, nullptr);
+  loss.distance(weight, c, distance, reduction);
+  return loss.value<Device>();
+}
+
+template <class Device, class A>
+std::vector<Tensor> pseudo_huber_backward(Tensor upstream, Tensor sums, int64_t needs, Tensor pred, Tensor target,
+                                          MaybeTensor weight, typename A::Maybe c, int64_t distance,
+                                          int64_t reduction) {
+  Loss loss(pred, target, nullptr);
+  loss.distance(weight, c, distance, reduction);
+  return loss.gradients<Device>(upstream, sums, needs);
+}
+
+template <class Device, class A>
+std::tuple<Tensor, Tensor> consistency_loss(Tensor F, Tensor target, Tensor x, Tensor t, MaybeTensor u,
+                                            MaybeTensor weight, typename A::Maybe c, typename A::Numeric sigma_data,
+                                            typename A::Numeric sigma_min, int64_t parameterization, int64_t distance,
+                                            int64_t reduction) {
+  Loss loss(F, target, &x);
+  loss.denoising(t, u, sigma_data, sigma_min, parameterization);
+  loss.distance(weight, c, distance, reduction);
+  return loss.value<Device>();
+}
+
+template <class Device, class A>
+std::vector<Tensor> consistency_loss_backward(Tensor upstream, Tensor sums, int64_t needs, Tensor F, Tensor target,
+                                              Tensor x, Tensor t, MaybeTensor u, MaybeTensor weight,
+                                              typename A::Maybe c, typename A::Numeric sigma_data,
+                                              typename A::Numeric sigma_min, int64_t parameterization, int64_t distance,
+                                              int64_t reduction) {
+  Loss loss(F, target, &x);
+  loss.denoising(t, u, sigma_data, sigma_min, parameterization);
+  loss.distance(weight, c, distance, reduction);
+  return loss.gradients<Device>(upstream, sums, needs);
+}
+
+template <class Device, class A, class Library>
+void register_losses(Library& library, const char* const* names) {
+  library.impl(names[0], TORCH_BOX((&pseudo_huber_loss<Device, A>)));
+  library.impl(names[1], TORCH_BOX((&pseudo_huber_backward<Device, A>)));
+  library.impl(names[2], TORCH_BOX((&consistency_loss<Device, A>)));
+  library.impl(names[3], TORCH_BOX((&consistency_loss_backward<Device, A>)));
+}
+
+template <class Device>
+void register_pseudo_huber(torch::stable::detail::StableLibrary& library) {
+  static const char* const numbers[] = {"pseudo_huber", "pseudo_huber_backward", "consistency_loss",
+                                        "consistency_loss_backward"};
+  static const char* const tensors[] = {"pseudo_huber.tensor", "pseudo_huber_backward.tensor",
+                                        "consistency_loss.tensor", "consistency_loss_backward.tensor"};
+  register_losses<Device, LossNumbers>(library, numbers);
+  register_losses<Device, LossTensors>(library, tensors);
+}
+
+}  // namespace bicm

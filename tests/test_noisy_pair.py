@@ -1,0 +1,101 @@
+"""noisy_pair: one noise at two levels, the generator-augmented mix, derivatives, tracing, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bicm_kernels as bk
+from bicm_kernels import reference
+
+Bits = Callable[[Tensor, Tensor], None]
+MASK = torch.tensor([True, False, True, False])
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(4, 1), (4, 3, 5, 7), (4, 1025), (4, 0)])
+def test_two_levels_of_one_noise(shape: tuple[int, ...], dtype: torch.dtype, same_bits: Bits) -> None:
+    x, x_hat = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
+    levels = torch.tensor([0.0, 0.1, 2.0, 80.0]), torch.tensor(0.5)
+    key: dict[str, Any] = {"seed": 3, "step": 1, "sample_id": 5}
+    for actual, level in zip(bk.noisy_pair(x, *levels, **key), levels, strict=True):
+        same_bits(actual, bk.add_noise(x, level, **key))
+    mixed = torch.where(MASK.reshape(-1, *[1] * (x.dim() - 1)), x_hat, x)
+    for actual, level in zip(bk.noisy_pair(x, *levels, x_hat=x_hat, mask=MASK, **key), levels, strict=True):
+        same_bits(actual, bk.add_noise(mixed, level, **key))
+
+
+@pytest.mark.parametrize("layout", [lambda x: x.transpose(1, 2), lambda x: x[:, ::2], lambda x: x[:, :1].expand_as(x)])
+def test_layouts(layout: Callable[[Tensor], Tensor], same_bits: Bits) -> None:
+    x, x_hat = layout(random(4, 6, 5)), layout(random(4, 6, 5, seed=1))
+    ours, plain = (m.noisy_pair(x, 0.5, 2.0, seed=1, x_hat=x_hat, mask=MASK) for m in (bk, reference))
+    for actual, expected in zip(ours, plain, strict=True):
+        same_bits(actual, expected)
+        assert actual.stride() == torch.empty_like(x).stride()
+
+
+def test_batch_invariance(same_bits: Bits) -> None:
+    x, x_hat = random(4, 5000), random(4, 5000, seed=1)
+    whole = bk.noisy_pair(x, 0.5, 2.0, seed=1, x_hat=x_hat, mask=MASK)
+    for b in range(4):
+        one = slice(b, b + 1)
+        alone = bk.noisy_pair(x[one], 0.5, 2.0, seed=1, sample_id=b, x_hat=x_hat[one], mask=MASK[one])
+        for all_samples, sample in zip(whole, alone, strict=True):
+            same_bits(all_samples[one], sample)
+
+
+def test_gradients() -> None:
+    x, x_hat = (random(4, 3, dtype=torch.float64, seed=k).requires_grad_() for k in range(2))
+    low, high = (torch.tensor(v, dtype=torch.float64).requires_grad_() for v in (0.5, 2.0))
+    key: dict[str, Any] = {"seed": 1}
+    check = torch.autograd.gradcheck
+    assert check(lambda x: bk.noisy_pair(x, 0.5, 2.0, **key), (x,), check_batched_grad=True)
+    assert check(lambda x, y: bk.noisy_pair(x, 0.5, 2.0, x_hat=y, mask=MASK, **key), (x, x_hat))
+    assert check(lambda x, y, a, b: bk.noisy_pair(x, a, b, x_hat=y, mask=MASK, **key), (x, x_hat, low, high))
+    assert torch.autograd.gradgradcheck(lambda x, y: bk.noisy_pair(x, 0.5, 2.0, x_hat=y, mask=MASK, **key), (x, x_hat))
+
+
+def test_tracing(same_bits: Bits) -> None:
+    x, x_hat = random(4, 3), random(4, 3, seed=1)
+    numbers = [torch.tensor(v, dtype=torch.float64) for v in (0.5, 2.0)]
+    key = [torch.tensor(k) for k in (1, 2, 3)]
+    for op in (torch.ops.bicm_kernels.noisy_pair, torch.ops.bicm_kernels.noisy_pair_tracked):
+        torch.library.opcheck(op.default, (x, *numbers, *key, None, None))
+        torch.library.opcheck(
+            op.default,
+            (x.clone().requires_grad_(op.__name__.endswith("tracked")), *numbers, *key, x_hat, MASK),
+        )
+
+    def body(x: Tensor, low: float, high: float, step: int) -> tuple[Tensor, Tensor]:
+        return bk.noisy_pair(x, low, high, seed=1, step=step, x_hat=x_hat, mask=MASK)
+
+    compiled = torch.compile(body, fullgraph=True, backend="aot_eager")
+    for k in range(3):
+        for actual, expected in zip(compiled(x, 0.5 + k, 2.0 + k, k), body(x, 0.5 + k, 2.0 + k, k), strict=True):
+            same_bits(actual, expected)
+
+
+X = torch.ones(4, 3)
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"x_hat": X}, ValueError, "x_hat and mask go together"),
+    ({"x_hat": X, "mask": MASK.float()}, TypeError, "mask must be a bool tensor"),
+    ({"x_hat": X, "mask": MASK[:2]}, ValueError, r"mask must have shape \(4,\)"),
+    ({"x_hat": X[:, :1], "mask": MASK}, ValueError, "x_hat must have the shape of x"),
+    ({"x_hat": X.double(), "mask": MASK}, TypeError, "x_hat must have the dtype of x"),
+    ({"sigma_high": torch.ones(3)}, ValueError, "sigma_high must be a 0-d or a "),
+    ({"sample_id": -1}, ValueError, "sample_id must be in"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "words"), WRONG)
+def test_errors(wrong: dict[str, Any], error: type[Exception], words: str, each_backend: str) -> None:
+    with pytest.raises(error, match=words):
+        bk.noisy_pair(X, **{"sigma_low": 0.5, "sigma_high": 2.0, "seed": 0, **wrong})
