@@ -190,6 +190,13 @@ void affine_step_out(Tensors tensors, typename A::Coefficients weights, typename
   step.run<Device>();
 }
 
+// What stands for an output that was not asked for.
+inline Tensor nothing_like(const Tensor& first) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(first.get(), &dtype));
+  return empty_tensor(first, 1, 0, dtype);
+}
+
 template <class A>
 void prepare_denoised(Step& step, const typename A::Coefficients& x0_weights, const typename A::Coefficients& weights,
                       const typename A::Coefficient& guidance_scale, const typename A::Coefficient& x0_weight,
@@ -222,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor> denoised_step(Tensors tensors, typename A::Co
                       sample_id);
   Tensor out = step.output(step.m.out);
   Tensor x0 = step.output(step.m.x0);
-  Tensor next = step.m.scales ? step.output(step.m.next) : torch::stable::new_empty(tensors[0], {0});
+  Tensor next = step.m.scales ? step.output(step.m.next) : nothing_like(tensors[0]);
   step.run<Device>();
   return {out, x0, next};
 }

@@ -10,16 +10,6 @@ namespace bicm {
 
 using MaybeTensor = std::optional<Tensor>;
 
-inline Tensor empty_tensor(const Tensor& like, int64_t dim, int64_t size, int32_t dtype) {
-  int32_t type, index;
-  const int64_t stride = 1;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
-  AtenTensorHandle result;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, &size, &stride, dtype, type, index, &result));
-  return Tensor(result);
-}
-
 // A loss's arguments, checked; the problem's operands point at them.
 class Loss {
  public:

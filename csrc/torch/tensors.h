@@ -86,6 +86,17 @@ inline Tensor like(const Tensor& first, const View& view) {
   return Tensor(result);
 }
 
+// A number or a row of them on a tensor's device, uninitialised.
+inline Tensor empty_tensor(const Tensor& like, int64_t dim, int64_t size, int32_t dtype) {
+  int32_t type, index;
+  const int64_t stride = 1;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle result;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, &size, &stride, dtype, type, index, &result));
+  return Tensor(result);
+}
+
 // Whether an output may be written while an input is read: they are the same memory element by element, or disjoint.
 // Two tensors of the same strides that are nested (each stride spans the smaller ones) are compared exactly; others by
 // their address ranges.

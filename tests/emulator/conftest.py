@@ -10,10 +10,6 @@ if "BICM_EMULATOR_PATH" in os.environ:
     sys.path.insert(0, os.environ["BICM_EMULATOR_PATH"])
 
 import bicm_emulator
-from hypothesis import settings
-
-settings.register_profile("emulator", derandomize=True, deadline=None, database=None)
-settings.load_profile("emulator")
 
 DEFAULTS = {
     name: getattr(bicm_emulator.device, name)

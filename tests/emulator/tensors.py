@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import bicm_emulator
 import numpy as np
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 STORAGE = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32, "float64": np.uint64}
-GUARD = 67  # elements before and after a tensor
+GUARD = 67  # elements after a tensor
+# Inputs end where their memory ends when the address sanitizer is there to see a read beyond it.
+INPUT_GUARD = 0 if bicm_emulator.SANITIZED else GUARD
 
 
 def bfloat16_bits(values: np.ndarray) -> np.ndarray:
@@ -110,12 +113,14 @@ class Tensor:
     touched: np.ndarray
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], dtype: str, layout: str = "contiguous", offset: int = 0) -> Tensor:
+    def empty(
+        cls, shape: tuple[int, ...], dtype: str, layout: str = "contiguous", offset: int = 0, guard: int = GUARD
+    ) -> Tensor:
         strides = INPUT_LAYOUTS[layout](shape)
         extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         # A multiple of 16 bytes before the tensor keeps offset 0 aligned.
         before = 8 * 9 + offset
-        memory = np.full(before + max(extent, 0) + GUARD, 0x5A5A, dtype=STORAGE[dtype])
+        memory = np.full(before + max(extent, 0) + guard, 0x5A5A, dtype=STORAGE[dtype])
         touched = np.zeros(memory.shape, dtype=bool)
         if 0 not in shape:
             strided(touched[before:], shape, strides)[...] = True
@@ -123,7 +128,7 @@ class Tensor:
 
     @classmethod
     def of(cls, values: np.ndarray, dtype: str, layout: str = "contiguous", offset: int = 0) -> Tensor:
-        tensor = cls.empty(values.shape, dtype, layout, offset)
+        tensor = cls.empty(values.shape, dtype, layout, offset, INPUT_GUARD)
         # Where a layout folds elements onto each other, the last one written stays.
         tensor.bits[...] = to_bits(values, dtype)
         return tensor
