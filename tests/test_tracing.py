@@ -130,11 +130,18 @@ def noise_samples() -> dict[str, list[tuple[Any, ...]]]:
 SAMPLES = step_samples() | noise_samples()
 
 
+# Checked beside their values, in test_noisy_pair, test_preconditioning and test_pseudo_huber_derivatives.
+ELSEWHERE = (
+    "consistency_loss denoise denoise_gradient noisy_pair pseudo_huber renoise scale_input consistency_loss_backward "
+    "denoise_tracked noisy_pair_tracked pseudo_huber_backward scale_input_tracked"
+).split()
+
+
 def test_every_overload_is_checked() -> None:
     names = {
         name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("bicm_kernels::")
     }
-    assert names == set(SAMPLES)
+    assert {name for name in names if name.partition(".")[0] not in ELSEWHERE} == set(SAMPLES)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
