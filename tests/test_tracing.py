@@ -131,10 +131,20 @@ SAMPLES = step_samples() | noise_samples()
 
 
 # Checked beside their values, in test_noisy_pair, test_preconditioning and test_pseudo_huber_derivatives.
-ELSEWHERE = (
-    "consistency_loss denoise denoise_gradient noisy_pair pseudo_huber renoise scale_input consistency_loss_backward "
-    "denoise_tracked noisy_pair_tracked pseudo_huber_backward scale_input_tracked"
-).split()
+ELSEWHERE = [
+    "consistency_loss",
+    "denoise",
+    "denoise_gradient",
+    "noisy_pair",
+    "pseudo_huber",
+    "renoise",
+    "scale_input",
+    "consistency_loss_backward",
+    "denoise_tracked",
+    "noisy_pair_tracked",
+    "pseudo_huber_backward",
+    "scale_input_tracked",
+]
 
 
 def test_every_overload_is_checked() -> None:

@@ -8,7 +8,7 @@
 
 namespace bicm {
 
-constexpr int64_t kChunk = 512;  // elements of a unit: its buffers stay in the first-level cache
+constexpr int64_t kChunk = 1024;  // elements of a unit: its buffers stay in the first-level cache
 
 // Units of a partial sum. A sample's sum is a sum of these in order, which depends on its size alone.
 constexpr int64_t kUnitsPerSum = 64;

@@ -122,6 +122,12 @@ void denoised_unit(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
   store_results(m, unit, out);
 }
 
+// Elements `done` to `done + width` of a unit, or of what follows it in the sample.
+Unit part_of(const Layout& layout, const Unit& unit, int64_t done, int64_t width) {
+  const int64_t left = layout.elements - unit.begin - done;
+  return {unit.sample, unit.begin + done, left < width ? left : width};
+}
+
 // A staged tensor is read in a burst per unit, too short for the hardware to see far ahead: ask for the next one now.
 template <class C>
 void prefetch_staged(const Multistep& m, const Unit& next) {
@@ -131,13 +137,19 @@ void prefetch_staged(const Multistep& m, const Unit& next) {
   if (m.guided) prefetch_unit(m.conditional, next);
 }
 
+// A unit in parts: noise likes long runs, while staged tensors and their neighbours must share the first-level cache.
 template <class C>
 void run(const Multistep& m, int64_t begin, int64_t end) {
   Buffers<C> buffers;
+  const int64_t width = m.draws ? kChunk : kChunk / 2;
   for (int64_t i = begin; i < end; ++i) {
     const Unit unit = unit_at(m.layout, i);
-    if (i + 1 < end) prefetch_staged<C>(m, unit_at(m.layout, i + 1));
-    m.denoises ? denoised_unit(m, unit, buffers) : affine_unit(m, unit, buffers);
+    for (int64_t done = 0; done < unit.count; done += width) {
+      const Unit part = part_of(m.layout, unit, done, width);
+      const Unit next = part_of(m.layout, unit, done + width, width);
+      if (next.count > 0) prefetch_staged<C>(m, next);
+      m.denoises ? denoised_unit(m, part, buffers) : affine_unit(m, part, buffers);
+    }
   }
   finish_streams();
 }
