@@ -41,6 +41,8 @@ struct Buffers {
   alignas(64) C out[kChunk + kPad];
   alignas(64) C x0[kChunk + kPad];
   alignas(64) float noise[kChunk];
+  int64_t weighed = -1;  // the sample whose weights these are: forming them costs as much as a hundred elements
+  C weight[kMaxTerms];
 };
 
 template <class C>
@@ -82,10 +84,13 @@ void store_results(const Multistep& m, const Unit& unit, C* out) {
 template <class C>
 void affine_unit(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
   const C* x[kMaxTerms];
-  C weight[kMaxTerms];
   const C noise_weight = draw(m, unit, buffers);
   load_inputs(m, unit, buffers, x);
-  form_weights(m, unit.sample, weight);
+  if (buffers.weighed != unit.sample) {
+    form_weights(m, unit.sample, buffers.weight);
+    buffers.weighed = unit.sample;
+  }
+  const C* weight = buffers.weight;
   const bool in_place = is_compute_type<C>(m.out) && !m.out.streams && !m.scales;
   C* out = in_place ? static_cast<C*>(m.out.data) + unit.sample * m.out.batch_stride + unit.begin : buffers.out;
   if (noise_weight != C(0)) {
@@ -141,7 +146,9 @@ void prefetch_staged(const Multistep& m, const Unit& next) {
 template <class C>
 void run(const Multistep& m, int64_t begin, int64_t end) {
   Buffers<C> buffers;
-  const int64_t width = m.draws ? kChunk : kChunk / 2;
+  bool staged = m.guided || m.denoises;
+  for (int k = 0; k < m.terms; ++k) staged = staged || !is_compute_type<C>(m.input[k]);
+  const int64_t width = m.draws || !staged ? kChunk : kChunk / 2;
   for (int64_t i = begin; i < end; ++i) {
     const Unit unit = unit_at(m.layout, i);
     for (int64_t done = 0; done < unit.count; done += width) {
