@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
@@ -29,6 +30,8 @@ compiling = torch.compiler.is_compiling
 batched = torch._C._functorch.is_legacy_batchedtensor
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _Interpreter = torch._C._functorch.CInterpreter
+_FLOATS, _NUMBERS = {float}, {float, Tensor}
+_modes = torch._C._len_torch_dispatch_stack
 
 
 def transformed() -> bool:
@@ -42,25 +45,39 @@ def requires_grad(*values: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
 
 
-def eager(tensors: Sequence[Tensor], values: Sequence[Any], key: Sequence[Any]) -> bool:
-    """Whether a call may go straight to the native CPU kernel: CPU tensors without derivatives, plain numbers."""
+def flavour(tensors: Sequence[Tensor], values: Sequence[Any], key: Sequence[Any]) -> str:
+    """The flavour of a schema that a call may go straight to: CPU tensors without derivatives, outside of any graph.
+
+    ``default`` takes Python numbers, ``tensor`` serves a call that holds a tensor among its numbers; empty means that
+    the call needs a closer look.
+    """
     if not backend.native_cpu or not tensors[0].is_cpu or compiling() or transformed():
-        return False
-    if torch.is_grad_enabled():
+        return ""
+    differentiable = torch.is_grad_enabled()
+    if differentiable:
         for x in tensors:
             if x.requires_grad:
-                return False
+                return ""
+    name = "default"
     for value in values:
-        if type(value) is list:
-            for x in value:
-                if type(x) is not float:
-                    return False
-        elif type(value) is not float and value is not None:
-            return False
+        kind = type(value)
+        if kind is float or value is None:
+            continue
+        if kind is list:
+            kinds = {*map(type, value)}
+            if kinds == _FLOATS:
+                continue
+            if not kinds <= _NUMBERS or requires_grad(*value):
+                return ""
+        elif kind is not Tensor or (differentiable and value.requires_grad):
+            return ""
+        name = "tensor"
     for value in key:
-        if type(value) is not int and value is not None:
-            return False
-    return True
+        if type(value) is Tensor:
+            name = "tensor"
+        elif type(value) is not int and value is not None:
+            return ""
+    return name
 
 
 def needs_reference(first: Tensor, *, tracked: bool, family: str = "") -> bool:
@@ -129,13 +146,26 @@ def plain(values: Sequence[Any]) -> bool:
     return not compiling() and not any(isinstance(value, Tensor) for value in numbers(values))
 
 
+@lru_cache(1024)
+def _constant(value: float, sign: float, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor could not be saved for a backward pass
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def constant(value: float, dtype: torch.dtype) -> Tensor:
+    """A number as a 0-d tensor that nobody writes to: making one takes longer than a small kernel."""
+    if _modes():  # such a mode would leave its own kind of tensor behind
+        return torch.tensor(value, dtype=dtype, device="cpu")
+    return _constant(value, math.copysign(1.0, value), dtype)  # 0.0 and -0.0 are equal
+
+
 def coefficient(value: Number) -> Tensor:
     """A float as a 0-d float64 tensor; tensors as they are. In a traced graph a product does not specialise."""
     if isinstance(value, Tensor):
         return value
     if compiling():
         return torch.ones((), dtype=torch.float64) * value
-    return torch.tensor(value, dtype=torch.float64)
+    return constant(value, torch.float64)
 
 
 def coefficients(values: Sequence[Any]) -> list[Any]:
@@ -155,15 +185,18 @@ def integer(value: Integer) -> Tensor:
     """An int as a 0-d int64 tensor; tensors as they are."""
     if isinstance(value, Tensor):
         return value
-    # int, because arithmetic on NumPy's integers overflows; a traced one must stay symbolic.
-    return torch.full((), signed(value if compiling() else int(value)), dtype=torch.int64)
+    if compiling():
+        return torch.full((), signed(value), dtype=torch.int64)  # it must stay symbolic
+    return constant(signed(int(value)), torch.int64)  # int, because arithmetic on NumPy's integers overflows
 
 
 def key(seed: Integer | None, step: Integer, sample_id: Integer, like: Tensor) -> tuple[Tensor | None, ...]:
     """The integers of a noise key as tensors; what is wrong raises here, since a tensor cannot tell any more."""
     if seed is None:
         return None, None, None
-    check_key(seed, step, sample_id, like.shape[0], like.device)
+    batch = like.shape[0]
+    if not (type(seed) is type(step) is type(sample_id) is int and 0 <= step < WORD and 0 <= sample_id <= WORD - batch):
+        check_key(seed, step, sample_id, batch, like.device)
     return integer(seed), integer(step), integer(sample_id)
 
 

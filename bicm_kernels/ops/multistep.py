@@ -179,8 +179,12 @@ def _run(
             raise TypeError("as many weights as tensors")
         tensors: list[Any] = [*operands[:-1], *last] if paired else [*operands]
         op = getattr(_ops, step.name)
-        if not outs and arguments.eager(tensors, values, key):
+        flavour = "" if outs else arguments.flavour(tensors, values, key)
+        if flavour == "default":
             return op.default(tensors, *values, *key)
+        if flavour == "tensor":
+            counters = arguments.key(key[0], key[1], key[2], tensors[0]) if key else ()
+            return op.tensor(tensors, *arguments.coefficients(values), *counters)
         tracked = arguments.requires_grad(*tensors, *arguments.numbers(values), *outs)
         if arguments.compiling():
             _check(step, operands, values, guidance_scale, key, outs)
