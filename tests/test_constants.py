@@ -46,7 +46,7 @@ def test_a_number_met_in_inference_mode_serves_a_backward_pass() -> None:
 
 def test_another_default_device_or_dtype_changes_nothing() -> None:
     expected = levels(0.2265625)
-    arguments._constant.cache_clear()
+    arguments._kept_float.cache_clear()
     with torch.device("meta"):
         number = arguments.coefficient(0.2265625)
     assert number.device.type == "cpu"

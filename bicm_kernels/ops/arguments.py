@@ -146,17 +146,18 @@ def plain(values: Sequence[Any]) -> bool:
     return not compiling() and not any(isinstance(value, Tensor) for value in numbers(values))
 
 
+# Making a tensor of a number takes longer than a small kernel, and nobody writes to these: they are kept. An inference
+# tensor could not be saved for a backward pass.
 @lru_cache(1024)
-def _constant(value: float, sign: float, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # an inference tensor could not be saved for a backward pass
-        return torch.tensor(value, dtype=dtype, device="cpu")
+def _kept_float(value: float, sign: float) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
-def constant(value: float, dtype: torch.dtype) -> Tensor:
-    """A number as a 0-d tensor that nobody writes to: making one takes longer than a small kernel."""
-    if _modes():  # such a mode would leave its own kind of tensor behind
-        return torch.tensor(value, dtype=dtype, device="cpu")
-    return _constant(value, math.copysign(1.0, value), dtype)  # 0.0 and -0.0 are equal
+@lru_cache(1024)
+def _kept_integer(value: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(signed(value), dtype=torch.int64, device="cpu")
 
 
 def coefficient(value: Number) -> Tensor:
@@ -165,7 +166,9 @@ def coefficient(value: Number) -> Tensor:
         return value
     if compiling():
         return torch.ones((), dtype=torch.float64) * value
-    return constant(value, torch.float64)
+    if _modes():  # such a mode would leave its own kind of tensor behind
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
+    return _kept_float(value, math.copysign(1.0, value))  # 0.0 and -0.0 are equal
 
 
 def coefficients(values: Sequence[Any]) -> list[Any]:
@@ -187,7 +190,8 @@ def integer(value: Integer) -> Tensor:
         return value
     if compiling():
         return torch.full((), signed(value), dtype=torch.int64)  # it must stay symbolic
-    return constant(signed(int(value)), torch.int64)  # int, because arithmetic on NumPy's integers overflows
+    value = int(value)  # arithmetic on NumPy's integers overflows
+    return torch.tensor(signed(value), dtype=torch.int64, device="cpu") if _modes() else _kept_integer(value)
 
 
 def key(seed: Integer | None, step: Integer, sample_id: Integer, like: Tensor) -> tuple[Tensor | None, ...]:
@@ -195,7 +199,10 @@ def key(seed: Integer | None, step: Integer, sample_id: Integer, like: Tensor) -
     if seed is None:
         return None, None, None
     batch = like.shape[0]
-    if not (type(seed) is type(step) is type(sample_id) is int and 0 <= step < WORD and 0 <= sample_id <= WORD - batch):
+    if type(seed) is type(step) is type(sample_id) is int and 0 <= step < WORD and 0 <= sample_id <= WORD - batch:
+        if not (compiling() or _modes()):
+            return _kept_integer(seed), _kept_integer(step), _kept_integer(sample_id)
+    else:
         check_key(seed, step, sample_id, batch, like.device)
     return integer(seed), integer(step), integer(sample_id)
 
