@@ -350,6 +350,7 @@ print(total, bk.backend.describe().split()[1])
 
 
 def test_the_same_bits_on_every_instruction_set(python: Callable[..., Any]) -> None:
-    runs = [python(DIGEST, BICM_KERNELS_ISA=isa) for isa in ("scalar", "avx2", "avx512")]
-    assert len({done.stdout for done in runs}) == 1
-    assert python(DIGEST, BICM_KERNELS_BACKEND="reference").stdout.split()[0] == runs[0].stdout.split()[0]
+    best = {"DEFAULT": 1, "AVX2": 2, "AVX512": 3}[torch.backends.cpu.get_cpu_capability()]
+    runs = [python(DIGEST, BICM_KERNELS_ISA=isa).stdout for isa in ("scalar", "avx2", "avx512")[:best]]
+    runs.append(python(DIGEST, BICM_KERNELS_BACKEND="reference").stdout)
+    assert len({line.split()[0] for line in runs}) == 1
