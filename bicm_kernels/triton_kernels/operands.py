@@ -82,6 +82,11 @@ class Layout:
     sizes: tuple[int, ...]
     operands: list[Operand]
 
+    @property
+    def index(self) -> Any:
+        """The type of an element's index."""
+        return tl.int32 if self.elements < WIDE else tl.int64
+
     def launch(self, kernel: Any, **arguments: object) -> None:
         """Run a kernel over the tiles."""
         if not self.batch * self.elements:
@@ -99,7 +104,7 @@ class Layout:
                 ROWS=rows,
                 COLUMNS=columns,
                 GROUP=8 if any(x.element_size() == 2 for x, _, _ in self.operands) else 4,
-                INDEX=tl.int32 if self.elements < WIDE else tl.int64,
+                INDEX=self.index,
                 num_warps=WARPS,
                 enable_fp_fusion=False,
                 **arguments,

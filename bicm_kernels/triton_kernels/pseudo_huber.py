@@ -1,0 +1,385 @@
+"""Pseudo-Huber losses: sums of chunks, then of samples and of the batch; and the derivatives from the inputs again.
+
+Chunks depend on a sample's size alone. A chunk's sum is kept in two float32 numbers (the second holds what rounding
+took from the first), because most GPUs are slow in double precision.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bicm_kernels.triton_kernels import checks
+from bicm_kernels.triton_kernels.checks import Number
+from bicm_kernels.triton_kernels.keys import Argument, number, number_argument
+from bicm_kernels.triton_kernels.operands import TILE, WARPS, Layout, device_of, lay_out, load, locate, store
+from bicm_kernels.triton_kernels.rounding import divide, root
+from bicm_kernels.triton_kernels.scaling import bcm, cm
+
+CHUNK = 8 * TILE  # elements that one program sums
+FINISH_BLOCK = 256
+PARAMETERIZATIONS = ("bcm", "cm", "edm")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@triton.jit
+def nonzero(x):
+    """What zero is divided by where zero over zero is meant to be zero."""
+    return tl.where(x == 0.0, 3.0, x)
+
+
+@triton.jit
+def distance(s, c):
+    """sqrt(s + c^2) - c without its cancellation; 0 at s = c = 0."""
+    return divide(s, nonzero(root(s + c * c) + c))
+
+
+@triton.jit
+def denoising_weights(levels, sample, present, FORM: tl.constexpr, COMPUTE: tl.constexpr):
+    """(c_skip, c_out) of every row; `levels` are t, u or sigma_min, sigma_data."""
+    t = number(levels[0], sample, present, COMPUTE)
+    u = number(levels[1], sample, present, COMPUTE)
+    sigma_data = number(levels[2], sample, present, COMPUTE)
+    if FORM == "cm":
+        weights = cm(t, u, sigma_data)
+    else:
+        weights = bcm(t, u, sigma_data)
+    return weights
+
+
+@triton.jit
+def residual(prediction, target, x, weights, sizes, sample, element, inside, COMPUTE: tl.constexpr):
+    """Of a tile, in the compute type; 0 where no element is."""
+    r = load(prediction, sizes, sample, element, inside, COMPUTE)
+    if x is not None:
+        r = weights[0] * load(x, sizes, sample, element, inside, COMPUTE) + weights[1] * r
+    r = r - load(target, sizes, sample, element, inside, COMPUTE)
+    return tl.where(inside, r, 0.0)
+
+
+@triton.jit
+def add_term(high, low, term):
+    """high + low + term: the sum, and what rounding took from it."""
+    total = high + term
+    part = total - high
+    return total, low + ((high - (total - part)) + (term - part))
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def sums(
+    partial,
+    loss,
+    prediction,
+    target,
+    x,
+    sizes,
+    elements,
+    chunks,
+    levels,
+    c,
+    weight,
+    FORM: tl.constexpr,
+    ELEMENTWISE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """The sum of one chunk, and the loss of the sample where that is all of it and a loss is wanted here."""
+    item = tl.program_id(0).to(tl.int64)
+    sample = tl.full((1, 1), item // chunks, tl.int64)
+    present = sample >= 0
+    first = (item % chunks).to(INDEX) * (COLUMNS * STEPS)
+    weights = (0.0, 1.0)
+    if x is not None:
+        weights = denoising_weights(levels, sample, present, FORM, COMPUTE)
+    high = tl.zeros((1, COLUMNS), COMPUTE)
+    low = tl.zeros((1, COLUMNS), COMPUTE)
+    for step in range(STEPS):
+        element = first + step * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        r = residual(prediction, target, x, weights, sizes, sample, element, element < elements, COMPUTE)
+        term = r * r
+        if ELEMENTWISE:
+            term = distance(term, number(c, sample, present, COMPUTE))
+        high, low = add_term(high, low, term)
+    # Where a sum is infinite, what was lost is not a number and does not count.
+    exact = high.to(tl.float64) + tl.where(low == low, low, 0.0).to(tl.float64)
+    total = tl.sum(exact, axis=1)
+    row = sample.reshape(1)
+    tl.store(partial + item + tl.arange(0, 1), total)
+    if loss is not None:
+        value = weighted(total, elements, c, weight, row, row >= 0, ELEMENTWISE)
+        tl.store(loss + row, value.to(loss.dtype.element_ty))
+
+
+@triton.jit
+def weighted(total, elements, c, weight, sample, present, ELEMENTWISE: tl.constexpr):
+    """The distances of samples from their sums, weighted."""
+    if ELEMENTWISE:
+        value = total / elements.to(tl.float64)
+    else:
+        value = distance(total, number(c, sample, present, tl.float64))
+    return number(weight, sample, present, tl.float64) * value
+
+
+@triton.jit(do_not_specialize=["batch", "elements", "chunks"])
+def finish(
+    out,
+    partial,
+    loss,
+    batch,
+    elements: tl.int64,
+    chunks,
+    c,
+    weight,
+    ELEMENTWISE: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Chunks become samples, and samples the loss, in order."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, batch, BLOCK):
+        sample = start + tl.arange(0, BLOCK).to(tl.int64)
+        present = sample < batch
+        value = tl.zeros((BLOCK,), tl.float64)
+        for chunk in range(chunks):
+            value += tl.load(partial + sample * chunks + chunk, mask=present, other=0.0)
+        tl.store(out + sample, value, mask=present)
+        value = weighted(value, elements, c, weight, sample, present, ELEMENTWISE)
+        if REDUCTION == "none":
+            tl.store(loss + sample, value.to(loss.dtype.element_ty), mask=present)
+        total += tl.where(present, value, 0.0)
+    if REDUCTION != "none":
+        reduced = tl.sum(total, axis=0)
+        if REDUCTION == "mean":
+            reduced = reduced / batch.to(tl.float64)
+        tl.store(loss, reduced.to(loss.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["batch", "blocks"])
+def gradients(
+    outs,
+    prediction,
+    target,
+    x,
+    sizes,
+    batch,
+    elements,
+    blocks,
+    levels,
+    c,
+    weight,
+    upstream,
+    totals,
+    FORM: tl.constexpr,
+    ELEMENTWISE: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """The derivatives in prediction, target and x, those that are not None."""
+    sample, present, _, element, inside = locate(elements, batch, blocks, ROWS, COLUMNS, INDEX)
+    weights = (0.0, 1.0)
+    if x is not None:
+        weights = denoising_weights(levels, sample, present, FORM, COMPUTE)
+    r = residual(prediction, target, x, weights, sizes, sample, element, inside, COMPUTE)
+    factor = number(upstream, sample, present, COMPUTE) * number(weight, sample, present, COMPUTE)
+    if REDUCTION == "mean":
+        factor = divide(factor, tl.full(factor.shape, batch, COMPUTE))
+    transition = number(c, sample, present, COMPUTE)
+    if ELEMENTWISE:
+        factor = divide(factor, tl.full(factor.shape, elements, COMPUTE))
+        r = divide(r, nonzero(root(r * r + transition * transition)))
+    else:
+        total = tl.load(totals + sample, mask=present, other=1.0).to(COMPUTE)
+        factor = divide(factor, nonzero(root(total + transition * transition)))
+    if outs[0] is not None:
+        scale = factor
+        if x is not None:
+            scale = factor * weights[1]
+        store(outs[0], sizes, sample, element, inside, scale * r)
+    if outs[1] is not None:
+        store(outs[1], sizes, sample, element, inside, (factor * -1.0) * r)
+    if outs[2] is not None:
+        store(outs[2], sizes, sample, element, inside, (factor * weights[0]) * r)
+
+
+class Loss:
+    """A loss's arguments, checked, in the form that the kernels take."""
+
+    def __init__(
+        self,
+        inputs: Sequence[Tensor],
+        levels: Sequence[Number],
+        weight: Number | None,
+        c: Number | None,
+        form: str,
+        kind: int,
+        reduction: int,
+    ) -> None:
+        checks.check_states(inputs, len(inputs))
+        self.inputs, self.elementwise = list(inputs), kind == 1
+        self.reduction, self.form = REDUCTIONS[reduction], form
+        first = inputs[0]
+        self.batch, self.elements = first.shape[0], math.prod(first.shape[1:])
+        self.float64 = any(x.dtype == torch.float64 for x in inputs)
+        self.compute = torch.float64 if self.float64 else torch.float32
+        self.levels = tuple([self.number(value) for value in levels])
+        self.weight = 1.0 if weight is None else weight
+        checks.require(c is not None or not self.elementwise, "elementwise needs c")
+        checks.require(isinstance(c, Tensor) or c is None or c >= 0, "c must not be negative")
+        self.c = 0.00054 * math.sqrt(self.elements) if c is None else c
+
+    def number(self, value: Number) -> Argument:
+        """A number in the compute type."""
+        return number_argument(value, self.compute, self.inputs[0])
+
+    def exact(self, value: Number) -> Argument:
+        """A number in float64, for what exists once per sample."""
+        return number_argument(value, torch.float64, self.inputs[0])
+
+    def operands(self, layout: Layout, first: int) -> dict[str, Any]:
+        """Where the inputs lie, from the operand at a place on, and what every kernel is told of them."""
+        prediction, target, *x = layout.operands[first : first + len(self.inputs)]
+        return {
+            "prediction": prediction,
+            "target": target,
+            "x": x[0] if x else None,
+            "levels": self.levels,
+            "FORM": self.form,
+            "ELEMENTWISE": self.elementwise,
+            "COMPUTE": tl.float64 if self.float64 else tl.float32,
+        }
+
+    def value(self) -> tuple[Tensor, Tensor]:
+        """The loss and the samples' sums."""
+        first = self.inputs[0]
+        loss = first.new_empty((self.batch,) if self.reduction == "none" else (), dtype=self.compute)
+        totals = first.new_empty((self.batch,), dtype=torch.float64)
+        chunks = -(-self.elements // CHUNK)
+        alone = chunks == 1 and (self.reduction == "none" or self.batch == 1)
+        partial = totals if chunks == 1 else first.new_empty((self.batch * chunks,), dtype=torch.float64)
+        c, weight = self.exact(self.c), self.exact(self.weight)
+        with device_of(first):
+            if self.batch * chunks:
+                self.sum_chunks(partial, loss.reshape(-1) if alone else None, chunks, c, weight)
+            if not alone and (self.batch or self.reduction != "none"):
+                finish[(1,)](
+                    totals,
+                    partial,
+                    loss,
+                    self.batch,
+                    self.elements,
+                    chunks,
+                    c,
+                    weight,
+                    ELEMENTWISE=self.elementwise,
+                    REDUCTION=self.reduction,
+                    BLOCK=FINISH_BLOCK,
+                    num_warps=WARPS,
+                    enable_fp_fusion=False,
+                )
+        return loss, totals
+
+    def sum_chunks(self, partial: Tensor, loss: Tensor | None, chunks: int, c: Argument, weight: Argument) -> None:
+        """Launch one program for each chunk of each sample."""
+        layout = lay_out(self.inputs, per_sample=True, in_order=False)
+        columns = min(TILE, max(8, triton.next_power_of_2(self.elements)))
+        sums[(self.batch * chunks,)](
+            partial,
+            loss,
+            sizes=layout.sizes,
+            elements=self.elements,
+            chunks=chunks,
+            c=c,
+            weight=weight,
+            COLUMNS=columns,
+            STEPS=-(-min(self.elements, CHUNK) // columns),
+            INDEX=layout.index,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+            **self.operands(layout, 0),
+        )
+
+    def gradients(self, upstream: Tensor, totals: Tensor, needs: int) -> list[Tensor]:
+        """The derivatives of the inputs whose bit is set."""
+        shape = (self.batch,) if self.reduction == "none" else ()
+        checks.require(upstream.shape == shape, "the gradient must have the shape of the loss")
+        fits = totals.shape == (self.batch,) and totals.dtype == torch.float64 and totals.is_contiguous()
+        checks.require(fits and totals.device == self.inputs[0].device, "sums must be what the forward pass returned")
+        results = {k: torch.empty_like(x) for k, x in enumerate(self.inputs) if needs >> k & 1}
+        layout = lay_out([*results.values(), *self.inputs], per_sample=True, in_order=False)
+        places = dict(zip(results, layout.operands, strict=False))
+        layout.launch(
+            gradients,
+            outs=tuple([places.get(k) for k in range(3)]),
+            c=self.number(self.c),
+            weight=self.number(self.weight),
+            upstream=self.number(upstream),
+            totals=totals,
+            REDUCTION=self.reduction,
+            **self.operands(layout, len(results)),
+        )
+        return list(results.values())
+
+
+def distance_of(
+    pred: Tensor, target: Tensor, weight: Number | None, c: Number | None, kind: int, reduction: int
+) -> Loss:
+    """The loss of a schema of pseudo_huber."""
+    return Loss((pred, target), (), weight, c, "", kind, reduction)
+
+
+def consistency_of(
+    F: Tensor,
+    target: Tensor,
+    x: Tensor,
+    t: Number,
+    u: Number | None,
+    weight: Number | None,
+    c: Number | None,
+    sigma_data: Number,
+    sigma_min: Number,
+    parameterization: int,
+    kind: int,
+    reduction: int,
+) -> Loss:
+    """The loss of a schema of consistency_loss."""
+    name = PARAMETERIZATIONS[parameterization]
+    checks.require(u is None or name == "bcm", "only bcm takes u")
+    end: Number = 0.0 if name == "edm" else sigma_min if u is None else u
+    form = "cm" if name == "cm" else "bcm"
+    return Loss((F, target, x), (t, end, sigma_data), weight, c, form, kind, reduction)
+
+
+def forward_and_backward(make: Callable[..., Loss]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A loss's op and its derivative, for numbers and for tensors alike."""
+
+    def value(*call: Any) -> tuple[Tensor, Tensor]:
+        return make(*call).value()
+
+    def derivative(upstream: Tensor, totals: Tensor, needs: int, *call: Any) -> list[Tensor]:
+        return make(*call).gradients(upstream, totals, needs)
+
+    return value, derivative
+
+
+def implementations() -> dict[str, Callable[..., Any]]:
+    """Every overload of the family by the name of its schema."""
+    found: dict[str, Callable[..., Any]] = {}
+    for name, make in (("pseudo_huber", distance_of), ("consistency_loss", consistency_of)):
+        value, derivative = forward_and_backward(make)
+        found |= {name: value, f"{name}.tensor": value}
+        found |= {f"{name}_backward": derivative, f"{name}_backward.tensor": derivative}
+    return found

@@ -1,0 +1,169 @@
+"""What nvcc makes of the CUDA kernels, without a GPU: rounding as written, registers only, wide accesses.
+
+The machine code is that of the library as it was built, for every architecture in it; the PTX, which names how an
+operation rounds, is compiled once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "bicm_kernels" / "_C_cuda.so"
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+ARITHMETIC = "fma|mad|mul|add|sub|div|sqrt|rcp|rsqrt|ex2|lg2|sin|cos"
+REGISTERS = 128  # at which two blocks of 256 threads fit on a processor
+
+
+def tool(name: str) -> str | None:
+    """A binary tool: Triton's wheel carries them, and so may the toolkit."""
+    triton = importlib.util.find_spec("triton")
+    folders = triton.submodule_search_locations if triton else None
+    path = Path(folders[0]) / "backends/nvidia/bin" / name if folders else None
+    return str(path) if path and path.exists() else shutil.which(name)
+
+
+def output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def compile_ptx(source: Path) -> str:
+    return output("nvcc", "-arch=compute_90", "--fmad=false", "-O3", "-std=c++17", "-ptx", source, "-o", "/dev/stdout")
+
+
+def entries(ptx: str) -> Iterator[tuple[str, str]]:
+    """(mangled name, body) of every kernel."""
+    for part in re.split(r"^\.(?:visible )?entry ", ptx, flags=re.MULTILINE)[1:]:
+        name, _, body = part.partition("(")
+        yield name.strip(), body
+
+
+def operations(body: str) -> Counter[str]:
+    """How often a kernel computes with floating numbers, by operation."""
+    pattern = rf"^\s+(?:@!?%p\d+ )?((?:{ARITHMETIC})\.[\w.]*f(?:16|32|64)\w*)"
+    return Counter(re.findall(pattern, body, re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def ptx() -> dict[str, str]:
+    """The PTX of every kernel."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    with ThreadPoolExecutor(2) as pool:
+        return {name: body for text in pool.map(compile_ptx, SOURCES) for name, body in entries(text)}
+
+
+def test_no_operation_is_contracted_or_approximate(ptx: dict[str, str]) -> None:
+    """ptxas never fuses operations that name their rounding, and takes no short cut for their quotients."""
+    found = sum((operations(body) for body in ptx.values()), Counter())
+    assert {"mul.rn.f32", "add.rn.f32", "div.rn.f32", "sqrt.rn.f32"} <= set(found)
+    rounded = re.compile(r"(mul|add|sub|div|sqrt|rcp)\.rn\.f(32|64)")
+    assert [name for name in found if not rounded.fullmatch(name)] == []
+
+
+#: Kernels that compute in float64 once a sample, by one thread; the others never do unless a tensor is float64.
+PER_SAMPLE = ("pseudo_huber_kernel", "gradient_kernel")
+
+
+def test_float32_kernels_compute_in_float32(ptx: dict[str, str]) -> None:
+    checked = 0
+    for name, body in ptx.items():
+        if re.search(r"I(?:\w*)(?:PackedIdE|StridedIdE)", name) or "fold_in" in name:
+            continue
+        double = {operation: n for operation, n in operations(body).items() if operation.endswith("f64")}
+        assert not double or any(kernel in name for kernel in PER_SAMPLE), (name, double)
+        # None of them in a loop over elements: those loops load a group, and groups are loaded 128 bits at a time.
+        for block in loops(body):
+            if "ld.global.v4" in block or "st.global.v4" in block:
+                assert not [op for op in operations(block) if op.endswith("f64")], name
+        checked += 1
+    assert checked > 40
+
+
+def loops(body: str) -> Iterator[str]:
+    """The innermost loops: from a label to the branch that goes back to it, with no other loop inside."""
+    lines = body.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\$L__\w+):", line))}
+    spans = []
+    for end, line in enumerate(lines):
+        target = re.search(r"\bbra(?:\.uni)?\s+(\$L__\w+);", line)
+        if target and labels.get(target[1], end) < end:
+            spans.append((labels[target[1]], end))
+    for start, end in spans:
+        if not any((a, b) != (start, end) and start <= a and b <= end for a, b in spans):
+            yield "\n".join(lines[start : end + 1])
+
+
+needs_library = pytest.mark.skipif(
+    not LIBRARY.exists() or tool("cuobjdump") is None, reason="no CUDA library was built, or there is no cuobjdump"
+)
+
+
+@needs_library
+def test_registers_only() -> None:
+    listing = output(tool("cuobjdump"), "--dump-resource-usage", LIBRARY)
+    usage = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", listing)
+    assert len(usage) > 80
+    for name, registers, stack, shared, local in usage:
+        assert (stack, local) == ("0", "0"), name
+        assert int(registers) <= REGISTERS, name
+        assert int(shared) <= 2048, name
+
+
+def expected_accesses(name: str) -> tuple[int, int, bool] | None:
+    """128-bit loads and stores of a kernel whose tensors are dense and of one dtype, and whether its loop may repeat."""
+    dtype = re.search(r"6PackedI(d|f|NS0_\w+?E)E", name)
+    if dtype is None:
+        return None
+    width = 2 if dtype[1] == "d" else 1
+    if multistep := re.search(r"multistep_kernel\w+?Li(\d)ELb(\d)", name):
+        # A guided step has a partner; a scaled one writes a third result.
+        return (int(multistep[1]) + 1) * width, (2 + int(multistep[2])) * width, False
+    if "noisy_pair_kernel" in name:
+        return width, 2 * width, True
+    if "noise_kernel" in name:
+        return 0, width, False
+    loss = re.search(r"(pseudo_huber|gradient)_kernel\w+?Lb(\d)", name)
+    assert loss is not None, name
+    inputs = 2 + int(loss[2])
+    return inputs * width, (inputs if loss[1] == "gradient" else 0) * width, True
+
+
+@needs_library
+def test_aligned_groups_move_128_bits_at_a_time() -> None:
+    """One access per operand and 16 bytes of its group, no more and no narrower; no local memory."""
+    listing = output(tool("cuobjdump"), "--list-elf", LIBRARY)
+    architectures = sorted(set(re.findall(r"sm_\d+", listing)))
+    assert architectures
+    with ThreadPoolExecutor(2) as pool:
+        dumps = pool.map(lambda a: output(tool("cuobjdump"), "-sass", "-arch", a, LIBRARY), architectures)
+        for architecture, text in zip(architectures, dumps, strict=True):
+            assert dense_kernels(text, architecture) >= 60
+
+
+def dense_kernels(text: str, architecture: str) -> int:
+    """Check a disassembly; how many kernels on dense tensors there were."""
+    dense = 0
+    for kernel in text.split("Function : ")[1:]:
+        name = kernel.split("\n", 1)[0]
+        expected = expected_accesses(name)
+        if expected is None:
+            continue
+        assert not re.search(r"\b(?:LDL|STL)\b", kernel), (architecture, name)
+        found = Counter(re.findall(r"\b(LDG|STG)\.E(?:\.\w+)*\.128\b", kernel))
+        loads, stores, repeats = expected
+        for access, count in (("LDG", loads), ("STG", stores)):
+            exact = found[access] == count
+            unrolled = repeats and count and found[access] and found[access] % count == 0
+            assert exact or unrolled, (architecture, name, access, found[access], count)
+        dense += 1
+    return dense
