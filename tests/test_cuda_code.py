@@ -120,7 +120,7 @@ def test_registers_only() -> None:
 
 
 def expected_accesses(name: str) -> tuple[int, int, bool] | None:
-    """128-bit loads and stores of a kernel whose tensors are dense and of one dtype, and whether its loop may repeat."""
+    """128-bit loads and stores of a kernel on dense tensors of one dtype, and whether they may be unrolled."""
     dtype = re.search(r"6PackedI(d|f|NS0_\w+?E)E", name)
     if dtype is None:
         return None

@@ -116,18 +116,18 @@ def sums(
     row = sample.reshape(1)
     tl.store(partial + item + tl.arange(0, 1), total)
     if loss is not None:
-        value = weighted(total, elements, c, weight, row, row >= 0, ELEMENTWISE)
+        value = weighted(total, elements, c, weight, row, row >= 0, ELEMENTWISE, COMPUTE)
         tl.store(loss + row, value.to(loss.dtype.element_ty))
 
 
 @triton.jit
-def weighted(total, elements, c, weight, sample, present, ELEMENTWISE: tl.constexpr):
+def weighted(total, elements, c, weight, sample, present, ELEMENTWISE: tl.constexpr, COMPUTE: tl.constexpr):
     """The distances of samples from their sums, weighted."""
     if ELEMENTWISE:
         value = total / elements.to(tl.float64)
     else:
-        value = distance(total, number(c, sample, present, tl.float64))
-    return number(weight, sample, present, tl.float64) * value
+        value = distance(total, number(c, sample, present, COMPUTE).to(tl.float64))
+    return number(weight, sample, present, COMPUTE).to(tl.float64) * value
 
 
 @triton.jit(do_not_specialize=["batch", "elements", "chunks"])
@@ -142,6 +142,7 @@ def finish(
     weight,
     ELEMENTWISE: tl.constexpr,
     REDUCTION: tl.constexpr,
+    COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Chunks become samples, and samples the loss, in order."""
@@ -153,7 +154,7 @@ def finish(
         for chunk in range(chunks):
             value += tl.load(partial + sample * chunks + chunk, mask=present, other=0.0)
         tl.store(out + sample, value, mask=present)
-        value = weighted(value, elements, c, weight, sample, present, ELEMENTWISE)
+        value = weighted(value, elements, c, weight, sample, present, ELEMENTWISE, COMPUTE)
         if REDUCTION == "none":
             tl.store(loss + sample, value.to(loss.dtype.element_ty), mask=present)
         total += tl.where(present, value, 0.0)
@@ -245,10 +246,6 @@ class Loss:
         """A number in the compute type."""
         return number_argument(value, self.compute, self.inputs[0])
 
-    def exact(self, value: Number) -> Argument:
-        """A number in float64, for what exists once per sample."""
-        return number_argument(value, torch.float64, self.inputs[0])
-
     def operands(self, layout: Layout, first: int) -> dict[str, Any]:
         """Where the inputs lie, from the operand at a place on, and what every kernel is told of them."""
         prediction, target, *x = layout.operands[first : first + len(self.inputs)]
@@ -270,7 +267,7 @@ class Loss:
         chunks = -(-self.elements // CHUNK)
         alone = chunks == 1 and (self.reduction == "none" or self.batch == 1)
         partial = totals if chunks == 1 else first.new_empty((self.batch * chunks,), dtype=torch.float64)
-        c, weight = self.exact(self.c), self.exact(self.weight)
+        c, weight = self.number(self.c), self.number(self.weight)
         with device_of(first):
             if self.batch * chunks:
                 self.sum_chunks(partial, loss.reshape(-1) if alone else None, chunks, c, weight)
@@ -286,6 +283,7 @@ class Loss:
                     weight,
                     ELEMENTWISE=self.elementwise,
                     REDUCTION=self.reduction,
+                    COMPUTE=tl.float64 if self.float64 else tl.float32,
                     BLOCK=FINISH_BLOCK,
                     num_warps=WARPS,
                     enable_fp_fusion=False,
