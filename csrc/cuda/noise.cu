@@ -44,7 +44,7 @@ BICM_DEVICE void add_level(const C* x, const float* drawn, C sigma, C* y) {
 }
 
 template <class Memory>
-__global__ void __launch_bounds__(kThreads) noisy_pair_kernel(const __grid_constant__ NoisyPair p, bool aligned) {
+__global__ void __launch_bounds__(kThreads, 2) noisy_pair_kernel(const __grid_constant__ NoisyPair p, bool aligned) {
   using C = typename Memory::Compute;
   constexpr int G = Memory::kGroup;
   for (int64_t sample = blockIdx.y; sample < p.layout.batch; sample += gridDim.y) {
