@@ -297,7 +297,7 @@ class Loss:
         sums[(self.batch * chunks,)](
             partial,
             loss,
-            sizes=layout.sizes,
+            sizes=layout.plan.sizes,
             elements=self.elements,
             chunks=chunks,
             c=c,

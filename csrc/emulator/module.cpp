@@ -199,6 +199,7 @@ PYBIND11_MODULE(bicm_emulator, module) {
       .def_readwrite("until_block", &Device::until_block)
       .def_readwrite("backwards", &Device::backwards)
       .def_readwrite("fails", &Device::fails)
+      .def_readwrite("skips_barriers", &Device::skips_barriers)
       .def_readonly("launches", &Device::launches);
   py::class_<Traffic>(module, "Traffic", "Bytes that CUDA kernels loaded and stored")
       .def_readwrite("read", &Traffic::read)
