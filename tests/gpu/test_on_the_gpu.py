@@ -18,7 +18,10 @@ from bicm_diffusion import vp_schedule
 from bicm_diffusion.samplers import bdia_invert, bdia_sample
 from bicm_kernels import backend
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
 
 SameBits = Callable[[Tensor, Tensor], None]
 IMAGES = (4, 3, 32, 32)
