@@ -99,7 +99,8 @@ void pseudo_huber(const std::string& target, py::array loss, Doubles sums, const
   std::vector<double> scratch(static_cast<size_t>(cuda::pseudo_huber_scratch(p)), -1.0);
   watch_also(loss);
   watch_also(sums);
-  ranges.push_back({reinterpret_cast<uintptr_t>(scratch.data()), reinterpret_cast<uintptr_t>(&*scratch.end())});
+  ranges.push_back(
+      {reinterpret_cast<uintptr_t>(scratch.data()), reinterpret_cast<uintptr_t>(scratch.data() + scratch.size())});
   const cudaError_t error = cuda::pseudo_huber(p, loss.mutable_data(), scratch.data(), nullptr);
   if (error != cudaSuccess) throw std::runtime_error("cuda::pseudo_huber returned an error");
 }
