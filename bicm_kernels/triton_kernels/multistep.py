@@ -173,7 +173,7 @@ def launch_multistep(
     guided = len(tensors) == terms + 1
     checks.check_states(tensors, terms)
     checks.require(not guided or guidance_scale is not None, "a pair of predictions needs a guidance scale")
-    float64 = any(x.dtype == torch.float64 for x in tensors)
+    float64 = torch.float64 in [x.dtype for x in tensors]
     compute = torch.float64 if float64 else torch.float32
 
     def argument(value: Number | None) -> Argument | None:

@@ -76,7 +76,7 @@ def store(operand, sizes, sample, element, inside, value):
 
 
 class Plan(NamedTuple):
-    """What shapes and strides alone decide: how tensors are walked, and the tiles that cover them."""
+    """What shapes, strides and dtypes alone decide: how tensors are walked, and the tiles that cover them."""
 
     batch: int
     elements: int
@@ -87,13 +87,21 @@ class Plan(NamedTuple):
     columns: int
     blocks: int
     tiles: int
+    #: Neighbours of one thread: as many as its widest load of a tensor brings.
+    group: int
 
 
 Strides = tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(shape: tuple[int, ...], strides: tuple[Strides, ...], per_sample: bool, in_order: bool) -> Plan:
+def plan(
+    shape: tuple[int, ...],
+    strides: tuple[Strides, ...],
+    dtypes: tuple[torch.dtype, ...],
+    per_sample: bool,
+    in_order: bool,
+) -> Plan:
     """Merge what can be merged, and cut it into tiles."""
     batch = shape[0] if per_sample else 1
     elements = math.prod(shape) // batch if batch else 0
@@ -122,6 +130,7 @@ def plan(shape: tuple[int, ...], strides: tuple[Strides, ...], per_sample: bool,
         columns,
         blocks,
         -(-batch // rows) * blocks,
+        8 if any(dtype in HALVES for dtype in dtypes) else 4,
     )
 
 
@@ -152,7 +161,7 @@ class Layout:
                 blocks=plan.blocks,
                 ROWS=plan.rows,
                 COLUMNS=plan.columns,
-                GROUP=8 if any(x.dtype in HALVES for x, _, _ in self.operands) else 4,
+                GROUP=plan.group,
                 INDEX=self.index,
                 num_warps=WARPS,
                 enable_fp_fusion=False,
@@ -166,8 +175,8 @@ def lay_out(tensors: Sequence[Tensor], *, per_sample: bool, in_order: bool) -> L
     Samples stay apart where something differs `per_sample`. Where elements need not be visited `in_order` of
     their logical index, memory order is as good.
     """
-    strides = tuple([x.stride() for x in tensors])
-    return Layout(plan(tuple(tensors[0].shape), strides, per_sample, in_order), tensors)
+    strides, dtypes = tuple([x.stride() for x in tensors]), tuple([x.dtype for x in tensors])
+    return Layout(plan(tuple(tensors[0].shape), strides, dtypes, per_sample, in_order), tensors)
 
 
 def power_of_two(count: int) -> int:
