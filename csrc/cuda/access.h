@@ -30,17 +30,35 @@ BICM_DEVICE void store_at(T* to, T value) {
   *to = value;
 }
 
-// Whole groups at multiples of kAccess, 128 bits at a time.
+// Whole groups of a tensor that starts at a multiple of kAccess, 128 bits at a time; a smaller group at once.
+template <size_t Bytes>
+constexpr size_t kWideAlignment = Bytes < kAccess ? Bytes : kAccess;
+
 template <size_t Bytes>
 BICM_DEVICE void load_wide(void* to, const void* from) {
-  see_load(from, Bytes, kAccess);
-  __builtin_memcpy(__builtin_assume_aligned(to, kAccess), __builtin_assume_aligned(from, kAccess), Bytes);
+  constexpr size_t alignment = kWideAlignment<Bytes>;
+  see_load(from, Bytes, alignment);
+  __builtin_memcpy(__builtin_assume_aligned(to, kAccess), __builtin_assume_aligned(from, alignment), Bytes);
 }
 
 template <size_t Bytes>
 BICM_DEVICE void store_wide(void* to, const void* from) {
-  see_store(to, Bytes, kAccess);
-  __builtin_memcpy(__builtin_assume_aligned(to, kAccess), __builtin_assume_aligned(from, kAccess), Bytes);
+  constexpr size_t alignment = kWideAlignment<Bytes>;
+  see_store(to, Bytes, alignment);
+  __builtin_memcpy(__builtin_assume_aligned(to, alignment), __builtin_assume_aligned(from, kAccess), Bytes);
+}
+
+// A number that several threads read and write at once, whole each time: volatile, which the hardware takes as relaxed.
+template <class T>
+BICM_DEVICE T load_relaxed(const T* from) {
+  see_load(from, sizeof(T), alignof(T));
+  return *static_cast<const volatile T*>(from);
+}
+
+template <class T>
+BICM_DEVICE void store_relaxed(T* to, T value) {
+  see_store(to, sizeof(T), alignof(T));
+  *static_cast<volatile T*>(to) = value;
 }
 
 }  // namespace cuda
