@@ -116,6 +116,7 @@ def launch_exact(
     bits = [value for value, _ in coefficients] + [0] * (checks.MAX_TERMS - len(coefficients))
     layout.launch(
         exact_step,
+        spread=2,
         out=next(given),
         info_out=None if info is None else next(given),
         last=None if last is None else next(given),
