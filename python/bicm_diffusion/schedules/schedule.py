@@ -1,4 +1,4 @@
-"""Variance-preserving noise schedules and the DDIM coefficient tables made from them."""
+"""A sampling grid: the noise levels that a sampler visits, and the DDIM coefficients between neighbours."""
 
 from __future__ import annotations
 
@@ -9,23 +9,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-BETA_MIN = 0.1
-BETA_MAX = 20.0
-
-
-def vp_alpha_sigma(times: Tensor, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX) -> tuple[Tensor, Tensor]:
-    """Return alpha(t) and sigma(t) of the linear-beta variance-preserving process z = alpha·x + sigma·n.
-
-    times: any shape, in [0, 1], 0 = data; the results have its shape and dtype. alpha² + sigma² is 1.
-    Equation: ln alpha(t) = -(beta_max - beta_min)·t²/4 - beta_min·t/2, the limit of DDPM's 1000 linear betas.
-
-    >>> alpha, sigma = vp_alpha_sigma(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    >>> sigma[0].item(), alpha[1].item() < 0.01
-    (0.0, True)
-    """
-    log_alpha = -(beta_max - beta_min) / 4 * times * times - beta_min / 2 * times
-    return log_alpha.exp(), (-(2 * log_alpha).expm1()).sqrt()
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -33,7 +16,8 @@ class Schedule:
 
     times: what the model is told at index i; alpha, sigma: z_i = alpha_i·x + sigma_i·n. Each holds N + 1
     floats, N ≥ 1. a[i] = alpha_{i-1}/alpha_i and b[i] = sigma_{i-1} - sigma_i·a[i] for i = 1 … N; no step
-    leaves index 0, so a[0] and b[0] are NaN.
+    leaves index 0, so a[0] and b[0] are NaN. table: times, alpha and sigma as one float64 tensor (3, N + 1),
+    from which traced loops read, so that one graph serves every schedule of N steps.
     Raises ValueError unless the lengths agree, alpha > 0, sigma ≥ 0 and sigma/alpha grows with i.
 
     >>> schedule = Schedule(times=(0.0, 1.0), alpha=(1.0, 0.6), sigma=(0.0, 0.8))
@@ -46,6 +30,7 @@ class Schedule:
     sigma: tuple[float, ...]
     a: tuple[float, ...] = field(init=False, repr=False)
     b: tuple[float, ...] = field(init=False, repr=False)
+    table: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         lengths = (len(self.times), len(self.alpha), len(self.sigma))
@@ -57,11 +42,45 @@ class Schedule:
         b = (math.nan, *(sigma[i - 1] - sigma[i] * a[i] for i in range(1, len(sigma))))
         object.__setattr__(self, "a", a)
         object.__setattr__(self, "b", b)
+        object.__setattr__(self, "table", torch.tensor([self.times, alpha, sigma], dtype=torch.float64))
 
     @property
     def steps(self) -> int:
         """The number N of steps between data and noise."""
         return len(self.times) - 1
+
+
+def to_ve(schedule: Schedule) -> Schedule:
+    """Return the variance-exploding form of a schedule: alpha = 1, sigma = sigma_i/alpha_i, the times kept.
+
+    A state follows by z_ve = z/alpha_i; the two forms describe one trajectory.
+
+    >>> to_ve(Schedule(times=(0.0, 1.0), alpha=(1.0, 0.6), sigma=(0.0, 0.8))).sigma
+    (0.0, 1.3333333333333335)
+    """
+    ratio = (s / a for a, s in zip(schedule.alpha, schedule.sigma, strict=True))
+    return Schedule(schedule.times, (1.0,) * (schedule.steps + 1), tuple(ratio))
+
+
+def to_vp(schedule: Schedule) -> Schedule:
+    """Return the variance-preserving form of a schedule: alpha² + sigma² = 1 at equal sigma/alpha, the times kept.
+
+    A state follows by z_vp = z/sqrt(alpha_i² + sigma_i²); the two forms describe one trajectory.
+
+    >>> to_vp(Schedule(times=(0.0, 1.0), alpha=(1.0, 1.0), sigma=(0.0, 0.75))).alpha
+    (1.0, 0.8)
+    """
+    norms = [math.hypot(a, s) for a, s in zip(schedule.alpha, schedule.sigma, strict=True)]
+    alpha = tuple(a / norm for a, norm in zip(schedule.alpha, norms, strict=True))
+    sigma = tuple(s / norm for s, norm in zip(schedule.sigma, norms, strict=True))
+    return Schedule(schedule.times, alpha, sigma)
+
+
+def check_steps(steps: int, most: int | None = None) -> None:
+    """Raise ValueError unless a number of steps is at least 1, and at most `most` where that is given."""
+    if steps < 1 or (most is not None and steps > most):
+        limit = "of at least 1" if most is None else f"in [1, {most}]"
+        raise ValueError(f"steps: expected an integer {limit}, got {steps}")
 
 
 def _check_levels(alpha: tuple[float, ...], sigma: tuple[float, ...]) -> None:
@@ -71,28 +90,3 @@ def _check_levels(alpha: tuple[float, ...], sigma: tuple[float, ...]) -> None:
     ratio = [s / r for s, r in zip(sigma, alpha, strict=True)]
     if any(high <= low for low, high in pairwise(ratio)):
         raise ValueError(f"sigma: sigma/alpha must grow with the index, got {ratio}")
-
-
-def vp_schedule(
-    steps: int,
-    *,
-    final_time: float = 0.0,
-    beta_min: float = BETA_MIN,
-    beta_max: float = BETA_MAX,
-) -> Schedule:
-    """Return the linear-beta variance-preserving schedule on uniform times from final_time to 1.
-
-    steps: N ≥ 1. final_time in [0, 1) is index 0; 0 ends on clean data, sigma_0 = 0. All tables are float64.
-    Raises ValueError for a value out of range.
-
-    >>> schedule = vp_schedule(50)
-    >>> schedule.steps, schedule.sigma[0], round(schedule.sigma[50], 4)
-    (50, 0.0, 1.0)
-    """
-    if steps < 1:
-        raise ValueError(f"steps: expected an integer of at least 1, got {steps}")
-    if not 0.0 <= final_time < 1.0:
-        raise ValueError(f"final_time: expected a value in [0, 1), got {final_time}")
-    times = torch.linspace(final_time, 1.0, steps + 1, dtype=torch.float64)
-    alpha, sigma = vp_alpha_sigma(times, beta_min=beta_min, beta_max=beta_max)
-    return Schedule(tuple(times.tolist()), tuple(alpha.tolist()), tuple(sigma.tolist()))
