@@ -1,4 +1,4 @@
-"""Samplers and their inversions, one module per method; `loop.Options` documents the arguments that all of them share."""
+"""Samplers and their inversions, one module per method; `loop.Options` documents the arguments that they share."""
 
 from bicm_diffusion.samplers.bdia import bdia_edit, bdia_invert, bdia_sample
 from bicm_diffusion.samplers.ddim import ddim_invert, ddim_sample

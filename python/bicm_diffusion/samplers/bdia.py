@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from bicm_diffusion.samplers.ddim import down, up
 from bicm_diffusion.samplers.edm import Steps
 from bicm_diffusion.samplers.exact import ExactPair, Factor, Ratio, StatePair, rational, value, warn_of_loss
 from bicm_diffusion.samplers.loop import Loop, Model, Options, Output, Row, transfer
-from bicm_diffusion.samplers.pairs import DOWN, UP, State, first_tensor, run
+from bicm_diffusion.samplers.pairs import DOWN, UP, Method, State, first_tensor, run
 from bicm_diffusion.samplers.prediction import Level, Number, Prediction, folded, read
 from bicm_diffusion.schedules import Schedule
 from bicm_kernels import affine_step
@@ -41,7 +40,8 @@ def bdia_sample(
     schedule with alpha = 1 BDIA on EDM's sampler, of order 2 at gamma = 1 and N evaluations of the model; "heun" is of
     order 2 for every gamma and takes three evaluations a step (Euler's increments at sigma_0 = 0).
     exact: integer states and gamma the nearest n/m with m up to 1024, an `ExactPair` from which `bdia_invert` returns
-    z_N to the bit; False keeps floats, a `StatePair` whose way back rounds. options: those of every sampler, see `Options`.
+    z_N to the bit; False keeps floats, a `StatePair` whose way back rounds.
+    options: those of every sampler, see `Options`.
     Raises ValueError where an argument is out of range or the states of a pair do not fit together, and OverflowError
     where an exact state left its range.
 
@@ -136,16 +136,13 @@ def _method(
     return _METHODS[increments](loop, rational("gamma", gamma) if exact else gamma)
 
 
-class _Euler:
+class _Euler(Method):
     """BDIA-DDIM: Euler's increments in DDIM's variables."""
 
     def __init__(self, loop: Loop, gamma: Factor) -> None:
-        self.loop = loop
+        super().__init__(loop)
         self.gamma, self.fraction = value(gamma), gamma if isinstance(gamma, tuple) else (1, 1)
         self.rows = loop.rows(_euler, range(1, loop.schedule.steps), (-1, 0, 1), self.gamma)
-
-    def unit(self, _: int) -> Number:
-        return 1.0
 
     def ratio(self, _: int) -> tuple[Number, Ratio]:
         return self.gamma, self.fraction
@@ -153,15 +150,6 @@ class _Euler:
     def terms(self, i: int, z: Tensor, scaled: Tensor | None) -> tuple[list[Any], Row, Output]:
         output = self.loop.evaluate(i, z, scaled)
         return [output], self.rows[i], output
-
-    def first_down(self, z: Tensor) -> tuple[Tensor, Output]:
-        top = self.loop.schedule.steps
-        output = self.loop.evaluate(top, z)
-        return self.loop.advance([z, output], self.loop.rows(down, range(top, top + 1), (-1, 0))[top])[0], output
-
-    def first_up(self, z: Tensor) -> tuple[Tensor, Output]:
-        output = self.loop.evaluate(1, z)
-        return self.loop.advance([z, output], self.loop.rows(up, range(1, 2), (-1, 0))[1])[0], output
 
 
 class _Heun(_Euler):

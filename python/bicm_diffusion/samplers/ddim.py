@@ -20,7 +20,7 @@ def ddim_sample(model: Model, z: Tensor, schedule: Schedule, **options: Unpack[O
     """Return z_0 from z = z_N by DDIM, z_{i-1} = a_i·z_i + b_i·eps(z_i, i) (BDIA eq. 6).
 
     z: (B, …), any floating dtype; the result has its shape and dtype. Takes N evaluations of the model, told of
-    `schedule.times`; options: those of every sampler, see `Options`. On a schedule with alpha = 1 this is Euler's method.
+    `schedule.times`; options: those of every sampler, see `Options`. Where alpha is 1 this is Euler's method.
     Raises ValueError for an unknown prediction.
 
     >>> from bicm_diffusion import vp_schedule

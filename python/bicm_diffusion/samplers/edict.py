@@ -201,18 +201,14 @@ Drift = Callable[[int, Tensor, Tensor, Number], Tensor]
 Blend = Callable[[int, Tensor, Tensor], Tensor]
 
 
-def _do(
-    i: int, z: Tensor, y: Tensor, drift: Drift, blend: Blend, units: dict[int, Number]
-) -> tuple[Tensor, Tensor]:
+def _do(i: int, z: Tensor, y: Tensor, drift: Drift, blend: Blend, units: dict[int, Number]) -> tuple[Tensor, Tensor]:
     z_inter = drift(i, z, y, units[i])
     y_inter = drift(i, y, z_inter, units[i - 1])
     z = blend(i, z_inter, y_inter)
     return z, blend(i, y_inter, z)
 
 
-def _undo(
-    i: int, z: Tensor, y: Tensor, drift: Drift, blend: Blend, units: dict[int, Number]
-) -> tuple[Tensor, Tensor]:
+def _undo(i: int, z: Tensor, y: Tensor, drift: Drift, blend: Blend, units: dict[int, Number]) -> tuple[Tensor, Tensor]:
     y_inter = blend(i, y, z)
     z_inter = blend(i, z, y_inter)
     y = drift(i, y_inter, z_inter, units[i - 1])

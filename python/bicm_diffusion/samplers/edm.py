@@ -13,6 +13,7 @@ from bicm_diffusion.samplers.ddim import down
 from bicm_diffusion.samplers.loop import Loop, Model, Options, Output, Row, transfer
 from bicm_diffusion.samplers.prediction import Level, Number, Prediction, folded, read
 from bicm_diffusion.schedules import Schedule
+from bicm_kernels import affine_step
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,11 +59,11 @@ def edm_sample(
         raise ValueError("seed: expected an int or an int64 tensor where churn draws noise, got None")
     loop, scaled = Loop(model, z, schedule, **options), None
     steps = Steps(loop, solver == "heun", lifts)
+    noise_rows = loop.rows(_churned, range(1, schedule.steps + 1), (0,), lifts, churn_noise)
     for i in loop.steps(range(schedule.steps, 0, -1)):
         if lifts[i] > 1.0:
-            weight = churn_noise * schedule.sigma[i] * math.sqrt(lifts[i] ** 2 - 1.0)
-            key = {"noise_weight": weight, "seed": seed, "step": i, "sample_id": sample_id}
-            z, scaled = loop.advance([z], (1.0,), guided=False, **key)
+            z = affine_step([z], [1.0], noise_weight=noise_rows[i][0], seed=seed, step=i, sample_id=sample_id)
+            scaled = None
         z, scaled, output = steps.step(i, z, scaled)
         loop.report(i - 1, z, output)
     return z
@@ -99,7 +100,9 @@ def _lifts(schedule: Schedule, churn: float, churn_range: tuple[float, float]) -
     if churn == 0.0:
         return (1.0,) * count
     if schedule.alpha != (1.0,) * count or schedule.times != schedule.sigma:
-        raise ValueError("churn: expected a schedule with alpha = 1 whose times are its sigmas, as karras_schedule makes")
+        raise ValueError(
+            "churn: expected a schedule with alpha = 1 whose times are its sigmas, as karras_schedule makes"
+        )
     low, high = churn_range
     lift = min(1.0 + churn / schedule.steps, MOST_CHURN)
     return tuple(lift if low <= sigma <= high else 1.0 for sigma in schedule.sigma)
@@ -116,6 +119,11 @@ def _heun(prediction: Prediction, below: Level, here: Level, lift: Number) -> Ro
     # b·eps/2 is half of what Euler's step added, so that the output at z_i is not read again.
     predicted, output = folded(read(prediction, below), 0.5, b / 2)
     return a / 2, predicted, output
+
+
+def _churned(_: Prediction, level: Level, lift: Number, churn_noise: Number) -> Row:
+    """The standard deviation of the noise that raises a level by its lift."""
+    return (churn_noise * level.sigma * (lift * lift - 1.0) ** 0.5,)
 
 
 def _lifted(level: Level, lift: Number) -> Level:

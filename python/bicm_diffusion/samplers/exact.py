@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from bicm_diffusion.rational import MAX_DENOMINATOR, nearest
 from bicm_diffusion.samplers.loop import Loop, Output, Row, traced
 from bicm_diffusion.samplers.prediction import Number
 from bicm_kernels import (
@@ -26,8 +26,6 @@ Ratio: TypeAlias = tuple[Integer, Integer]
 #: A factor of a step: a float, (B,) floats, a Fraction, or numerator and denominator (ints or (B,) int64 tensors).
 Factor: TypeAlias = float | Tensor | Fraction | Ratio
 
-#: Exact steps multiply by fractions with denominators up to this one.
-MAX_DENOMINATOR = 1024
 #: Where the float path is expected to lose more than this, in units of the image, it says so.
 VISIBLE = 1e-3
 
@@ -67,12 +65,12 @@ class ExactPair:
     @property
     def z(self) -> Tensor:
         """The state where the trajectory stands, (B, …) in `dtype`."""
-        return decode(self.q, self.unit, self.dtype)
+        return decode(self.q, self.unit, torch.float64).to(self.dtype)
 
     @property
     def previous(self) -> Tensor:
         """The state beside it, (B, …) in `dtype`."""
-        return decode(self.previous_q, self.previous_unit, self.dtype)
+        return decode(self.previous_q, self.previous_unit, torch.float64).to(self.dtype)
 
     def check(self) -> None:
         """Raise OverflowError where a sample left the range of its integers; reads the device."""
@@ -88,11 +86,10 @@ class ExactPair:
         )
 
 
-def decode(q: Tensor, unit: Number, dtype: torch.dtype, scale: Number = 1.0) -> Tensor:
-    """Return scale·unit·q in floating point."""
+def decode(q: Tensor, unit: Number, dtype: torch.dtype) -> Tensor:
+    """Return unit·q in floating point."""
     z = fixed_point_decode(q, dtype=dtype)
-    factor = unit * scale
-    return z if isinstance(factor, float) and factor == 1.0 else affine_step([z], [factor])
+    return z if isinstance(unit, float) and unit == 1.0 else affine_step([z], [unit])
 
 
 class Grid:
@@ -151,17 +148,24 @@ def _capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def rational(name: str, factor: Factor, *, most: Fraction | None = None) -> Ratio:
-    """Return a factor as numerator and denominator: the nearest fraction with a denominator up to 1024."""
+def rational(name: str, factor: Factor) -> Ratio:
+    """Return a factor as numerator and denominator: the nearest fraction with a denominator up to 1024.
+
+    A tensor of floats is read on the host, once; numerators and denominators given as tensors are not.
+    """
     if isinstance(factor, tuple):
         return factor
     if isinstance(factor, Tensor):
-        pairs = [rational(name, x) for x in factor.double().flatten().tolist()]
+        pairs = [_fraction(name, x) for x in factor.double().flatten().tolist()]
         if factor.dim() == 0:
             return pairs[0]
-        n, m = (torch.tensor(part, device=factor.device) for part in zip(*pairs, strict=True))
-        return n, m
-    n, m = (factor.numerator, factor.denominator) if isinstance(factor, Fraction) else nearest(factor)
+        numerators, denominators = zip(*pairs, strict=True)
+        return torch.tensor(numerators, device=factor.device), torch.tensor(denominators, device=factor.device)
+    return (factor.numerator, factor.denominator) if isinstance(factor, Fraction) else _fraction(name, factor)
+
+
+def _fraction(name: str, factor: float) -> tuple[int, int]:
+    n, m = nearest(factor)
     if n < 1:
         raise ValueError(
             f"{name}: an exact step needs a factor of at least 1/{MAX_DENOMINATOR}, got {factor}; exact=False takes it"
@@ -169,34 +173,12 @@ def rational(name: str, factor: Factor, *, most: Fraction | None = None) -> Rati
     return n, m
 
 
-def nearest(x: float, limit: int = MAX_DENOMINATOR) -> tuple[int, int]:
-    """Return the fraction with a denominator up to `limit` that lies nearest to x ≥ 0, by continued fractions.
-
-    >>> nearest(0.96), nearest(math.pi, 150)
-    ((24, 25), (355, 113))
-    """
-    n_last, m_last, n, m = 0, 1, 1, 0
-    rest = x
-    while True:
-        whole = math.floor(rest)
-        if m_last + whole * m > limit:
-            # The best semiconvergent may lie nearer than the last convergent.
-            k = (limit - m_last) // m
-            between = n_last + k * n, m_last + k * m
-            nearer = abs(between[0] / between[1] - x) < abs(n / m - x)
-            return between if nearer else (n, m)
-        n_last, m_last, n, m = n, m, n_last + whole * n, m_last + whole * m
-        if n / m == x:
-            return n, m
-        rest = 1 / (rest - whole)
-
-
 def value(factor: Factor) -> Number:
     """Return a factor as a float or (B,) float64 tensor."""
     if isinstance(factor, tuple):
         n, m = factor
         return (n.double() if isinstance(n, Tensor) else n) / (m.double() if isinstance(m, Tensor) else m)
-    return factor if isinstance(factor, Tensor) else float(factor)
+    return factor.double() if isinstance(factor, Tensor) else float(factor)
 
 
 def warn_of_loss(method: str, steps: int, growth: Number, dtype: torch.dtype) -> None:

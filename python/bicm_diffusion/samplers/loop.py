@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypedDict
 import torch
 from torch import Tensor
 
-from bicm_diffusion.samplers.prediction import Level, Number, Prediction, Preconditioned, check_prediction
+from bicm_diffusion.samplers.prediction import Level, Number, Preconditioned, Prediction, check_prediction
 from bicm_diffusion.schedules import Schedule
 from bicm_kernels import affine_step, denoised_step
 
@@ -78,10 +78,11 @@ class Loop:
         self.guidance_scale, self.extra_args = guidance_scale, extra_args or {}
         self.callback, self.progress = callback, progress
         self.times_dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+        self.device = z.device
         self.table = schedule.table.to(z.device) if traced() else None
 
     def rows(
-        self, formula: Callable[..., Row], indices: range, offsets: Sequence[int], *numbers: Number | Sequence[float]
+        self, formula: Callable[..., Row], indices: range, offsets: Sequence[int], *numbers: Number | Sequence[Number]
     ) -> dict[int, Row]:
         """Return formula(prediction, levels at index + offset …, *numbers) for every index of an ascending range.
 
@@ -132,7 +133,7 @@ class Loop:
         return self.model(scaled, times, **self.extra_args)
 
     def advance(
-        self, tensors: Sequence[Any], weights: Row, *, then: int | None = None, guided: bool = True, **noise: Any
+        self, tensors: Sequence[Any], weights: Row, *, then: int | None = None, guided: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """Return Σ w_k·x_k, and the model's input where the model is asked next about it, at index `then`.
 
@@ -141,9 +142,9 @@ class Loop:
         guidance = self.guidance_scale if guided else None
         scale = None if then is None else self.input_scale(then)
         if scale is None:
-            return affine_step(tensors, weights, guidance_scale=guidance, **noise), None
+            return affine_step(tensors, weights, guidance_scale=guidance), None
         out, _, scaled = denoised_step(
-            tensors, [0.0] * len(weights), weights, x0_weight=0.0, next_scale=scale, guidance_scale=guidance, **noise
+            tensors, [0.0] * len(weights), weights, x0_weight=0.0, next_scale=scale, guidance_scale=guidance
         )
         return out, scaled
 
@@ -161,10 +162,10 @@ class Loop:
         return tqdm(indices, unit="step")
 
 
-def _column(number: Number | Sequence[float], low: int, high: int, table: Tensor) -> Number:
+def _column(number: Number | Sequence[Number], low: int, high: int, table: Tensor) -> Number:
     """A number of a formula as it meets columns of levels: (B, 1) where it is per sample."""
     if isinstance(number, Sequence):
-        return torch.tensor(number[low:high], dtype=table.dtype, device=table.device)
+        return torch.stack([torch.ones_like(table[0, 0]) * x for x in number[low:high]])
     if isinstance(number, Tensor) and number.dim():
         return number.to(table.dtype).unsqueeze(-1)
     return number

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from bicm_diffusion.samplers.ddim import down, up
-from bicm_diffusion.samplers.exact import ExactPair, Ratio, StatePair, nearest, warn_of_loss
-from bicm_diffusion.samplers.loop import Loop, Model, Options, Output, Row
-from bicm_diffusion.samplers.pairs import DOWN, UP, State, first_tensor, run
+from bicm_diffusion.samplers.exact import ExactPair, Ratio, StatePair, value, warn_of_loss
+from bicm_diffusion.samplers.loop import Loop, Model, Options, Output, Row, traced
+from bicm_diffusion.samplers.pairs import DOWN, UP, Method, State, first_tensor, run
 from bicm_diffusion.samplers.prediction import Level, Number, Prediction, Reading, folded, read
 from bicm_diffusion.schedules import Schedule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+#: Of the factors that an exact step takes.
+MAX_NUMERATOR = 2**20
 
 
 @torch.no_grad()
@@ -56,22 +57,22 @@ def obelm_invert(
     torch.Size([1, 2])
     """
     loop = Loop(model, first_tensor(z), schedule, **options)
-    if not exact:
-        widths = [_width(schedule, i) for i in range(1, schedule.steps + 1)]
+    if not exact and not traced():
+        widths = [schedule.width(i) for i in range(1, schedule.steps + 1)]
         warn_of_loss("O-BELM", schedule.steps, (max(widths) / widths[0]) ** 2, first_tensor(z).dtype)
     return run(_Obelm(loop, exact), z, UP, exact)
 
 
-class _Obelm:
+class _Obelm(Method):
     def __init__(self, loop: Loop, exact: bool) -> None:
-        self.loop, schedule = loop, loop.schedule
-        inner = range(1, schedule.steps)
-        self.fractions = {i: _fraction(schedule, i) if exact else (1, 1) for i in inner}
-        ratios = [math.nan] * (schedule.steps + 1)
-        for i, (n, m) in self.fractions.items():
-            ratios[i] = n / m if exact else (_width(schedule, i) / _width(schedule, i + 1)) ** 2
-        self.rows = loop.rows(_obelm, inner, (-1, 0, 1), ratios)
-        self.units = loop.rows(_unit, range(schedule.steps + 1), (0,))
+        super().__init__(loop)
+        inner, everywhere = range(1, loop.schedule.steps), range(loop.schedule.steps + 1)
+        self.fractions = _fractions(loop) if exact else [(1, 1)] * len(everywhere)
+        if exact:
+            self.rows = loop.rows(_near, inner, (-1, 0, 1), [value(fraction) for fraction in self.fractions])
+        else:
+            self.rows = loop.rows(_best, inner, (-1, 0, 1))
+        self.units = loop.rows(_unit, everywhere, (0,))
 
     def unit(self, i: int) -> Number:
         return self.units[i][0]
@@ -83,39 +84,40 @@ class _Obelm:
         output = self.loop.evaluate(i, z, scaled)
         return [output], self.rows[i][1:], output
 
-    def first_down(self, z: Tensor) -> tuple[Tensor, Output]:
-        top = self.loop.schedule.steps
-        output = self.loop.evaluate(top, z)
-        return self.loop.advance([z, output], self.loop.rows(down, range(top, top + 1), (-1, 0))[top])[0], output
 
-    def first_up(self, z: Tensor) -> tuple[Tensor, Output]:
-        output = self.loop.evaluate(1, z)
-        return self.loop.advance([z, output], self.loop.rows(up, range(1, 2), (-1, 0))[1])[0], output
-
-
-def _width(schedule: Schedule, i: int) -> float:
-    """h_i, the distance of neighbouring noise levels sigma/alpha."""
-    return schedule.sigma[i] / schedule.alpha[i] - schedule.sigma[i - 1] / schedule.alpha[i - 1]
-
-
-def _fraction(schedule: Schedule, i: int) -> tuple[int, int]:
-    """A at index i as a fraction."""
-    wanted = (_width(schedule, i) / _width(schedule, i + 1)) ** 2
-    n, m = nearest(wanted)
-    if n < 1:
-        raise ValueError(
-            f"schedule: exact O-BELM needs neighbouring intervals of sigma/alpha within a factor of 32, "
-            f"got {wanted**-0.5:.3g} at index {i}; exact=False takes them"
-        )
-    return n, m
+def _fractions(loop: Loop) -> list[Ratio]:
+    """A at every index as a fraction: ints, or 0-d tensors in a traced loop."""
+    schedule = loop.schedule
+    if traced():
+        numerators, denominators = schedule.ratios.to(loop.device)
+        return list(zip(numerators.unbind(), denominators.unbind(), strict=True))
+    pairs = list(zip(*schedule.ratios.tolist(), strict=True))
+    for i, (n, _) in enumerate(pairs):
+        if not 1 <= n <= MAX_NUMERATOR:
+            raise ValueError(
+                "schedule: exact O-BELM needs neighbouring intervals of similar width in sigma/alpha, got "
+                f"{schedule.width(i):.3g} and {schedule.width(i + 1):.3g} at index {i}; exact=False takes them"
+            )
+    return pairs
 
 
-def _obelm(prediction: Prediction, below: Level, here: Level, above: Level, ratio: Number) -> Row:
+def _best(prediction: Prediction, below: Level, here: Level, above: Level) -> Row:
     """A and the weights of y_i and of the output at z_i in y_{i-1}."""
-    h, h_next = (high.sigma / high.alpha - low.sigma / low.alpha for low, high in ((below, here), (here, above)))
+    h, h_next = _widths(below, here, above)
+    return _near(prediction, below, here, above, h * h / (h_next * h_next))
+
+
+def _near(prediction: Prediction, below: Level, here: Level, above: Level, ratio: Number) -> Row:
+    """The same for an A that was rounded: still consistent, and of order 2 but for the rounding."""
+    h, h_next = _widths(below, here, above)
     of_state, of_output = read(prediction, here)
     reading = Reading(None if of_state is None else of_state * here.alpha, of_output)
     return ratio, *folded(reading, 1.0 - ratio, -(h + ratio * h_next))
+
+
+def _widths(below: Level, here: Level, above: Level) -> tuple[Number, Number]:
+    low, middle, high = (level.sigma / level.alpha for level in (below, here, above))
+    return middle - low, high - middle
 
 
 def _unit(_: Prediction, level: Level) -> Row:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
+from bicm_diffusion.samplers.ddim import down, up
 from bicm_diffusion.samplers.exact import ExactPair, Grid, Ratio, StatePair, decode
 from bicm_diffusion.samplers.loop import Loop, Output, Row
 from bicm_diffusion.samplers.prediction import Number
@@ -19,25 +20,36 @@ from bicm_diffusion.samplers.prediction import Number
 State = Tensor | StatePair | ExactPair
 
 
-class Method(Protocol):
-    """What tells one method from another."""
+class Method:
+    """What tells one method from another; their first steps, from one state alone, are DDIM's."""
 
-    loop: Loop
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
 
-    def unit(self, i: int) -> Number:
+    def unit(self, _: int) -> Number:
         """The unit of a state at index i."""
+        return 1.0
 
     def ratio(self, i: int) -> tuple[Number, Ratio]:
         """The factor of z_{i+1} in z_{i-1}, as a number and as a fraction."""
+        raise NotImplementedError
 
     def terms(self, i: int, z: Tensor, scaled: Tensor | None) -> tuple[list[Any], Row, Output]:
         """x_1 …, the weights of x_0 = z_i and of these, and the model's output at z_i."""
+        raise NotImplementedError
 
     def first_down(self, z: Tensor) -> tuple[Tensor, Output]:
-        """z_{N-1} from z_N alone."""
+        """z_{N-1} from z_N alone, and the model's output there."""
+        return self._first(self.loop.schedule.steps, z, down)
 
     def first_up(self, z: Tensor) -> tuple[Tensor, Output]:
-        """z_1 from z_0 alone."""
+        """z_1 from z_0 alone, and the model's output there."""
+        return self._first(1, z, up)
+
+    def _first(self, i: int, z: Tensor, formula: Callable[..., Row]) -> tuple[Tensor, Output]:
+        output = self.loop.evaluate(i, z)
+        row = self.loop.rows(formula, range(i, i + 1), (-1, 0))[i]
+        return self.loop.advance([z, output], row)[0], output
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Preconditioned:
-    """A model that answers with F, the raw output of a preconditioned network: D(z/alpha, t) = c_skip·z/alpha + c_out·F.
+    """A model that answers with F, the raw output of a preconditioned network.
 
-    t = sigma/alpha is the noise level; the model is called with c_in(t)·z/alpha. parameterization: "edm" (the
+    D(z/alpha, t) = c_skip(t)·z/alpha + c_out(t)·F; t = sigma/alpha is the noise level; the model is called with c_in(t)·z/alpha. parameterization: "edm" (the
     denoiser, EDM 7), "bcm" (t to sigma_min, BCM 20) or "cm" (BCM 17). sigma_data and sigma_min are in units of x.
     Raises ValueError for an unknown name or a value out of range.
 

@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from bicm_diffusion.rational import nearest
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -17,7 +19,8 @@ class Schedule:
     times: what the model is told at index i; alpha, sigma: z_i = alpha_i·x + sigma_i·n. Each holds N + 1
     floats, N ≥ 1. a[i] = alpha_{i-1}/alpha_i and b[i] = sigma_{i-1} - sigma_i·a[i] for i = 1 … N; no step
     leaves index 0, so a[0] and b[0] are NaN. table: times, alpha and sigma as one float64 tensor (3, N + 1),
-    from which traced loops read, so that one graph serves every schedule of N steps.
+    from which traced loops read, so that one graph serves every schedule of N steps. ratios: int64 (2, N + 1), for
+    i = 1 … N - 1 the nearest fraction n/m, m ≤ 1024, of (h_i/h_{i+1})², h_i the width of interval i in sigma/alpha.
     Raises ValueError unless the lengths agree, alpha > 0, sigma ≥ 0 and sigma/alpha grows with i.
 
     >>> schedule = Schedule(times=(0.0, 1.0), alpha=(1.0, 0.6), sigma=(0.0, 0.8))
@@ -31,6 +34,7 @@ class Schedule:
     a: tuple[float, ...] = field(init=False, repr=False)
     b: tuple[float, ...] = field(init=False, repr=False)
     table: Tensor = field(init=False, repr=False, compare=False)
+    ratios: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         lengths = (len(self.times), len(self.alpha), len(self.sigma))
@@ -43,11 +47,17 @@ class Schedule:
         object.__setattr__(self, "a", a)
         object.__setattr__(self, "b", b)
         object.__setattr__(self, "table", torch.tensor([self.times, alpha, sigma], dtype=torch.float64))
+        pairs = [(1, 1), *(nearest((self.width(i) / self.width(i + 1)) ** 2) for i in range(1, self.steps)), (1, 1)]
+        object.__setattr__(self, "ratios", torch.tensor(pairs).T)
 
     @property
     def steps(self) -> int:
         """The number N of steps between data and noise."""
         return len(self.times) - 1
+
+    def width(self, i: int) -> float:
+        """The width h_i of interval i, sigma_i/alpha_i - sigma_{i-1}/alpha_{i-1}, i = 1 … N."""
+        return self.sigma[i] / self.alpha[i] - self.sigma[i - 1] / self.alpha[i - 1]
 
 
 def to_ve(schedule: Schedule) -> Schedule:
