@@ -157,7 +157,7 @@ class _Heun(_Euler):
 
     def __init__(self, loop: Loop, gamma: Factor) -> None:
         super().__init__(loop, gamma)
-        self.lowest = 2 if loop.schedule.sigma[0] == 0.0 else 1
+        self.lowest = 2 if loop.schedule.clean else 1
         inner = range(self.lowest, loop.schedule.steps)
         self.predictor_rows = loop.rows(_predictors, inner, (-1, 0, 1))
         self.heun_rows = loop.rows(_heun, inner, (-1, 0, 1), self.gamma)

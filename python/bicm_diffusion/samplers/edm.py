@@ -76,7 +76,7 @@ class Steps:
         top = loop.schedule.steps
         indices = indices or range(1, top + 1)
         self.loop, self.lifts = loop, lifts
-        self.lowest = (2 if loop.schedule.sigma[0] == 0.0 else 1) if heun else top + 1
+        self.lowest = (2 if loop.schedule.clean else 1) if heun else top + 1
         self.euler_rows = loop.rows(_euler, indices, (-1, 0), lifts)
         self.heun_rows = loop.rows(_heun, range(max(indices.start, self.lowest), indices.stop), (-1, 0), lifts)
 

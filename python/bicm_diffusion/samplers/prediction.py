@@ -33,8 +33,9 @@ class Reading(NamedTuple):
 class Preconditioned:
     """A model that answers with F, the raw output of a preconditioned network.
 
-    D(z/alpha, t) = c_skip(t)·z/alpha + c_out(t)·F; t = sigma/alpha is the noise level; the model is called with c_in(t)·z/alpha. parameterization: "edm" (the
-    denoiser, EDM 7), "bcm" (t to sigma_min, BCM 20) or "cm" (BCM 17). sigma_data and sigma_min are in units of x.
+    D(z/alpha, t) = c_skip(t)·z/alpha + c_out(t)·F; t = sigma/alpha is the noise level, and the model is called with
+    c_in(t)·z/alpha. parameterization: "edm" (the denoiser, EDM 7), "bcm" (t to sigma_min, BCM 20) or "cm" (BCM 17).
+    sigma_data and sigma_min are in units of x.
     Raises ValueError for an unknown name or a value out of range.
 
     >>> Preconditioned().parameterization

@@ -21,6 +21,7 @@ class Schedule:
     leaves index 0, so a[0] and b[0] are NaN. table: times, alpha and sigma as one float64 tensor (3, N + 1),
     from which traced loops read, so that one graph serves every schedule of N steps. ratios: int64 (2, N + 1), for
     i = 1 … N - 1 the nearest fraction n/m, m ≤ 1024, of (h_i/h_{i+1})², h_i the width of interval i in sigma/alpha.
+    clean: whether index 0 is clean data, sigma_0 = 0, where no model is asked.
     Raises ValueError unless the lengths agree, alpha > 0, sigma ≥ 0 and sigma/alpha grows with i.
 
     >>> schedule = Schedule(times=(0.0, 1.0), alpha=(1.0, 0.6), sigma=(0.0, 0.8))
@@ -35,6 +36,7 @@ class Schedule:
     b: tuple[float, ...] = field(init=False, repr=False)
     table: Tensor = field(init=False, repr=False, compare=False)
     ratios: Tensor = field(init=False, repr=False, compare=False)
+    clean: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         lengths = (len(self.times), len(self.alpha), len(self.sigma))
@@ -47,6 +49,7 @@ class Schedule:
         object.__setattr__(self, "a", a)
         object.__setattr__(self, "b", b)
         object.__setattr__(self, "table", torch.tensor([self.times, alpha, sigma], dtype=torch.float64))
+        object.__setattr__(self, "clean", sigma[0] == 0.0)
         pairs = [(1, 1), *(nearest((self.width(i) / self.width(i + 1)) ** 2) for i in range(1, self.steps)), (1, 1)]
         object.__setattr__(self, "ratios", torch.tensor(pairs).T)
 
