@@ -4,10 +4,10 @@ Floating-point inverses are not inverses: their error grows as gamma^-N. Here bo
 to the same integer, one adds it and the other subtracts it, and a rational factor n/m keeps its remainders in an
 information buffer, so that a round trip returns every bit (given a network that returns the same bits twice).
 
-Nothing wraps silently. The least integer of a state's dtype stands for "not a number": an element that leaves the range,
-or meets NaN or infinity, becomes it, stays it in every later step, and decodes to NaN. ``overflow``, a (B,) int64 tensor
-of zeros, notes it per sample without a look from the host: where a sample of the result holds such an element and the
-entry is still 0, the entry becomes ``mark`` (the step's number, say).
+Nothing wraps silently. The least integer of a state's dtype stands for "not a number": an element that leaves the
+range, or meets NaN or infinity, becomes it, stays it in every later step, and decodes to NaN. ``overflow``, a (B,)
+int64 tensor of zeros, notes it per sample without a look from the host: where a sample of the result holds such an
+element and the entry is still 0, the entry becomes ``mark`` (the step's number, say).
 """
 
 from __future__ import annotations
@@ -289,10 +289,10 @@ def exact_affine_step(
     mark: Integer = 1,
     out: Pair | None = None,
 ) -> Pair:
-    """A sampler update that ``exact_affine_inverse_step`` undoes to the bit: mul(q_last, n/m) + rint(2^fb sum of w_k x_k).
+    """A sampler update that can be undone to the bit: mul(q_last, n/m) + rint(2^fb sum of w_k x_k).
 
-    mul: B <- B m + (Z mod m); Z <- floor(Z/m) n + (B mod n); B <- floor(B/n), with B the element of ``info``. The sum is
-    a left fold in float64. Every integer on the way must stay within 2^63 - 1: see ``overflow``.
+    mul: B <- B m + (Z mod m); Z <- floor(Z/m) n + (B mod n); B <- floor(B/n), with B the element of ``info``. The sum
+    is a left fold in float64. B m + (Z mod m), the new Z and the result must stay within 2^63 - 1: see ``overflow``.
 
     Args:
         q_last: fixed-point state (B, ...), int64, any strides; or int32 where the ratio is 1.
@@ -361,7 +361,8 @@ def exact_affine_inverse_step(
             have no derivative.
 
     >>> import torch, bicm_kernels as bk
-    >>> bk.exact_affine_inverse_step(torch.tensor([[6]]), [torch.ones(1, 1)], [1.0], torch.tensor([[0]]), fraction_bits=2)
+    >>> q, x = torch.tensor([[6]]), torch.ones(1, 1)
+    >>> bk.exact_affine_inverse_step(q, [x], [1.0], 0 * q, fraction_bits=2)
     (tensor([[2]]), tensor([[0]]))
     """
     table = arguments.weight_list("weights", weights)
@@ -386,7 +387,7 @@ def bdia_exact_step(
     mark: Integer = 1,
     out: Pair | None = None,
 ) -> Pair:
-    """One BDIA-DDIM update on integers, z_{i-1} from z_{i+1} and z_i (BDIA eq. 24), which its inverse undoes to the bit.
+    """One BDIA-DDIM update on integers, z_{i-1} from z_{i+1} and z_i (BDIA eq. 24), that can be undone to the bit.
 
     mul(Z_{i+1}, gamma) + rint(2^fb ((a - gamma/a_last) z_i + (b + gamma b_last/a_last) eps)), z_i decoded from Z_i and
     all of it in float64; mul as in ``exact_affine_step``.

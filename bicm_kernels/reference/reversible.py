@@ -1,4 +1,4 @@
-"""Bit-exact reversible updates in PyTorch: integers on a fixed-point grid, and the buffer that keeps what division drops.
+"""Bit-exact reversible updates in PyTorch: integers on a fixed-point grid, and a buffer for what division drops.
 
 The least integer of a state's dtype stands for "not a number". An element whose exact result, or one of the integers on
 the way to it, lies outside the dtype's other values becomes it and stays it; ``overflow`` notes it per sample.
@@ -250,7 +250,7 @@ def bdia_exact_step(
     overflow: Tensor | None = None,
     mark: Integer = 1,
 ) -> tuple[Tensor, Tensor]:
-    """BDIA eq. 24 on integers: mul(q_{i+1}, gamma) + rint(2^fb ((a - gamma/a_last) z + (b + gamma b_last/a_last) eps))."""
+    """BDIA eq. 24 on integers: mul(Z_{i+1}) + rint(2^fb ((a - gamma/a_last) z + (b + gamma b_last/a_last) eps))."""
     coefficients = (a, b, a_last, b_last)
     return _bdia_step(q_last, q, eps, info, False, coefficients, gamma, fraction_bits, guidance_scale, overflow, mark)
 
