@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.samplers.edm import Steps
-from bicm_diffusion.samplers.exact import ExactPair, Factor, Ratio, StatePair, rational, value, warn_of_loss
+from bicm_diffusion.samplers.exact import ExactPair, Factor, Ratio, StatePair, rational, rounded, value, warn_of_loss
 from bicm_diffusion.samplers.loop import Loop, Model, Options, Output, Row, transfer
 from bicm_diffusion.samplers.pairs import DOWN, UP, Method, State, first_tensor, run
 from bicm_diffusion.samplers.prediction import Level, Number, Prediction, folded, read
@@ -49,7 +49,9 @@ def bdia_sample(
     >>> bdia_sample(lambda z, times: z, torch.ones(1, 2), vp_schedule(4)).z.shape
     torch.Size([1, 2])
     """
-    method = _method(model, z, schedule, gamma, increments, exact, options)
+    _check_gamma(gamma, lowest=0.0)
+    factor = rational("gamma", gamma) if exact else rounded(value(gamma), first_tensor(z).dtype)
+    method = _method(model, z, schedule, factor, increments, options)
     return run(method, z, DOWN, exact)
 
 
@@ -76,12 +78,14 @@ def bdia_invert(
     >>> bdia_invert(lambda z, times: z, torch.ones(1, 2), vp_schedule(4)).z.shape
     torch.Size([1, 2])
     """
-    method = _method(model, z, schedule, gamma, increments, exact, options)
-    factor = value(gamma)
-    if not isinstance(factor, Tensor) and factor == 0.0:
-        raise ValueError("gamma: expected a value in (0, 1] for the inverse, got 0")
-    if not exact and not isinstance(factor, Tensor):
-        warn_of_loss("BDIA", schedule.steps, factor**-schedule.steps, first_tensor(z).dtype)
+    _check_gamma(gamma, lowest=None)
+    if exact:
+        factor: Factor = rational("gamma", gamma)
+    else:
+        warn_of_loss("BDIA", schedule.steps, value(gamma) ** -schedule.steps, first_tensor(z).dtype)
+        # What the step multiplies by is 1/gamma: rounded before the other weights are made from it.
+        factor = 1.0 / rounded(1.0 / value(gamma), first_tensor(z).dtype)
+    method = _method(model, z, schedule, factor, increments, options)
     return run(method, z, UP, exact)
 
 
@@ -118,22 +122,20 @@ def bdia_edit(
     return bdia_sample(model, latent, schedule, gamma=gamma, increments=increments, exact=exact, **down_options)
 
 
+def _check_gamma(gamma: Factor, lowest: float | None) -> None:
+    factor = value(gamma)
+    if isinstance(factor, Tensor):
+        return
+    if not (factor > 0.0 or factor == lowest) or factor > 1.0:
+        raise ValueError(f"gamma: expected a value in {'(' if lowest is None else '['}0, 1], got {gamma}")
+
+
 def _method(
-    model: Model,
-    z: State,
-    schedule: Schedule,
-    gamma: Factor,
-    increments: Increments,
-    exact: bool,
-    options: Options,
+    model: Model, z: State, schedule: Schedule, gamma: Factor, increments: Increments, options: Options
 ) -> _Euler:
     if increments not in _METHODS:
         raise ValueError(f"increments: expected one of {', '.join(map(repr, _METHODS))}, got {increments!r}")
-    factor = value(gamma)
-    if not isinstance(factor, Tensor) and not 0.0 <= factor <= 1.0:
-        raise ValueError(f"gamma: expected a value in [0, 1], got {gamma}")
-    loop = Loop(model, first_tensor(z), schedule, **options)
-    return _METHODS[increments](loop, rational("gamma", gamma) if exact else gamma)
+    return _METHODS[increments](Loop(model, first_tensor(z), schedule, **options), gamma)
 
 
 class _Euler(Method):

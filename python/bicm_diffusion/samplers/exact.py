@@ -181,6 +181,18 @@ def value(factor: Factor) -> Number:
     return factor.double() if isinstance(factor, Tensor) else float(factor)
 
 
+def rounded(x: Number, dtype: torch.dtype) -> Number:
+    """Return x with as many bits as a step of such states computes with.
+
+    A step's weights must agree with each other more closely than with what was asked for: a factor that the step itself
+    rounds, after the others were made from it, would pull every state the same way.
+    """
+    if dtype == torch.float64:
+        return x
+    spread = x * (2.0**29 + 1.0)
+    return spread - (spread - x)
+
+
 def warn_of_loss(method: str, steps: int, growth: Number, dtype: torch.dtype) -> None:
     """Warn where a floating-point inversion is expected to lose what can be seen.
 
