@@ -66,7 +66,8 @@ class ExactStep {
     for (int out = inputs_; out < used_; ++out) {
       STD_TORCH_CHECK(!overlaps_itself(storage_[out]), "bicm_kernels: out overlaps itself");
       for (int in = 0; in < out; ++in) {
-        const bool same = in >= inputs_ && storage_[in].data == storage_[out].data;
+        // Tensors without elements may all lie at address 0.
+        const bool same = in >= inputs_ && storage_[out].data != nullptr && storage_[in].data == storage_[out].data;
         STD_TORCH_CHECK(!same && may_alias(storage_[out], storage_[in]), "bicm_kernels: out overlaps a tensor");
       }
     }

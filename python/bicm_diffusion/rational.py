@@ -19,7 +19,7 @@ def nearest(x: float, limit: int = MAX_DENOMINATOR) -> tuple[int, int]:
     n_last, m_last, n, m = 0, 1, 1, 0
     rest = x
     while True:
-        whole = math.floor(rest)
+        whole = math.floor(min(rest, 2.0**60))
         if m_last + whole * m > limit:
             # The best semiconvergent may lie nearer than the last convergent.
             k = (limit - m_last) // m
