@@ -144,7 +144,7 @@ class _Euler(Method):
     def __init__(self, loop: Loop, gamma: Factor) -> None:
         super().__init__(loop)
         self.gamma, self.fraction = value(gamma), gamma if isinstance(gamma, tuple) else (1, 1)
-        self.rows = loop.rows(_euler, range(1, loop.schedule.steps), (-1, 0, 1), self.gamma)
+        self.rows = loop.rows(euler_weights, range(1, loop.schedule.steps), (-1, 0, 1), self.gamma)
 
     def ratio(self, _: int) -> tuple[Number, Ratio]:
         return self.gamma, self.fraction
@@ -190,7 +190,7 @@ class _Heun(_Euler):
 _METHODS: dict[str, type[_Euler]] = {"euler": _Euler, "heun": _Heun}
 
 
-def _euler(prediction: Prediction, below: Level, here: Level, above: Level, gamma: Number) -> Row:
+def euler_weights(prediction: Prediction, below: Level, here: Level, above: Level, gamma: Number) -> Row:
     """Weights of z_i and of the output at z_i in z_{i-1} - gamma·z_{i+1}."""
     (a, b), (c, d) = transfer(here, below), transfer(here, above)
     return folded(read(prediction, here), a - gamma * c, b - gamma * d)

@@ -95,8 +95,8 @@ def _sample_floats(loop: Loop, states: TwinPair, p: Number) -> TwinPair:
     """Two launches a step: z_inter from (z, y), then z_{i-1} and y_{i-1} from (z_inter, y)."""
     (z, y), scaled = states, None
     top = loop.schedule.steps
-    inter_rows = loop.rows(_down, range(1, top + 1), (-1, 0))
-    mix_rows = loop.rows(_mixed, range(1, top + 1), (-1, 0), p)
+    inter_rows = loop.rows(down_weights, range(1, top + 1), (-1, 0))
+    mix_rows = loop.rows(mixed_weights, range(1, top + 1), (-1, 0), p)
     for i in loop.steps(range(top, 0, -1)):
         output = loop.evaluate(i, y, scaled)
         z_inter, scaled = loop.advance(*_seen(loop, 1, [z, y, output], inter_rows[i]), then=i)
@@ -147,23 +147,23 @@ def _seen(loop: Loop, other: int, tensors: list[Any], weights: Row) -> tuple[lis
     return tensors[:other] + tensors[other + 1 :], weights[:other] + weights[other + 1 :]
 
 
-def _down(prediction: Prediction, below: Level, here: Level) -> Row:
+def down_weights(prediction: Prediction, below: Level, here: Level) -> Row:
     """Weights of a state, of the other one, and of the output there in the state's step down."""
     a, b = transfer(here, below)
     of_state, of_output = read(prediction, here)
     return a, 0.0 if of_state is None else b * of_state, b * of_output
 
 
-def _mixed(prediction: Prediction, below: Level, here: Level, p: Number) -> Row:
+def mixed_weights(prediction: Prediction, below: Level, here: Level, p: Number) -> Row:
     """Weights of z_inter, y_i and the output at z_inter in z_{i-1} and in y_{i-1}, there beside that of z_{i-1}."""
-    a, other, output = _down(prediction, below, here)
+    a, other, output = down_weights(prediction, below, here)
     rest = 1.0 - p
     return p + rest * other, rest * a, rest * output, p * other, p * a, p * output, rest
 
 
 def _up(prediction: Prediction, below: Level, here: Level) -> Row:
     """Weights of a state, of the other one, and of the output there in the state's step back up."""
-    a, other, output = _down(prediction, below, here)
+    a, other, output = down_weights(prediction, below, here)
     return 1.0 / a, -other / a, -output / a
 
 
@@ -217,7 +217,7 @@ def _undo(i: int, z: Tensor, y: Tensor, drift: Drift, blend: Blend, units: dict[
 
 def _drift(prediction: Prediction, below: Level, here: Level) -> Row:
     """Weights of the other state, in units of 1, and of the output there in the step of a state in units of alpha."""
-    _, other, output = _down(prediction, below, here)
+    _, other, output = down_weights(prediction, below, here)
     return other / below.alpha, output / below.alpha
 
 
