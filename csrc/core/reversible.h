@@ -83,28 +83,38 @@ BICM_HD int64_t to_integer(double x) {
 
 BICM_HD int64_t largest_of(DType dtype) { return dtype == DType::int32 ? 0x7FFFFFFF : kLargest; }
 
-// The number that an element stands for: NaN where it is missing.
+// Masks, all ones where the condition holds, because compilers do not vectorise every branch; scalar code prefers them.
+BICM_HD int64_t mask_of(bool condition) { return -static_cast<int64_t>(condition); }
+BICM_HD int64_t choose(int64_t mask, int64_t yes, int64_t no) {
+#if defined(BICM_ISA_AVX2) || defined(BICM_ISA_AVX512)
+  return (yes & mask) | (no & ~mask);
+#else
+  return mask != 0 ? yes : no;
+#endif
+}
+
+// The number that an element stands for: NaN, all of whose bits are ones, where it is missing.
 BICM_HD double decode(int64_t q, int64_t largest, double unit) {
-  const double x = to_double(q) * unit;
-  return q == -largest - 1 ? bit_cast<double>(uint64_t{0x7FF8000000000000}) : x;
+  return bit_cast<double>(bit_cast<int64_t>(to_double(q) * unit) | mask_of(q == -largest - 1));
 }
 
 BICM_HD int64_t encode(double x) {
-  const bool inside = x < 0x1p63 && x > -0x1p63;
-  const int64_t q = to_integer(inside ? x : 0.0);
-  return inside ? q : kMissing;
+  const int64_t inside = mask_of((x < 0x1p63) & (x > -0x1p63));
+  return choose(inside, to_integer(bit_cast<double>(bit_cast<int64_t>(x) & inside)), kMissing);
 }
 
-BICM_HD int64_t within(int64_t x, int64_t largest) { return x <= largest && x >= -largest ? x : kMissing; }
+BICM_HD int64_t within(int64_t x, int64_t largest) {
+  return choose(mask_of((x <= largest) & (x >= -largest)), x, kMissing);
+}
 
 BICM_HD int64_t negate(int64_t x) { return static_cast<int64_t>(0 - static_cast<uint64_t>(x)); }
 
 // x + y where neither is missing and the sum is within [-largest, largest].
 BICM_HD int64_t plus(int64_t x, int64_t y, int64_t largest) {
   const int64_t sum = static_cast<int64_t>(static_cast<uint64_t>(x) + static_cast<uint64_t>(y));
-  const bool wrapped = ((x ^ sum) & (y ^ sum)) < 0;
-  const bool missing = wrapped | (x == kMissing) | (y == kMissing);
-  return missing ? kMissing : within(sum, largest);
+  const int64_t wrapped = ((x ^ sum) & (y ^ sum)) >> 63;
+  const int64_t missing = wrapped | mask_of(x == kMissing) | mask_of(y == kMissing);
+  return choose(missing, kMissing, within(sum, largest));
 }
 
 // A number in [1, 2^20] that integers are divided by and multiplied with.
@@ -152,17 +162,17 @@ BICM_HD Division floor_divide(int64_t x, const Factor& by) {
   const uint64_t size = static_cast<uint64_t>(x) ^ sign;
   uint64_t quotient = multiply_high(size, by.reciprocal);
   uint64_t remainder = size - quotient * d;
-  const uint64_t more = remainder >= d ? ~uint64_t{0} : 0;
+  const uint64_t more = static_cast<uint64_t>(mask_of(remainder >= d));
   quotient -= more;
   remainder -= d & more;
   // For negative x the remainder is d - 1 - r = d + ~r.
   return {static_cast<int64_t>(quotient ^ sign), static_cast<int64_t>((remainder ^ sign) + (d & sign))};
 }
 
-// x by + rest, 0 <= rest < by, and whether it is within [-kLargest, kLargest]: told from x, before the product.
-BICM_HD int64_t multiply_add(int64_t x, const Factor& by, int64_t rest, bool& fits) {
-  const int64_t high = by.high - (rest > by.high_rest ? 1 : 0), low = by.low + (rest < by.low_rest ? 1 : 0);
-  fits = (x <= high) & (x >= low);
+// x by + rest, 0 <= rest < by, and a mask of whether it is within [-kLargest, kLargest]: told before the product.
+BICM_HD int64_t multiply_add(int64_t x, const Factor& by, int64_t rest, int64_t& fits) {
+  const int64_t high = by.high + mask_of(rest > by.high_rest), low = by.low - mask_of(rest < by.low_rest);
+  fits = mask_of((x <= high) & (x >= low));
   return static_cast<int64_t>(static_cast<uint64_t>(x) * static_cast<uint64_t>(by.value) + static_cast<uint64_t>(rest));
 }
 
@@ -170,11 +180,11 @@ BICM_HD int64_t multiply_add(int64_t x, const Factor& by, int64_t rest, bool& fi
 // (Maclaurin, Duvenaud & Adams 2015).
 BICM_HD int64_t scale(int64_t q, const Factor& from, const Factor& to, int64_t& buffer) {
   const Division state = floor_divide(q, from);
-  bool fits, also_fits;
+  int64_t fits, also_fits;
   const Division kept = floor_divide(multiply_add(buffer, from, state.remainder, fits), to);
   const int64_t scaled = multiply_add(state.quotient, to, kept.remainder, also_fits);
   buffer = kept.quotient;
-  return fits & also_fits & (q != kMissing) ? scaled : kMissing;
+  return choose(fits & also_fits & mask_of(q != kMissing), scaled, kMissing);
 }
 
 // What the elements of a sample share.
@@ -236,7 +246,7 @@ BICM_HD int64_t scaled_step_by(int64_t last, int64_t increment, const Factor& fr
   } else {
     result = plus(scale(last, from, to, next), increment, kLargest);
   }
-  buffer = result == kMissing ? buffer : next;
+  buffer = choose(mask_of(result == kMissing), buffer, next);
   return result;
 }
 

@@ -40,6 +40,7 @@ struct Buffers {
   alignas(64) C conditional[kChunk + kPad];
   alignas(64) C out[kChunk + kPad];
   alignas(64) C x0[kChunk + kPad];
+  alignas(64) C next[kChunk + kPad];
   alignas(64) float noise[kChunk];
   int64_t weighed = -1;  // the sample whose weights these are: forming them costs as much as a hundred elements
   C weight[kMaxTerms];
@@ -101,30 +102,73 @@ void affine_unit(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
   if (!in_place) store_results(m, unit, out);
 }
 
-// Every result stays in a buffer until all inputs were read: the outputs may alias them.
+// What a step through the denoised sample reads and writes of one unit. Without clipping the bound is infinite.
+template <class C>
+struct Denoised {
+  const C *x0_weight, *weight;  // one per term
+  C weight_of_x0, bound, noise_weight, scale;
+  const float* noise;
+  C *x0, *out, *next;
+};
+
+// Exact aliasing of an output and an input is fine: each i is read, then written.
+template <class C, int K, bool Draws>
+void fold_denoised(const C* const* x, const Denoised<C>& d, int64_t count) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    C x0 = d.x0_weight[0] * x[0][i];
+    C y = d.weight[0] * x[0][i];
+    for (int k = 1; k < K; ++k) {
+      x0 = x0 + d.x0_weight[k] * x[k][i];
+      y = y + d.weight[k] * x[k][i];
+    }
+    x0 = clip_to(x0, d.bound);
+    y = y + d.weight_of_x0 * x0;
+    if (Draws) y = y + d.noise_weight * static_cast<C>(d.noise[i]);
+    d.x0[i] = x0;
+    d.out[i] = y;
+    d.next[i] = d.scale * y;
+  }
+}
+
+template <class C, bool Draws>
+void fold_denoised_terms(int terms, const C* const* x, const Denoised<C>& d, int64_t count) {
+  switch (terms) {
+    case 1: return fold_denoised<C, 1, Draws>(x, d, count);
+    case 2: return fold_denoised<C, 2, Draws>(x, d, count);
+    case 3: return fold_denoised<C, 3, Draws>(x, d, count);
+    case 4: return fold_denoised<C, 4, Draws>(x, d, count);
+    default: return fold_denoised<C, 5, Draws>(x, d, count);
+  }
+}
+
+// Where a unit's results are formed: in place, or in a buffer from which they are stored.
+template <class C>
+C* place_of(const Operand& to, const Unit& unit, C* buffer) {
+  const bool in_place = is_compute_type<C>(to) && !to.streams;
+  return in_place ? static_cast<C*>(to.data) + unit.sample * to.batch_stride + unit.begin : buffer;
+}
+
 template <class C>
 void denoised_unit(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
   const C* x[kMaxTerms];
-  C weight[kMaxTerms];
+  C x0_weight[kMaxTerms], weight[kMaxTerms];
   const C noise_weight = draw(m, unit, buffers);
   load_inputs(m, unit, buffers, x);
-  for (int k = 0; k < m.terms; ++k) weight[k] = load_number<C>(m.x0_coefficient[k], unit.sample);
-  C* x0 = buffers.x0;
-  fold_terms<C, false>(m.terms, x, weight, nullptr, C(0), x0, unit.count);
-  if (m.clips) {
-    const C bound = load_number<C>(m.clip, unit.sample);
-    for (int64_t i = 0; i < unit.count; ++i) x0[i] = clip_to(x0[i], bound);
-  }
+  for (int k = 0; k < m.terms; ++k) x0_weight[k] = load_number<C>(m.x0_coefficient[k], unit.sample);
   form_weights(m, unit.sample, weight);
-  C* out = buffers.out;
-  fold_terms<C, false>(m.terms, x, weight, nullptr, C(0), out, unit.count);
-  const C x0_weight = load_number<C>(m.x0_weight, unit.sample);
-  for (int64_t i = 0; i < unit.count; ++i) out[i] = out[i] + x0_weight * x0[i];
-  if (noise_weight != C(0)) {
-    for (int64_t i = 0; i < unit.count; ++i) out[i] = out[i] + noise_weight * static_cast<C>(buffers.noise[i]);
-  }
-  store_unit(m.layout, m.x0, unit, x0);
-  store_results(m, unit, out);
+  const C bound = m.clips ? load_number<C>(m.clip, unit.sample) : static_cast<C>(__builtin_inf());
+  const C scale = m.scales ? next_scale<C>(m, unit.sample) : C(1);
+  C* const x0 = place_of(m.x0, unit, buffers.x0);
+  C* const out = place_of(m.out, unit, buffers.out);
+  C* const next = m.scales ? place_of(m.next, unit, buffers.next) : buffers.next;
+  const Denoised<C> d = {
+      x0_weight, weight, load_number<C>(m.x0_weight, unit.sample), bound, noise_weight, scale, buffers.noise, x0,
+      out,       next};
+  (noise_weight != C(0) ? fold_denoised_terms<C, true> : fold_denoised_terms<C, false>)(m.terms, x, d, unit.count);
+  if (x0 == buffers.x0) store_unit(m.layout, m.x0, unit, x0);
+  if (out == buffers.out) store_unit(m.layout, m.out, unit, out);
+  if (m.scales && next == buffers.next) store_unit(m.layout, m.next, unit, next);
 }
 
 // Elements `done` to `done + width` of a unit, or of what follows it in the sample.

@@ -100,7 +100,7 @@ bool step_all(const int64_t* last, const int64_t* increment, int64_t largest, in
   for (int64_t i = 0; i < count; ++i) {
     const int64_t result = step_by<Inverse>(last[i], increment[i], largest);
     out[i] = result;
-    missing |= result == kMissing ? -1 : 0;
+    missing |= mask_of(result == kMissing);
   }
   return missing != 0;
 }
@@ -116,7 +116,7 @@ bool scaled_step_all(const Exact& e, const int64_t* last, const int64_t* increme
     const int64_t result = scaled_step_by<Inverse>(last[i], increment[i], from, to, buffer);
     out[i] = result;
     info_out[i] = buffer;
-    missing |= result == kMissing ? -1 : 0;
+    missing |= mask_of(result == kMissing);
   }
   return missing != 0;
 }
@@ -127,7 +127,7 @@ bool bound_all(const int64_t* increment, int64_t largest, int64_t* out, int64_t 
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
     out[i] = within(increment[i], largest);
-    missing |= out[i] == kMissing ? -1 : 0;
+    missing |= mask_of(out[i] == kMissing);
   }
   return missing != 0;
 }
