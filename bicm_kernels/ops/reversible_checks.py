@@ -10,7 +10,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from bicm_kernels.ops import arguments
+from bicm_kernels.ops import arguments, outputs
 
 #: Places after the binary point at most, by the dtype of the state.
 FRACTION_BITS = {torch.int64: 62, torch.int32: 30}
@@ -92,7 +92,7 @@ def check_overflow(overflow: Any, mark: object, batch: int, device: torch.device
         raise ValueError(f"overflow must be on {device}, got {overflow.device}")
     if arguments.transformed():
         raise ValueError("overflow must not be given under a torch.func transform: what is noted there is lost to it")
-    if not arguments.compiling() and arguments.overlaps_itself(overflow):
+    if not arguments.compiling() and outputs.overlaps_itself(overflow):
         raise ValueError(f"overflow must not overlap itself, got strides {overflow.stride()}")
 
 
@@ -136,12 +136,12 @@ def check_outs(out: Any, call: Call, tensors: dict[str, Tensor], first: str) -> 
     if arguments.compiling():
         return
     for k, x in enumerate(out):
-        if arguments.overlaps_itself(x):
+        if outputs.overlaps_itself(x):
             raise ValueError(f"out[{k}] must not overlap itself, got strides {x.stride()}")
         for name, other in tensors.items():
-            if not arguments.same_place(x, other) and arguments.shares_memory(x, other):
+            if not outputs.same_place(x, other) and outputs.shares_memory(x, other):
                 raise ValueError(f"out[{k}] must be exactly {name} or lie apart from it: they overlap in part")
-    if arguments.shares_memory(*out):
+    if outputs.shares_memory(*out):
         raise ValueError("out[0] and out[1] must not share memory")
 
 
