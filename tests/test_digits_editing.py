@@ -29,7 +29,7 @@ from bicm_diffusion.digits.network import Denoiser
 from bicm_diffusion.digits.recognition import recognised
 from bicm_diffusion.digits.training import load_denoiser
 
-SCHEDULE = vp_schedule(25)
+SCHEDULE = vp_schedule(20)
 EXACT = [method for method in METHODS if method.has_exact_inverse]
 
 
@@ -69,7 +69,7 @@ def test_digits_take_the_new_class_and_keep_themselves(edits: list[Edit], digits
 
 @pytest.mark.parametrize("method", EXACT, ids=lambda method: method.name)
 def test_exact_round_trips_lose_nothing(method: object, digits: Digits, networks: dict[torch.dtype, Denoiser]) -> None:
-    schedule = vp_schedule(12)
+    schedule = vp_schedule(8)
     for from_noise in (True, False):
         kept = {"dtype": torch.float32, "from_noise": from_noise}
         assert round_trip(method, networks, digits, schedule, exact=True, **kept) == 0.0

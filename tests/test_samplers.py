@@ -10,9 +10,11 @@ import pytest
 import torch
 from closed_forms import Mixture, noise
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bicm_diffusion import (
     ExactPair,
+    Preconditioned,
     StepInfo,
     bdia_edit,
     bdia_invert,
@@ -143,6 +145,41 @@ def test_wrong_options_are_named(sampler: Sampler) -> None:
         sampler(MODEL, noise(2, 3), vp_schedule(2), prediction="eps")
     with pytest.raises(TypeError, match="unexpected keyword argument 'guidance'"):
         sampler(MODEL, noise(2, 3), vp_schedule(2), guidance=2.0)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the fused ops of a run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace == "bicm_kernels"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "launches"),
+    [
+        ("ddim_sample", False, 5),
+        ("ddim_sample", True, 1 + 5),  # the first input is scaled on its own
+        ("ddim_invert", True, 1 + 5),
+        ("edm_sample heun", False, 9),
+        ("edm_sample heun", True, 1 + 9),
+        ("bdia_sample floats", True, 2 + 5),
+        ("bdia_invert floats", False, 5),
+        ("obelm_sample floats", False, 5),
+        ("edict_sample floats", True, 1 + 10),
+        ("edict_invert floats", False, 1 + 10),
+    ],
+)
+def test_one_launch_for_each_evaluation(name: str, raw: bool, launches: int) -> None:
+    z, schedule = noise(2, 3), vp_schedule(5)
+    prediction = Preconditioned() if raw else "noise"
+    with Launches() as counter:
+        SAMPLERS[name](lambda z, times: z, z, schedule, prediction=prediction)
+    assert counter.count == launches
 
 
 @pytest.mark.parametrize("name", ["bdia", "obelm", "edict"])

@@ -120,5 +120,6 @@ def test_wrong_calls_are_named() -> None:
     for p in (0.0, 1.1):
         with pytest.raises(ValueError, match=r"p: expected a value in \(0, 1\], got"):
             edict_sample(MODEL, noise(2, 3), SCHEDULE, p=p)
-    with pytest.warns(InexactInversionWarning, match="EDICT in torch.bfloat16"):
+    with pytest.warns(InexactInversionWarning, match="EDICT in torch.bfloat16") as caught:
         edict_invert(MODEL, noise(2, 3, dtype=torch.bfloat16), SCHEDULE, exact=False)
+    assert caught[0].filename == __file__

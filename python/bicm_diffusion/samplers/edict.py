@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.samplers.exact import ExactPair, Factor, Grid, Ratio, decode, rational, value, warn_of_loss
-from bicm_diffusion.samplers.loop import Loop, Model, Options, Row, transfer
+from bicm_diffusion.samplers.loop import Loop, Model, Options, Output, Row, transfer
 from bicm_diffusion.samplers.prediction import Level, Number, Prediction, read
 from bicm_diffusion.schedules import Schedule
 from bicm_kernels import denoised_step
@@ -72,6 +71,10 @@ def edict_invert(
     >>> edict_invert(lambda z, times: z, torch.ones(1, 2), vp_schedule(4)).z.shape
     torch.Size([1, 2])
     """
+    mix = value(p)
+    if not exact and not isinstance(mix, Tensor) and mix > 0.0:
+        first = z if isinstance(z, Tensor) else z.z
+        warn_of_loss("EDICT", schedule.steps, mix ** (-2 * schedule.steps), first.dtype)
     return _run(model, z, schedule, p, exact, True, options)
 
 
@@ -84,8 +87,6 @@ def _run(
     states = TwinPair(z, z) if isinstance(z, Tensor) else z
     loop = Loop(model, states.z, schedule, **options)
     if not exact:
-        if inverse and not isinstance(mix, Tensor):
-            warn_of_loss("EDICT", schedule.steps, mix ** (-2 * schedule.steps), states.z.dtype)
         walk = _invert_floats if inverse else _sample_floats
         return walk(loop, TwinPair(states.z, states.y), mix)
     return _run_integers(loop, states, rational("p", p), inverse)
@@ -168,51 +169,56 @@ def _up(prediction: Prediction, below: Level, here: Level) -> Row:
 
 
 def _run_integers(loop: Loop, states: TwinPair | ExactTwins, p: Ratio, inverse: bool) -> ExactTwins:
-    top, mix = loop.schedule.steps, value(p)
+    top = loop.schedule.steps
     units = {i: unit for i, (unit,) in loop.rows(_unit, range(top + 1), (0,)).items()}
-    rows = loop.rows(_drift, range(1, top + 1), (-1, 0))
     start, end = (0, top) if inverse else (top, 0)
     if isinstance(states, ExactTwins):
         grid, z, y = Grid(loop, states.q, states), states.q, states.previous_q
     else:
         grid = Grid(loop, states.z)
         z, y = (grid.encode(x, units[start], max(start, 1)) for x in states)
-
-    def drift(i: int, state: Tensor, other: Tensor, unit: Number) -> Tensor:
-        """Add the noise at the other state, which stands in units of `unit`, to a state; or take it back."""
-        _, output = grid.evaluate(i, other, unit)
-        of_other, of_output = rows[i]
-        tensors, weights = _seen(loop, 0, [other, output], (of_other * unit, of_output))
-        return grid.step(state, tensors, weights, inverse=inverse, mark=i)
-
-    def blend(i: int, state: Tensor, other: Tensor) -> Tensor:
-        return grid.step(state, [other], (1.0 - mix,), ratio=p, inverse=inverse, mark=i, guided=False)
-
+    moves = _Moves(grid, units, loop.rows(_drift, range(1, top + 1), (-1, 0)), p, inverse)
     for i in loop.steps(range(1, top + 1) if inverse else range(top, 0, -1)):
-        z, y = (_undo if inverse else _do)(i, z, y, drift, blend, units)
+        z, y, output = moves.undo(i, z, y) if inverse else moves.do(i, z, y)
         if loop.callback is not None:
             reached = i if inverse else i - 1
-            loop.report(reached, decode(z, units[reached], grid.dtype), y)
-    pair = grid.pair(z, y, units[end], units[end])
-    return ExactTwins(**vars(pair))
+            loop.report(reached, decode(z, units[reached], grid.dtype), output)
+    return ExactTwins(**vars(grid.pair(z, y, units[end], units[end])))
 
 
-Drift = Callable[[int, Tensor, Tensor, Number], Tensor]
-Blend = Callable[[int, Tensor, Tensor], Tensor]
+@dataclass(frozen=True)
+class _Moves:
+    """EDICT's step on integers, and the same four moves taken back in reverse."""
 
+    grid: Grid
+    units: dict[int, Number]
+    rows: dict[int, Row]
+    p: Ratio
+    inverse: bool
 
-def _do(i: int, z: Tensor, y: Tensor, drift: Drift, blend: Blend, units: dict[int, Number]) -> tuple[Tensor, Tensor]:
-    z_inter = drift(i, z, y, units[i])
-    y_inter = drift(i, y, z_inter, units[i - 1])
-    z = blend(i, z_inter, y_inter)
-    return z, blend(i, y_inter, z)
+    def do(self, i: int, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Output]:
+        z_inter, _ = self._drift(i, z, y, self.units[i])
+        y_inter, output = self._drift(i, y, z_inter, self.units[i - 1])
+        z = self._blend(i, z_inter, y_inter)
+        return z, self._blend(i, y_inter, z), output
 
+    def undo(self, i: int, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Output]:
+        y_inter = self._blend(i, y, z)
+        z_inter = self._blend(i, z, y_inter)
+        y, _ = self._drift(i, y_inter, z_inter, self.units[i - 1])
+        z, output = self._drift(i, z_inter, y, self.units[i])
+        return z, y, output
 
-def _undo(i: int, z: Tensor, y: Tensor, drift: Drift, blend: Blend, units: dict[int, Number]) -> tuple[Tensor, Tensor]:
-    y_inter = blend(i, y, z)
-    z_inter = blend(i, z, y_inter)
-    y = drift(i, y_inter, z_inter, units[i - 1])
-    return drift(i, z_inter, y, units[i]), y
+    def _drift(self, i: int, state: Tensor, other: Tensor, unit: Number) -> tuple[Tensor, Output]:
+        """Add the noise at the other state, which stands in units of `unit`, to a state; or take it back."""
+        _, output = self.grid.evaluate(i, other, unit)
+        of_other, of_output = self.rows[i]
+        tensors, weights = _seen(self.grid.loop, 0, [other, output], (of_other * unit, of_output))
+        return self.grid.step(state, tensors, weights, inverse=self.inverse, mark=i), output
+
+    def _blend(self, i: int, state: Tensor, other: Tensor) -> Tensor:
+        rest = 1.0 - value(self.p)
+        return self.grid.step(state, [other], (rest,), ratio=self.p, inverse=self.inverse, mark=i, guided=False)
 
 
 def _drift(prediction: Prediction, below: Level, here: Level) -> Row:

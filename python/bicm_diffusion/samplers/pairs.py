@@ -78,11 +78,11 @@ def run(method: Method, z: State, direction: Direction, exact: bool) -> StatePai
 
 
 def first_tensor(z: State) -> Tensor:
-    """Return a state in floating point that tells shape, dtype and device; raise where a pair does not fit together."""
+    """Return a tensor with the dtype and device of the states; raise where a pair does not fit together."""
     if isinstance(z, Tensor):
         return z
     if isinstance(z, ExactPair):
-        return z.z
+        return z.q.new_empty((0,), dtype=z.dtype)
     if z.z.shape != z.previous.shape or z.z.dtype != z.previous.dtype:
         given = f"{tuple(z.z.shape)} {z.z.dtype} and {tuple(z.previous.shape)} {z.previous.dtype}"
         raise ValueError(f"z: expected a pair of one shape and dtype, got {given}")
