@@ -23,7 +23,14 @@ from bicm_kernels import reference
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.arguments import Integer, Number
 from bicm_kernels.ops.library import library
-from bicm_kernels.ops.reversible_checks import Call, check_decode, check_encode, check_step, refuse_derivative
+from bicm_kernels.ops.reversible_checks import (
+    Call,
+    check_decode,
+    check_encode,
+    check_numbers,
+    check_step,
+    refuse_derivative,
+)
 
 Operand = Tensor | tuple[Tensor, Tensor]
 Ratio = tuple[Integer, Integer]
@@ -136,11 +143,11 @@ def _run(step: _Exact, call: Call) -> Pair:
         values = (call.coefficients, call.guidance_scale if paired else 0.0)
         op = getattr(_ops, step.name)
         integers = (n, m, call.fraction_bits)
-        quick = arguments.flavour(tensors, values, (*integers, call.mark)) == "default"
-        if quick and call.out is None and call.overflow is None:
+        flavour = arguments.flavour(tensors, values, (*integers, call.mark))
+        if flavour == "default" and call.out is None and call.overflow is None:
             result, kept = op.default(tensors, call.info, *values, *integers)
             return result, call.info if unit else kept
-        if not quick:
+        if not flavour:
             refuse_derivative(*tensors, *arguments.numbers(values))
             if arguments.compiling():
                 check()
@@ -148,12 +155,13 @@ def _run(step: _Exact, call: Call) -> Pair:
                 check()
                 return _keep(call, *step.reference(call))
         outs = _outputs(call, unit)
-        if quick or (arguments.plain(values) and arguments.plain((n, m, call.mark))):
+        if flavour == "default" or (arguments.plain(values) and arguments.plain((*integers, call.mark))):
             overload = op.default if outs is None else op.out
             full = [call.info, *values, *integers]
             marks = [call.mark]
         else:
-            check()
+            # A tensor cannot tell any more what is wrong with the number that it was.
+            check_numbers(step.ratio, call)
             overload = op.tensor if outs is None else op.tensor_out
             ratio = (None, None) if unit else (arguments.integer(n), arguments.integer(m))
             full = [call.info, *arguments.coefficients(values), *ratio, call.fraction_bits]

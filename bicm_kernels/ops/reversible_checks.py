@@ -125,6 +125,13 @@ def check_ratio(name: str, ratio: Any, last: Tensor) -> None:
         raise ValueError(f"{name} must be (1, 1) for int32 states: other ratios need int64, got {ratio!r}")
 
 
+def check_numbers(ratio: str, call: Call) -> None:
+    """Raise unless the integers beside the tensors are in range."""
+    check_ratio(ratio, call.ratio, call.last)
+    check_fraction_bits(call.fraction_bits, call.last.dtype)
+    arguments.check_integer("mark", call.mark, call.last.shape[0], call.last.device, 1, 2**63)
+
+
 def check_outs(out: Any, call: Call, tensors: dict[str, Tensor], first: str) -> None:
     """Raise unless (q_next, info) can take the results."""
     if arguments.transformed():
