@@ -29,7 +29,7 @@ from bicm_diffusion.digits.network import Denoiser
 from bicm_diffusion.digits.recognition import recognised
 from bicm_diffusion.digits.training import load_denoiser
 
-SCHEDULE = vp_schedule(20)
+SCHEDULE = vp_schedule(40)
 EXACT = [method for method in METHODS if method.has_exact_inverse]
 
 
