@@ -37,7 +37,8 @@ def loop_of(schedule: Schedule, prediction: Prediction = "noise", guidance_scale
     return Loop(silent, torch.empty(1, 1), schedule, prediction=prediction, guidance_scale=guidance_scale)
 
 
-PLAIN, GUIDED, RAW = loop_of(VP), loop_of(VP, guidance_scale=GUIDANCE), loop_of(EDM, Preconditioned(sigma_data=DATA))
+PLAIN, GUIDED = loop_of(VP), loop_of(VP, guidance_scale=GUIDANCE)
+CLEAN, RAW = loop_of(EDM, "x0"), loop_of(EDM, Preconditioned(sigma_data=DATA))
 ONE = range(INDEX, INDEX + 1)
 
 
@@ -46,7 +47,7 @@ def row(loop: Loop, formula: Callable[..., Row], *numbers: Any, above: bool = Fa
     return loop.rows(formula, ONE, (-1, 0, 1) if above else (-1, 0), *numbers)[INDEX]
 
 
-DDIM_ROW, EULER_ROW = row(PLAIN, down), row(RAW, down)
+DDIM_ROW, EULER_ROW, RAW_ROW = row(PLAIN, down), row(CLEAN, down), row(RAW, down)
 BDIA_ROW = (GAMMA, *row(PLAIN, euler_weights, GAMMA, above=True))
 EDICT_ROWS = row(PLAIN, down_weights), row(PLAIN, mixed_weights, MIX)
 
@@ -74,9 +75,14 @@ def ours_edict(z: Tensor, y: Tensor, eps_y: Tensor, eps_inter: Tensor) -> tuple[
     return z_inter, z, y
 
 
-def ours_euler(x: Tensor, F: Tensor) -> tuple[Tensor, Tensor | None]:
+def ours_euler(x: Tensor, denoised: Tensor) -> Tensor:
+    """One launch."""
+    return CLEAN.advance([x, denoised], EULER_ROW)[0]
+
+
+def ours_euler_raw(x: Tensor, F: Tensor) -> tuple[Tensor, Tensor | None]:
     """One launch, which leaves the network's next input as well."""
-    return RAW.advance([x, F], EULER_ROW, then=INDEX - 1)
+    return RAW.advance([x, F], RAW_ROW, then=INDEX - 1)
 
 
 def ddim(z: Tensor, eps: Tensor) -> Tensor:
@@ -105,13 +111,17 @@ def edict(z: Tensor, y: Tensor, eps_y: Tensor, eps_inter: Tensor) -> tuple[Tenso
     return z_inter, z, MIX * y_inter + (1 - MIX) * z
 
 
-def euler(x: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
-    """EDM's denoiser (eq. 7), a step of its Algorithm 1, and the next input."""
+def euler(x: Tensor, denoised: Tensor) -> Tensor:
+    """A step of EDM's Algorithm 1 without its second half."""
+    t, t_next = EDM.sigma[INDEX], EDM.sigma[INDEX - 1]
+    return x + (t_next - t) * ((x - denoised) / t)
+
+
+def euler_raw(x: Tensor, F: Tensor) -> tuple[Tensor, Tensor]:
+    """EDM's denoiser (eq. 7), the step, and the network's next input."""
     t, t_next = EDM.sigma[INDEX], EDM.sigma[INDEX - 1]
     total, total_next = DATA**2 + t**2, DATA**2 + t_next**2
-    denoised = DATA**2 / total * x + DATA * t / total**0.5 * F
-    d = (x - denoised) / t
-    x = x + (t_next - t) * d
+    x = euler(x, DATA**2 / total * x + DATA * t / total**0.5 * F)
     return x, 1 / total_next**0.5 * x
 
 
@@ -120,5 +130,6 @@ CASES = (
     Case("sampler_bdia", ours_bdia, bdia, tensors=3, reads=3, writes=1),
     Case("sampler_bdia_guided", ours_bdia_guided, bdia_guided, tensors=4, reads=4, writes=1),
     Case("sampler_edict", ours_edict, edict, tensors=4, reads=4, writes=3),
-    Case("sampler_euler", ours_euler, euler, tensors=2, reads=2, writes=2),
+    Case("sampler_euler", ours_euler, euler, tensors=2, reads=2, writes=1),
+    Case("sampler_euler_raw", ours_euler_raw, euler_raw, tensors=2, reads=2, writes=2),
 )
