@@ -144,6 +144,13 @@ def test_a_model_that_answers_nan_is_an_error_that_names_its_sample() -> None:
         bdia_sample(model, noise(4, 3), vp_schedule(10))
 
 
+def test_a_pair_unpacks_into_its_states() -> None:
+    pair = bdia_sample(network(WIDTH), noise(2, WIDTH, dtype=torch.float32), vp_schedule(5))
+    z, previous = pair
+    assert torch.equal(z, pair.z) and torch.equal(previous, pair.previous)
+    assert z.dtype == torch.float32 and not torch.equal(z, previous)
+
+
 def test_overflow_is_read_once_and_after_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
     check = ExactPair.check

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeAlias
@@ -71,6 +72,10 @@ class ExactPair:
     def previous(self) -> Tensor:
         """The state beside it, (B, …) in `dtype`."""
         return decode(self.previous_q, self.previous_unit, torch.float64).to(self.dtype)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Unpack into z and previous, as a pair of floats unpacks."""
+        return iter((self.z, self.previous))
 
     def check(self) -> None:
         """Raise OverflowError where a sample left the range of its integers; reads the device."""
