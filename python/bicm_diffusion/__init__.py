@@ -1,5 +1,7 @@
 """Schedules and samplers for diffusion models, built on the fused ops of `bicm_kernels`."""
 
+from bicm_diffusion.consistency import PRESETS, ConsistencySchedule
+from bicm_diffusion.interpolation import slerp
 from bicm_diffusion.samplers import (
     StatePair,
     StepInfo,

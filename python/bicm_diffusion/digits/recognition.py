@@ -21,9 +21,14 @@ def recognised(images: Tensor, labels: Tensor) -> np.ndarray:
     >>> bool((recognised(*one_per_class(load_split().held_out)) > 0.5).all())
     True
     """
-    probabilities = _judge().predict_proba(_features(images))
-    chosen: np.ndarray = probabilities[np.arange(len(labels)), labels.numpy()]
+    chosen: np.ndarray = probabilities(images)[np.arange(len(labels)), labels.numpy()]
     return chosen
+
+
+def probabilities(images: Tensor) -> np.ndarray:
+    """Return the judge's probability of every class, (B, 10), for images as in `recognised`."""
+    found: np.ndarray = _judge().predict_proba(_features(images))
+    return found
 
 
 @lru_cache(maxsize=1)
