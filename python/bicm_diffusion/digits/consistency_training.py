@@ -36,7 +36,7 @@ class BctConfig:
     """What a run depends on beside the network: runs with equal configurations give equal bits."""
 
     seed: int = 0
-    steps: int = 10_000
+    steps: int = 8_000
     batch_size: int = 128
     learning_rate: float = 1e-3
     weight_decay: float = 0.01

@@ -1,8 +1,8 @@
-"""Sampling and inversion with a bidirectional consistency model: a few leaps along the trajectory, one launch each.
+"""Sampling and inversion with a bidirectional consistency model: a few leaps along the trajectory.
 
-Every function here turns its schedule into a list of leaps and follows it. The shared arguments:
+Every function here turns its schedule into a list of leaps and follows it: one evaluation and one fused op a leap. The shared arguments:
 
-network: called as `network(c_in(t)·x, t, u, **extra_args)` with t and u (B,), float64 for a float64 state and
+model: called as `model(c_in(t)·x, t, u, **extra_args)` with t and u (B,), float64 for a float64 state and
     float32 otherwise; returns F (B, …), and the state becomes c_skip·x + c_out·F (BCM eq. 20).
 x: (B, …), any floating dtype, at the schedule's first level; the result has its shape and dtype.
 seed, sample_id: key of the fresh noise, apart from that of `bicm_kernels.normal` with the same seed.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bicm_diffusion.consistency.schedules import ConsistencySchedule
 from bicm_diffusion.samplers.loop import indices
-from bicm_kernels import add_noise, fold_in, renoise, scale_input
+from bicm_kernels import add_noise, denoise, fold_in, renoise, scale_input
 
 ConsistencyModel: TypeAlias = Callable[..., Tensor]
 # The purposes of fresh noise: each has a key of its own, so that none repeats the noise that sampling starts from.
@@ -41,7 +41,7 @@ class Leap(NamedTuple):
 
 @dataclass(frozen=True)
 class LeapInfo:
-    """What a callback sees: the leap just made, the state it led to (its noise included), and the network's output."""
+    """What a callback sees: the leap just made, the state it led to (its noise included), and the model's output."""
 
     leap: Leap
     x: Tensor
@@ -53,7 +53,7 @@ Callback: TypeAlias = Callable[[LeapInfo], object]
 
 @torch.no_grad()
 def consistency_sample(
-    network: ConsistencyModel,
+    model: ConsistencyModel,
     x: Tensor,
     schedule: ConsistencySchedule,
     *,
@@ -65,7 +65,7 @@ def consistency_sample(
 ) -> Tensor:
     """Return samples at t_min: down through the levels (BCM Alg. 2), then the zigzags, if any (Alg. 3 and 4).
 
-    A zigzag (ε, t) adds noise of level ε to the sample, lets the network amplify it to t, and leaps back to t_min.
+    A zigzag (ε, t) adds noise of level ε to the sample, lets the model amplify it to t, and leaps back to t_min.
     One level and no zigzag is 1-step sampling. Takes one evaluation a level and two a zigzag.
 
     >>> from bicm_diffusion import ConsistencySchedule
@@ -78,12 +78,12 @@ def consistency_sample(
         leaps[-1] = leaps[-1]._replace(noise=noise, level=noise)
         leaps += [Leap(noise, level, 0.0, level), Leap(level, schedule.t_min, 0.0, schedule.t_min)]
     key = (fold_in(seed, SAMPLING), sample_id)
-    return _follow(network, x, leaps, schedule, key, extra_args, callback, progress)
+    return _follow(model, x, leaps, schedule, key, extra_args, callback, progress)
 
 
 @torch.no_grad()
 def multistep_sample(
-    network: ConsistencyModel,
+    model: ConsistencyModel,
     x: Tensor,
     schedule: ConsistencySchedule,
     *,
@@ -110,12 +110,12 @@ def multistep_sample(
     ]
     leaps.append(Leap(schedule.levels[-1], end, 0.0, end))
     key = (fold_in(seed, SAMPLING), sample_id)
-    return _follow(network, x, leaps, schedule, key, extra_args, callback, progress)
+    return _follow(model, x, leaps, schedule, key, extra_args, callback, progress)
 
 
 @torch.no_grad()
 def consistency_invert(
-    network: ConsistencyModel,
+    model: ConsistencyModel,
     x: Tensor,
     schedule: ConsistencySchedule,
     *,
@@ -141,11 +141,11 @@ def consistency_invert(
     leaps = [Leap(low, high, 0.0, high) for low, high in pairwise(levels)]
     key = (fold_in(seed, INVERSION), sample_id)
     x = add_noise(x, levels[0], seed=key[0], sample_id=sample_id)
-    return _follow(network, x, leaps, schedule, key, extra_args, callback, progress)
+    return _follow(model, x, leaps, schedule, key, extra_args, callback, progress)
 
 
 def _follow(
-    network: ConsistencyModel,
+    model: ConsistencyModel,
     x: Tensor,
     leaps: Sequence[Leap],
     schedule: ConsistencySchedule,
@@ -160,20 +160,23 @@ def _follow(
     for step in indices(range(len(leaps)), progress):
         leap = leaps[step]
         t, u = (torch.full(x.shape[:1], level, dtype=dtype, device=x.device) for level in leap[:2])
-        output = network(scaled, t, u, **(extra_args or {}))
-        # The next leap's noise and its scaled input come with the step; where no noise is due, none is drawn.
-        x, scaled = renoise(
-            x,
-            output,
-            leap.start,
-            leap.stop,
-            leap.noise,
-            next_sigma=leap.level,
-            seed=seed,
-            step=step,
-            sample_id=sample_id,
-            sigma_data=schedule.sigma_data,
-        )
+        output = model(scaled, t, u, **(extra_args or {}))
+        if step == len(leaps) - 1:
+            x = denoise(x, output, leap.start, leap.stop, sigma_data=schedule.sigma_data)
+        else:
+            # The noise and the next evaluation's input come with the step; where no noise is due, none is drawn.
+            x, scaled = renoise(
+                x,
+                output,
+                leap.start,
+                leap.stop,
+                leap.noise,
+                next_sigma=leap.level,
+                seed=seed,
+                step=step,
+                sample_id=sample_id,
+                sigma_data=schedule.sigma_data,
+            )
         if callback is not None:
             callback(LeapInfo(leap, x, output))
     return x
