@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from bicm_diffusion.consistency.grid import T_MIN, LevelTable, drawn, partner_probabilities
-from bicm_kernels import add_noise, consistency_loss, denoise, fold_in, noisy_pair, scale_input, uniform
+from bicm_kernels import (
+    add_noise,
+    affine_step,
+    consistency_loss,
+    denoise,
+    fold_in,
+    noisy_pair,
+    scale_input,
+    uniform,
+)
 
 # Purposes that draw beside the noise: each gets a key of its own from the run's seed.
 LEVELS, PARTNERS, DROPOUT = range(1, 4)
@@ -97,24 +108,63 @@ def bct_loss(
     end = torch.full_like(low, t_min)
     dropout = int(fold_in(fold_in(seed, DROPOUT), step))
 
-    def evaluate(x_t: Tensor, t: Tensor, u: Tensor, *, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        inputs = (scale_input(x_t, t, sigma_data=sigma_data), t, u)
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else [], device_type=x.device.type):
-            torch.manual_seed(dropout)
-            return functional_call(network, dict(parameters or {}), inputs, dict(extra_args or {}))
+    def evaluate(scaled: Tensor, t: Tensor, u: Tensor, *, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        with _seeded(dropout, x.device):
+            if parameters is None:
+                return network(scaled, t, u, **(extra_args or {}))
+            return functional_call(network, dict(parameters), (scaled, t, u), dict(extra_args or {}))
+
+    def scale(x_t: Tensor, t: Tensor) -> Tensor:
+        return scale_input(x_t, t, sigma_data=sigma_data)
 
     x_low, x_high = noisy_pair(x, low, high, seed=seed, step=step, sample_id=sample_id)
+    scaled_low = scale(x_low, low)
     with torch.no_grad():
-        goal = denoise(x_low, evaluate(x_low, low, end), low, t_min, sigma_data=sigma_data)
-    shared: dict[str, Any] = {"c": c, "sigma_data": sigma_data, "sigma_min": t_min}
-    output = evaluate(x_high, high, end)
-    consistency = consistency_loss(x_high, output, high, None, goal, weight=weight, **shared)
+        goal = denoise(x_low, evaluate(scaled_low, low, end), low, t_min, sigma_data=sigma_data)
+    options: dict[str, Any] = {"c": c, "sigma_data": sigma_data, "sigma_min": t_min}
+    output = evaluate(scale(x_high, high), high, end)
+    consistency = consistency_loss(x_high, output, high, None, goal, weight=weight, **options)
 
     if target == "direct":
         x_partner = add_noise(x, partner, seed=seed, step=step, sample_id=sample_id)
         with torch.no_grad():
-            goal = denoise(x_partner, evaluate(x_partner, partner, end), partner, t_min, sigma_data=sigma_data)
-    moved = denoise(x_low, evaluate(x_low, low, partner), low, partner, sigma_data=sigma_data)
-    output = evaluate(moved, partner, end, parameters=frozen)
-    trajectory = consistency_loss(moved, output, partner, None, goal, weight=trajectory_weight, **shared)
+            output = evaluate(scale(x_partner, partner), partner, end)
+            goal = denoise(x_partner, output, partner, t_min, sigma_data=sigma_data)
+    moved, scaled = _Leap.apply(evaluate(scaled_low, low, partner), x_low, low, partner, sigma_data)
+    output = evaluate(scaled, partner, end, parameters=frozen)
+    trajectory = consistency_loss(moved, output, partner, None, goal, weight=trajectory_weight, **options)
     return BctLoss(consistency, trajectory)
+
+
+class _Leap(torch.autograd.Function):
+    """x = denoise(x_t, F, t, u) and c_in(u)·x; on the way back the gradients of both meet in one pass, without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, F: Tensor, x_t: Tensor, t: Tensor, u: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(t, u)
+        ctx.sigma_data = sigma_data
+        ctx.dtype = F.dtype
+        x = denoise(x_t, F, t, u, sigma_data=sigma_data)
+        return x, scale_input(x, u, sigma_data=sigma_data)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        t, u = ctx.saved_tensors
+        one = torch.ones_like(t)[:, None]
+        c_in = scale_input(one, u, sigma_data=ctx.sigma_data)[:, 0]
+        c_out = denoise(torch.zeros_like(one), one, t, u, sigma_data=ctx.sigma_data)[:, 0]
+        summed = affine_step(gradients, [1.0, c_in], out=gradients[0])
+        return affine_step([summed], [c_out], out=summed).to(ctx.dtype), None, None, None, None
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Run with torch's own generator seeded, and give it back as it was; torch.manual_seed formats a stack trace."""
+    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
