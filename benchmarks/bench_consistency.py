@@ -63,7 +63,7 @@ def bct(
         s = 0.25 + t * t
         r = s.sqrt()
         output = network((x_t / r).to(x.dtype))
-        return ((0.25 + t * u) / s * x_t + 0.5 * (t - u) / r * output).to(x.dtype)
+        return (0.25 + t * u) / s * x_t + 0.5 * (t - u) / r * output
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
         c = 0.00054 * a[0].numel() ** 0.5
@@ -73,13 +73,12 @@ def bct(
     noise = draw(x.float())
     x_low, x_high = (x + low * noise).to(x.dtype), (x + high * noise).to(x.dtype)
     with torch.no_grad():
-        goal = leap(x_low, low, T_MIN)
+        goal = leap(x_low, low, T_MIN).to(x.dtype)
     consistency = low_weight * distance(leap(x_high, high, T_MIN), goal)
-    trajectory = partner_weight * distance(leap(leap(x_low, low, partner), partner, T_MIN), goal)
+    moved = leap(x_low, low, partner).to(x.dtype)
+    trajectory = partner_weight * distance(leap(moved, partner, T_MIN), goal)
     return (consistency + trajectory).mean()
 
 
 # The outputs that are stored and the clean samples, read forward and backward; one gradient.
-CASES = (
-    Case("bct_loss", ours_bct, bct, tensors=3, reads=6, writes=1, noise="added", trains=True, per_sample=3),
-)
+CASES = (Case("bct_loss", ours_bct, bct, tensors=3, reads=6, writes=1, noise="added", trains=True, per_sample=3),)

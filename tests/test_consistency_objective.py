@@ -94,7 +94,12 @@ def plain_loss(
 
 def gradients(loss: Tensor, model: nn.Module) -> Tensor:
     found = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
-    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(found, model.parameters(), strict=True)])
+    return torch.cat(
+        [
+            torch.zeros_like(p).flatten() if g is None else g.flatten()
+            for g, p in zip(found, model.parameters(), strict=True)
+        ]
+    )
 
 
 @pytest.mark.parametrize("target", ["shared", "direct"])

@@ -30,7 +30,9 @@ def slerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
     lengths = a.norm(dim=1) * b.norm(dim=1)
     psi = torch.where(lengths > 0, (a * b).sum(1) / lengths, 1.0).clamp(-1.0, 1.0).arccos()
     if bool((psi > math.pi - STRAIGHT).any()):
-        raise ValueError(f"first, second: expected samples that are not opposite, got angles up to {psi.max().item():.6f}")
+        raise ValueError(
+            f"first, second: expected samples that are not opposite, got angles up to {psi.max().item():.6f}"
+        )
     alpha = torch.as_tensor(weight, dtype=dtype, device=first.device).expand(len(first))
     straight = psi < STRAIGHT
     sine = torch.where(straight, 1.0, psi.sin())

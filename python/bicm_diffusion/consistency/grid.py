@@ -1,4 +1,4 @@
-"""The tables of consistency training: levels, their number as a run goes on, and the odds of drawing one. All float64."""
+"""The float64 tables of consistency training: levels, their number as a run goes on, the odds of drawing one."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def bct_loss(
 
 
 class _Leap(torch.autograd.Function):
-    """x = denoise(x_t, F, t, u) and c_in(u)·x; on the way back the gradients of both meet in one pass, without a copy."""
+    """x = denoise(x_t, F, t, u) and c_in(u)·x; on the way back the gradients of both meet in one pass."""
 
     @staticmethod
     def forward(ctx: Any, F: Tensor, x_t: Tensor, t: Tensor, u: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from bicm_diffusion.digits.consistency_training import WEIGHTS as BCM_WEIGHTS
 from bicm_diffusion.digits.consistency_training import BctConfig
 from bicm_diffusion.digits.data import load_split
 from bicm_diffusion.digits.network import NetworkConfig
+from bicm_diffusion.digits.tensorboard import scalar_log
 from bicm_diffusion.digits.training import WEIGHTS, TrainingConfig, evaluate, save_weights, train
 
 RUN = TrainingConfig()
@@ -148,6 +149,12 @@ def train_denoiser(
 )
 @click.option("--checkpoint-every", default=200, type=click.IntRange(1), help="Steps between checkpoints.")
 @click.option("--restart", is_flag=True, help="Ignore an existing checkpoint.")
+@click.option(
+    "--tensorboard",
+    default=None,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Directory for TensorBoard; needs the extra of that name.",
+)
 def train_consistency(
     steps: int,
     batch_size: int,
@@ -163,6 +170,7 @@ def train_consistency(
     checkpoint: Path,
     checkpoint_every: int,
     restart: bool,
+    tensorboard: Path | None,
 ) -> None:
     """Train the bidirectional consistency model and write its averaged weights.
 
@@ -183,9 +191,14 @@ def train_consistency(
     if restart:
         checkpoint.unlink(missing_ok=True)
     try:
-        state = consistency_training.train(config, network, checkpoint=checkpoint, checkpoint_every=checkpoint_every)
+        with scalar_log(tensorboard) as log:
+            state = consistency_training.train(
+                config, network, checkpoint=checkpoint, checkpoint_every=checkpoint_every, log=log
+            )
     except ValueError as error:
         raise click.ClickException(f"{error}; use --restart or another --checkpoint") from error
+    except ImportError as error:
+        raise click.ClickException(str(error)) from error
     notes = {
         "command": command_line(sys.argv[1:]),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
@@ -206,17 +219,59 @@ def train_consistency(
     type=click.Path(dir_okay=False, path_type=Path),
     help="Picture to write.",
 )
+@click.option(
+    "--consistency-output",
+    default=Path("demo-consistency.png"),
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Picture of the consistency model to write.",
+)
 @click.option("--weights", default=WEIGHTS, type=click.Path(dir_okay=False, path_type=Path), help="Weights to load.")
+@click.option(
+    "--consistency-weights",
+    default=BCM_WEIGHTS,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Weights of the consistency model.",
+)
 @click.option("--steps", default=50, type=click.IntRange(2), help="Steps between data and noise.")
 @click.option("--seed", default=0, help="Seed of the noise that samples start from.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
-def demo(output: Path, weights: Path, steps: int, seed: int, threads: int) -> None:
-    """Sample digits, invert real ones to noise and back, draw one picture and print what was measured."""
-    from bicm_diffusion.digits.demo import run_demo  # plotting is slow to import, and training does without
+def demo(
+    output: Path,
+    consistency_output: Path,
+    weights: Path,
+    consistency_weights: Path,
+    steps: int,
+    seed: int,
+    threads: int,
+) -> None:
+    """Sample digits, invert real ones to noise and back, draw two pictures and print what was measured."""
+    # Plotting is slow to import, and training does without.
+    from bicm_diffusion.digits.consistency_demo import run_consistency_demo
+    from bicm_diffusion.digits.demo import run_demo
 
     # Layers this small gain nothing from a second thread, and on a busy machine the two wait for each other.
     torch.set_num_threads(threads)
-    run_demo(output, weights=weights, steps=steps, seed=seed, console=Console(highlight=False))
+    console = Console(highlight=False)
+    run_demo(output, weights=weights, steps=steps, seed=seed, console=console)
+    run_consistency_demo(consistency_output, weights=consistency_weights, seed=seed, console=console)
+
+
+@main.command()
+@click.option(
+    "--weights", default=BCM_WEIGHTS, type=click.Path(dir_okay=False, path_type=Path), help="Weights to load."
+)
+@click.option("--seed", default=0, help="Seed of the noise.")
+@click.option("--tolerance", default=1e-3, help="Difference allowed between images, where paper is -1 and ink 1.")
+def check(weights: Path, seed: int, tolerance: float) -> None:
+    """Draw the consistency model's picture from plain eager code too and compare both."""
+    from bicm_diffusion.digits.consistency_demo import compare
+    from bicm_diffusion.digits.consistency_training import load_network
+
+    torch.set_num_threads(1)
+    found = compare(load_network(weights), seed=seed)
+    click.echo(f"fused and eager: images at most {found.images:.1e} apart, pictures {found.picture} of 255 grey levels")
+    if found.images > tolerance or found.picture > 1:
+        raise click.ClickException(f"expected at most {tolerance} and 1")
 
 
 def command_line(arguments: list[str]) -> str:

@@ -96,9 +96,7 @@ def train_step(state: BctState, config: BctConfig, data: Digits) -> BctLoss:
     levels = draw_levels(level_table(step, config), len(chosen), seed=seed, step=step)
     labels = dropped_labels(data.labels[chosen], step, config)
     extra_args = {"labels": labels}
-    loss = bct_loss(
-        state.network, data.images[chosen], levels, seed=seed, step=step, extra_args=extra_args, c=config.c
-    )
+    loss = bct_loss(state.network, data.images[chosen], levels, seed=seed, step=step, extra_args=extra_args, c=config.c)
     torch.autograd.backward(loss.total)
     nn.utils.clip_grad_norm_(state.network.parameters(), 1.0)
     state.optimizer.step()
