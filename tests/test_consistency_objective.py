@@ -93,13 +93,8 @@ def plain_loss(
 
 
 def gradients(loss: Tensor, model: nn.Module) -> Tensor:
-    found = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
-    return torch.cat(
-        [
-            torch.zeros_like(p).flatten() if g is None else g.flatten()
-            for g, p in zip(found, model.parameters(), strict=True)
-        ]
-    )
+    found = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in found])
 
 
 @pytest.mark.parametrize("target", ["shared", "direct"])

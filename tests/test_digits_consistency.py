@@ -123,9 +123,8 @@ def test_weights_are_small_and_say_how_they_were_made() -> None:
     _, notes = load_weights(WEIGHTS, "train")
     assert notes["command"].startswith("python -m bicm_diffusion.digits train")
     assert int(notes["steps"]) == json.loads(notes["training"])["steps"]
-    assert json.loads(notes["training"]) == vars(BctConfig()) and json.loads(notes["network"]) == vars(
-        ConsistencyConfig()
-    )
+    assert json.loads(notes["training"]) == vars(BctConfig())
+    assert json.loads(notes["network"]) == vars(ConsistencyConfig())
     assert "date" in notes and "torch" in notes
 
 
@@ -141,7 +140,7 @@ def test_samples_without_labels_are_digits_of_every_class() -> None:
     found = {name: judge(draw(network, labels, SAMPLING[name], seed=0), labels) for name in SAMPLING}
     one, *others = found.values()
     assert one.confident >= 0.75 * real.confident
-    assert max(other.confident for other in others) >= SHARE * real.confident
+    assert max(other.confident for other in others) >= 0.9 * real.confident
     assert min(other.pixels for other in others) <= 1.5 * real.pixels
     assert all(figures.classes == 10 for figures in found.values())
 
@@ -217,12 +216,8 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
 
 
 def short_run(tmp_path: Path) -> list[str]:
-    options = {
-        "--steps": 3,
-        "--batch-size": 4,
-        "--output": tmp_path / "w.safetensors",
-        "--checkpoint": tmp_path / "c.pt",
-    }
+    options = {"--steps": 3, "--batch-size": 4, "--output": tmp_path / "w.safetensors"}
+    options |= {"--checkpoint": tmp_path / "c.pt"}
     return ["train", "--channels", "8", "8", *(str(word) for pair in options.items() for word in pair)]
 
 

@@ -30,14 +30,11 @@ def slerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
     lengths = a.norm(dim=1) * b.norm(dim=1)
     psi = torch.where(lengths > 0, (a * b).sum(1) / lengths, 1.0).clamp(-1.0, 1.0).arccos()
     if bool((psi > math.pi - STRAIGHT).any()):
-        raise ValueError(
-            f"first, second: expected samples that are not opposite, got angles up to {psi.max().item():.6f}"
-        )
+        widest = psi.max().item()
+        raise ValueError(f"first, second: expected samples that are not opposite, got angles up to {widest:.6f}")
     alpha = torch.as_tensor(weight, dtype=dtype, device=first.device).expand(len(first))
     straight = psi < STRAIGHT
     sine = torch.where(straight, 1.0, psi.sin())
-    weights = (
-        torch.where(straight, line, ((share * psi).sin() / sine)).reshape(-1, *[1] * (first.dim() - 1))
-        for share, line in ((1 - alpha, 1 - alpha), (alpha, alpha))
-    )
-    return sum(w * x.to(dtype) for w, x in zip(weights, (first, second), strict=True)).to(first.dtype)
+    from_first = torch.where(straight, 1 - alpha, ((1 - alpha) * psi).sin() / sine)
+    from_second = torch.where(straight, alpha, (alpha * psi).sin() / sine)
+    return (from_first[:, None] * a + from_second[:, None] * b).reshape(first.shape).to(first.dtype)

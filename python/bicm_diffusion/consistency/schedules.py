@@ -27,12 +27,8 @@ class ConsistencySchedule:
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        falling = [*self.levels, self.t_min]
-        if (
-            not self.levels
-            or not all(a > b for a, b in pairwise(falling))
-            or not 0 <= self.t_min < falling[0] < math.inf
-        ):
+        falls = all(high > low for high, low in pairwise([*self.levels, self.t_min]))
+        if not self.levels or not falls or not 0 <= self.t_min < self.levels[0] < math.inf:
             raise ValueError(f"levels: expected finite levels that fall to t_min = {self.t_min}, got {self.levels}")
         if not all(self.t_min < noise < level < math.inf for noise, level in self.zigzags):
             raise ValueError(f"zigzags: expected pairs with t_min < ε < t, got {self.zigzags}")

@@ -1,4 +1,4 @@
-"""Rows of small images with names: what the pictures of the demo are made of. Lengths are in inches, from the top left."""
+"""Rows of small images with names, which make the demo's pictures. Lengths are inches from the top left corner."""
 
 from __future__ import annotations
 

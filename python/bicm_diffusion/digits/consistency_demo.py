@@ -76,9 +76,8 @@ def sample_table(network: ConsistencyNetwork, *, seed: int) -> Table:
 def reconstruction_table(network: ConsistencyNetwork, *, seed: int) -> Table:
     """Return how well real digits return from noise."""
     held_out = load_split().held_out
-    title = (
-        f"{len(held_out.labels)} real digits to noise, and back in one evaluation: mean squared error, images in [0, 1]"
-    )
+    count = len(held_out.labels)
+    title = f"{count} real digits to noise, and back in one evaluation: mean squared error, images in [0, 1]"
     table = _table(title, ("evaluations to noise", "without labels", "with labels", "deviation of the noise"))
     for name, schedule in INVERSION.items():
         noise, images = reconstruct(network, without_labels(held_out), schedule, seed=seed)
@@ -94,10 +93,8 @@ def timing_table(network: ConsistencyNetwork) -> Table:
     columns = [f"{count} at a time:\n{kind}" for count in TIMED for kind in ("fused", "eager")]
     table = _table(title, ("", *columns))
     for name, schedule in SAMPLING.items():
-        times = [
-            t for count, repeats in TIMED.items() for t in time_sampling(network, schedule, count, repeats=repeats)
-        ]
-        table.add_row(name, *(f"{t * 1e3:.2f}" for t in times))
+        times = [time_sampling(network, schedule, count, repeats=repeats) for count, repeats in TIMED.items()]
+        table.add_row(name, *(f"{t * 1e3:.2f}" for pair in times for t in pair))
     return table
 
 

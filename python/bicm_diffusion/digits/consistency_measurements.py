@@ -56,7 +56,7 @@ EAGER = Implementation(eager.sample, eager.invert, eager.slerp)
 
 @dataclass(frozen=True)
 class SampleFigures:
-    """Of many images: shares recognised, classes among them, Fréchet distances of pixels and of a classifier's features.
+    """Of many images: share recognised, classes, Fréchet distances of pixels and of a classifier's features.
 
     confident: share that the judge recognises with probability >= 0.9, as the wanted class where one was wanted.
     classes: how many classes at least one confidently recognised image shows.
@@ -162,7 +162,7 @@ def evaluate(network: ConsistencyNetwork) -> dict[str, float]:
     """Return a few figures that tell how a run goes: samples without labels, and held-out digits returned."""
     labels = sample_labels(labelled=False)
     held_out = without_labels(load_split().held_out)
-    figures = {}
+    figures: dict[str, float] = {}
     for name in ("1 evaluation", "3 evaluations, zigzag"):
         found = judge(draw(network, labels, SAMPLING[name], seed=0), labels)
         figures |= {f"recognised, {name}": found.confident, f"Fréchet, {name}": found.pixels}

@@ -137,8 +137,9 @@ def train(
                 figures = evaluate(state.average)
                 bar.write(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
                 terms |= figures
-            for name, value in terms.items() if log else ():
-                log(name, value, state.step)
+            if log is not None:
+                for name, value in terms.items():
+                    log(name, value, state.step)
     return state
 
 

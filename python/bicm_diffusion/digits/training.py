@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,22 @@ REPORT_EVERY = 1000
 WEIGHTS = Path(__file__).parent / "weights" / "denoiser.safetensors"
 # Purposes that need random numbers of their own beside the noise: each gets its key from the run's seed.
 ORDER, TIMES, LABEL_DROP, INITIAL, DROPOUT, EVALUATION = range(1, 7)
+
+
+class BatchConfig(Protocol):
+    """What the choice of a batch and of its labels wants to know of a run."""
+
+    @property
+    def seed(self) -> int:
+        """Return the run's seed."""
+
+    @property
+    def batch_size(self) -> int:
+        """Return the number of images in a batch."""
+
+    @property
+    def label_drop(self) -> float:
+        """Return the share of labels that are left out."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +107,7 @@ def denoising_loss(network: Denoiser, x: Tensor, labels: Tensor, times: Tensor, 
     return functional.mse_loss(network(z, times, labels), noise)
 
 
-def batch_indices(step: int, count: int, config: TrainingConfig) -> Tensor:
+def batch_indices(step: int, count: int, config: BatchConfig) -> Tensor:
     """Return the images of this step: an epoch is a keyed permutation less its incomplete last batch."""
     per_epoch = max(1, count // config.batch_size)
     keys = uniform((count,), seed=fold_in(config.seed, ORDER), step=step // per_epoch)
@@ -106,7 +122,7 @@ def stratified_times(step: int, config: TrainingConfig) -> Tensor:
     return (torch.arange(count, dtype=torch.float64) + jitter) / count
 
 
-def dropped_labels(labels: Tensor, step: int, config: TrainingConfig) -> Tensor:
+def dropped_labels(labels: Tensor, step: int, config: BatchConfig) -> Tensor:
     """Return the labels with a share `label_drop` of them replaced by `NO_LABEL`."""
     draws = uniform(labels.shape, seed=fold_in(config.seed, LABEL_DROP), step=step)
     return torch.where(draws <= config.label_drop, NO_LABEL, labels)

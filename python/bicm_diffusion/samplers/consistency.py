@@ -1,6 +1,7 @@
 """Sampling and inversion with a bidirectional consistency model: a few leaps along the trajectory.
 
-Every function here turns its schedule into a list of leaps and follows it: one evaluation and one fused op a leap. The shared arguments:
+Every function here turns its schedule into a list of leaps and follows it: one evaluation and one fused op a leap.
+The shared arguments:
 
 model: called as `model(c_in(t)·x, t, u, **extra_args)` with t and u (B,), float64 for a float64 state and
     float32 otherwise; returns F (B, …), and the state becomes c_skip·x + c_out·F (BCM eq. 20).
@@ -149,7 +150,7 @@ def _follow(
     x: Tensor,
     leaps: Sequence[Leap],
     schedule: ConsistencySchedule,
-    key: tuple[int, int | Tensor],
+    key: tuple[int | Tensor, int | Tensor],
     extra_args: Mapping[str, Any] | None,
     callback: Callback | None,
     progress: bool,
