@@ -29,9 +29,9 @@ STARTS = 103
 # Chosen on the training images, as the papers chose theirs.
 SAMPLING = {
     "1 evaluation": ConsistencySchedule((T_MAX,)),
-    "2 evaluations, ancestral": ConsistencySchedule((T_MAX, 1.2)),
-    "3 evaluations, zigzag": ConsistencySchedule((T_MAX,), ((0.2, 0.8),)),
-    "4 evaluations, combined": ConsistencySchedule((T_MAX, 1.2), ((0.2, 0.8),)),
+    "2 evaluations, ancestral": ConsistencySchedule((T_MAX, 0.8)),
+    "3 evaluations, zigzag": ConsistencySchedule((T_MAX,), ((0.7, 1.2),)),
+    "4 evaluations, combined": ConsistencySchedule((T_MAX, 0.8), ((0.4, 1.2),)),
 }
 INVERSION = {
     "1 evaluation": ConsistencySchedule((T_MAX, 0.02)),
