@@ -14,10 +14,13 @@ from bicm_diffusion.digits.consistency_measurements import (
     INTERPOLATION,
     INVERSION,
     SAMPLING,
+    T_MAX,
+    TWO_LEAPS,
     Implementation,
     draw,
     reconstruct,
     squared_error,
+    to_noise,
 )
 from bicm_diffusion.digits.consistency_network import ConsistencyNetwork
 from bicm_diffusion.digits.data import CLASSES, Digits, load_split, one_per_class
@@ -28,7 +31,7 @@ LEFT, MIDDLE = 0.55, 9.05
 TITLE = "Handwritten digits in one to four evaluations"
 SUMMARY = (
     "A bidirectional consistency model leaps along the trajectory between noise and image, both ways: one evaluation"
-    " draws a digit, a few take a real digit to its noise, and one returns it."
+    " draws a digit, a few take a real digit to its noise, and two return it."
 )
 PAIRS = ((3, 8), (0, 6), (4, 9))
 
@@ -37,18 +40,19 @@ PAIRS = ((3, 8), (0, 6), (4, 9))
 class ConsistencyPanels:
     """What the picture shows: ten images (10, 1, 8, 8) a row, each under its name.
 
-    reconstructions: name, (noise over its level, images). interpolations: the two digits' classes, images between.
+    noise: what two evaluations find behind the real digits, over its level. interpolations: by the two digits' classes.
     """
 
     real: Tensor
-    reconstructions: dict[str, tuple[Tensor, Tensor]]
+    noise: Tensor
+    reconstructions: dict[str, Tensor]
     labelled: dict[str, Tensor]
     unlabelled: dict[str, Tensor]
     interpolations: dict[tuple[int, int], Tensor]
 
     def tensors(self) -> list[Tensor]:
         """Return every image that is shown."""
-        found = [self.real, *(image for pair in self.reconstructions.values() for image in pair)]
+        found = [self.real, self.noise, *self.reconstructions.values()]
         return [*found, *self.labelled.values(), *self.unlabelled.values(), *self.interpolations.values()]
 
 
@@ -59,6 +63,7 @@ def compose(network: ConsistencyNetwork, *, seed: int, by: Implementation = FUSE
     unlabelled_real = Digits(real.images, none)
     return ConsistencyPanels(
         real.images,
+        to_noise(network, unlabelled_real, INVERSION["2 evaluations"], seed=seed, by=by) / T_MAX,
         {name: reconstruct(network, unlabelled_real, s, seed=seed, by=by) for name, s in INVERSION.items()},
         {name: draw(network, torch.arange(CLASSES), schedule, seed=seed, by=by) for name, schedule in SAMPLING.items()},
         {name: draw(network, none, schedule, seed=seed, by=by) for name, schedule in SAMPLING.items()},
@@ -76,13 +81,13 @@ def interpolate(
     noise = by.invert(network, ends, INTERPOLATION, seed=seed, extra_args={"labels": none["labels"][:2]})
     first, second = (end.expand(CLASSES, *end.shape).contiguous() for end in noise)
     between = by.slerp(first, second, torch.linspace(0, 1, CLASSES, dtype=torch.float64))
-    return by.sample(network, between, SAMPLING["1 evaluation"], seed=seed, extra_args=none)
+    return by.sample(network, between, TWO_LEAPS, seed=seed, extra_args=none)
 
 
 def draw_picture(panels: ConsistencyPanels) -> Canvas:
     """Return the drawn panels."""
     canvas = Canvas(WIDTH, HEIGHT, TITLE, SUMMARY)
-    note = "without labels; noise of the lowest level is added, then each leap climbs; one leap returns"
+    note = "without labels; noise of the lowest level is added, then each evaluation climbs; two return"
     bottom = canvas.column(LEFT, "Real images inverted and returned", note, _reconstruction_rows(panels), 0.14)
     rows = [
         [
@@ -90,7 +95,9 @@ def draw_picture(panels: ConsistencyPanels) -> Canvas:
             for i, (pair, images) in enumerate(panels.interpolations.items())
         ]
     ]
-    note = f"inverted in {len(INTERPOLATION.levels) - 1} leaps, sampled in one; first and last are reconstructions"
+    note = (
+        f"inverted in {len(INTERPOLATION.levels) - 1} evaluations, sampled in two; first and last are reconstructions"
+    )
     canvas.column(LEFT, "From one real image to another", note, rows, 0.0, top=bottom + 1.2)
     note = "one noise a column; the same noise in every row"
     groups = [
@@ -109,9 +116,8 @@ def save_picture(panels: ConsistencyPanels, path: Path) -> None:
 
 def _reconstruction_rows(panels: ConsistencyPanels) -> list[list[Row]]:
     rows = [Row(panels.real, "Real digits", "the model has never seen them")]
-    noise = panels.reconstructions["2 evaluations"][0]
-    rows.append(Row(noise, "The noise behind them", "by 2 evaluations", NOISE))
-    for name, (_, images) in panels.reconstructions.items():
+    rows.append(Row(panels.noise, "The noise behind them", "by 2 evaluations", NOISE))
+    for name, images in panels.reconstructions.items():
         error = f"{squared_error(images, panels.real):.4f}"
         rows.append(Row(images, f"Back after {name}", f"mean squared error {error}"))
     return [rows[:1], rows[1:2], rows[2:]]
