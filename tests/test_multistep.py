@@ -1,4 +1,4 @@
-"""The step ops: bits for every dtype, layout, size and argument; accuracy; batch invariance; outputs."""
+"""The step ops: bits for every dtype, layout, size and argument; accuracy; batch invariance."""
 
 from __future__ import annotations
 
@@ -378,69 +378,3 @@ def test_a_sample_does_not_depend_on_its_batch(
         ]:
             for actual, expected in zip(part(begin, end), whole, strict=True):
                 same_bits(actual, expected[begin:end])
-
-
-# --- outputs that the caller gives --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("dtype", [F32, BF16, F64])
-@pytest.mark.parametrize("kind", ["floats", "per sample"])
-def test_out(each_backend: str, name: str, dtype: torch.dtype, kind: str, same_bits: Bits) -> None:
-    numbers = OPS[name][1] if kind == "floats" else as_tensors(OPS[name][1], ARGUMENTS["per sample"])
-    for layout in ("contiguous", "channels_last", "sliced", "transposed"):
-        tensors = [LAYOUTS[layout](x) for x in operands(name, (4, 3, 9, 14), dtype, dtype)]
-        plain = call(name, tensors, numbers)
-        several = len(plain) > 1
-        apart = tuple(LAYOUTS["cut out"](torch.zeros_like(x)) for x in plain)
-        targets = [apart]
-        for k in range(len(tensors)):
-            targets.append((tensors[k], *apart[1:]))
-        if several:
-            targets.append((apart[0], tensors[0], apart[2]))
-            targets.append((tensors[1], tensors[0], apart[2]))
-        for target in targets:
-            inputs = [x.clone(memory_format=torch.preserve_format) for x in tensors]
-            outs = tuple(
-                inputs[places[0]] if (places := [i for i, x in enumerate(tensors) if x is y]) else y for y in target
-            )
-            results = call(name, inputs, {**numbers, "out": outs if several else outs[0]})
-            for result, out, expected in zip(results, outs, plain, strict=True):
-                assert result is out
-                same_bits(out, expected)
-
-
-def test_out_of_a_step_without_next(same_bits: Bits) -> None:
-    x = random(2, 30)
-    expected = bk.denoised_step([x], [0.5], [0.25], x0_weight=1.0, clip=0.3)
-    outs = (torch.empty_like(x), x)
-    results = bk.denoised_step([x], [0.5], [0.25], x0_weight=1.0, clip=0.3, out=outs)
-    assert len(results) == 3
-    assert results[2] is None
-    for actual, wanted in zip(outs, expected[:2], strict=True):
-        same_bits(actual, wanted)
-
-
-def test_out_may_interleave_with_an_input(each_backend: str, same_bits: Bits) -> None:
-    memory = random(4, 6, 10, 2)
-    slices = {
-        "columns": (memory[..., 0], memory[..., 1]),
-        "rows": (memory[:, ::2], memory[:, 1::2]),
-        "halves of samples": (memory[:, :3], memory[:, 3:]),
-        "samples": (memory[::2], memory[1::2]),
-        "corners": (memory[:, :, :5], memory[:, :, 5:]),
-    }
-    for z, out in slices.values():
-        expected = bk.ddim_step(z.clone(), z.clone(), a=1.5, b=0.25)
-        before = z.clone()
-        bk.ddim_step(z, z, a=1.5, b=0.25, out=out)
-        same_bits(out.contiguous(), expected.contiguous())
-        same_bits(z, before)
-
-
-def test_out_keeps_its_own_layout(each_backend: str, same_bits: Bits) -> None:
-    z = random(2, 3, 8, 9)
-    for layout in ("channels_last", "transposed", "sliced", "samples last"):
-        out = LAYOUTS[layout](torch.zeros_like(z))
-        bk.ddim_step(z, z, a=1.5, b=0.25, out=out)
-        same_bits(out, bk.ddim_step(z, z, a=1.5, b=0.25))

@@ -7,7 +7,8 @@ names the argument, what was given and what was expected. The good path never pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
@@ -22,18 +23,24 @@ Integer = int | Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WORD = 2**32
-LARGE = 2**26  # bytes
 
 compiling = torch.compiler.is_compiling
 #: Whether a gradient stands for many, by ``is_grads_batched=True``.
 batched = torch._C._functorch.is_legacy_batchedtensor
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _Interpreter = torch._C._functorch.CInterpreter
+_FLOATS, _NUMBERS = {float}, {float, Tensor}
+_modes = torch._C._len_torch_dispatch_stack
+
+
+def mapped() -> bool:
+    """Whether a torch.func transform is active."""
+    # isinstance, because Dynamo holds the None of an empty stack for an object that is not None.
+    return isinstance(_functorch_level(), _Interpreter)
 
 
 def transformed() -> bool:
     """Whether a torch.func transform or forward-mode differentiation is active, which a kernel cannot take part in."""
-    # isinstance, because Dynamo holds the None of an empty stack for an object that is not None.
     return isinstance(_functorch_level(), _Interpreter) or forward_ad._current_level >= 0
 
 
@@ -42,25 +49,39 @@ def requires_grad(*values: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
 
 
-def eager(tensors: Sequence[Tensor], values: Sequence[Any], key: Sequence[Any]) -> bool:
-    """Whether a call may go straight to the native CPU kernel: CPU tensors without derivatives, plain numbers."""
+def flavour(tensors: Sequence[Tensor], values: Sequence[Any], key: Sequence[Any]) -> str:
+    """The flavour of a schema that a call may go straight to: CPU tensors without derivatives, outside of any graph.
+
+    ``default`` takes Python numbers, ``tensor`` serves a call that holds a tensor among its numbers; empty means that
+    the call needs a closer look.
+    """
     if not backend.native_cpu or not tensors[0].is_cpu or compiling() or transformed():
-        return False
-    if torch.is_grad_enabled():
+        return ""
+    differentiable = torch.is_grad_enabled()
+    if differentiable:
         for x in tensors:
             if x.requires_grad:
-                return False
+                return ""
+    name = "default"
     for value in values:
-        if type(value) is list:
-            for x in value:
-                if type(x) is not float:
-                    return False
-        elif type(value) is not float and value is not None:
-            return False
+        kind = type(value)
+        if kind is float or value is None:
+            continue
+        if kind is list:
+            kinds = {*map(type, value)}
+            if kinds == _FLOATS:
+                continue
+            if not kinds <= _NUMBERS or requires_grad(*value):
+                return ""
+        elif kind is not Tensor or (differentiable and value.requires_grad):
+            return ""
+        name = "tensor"
     for value in key:
-        if type(value) is not int and value is not None:
-            return False
-    return True
+        if type(value) is Tensor:
+            name = "tensor"
+        elif type(value) is not int and value is not None:
+            return ""
+    return name
 
 
 def needs_reference(first: Tensor, *, tracked: bool, family: str = "") -> bool:
@@ -77,7 +98,7 @@ def plain_gradient(gradient: Tensor) -> bool:
 
 def check_vmap(seed: object) -> None:
     """Raise under ``torch.vmap`` unless seeds are per sample: every slice would draw the same noise."""
-    if not isinstance(_functorch_level(), _Interpreter) or not _inside_vmap():
+    if not mapped() or not _inside_vmap():
         return
     if not isinstance(seed, Tensor) or (seed.dim() == 0 and not _differs_between_slices(seed)):
         raise ValueError(
@@ -129,13 +150,29 @@ def plain(values: Sequence[Any]) -> bool:
     return not compiling() and not any(isinstance(value, Tensor) for value in numbers(values))
 
 
+# Making a tensor of a number takes longer than a small kernel, and nobody writes to these: they are kept. An inference
+# tensor could not be saved for a backward pass.
+@lru_cache(1024)
+def _kept_float(value: float, sign: float) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
+@lru_cache(1024)
+def _kept_integer(value: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(signed(value), dtype=torch.int64, device="cpu")
+
+
 def coefficient(value: Number) -> Tensor:
     """A float as a 0-d float64 tensor; tensors as they are. In a traced graph a product does not specialise."""
     if isinstance(value, Tensor):
         return value
     if compiling():
         return torch.ones((), dtype=torch.float64) * value
-    return torch.tensor(value, dtype=torch.float64)
+    if _modes():  # such a mode would leave its own kind of tensor behind
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
+    return _kept_float(value, math.copysign(1.0, value))  # 0.0 and -0.0 are equal
 
 
 def coefficients(values: Sequence[Any]) -> list[Any]:
@@ -155,15 +192,22 @@ def integer(value: Integer) -> Tensor:
     """An int as a 0-d int64 tensor; tensors as they are."""
     if isinstance(value, Tensor):
         return value
-    # int, because arithmetic on NumPy's integers overflows; a traced one must stay symbolic.
-    return torch.full((), signed(value if compiling() else int(value)), dtype=torch.int64)
+    if compiling():
+        return torch.full((), signed(value), dtype=torch.int64)  # it must stay symbolic
+    value = int(value)  # arithmetic on NumPy's integers overflows
+    return torch.tensor(signed(value), dtype=torch.int64, device="cpu") if _modes() else _kept_integer(value)
 
 
 def key(seed: Integer | None, step: Integer, sample_id: Integer, like: Tensor) -> tuple[Tensor | None, ...]:
     """The integers of a noise key as tensors; what is wrong raises here, since a tensor cannot tell any more."""
     if seed is None:
         return None, None, None
-    check_key(seed, step, sample_id, like.shape[0], like.device)
+    batch = like.shape[0]
+    if type(seed) is type(step) is type(sample_id) is int and 0 <= step < WORD and 0 <= sample_id <= WORD - batch:
+        if not (compiling() or _modes()):
+            return _kept_integer(seed), _kept_integer(step), _kept_integer(sample_id)
+    else:
+        check_key(seed, step, sample_id, batch, like.device)
     return integer(seed), integer(step), integer(sample_id)
 
 
@@ -254,97 +298,6 @@ def check_noise(noise_weight: object, seed: object) -> None:
         check_vmap(seed)
     elif isinstance(noise_weight, Tensor) or noise_weight != 0:
         raise ValueError(f"seed must be given where noise is drawn, got None and noise_weight={noise_weight!r}")
-
-
-def _elements(x: Tensor) -> tuple[int, int]:
-    """The addresses of the first byte of a tensor and of the one after its last."""
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
-
-
-def shares_memory(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors have a byte in common; exact, and as slow as touching every byte.
-
-    Large tensors whose ranges of addresses overlap count as sharing: looking closer would take many times their memory.
-    """
-    if x.numel() == 0 or y.numel() == 0 or x.device != y.device:
-        return False
-    (x_begin, x_end), (y_begin, y_end) = _elements(x), _elements(y)
-    if x_end <= y_begin or y_end <= x_begin:
-        return False
-    if max(x_end, y_end) - min(x_begin, y_begin) > LARGE:
-        return True
-    begin = min(x_begin, y_begin)
-    touched = torch.zeros(max(x_end, y_end) - begin, dtype=torch.bool)
-    touched[_bytes(x, begin)] = True
-    return bool(touched[_bytes(y, begin)].any())
-
-
-def _bytes(x: Tensor, begin: int) -> Tensor:
-    offsets = torch.full((), x.data_ptr() - begin)
-    for size, stride in zip(x.shape, x.stride(), strict=True):
-        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride * x.element_size()
-    return (offsets.unsqueeze(-1) + torch.arange(x.element_size())).flatten()
-
-
-def overlaps_itself(x: Tensor) -> bool:
-    """Whether two elements of a tensor lie at one address."""
-    dims = sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
-    span = 0
-    for stride, size in dims:
-        if stride <= span:
-            break
-        span += (size - 1) * stride
-    else:
-        return False  # each dimension steps over all that the smaller ones reach
-    offsets = _bytes(x, x.data_ptr())
-    return offsets.unique().numel() != offsets.numel()
-
-
-def same_place(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors of one shape are the same memory, element by element."""
-    return x.data_ptr() == y.data_ptr() and x.dtype == y.dtype and x.stride() == y.stride()
-
-
-def write(outs: Sequence[Tensor], results: Any, tracked: bool) -> Any:
-    """Copy the results of a reference into the caller's outputs, which carry no derivative."""
-    if tracked:
-        raise ValueError("out must not be given where a tensor requires grad: what is written there has no derivative")
-    results = (results,) if isinstance(results, Tensor) else results
-    for out, result in zip(outs, results, strict=True):
-        if result is not None:
-            out.copy_(result)
-    return tuple(outs) if len(outs) > 1 else outs[0]
-
-
-def check_outs(outs: Mapping[str, Any], tensors: Mapping[str, Tensor], first: Tensor) -> None:
-    """Raise unless the outputs can take the results: like the first tensor, and no overlap but an exact one."""
-    if outs and isinstance(_functorch_level(), _Interpreter):
-        raise ValueError("out must not be given under a torch.func transform: what is written there is lost to it")
-    first_name = next(iter(tensors))
-    for name, out in outs.items():
-        check_out(name, out, first, first_name)
-        # A traced tensor has no memory yet: the kernel looks when the graph runs.
-        if compiling():
-            continue
-        if overlaps_itself(out):
-            raise ValueError(f"{name} must not overlap itself, got strides {out.stride()}")
-        for other, x in tensors.items():
-            if not same_place(out, x) and shares_memory(out, x):
-                raise ValueError(f"{name} must be exactly {other} or lie apart from it: they overlap in part")
-        for other, x in outs.items():
-            if other < name and shares_memory(out, x):
-                raise ValueError(f"{name} and {other} must not share memory")
-
-
-def check_out(name: str, out: object, first: Tensor, first_name: str) -> None:
-    """Raise unless ``out`` can take a result like ``first``: shape, dtype and device, and no gradient."""
-    check_state(name, out, first, first_name)
-    assert isinstance(out, Tensor)
-    if out.dtype != first.dtype:
-        raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {out.dtype}")
-    if requires_grad(out):
-        raise ValueError(f"{name} must not require grad: what is written into it has no derivative")
 
 
 def explain(error: Exception, check: Callable[[], None]) -> NoReturn:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bicm_kernels import reference
-from bicm_kernels.ops import arguments
+from bicm_kernels.ops import arguments, outputs
 from bicm_kernels.ops.arguments import Integer, Number
 from bicm_kernels.ops.library import library
 
@@ -154,7 +154,7 @@ def _check(
         arguments.check_key(key[0], key[1], key[2], first.shape[0], first.device)
     if values[-1] is None:  # no next_scale: its output is a placeholder
         outs = outs[:2]
-    arguments.check_outs(dict(zip(_OUTS, outs, strict=False)), dict(zip(names, tensors, strict=False)), first)
+    outputs.check_outs(dict(zip(_OUTS, outs, strict=False)), dict(zip(names, tensors, strict=False)), first)
 
 
 def _run(
@@ -179,15 +179,19 @@ def _run(
             raise TypeError("as many weights as tensors")
         tensors: list[Any] = [*operands[:-1], *last] if paired else [*operands]
         op = getattr(_ops, step.name)
-        if not outs and arguments.eager(tensors, values, key):
+        flavour = "" if outs else arguments.flavour(tensors, values, key)
+        if flavour == "default":
             return op.default(tensors, *values, *key)
+        if flavour == "tensor":
+            counters = arguments.key(key[0], key[1], key[2], tensors[0]) if key else ()
+            return op.tensor(tensors, *arguments.coefficients(values), *counters)
         tracked = arguments.requires_grad(*tensors, *arguments.numbers(values), *outs)
         if arguments.compiling():
             _check(step, operands, values, guidance_scale, key, outs)
         if arguments.needs_reference(tensors[0], tracked=tracked):
             _check(step, operands, values, guidance_scale, key, outs)
             results = step.reference(operands, values, guidance_scale, key)
-            return arguments.write(outs, results, tracked) if outs else results
+            return outputs.write(outs, results, tracked) if outs else results
         if arguments.plain(values) and arguments.plain(key):
             function, full = (op.out if outs else op.default), (*values, *key)
         else:

@@ -240,7 +240,7 @@ def add_noise(
         _check_add_noise(x, sigma, scale, seed, step, sample_id)
     key: tuple[Any, ...] = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
     try:
-        if arguments.eager([x], (sigma, scale), key):
+        if arguments.flavour([x], (sigma, scale), key) == "default":
             return _ops.affine_step.default([x], [scale], 0.0, sigma, *key)
         if arguments.needs_reference(x, tracked=arguments.requires_grad(sigma, scale)):
             _check_add_noise(x, sigma, scale, seed, step, sample_id)

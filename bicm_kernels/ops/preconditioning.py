@@ -201,8 +201,11 @@ def _call(
     """An op without noise: its kernel, its tracked twin where a derivative is recorded, or its reference."""
     tensors, values = [*states.values()], tuple(numbers.values())
     try:
-        if arguments.eager(tensors, values, ()):
+        flavour = arguments.flavour(tensors, values, ())
+        if flavour == "default":
             return getattr(_ops, name).default(*tensors, *values, *flags)
+        if flavour == "tensor":
+            return getattr(_ops, name).tensor(*tensors, *map(arguments.coefficient, values), *flags)
         if arguments.compiling():
             _check(states, numbers)
         tracked = arguments.requires_grad(*tensors)
@@ -257,8 +260,11 @@ def renoise(
     arguments.check_vmap(seed)
     key = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
     try:
-        if arguments.eager([x, F], values, key):
+        flavour = arguments.flavour([x, F], values, key)
+        if flavour == "default":
             return _ops.renoise.default(x, F, *values, cm, *key)
+        if flavour == "tensor":
+            return _ops.renoise.tensor(x, F, *map(arguments.coefficient, values), cm, *arguments.key(*key, x))
         if arguments.compiling():
             _check(states, numbers, key)
         tracked = arguments.requires_grad(x, F, *values)

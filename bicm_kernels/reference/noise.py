@@ -37,6 +37,17 @@ def horner(x: Tensor, coefficients: Sequence[str]) -> Tensor:
     return result
 
 
+def estrin(x: Tensor, coefficients: Sequence[str]) -> Tensor:
+    """Evaluate a polynomial of 2^k float32 coefficients, lowest first: two halves, joined by a power of x."""
+    if len(coefficients) == 2:
+        return horner(x, coefficients)
+    half = len(coefficients) // 2
+    power = x * x
+    for _ in range(half.bit_length() - 2):
+        power = power * power
+    return estrin(x, coefficients[half:]) * power + estrin(x, coefficients[:half])
+
+
 def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al., SC 2011) on int64 tensors that hold 32-bit words."""
     x0, x1, x2, x3 = counter
@@ -98,7 +109,7 @@ def minus_two_log(u: Tensor) -> Tensor:
     f = (bits - (above & -0x800000)).view(torch.float32) - 1.0
     e = (above >> 23).to(torch.float32)
     f2 = f * f
-    tail = (f2 * (f * horner(f, LOG)) + e * float.fromhex(MINUS_TWO_LN2[1])) + f2
+    tail = (f2 * (f * estrin(f, LOG)) + e * float.fromhex(MINUS_TWO_LN2[1])) + f2
     return (tail - (f + f)) + e * float.fromhex(MINUS_TWO_LN2[0])
 
 

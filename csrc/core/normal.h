@@ -17,6 +17,10 @@ struct LaneOps<float> {
   BICM_HD static float to_float(int32_t x) { return static_cast<float>(x); }
   // mask is all ones or all zeros.
   BICM_HD static float select(int32_t mask, float yes, float no) { return mask ? yes : no; }
+  // Where the top bit of `bits` is set.
+  BICM_HD static float flip_sign(float x, uint32_t bits) {
+    return bit_cast<float>(bit_cast<uint32_t>(x) ^ (bits & 0x80000000u));
+  }
 #if defined(__CUDA_ARCH__)
   BICM_HD static float square_root(float x) { return __fsqrt_rn(x); }
 #else
@@ -24,44 +28,44 @@ struct LaneOps<float> {
 #endif
 };
 
-// u in (0, 1]: 2^-33 at the least, exactly 1 at the most.
+// 2^32 u, for u in (0, 1]: 2^-33 at the least, exactly 1 at the most. A power of two rounds nothing, so whoever scales u
+// afterwards may leave it out here.
+template <class F>
+BICM_HD F scaled_uniform_from_bits(typename LaneOps<F>::Word bits) {
+  return LaneOps<F>::to_float(bits) + 0.5f;
+}
 template <class F>
 BICM_HD F uniform_from_bits(typename LaneOps<F>::Word bits) {
-  return (LaneOps<F>::to_float(bits) + 0.5f) * 0x1p-32f;
+  return scaled_uniform_from_bits<F>(bits) * 0x1p-32f;
 }
 
-// -2 log(u) for normal u > 0: u = 2^e m with m in [sqrt(1/2), sqrt(2)), f = m - 1, log m = f - f^2/2 + f^3 P(f) with P
-// minimax for the relative error of log m. The factor is in the coefficients, where it rounds nothing. Exactly 0 at 1.
-template <class F>
-BICM_HD F minus_two_log(F u) {
+// -2 log(u) for normal u > 0, given 2^Scale u: u = 2^e m with m in [sqrt(1/2), sqrt(2)), f = m - 1, log m = f - f^2/2 +
+// f^3 P(f) with P minimax for the relative error of log m. The factor is in the coefficients, where it rounds nothing.
+// Exactly 0 at 1. The halves of P are short chains that a processor computes side by side.
+template <int Scale, class F>
+BICM_HD F minus_two_log(F scaled) {
   using I = typename LaneOps<F>::Int;
-  const I bits = bit_cast<I>(u);
-  const I above = bits - 0x3F3504F3;
-  const F f = bit_cast<F>(bits - (above & -0x800000)) - 1.0f;
+  const I above = bit_cast<I>(scaled) - (0x3F3504F3 + Scale * 0x800000);
+  const F f = bit_cast<F>((above & 0x7FFFFF) + 0x3F3504F3) - 1.0f;
   const F e = LaneOps<F>::to_float(above >> 23);
-  F p = f * 0x1.38c9dep-3f + -0x1.055ec6p-2f;
-  p = p * f + 0x1.0d8242p-2f;
-  p = p * f + -0x1.22d92ep-2f;
-  p = p * f + 0x1.54728ap-2f;
-  p = p * f + -0x1.99a01cp-2f;
-  p = p * f + 0x1.000226p-1f;
-  p = p * f + -0x1.555554p-1f;
   const F f2 = f * f;
+  const F high = (f * 0x1.38c9dep-3f + -0x1.055ec6p-2f) * f2 + (f * 0x1.0d8242p-2f + -0x1.22d92ep-2f);
+  const F low = (f * 0x1.54728ap-2f + -0x1.99a01cp-2f) * f2 + (f * 0x1.000226p-1f + -0x1.555554p-1f);
+  const F p = high * (f2 * f2) + low;
   // 2 ln 2 in two pieces: the first has few enough bits that e times it is exact.
   const F tail = (f2 * (f * p) + e * 0x1.bd0106p-12f) + f2;
   return (tail - (f + f)) + e * -0x1.63p+0f;
 }
 
-// (cos, sin) of 2 pi u for u in [0, 1]: 4u = q + r with q whole and |r| <= 1/2, both exact; minimax polynomials of
-// sin(pi/2 r)/r and (cos(pi/2 r) - 1)/r^2 in r^2, then the quadrant.
+// (cos, sin) of a number of quarter turns in [0, 4]: it is q + r with q whole and |r| <= 1/2, both exact; minimax
+// polynomials of sin(pi/2 r)/r and (cos(pi/2 r) - 1)/r^2 in r^2, then the quadrant.
 template <class F>
-BICM_HD void cos_sin_turns(F u, F& cosine, F& sine) {
+BICM_HD void cos_sin_quarters(F quarters, F& cosine, F& sine) {
   using I = typename LaneOps<F>::Int;
   using W = typename LaneOps<F>::Word;
-  const F turns = u * 4.0f;
-  const F shifted = turns + 0x1.8p23f;
+  const F shifted = quarters + 0x1.8p23f;
   const W quadrant = bit_cast<W>(shifted);
-  const F r = turns - (shifted - 0x1.8p23f);
+  const F r = quarters - (shifted - 0x1.8p23f);
   const F t = r * r;
   F s = t * -0x1.33183ap-8f + 0x1.4680a0p-4f;
   s = s * t + -0x1.4abc24p-1f;
@@ -73,10 +77,8 @@ BICM_HD void cos_sin_turns(F u, F& cosine, F& sine) {
   c = c * t + 1.0f;
   const I odd = -bit_cast<I>(quadrant & 1u);
   // The quadrant's second bit, as a sign.
-  const I cosine_sign = bit_cast<I>(((quadrant + 1u) << 30) & 0x80000000u);
-  const I sine_sign = bit_cast<I>((quadrant << 30) & 0x80000000u);
-  cosine = bit_cast<F>(bit_cast<I>(LaneOps<F>::select(odd, s, c)) ^ cosine_sign);
-  sine = bit_cast<F>(bit_cast<I>(LaneOps<F>::select(odd, c, s)) ^ sine_sign);
+  cosine = LaneOps<F>::flip_sign(LaneOps<F>::select(odd, s, c), (quadrant + 1u) << 30);
+  sine = LaneOps<F>::flip_sign(LaneOps<F>::select(odd, c, s), quadrant << 30);
 }
 
 // Box-Muller on lanes (0, 1) and (2, 3): radius from the first, angle from the second; cosine, then sine.
@@ -84,9 +86,9 @@ template <class F>
 BICM_HD void normals_from_bits(const Quad<typename LaneOps<F>::Word>& bits, F normal[4]) {
   BICM_UNROLL(2)
   for (int pair = 0; pair < 4; pair += 2) {
-    const F radius = LaneOps<F>::square_root(minus_two_log(uniform_from_bits<F>(bits.lane[pair])));
+    const F radius = LaneOps<F>::square_root(minus_two_log<32>(scaled_uniform_from_bits<F>(bits.lane[pair])));
     F cosine, sine;
-    cos_sin_turns(uniform_from_bits<F>(bits.lane[pair + 1]), cosine, sine);
+    cos_sin_quarters(scaled_uniform_from_bits<F>(bits.lane[pair + 1]) * 0x1p-30f, cosine, sine);
     normal[pair] = radius * cosine;
     normal[pair + 1] = radius * sine;
   }

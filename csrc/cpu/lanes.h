@@ -33,6 +33,13 @@ struct LaneOps<Floats> {
   BICM_HD static Floats select(Ints mask, Floats yes, Floats no) {
     return bit_cast<Floats>((bit_cast<Ints>(yes) & mask) | (bit_cast<Ints>(no) & ~mask));
   }
+  BICM_HD static Floats flip_sign(Floats x, Words bits) {
+#if defined(BICM_ISA_AVX512)
+    return (Floats)_mm512_ternarylogic_epi32((__m512i)x, (__m512i)bits, _mm512_set1_epi32(INT32_MIN), 0x78);
+#else
+    return bit_cast<Floats>(bit_cast<Words>(x) ^ (bits & 0x80000000u));
+#endif
+  }
 #if defined(BICM_ISA_AVX512)
   BICM_HD static Floats to_float(Words x) { return (Floats)_mm512_cvtepu32_ps((__m512i)x); }
   BICM_HD static Floats square_root(Floats x) { return (Floats)_mm512_sqrt_ps((__m512)x); }
@@ -120,6 +127,11 @@ struct LaneOps<Group<T, N>> {
   BICM_HD static Group<T, N> select(const Int& mask, const Group<T, N>& yes, const Group<T, N>& no) {
     Group<T, N> result;
     for (int i = 0; i < N; ++i) result.part[i] = LaneOps<T>::select(mask.part[i], yes.part[i], no.part[i]);
+    return result;
+  }
+  BICM_HD static Group<T, N> flip_sign(const Group<T, N>& x, const Word& bits) {
+    Group<T, N> result;
+    for (int i = 0; i < N; ++i) result.part[i] = LaneOps<T>::flip_sign(x.part[i], bits.part[i]);
     return result;
   }
   BICM_HD static Group<T, N> square_root(const Group<T, N>& x) {

@@ -76,7 +76,7 @@ void in_blocks(const float* u, int64_t count, Evaluate evaluate) {
 
 void log_all(const float* u, float* out, int64_t count) {
   in_blocks(u, count, [&](Floats x, int64_t i, size_t bytes) {
-    const Floats y = minus_two_log(x) * -0.5f;
+    const Floats y = minus_two_log<0>(x) * -0.5f;
     __builtin_memcpy(out + i, &y, bytes);
   });
 }
@@ -84,7 +84,7 @@ void log_all(const float* u, float* out, int64_t count) {
 void cos_sin_all(const float* u, float* cosine, float* sine, int64_t count) {
   in_blocks(u, count, [&](Floats x, int64_t i, size_t bytes) {
     Floats c, s;
-    cos_sin_turns(x, c, s);
+    cos_sin_quarters(x * 4.0f, c, s);
     __builtin_memcpy(cosine + i, &c, bytes);
     __builtin_memcpy(sine + i, &s, bytes);
   });

@@ -102,16 +102,26 @@ BICM_HD void bits_to_numbers(float* out) {
 }
 
 // Numbers `begin` to `begin + count` of a sample; begin is a multiple of a block, and the buffer has room for whole
-// blocks. First the bits of all blocks, then the numbers in place, two blocks at a time: short loops of interleaved
-// chains keep the processor busy, where one loop over both would wait for the latency of a single block.
+// blocks. Two blocks at a time, and the numbers one turn behind the bits: the processor computes both side by side, where
+// a loop over a single block would wait for its latency.
 template <Distribution D>
 BICM_HD void fill_noise(const SampleKey& k, int64_t begin, int64_t count, float* out) {
+  constexpr int kPair = 2 * kNoiseBlock;
   const uint32_t quad_high = static_cast<uint32_t>(static_cast<uint64_t>(begin) >> 34);
-  int64_t i = 0;
-  for (; i + kNoiseBlock < count; i += 2 * kNoiseBlock) write_bits<2>(k, (begin + i) / 4, quad_high, out + i);
-  if (i < count) write_bits<1>(k, (begin + i) / 4, quad_high, out + i);
-  for (i = 0; i + kNoiseBlock < count; i += 2 * kNoiseBlock) bits_to_numbers<D, 2>(out + i);
-  if (i < count) bits_to_numbers<D, 1>(out + i);
+  const int64_t quad = begin / 4;
+  const int64_t paired = (count + kNoiseBlock - 1) / kPair * kPair;
+  if (paired > 0) {
+    write_bits<2>(k, quad, quad_high, out);
+    for (int64_t i = kPair; i < paired; i += kPair) {
+      write_bits<2>(k, quad + i / 4, quad_high, out + i);
+      bits_to_numbers<D, 2>(out + i - kPair);
+    }
+    bits_to_numbers<D, 2>(out + paired - kPair);
+  }
+  if (paired < count) {
+    write_bits<1>(k, quad + paired / 4, quad_high, out + paired);
+    bits_to_numbers<D, 1>(out + paired);
+  }
 }
 
 #else

@@ -55,11 +55,11 @@ py::array philox(const std::string& target, int64_t seed, py::array_t<uint32_t, 
 }
 
 void log_emulated(const float* u, float* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = minus_two_log(u[i]) * -0.5f;
+  for (int64_t i = 0; i < count; ++i) out[i] = minus_two_log<0>(u[i]) * -0.5f;
 }
 
 void cos_sin_emulated(const float* u, float* cosine, float* sine, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) cos_sin_turns(u[i], cosine[i], sine[i]);
+  for (int64_t i = 0; i < count; ++i) cos_sin_quarters(u[i] * 4.0f, cosine[i], sine[i]);
 }
 
 // A logarithm has one result; the second is zero.

@@ -14,7 +14,7 @@ progress: True shows a progress bar (needs tqdm).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.consistency.schedules import ConsistencySchedule
-from bicm_diffusion.samplers.loop import indices
 from bicm_kernels import add_noise, denoise, fold_in, renoise, scale_input
 
 ConsistencyModel: TypeAlias = Callable[..., Tensor]
@@ -158,8 +157,7 @@ def _follow(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     seed, sample_id = key
     scaled = scale_input(x, leaps[0].start, sigma_data=schedule.sigma_data)
-    for step in indices(range(len(leaps)), progress):
-        leap = leaps[step]
+    for step, leap in enumerate(_shown(leaps, progress)):
         t, u = (torch.full(x.shape[:1], level, dtype=dtype, device=x.device) for level in leap[:2])
         output = model(scaled, t, u, **(extra_args or {}))
         if step == len(leaps) - 1:
@@ -181,3 +179,11 @@ def _follow(
         if callback is not None:
             callback(LeapInfo(leap, x, output))
     return x
+
+
+def _shown(leaps: Sequence[Leap], progress: bool) -> Iterable[Leap]:
+    if not progress:
+        return leaps
+    from tqdm import tqdm  # an optional dependency: samplers without a bar need only torch
+
+    return tqdm(leaps, unit="leap")

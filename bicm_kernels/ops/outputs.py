@@ -1,0 +1,104 @@
+"""Outputs that the caller gives: what they must be like, and that writing them destroys nothing still to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bicm_kernels.ops import arguments
+
+LARGE = 2**26  # bytes
+
+
+def _elements(x: Tensor) -> tuple[int, int]:
+    """The addresses of the first byte of a tensor and of the one after its last."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+def shares_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors have a byte in common; exact, and as slow as touching every byte.
+
+    Large tensors whose ranges of addresses overlap count as sharing: looking closer would take many times their memory.
+    """
+    if x.numel() == 0 or y.numel() == 0 or x.device != y.device:
+        return False
+    (x_begin, x_end), (y_begin, y_end) = _elements(x), _elements(y)
+    if x_end <= y_begin or y_end <= x_begin:
+        return False
+    if max(x_end, y_end) - min(x_begin, y_begin) > LARGE:
+        return True
+    begin = min(x_begin, y_begin)
+    touched = torch.zeros(max(x_end, y_end) - begin, dtype=torch.bool)
+    touched[_bytes(x, begin)] = True
+    return bool(touched[_bytes(y, begin)].any())
+
+
+def _bytes(x: Tensor, begin: int) -> Tensor:
+    offsets = torch.full((), x.data_ptr() - begin)
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride * x.element_size()
+    return (offsets.unsqueeze(-1) + torch.arange(x.element_size())).flatten()
+
+
+def overlaps_itself(x: Tensor) -> bool:
+    """Whether two elements of a tensor lie at one address."""
+    dims = sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
+    span = 0
+    for stride, size in dims:
+        if stride <= span:
+            break
+        span += (size - 1) * stride
+    else:
+        return False  # each dimension steps over all that the smaller ones reach
+    offsets = _bytes(x, x.data_ptr())
+    return offsets.unique().numel() != offsets.numel()
+
+
+def same_place(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors of one shape are the same memory, element by element."""
+    return x.data_ptr() == y.data_ptr() and x.dtype == y.dtype and x.stride() == y.stride()
+
+
+def write(outs: Sequence[Tensor], results: Any, tracked: bool) -> Any:
+    """Copy the results of a reference into the caller's outputs, which carry no derivative."""
+    if tracked:
+        raise ValueError("out must not be given where a tensor requires grad: what is written there has no derivative")
+    results = (results,) if isinstance(results, Tensor) else results
+    for out, result in zip(outs, results, strict=True):
+        if result is not None:
+            out.copy_(result)
+    return tuple(outs) if len(outs) > 1 else outs[0]
+
+
+def check_outs(outs: Mapping[str, Any], tensors: Mapping[str, Tensor], first: Tensor) -> None:
+    """Raise unless the outputs can take the results: like the first tensor, and no overlap but an exact one."""
+    if outs and arguments.mapped():
+        raise ValueError("out must not be given under a torch.func transform: what is written there is lost to it")
+    first_name = next(iter(tensors))
+    for name, out in outs.items():
+        check_out(name, out, first, first_name)
+        # A traced tensor has no memory yet: the kernel looks when the graph runs.
+        if arguments.compiling():
+            continue
+        if overlaps_itself(out):
+            raise ValueError(f"{name} must not overlap itself, got strides {out.stride()}")
+        for other, x in tensors.items():
+            if not same_place(out, x) and shares_memory(out, x):
+                raise ValueError(f"{name} must be exactly {other} or lie apart from it: they overlap in part")
+        for other, x in outs.items():
+            if other < name and shares_memory(out, x):
+                raise ValueError(f"{name} and {other} must not share memory")
+
+
+def check_out(name: str, out: object, first: Tensor, first_name: str) -> None:
+    """Raise unless ``out`` can take a result like ``first``: shape, dtype and device, and no gradient."""
+    arguments.check_state(name, out, first, first_name)
+    assert isinstance(out, Tensor)
+    if out.dtype != first.dtype:
+        raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {out.dtype}")
+    if arguments.requires_grad(out):
+        raise ValueError(f"{name} must not require grad: what is written into it has no derivative")
