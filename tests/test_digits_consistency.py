@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from torch import Tensor
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn, an extra of this package")
@@ -213,12 +215,25 @@ def test_eager_code_draws_the_same_picture(monkeypatch: pytest.MonkeyPatch) -> N
         assert refused.exit_code == 1 and "expected at most 0.001" in refused.output
 
 
-def test_the_picture_is_drawn(tmp_path: Path) -> None:
+def test_the_demo_draws_and_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="the picture is drawn with matplotlib, an extra of this package")
-    from bicm_diffusion.digits.consistency_picture import compose, save_picture
+    from bicm_diffusion.digits import consistency_demo, consistency_measurements
 
-    save_picture(compose(load_network(), seed=1), tmp_path / "new" / "picture.png")
-    assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(consistency_measurements, "SETS", 1)
+    monkeypatch.setattr(consistency_demo, "TIMED", {1: 1})
+    console = Console(record=True, width=120, file=StringIO())
+    picture = tmp_path / "new" / "picture.png"
+    consistency_demo.run_consistency_demo(picture, weights=WEIGHTS, seed=1, console=console)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = console.export_text()
+    for words in (
+        "297 new digits",
+        "297 real digits to noise and back",
+        "milliseconds an image",
+        "real digits",
+        "zigzag",
+    ):
+        assert words in printed
 
 
 def short_run(tmp_path: Path) -> list[str]:
