@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import sqrt
+from operator import is_not
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -37,7 +38,7 @@ class Tables:
     """What a schedule comes to: the host's copy of its levels, and the rows of weights made from them so far."""
 
     sources: tuple[Any, ...]
-    versions: tuple[int, ...]
+    version: int
     reason: str | None
     timesteps: list[float]
     levels: list[float]
@@ -87,7 +88,7 @@ class Accelerated:
 
     def _prepare(self) -> Tables:
         sources, reason = self._sources(), self._uncovered()
-        tables = Tables(sources, _versions(sources), reason, self.timesteps.tolist(), self._host_levels())
+        tables = Tables(sources, _version(self), reason, self.timesteps.tolist(), self._host_levels())
         if reason is None:
             self._fill(tables)
         else:
@@ -100,8 +101,7 @@ class Accelerated:
         tables = self._tables
         if traced():
             return None if tables is None or tables.reason is not None else tables
-        sources = self._sources()
-        if tables is None or any(map(_differ, sources, tables.sources)) or _versions(sources) != tables.versions:
+        if tables is None or any(map(is_not, self._sources(), tables.sources)) or _version(self) != tables.version:
             tables = self._prepare()
         if tables.reason is not None:
             return None
@@ -202,13 +202,10 @@ def _restore(original: Any) -> Any:
     return cls.__new__(cls)
 
 
-def _differ(x: object, y: object) -> bool:
-    return x is not y
-
-
-def _versions(sources: Sequence[Any]) -> tuple[int, ...]:
-    first = sources[0]
-    return (0,) if first.is_inference() else (first._version,)
+def _version(scheduler: Accelerated) -> int:
+    """How often the schedule's levels were written to, where PyTorch counts that."""
+    levels = scheduler._sources()[0]
+    return 0 if levels.is_inference() else levels._version
 
 
 def single(x: Number) -> Number:
@@ -240,5 +237,6 @@ def is_double(*tensors: Tensor) -> bool:
 
 def as_state(sample: Tensor, model_output: Tensor) -> Tensor:
     """The sample in the dtype that PyTorch's promotion gives the original's result."""
-    dtype = torch.promote_types(sample.dtype, model_output.dtype)
-    return sample if sample.dtype == dtype else sample.to(dtype)
+    if sample.dtype == model_output.dtype:
+        return sample
+    return sample.to(torch.promote_types(sample.dtype, model_output.dtype))
