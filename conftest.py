@@ -3,5 +3,7 @@
 import importlib.util
 
 collect_ignore_glob = (
-    [] if importlib.util.find_spec("diffusers") else ["python/bicm_diffusion/adapters/diffusers/*", "tests/test_diffusers*"]
+    []
+    if importlib.util.find_spec("diffusers")
+    else ["python/bicm_diffusion/adapters/diffusers/*", "tests/test_diffusers*"]
 )

@@ -1,4 +1,4 @@
-"""The schedulers and configurations that have an accelerated form, and one trajectory through several of them at once."""
+"""The schedulers and configurations that have an accelerated form, and what to run them on."""
 
 from __future__ import annotations
 
@@ -98,22 +98,29 @@ def in_float64(scheduler: Any) -> Any:
 
 
 @contextmanager
-def noise_of(scheduler: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Let a float64 scheduler draw the very numbers that another dtype's would."""
+def exactly(scheduler: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Let a float64 scheduler draw the very numbers that another dtype's would, and never fall back to float32."""
     module = sys.modules[type(scheduler).__module__]
-    draw = getattr(module, "randn_tensor", None)
-    if draw is None:
-        yield
-        return
+    draw, cast = getattr(module, "randn_tensor", None), Tensor.to
     if isinstance(scheduler, DPMSolverMultistepScheduler):
         dtype = torch.float32
-    module.randn_tensor = lambda shape, generator=None, device=None, dtype_=dtype, **_: draw(
-        shape, generator=generator, device=device, dtype=dtype_
-    ).double()
+
+    def drawn(shape: Any, generator: Any = None, device: Any = None, **_: Any) -> Tensor:
+        assert draw is not None
+        return draw(shape, generator=generator, device=device, dtype=dtype).double()
+
+    def kept(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        return x if arguments == (torch.float32,) and x.dtype == torch.float64 else cast(x, *arguments, **options)
+
+    Tensor.to = kept  # type: ignore[method-assign, assignment]
+    if draw is not None:
+        module.randn_tensor = drawn
     try:
         yield
     finally:
-        module.randn_tensor = draw
+        Tensor.to = cast  # type: ignore[method-assign]
+        if draw is not None:
+            module.randn_tensor = draw
 
 
 def trajectory(scheduler: Any, x: Tensor, **arguments: Any) -> Tensor:

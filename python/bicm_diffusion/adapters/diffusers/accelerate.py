@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 import diffusers
@@ -43,8 +43,20 @@ def accelerated_class(cls: type[Any]) -> type[Any]:
     if cls not in COVERED:
         names = ", ".join(known.__name__ for known in COVERED)
         raise TypeError(f"scheduler must be one of {names}, got {cls.__name__}")
-    namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_original": cls}
-    return type(cls.__name__, (COVERED[cls], cls), namespace)
+    mixin = COVERED[cls]
+
+    # Pipelines look at a scheduler's signatures to see what it takes.
+    @wraps(cls.set_timesteps)
+    def set_timesteps(self: Accelerated, *args: Any, **kwargs: Any) -> None:
+        mixin.set_timesteps(self, *args, **kwargs)
+
+    namespace = {
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "_original": cls,
+        "set_timesteps": set_timesteps,
+    }
+    return type(cls.__name__, (mixin, cls), namespace)
 
 
 def accelerate_scheduler(

@@ -144,7 +144,7 @@ class BDIADDIMScheduler(DDIMScheduler):
         last = self.last_sample
         of_last, of_sample, of_eps = self._weights(i, last is not None)
         x0_sample, x0_output, eps_sample, eps_output = (
-            float(x) for x in reading(self.config.prediction_type, self._levels[max(i, 1)], False)
+            float(x) for x in reading(self.config.prediction_type, self._levels[max(i, 1)])
         )
         state = as_state(sample, model_output)
         tensors = [state, model_output] if last is None else [state, model_output, last]

@@ -114,7 +114,7 @@ class LatentConsistencyModel(Accelerated):
         scaled = here * self.config.timestep_scaling
         total = scaled**2 + LCM_SIGMA_DATA**2
         try:
-            of_sample, of_output, *_ = reading(self.config.prediction_type, tables.levels[here], True)
+            of_sample, of_output, *_ = reading(self.config.prediction_type, tables.levels[here])
         except (ZeroDivisionError, OverflowError):
             return (math.nan,) * 6
         skip, out = LCM_SIGMA_DATA**2 / total, scaled / math.sqrt(total)
@@ -136,9 +136,7 @@ class LatentConsistencyModel(Accelerated):
             assert self._step_index is not None
             index = self._step_index
             # The original looks alpha-bar up by the timestep it is given, whichever step it is.
-            known = traced() or (
-                index in tables.rows and self._host_value(timestep, tables) == tables.timesteps[index]
-            )
+            known = traced() or (index in tables.rows and self._host_value(timestep, tables) == tables.timesteps[index])
             row = tables.rows[index] if known else None
             if row is not None and traced():
                 row = tables.traced["rows"][index].to(sample.device).unbind()

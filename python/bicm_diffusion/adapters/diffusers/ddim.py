@@ -16,10 +16,7 @@ from bicm_diffusion.adapters.diffusers.scheduler import (
     Row,
     Tables,
     as_state,
-    is_double,
-    noise_removed,
     root,
-    single,
     traced,
 )
 from bicm_kernels import denoised_step
@@ -27,34 +24,40 @@ from bicm_kernels import denoised_step
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
-def reading(prediction: str, a: Number, rounds: bool) -> tuple[Number, Number, Number, Number]:
+#: Below this alpha-bar, the sample and the noise in it cancel to less than half when x0 is predicted.
+CANCELS = 0.25
+
+
+def reading(prediction: str, a: Number) -> tuple[Number, Number, Number, Number]:
     """Weights of the sample and the model's output in x0, then in the predicted noise; a is alpha-bar."""
     ra, rb = root(a), root(1.0 - a)
     if prediction == "epsilon":
-        # x0 is a small difference of large terms: their weights round together.
-        scale = single(1.0 / ra) if rounds else 1.0 / ra
-        return scale, -rb * scale, 0.0, 1.0
+        return 1.0 / ra, -rb / ra, 0.0, 1.0
     if prediction == "sample":
         return 0.0, 1.0, 1.0 / rb, -ra / rb
     return ra, -rb, rb, ra
 
 
-def ddim_row(
-    prediction: str, a: Number, below: Number, eta: float, *, clips: bool, rederives: bool, rounds: bool
-) -> Row:
-    """x0's weights of sample and output, then the result's, of x0 and of noise (DDIM eq. 12 and 16)."""
-    x0_sample, x0_output, eps_sample, eps_output = reading(prediction, a, rounds)
+def ddim_row(prediction: str, a: Number, below: Number, eta: float, *, clips: bool, rederives: bool) -> Row:
+    """x0's weights of sample and output, then the result's, of x0 and of noise (DDIM eq. 12 and 16).
+
+    Last come two numbers for a level where sample and noise cancel: x0 = w·(m + g·(s - m)) is (s - rb·m)/ra, in terms
+    no larger than x0 itself, so that nothing is lost.
+    """
+    x0_sample, x0_output, eps_sample, eps_output = reading(prediction, a)
     variance = (1.0 - below) / (1.0 - a) * (1.0 - a / below)
     deviation = eta * root(variance) if eta else 0.0
     kept, direction = root(below), root(1.0 - below - deviation * deviation)
+    ra, rb = root(a), root(1.0 - a)
+    share = a / (1.0 + rb)  # 1 - rb
+    near = share / ra, 1.0 / share
     if clips and rederives:
-        ra, rb = root(a), root(1.0 - a)
-        return x0_sample, x0_output, direction / rb, 0.0, kept - direction * ra / rb, deviation
+        return x0_sample, x0_output, direction / rb, 0.0, kept - direction * ra / rb, deviation, *near
     if clips:
-        return x0_sample, x0_output, direction * eps_sample, direction * eps_output, kept, deviation
+        return x0_sample, x0_output, direction * eps_sample, direction * eps_output, kept, deviation, *near
     sample = kept * x0_sample + direction * eps_sample
     output = kept * x0_output + direction * eps_output
-    return x0_sample, x0_output, sample, output, 0.0, deviation
+    return x0_sample, x0_output, sample, output, 0.0, deviation, *near
 
 
 class _Alphas(Accelerated):
@@ -85,7 +88,7 @@ class _Alphas(Accelerated):
         return self.config.clip_sample_range if self.config.clip_sample else None
 
     def _levels_at(self, timestep: Any, other: Any, tables: Tables, sample: Tensor) -> tuple[Number, Number] | None:
-        """Alpha-bar at two timesteps, the one beyond the ends for a negative timestep; None where there is none."""
+        """Alpha-bar at two timesteps; None for one that there is not, negative ones lie beyond the schedule's end."""
         if traced():
             levels = tables.traced["levels"].to(sample.device)
             if not isinstance(timestep, Tensor):
@@ -93,38 +96,56 @@ class _Alphas(Accelerated):
             both = torch.stack([timestep, other]).to(levels.device).clamp(min=-1) % len(levels)
             here, there = levels.index_select(0, both).unbind()
             return here, there
-        count = len(tables.levels) - 1
-        if max(timestep, other) >= count:
+        if max(timestep, other) >= len(tables.levels) - 1:
             return None
         return tables.levels[max(timestep, -1)], tables.levels[max(other, -1)]
 
-    def _row(self, tables: Tables, levels: tuple[Number, Number], eta: float, rederives: bool, rounds: bool) -> Any:
+    def _row(self, tables: Tables, levels: tuple[Number, Number], eta: float, rederives: bool) -> Any:
         config = self.config
-        key = (*levels, eta, rederives, rounds)
+        key = (*levels, eta, rederives)
         if not traced() and key in tables.rows:
             return tables.rows[key]
         try:
             row: Row | None = ddim_row(
-                config.prediction_type, *levels, eta, clips=config.clip_sample, rederives=rederives, rounds=rounds
+                config.prediction_type, *levels, eta, clips=config.clip_sample, rederives=rederives
             )
         except (ZeroDivisionError, ValueError, OverflowError):
             row = None  # a level without signal or without noise: the original's infinities
         if not traced():
+            if row is not None and not (config.prediction_type == "epsilon" and levels[0] < CANCELS):
+                row = row[:6]
             tables.rows[key] = row
-        return row
+            return row
+        assert row is not None
+        if config.prediction_type != "epsilon":
+            return row[:6]
+        # A graph cannot choose what it reads: it chooses between the weights.
+        cancels = levels[0] < CANCELS
+        zero = torch.zeros_like(row[6])
+        plain = [torch.where(cancels, zero, x) for x in row[:2]]
+        return *plain, *row[2:6], torch.where(cancels, row[6], zero), torch.where(cancels, row[7], zero)
 
-
-    def _two(self, state: Tensor, output: Tensor, row: Row, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The next state and x0, from noise that was drawn already where there is any."""
-        x0_sample, x0_output, of_sample, of_output, of_x0, deviation = row
-        tensors, weights = [state, output], [of_sample, of_output]
+    def _two(
+        self, state: Tensor, output: Tensor, row: Row, noise: Tensor | None = None, **keyed: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The next state and x0, from noise that was drawn already or that is keyed, where there is any."""
+        x0_sample, x0_output, of_sample, of_output, of_x0, deviation = row[:6]
+        tensors: list[Any] = [state, output]
+        x0_weights, weights = [x0_sample, x0_output], [of_sample, of_output]
         if noise is not None:
             tensors.append(noise)
+            x0_weights.append(0.0)
             weights.append(deviation)
-        if self.config.prediction_type == "epsilon" and not self.config.clip_sample:
-            return noise_removed(tensors, x0_sample, x0_output / x0_sample, weights)
-        x0_weights = [x0_sample, x0_output, *[0.0] * (len(tensors) - 2)]
-        out, x0, _ = denoised_step(tensors, x0_weights, weights, x0_weight=of_x0, clip=self._clip())
+        elif keyed:
+            keyed["noise_weight"] = deviation
+        if len(row) > 6:
+            if not traced():
+                x0_weights[:2] = [0.0, 0.0]
+            tensors.append((output, state))
+            x0_weights.append(row[6])
+            weights.append(0.0)
+            keyed["guidance_scale"] = row[7]
+        out, x0, _ = denoised_step(tensors, x0_weights, weights, x0_weight=of_x0, clip=self._clip(), **keyed)
         return out, x0
 
 
@@ -149,7 +170,7 @@ class Ddim(_Alphas):
             at = timestep if traced() else int(self._host_value(timestep, tables))  # type: ignore[assignment]
             levels = self._levels_at(at, at - self.config.num_train_timesteps // steps, tables, sample)
             if levels is not None and (traced() or at >= 0):
-                row = self._row(tables, levels, eta, use_clipped_model_output, not is_double(sample, model_output))
+                row = self._row(tables, levels, eta, use_clipped_model_output)
         if row is None:
             return self._original.step(
                 self,
@@ -162,21 +183,10 @@ class Ddim(_Alphas):
                 variance_noise,
                 return_dict,
             )
-        x0_sample, x0_output, of_sample, of_output, of_x0, deviation = row
         state = as_state(sample, model_output)
         if eta > 0 and self._noise == "keyed" and variance_noise is None:
             seed, sample_id = self._key(generator, sample.device)
-            out, x0, _ = denoised_step(
-                [state, model_output],
-                [x0_sample, x0_output],
-                [of_sample, of_output],
-                x0_weight=of_x0,
-                clip=self._clip(),
-                noise_weight=deviation,
-                seed=seed,
-                step=at,
-                sample_id=sample_id,
-            )
+            out, x0 = self._two(state, model_output, row, seed=seed, step=at, sample_id=sample_id)
         elif eta > 0:
             noise = self._drawn(model_output, generator) if variance_noise is None else variance_noise
             out, x0 = self._two(state, model_output, row, noise)
@@ -198,7 +208,7 @@ class DdimInverse(_Alphas):
             here = there - self.config.num_train_timesteps // steps
             levels = self._levels_at(here, there, tables, sample)
             if levels is not None and (traced() or there >= 0):
-                row = self._row(tables, levels, 0.0, False, not is_double(sample, model_output))
+                row = self._row(tables, levels, 0.0, False)
         if row is None:
             return self._original.step(self, model_output, timestep, sample, return_dict)
         out, x0 = self._two(as_state(sample, model_output), model_output, row)

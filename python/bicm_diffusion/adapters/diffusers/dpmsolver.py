@@ -152,7 +152,7 @@ class _Solver(Sigmas):
         assert index is not None
         order = self._order(len(tables.timesteps), index)
         row: Any = tables.rows.get((order, index))
-        history = self.model_outputs[: -order:-1] if order > 1 else []
+        history = self.model_outputs[:-order:-1] if order > 1 else []
         if row is None or any(x is None or x.shape != sample.shape for x in history):
             return None
         if traced():

@@ -184,9 +184,7 @@ class Euler(_EulerSteps):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> Any:
-        result = self._euler(
-            model_output, timestep, sample, (s_churn, s_tmin, s_tmax, s_noise), generator, return_dict
-        )
+        result = self._euler(model_output, timestep, sample, (s_churn, s_tmin, s_tmax, s_noise), generator, return_dict)
         if result is not None:
             return result
         return self._original.step(
