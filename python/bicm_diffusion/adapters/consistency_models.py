@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def stochastic_iterative_sampler(
     """
     high, low = t_max ** (1 / rho), t_min ** (1 / rho)
     levels = [(high + index / (steps - 1) * (low - high)) ** rho for index in ts]
-    for i, (level, below) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+    for i, (level, below) in enumerate(pairwise(levels)):
         denoised = distiller(x, torch.full((x.shape[0],), level, dtype=x.dtype, device=x.device))
         if callback is not None:
             callback({"x": x, "i": i, "sigma": level, "denoised": denoised})

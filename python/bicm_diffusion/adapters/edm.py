@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,10 +24,10 @@ def edm_sampler(
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
-    S_churn: float = 0.0,  # noqa: N803
-    S_min: float = 0.0,  # noqa: N803
-    S_max: float = float("inf"),  # noqa: N803
-    S_noise: float = 1.0,  # noqa: N803
+    S_churn: float = 0.0,
+    S_min: float = 0.0,
+    S_max: float = float("inf"),
+    S_noise: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Return a sample by EDM's stochastic Heun sampler (EDM Alg. 2).
@@ -51,7 +52,7 @@ def edm_sampler(
         return net(x, torch.full((), level, dtype=dtype, device=x.device), class_labels)
 
     x = affine_step([latents.to(dtype)], [levels[0]])
-    for level, below in zip(levels[:-1], levels[1:], strict=True):
+    for level, below in pairwise(levels):
         lift = min(S_churn / num_steps, MOST_CHURN) if S_min <= level <= S_max else 0.0
         if lift > 0.0:
             raised = rounded(level * (1.0 + lift))

@@ -1,8 +1,8 @@
 """Samplers and denoisers that are called as k-diffusion's are: `sample_*(model, x, sigmas, extra_args, callback, …)`.
 
-model(x, sigma, **extra_args), sigma (B,), returns the denoised sample; sigmas (N + 1,) descend, usually to 0. Weights are
-formed on the host in float64 from one read of `sigmas`; every update is one fused launch. A `noise_sampler(sigma,
-sigma_next)` is honoured as it is.
+model(x, sigma, **extra_args), sigma (B,), returns the denoised sample; sigmas (N + 1,) descend, usually to 0. Weights
+are formed on the host in float64 from one read of `sigmas`; every update is one fused launch. A
+`noise_sampler(sigma, sigma_next)` is honoured as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bicm_kernels import affine_step, denoise, normal, scale_input
 
-Denoiser = Callable[..., Tensor]
+Network = Callable[..., Tensor]
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[dict[str, Any]], object]
 
@@ -25,7 +25,7 @@ MOST_CHURN = math.sqrt(2.0) - 1.0
 
 @torch.no_grad()
 def sample_euler(
-    model: Denoiser,
+    model: Network,
     x: Tensor,
     sigmas: Tensor,
     extra_args: Mapping[str, Any] | None = None,
@@ -57,7 +57,7 @@ def sample_euler(
 
 @torch.no_grad()
 def sample_heun(
-    model: Denoiser,
+    model: Network,
     x: Tensor,
     sigmas: Tensor,
     extra_args: Mapping[str, Any] | None = None,
@@ -95,7 +95,7 @@ def sample_heun(
 
 @torch.no_grad()
 def sample_dpmpp_2m(
-    model: Denoiser,
+    model: Network,
     x: Tensor,
     sigmas: Tensor,
     extra_args: Mapping[str, Any] | None = None,
@@ -124,6 +124,30 @@ def sample_dpmpp_2m(
     return x
 
 
+class Denoiser:
+    """k-diffusion's denoiser: D(x, σ) = c_skip·x + c_out·inner_model(c_in·x, σ, **kwargs) (EDM eq. 7).
+
+    Called with x (B, …) and sigma (B,) or 0-d, it returns the denoised sample in the dtype of x; sigma_data is in units
+    of x.
+
+    >>> Denoiser(lambda x, sigma: x)(torch.ones(1, 2), torch.ones(1))
+    tensor([[1., 1.]])
+    """
+
+    def __init__(self, inner_model: Network, sigma_data: float = 1.0) -> None:
+        self.inner_model, self.sigma_data = inner_model, sigma_data
+
+    def get_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return c_skip, c_out and c_in at the levels sigma."""
+        total = sigma**2 + self.sigma_data**2
+        return self.sigma_data**2 / total, sigma * self.sigma_data / total.sqrt(), 1 / total.sqrt()
+
+    def __call__(self, x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+        sigma = sigma.reshape(-1).expand(x.shape[0]).contiguous()
+        output = self.inner_model(scale_input(x, sigma, sigma_data=self.sigma_data), sigma, **kwargs)
+        return denoise(x, output, sigma, parameterization="edm", sigma_data=self.sigma_data)
+
+
 class EDMDenoiser:
     """A preconditioned network as a denoiser: D(x, σ) = c_skip·x + c_out·F(c_in·x, ln(σ)/4) (EDM eq. 7).
 
@@ -135,7 +159,7 @@ class EDMDenoiser:
     torch.Size([1, 2])
     """
 
-    def __init__(self, inner_model: Denoiser, sigma_data: float = 0.5, inner_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, inner_model: Network, sigma_data: float = 0.5, inner_dtype: torch.dtype | None = None) -> None:
         self.inner_model, self.sigma_data, self.inner_dtype = inner_model, sigma_data, inner_dtype
 
     def __call__(self, x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
@@ -171,7 +195,7 @@ class _Run:
 
     def __init__(
         self,
-        model: Denoiser,
+        model: Network,
         x: Tensor,
         sigmas: Tensor,
         extra_args: Mapping[str, Any] | None,
