@@ -76,9 +76,9 @@ def stochastic_iterative_sampler(
     taken and not read, as in the function that this stands for.
 
     >>> from types import SimpleNamespace
-    >>> torch_noise = SimpleNamespace(randn_like=torch.randn_like)
-    >>> stochastic_iterative_sampler(lambda x, t: 0 * x, torch.ones(1, 2), None, torch_noise, ts=[0, 39]).abs().max() < 1
-    tensor(True)
+    >>> noise = SimpleNamespace(randn_like=torch.randn_like)
+    >>> stochastic_iterative_sampler(lambda x, t: 0 * x, torch.ones(1, 2), None, noise, ts=[0, 39])
+    tensor([[0., 0.]])
     """
     high, low = t_max ** (1 / rho), t_min ** (1 / rho)
     levels = [(high + index / (steps - 1) * (low - high)) ** rho for index in ts]

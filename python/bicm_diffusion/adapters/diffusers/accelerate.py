@@ -77,8 +77,8 @@ def accelerate_scheduler(
     """
     if noise not in ("generator", "keyed"):
         raise ValueError(f"noise: expected 'generator' or 'keyed', got {noise!r}")
-    cls = accelerated_class(type(scheduler))
-    result = cls.__new__(cls)
+    cls: Any = accelerated_class(type(scheduler))  # type: ignore[arg-type]
+    result = object.__new__(cls)
     for name, value in vars(scheduler).items():
         result.__dict__[name] = copy.copy(value) if isinstance(value, list) else value
     result.__dict__.update(_noise=noise, _seed=seed, _sample_id=sample_id, _tables=None, _pending=None, _told=())

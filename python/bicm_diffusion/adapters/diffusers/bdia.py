@@ -37,6 +37,10 @@ class BDIADDIMScheduler(DDIMScheduler):
     _begin_index: int | None = None
     _at: int | None = None
     _inverse = False
+    config: Any
+    timesteps: Tensor
+    alphas_cumprod: Tensor
+    final_alpha_cumprod: Tensor
 
     @register_to_config
     def __init__(
@@ -102,7 +106,7 @@ class BDIADDIMScheduler(DDIMScheduler):
         """
         if inverse and self.config.gamma == 0.0:
             raise ValueError("inverse: expected gamma > 0 in the configuration, got 0")
-        super().set_timesteps(num_inference_steps, device)
+        super().set_timesteps(num_inference_steps, device)  # type: ignore[misc, unused-ignore]
         self._times = self.timesteps.tolist()
         count = len(self._times)
         # Index N is the noisiest level and 0 the data, as in the paper.
@@ -161,7 +165,7 @@ class BDIADDIMScheduler(DDIMScheduler):
     def _first(self, timestep: Any) -> int:
         if self._begin_index is not None:
             return self._begin_index
-        value = timestep.item() if isinstance(timestep, Tensor) else timestep
+        value = int(timestep)
         if value not in self._times:
             raise ValueError(f"timestep: expected one of {self._times}, got {value}")
         return self._times.index(value)

@@ -120,10 +120,10 @@ class _Alphas(Accelerated):
         if config.prediction_type != "epsilon":
             return row[:6]
         # A graph cannot choose what it reads: it chooses between the weights.
-        cancels = levels[0] < CANCELS
-        zero = torch.zeros_like(row[6])
-        plain = [torch.where(cancels, zero, x) for x in row[:2]]
-        return *plain, *row[2:6], torch.where(cancels, row[6], zero), torch.where(cancels, row[7], zero)
+        x0_sample, x0_output, *rest, near, guidance = map(torch.as_tensor, row)
+        cancels, zero = torch.as_tensor(levels[0]) < CANCELS, torch.zeros_like(near)
+        plain = [torch.where(cancels, zero, x) for x in (x0_sample, x0_output)]
+        return *plain, *rest, torch.where(cancels, near, zero), torch.where(cancels, guidance, zero)
 
     def _two(
         self, state: Tensor, output: Tensor, row: Row, noise: Tensor | None = None, **keyed: Any

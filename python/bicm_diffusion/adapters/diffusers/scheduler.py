@@ -199,7 +199,7 @@ def _restore(original: Any) -> Any:
     from bicm_diffusion.adapters.diffusers.accelerate import accelerated_class
 
     cls = accelerated_class(original)
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 def _version(scheduler: Accelerated) -> int:
