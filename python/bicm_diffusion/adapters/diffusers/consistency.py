@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import is_not
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from bicm_diffusion.adapters.diffusers.scheduler import (
     is_double,
     single,
     traced,
+    version_of,
 )
 from bicm_kernels import add_noise, affine_step, denoised_step
 
@@ -88,7 +90,11 @@ class LatentConsistencyModel(Accelerated):
     num_inference_steps: int | None
 
     def _sources(self) -> tuple[Any, ...]:
-        return self.alphas_cumprod, self.timesteps, self.config, self.final_alpha_cumprod
+        return self.alphas_cumprod, self.timesteps, self._internal_dict, self.final_alpha_cumprod
+
+    def _stale(self, tables: Tables) -> bool:
+        now = self._sources()
+        return any(map(is_not, now, tables.sources)) or tables.version != version_of(now[0])
 
     def _host_levels(self) -> list[float]:
         return self.alphas_cumprod.tolist()

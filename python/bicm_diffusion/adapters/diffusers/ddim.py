@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import is_not
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from bicm_diffusion.adapters.diffusers.scheduler import (
     as_state,
     root,
     traced,
+    version_of,
 )
 from bicm_kernels import denoised_step
 
@@ -68,10 +70,28 @@ class _Alphas(Accelerated):
     _beyond: str
 
     def _sources(self) -> tuple[Any, ...]:
-        return self.alphas_cumprod, self.timesteps, self.config, getattr(self, self._beyond), self.num_inference_steps
+        return (
+            self.alphas_cumprod,
+            self.timesteps,
+            self._internal_dict,
+            getattr(self, self._beyond),
+            self.num_inference_steps,
+        )
+
+    def _stale(self, tables: Tables) -> bool:
+        now = self._sources()
+        return any(map(is_not, now, tables.sources)) or tables.version != version_of(now[0])
 
     def _host_levels(self) -> list[float]:
-        return self.alphas_cumprod.tolist()
+        # A thousand levels, which another number of steps does not change; the one beyond is found by -1.
+        tables = self._tables
+        if (
+            tables is not None
+            and tables.sources[0] is self.alphas_cumprod
+            and tables.version == version_of(self.alphas_cumprod)
+        ):
+            return [*tables.levels[:-1], float(getattr(self, self._beyond))]
+        return [*self.alphas_cumprod.tolist(), float(getattr(self, self._beyond))]
 
     def _uncovered(self) -> str | None:
         if self.config.get("thresholding", False):
@@ -80,17 +100,14 @@ class _Alphas(Accelerated):
             return f"prediction_type={self.config.prediction_type!r}"
         return None
 
-    def _fill(self, tables: Tables) -> None:
-        tables.levels.append(float(getattr(self, self._beyond)))  # where an index of -1 finds it
-        tables.traced["levels"] = torch.tensor(tables.levels, dtype=torch.float64)
-
     def _clip(self) -> float | None:
         return self.config.clip_sample_range if self.config.clip_sample else None
 
     def _levels_at(self, timestep: Any, other: Any, tables: Tables, sample: Tensor) -> tuple[Number, Number] | None:
         """Alpha-bar at two timesteps; None for one that there is not, negative ones lie beyond the schedule's end."""
         if traced():
-            levels = tables.traced["levels"].to(sample.device)
+            beyond = getattr(self, self._beyond).double().reshape(1)
+            levels = torch.cat([self.alphas_cumprod.double(), beyond]).to(sample.device)
             if not isinstance(timestep, Tensor):
                 return levels[max(timestep, -1)], levels[max(other, -1)]
             both = torch.stack([timestep, other]).to(levels.device).clamp(min=-1) % len(levels)

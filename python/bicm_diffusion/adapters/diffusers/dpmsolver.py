@@ -15,6 +15,9 @@ from bicm_kernels import denoised_step
 
 Level = tuple[float, float]  # alpha and sigma of a level
 
+#: Above this 1/alpha, predicting x0 from the noise loses more than a bit.
+MOST_SCALE = 2.0
+
 ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++")
 
 
@@ -70,7 +73,7 @@ class _Solver(Sigmas):
     _noise_dtype: torch.dtype | None = None
 
     _third_orders: tuple[str, ...] = ALGORITHMS
-    #: Whether the model's input is scaled, and whether x0 is a small difference of large terms.
+    #: Whether the model's input is scaled, and whether x0 may be a small difference of large terms.
     _scales = False
     _cancels = False
 
@@ -155,6 +158,8 @@ class _Solver(Sigmas):
         history = self.model_outputs[:-order:-1] if order > 1 else []
         if row is None or any(x is None or x.shape != sample.shape for x in history):
             return None
+        # The sample and its noise cancel in x0 where the signal is the smaller part.
+        cancels = self._cancels and self.config.prediction_type == "epsilon" and row[0] > MOST_SCALE
         if traced():
             row = tables.traced[order][index].to(sample.device).unbind()
         x0_sample, x0_output, of_sample, of_output, before, earlier, deviation = row
@@ -175,7 +180,7 @@ class _Solver(Sigmas):
         x0_weights = [x0_sample, x0_output, *[0.0] * (len(tensors) - 2)]
         ahead = self._scales and index + 1 < len(tables.timesteps) and self._may_foresee(sample)
         scale = self._scale(tables.levels[index + 1]) if ahead and state.dtype.itemsize > 2 else None
-        if self._cancels and self.config.prediction_type == "epsilon" and not keyed:
+        if cancels and not keyed:
             out, x0 = noise_removed(tensors, x0_sample, x0_output / x0_sample, weights)
         else:
             out, x0, scaled = denoised_step(tensors, x0_weights, weights, x0_weight=0.0, next_scale=scale, **keyed)

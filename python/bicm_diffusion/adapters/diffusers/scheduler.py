@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import sqrt
-from operator import is_not
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -61,6 +60,7 @@ class Accelerated:
     _told: tuple[str, ...] = ()
 
     config: Any
+    _internal_dict: Any
     timesteps: Tensor
     sigmas: Tensor
     begin_index: int | None
@@ -74,7 +74,12 @@ class Accelerated:
 
     def _sources(self) -> tuple[Any, ...]:
         """What the tables are made from: other objects, or other contents, make them anew."""
-        return self.sigmas, self.timesteps, self.config
+        return self.sigmas, self.timesteps, self._internal_dict
+
+    def _stale(self, tables: Tables) -> bool:
+        levels, timesteps, config = tables.sources
+        changed = levels is not self.sigmas or timesteps is not self.timesteps or config is not self._internal_dict
+        return changed or tables.version != version_of(levels)
 
     def _uncovered(self) -> str | None:
         """Why no step of this configuration can be fused, if it cannot."""
@@ -88,7 +93,7 @@ class Accelerated:
 
     def _prepare(self) -> Tables:
         sources, reason = self._sources(), self._uncovered()
-        tables = Tables(sources, _version(self), reason, self.timesteps.tolist(), self._host_levels())
+        tables = Tables(sources, version_of(sources[0]), reason, self.timesteps.tolist(), self._host_levels())
         if reason is None:
             self._fill(tables)
         else:
@@ -101,7 +106,7 @@ class Accelerated:
         tables = self._tables
         if traced():
             return None if tables is None or tables.reason is not None else tables
-        if tables is None or any(map(is_not, self._sources(), tables.sources)) or _version(self) != tables.version:
+        if tables is None or self._stale(tables):
             tables = self._prepare()
         if tables.reason is not None:
             return None
@@ -202,9 +207,8 @@ def _restore(original: Any) -> Any:
     return object.__new__(cls)
 
 
-def _version(scheduler: Accelerated) -> int:
-    """How often the schedule's levels were written to, where PyTorch counts that."""
-    levels = scheduler._sources()[0]
+def version_of(levels: Tensor) -> int:
+    """How often a tensor was written to, where PyTorch counts that."""
     return 0 if levels.is_inference() else levels._version
 
 
