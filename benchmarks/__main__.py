@@ -11,7 +11,7 @@ import click
 from tqdm import tqdm
 
 from benchmarks import overhead, report
-from benchmarks.cases import shape_of
+from benchmarks.cases import Shape, shape_of
 from benchmarks.isolation import measure_apart
 from benchmarks.measurement import DTYPES, Measurement, cores
 from benchmarks.registry import FAMILIES
@@ -32,6 +32,16 @@ def integers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
     if not all(x.isdecimal() and int(x) > 0 for x in items):
         raise click.BadParameter(f"expected positive integers separated by commas, got {value!r}")
     return tuple(int(x) for x in items)
+
+
+def shapes_given(_: click.Context, __: click.Parameter, value: str | None) -> tuple[Shape, ...] | None:
+    """Shapes as 1x4x64x64, separated by commas."""
+    if value is None:
+        return None
+    shapes = [tuple(int(n) if n.isdecimal() else 0 for n in item.strip().split("x")) for item in value.split(",")]
+    if not all(len(shape) > 1 and min(shape) > 0 for shape in shapes):
+        raise click.BadParameter(f"expected shapes like 1x4x64x64 separated by commas, got {value!r}")
+    return tuple(shapes)
 
 
 def names_among(choices: tuple[str, ...]) -> Callable[..., tuple[str, ...]]:
@@ -62,6 +72,7 @@ def chosen(families: tuple[str, ...], names: tuple[str, ...]) -> list[tuple[str,
 @click.argument("families", nargs=-1, type=click.Choice([*FAMILIES, OVERHEAD]))
 @click.option("--threads", callback=integers, help="Thread counts, as 1,2; default: 1 and all cores.")
 @click.option("--sizes", callback=integers, help="Elements per tensor, multiples of 3072, separated by commas.")
+@click.option("--shapes", callback=shapes_given, help="Shapes instead of sizes, as 1x4x64x64,16x4x128x128.")
 @click.option("--dtypes", callback=names_among(tuple(DTYPES)), help=f"Default: {','.join(DTYPES)}.")
 @click.option("--cases", callback=names_among(CASE_NAMES), help="Only these cases of the families.")
 @click.option("--compile/--no-compile", "compile_too", default=True, help="Whether to time torch.compile too.")
@@ -78,6 +89,7 @@ def main(
     families: tuple[str, ...],
     threads: tuple[int, ...] | None,
     sizes: tuple[int, ...] | None,
+    shapes: tuple[Shape, ...] | None,
     dtypes: tuple[str, ...],
     cases: tuple[str, ...],
     compile_too: bool,
@@ -94,7 +106,7 @@ def main(
         raise click.BadParameter("processor time says nothing of several threads", param_hint="--clock")
     effort = QUICK if quick else Effort()
     try:
-        shapes = [shape_of(elements) for elements in sizes]
+        shapes = shapes or tuple(shape_of(elements) for elements in sizes)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--sizes") from None
 

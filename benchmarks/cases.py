@@ -19,7 +19,8 @@ SAMPLE: Shape = (3, 32, 32)
 SEED = 1
 
 #: The error allowed, relative to the largest value: eager PyTorch rounds every intermediate result.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+STATE = torch.int64
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, STATE: 1e-9}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Case:
     ``reads`` and ``writes`` count the full tensors that any implementation has to read and write. Where
     ``noise`` is "added", ``eager`` takes the noise's function as ``draw``; where it is "alone", nothing but
     noise is returned. Where it ``trains``, the functions return a loss and are measured
-    with the backward pass down to the gradient of the first tensor. ``per_sample`` (B,) tensors follow the others.
+    with the backward pass down to the gradient of the first tensor. ``per_sample`` (B,) tensors follow the others, and
+    then ``states`` fixed-point states (int64), of which ``state_passes`` have to be read or written.
     """
 
     name: str
@@ -42,17 +44,20 @@ class Case:
     noise: Literal["none", "added", "alone"] = "none"
     trains: bool = False
     per_sample: int = 0
+    states: int = 0
+    state_passes: int = 0
 
     def least_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
         """Bytes that have to be read and written at least."""
-        return (self.reads + self.writes) * math.prod(shape) * dtype.itemsize
+        return math.prod(shape) * ((self.reads + self.writes) * dtype.itemsize + self.state_passes * STATE.itemsize)
 
     def inputs(self, shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
         """Seeded standard normal tensors."""
         generator = torch.Generator().manual_seed(SEED)
         tensors = [torch.randn(shape, generator=generator).to(device=device, dtype=dtype) for _ in range(self.tensors)]
         numbers = [torch.linspace(1.0 + k, 2.0 + k, shape[0], device=device) for k in range(self.per_sample)]
-        return [*tensors, *numbers]
+        states = [torch.randint(-(2**34), 2**34, shape, generator=generator).to(device) for _ in range(self.states)]
+        return [*tensors, *numbers, *states]
 
     def measured(self, function: Callable[..., Results]) -> Callable[..., Results | None]:
         """What is timed: the function itself, or for a loss a step that leaves the gradient and returns nothing."""

@@ -8,6 +8,14 @@ from bicm_kernels.ops.multistep import affine_step, bdia_inverse_step, bdia_step
 from bicm_kernels.ops.noise import NOISE_VERSION, add_noise, fold_in, noisy_pair, normal, uniform
 from bicm_kernels.ops.preconditioning import denoise, renoise, scale_input
 from bicm_kernels.ops.pseudo_huber import consistency_loss, pseudo_huber
+from bicm_kernels.ops.reversible import (
+    bdia_exact_inverse_step,
+    bdia_exact_step,
+    exact_affine_inverse_step,
+    exact_affine_step,
+    fixed_point_decode,
+    fixed_point_encode,
+)
 
 backend.start()
 
@@ -16,12 +24,18 @@ __all__ = [
     "add_noise",
     "affine_step",
     "backend",
+    "bdia_exact_inverse_step",
+    "bdia_exact_step",
     "bdia_inverse_step",
     "bdia_step",
     "consistency_loss",
     "ddim_step",
     "denoise",
     "denoised_step",
+    "exact_affine_inverse_step",
+    "exact_affine_step",
+    "fixed_point_decode",
+    "fixed_point_encode",
     "fold_in",
     "noisy_pair",
     "normal",

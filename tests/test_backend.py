@@ -305,7 +305,8 @@ def test_public_names_exist() -> None:
     assert bk.__all__ == sorted(bk.__all__, key=lambda name: (not name.isupper(), name))
     expected = (
         "affine_step denoised_step ddim_step bdia_step bdia_inverse_step normal uniform fold_in add_noise noisy_pair "
-        "scale_input denoise renoise pseudo_huber consistency_loss"
+        "scale_input denoise renoise pseudo_huber consistency_loss fixed_point_encode fixed_point_decode "
+        "exact_affine_step exact_affine_inverse_step bdia_exact_step bdia_exact_inverse_step"
     )
     assert {name for name, _ in public_functions()} == set(expected.split())
     for module in pkgutil.walk_packages([str(KERNELS / "reference"), str(KERNELS / "ops")]):

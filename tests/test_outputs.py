@@ -56,6 +56,13 @@ def test_out_of_a_step_without_next(same_bits: Bits) -> None:
         same_bits(actual, wanted)
 
 
+def test_out_of_an_empty_batch(each_backend: str) -> None:
+    z, outs = torch.empty(0, 3), tuple(torch.empty(0, 3) for _ in range(3))
+    assert bk.ddim_step(z, z, a=1.0, b=0.5, out=outs[0]) is outs[0]
+    results = bk.denoised_step([z], [1.0], [1.0], x0_weight=0.5, next_scale=2.0, out=outs)
+    assert all(result is out for result, out in zip(results, outs, strict=True))
+
+
 def test_out_may_interleave_with_an_input(each_backend: str, same_bits: Bits) -> None:
     memory = random(4, 6, 10, 2)
     slices = {

@@ -109,11 +109,18 @@ def noise_samples() -> dict[str, list[tuple[Any, ...]]]:
 SAMPLES = step_samples() | noise_samples()
 
 
-# Checked beside their values, in test_noisy_pair, test_preconditioning and test_pseudo_huber_derivatives.
+# Checked beside their values, in test_noisy_pair, test_preconditioning, test_pseudo_huber_derivatives and
+# test_reversible_calls.
 ELSEWHERE = [
+    "bdia_exact_inverse_step",
+    "bdia_exact_step",
     "consistency_loss",
     "denoise",
     "denoise_gradient",
+    "exact_affine_inverse_step",
+    "exact_affine_step",
+    "fixed_point_decode",
+    "fixed_point_encode",
     "noisy_pair",
     "pseudo_huber",
     "renoise",

@@ -23,10 +23,20 @@ from bicm_kernels.reference.noise import (
 )
 from bicm_kernels.reference.preconditioning import denoise, denoise_gradient, renoise, scale_input
 from bicm_kernels.reference.pseudo_huber import consistency_loss, pseudo_huber
+from bicm_kernels.reference.reversible import (
+    bdia_exact_inverse_step,
+    bdia_exact_step,
+    exact_affine_inverse_step,
+    exact_affine_step,
+    fixed_point_decode,
+    fixed_point_encode,
+)
 
 __all__ = [
     "add_noise",
     "affine_step",
+    "bdia_exact_inverse_step",
+    "bdia_exact_step",
     "bdia_inverse_step",
     "bdia_step",
     "consistency_loss",
@@ -34,6 +44,10 @@ __all__ = [
     "denoise",
     "denoise_gradient",
     "denoised_step",
+    "exact_affine_inverse_step",
+    "exact_affine_step",
+    "fixed_point_decode",
+    "fixed_point_encode",
     "fold_in",
     "fold_in_words",
     "noisy_pair",

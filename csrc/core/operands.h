@@ -6,7 +6,8 @@
 
 namespace bicm {
 
-enum class DType : int32_t { float16, bfloat16, float32, float64 };
+// The integers are fixed-point states and their buffers: only the reversible family takes them.
+enum class DType : int32_t { float16, bfloat16, float32, float64, int32, int64 };
 
 constexpr int kMaxDims = 8;   // of a sample, after adjacent dimensions were merged
 constexpr int kMaxTerms = 5;  // tensors of an affine map

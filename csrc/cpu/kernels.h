@@ -5,6 +5,7 @@
 #include "../core/multistep.h"
 #include "../core/noise.h"
 #include "../core/pseudo_huber.h"
+#include "../core/reversible.h"
 
 namespace bicm {
 
@@ -20,6 +21,8 @@ struct Kernels {
   void (*multistep)(const Multistep&, int64_t begin, int64_t end);
   void (*pseudo_huber)(const PseudoHuber&, int64_t begin, int64_t end);  // of partial sums; the others: of units
   void (*pseudo_huber_gradient)(const PseudoHuber&, int64_t begin, int64_t end);
+  void (*reversible)(const Reversible&, int64_t begin, int64_t end);
+  void (*fixed_point_decode)(const FixedPointDecode&, int64_t begin, int64_t end);
   void (*log)(const float* u, float* out, int64_t count);
   void (*cos_sin)(const float* u, float* cosine, float* sine, int64_t count);
   void (*philox)(int64_t seed, const uint32_t* counters, uint32_t* words, int64_t count);  // four words per counter

@@ -1,8 +1,8 @@
 // Sampler updates on one unit at a time: stage what does not lie ready, fold, round once, store.
 #include "../core/multistep.h"
 
+#include "blocks.h"
 #include "noise_block.h"
-#include "staging.h"
 
 BICM_NAMESPACE_BEGIN
 namespace {
@@ -40,6 +40,7 @@ struct Buffers {
   alignas(64) C conditional[kChunk + kPad];
   alignas(64) C out[kChunk + kPad];
   alignas(64) C x0[kChunk + kPad];
+  alignas(64) C next[kChunk + kPad];
   alignas(64) float noise[kChunk];
   int64_t weighed = -1;  // the sample whose weights these are: forming them costs as much as a hundred elements
   C weight[kMaxTerms];
@@ -101,31 +102,155 @@ void affine_unit(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
   if (!in_place) store_results(m, unit, out);
 }
 
-// Every result stays in a buffer until all inputs were read: the outputs may alias them.
+// What a step through the denoised sample reads and writes of one unit. Without clipping the bound is infinite.
+template <class C>
+struct Denoised {
+  const C *x0_weight, *weight;  // one per term
+  C weight_of_x0, bound, noise_weight, scale;
+  const float* noise;
+  C *x0, *out, *next;
+};
+
+// Exact aliasing of an output and an input is fine: each i is read, then written.
+template <class C, int K, bool Draws>
+void fold_denoised(const C* const* x, const Denoised<C>& d, int64_t count) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    C x0 = d.x0_weight[0] * x[0][i];
+    C y = d.weight[0] * x[0][i];
+    for (int k = 1; k < K; ++k) {
+      x0 = x0 + d.x0_weight[k] * x[k][i];
+      y = y + d.weight[k] * x[k][i];
+    }
+    x0 = clip_to(x0, d.bound);
+    y = y + d.weight_of_x0 * x0;
+    if (Draws) y = y + d.noise_weight * static_cast<C>(d.noise[i]);
+    d.x0[i] = x0;
+    d.out[i] = y;
+    d.next[i] = d.scale * y;
+  }
+}
+
+template <class C, bool Draws>
+void fold_denoised_terms(int terms, const C* const* x, const Denoised<C>& d, int64_t count) {
+  switch (terms) {
+    case 1: return fold_denoised<C, 1, Draws>(x, d, count);
+    case 2: return fold_denoised<C, 2, Draws>(x, d, count);
+    case 3: return fold_denoised<C, 3, Draws>(x, d, count);
+    case 4: return fold_denoised<C, 4, Draws>(x, d, count);
+    default: return fold_denoised<C, 5, Draws>(x, d, count);
+  }
+}
+
+// Where a unit's results are formed: in place, or in a buffer from which they are stored.
+template <class C>
+C* place_of(const Operand& to, const Unit& unit, C* buffer) {
+  const bool in_place = is_compute_type<C>(to) && !to.streams;
+  return in_place ? static_cast<C*>(to.data) + unit.sample * to.batch_stride + unit.begin : buffer;
+}
+
 template <class C>
 void denoised_unit(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
   const C* x[kMaxTerms];
-  C weight[kMaxTerms];
+  C x0_weight[kMaxTerms], weight[kMaxTerms];
   const C noise_weight = draw(m, unit, buffers);
   load_inputs(m, unit, buffers, x);
-  for (int k = 0; k < m.terms; ++k) weight[k] = load_number<C>(m.x0_coefficient[k], unit.sample);
-  C* x0 = buffers.x0;
-  fold_terms<C, false>(m.terms, x, weight, nullptr, C(0), x0, unit.count);
-  if (m.clips) {
-    const C bound = load_number<C>(m.clip, unit.sample);
-    for (int64_t i = 0; i < unit.count; ++i) x0[i] = clip_to(x0[i], bound);
-  }
+  for (int k = 0; k < m.terms; ++k) x0_weight[k] = load_number<C>(m.x0_coefficient[k], unit.sample);
   form_weights(m, unit.sample, weight);
-  C* out = buffers.out;
-  fold_terms<C, false>(m.terms, x, weight, nullptr, C(0), out, unit.count);
-  const C x0_weight = load_number<C>(m.x0_weight, unit.sample);
-  for (int64_t i = 0; i < unit.count; ++i) out[i] = out[i] + x0_weight * x0[i];
-  if (noise_weight != C(0)) {
-    for (int64_t i = 0; i < unit.count; ++i) out[i] = out[i] + noise_weight * static_cast<C>(buffers.noise[i]);
-  }
-  store_unit(m.layout, m.x0, unit, x0);
-  store_results(m, unit, out);
+  const C bound = m.clips ? load_number<C>(m.clip, unit.sample) : static_cast<C>(__builtin_inf());
+  const C scale = m.scales ? next_scale<C>(m, unit.sample) : C(1);
+  C* const x0 = place_of(m.x0, unit, buffers.x0);
+  C* const out = place_of(m.out, unit, buffers.out);
+  C* const next = m.scales ? place_of(m.next, unit, buffers.next) : buffers.next;
+  const Denoised<C> d = {
+      x0_weight, weight, load_number<C>(m.x0_weight, unit.sample), bound, noise_weight, scale, buffers.noise, x0,
+      out,       next};
+  (noise_weight != C(0) ? fold_denoised_terms<C, true> : fold_denoised_terms<C, false>)(m.terms, x, d, unit.count);
+  if (x0 == buffers.x0) store_unit(m.layout, m.x0, unit, x0);
+  if (out == buffers.out) store_unit(m.layout, m.out, unit, out);
+  if (m.scales && next == buffers.next) store_unit(m.layout, m.next, unit, next);
 }
+
+#if defined(BICM_VECTOR)
+
+// A state of halves among dense operands is widened in registers: staging would write and read twice its bytes.
+bool in_registers(const Multistep& m) {
+  bool runs = is_run(m.out) && m.out.dtype != DType::float32 && (!m.guided || is_run(m.conditional));
+  for (int k = 0; k < m.terms; ++k) runs = runs && is_run(m.input[k]);
+  if (m.denoises) runs = runs && is_run(m.x0);
+  if (m.scales) runs = runs && is_run(m.next);
+  return runs;
+}
+
+// The same operations as in affine_unit and denoised_unit, for whole blocks. Returns how many elements it did.
+int64_t fold_runs(const Multistep& m, const Unit& unit, Buffers<float>& buffers) {
+  Run input[kMaxTerms], conditional = {};
+  const Run out = target_of(m.out, unit, buffers.out);
+  const Run x0 = m.denoises ? target_of(m.x0, unit, buffers.x0) : out;
+  const Run next = m.scales ? target_of(m.next, unit, buffers.next) : out;
+  for (int k = 0; k < m.terms; ++k) input[k] = run_of(m.input[k], unit);
+  if (m.guided) conditional = run_of(m.conditional, unit);
+  const float guidance = m.guided ? load_number<float>(m.guidance_scale, unit.sample) : 0.0f;
+  const float noise_weight = draw(m, unit, buffers);
+  float weight[kMaxTerms], x0_weight[kMaxTerms] = {};
+  form_weights(m, unit.sample, weight);
+  for (int k = 0; m.denoises && k < m.terms; ++k) x0_weight[k] = load_number<float>(m.x0_coefficient[k], unit.sample);
+  const float weight_of_x0 = m.denoises ? load_number<float>(m.x0_weight, unit.sample) : 0.0f;
+  const float bound = m.clips ? load_number<float>(m.clip, unit.sample) : __builtin_inff();
+  const float scale = m.scales ? next_scale<float>(m, unit.sample) : 1.0f;
+
+  int64_t i = 0;
+  for (; i + kBlock <= unit.count; i += kBlock) {
+    Block y = {}, clean = {};
+    for (int k = 0; k < m.terms; ++k) {
+      Block x = load_block(input[k].data, input[k].dtype, i);
+      if (m.guided && k == m.terms - 1) {
+        const Block c = load_block(conditional.data, conditional.dtype, i);
+        x = each_part([&](int j) { return guide(x.part[j], c.part[j], Floats{} + guidance); });
+      }
+      const Block last = y, last_clean = clean;
+      y = each_part([&](int j) { return k ? last.part[j] + weight[k] * x.part[j] : weight[k] * x.part[j]; });
+      if (!m.denoises) continue;
+      clean = each_part(
+          [&](int j) { return k ? last_clean.part[j] + x0_weight[k] * x.part[j] : x0_weight[k] * x.part[j]; });
+    }
+    if (m.denoises) {
+      clean = each_part([&](int j) { return clip_to(clean.part[j], Floats{} + bound); });
+      y = each_part([&](int j) { return y.part[j] + weight_of_x0 * clean.part[j]; });
+    }
+    if (noise_weight != 0.0f) {
+      y = each_part(
+          [&](int j) { return y.part[j] + noise_weight * load_vector<Floats>(buffers.noise + i + j * kLanes); });
+    }
+    if (m.denoises) store_block(clean, x0.data, x0.dtype, i);
+    store_block(y, out.data, out.dtype, i);
+    if (!m.scales) continue;
+    y = each_part([&](int j) { return scale * y.part[j]; });
+    store_block(y, next.data, next.dtype, i);
+  }
+  finish_run(m.out, unit, out, i);
+  if (m.denoises) finish_run(m.x0, unit, x0, i);
+  if (m.scales) finish_run(m.next, unit, next, i);
+  return i;
+}
+
+// How much of a unit is done without staging it.
+template <class C>
+int64_t fold_in_registers(const Multistep& m, const Unit& unit, Buffers<C>& buffers, bool registers) {
+  if constexpr (Same<C, float>::value) return registers ? fold_runs(m, unit, buffers) : 0;
+  return 0;
+}
+
+#else
+
+bool in_registers(const Multistep&) { return false; }
+
+template <class C>
+int64_t fold_in_registers(const Multistep&, const Unit&, Buffers<C>&, bool) {
+  return 0;
+}
+
+#endif
 
 // Elements `done` to `done + width` of a unit, or of what follows it in the sample.
 Unit part_of(const Layout& layout, const Unit& unit, int64_t done, int64_t width) {
@@ -149,9 +274,11 @@ void run(const Multistep& m, int64_t begin, int64_t end) {
   bool staged = m.guided || m.denoises;
   for (int k = 0; k < m.terms; ++k) staged = staged || !is_compute_type<C>(m.input[k]);
   const int64_t width = m.draws || !staged ? kChunk : kChunk / 2;
+  const bool registers = in_registers(m);
   for (int64_t i = begin; i < end; ++i) {
     const Unit unit = unit_at(m.layout, i);
-    for (int64_t done = 0; done < unit.count; done += width) {
+    int64_t done = fold_in_registers(m, unit, buffers, registers);
+    for (; done < unit.count; done += width) {
       const Unit part = part_of(m.layout, unit, done, width);
       const Unit next = part_of(m.layout, unit, done + width, width);
       if (next.count > 0) prefetch_staged<C>(m, next);

@@ -21,6 +21,8 @@ BICM_HD Unit unit_at(const Layout& layout, int64_t unit) {
 
 BICM_HD float widen(float x) { return x; }
 BICM_HD double widen(double x) { return x; }
+BICM_HD int64_t widen(int32_t x) { return x; }
+BICM_HD int64_t widen(int64_t x) { return x; }
 
 struct Half {
   uint16_t bits;
@@ -153,10 +155,20 @@ BICM_HD bool is_compute_type(const Operand& x) {
   return x.dense && x.dtype == (Same<C, double>::value ? DType::float64 : DType::float32);
 }
 
+BICM_HD int64_t size_in_memory(DType dtype) {
+  switch (dtype) {
+    case DType::float64:
+    case DType::int64: return 8;
+    case DType::float32:
+    case DType::int32: return 4;
+    default: return 2;
+  }
+}
+
 // Asks for a unit's memory ahead of time, so that it arrives while noise is computed.
 inline void prefetch_unit(const Operand& x, const Unit& unit) {
   if (!x.dense) return;
-  const int64_t size = x.dtype == DType::float64 ? 8 : (x.dtype == DType::float32 ? 4 : 2);
+  const int64_t size = size_in_memory(x.dtype);
   const char* data = static_cast<const char*>(x.data) + (unit.sample * x.batch_stride + unit.begin) * size;
   for (int64_t i = 0; i < unit.count * size; i += 64) __builtin_prefetch(data + i, 0, 2);
 }

@@ -31,6 +31,8 @@ struct Cpu {
   static void run(const struct NoisyPair& problem, const Tensor&);
   static void sums(struct PseudoHuber& problem, const Tensor& loss, const Tensor& sums);
   static void gradients(const struct PseudoHuber& problem, const Tensor&);
+  static void run(const struct Reversible& problem, const Tensor&);
+  static void run(const struct FixedPointDecode& problem, const Tensor&);
   static void fold_in(const Integer& seed, const Integer& data, const Tensor& out);
 };
 

@@ -68,7 +68,7 @@ class Step {
     for (int out = inputs_; out < used_; ++out) {
       STD_TORCH_CHECK(!overlaps_itself(storage_[out]), "bicm_kernels: out overlaps itself");
       for (int in = 0; in < out; ++in) {
-        const bool same = in >= inputs_ && storage_[in].data == storage_[out].data;
+        const bool same = in >= inputs_ && storage_[in].data == storage_[out].data && storage_[out].data != nullptr;
         STD_TORCH_CHECK(!same && may_alias(storage_[out], storage_[in]), "bicm_kernels: out overlaps a tensor");
       }
     }

@@ -13,21 +13,26 @@ namespace bicm {
 
 using torch::stable::Tensor;
 
-inline DType dtype_of(const Tensor& tensor) {
+// Integers are asked for by name: most ops have no use for them.
+enum class Kinds { floating, integers_too };
+
+inline DType dtype_of(const Tensor& tensor, Kinds kinds = Kinds::floating) {
   static const int32_t codes[] = {aoti_torch_dtype_float16(), aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float32(),
-                                  aoti_torch_dtype_float64()};
+                                  aoti_torch_dtype_float64(), aoti_torch_dtype_int32(),    aoti_torch_dtype_int64()};
   int32_t code;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < (kinds == Kinds::floating ? 4 : 6); ++i) {
     if (codes[i] == code) return static_cast<DType>(i);
   }
-  STD_TORCH_CHECK(false, "bicm_kernels: expected a float16, bfloat16, float32 or float64 tensor");
+  STD_TORCH_CHECK(false, "bicm_kernels: expected a tensor of another dtype");
 }
 
 inline int64_t size_of(DType dtype) {
   switch (dtype) {
-    case DType::float32: return 4;
-    case DType::float64: return 8;
+    case DType::float32:
+    case DType::int32: return 4;
+    case DType::float64:
+    case DType::int64: return 8;
     default: return 2;
   }
 }
@@ -48,11 +53,11 @@ struct View {
   int32_t device;
 };
 
-inline View view_of(const Tensor& tensor) {
+inline View view_of(const Tensor& tensor, Kinds kinds = Kinds::floating) {
   int64_t *sizes, *strides;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
-  return {tensor.data_ptr(), sizes, strides, tensor.dim(), dtype_of(tensor), device_of(tensor)};
+  return {tensor.data_ptr(), sizes, strides, tensor.dim(), dtype_of(tensor, kinds), device_of(tensor)};
 }
 
 inline bool same_sizes(const View& a, const View& b) {

@@ -1,4 +1,4 @@
-"""Commands of the digits example: `python -m bicm_diffusion.digits train-denoiser` and `… demo`."""
+"""Commands of the digits example: `python -m bicm_diffusion.digits train-denoiser`, `… demo` and `… edit`."""
 
 from __future__ import annotations
 
@@ -120,6 +120,24 @@ def demo(output: Path, weights: Path, steps: int, seed: int, threads: int) -> No
     # Layers this small gain nothing from a second thread, and on a busy machine the two wait for each other.
     torch.set_num_threads(threads)
     run_demo(output, weights=weights, steps=steps, seed=seed, console=Console(highlight=False))
+
+
+@main.command("edit")
+@click.option(
+    "--output",
+    default=Path("edit.png"),
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Picture to write.",
+)
+@click.option("--weights", default=WEIGHTS, type=click.Path(dir_okay=False, path_type=Path), help="Weights to load.")
+@click.option("--steps", default=50, type=click.IntRange(2), help="Steps between data and noise.")
+@click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
+def edit_digits(output: Path, weights: Path, steps: int, threads: int) -> None:
+    """Give real digits another class by every method, draw what became of them and print what round trips lose."""
+    from bicm_diffusion.digits.demo import real_digits, run_edits
+
+    torch.set_num_threads(threads)
+    run_edits(real_digits(), output, weights=weights, steps=steps, console=Console(highlight=False))
 
 
 def command_line(arguments: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""The demo: real digits to noise and back, new digits from noise, one picture and three tables."""
+"""The demo: real digits to noise and back, new digits from noise, one picture and four tables."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bicm_diffusion.digits.data import CLASSES, Digits, load_split, one_per_class
+from bicm_diffusion.digits.editing import EDITORS, edit, edit_table, round_trip_table, save_edits, targets_of
 from bicm_diffusion.digits.measurements import (
     GUIDANCE_SCALE,
     METHODS,
@@ -52,6 +53,8 @@ def run_demo(output: Path, *, weights: Path, steps: int, seed: int, console: Con
         for method in METHODS:
             status.update(f"new digits from noise: {method.name}")
             samples.append(draw(method, network, noise, labels, schedule))
+        status.update("giving real digits another class")
+        edits = [edit(method, network, real, targets_of(real), schedule) for method in EDITORS]
         status.update("timing the step ops")
         timings = [t for shape, repeats in TIMED_SHAPES.items() for t in time_steps(shape, schedule, repeats=repeats)]
         status.update("drawing the picture")
@@ -60,7 +63,25 @@ def run_demo(output: Path, *, weights: Path, steps: int, seed: int, console: Con
         save_picture(panels, output)
     console.print(reconstruction_table(results, schedule, len(real.images)))
     console.print(sample_table(samples, labels))
+    console.print(edit_table(edits, real, schedule))
     console.print(timing_table(timings))
+    console.print(f"picture: {output}", soft_wrap=True)
+
+
+def run_edits(real: Digits, output: Path, *, weights: Path, steps: int, console: Console) -> None:
+    """Give digits another class by every method, write the picture to `output` and print what round trips lose.
+
+    Raises FileNotFoundError where the weights are missing.
+    """
+    schedule = vp_schedule(steps)
+    with console.status("giving real digits another class") as status:
+        networks = {dtype: load_denoiser(weights, dtype=dtype) for dtype in (torch.float64, torch.float32)}
+        edits = [edit(method, networks[torch.float32], real, targets_of(real), schedule) for method in EDITORS]
+        save_edits(edits, real, output)
+        status.update("round trips by every method")
+        ten = Digits(real.images[:CLASSES], real.labels[:CLASSES])
+        tables = [round_trip_table(networks, ten, schedule, from_noise=from_noise) for from_noise in (True, False)]
+    console.print(edit_table(edits, real, schedule), *tables, sep="\n")
     console.print(f"picture: {output}", soft_wrap=True)
 
 

@@ -1,7 +1,34 @@
-"""Samplers and their inversions, one module per method; `loop` documents the arguments that all of them share."""
+"""Samplers and their inversions, one module per method; `loop.Options` documents the arguments that they share."""
 
-from bicm_diffusion.samplers.bdia import StatePair, bdia_invert, bdia_sample
+from bicm_diffusion.samplers.bdia import bdia_edit, bdia_invert, bdia_sample
 from bicm_diffusion.samplers.ddim import ddim_invert, ddim_sample
-from bicm_diffusion.samplers.loop import StepInfo
+from bicm_diffusion.samplers.edict import ExactTwins, TwinPair, edict_invert, edict_sample
+from bicm_diffusion.samplers.edm import edm_sample
+from bicm_diffusion.samplers.exact import ExactPair, InexactInversionWarning, StatePair
+from bicm_diffusion.samplers.loop import Options, StepInfo
+from bicm_diffusion.samplers.obelm import obelm_invert, obelm_sample
+from bicm_diffusion.samplers.prediction import Preconditioned
+from bicm_diffusion.samplers.sign import sign_masked, sign_recursive
 
-__all__ = ["StatePair", "StepInfo", "bdia_invert", "bdia_sample", "ddim_invert", "ddim_sample"]
+__all__ = [
+    "ExactPair",
+    "ExactTwins",
+    "InexactInversionWarning",
+    "Options",
+    "Preconditioned",
+    "StatePair",
+    "StepInfo",
+    "TwinPair",
+    "bdia_edit",
+    "bdia_invert",
+    "bdia_sample",
+    "ddim_invert",
+    "ddim_sample",
+    "edict_invert",
+    "edict_sample",
+    "edm_sample",
+    "obelm_invert",
+    "obelm_sample",
+    "sign_masked",
+    "sign_recursive",
+]

@@ -1,134 +1,220 @@
-"""BDIA-DDIM both ways: two states make the trajectory retraceable, sample to noise and back."""
+"""BDIA both ways: two states make the trajectory retraceable, sample to noise and back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from bicm_diffusion.samplers.ddim import ddim_inverse_step
-from bicm_diffusion.samplers.loop import Callback, Model, indices, predict, report
+from bicm_diffusion.samplers.edm import Steps
+from bicm_diffusion.samplers.exact import ExactPair, Factor, Ratio, StatePair, rational, rounded, value, warn_of_loss
+from bicm_diffusion.samplers.loop import Loop, Model, Options, Output, Row, transfer
+from bicm_diffusion.samplers.pairs import DOWN, UP, Method, State, first_tensor, run
+from bicm_diffusion.samplers.prediction import Level, Number, Prediction, folded, read
 from bicm_diffusion.schedules import Schedule
-from bicm_kernels import bdia_inverse_step, bdia_step, ddim_step
+from bicm_kernels import affine_step
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-class StatePair(NamedTuple):
-    """Two neighbouring states of a BDIA trajectory: where it stands, and where it stood one index earlier.
-
-    BDIA carries two states, so a trajectory can be retraced exactly only from both.
-    """
-
-    z: Tensor
-    previous: Tensor
+Increments = Literal["euler", "heun"]
 
 
 @torch.no_grad()
 def bdia_sample(
     model: Model,
-    z: Tensor | StatePair,
+    z: State,
     schedule: Schedule,
     *,
-    gamma: float | Tensor = 1.0,
-    guidance_scale: float | Tensor | None = None,
-    extra_args: Mapping[str, Any] | None = None,
-    callback: Callback | None = None,
-    progress: bool = False,
-) -> StatePair:
-    """Return (z_0, z_1) by BDIA-DDIM (BDIA eq. 24), from z_N or the pair (z_N, z_{N-1}) of `bdia_invert`.
+    gamma: Factor = 1.0,
+    increments: Increments = "euler",
+    exact: bool = True,
+    **options: Unpack[Options],
+) -> StatePair | ExactPair:
+    """Return (z_0, z_1) by BDIA (BDIA eq. 23), from z_N or from the pair (z_N, z_{N-1}) of `bdia_invert`.
 
-    z: (B, …), any floating dtype; from z_N alone the first step is DDIM. gamma: a float or (B,), in [0, 1];
-    0 is DDIM. Takes N evaluations of the model, N - 1 from a pair.
-    `bdia_invert` of the returned pair retraces the trajectory to z_N, up to rounding.
-    Raises ValueError where the states of a pair differ in shape or dtype.
+    z: (B, …), any floating dtype; from z_N alone the first step is DDIM's, or Heun's. gamma in [0, 1]: a float, (B,)
+    floats, a Fraction or (n, m); 0 is DDIM, or Heun's method. increments: "euler" is BDIA-DDIM (eq. 24), and on a
+    schedule with alpha = 1 BDIA on EDM's sampler, of order 2 at gamma = 1 and N evaluations of the model; "heun" is of
+    order 2 for every gamma and takes three evaluations a step (Euler's increments at sigma_0 = 0).
+    exact: integer states and gamma the nearest n/m with m up to 1024, an `ExactPair` from which `bdia_invert` returns
+    z_N to the bit; False keeps floats, a `StatePair` whose way back rounds.
+    options: those of every sampler, see `Options`.
+    Raises ValueError where an argument is out of range or the states of a pair do not fit together, and OverflowError
+    where an exact state left its range.
 
     >>> from bicm_diffusion import vp_schedule
     >>> bdia_sample(lambda z, times: z, torch.ones(1, 2), vp_schedule(4)).z.shape
     torch.Size([1, 2])
     """
-    top = schedule.steps
-    if isinstance(z, StatePair):
-        last, current, start = z.z, z.previous, top - 1
-        _check_pair(last, current)
-    else:
-        last, current, start = z, z, top
-    for i in indices(range(start, 0, -1), progress):
-        eps = predict(model, current, schedule, i, extra_args)
-        if i == top:
-            following = ddim_step(current, eps, a=schedule.a[i], b=schedule.b[i], guidance_scale=guidance_scale)
-        else:
-            following = bdia_step(
-                last,
-                current,
-                eps,
-                **_bdia_coefficients(schedule, i),
-                gamma=gamma,
-                guidance_scale=guidance_scale,
-            )
-        last, current = current, following
-        report(callback, i - 1, current, eps)
-    return StatePair(current, last)
+    _check_gamma(gamma, lowest=0.0)
+    factor = rational("gamma", gamma) if exact else rounded(value(gamma), first_tensor(z).dtype)
+    method = _method(model, z, schedule, factor, increments, options)
+    return run(method, z, DOWN, exact)
 
 
 @torch.no_grad()
 def bdia_invert(
     model: Model,
-    z: Tensor | StatePair,
+    z: State,
     schedule: Schedule,
     *,
-    gamma: float | Tensor = 1.0,
-    guidance_scale: float | Tensor | None = None,
-    extra_args: Mapping[str, Any] | None = None,
-    callback: Callback | None = None,
-    progress: bool = False,
-) -> StatePair:
-    """Return (z_N, z_{N-1}) by BDIA-DDIM inversion (BDIA eq. 28), from z_0 or `bdia_sample`'s (z_0, z_1).
+    gamma: Factor = 1.0,
+    increments: Increments = "euler",
+    exact: bool = True,
+    **options: Unpack[Options],
+) -> StatePair | ExactPair:
+    """Return (z_N, z_{N-1}) by BDIA's inversion (BDIA eq. 28), from z_0 or from `bdia_sample`'s (z_0, z_1).
 
     z: (B, …), any floating dtype; a real image z_0 alone gets its z_1 by DDIM inversion with eps(z_0, 1).
-    gamma: a float or (B,), in (0, 1]; rounding errors grow like gamma^-N. Takes N evaluations of the model,
-    N - 1 from a pair. `bdia_sample` of the returned pair retraces the trajectory to z_0, up to rounding.
-    Raises ValueError where the states of a pair differ in shape or dtype.
+    gamma in (0, 1], increments, exact and options: as for `bdia_sample`, of whose pair this is the inverse, to the bit
+    where it is exact; floats lose about N·eps·gamma^-N, with a warning where that can be seen.
+    Raises ValueError where an argument is out of range or the states of a pair do not fit together, and OverflowError
+    where an exact state left its range.
 
     >>> from bicm_diffusion import vp_schedule
     >>> bdia_invert(lambda z, times: z, torch.ones(1, 2), vp_schedule(4)).z.shape
     torch.Size([1, 2])
     """
-    if isinstance(z, StatePair):
-        following, current, start = z.z, z.previous, 1
-        _check_pair(following, current)
+    _check_gamma(gamma, lowest=None)
+    if exact:
+        factor: Factor = rational("gamma", gamma)
     else:
-        following, current, start = z, z, 0
-    for i in indices(range(start, schedule.steps), progress):
-        eps = predict(model, current, schedule, max(i, 1), extra_args)
-        if i == 0:
-            last = ddim_inverse_step(current, eps, schedule, 1, guidance_scale)
-        else:
-            last = bdia_inverse_step(
-                following,
-                current,
-                eps,
-                **_bdia_coefficients(schedule, i),
-                gamma=gamma,
-                guidance_scale=guidance_scale,
-            )
-        following, current = current, last
-        report(callback, i + 1, current, eps)
-    return StatePair(current, following)
+        warn_of_loss("BDIA", schedule.steps, value(gamma) ** -schedule.steps, first_tensor(z).dtype)
+        # What the step multiplies by is 1/gamma: rounded before the other weights are made from it.
+        factor = 1.0 / rounded(1.0 / value(gamma), first_tensor(z).dtype)
+    method = _method(model, z, schedule, factor, increments, options)
+    return run(method, z, UP, exact)
 
 
-class _Coefficients(TypedDict):
-    a: float
-    b: float
-    a_last: float
-    b_last: float
+@torch.no_grad()
+def bdia_edit(
+    model: Model,
+    z: State,
+    schedule: Schedule,
+    *,
+    source: Mapping[str, Any],
+    target: Mapping[str, Any],
+    gamma: Factor = 1.0,
+    increments: Increments = "euler",
+    exact: bool = True,
+    **options: Unpack[Options],
+) -> StatePair | ExactPair:
+    """Return (z_0, z_1) of an edited image: inverted under one condition, sampled under another (BDIA Alg. 2).
+
+    z: the image z_0, (B, …), or a pair. source, target: keyword arguments of the model on the way up and on the way
+    down, beside those in extra_args; equal ones return the image itself, to the bit where it is exact. The rest: as
+    for `bdia_sample`; a smaller gamma keeps the result nearer to the image.
+    Raises ValueError and OverflowError as `bdia_sample` does.
+
+    >>> from bicm_diffusion import vp_schedule
+    >>> def model(z, times, label): return label * z
+    >>> image, schedule = torch.ones(1, 2), vp_schedule(4)
+    >>> torch.equal(bdia_edit(model, image, schedule, source={"label": 1}, target={"label": 1}).z, image)
+    True
+    """
+    shared = options.pop("extra_args", None) or {}
+    up_options: Options = {**options, "extra_args": {**shared, **source}}
+    down_options: Options = {**options, "extra_args": {**shared, **target}}
+    latent = bdia_invert(model, z, schedule, gamma=gamma, increments=increments, exact=exact, **up_options)
+    return bdia_sample(model, latent, schedule, gamma=gamma, increments=increments, exact=exact, **down_options)
 
 
-def _bdia_coefficients(schedule: Schedule, i: int) -> _Coefficients:
-    return {"a": schedule.a[i], "b": schedule.b[i], "a_last": schedule.a[i + 1], "b_last": schedule.b[i + 1]}
+def _check_gamma(gamma: Factor, lowest: float | None) -> None:
+    factor = value(gamma)
+    if isinstance(factor, Tensor):
+        return
+    if not (factor > 0.0 or factor == lowest) or factor > 1.0:
+        raise ValueError(f"gamma: expected a value in {'(' if lowest is None else '['}0, 1], got {gamma}")
 
 
-def _check_pair(z: Tensor, other: Tensor) -> None:
-    if z.shape != other.shape or z.dtype != other.dtype:
-        given = f"{tuple(z.shape)} {z.dtype} and {tuple(other.shape)} {other.dtype}"
-        raise ValueError(f"z: expected a pair of one shape and dtype, got {given}")
+def _method(
+    model: Model, z: State, schedule: Schedule, gamma: Factor, increments: Increments, options: Options
+) -> _Euler:
+    if increments not in _METHODS:
+        raise ValueError(f"increments: expected one of {', '.join(map(repr, _METHODS))}, got {increments!r}")
+    return _METHODS[increments](Loop(model, first_tensor(z), schedule, **options), gamma)
+
+
+class _Euler(Method):
+    """BDIA-DDIM: Euler's increments in DDIM's variables."""
+
+    def __init__(self, loop: Loop, gamma: Factor) -> None:
+        super().__init__(loop)
+        self.gamma, self.fraction = value(gamma), gamma if isinstance(gamma, tuple) else (1, 1)
+        self.rows = loop.rows(euler_weights, range(1, loop.schedule.steps), (-1, 0, 1), self.gamma)
+
+    def ratio(self, _: int) -> tuple[Number, Ratio]:
+        return self.gamma, self.fraction
+
+    def terms(self, i: int, z: Tensor, scaled: Tensor | None) -> tuple[list[Any], Row, Output]:
+        output = self.loop.evaluate(i, z, scaled)
+        return [output], self.rows[i], output
+
+
+class _Heun(_Euler):
+    """BDIA on EDM's sampler: Heun's increments on both sides, so that every gamma has order 2."""
+
+    def __init__(self, loop: Loop, gamma: Factor) -> None:
+        super().__init__(loop, gamma)
+        self.lowest = 2 if loop.schedule.clean else 1
+        inner = range(self.lowest, loop.schedule.steps)
+        self.predictor_rows = loop.rows(_predictors, inner, (-1, 0, 1))
+        self.heun_rows = loop.rows(_heun, inner, (-1, 0, 1), self.gamma)
+
+    def terms(self, i: int, z: Tensor, scaled: Tensor | None) -> tuple[list[Any], Row, Output]:
+        if i < self.lowest:
+            return super().terms(i, z, scaled)
+        output = self.loop.evaluate(i, z, scaled)
+        row, found = self.predictor_rows[i], []
+        for there, weights in ((i - 1, row[:2]), (i + 1, row[2:])):
+            predicted, scaled = self.loop.advance([z, output], weights, then=there)
+            found.append(self.loop.evaluate(there, predicted, scaled))
+        below, above = found
+        return [self._guided(output), self._guided(below), above], self.heun_rows[i], output
+
+    def first_down(self, z: Tensor) -> tuple[Tensor, Output]:
+        top = self.loop.schedule.steps
+        z, _, output = Steps(self.loop, True, (1.0,) * (top + 1), range(top, top + 1)).step(top, z)
+        return z, output
+
+    def _guided(self, output: Output) -> Tensor:
+        # A step takes one pair of outputs only.
+        if isinstance(output, Tensor):
+            return output
+        return affine_step([output], [1.0], guidance_scale=self.loop.guidance_scale)
+
+
+_METHODS: dict[str, type[_Euler]] = {"euler": _Euler, "heun": _Heun}
+
+
+def euler_weights(prediction: Prediction, below: Level, here: Level, above: Level, gamma: Number) -> Row:
+    """Weights of z_i and of the output at z_i in z_{i-1} - gamma·z_{i+1}."""
+    (a, b), (c, d) = transfer(here, below), transfer(here, above)
+    return folded(read(prediction, here), a - gamma * c, b - gamma * d)
+
+
+def _predictors(prediction: Prediction, below: Level, here: Level, above: Level) -> Row:
+    reading = read(prediction, here)
+    return *folded(reading, *transfer(here, below)), *folded(reading, *transfer(here, above))
+
+
+def _heun(prediction: Prediction, below: Level, here: Level, above: Level, gamma: Number) -> Row:
+    """Weights of z_i and of the outputs at z_i and at the two predicted states in z_{i-1} - gamma·z_{i+1}."""
+    (z_down, eps_down, output_down), (z_up, eps_up, output_up) = (
+        _trapezoid(prediction, here, there) for there in (below, above)
+    )
+    z, output = folded(read(prediction, here), z_down - gamma * z_up, eps_down - gamma * eps_up)
+    return z, output, output_down, -gamma * output_up
+
+
+def _trapezoid(prediction: Prediction, here: Level, there: Level) -> tuple[Number, Number, Number]:
+    """Weights of z, eps and the output at the predicted state in Heun's step a·z + b·(eps + eps')/2."""
+    a, b = transfer(here, there)
+    reading, half = read(prediction, there), b / 2
+    if reading.of_state is None:
+        return a, half, half * reading.of_output
+    seen = half * reading.of_state
+    return a + seen * a, half + seen * b, half * reading.of_output

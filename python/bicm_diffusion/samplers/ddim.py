@@ -2,72 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from bicm_diffusion.samplers.loop import Callback, Model, Prediction, indices, predict, report
+from bicm_diffusion.samplers.loop import Loop, Model, Options, Row, transfer
+from bicm_diffusion.samplers.prediction import Level, Prediction, folded, read
 from bicm_diffusion.schedules import Schedule
-from bicm_kernels import ddim_step
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @torch.no_grad()
-def ddim_sample(
-    model: Model,
-    z: Tensor,
-    schedule: Schedule,
-    *,
-    guidance_scale: float | Tensor | None = None,
-    extra_args: Mapping[str, Any] | None = None,
-    callback: Callback | None = None,
-    progress: bool = False,
-) -> Tensor:
+def ddim_sample(model: Model, z: Tensor, schedule: Schedule, **options: Unpack[Options]) -> Tensor:
     """Return z_0 from z = z_N by DDIM, z_{i-1} = a_i·z_i + b_i·eps(z_i, i) (BDIA eq. 6).
 
-    z: (B, …), any floating dtype; the result has its shape and dtype. Takes N evaluations of the model.
+    z: (B, …), any floating dtype; the result has its shape and dtype. Takes N evaluations of the model, told of
+    `schedule.times`; options: those of every sampler, see `Options`. Where alpha is 1 this is Euler's method.
+    Raises ValueError for an unknown prediction.
 
     >>> from bicm_diffusion import vp_schedule
     >>> ddim_sample(lambda z, times: z, torch.ones(1, 2), vp_schedule(4)).shape
     torch.Size([1, 2])
     """
-    for i in indices(range(schedule.steps, 0, -1), progress):
-        eps = predict(model, z, schedule, i, extra_args)
-        z = ddim_step(z, eps, a=schedule.a[i], b=schedule.b[i], guidance_scale=guidance_scale)
-        report(callback, i - 1, z, eps)
+    loop, scaled = Loop(model, z, schedule, **options), None
+    rows = loop.rows(down, range(1, schedule.steps + 1), (-1, 0))
+    for i in loop.steps(range(schedule.steps, 0, -1)):
+        output = loop.evaluate(i, z, scaled)
+        z, scaled = loop.advance([z, output], rows[i], then=i - 1 if i > 1 else None)
+        loop.report(i - 1, z, output)
     return z
 
 
 @torch.no_grad()
-def ddim_invert(
-    model: Model,
-    z: Tensor,
-    schedule: Schedule,
-    *,
-    guidance_scale: float | Tensor | None = None,
-    extra_args: Mapping[str, Any] | None = None,
-    callback: Callback | None = None,
-    progress: bool = False,
-) -> Tensor:
-    """Return about z_N from z = z_0 by DDIM inversion, z_i = (z_{i-1} - b_i·eps(z_{i-1}, i))/a_i (eq. 8).
+def ddim_invert(model: Model, z: Tensor, schedule: Schedule, **options: Unpack[Options]) -> Tensor:
+    """Return about z_N from z = z_0 by DDIM inversion, z_i = (z_{i-1} - b_i·eps(z_{i-1}, i))/a_i (BDIA eq. 8).
 
-    z: (B, …), any floating dtype; the result has its shape and dtype. Takes N evaluations of the model.
+    z: (B, …), any floating dtype; the result has its shape and dtype. Takes N evaluations of the model, told of
+    `schedule.times`; options: those of every sampler, see `Options`.
     It is not exact: the noise in z_i is taken to be the noise in z_{i-1}.
+    Raises ValueError for an unknown prediction.
 
     >>> from bicm_diffusion import vp_schedule
     >>> ddim_invert(lambda z, times: z, torch.ones(1, 2), vp_schedule(4)).shape
     torch.Size([1, 2])
     """
-    for i in indices(range(1, schedule.steps + 1), progress):
-        eps = predict(model, z, schedule, i, extra_args)
-        z = ddim_inverse_step(z, eps, schedule, i, guidance_scale)
-        report(callback, i, z, eps)
+    loop, scaled = Loop(model, z, schedule, **options), None
+    rows = loop.rows(up, range(1, schedule.steps + 1), (-1, 0))
+    for i in loop.steps(range(1, schedule.steps + 1)):
+        output = loop.evaluate(i, z, scaled)
+        z, scaled = loop.advance([z, output], rows[i], then=i + 1 if i < schedule.steps else None)
+        loop.report(i, z, output)
     return z
 
 
-def ddim_inverse_step(
-    z: Tensor, eps: Prediction, schedule: Schedule, i: int, guidance_scale: float | Tensor | None
-) -> Tensor:
-    a, b = 1.0 / schedule.a[i], -schedule.b[i] / schedule.a[i]
-    return ddim_step(z, eps, a=a, b=b, guidance_scale=guidance_scale)
+def down(prediction: Prediction, below: Level, here: Level) -> Row:
+    """Weights of z_i and the output at z_i in z_{i-1}."""
+    return folded(read(prediction, here), *transfer(here, below))
+
+
+def up(prediction: Prediction, below: Level, here: Level) -> Row:
+    """Weights of z_{i-1} and the output there in z_i; the model takes z_{i-1} for z_i."""
+    return folded(read(prediction, here), *transfer(below, here))

@@ -1,56 +1,179 @@
-"""What every sampler's loop shares: the model's call, the callback, the progress bar.
+"""What every sampler's loop shares: the model's call, tables of coefficients, the fused step, the callback.
 
-Every sampler is a loop over the indices of a `Schedule`: one call of the model and one fused step op per
-index, with float64 coefficients that the op rounds once. No gradients are recorded. The shared arguments:
-
-model: called as `model(z, times, **extra_args)` with z (B, …) and times (B,), float64 for a float64 state and
-    float32 otherwise; returns the predicted noise (B, …), or (eps_uncond, eps_cond) with a guidance_scale.
-guidance_scale: e = eps_uncond + guidance_scale·(eps_cond - eps_uncond), formed inside the step op.
-callback: called with a `StepInfo` after every step.
-progress: True shows a progress bar (needs tqdm).
+Every sampler is a loop over the indices of a `Schedule`: per evaluation of the model one fused op, whose weights are
+formed in float64 and rounded once. In an eager loop the weights are Python floats, which a captured graph keeps as
+arguments of its launches; in a traced loop they are rows of float64 tables on the state's device, made from
+`Schedule.table`, so that another schedule of as many steps runs in the same graph. No gradients are recorded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
 
+from bicm_diffusion.samplers.prediction import Level, Number, Preconditioned, Prediction, check_prediction
 from bicm_diffusion.schedules import Schedule
+from bicm_kernels import affine_step, ddim_step, denoised_step
 
-Prediction: TypeAlias = Tensor | tuple[Tensor, Tensor]
-Model: TypeAlias = Callable[..., Prediction]
+Output: TypeAlias = Tensor | tuple[Tensor, Tensor]
+Model: TypeAlias = Callable[..., Output]
+Row: TypeAlias = tuple[Number, ...]
+
+traced = torch.compiler.is_compiling
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a callback sees: the index just reached, the state there, and the prediction that led to it."""
+    """What a callback sees: the index just reached, the state there, and what the model answered last on the way."""
 
     index: int
     z: Tensor
-    eps: Prediction
+    eps: Output
 
 
 Callback: TypeAlias = Callable[[StepInfo], object]
 
 
-def predict(model: Model, z: Tensor, schedule: Schedule, i: int, extra_args: Mapping[str, Any] | None) -> Prediction:
-    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    times = torch.full(z.shape[:1], schedule.times[i], dtype=dtype, device=z.device)
-    return model(z, times, **(extra_args or {}))
+class Options(TypedDict, total=False):
+    """The keyword arguments that every sampler takes.
+
+    model, the samplers' first argument, is called as `model(z, times, **extra_args)` with z (B, …) and times (B,),
+    float64 for a float64 state and float32 otherwise; it returns its prediction (B, …).
+    prediction: what the model predicts: "noise" (the default), "v", "x0", or a `Preconditioned`.
+    guidance_scale: the model returns a pair (uncond, cond), and uncond + guidance_scale·(cond - uncond) is formed
+        inside the step op; a float or (B,).
+    extra_args: keyword arguments of the model.
+    callback: called with a `StepInfo` after every step.
+    progress: True shows a progress bar (needs tqdm).
+    """
+
+    prediction: Prediction
+    guidance_scale: Number | None
+    extra_args: Mapping[str, Any] | None
+    callback: Callback | None
+    progress: bool
 
 
-def report(callback: Callback | None, index: int, z: Tensor, eps: Prediction) -> None:
-    if callback is not None:
-        callback(StepInfo(index, z, eps))
+class Loop:
+    """One run of a sampler: what does not change from step to step."""
+
+    def __init__(
+        self,
+        model: Model,
+        z: Tensor,
+        schedule: Schedule,
+        *,
+        prediction: Prediction = "noise",
+        guidance_scale: Number | None = None,
+        extra_args: Mapping[str, Any] | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> None:
+        check_prediction(prediction)
+        self.model, self.schedule, self.prediction = model, schedule, prediction
+        self.guidance_scale, self.extra_args = guidance_scale, extra_args or {}
+        self.callback, self.progress = callback, progress
+        self.times_dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+        self.device = z.device
+        self.table = schedule.table.to(z.device) if traced() else None
+
+    def rows(
+        self, formula: Callable[..., Row], indices: range, offsets: Sequence[int], *numbers: Number | Sequence[Number]
+    ) -> dict[int, Row]:
+        """Return formula(prediction, levels at index + offset …, *numbers) for every index of an ascending range.
+
+        A formula is arithmetic that holds for floats, for 0-d and for (B,) tensors. numbers: one for all indices, or
+        N + 1 of them, one per index.
+        """
+        table = self.table
+        if table is None:
+            return {
+                i: formula(
+                    self.prediction,
+                    *(self._level(i + k) for k in offsets),
+                    *(n[i] if isinstance(n, Sequence) else n for n in numbers),
+                )
+                for i in indices
+            }
+        if not indices:
+            return {}
+        low, high = indices.start, indices.stop
+        levels = [Level(*table[:, low + k : high + k].unbind()) for k in offsets]
+        across = [_column(n, low, high, table) for n in numbers]
+        whole = torch.ones_like(table[0, low:high])
+        columns = [(c * whole).unbind(-1) for c in formula(self.prediction, *levels, *across)]
+        return {i: tuple(column[i - low] for column in columns) for i in indices}
+
+    def _level(self, i: int) -> Level:
+        return Level(self.schedule.times[i], self.schedule.alpha[i], self.schedule.sigma[i])
+
+    def input_scale(self, i: int, lift: float = 1.0) -> Number | None:
+        """What takes a state at index i to the model's input; None where they are the same."""
+        if not isinstance(self.prediction, Preconditioned):
+            return None
+        level = self._level(i) if self.table is None else Level(*self.table[:, i].unbind())
+        return self.prediction.input_scale(level._replace(sigma=level.sigma * lift))
+
+    def evaluate(self, i: int, z: Tensor, scaled: Tensor | None = None, *, lift: float = 1.0) -> Output:
+        """Return the model's output at z, told that it stands at index i.
+
+        scaled: the model's input, where an earlier launch made it; lift: a factor of the time and of sigma.
+        """
+        if self.table is None:
+            times = torch.full(z.shape[:1], self.schedule.times[i] * lift, dtype=self.times_dtype, device=z.device)
+        else:
+            times = (self.table[0, i] * lift).to(self.times_dtype).expand(z.shape[0])
+        if scaled is None:
+            scale = self.input_scale(i, lift)
+            scaled = z if scale is None else affine_step([z], [scale])
+        return self.model(scaled, times, **self.extra_args)
+
+    def advance(
+        self, tensors: Sequence[Any], weights: Row, *, then: int | None = None, guided: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return Σ w_k·x_k, and the model's input where the model is asked next about it, at index `then`.
+
+        guided: the last tensor is an output of the model, a pair under guidance.
+        """
+        guidance = self.guidance_scale if guided else None
+        scale = None if then is None else self.input_scale(then)
+        if scale is not None:
+            # The sum as x0, so that what follows it is the scaled input and nothing is written in vain.
+            nothing = [0.0] * len(weights)
+            scaled, out, _ = denoised_step(tensors, weights, nothing, x0_weight=scale, guidance_scale=guidance)
+            return out, scaled
+        if len(weights) == 2:
+            return ddim_step(*tensors, a=weights[0], b=weights[1], guidance_scale=guidance), None
+        return affine_step(tensors, weights, guidance_scale=guidance), None
+
+    def report(self, index: int, z: Tensor, output: Output) -> None:
+        """Tell the callback of a step."""
+        if self.callback is not None:
+            self.callback(StepInfo(index, z, output))
+
+    def steps(self, indices: range) -> Iterable[int]:
+        """Return the indices, with a progress bar where one is wanted."""
+        if not self.progress:
+            return indices
+        from tqdm import tqdm  # an optional dependency: samplers without a bar need only torch
+
+        return tqdm(indices, unit="step")
 
 
-def indices(steps: range, progress: bool) -> Iterable[int]:
-    if not progress:
-        return steps
-    from tqdm import tqdm  # an optional dependency: samplers without a bar need only torch
+def _column(number: Number | Sequence[Number], low: int, high: int, table: Tensor) -> Number:
+    """A number of a formula as it meets columns of levels: (B, 1) where it is per sample."""
+    if isinstance(number, Sequence):
+        return torch.stack([torch.ones_like(table[0, 0]) * x for x in number[low:high]])
+    if isinstance(number, Tensor) and number.dim():
+        return number.to(table.dtype).unsqueeze(-1)
+    return number
 
-    return tqdm(steps, unit="step")
+
+def transfer(here: Level, there: Level) -> tuple[Number, Number]:
+    """Return a and b of the DDIM step a·z + b·eps from one level to another, in either direction (BDIA eq. 6)."""
+    a = there.alpha / here.alpha
+    return a, there.sigma - here.sigma * a

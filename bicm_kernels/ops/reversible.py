@@ -1,0 +1,470 @@
+"""Bit-exact reversible updates: integer states on a fixed-point grid, and the buffer that keeps what division drops.
+
+Floating-point inverses are not inverses: their error grows as gamma^-N. Here both directions round the same increment
+to the same integer, one adds it and the other subtracts it, and a rational factor n/m keeps its remainders in an
+information buffer, so that a round trip returns every bit (given a network that returns the same bits twice).
+
+Nothing wraps silently. The least integer of a state's dtype stands for "not a number": an element that leaves the
+range, or meets NaN or infinity, becomes it, stays it in every later step, and decodes to NaN. ``overflow``, a (B,)
+int64 tensor of zeros, notes it per sample without a look from the host: where a sample of the result holds such an
+element and the entry is still 0, the entry becomes ``mark`` (the step's number, say).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bicm_kernels import reference
+from bicm_kernels.ops import arguments
+from bicm_kernels.ops.arguments import Integer, Number
+from bicm_kernels.ops.library import library
+from bicm_kernels.ops.reversible_checks import (
+    Call,
+    check_decode,
+    check_encode,
+    check_numbers,
+    check_step,
+    refuse_derivative,
+)
+
+Operand = Tensor | tuple[Tensor, Tensor]
+Ratio = tuple[Integer, Integer]
+Pair = tuple[Tensor, Tensor]
+
+_ops = torch.ops.bicm_kernels
+_FAMILY = "reversible"
+
+# Numbers for eager calls, tensors for traced graphs and per-sample arguments; n and m of None are 1. A ratio of 1 needs
+# no buffer: the op then returns, and takes as info_out, an empty tensor. An empty overflow notes nothing.
+_NUMBERS = "float[] coefficients, float guidance_scale, SymInt n, SymInt m, SymInt fraction_bits"
+_TENSORS = "Tensor[] coefficients, Tensor? guidance_scale, Tensor? n, Tensor? m, SymInt fraction_bits"
+_OUTS = "Tensor(a!) out, Tensor(b!) info_out, Tensor(c!) overflow"
+_STEPS = ("exact_affine_step", "exact_affine_inverse_step", "bdia_exact_step", "bdia_exact_inverse_step")
+
+
+def _fake_step(
+    tensors: list[Tensor], info: Tensor, coefficients: Any, guidance_scale: Any, n: Any, m: Any, fraction_bits: int
+) -> Pair:
+    _check_alike(tensors, info)
+    unit = n is None if n is None or isinstance(n, Tensor) else n == m
+    return torch.empty_like(tensors[0]), info.new_empty((0,)) if unit else torch.empty_like(info)
+
+
+def _fake_step_out(tensors: list[Tensor], info: Tensor, *rest: Any, out: Tensor, **others: Tensor) -> None:
+    _check_alike([*tensors, out], info)
+
+
+def _check_alike(tensors: list[Tensor], info: Tensor) -> None:
+    # A meta tensor among real ones brings the dispatcher here, and the result would be memory that nobody wrote.
+    if any(x.device != info.device or x.shape != info.shape for x in tensors):
+        raise RuntimeError("bicm_kernels: tensors differ in shape or device")
+
+
+def _fake_encode(x: Tensor, fraction_bits: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _fake_encode_out(x: Tensor, fraction_bits: int, mark: Tensor, *, out: Tensor, overflow: Tensor) -> None:
+    _check_alike([x], out)
+
+
+def _define(schema: str, fake: Callable[..., Any]) -> None:
+    library.define(schema)
+    torch.library.register_fake(f"bicm_kernels::{schema.partition('(')[0]}", fake, lib=library)
+
+
+for _name in _STEPS:
+    _inputs = "Tensor[] tensors, Tensor info"
+    _define(f"{_name}({_inputs}, {_NUMBERS}) -> (Tensor, Tensor)", _fake_step)
+    _define(f"{_name}.tensor({_inputs}, {_TENSORS}) -> (Tensor, Tensor)", _fake_step)
+    _define(f"{_name}.out({_inputs}, {_NUMBERS}, SymInt mark, *, {_OUTS}) -> ()", _fake_step_out)
+    _define(f"{_name}.tensor_out({_inputs}, {_TENSORS}, Tensor mark, *, {_OUTS}) -> ()", _fake_step_out)
+for _name in ("fixed_point_encode", "fixed_point_decode"):
+    _define(f"{_name}(Tensor x, SymInt fraction_bits, ScalarType dtype) -> Tensor", _fake_encode)
+_define(
+    "fixed_point_encode.out(Tensor x, SymInt fraction_bits, Tensor mark, *, Tensor(a!) out, Tensor(b!) overflow) -> ()",
+    _fake_encode_out,
+)
+
+
+@dataclass(frozen=True)
+class _Exact:
+    """A step op: its schema's name, what its arguments are called, and its reference."""
+
+    name: str
+    first: str
+    operands: tuple[str, ...]
+    coefficients: tuple[str, ...]
+    ratio: str
+
+    def reference(self, call: Call) -> Pair:
+        """The result of the same call in plain PyTorch."""
+        named: dict[str, Any] = {
+            "fraction_bits": call.fraction_bits,
+            "guidance_scale": call.guidance_scale,
+            "overflow": call.overflow,
+            "mark": call.mark,
+            self.ratio: call.ratio,
+        }
+        if self.coefficients:
+            named |= dict(zip(self.coefficients, call.coefficients, strict=True))
+            return getattr(reference, self.name)(call.last, *call.operands, call.info, **named)
+        return getattr(reference, self.name)(call.last, call.operands, call.coefficients, call.info, **named)
+
+
+_BDIA = (("q", "eps"), ("a", "b", "a_last", "b_last"), "gamma")
+_AFFINE_STEP = _Exact("exact_affine_step", "q_last", (), (), "ratio")
+_AFFINE_INVERSE_STEP = _Exact("exact_affine_inverse_step", "q_next", (), (), "ratio")
+_BDIA_STEP = _Exact("bdia_exact_step", "q_last", *_BDIA)
+_BDIA_INVERSE_STEP = _Exact("bdia_exact_inverse_step", "q_next", *_BDIA)
+
+
+def _run(step: _Exact, call: Call) -> Pair:
+    """Run a step's kernel, or its reference where a transform or the backend asks for it."""
+
+    def check() -> None:
+        check_step(step.first, step.operands, step.coefficients, step.ratio, call)
+
+    try:
+        n, m = call.ratio
+        unit = not isinstance(n, Tensor) and not isinstance(m, Tensor) and n == m
+        last = call.operands[-1]
+        paired = not isinstance(last, Tensor)
+        if paired != (call.guidance_scale is not None):
+            raise TypeError("guidance_scale and a pair of predictions go together")
+        if not step.operands and len(call.coefficients) != len(call.operands):
+            raise TypeError("as many weights as tensors")
+        tensors = [call.last, *call.operands[:-1], *(last if paired else [last])]
+        values = (call.coefficients, call.guidance_scale if paired else 0.0)
+        op = getattr(_ops, step.name)
+        integers = (n, m, call.fraction_bits)
+        flavour = arguments.flavour(tensors, values, (*integers, call.mark))
+        if flavour == "default" and call.out is None and call.overflow is None:
+            result, kept = op.default(tensors, call.info, *values, *integers)
+            return result, call.info if unit else kept
+        if not flavour:
+            refuse_derivative(*tensors, *arguments.numbers(values))
+            if arguments.compiling():
+                check()
+            if arguments.needs_reference(call.last, tracked=False, family=_FAMILY):
+                check()
+                return _keep(call, *step.reference(call))
+        outs = _outputs(call, unit)
+        if flavour == "default" or (arguments.plain(values) and arguments.plain((*integers, call.mark))):
+            overload = op.default if outs is None else op.out
+            full = [call.info, *values, *integers]
+            marks = [call.mark]
+        else:
+            # A tensor cannot tell any more what is wrong with the number that it was.
+            check_numbers(step.ratio, call)
+            overload = op.tensor if outs is None else op.tensor_out
+            ratio = (None, None) if unit else (arguments.integer(n), arguments.integer(m))
+            full = [call.info, *arguments.coefficients(values), *ratio, call.fraction_bits]
+            marks = [arguments.integer(call.mark)]
+        if outs is None:
+            result, kept = overload(tensors, *full)
+        else:
+            result, kept, overflow = outs
+            overload(tensors, *full, *marks, out=result, info_out=kept, overflow=overflow)
+        return _keep(call, result, call.info if unit else kept)
+    except (RuntimeError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
+        arguments.explain(error, check)
+
+
+def _outputs(call: Call, unit: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What the kernel writes to: (out, info_out, overflow); None where it may allocate its results."""
+    if call.out is None and call.overflow is None:
+        return None
+    result, kept = (torch.empty_like(call.last), None) if call.out is None else call.out
+    nothing = call.info.new_empty((0,))
+    if unit:
+        kept = nothing
+    elif kept is None:
+        kept = torch.empty_like(call.info)
+    return result, kept, nothing if call.overflow is None else call.overflow
+
+
+def _keep(call: Call, result: Tensor, kept: Tensor) -> Pair:
+    """The results, in the caller's outputs where there are any."""
+    if call.out is None:
+        return result, kept
+    for out, x in zip(call.out, (result, kept), strict=True):
+        if out is not x:
+            out.copy_(x)
+    return call.out[0], call.out[1]
+
+
+def fixed_point_encode(
+    x: Tensor,
+    *,
+    fraction_bits: int = 32,
+    dtype: torch.dtype = torch.int64,
+    overflow: Tensor | None = None,
+    mark: Integer = 1,
+) -> Tensor:
+    """Numbers as integers on a grid of 2^-fraction_bits: rint(2^fraction_bits x), halves to even.
+
+    Args:
+        x: (B, ...), float16, bfloat16, float32 or float64, any strides; |x| < 2^(63 - fraction_bits).
+        fraction_bits: places after the binary point, 0 to 62; for an int32 state 0 to 30.
+        dtype: torch.int64, or torch.int32 for states whose steps have ratio 1.
+        overflow: (B,) int64, gains ``mark`` where a sample holds a number that does not fit, NaN or infinity.
+        mark: what is noted in ``overflow``, at least 1; int, 0-d or (B,) int64 tensor.
+
+    Returns:
+        The integers, in the layout of x. What does not fit is the least integer of the dtype and decodes to NaN.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, device or range; x requires grad, since integers
+            have no derivative.
+
+    >>> import torch, bicm_kernels as bk
+    >>> bk.fixed_point_encode(torch.tensor([[1.5, -0.125]]), fraction_bits=4)
+    tensor([[24, -2]])
+    """
+
+    def check() -> None:
+        check_encode(x, fraction_bits, dtype, overflow, mark)
+
+    try:
+        refuse_derivative(x)
+        if arguments.compiling():
+            check()
+        if arguments.needs_reference(x, tracked=False, family=_FAMILY):
+            check()
+            return reference.fixed_point_encode(
+                x, fraction_bits=fraction_bits, dtype=dtype, overflow=overflow, mark=mark
+            )
+        if overflow is None:
+            return _ops.fixed_point_encode.default(x, fraction_bits, dtype)
+        check()
+        out = torch.empty_like(x, dtype=dtype)
+        _ops.fixed_point_encode.out(x, fraction_bits, arguments.integer(mark), out=out, overflow=overflow)
+        return out
+    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
+        arguments.explain(error, check)
+
+
+def fixed_point_decode(q: Tensor, *, fraction_bits: int = 32, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The numbers that integers on a grid stand for: q 2^-fraction_bits.
+
+    Args:
+        q: (B, ...), int64 or int32, any strides.
+        fraction_bits: places after the binary point, 0 to 62; for an int32 state 0 to 30.
+        dtype: of the result: float16, bfloat16, float32 or float64.
+
+    Returns:
+        The numbers, in the layout of q: rounded to float64 (exact below 2^53), then to the dtype, halves through
+        float32. An element that overflowed is NaN.
+
+    Raises:
+        TypeError, ValueError: an argument has another type or range.
+
+    >>> import torch, bicm_kernels as bk
+    >>> bk.fixed_point_decode(torch.tensor([[24, -2]]), fraction_bits=4)
+    tensor([[ 1.5000, -0.1250]])
+    """
+
+    def check() -> None:
+        check_decode(q, fraction_bits, dtype)
+
+    try:
+        if arguments.compiling():
+            check()
+        if arguments.needs_reference(q, tracked=False, family=_FAMILY):
+            check()
+            return reference.fixed_point_decode(q, fraction_bits=fraction_bits, dtype=dtype)
+        return _ops.fixed_point_decode.default(q, fraction_bits, dtype)
+    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
+        arguments.explain(error, check)
+
+
+def exact_affine_step(
+    q_last: Tensor,
+    tensors: Sequence[Operand],
+    weights: Sequence[Number],
+    info: Tensor,
+    *,
+    ratio: Ratio = (1, 1),
+    fraction_bits: int = 32,
+    guidance_scale: Number | None = None,
+    overflow: Tensor | None = None,
+    mark: Integer = 1,
+    out: Pair | None = None,
+) -> Pair:
+    """A sampler update that can be undone to the bit: mul(q_last, n/m) + rint(2^fb sum of w_k x_k).
+
+    mul: B <- B m + (Z mod m); Z <- floor(Z/m) n + (B mod n); B <- floor(B/n), with B the element of ``info``. The sum
+    is a left fold in float64. B m + (Z mod m), the new Z and the result must stay within 2^63 - 1: see ``overflow``.
+
+    Args:
+        q_last: fixed-point state (B, ...), int64, any strides; or int32 where the ratio is 1.
+        tensors: 1 to 5 tensors (B, ...): network outputs and states as float16, bfloat16, float32 or float64, or
+            fixed-point states of q_last's dtype and fraction_bits, which the kernel decodes; the last may be a pair
+            (eps_uncond, eps_cond) with ``guidance_scale``.
+        weights: one per tensor; float, 0-d or (B,) tensor.
+        info: information buffer (B, ...), int64; zeros before the first step.
+        ratio: (n, m), each an int or a 0-d or (B,) int64 tensor, in [1, 2^20]; in lowest terms the buffer grows least,
+            by about log2(m/n) bits per step. Where n = m the buffer is not used.
+        fraction_bits: places after the binary point, 0 to 62; for an int32 state 0 to 30.
+        guidance_scale: s in eps_uncond + s (eps_cond - eps_uncond), which the kernel forms.
+        overflow: (B,) int64, zeros at first; where a sample of the result holds an element that left the range, and
+            its entry is 0, the entry becomes ``mark``. Without it such elements still decode to NaN.
+        mark: what is noted in ``overflow``, at least 1; int, 0-d or (B,) int64 tensor.
+        out: (q_next, info) to take the results; exactly one of the tensors each, or apart from them all.
+
+    Returns:
+        (q_next, info): the state, in the dtype and layout of q_last, and the buffer; the one given where n and m are
+        the same int.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, device or range; one requires grad, since integers
+            have no derivative.
+
+    >>> import torch, bicm_kernels as bk
+    >>> q, x = torch.tensor([[7, -7]]), torch.ones(1, 2)
+    >>> q_next, info = bk.exact_affine_step(q, [x], [0.5], 0 * q, ratio=(2, 3), fraction_bits=1); q_next, info
+    (tensor([[ 6, -5]]), tensor([[0, 1]]))
+    >>> bk.exact_affine_inverse_step(q_next, [x], [0.5], info, ratio=(2, 3), fraction_bits=1)
+    (tensor([[ 7, -7]]), tensor([[0, 0]]))
+    """
+    table = arguments.weight_list("weights", weights)
+    call = Call(q_last, tensors, table, info, ratio, fraction_bits, guidance_scale, overflow, mark, out)
+    return _run(_AFFINE_STEP, call)
+
+
+def exact_affine_inverse_step(
+    q_next: Tensor,
+    tensors: Sequence[Operand],
+    weights: Sequence[Number],
+    info: Tensor,
+    *,
+    ratio: Ratio = (1, 1),
+    fraction_bits: int = 32,
+    guidance_scale: Number | None = None,
+    overflow: Tensor | None = None,
+    mark: Integer = 1,
+    out: Pair | None = None,
+) -> Pair:
+    """The exact inverse of ``exact_affine_step``: div(q_next - rint(2^fb sum of w_k x_k), n/m).
+
+    div: B <- B n + (Z mod n); Z <- floor(Z/n) m + (B mod m); B <- floor(B/m). Undoing steps that were made empties the
+    buffer again; from an empty one, the state grows by m/n per step instead, and the buffer stays empty.
+
+    Args:
+        q_next: fixed-point state (B, ...), as q_last of ``exact_affine_step``.
+        info: the buffer that step returned; zeros where no step was made.
+        tensors, weights, ratio, fraction_bits, guidance_scale, overflow, mark, out: as for ``exact_affine_step``.
+
+    Returns:
+        (q_last, info), as ``exact_affine_step``.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, device or range; one requires grad, since integers
+            have no derivative.
+
+    >>> import torch, bicm_kernels as bk
+    >>> q, x = torch.tensor([[6]]), torch.ones(1, 1)
+    >>> bk.exact_affine_inverse_step(q, [x], [1.0], 0 * q, fraction_bits=2)
+    (tensor([[2]]), tensor([[0]]))
+    """
+    table = arguments.weight_list("weights", weights)
+    call = Call(q_next, tensors, table, info, ratio, fraction_bits, guidance_scale, overflow, mark, out)
+    return _run(_AFFINE_INVERSE_STEP, call)
+
+
+def bdia_exact_step(
+    q_last: Tensor,
+    q: Tensor,
+    eps: Operand,
+    info: Tensor,
+    *,
+    a: Number,
+    b: Number,
+    a_last: Number,
+    b_last: Number,
+    gamma: Ratio = (1, 1),
+    fraction_bits: int = 32,
+    guidance_scale: Number | None = None,
+    overflow: Tensor | None = None,
+    mark: Integer = 1,
+    out: Pair | None = None,
+) -> Pair:
+    """One BDIA-DDIM update on integers, z_{i-1} from z_{i+1} and z_i (BDIA eq. 24), that can be undone to the bit.
+
+    mul(Z_{i+1}, gamma) + rint(2^fb ((a - gamma/a_last) z_i + (b + gamma b_last/a_last) eps)), z_i decoded from Z_i and
+    all of it in float64; mul as in ``exact_affine_step``.
+
+    Args:
+        q_last, q: fixed-point states Z_{i+1} and Z_i, (B, ...), both int64, or both int32 where gamma is 1.
+        eps: predicted noise at z_i, float16, bfloat16, float32 or float64, or a pair (eps_uncond, eps_cond) with
+            ``guidance_scale``.
+        info: information buffer (B, ...), int64; zeros before the first step.
+        a, b, a_last, b_last: DDIM's coefficients at i and at i + 1; float, 0-d or (B,) tensor.
+        gamma: (n, m), gamma = n/m; each an int or a 0-d or (B,) int64 tensor, in [1, 2^20].
+        fraction_bits, guidance_scale, overflow, mark, out: as for ``exact_affine_step``.
+
+    Returns:
+        (q_next, info): Z_{i-1}, in the dtype and layout of q_last, and the buffer.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, device or range; one requires grad, since integers
+            have no derivative.
+
+    >>> import torch, bicm_kernels as bk
+    >>> q, eps = torch.tensor([[8]]), torch.ones(1, 1)
+    >>> bk.bdia_exact_step(q, q, eps, 0 * q, a=1.0, b=0.5, a_last=1.0, b_last=0.5, fraction_bits=3)
+    (tensor([[16]]), tensor([[0]]))
+    """
+    coefficients = [a, b, a_last, b_last]
+    call = Call(q_last, (q, eps), coefficients, info, gamma, fraction_bits, guidance_scale, overflow, mark, out)
+    return _run(_BDIA_STEP, call)
+
+
+def bdia_exact_inverse_step(
+    q_next: Tensor,
+    q: Tensor,
+    eps: Operand,
+    info: Tensor,
+    *,
+    a: Number,
+    b: Number,
+    a_last: Number,
+    b_last: Number,
+    gamma: Ratio = (1, 1),
+    fraction_bits: int = 32,
+    guidance_scale: Number | None = None,
+    overflow: Tensor | None = None,
+    mark: Integer = 1,
+    out: Pair | None = None,
+) -> Pair:
+    """The exact inverse of ``bdia_exact_step``: z_{i+1} from z_{i-1} and z_i (BDIA eq. 28) with every bit.
+
+    div(Z_{i-1} - the integer that ``bdia_exact_step`` added, gamma); div as in ``exact_affine_inverse_step``.
+
+    Args:
+        q_next, q: fixed-point states Z_{i-1} and Z_i, as for ``bdia_exact_step``.
+        info: the buffer that step returned; zeros where no step was made.
+        eps, a, b, a_last, b_last, gamma, fraction_bits, guidance_scale, overflow, mark, out: as for
+            ``bdia_exact_step``.
+
+    Returns:
+        (q_last, info): Z_{i+1}, in the dtype and layout of q_next, and the buffer.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, device or range; one requires grad, since integers
+            have no derivative.
+
+    >>> import torch, bicm_kernels as bk
+    >>> q, eps = torch.tensor([[8]]), torch.ones(1, 1)
+    >>> bk.bdia_exact_inverse_step(2 * q, q, eps, 0 * q, a=1.0, b=0.5, a_last=1.0, b_last=0.5, fraction_bits=3)
+    (tensor([[8]]), tensor([[0]]))
+    """
+    coefficients = [a, b, a_last, b_last]
+    call = Call(q_next, (q, eps), coefficients, info, gamma, fraction_bits, guidance_scale, overflow, mark, out)
+    return _run(_BDIA_INVERSE_STEP, call)

@@ -1,0 +1,106 @@
+// Dense operands of any 16- or 32-bit floating type, a few vectors at a time, widened and rounded in registers. Staging
+// (staging.h) serves every other tensor; for halves it writes and reads twice their bytes in the first-level cache.
+#pragma once
+
+#include "staging.h"
+
+#if defined(BICM_VECTOR)
+
+BICM_NAMESPACE_BEGIN
+
+constexpr int kBlockVectors = 4;
+constexpr int kBlock = kBlockVectors * kLanes;
+
+typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
+
+struct Block {
+  Floats part[kBlockVectors];
+};
+
+template <class Vector>
+BICM_HD Vector load_vector(const void* from) {
+  Vector x;
+  __builtin_memcpy(&x, from, sizeof(x));
+  return x;
+}
+
+template <class Function>
+BICM_HD Block each_part(Function function) {
+  Block block;
+  BICM_UNROLL(4)
+  for (int i = 0; i < kBlockVectors; ++i) block.part[i] = function(i);
+  return block;
+}
+
+BICM_HD Floats widen_bfloat16(Shorts x) { return bit_cast<Floats>(__builtin_convertvector(x, Words) << 16); }
+
+BICM_HD Shorts narrow_bfloat16(Floats x) {
+  const Words bits = bit_cast<Words>(x);
+  const Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const Words nan = ((bits >> 16) & 0x8000u) | 0x7FC0u;
+#if defined(BICM_ISA_AVX512)
+  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+  return (Shorts)_mm512_cvtepi32_epi16(_mm512_mask_mov_epi32((__m512i)rounded, is_nan, (__m512i)nan));
+#else
+  const Words is_nan = bit_cast<Words>((Ints)(x != x));
+  return __builtin_convertvector((nan & is_nan) | (rounded & ~is_nan), Shorts);
+#endif
+}
+
+// Elements `place` to `place + kBlock` behind an address.
+BICM_HD Block load_block(const void* data, DType dtype, int64_t place) {
+  if (dtype == DType::float32) {
+    const float* from = static_cast<const float*>(data) + place;
+    return each_part([&](int i) { return load_vector<Floats>(from + i * kLanes); });
+  }
+  const uint16_t* from = static_cast<const uint16_t*>(data) + place;
+  if (dtype == DType::bfloat16) {
+    return each_part([&](int i) { return widen_bfloat16(load_vector<Shorts>(from + i * kLanes)); });
+  }
+  return each_part([&](int i) { return halves_to_floats(reinterpret_cast<const Half*>(from + i * kLanes)); });
+}
+
+// Rounds once.
+BICM_HD void store_block(const Block& x, void* data, DType dtype, int64_t place) {
+  BICM_UNROLL(4)
+  for (int i = 0; i < kBlockVectors; ++i) {
+    const int64_t at = place + i * kLanes;
+    if (dtype == DType::float32) {
+      __builtin_memcpy(static_cast<float*>(data) + at, &x.part[i], sizeof(Floats));
+    } else if (dtype == DType::bfloat16) {
+      const Shorts narrow = narrow_bfloat16(x.part[i]);
+      __builtin_memcpy(static_cast<uint16_t*>(data) + at, &narrow, sizeof(narrow));
+    } else {
+      floats_to_halves(x.part[i], static_cast<Half*>(data) + at);
+    }
+  }
+}
+
+// A unit of a dense operand of 16 or 32 bits.
+struct Run {
+  void* data;
+  DType dtype;
+};
+
+inline bool is_run(const Operand& x) { return x.dense && x.dtype != DType::float64; }
+
+inline Run run_of(const Operand& x, const Unit& unit) {
+  const int64_t size = x.dtype == DType::float32 ? 4 : 2;
+  return {static_cast<char*>(x.data) + (unit.sample * x.batch_stride + unit.begin) * size, x.dtype};
+}
+
+// What is written past the cache goes there in one burst from a buffer: stores among loads would leave with half a line.
+inline Run target_of(const Operand& x, const Unit& unit, void* buffer) {
+  return x.streams ? Run{buffer, x.dtype} : run_of(x, unit);
+}
+
+inline void finish_run(const Operand& x, const Unit& unit, const Run& run, int64_t count) {
+  if (!x.streams) return;
+  const int64_t size = x.dtype == DType::float32 ? 4 : 2;
+  stream_bytes(static_cast<const unsigned char*>(run.data), static_cast<unsigned char*>(run_of(x, unit).data),
+               count * size);
+}
+
+BICM_NAMESPACE_END
+
+#endif

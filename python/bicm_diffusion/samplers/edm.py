@@ -1,0 +1,130 @@
+"""EDM's samplers: Euler's and Heun's method, with noise added on the way where that is wanted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from bicm_diffusion.samplers.ddim import down
+from bicm_diffusion.samplers.loop import Loop, Model, Options, Output, Row, transfer
+from bicm_diffusion.samplers.prediction import Level, Number, Prediction, folded, read
+from bicm_diffusion.schedules import Schedule
+from bicm_kernels import affine_step
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Integer = int | Tensor
+Solver = Literal["euler", "heun"]
+
+#: EDM never raises a noise level by more than this factor in one step.
+MOST_CHURN = math.sqrt(2.0)
+
+
+@torch.no_grad()
+def edm_sample(
+    model: Model,
+    z: Tensor,
+    schedule: Schedule,
+    *,
+    solver: Solver = "heun",
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, math.inf),
+    churn_noise: float = 1.0,
+    seed: Integer | None = None,
+    sample_id: Integer = 0,
+    **options: Unpack[Options],
+) -> Tensor:
+    """Return z_0 from z = z_N by EDM's sampler (Karras 2022, Alg. 1 and 2).
+
+    z: (B, …), any floating dtype; the result has its shape and dtype. solver: "heun" takes two evaluations of the model
+    a step, one for a step to sigma = 0; "euler" one. On a schedule with alpha ≠ 1 they work in DDIM's variables.
+    churn: S_churn, in [0, inf): where sigma_i is in churn_range, sigma rises by min(churn/N, √2 - 1) of itself before
+    the step, with noise of standard deviation churn_noise keyed by (seed, sample_id, i); needs alpha = 1 and times
+    that are the sigmas, as `karras_schedule` makes them. options: those of every sampler, see `Options`.
+    Raises ValueError where an argument is out of range, or churn comes without a seed.
+
+    >>> from bicm_diffusion import karras_schedule
+    >>> edm_sample(lambda z, times: z, torch.ones(1, 2), karras_schedule(4, sigma_max=3.0)).shape
+    torch.Size([1, 2])
+    """
+    if solver not in ("euler", "heun"):
+        raise ValueError(f"solver: expected 'euler' or 'heun', got {solver!r}")
+    lifts = _lifts(schedule, churn, churn_range)
+    if churn > 0 and seed is None:
+        raise ValueError("seed: expected an int or an int64 tensor where churn draws noise, got None")
+    loop, scaled = Loop(model, z, schedule, **options), None
+    steps = Steps(loop, solver == "heun", lifts)
+    noise_rows = loop.rows(_churned, range(1, schedule.steps + 1), (0,), lifts, churn_noise)
+    for i in loop.steps(range(schedule.steps, 0, -1)):
+        if lifts[i] > 1.0:
+            z = affine_step([z], [1.0], noise_weight=noise_rows[i][0], seed=seed, step=i, sample_id=sample_id)
+            scaled = None
+        z, scaled, output = steps.step(i, z, scaled)
+        loop.report(i - 1, z, output)
+    return z
+
+
+class Steps:
+    """The steps of a run: Euler's, and Heun's where a network can be asked about the level below."""
+
+    def __init__(self, loop: Loop, heun: bool, lifts: Sequence[float], indices: range | None = None) -> None:
+        top = loop.schedule.steps
+        indices = indices or range(1, top + 1)
+        self.loop, self.lifts = loop, lifts
+        self.lowest = (2 if loop.schedule.clean else 1) if heun else top + 1
+        self.euler_rows = loop.rows(_euler, indices, (-1, 0), lifts)
+        self.heun_rows = loop.rows(_heun, range(max(indices.start, self.lowest), indices.stop), (-1, 0), lifts)
+
+    def step(self, i: int, z: Tensor, scaled: Tensor | None = None) -> tuple[Tensor, Tensor | None, Output]:
+        """Return z_{i-1}, the model's input there where one launch makes both, and the model's output at z_i."""
+        loop = self.loop
+        output = loop.evaluate(i, z, scaled, lift=self.lifts[i])
+        following = None if i == 1 or self.lifts[i - 1] > 1.0 else i - 1
+        if i < self.lowest:
+            return *loop.advance([z, output], self.euler_rows[i], then=following), output
+        predicted, scaled = loop.advance([z, output], self.euler_rows[i], then=i - 1)
+        below = loop.evaluate(i - 1, predicted, scaled)
+        return *loop.advance([z, predicted, below], self.heun_rows[i], then=following), output
+
+
+def _lifts(schedule: Schedule, churn: float, churn_range: tuple[float, float]) -> tuple[float, ...]:
+    """The factor by which each noise level rises before its step."""
+    count = schedule.steps + 1
+    if not churn >= 0.0:
+        raise ValueError(f"churn: expected a value of at least 0, got {churn}")
+    if churn == 0.0:
+        return (1.0,) * count
+    if schedule.alpha != (1.0,) * count or schedule.times != schedule.sigma:
+        raise ValueError(
+            "churn: expected a schedule with alpha = 1 whose times are its sigmas, as karras_schedule makes"
+        )
+    low, high = churn_range
+    lift = min(1.0 + churn / schedule.steps, MOST_CHURN)
+    return tuple(lift if low <= sigma <= high else 1.0 for sigma in schedule.sigma)
+
+
+def _euler(prediction: Prediction, below: Level, here: Level, lift: Number) -> Row:
+    """Weights of z_i and the output there in Euler's z_{i-1}."""
+    return down(prediction, below, _lifted(here, lift))
+
+
+def _heun(prediction: Prediction, below: Level, here: Level, lift: Number) -> Row:
+    """Weights of z_i, Euler's z_{i-1} and the output there in Heun's a·z + b·(eps + eps')/2."""
+    a, b = transfer(_lifted(here, lift), below)
+    # b·eps/2 is half of what Euler's step added, so that the output at z_i is not read again.
+    predicted, output = folded(read(prediction, below), 0.5, b / 2)
+    return a / 2, predicted, output
+
+
+def _churned(_: Prediction, level: Level, lift: Number, churn_noise: Number) -> Row:
+    """The standard deviation of the noise that raises a level by its lift."""
+    return (churn_noise * level.sigma * (lift * lift - 1.0) ** 0.5,)
+
+
+def _lifted(level: Level, lift: Number) -> Level:
+    return Level(level.time * lift, level.alpha, level.sigma * lift)

@@ -1,0 +1,152 @@
+"""Methods that carry two neighbouring states: z_{i-1} = r_i·z_{i+1} + Σ w_k·x_k, and the way back.
+
+x_0 is z_i and the others come from the model at z_i, so that z_{i+1} follows from z_{i-1} and z_i: by a division in
+floating point, or exactly, by taking back the same integer. A method works on states in units of its own, 1 or alpha.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bicm_diffusion.samplers.ddim import down, up
+from bicm_diffusion.samplers.exact import ExactPair, Grid, Ratio, StatePair, decode
+from bicm_diffusion.samplers.loop import Loop, Output, Row
+from bicm_diffusion.samplers.prediction import Number
+
+State = Tensor | StatePair | ExactPair
+
+
+class Method:
+    """What tells one method from another; their first steps, from one state alone, are DDIM's."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+
+    def unit(self, _: int) -> Number:
+        """The unit of a state at index i."""
+        return 1.0
+
+    def ratio(self, i: int) -> tuple[Number, Ratio]:
+        """The factor of z_{i+1} in z_{i-1}, as a number and as a fraction."""
+        raise NotImplementedError
+
+    def terms(self, i: int, z: Tensor, scaled: Tensor | None) -> tuple[list[Any], Row, Output]:
+        """x_1 …, the weights of x_0 = z_i and of these, and the model's output at z_i."""
+        raise NotImplementedError
+
+    def first_down(self, z: Tensor) -> tuple[Tensor, Output]:
+        """z_{N-1} from z_N alone, and the model's output there."""
+        return self._first(self.loop.schedule.steps, z, down)
+
+    def first_up(self, z: Tensor) -> tuple[Tensor, Output]:
+        """z_1 from z_0 alone, and the model's output there."""
+        return self._first(1, z, up)
+
+    def _first(self, i: int, z: Tensor, formula: Callable[..., Row]) -> tuple[Tensor, Output]:
+        output = self.loop.evaluate(i, z)
+        row = self.loop.rows(formula, range(i, i + 1), (-1, 0))[i]
+        return self.loop.advance([z, output], row)[0], output
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Down to the data or up to the noise: the order of the indices, and the step's own sense."""
+
+    inverse: bool
+    ends: Callable[[int], tuple[int, int]]
+    walk: Callable[[int], range]
+    ahead: int
+
+    def first(self, method: Method, z: Tensor) -> tuple[Tensor, Output]:
+        """The second state, from the first alone."""
+        return method.first_up(z) if self.inverse else method.first_down(z)
+
+
+DOWN = Direction(False, lambda top: (top, top - 1), lambda top: range(top - 1, 0, -1), -1)
+UP = Direction(True, lambda top: (0, 1), lambda top: range(1, top), 1)
+
+
+def run(method: Method, z: State, direction: Direction, exact: bool) -> StatePair | ExactPair:
+    """Run a method to the other end of its schedule, from one state or from a pair at this end."""
+    if not exact:
+        return _run_floats(method, z if isinstance(z, Tensor) else StatePair(z.z, z.previous), direction)
+    return _run_integers(method, z, direction)
+
+
+def first_tensor(z: State) -> Tensor:
+    """Return a tensor with the dtype and device of the states; raise where a pair does not fit together."""
+    if isinstance(z, Tensor):
+        return z
+    if isinstance(z, ExactPair):
+        return z.q.new_empty((0,), dtype=z.dtype)
+    if z.z.shape != z.previous.shape or z.z.dtype != z.previous.dtype:
+        given = f"{tuple(z.z.shape)} {z.z.dtype} and {tuple(z.previous.shape)} {z.previous.dtype}"
+        raise ValueError(f"z: expected a pair of one shape and dtype, got {given}")
+    return z.z
+
+
+def _started(method: Method, z: Tensor | StatePair, direction: Direction) -> StatePair:
+    if isinstance(z, StatePair):
+        return z
+    second, output = direction.first(method, z)
+    method.loop.report(direction.ends(method.loop.schedule.steps)[1], second, output)
+    return StatePair(z, second)
+
+
+def _run_floats(method: Method, z: Tensor | StatePair, direction: Direction) -> StatePair:
+    loop, scaled = method.loop, None
+    last, current = _started(method, z, direction)
+    walk = direction.walk(loop.schedule.steps)
+    for i in loop.steps(walk):
+        tensors, weights, output = method.terms(i, current, scaled)
+        row = _in_floats(method, i, weights, direction.inverse)
+        reached = i + direction.ahead
+        then = reached if reached in walk else None
+        following, scaled = loop.advance([last, current, *tensors], row, then=then)
+        last, current = current, following
+        loop.report(reached, current, output)
+    return StatePair(current, last)
+
+
+def _in_floats(method: Method, i: int, weights: Row, inverse: bool) -> Row:
+    """The weights of z_{i+1}, z_i, … in z_{i-1}, or of z_{i-1}, z_i, … in z_{i+1}, all in units of 1."""
+    ratio, _ = method.ratio(i)
+    below, here, above = (method.unit(k) for k in (i - 1, i, i + 1))
+    units = (1.0 / here, *(1.0,) * (len(weights) - 1))
+    if inverse:
+        return above / (ratio * below), *(-w * u * above / ratio for w, u in zip(weights, units, strict=True))
+    return ratio * below / above, *(w * u * below for w, u in zip(weights, units, strict=True))
+
+
+def _run_integers(method: Method, z: State, direction: Direction) -> ExactPair:
+    loop = method.loop
+    top = loop.schedule.steps
+    if isinstance(z, ExactPair):
+        grid, last, current = Grid(loop, z.q, z), z.q, z.previous_q
+    else:
+        states = _started(method, z, direction)
+        grid, marks = Grid(loop, states.z), direction.ends(top)
+        last, current = (
+            grid.encode(x, method.unit(i), max(marks)) for x, i in zip(states, direction.ends(top), strict=True)
+        )
+    reached = direction.ends(top)[1]
+    for i in loop.steps(direction.walk(top)):
+        here = decode(current, method.unit(i), grid.dtype)
+        tensors, weights, output = method.terms(i, here, None)
+        reached = i + direction.ahead
+        following = grid.step(
+            last,
+            [current, *tensors],
+            weights,
+            ratio=method.ratio(i)[1],
+            inverse=direction.inverse,
+            mark=max(i, reached),
+        )
+        last, current = current, following
+        if loop.callback is not None:
+            loop.report(reached, decode(current, method.unit(reached), grid.dtype), output)
+    return grid.pair(current, last, method.unit(reached), method.unit(reached - direction.ahead))

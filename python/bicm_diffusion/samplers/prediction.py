@@ -1,0 +1,125 @@
+"""What a model predicts, as the noise that it stands for: eps = of_state·z + of_output·output at one level.
+
+The two numbers fold into a step's weights, so that no prediction costs a launch of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+Number: TypeAlias = float | Tensor
+
+
+class Level(NamedTuple):
+    """One level of a schedule, or several as columns: z = alpha·x + sigma·n."""
+
+    time: Number
+    alpha: Number
+    sigma: Number
+
+
+class Reading(NamedTuple):
+    """eps = of_state·z + of_output·output; a state that takes no part has of_state None."""
+
+    of_state: Number | None
+    of_output: Number
+
+
+@dataclass(frozen=True)
+class Preconditioned:
+    """A model that answers with F, the raw output of a preconditioned network.
+
+    D(z/alpha, t) = c_skip(t)·z/alpha + c_out(t)·F; t = sigma/alpha is the noise level, and the model is called with
+    c_in(t)·z/alpha. parameterization: "edm" (the denoiser, EDM 7), "bcm" (t to sigma_min, BCM 20) or "cm" (BCM 17).
+    sigma_data and sigma_min are in units of x.
+    Raises ValueError for an unknown name or a value out of range.
+
+    >>> Preconditioned().parameterization
+    'edm'
+    """
+
+    parameterization: Literal["edm", "bcm", "cm"] = "edm"
+    sigma_data: float = 0.5
+    sigma_min: float = 0.002
+
+    def __post_init__(self) -> None:
+        if self.parameterization not in _LOST:
+            raise ValueError(f"parameterization: expected one of {', '.join(_LOST)}, got {self.parameterization!r}")
+        if not self.sigma_data > 0 or not self.sigma_min >= 0:
+            raise ValueError(
+                f"sigma_data, sigma_min: expected sigma_data > 0 and sigma_min >= 0, got {self.sigma_data} and "
+                f"{self.sigma_min}"
+            )
+
+    def input_scale(self, level: Level) -> Number:
+        """c_in(t)/alpha, which takes a state to the model's input."""
+        t = level.sigma / level.alpha
+        return 1.0 / ((self.sigma_data**2 + t * t) ** 0.5 * level.alpha)
+
+
+Prediction: TypeAlias = Literal["noise", "v", "x0"] | Preconditioned
+
+
+# 1 - c_skip and c_out, from t, sigma_data and the time u that the network maps to; 1 - c_skip is written out, because
+# at low noise the difference would lose most of its digits.
+def _to_time(t: Number, data: float, u: float) -> tuple[Number, Number]:
+    total = data * data + t * t
+    return t * (t - u) / total, data * (t - u) / total**0.5
+
+
+def _to_end(t: Number, data: float, end: float) -> tuple[Number, Number]:
+    passed = t - end
+    return passed * passed / (data * data + passed * passed), data * passed / (data * data + t * t) ** 0.5
+
+
+_LOST: dict[str, Callable[[Number, float, float], tuple[Number, Number]]] = {
+    "edm": lambda t, data, _: _to_time(t, data, 0.0),
+    "bcm": _to_time,
+    "cm": _to_end,
+}
+
+
+def _raw(prediction: Preconditioned, level: Level) -> Reading:
+    lost, c_out = _LOST[prediction.parameterization](
+        level.sigma / level.alpha, prediction.sigma_data, prediction.sigma_min
+    )
+    return Reading(lost / level.sigma, -c_out * level.alpha / level.sigma)
+
+
+def _noise(_: Level) -> Reading:
+    return Reading(None, 1.0)
+
+
+def _velocity(level: Level) -> Reading:
+    total = level.alpha * level.alpha + level.sigma * level.sigma
+    return Reading(level.sigma / total, level.alpha / total)
+
+
+def _clean(level: Level) -> Reading:
+    return Reading(1.0 / level.sigma, -level.alpha / level.sigma)
+
+
+#: noise: eps itself; v = alpha·eps - sigma·x; x0: the denoised sample.
+_READINGS: dict[str, Callable[[Level], Reading]] = {"noise": _noise, "v": _velocity, "x0": _clean}
+
+
+def read(prediction: Prediction, level: Level) -> Reading:
+    """Return how a model's output at a level, sigma > 0, becomes noise."""
+    return _raw(prediction, level) if isinstance(prediction, Preconditioned) else _READINGS[prediction](level)
+
+
+def folded(reading: Reading, of_state: Number, of_noise: Number) -> tuple[Number, Number]:
+    """Return the weights of the state and the model's output that stand for those of the state and the noise."""
+    output = of_noise * reading.of_output
+    return (of_state if reading.of_state is None else of_state + of_noise * reading.of_state), output
+
+
+def check_prediction(prediction: Prediction) -> None:
+    """Raise ValueError for a prediction that no model makes."""
+    if not isinstance(prediction, Preconditioned) and prediction not in _READINGS:
+        names = ", ".join(map(repr, _READINGS))
+        raise ValueError(f"prediction: expected {names} or a Preconditioned, got {prediction!r}")

@@ -1,0 +1,67 @@
+"""SIGN's samplers: an idempotent network applied again and again, to its own result or to a noisy copy of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from bicm_kernels import add_noise
+
+Integer = int | Tensor
+
+
+@torch.no_grad()
+def sign_recursive(model: Callable[[Tensor], Tensor], x: Tensor, *, steps: int = 1) -> Tensor:
+    """Return f(f(… f(x))), the recursive sampler of SIGN (Alg. 2).
+
+    model: called as `model(x)` with x (B, …), any floating dtype, and returns such a tensor; it takes no time. steps:
+    the number of applications, at least 1. No host ever waits for convergence, so that the loop can be captured.
+    Raises ValueError where steps is out of range.
+
+    >>> sign_recursive(torch.sign, torch.tensor([[0.3, -2.0]]), steps=2)
+    tensor([[ 1., -1.]])
+    """
+    if steps < 1:
+        raise ValueError(f"steps: expected an integer of at least 1, got {steps}")
+    for _ in range(steps):
+        x = model(x)
+    return x
+
+
+@torch.no_grad()
+def sign_masked(
+    model: Callable[[Tensor], Tensor],
+    x: Tensor,
+    sigmas: Sequence[float],
+    *,
+    mask: Tensor | None = None,
+    seed: Integer,
+    sample_id: Integer = 0,
+) -> Tensor:
+    """Return the result of SIGN's multistep sampler with editing (Alg. 3).
+
+    x ← f(x')⊙M + x'⊙(1 - M), then for sigma_1 > … > sigma_{N-1}: x ← f(x + sigma_i·n)⊙M + x⊙(1 - M).
+    x: x' (B, …), any floating dtype. sigmas: the noise levels to apply, falling, each ≥ 0; the paper's list of N runs
+    to sigma_N, which it does not use. mask: bool, of the shape of x or broadcast to it: True is filled in, False is
+    kept to the bit; None fills in everything. The noise of level i has the key (seed, sample_id, i).
+    Raises TypeError for a mask that is not bool, and ValueError for levels that do not fall.
+
+    >>> kept = torch.tensor([[True, False]])
+    >>> sign_masked(torch.sign, torch.tensor([[0.3, -2.0]]), [0.1], mask=kept, seed=0)
+    tensor([[ 1., -2.]])
+    """
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected a bool tensor, got {mask.dtype}")
+    if any(low >= high for high, low in pairwise(sigmas)) or any(sigma < 0 for sigma in sigmas):
+        raise ValueError(f"sigmas: expected falling noise levels of at least 0, got {list(sigmas)}")
+    x = _filled(model(x), x, mask)
+    for i, sigma in enumerate(sigmas, start=1):
+        x = _filled(model(add_noise(x, sigma, seed=seed, step=i, sample_id=sample_id)), x, mask)
+    return x
+
+
+def _filled(new: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    return new if mask is None else torch.where(mask, new, x)

@@ -1,0 +1,105 @@
+"""A sampling grid: the noise levels that a sampler visits, and the DDIM coefficients between neighbours."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from bicm_diffusion.rational import nearest
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A sampling grid i = 0 (data) … N (noisiest): alpha_i, sigma_i and the coefficients of BDIA eq. 6.
+
+    times: what the model is told at index i; alpha, sigma: z_i = alpha_i·x + sigma_i·n. Each holds N + 1
+    floats, N ≥ 1. a[i] = alpha_{i-1}/alpha_i and b[i] = sigma_{i-1} - sigma_i·a[i] for i = 1 … N; no step
+    leaves index 0, so a[0] and b[0] are NaN. table: times, alpha and sigma as one float64 tensor (3, N + 1),
+    from which traced loops read, so that one graph serves every schedule of N steps. ratios: int64 (2, N + 1), for
+    i = 1 … N - 1 the nearest fraction n/m, m ≤ 1024, of (h_i/h_{i+1})², h_i the width of interval i in sigma/alpha.
+    clean: whether index 0 is clean data, sigma_0 = 0, where no model is asked.
+    Raises ValueError unless the lengths agree, alpha > 0, sigma ≥ 0 and sigma/alpha grows with i.
+
+    >>> schedule = Schedule(times=(0.0, 1.0), alpha=(1.0, 0.6), sigma=(0.0, 0.8))
+    >>> schedule.steps, round(schedule.a[1], 3), round(schedule.b[1], 3)
+    (1, 1.667, -1.333)
+    """
+
+    times: tuple[float, ...]
+    alpha: tuple[float, ...]
+    sigma: tuple[float, ...]
+    a: tuple[float, ...] = field(init=False, repr=False)
+    b: tuple[float, ...] = field(init=False, repr=False)
+    table: Tensor = field(init=False, repr=False, compare=False)
+    ratios: Tensor = field(init=False, repr=False, compare=False)
+    clean: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        lengths = (len(self.times), len(self.alpha), len(self.sigma))
+        if len(set(lengths)) != 1 or lengths[0] < 2:
+            raise ValueError(f"times, alpha, sigma: expected one length of at least 2, got lengths {lengths}")
+        _check_levels(self.alpha, self.sigma)
+        alpha, sigma = self.alpha, self.sigma
+        a = (math.nan, *(alpha[i - 1] / alpha[i] for i in range(1, len(alpha))))
+        b = (math.nan, *(sigma[i - 1] - sigma[i] * a[i] for i in range(1, len(sigma))))
+        object.__setattr__(self, "a", a)
+        object.__setattr__(self, "b", b)
+        object.__setattr__(self, "table", torch.tensor([self.times, alpha, sigma], dtype=torch.float64))
+        object.__setattr__(self, "clean", sigma[0] == 0.0)
+        pairs = [(1, 1), *(nearest((self.width(i) / self.width(i + 1)) ** 2) for i in range(1, self.steps)), (1, 1)]
+        object.__setattr__(self, "ratios", torch.tensor(pairs).T)
+
+    @property
+    def steps(self) -> int:
+        """The number N of steps between data and noise."""
+        return len(self.times) - 1
+
+    def width(self, i: int) -> float:
+        """The width h_i of interval i, sigma_i/alpha_i - sigma_{i-1}/alpha_{i-1}, i = 1 … N."""
+        return self.sigma[i] / self.alpha[i] - self.sigma[i - 1] / self.alpha[i - 1]
+
+
+def to_ve(schedule: Schedule) -> Schedule:
+    """Return the variance-exploding form of a schedule: alpha = 1, sigma = sigma_i/alpha_i, the times kept.
+
+    A state follows by z_ve = z/alpha_i; the two forms describe one trajectory.
+
+    >>> to_ve(Schedule(times=(0.0, 1.0), alpha=(1.0, 0.6), sigma=(0.0, 0.8))).sigma
+    (0.0, 1.3333333333333335)
+    """
+    ratio = (s / a for a, s in zip(schedule.alpha, schedule.sigma, strict=True))
+    return Schedule(schedule.times, (1.0,) * (schedule.steps + 1), tuple(ratio))
+
+
+def to_vp(schedule: Schedule) -> Schedule:
+    """Return the variance-preserving form of a schedule: alpha² + sigma² = 1 at equal sigma/alpha, the times kept.
+
+    A state follows by z_vp = z/sqrt(alpha_i² + sigma_i²); the two forms describe one trajectory.
+
+    >>> to_vp(Schedule(times=(0.0, 1.0), alpha=(1.0, 1.0), sigma=(0.0, 0.75))).alpha
+    (1.0, 0.8)
+    """
+    norms = [math.hypot(a, s) for a, s in zip(schedule.alpha, schedule.sigma, strict=True)]
+    alpha = tuple(a / norm for a, norm in zip(schedule.alpha, norms, strict=True))
+    sigma = tuple(s / norm for s, norm in zip(schedule.sigma, norms, strict=True))
+    return Schedule(schedule.times, alpha, sigma)
+
+
+def check_steps(steps: int, most: int | None = None) -> None:
+    """Raise ValueError unless a number of steps is at least 1, and at most `most` where that is given."""
+    if steps < 1 or (most is not None and steps > most):
+        limit = "of at least 1" if most is None else f"in [1, {most}]"
+        raise ValueError(f"steps: expected an integer {limit}, got {steps}")
+
+
+def _check_levels(alpha: tuple[float, ...], sigma: tuple[float, ...]) -> None:
+    for name, values, bad in (("alpha", alpha, min(alpha) <= 0), ("sigma", sigma, min(sigma) < 0)):
+        if bad or not all(map(math.isfinite, values)):
+            raise ValueError(f"{name}: expected finite values, alpha > 0 and sigma >= 0, got {values}")
+    ratio = [s / r for s, r in zip(sigma, alpha, strict=True)]
+    if any(high <= low for low, high in pairwise(ratio)):
+        raise ValueError(f"sigma: sigma/alpha must grow with the index, got {ratio}")

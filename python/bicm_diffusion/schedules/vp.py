@@ -1,0 +1,63 @@
+"""The variance-preserving process with linear betas in continuous time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bicm_diffusion.schedules.schedule import Schedule, check_steps
+
+BETA_MIN = 0.1
+BETA_MAX = 20.0
+
+
+def vp_alpha_sigma(times: Tensor, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX) -> tuple[Tensor, Tensor]:
+    """Return alpha(t) and sigma(t) of the linear-beta variance-preserving process z = alpha·x + sigma·n.
+
+    times: any shape, in [0, 1], 0 = data; the results have its shape and dtype. alpha² + sigma² is 1.
+    Equation: ln alpha(t) = -(beta_max - beta_min)·t²/4 - beta_min·t/2, the limit of DDPM's 1000 linear betas.
+
+    >>> alpha, sigma = vp_alpha_sigma(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    >>> sigma[0].item(), alpha[1].item() < 0.01
+    (0.0, True)
+    """
+    log_alpha = -(beta_max - beta_min) / 4 * times * times - beta_min / 2 * times
+    return log_alpha.exp(), (-(2 * log_alpha).expm1()).sqrt()
+
+
+def vp_time(ratio: Tensor, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX) -> Tensor:
+    """Return the time t at which sigma(t)/alpha(t) has a given value: what a VP network is told at a VE noise level.
+
+    ratio: any shape, ≥ 0; the result has its shape and dtype. The inverse of `vp_alpha_sigma`: with
+    l = ln(1 + ratio²), t = 2l/(beta_min + sqrt(beta_min² + 2(beta_max - beta_min)·l)).
+
+    >>> alpha, sigma = vp_alpha_sigma(torch.tensor([0.25], dtype=torch.float64))
+    >>> vp_time(sigma / alpha)
+    tensor([0.2500], dtype=torch.float64)
+    """
+    doubled = (ratio * ratio).log1p()
+    return 2 * doubled / (beta_min + (beta_min**2 + 2 * (beta_max - beta_min) * doubled).sqrt())
+
+
+def vp_schedule(
+    steps: int,
+    *,
+    final_time: float = 0.0,
+    beta_min: float = BETA_MIN,
+    beta_max: float = BETA_MAX,
+) -> Schedule:
+    """Return the linear-beta variance-preserving schedule on uniform times from final_time to 1.
+
+    steps: N ≥ 1. final_time in [0, 1) is index 0; 0 ends on clean data, sigma_0 = 0. All tables are float64.
+    Raises ValueError for a value out of range.
+
+    >>> schedule = vp_schedule(50)
+    >>> schedule.steps, schedule.sigma[0], round(schedule.sigma[50], 4)
+    (50, 0.0, 1.0)
+    """
+    check_steps(steps)
+    if not 0.0 <= final_time < 1.0:
+        raise ValueError(f"final_time: expected a value in [0, 1), got {final_time}")
+    times = torch.linspace(final_time, 1.0, steps + 1, dtype=torch.float64)
+    alpha, sigma = vp_alpha_sigma(times, beta_min=beta_min, beta_max=beta_max)
+    return Schedule(tuple(times.tolist()), tuple(alpha.tolist()), tuple(sigma.tolist()))

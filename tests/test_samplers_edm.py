@@ -1,0 +1,111 @@
+"""EDM's samplers against their algorithms as written, and the noise on the way."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from closed_forms import Mixture, noise, ve_levels
+from torch import Tensor
+
+from bicm_diffusion import Preconditioned, ddim_sample, edm_sample, karras_schedule, vp_schedule
+from bicm_kernels import normal
+
+MODEL = Mixture(0.5, 0.8, ve_levels)
+SCHEDULE = karras_schedule(12, sigma_min=0.02, sigma_max=20.0)
+
+
+def denoised(x: Tensor, sigma: float) -> Tensor:
+    """D(x, sigma) of the mixture."""
+    return x - sigma * MODEL(x, torch.full(x.shape[:1], sigma, dtype=torch.float64))
+
+
+def plain(x: Tensor, *, heun: bool, churn: float = 0.0, churn_range: Any = (0.0, math.inf), churn_noise: float = 1.0,
+          seed: int = 0) -> Tensor:  # fmt: skip
+    """Algorithm 2 of Karras et al., as it is written; Algorithm 1 is that without churn."""
+    count = SCHEDULE.steps
+    for i in range(count, 0, -1):
+        t, t_next = SCHEDULE.sigma[i], SCHEDULE.sigma[i - 1]
+        gamma = min(churn / count, math.sqrt(2) - 1) if churn_range[0] <= t <= churn_range[1] else 0.0
+        t_hat = t + gamma * t
+        if gamma > 0:
+            n = normal(x.shape, seed=seed, step=i).to(x.dtype)
+            x = x + math.sqrt(t_hat**2 - t**2) * churn_noise * n
+        d = (x - denoised(x, t_hat)) / t_hat
+        following = x + (t_next - t_hat) * d
+        if heun and t_next != 0:
+            d_next = (following - denoised(following, t_next)) / t_next
+            following = x + (t_next - t_hat) * (d + d_next) / 2
+        x = following
+    return x
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize(
+    "options", [{}, {"churn": 4.0}, {"churn": 40.0, "churn_range": (0.5, 5.0), "churn_noise": 1.007}], ids=str
+)
+def test_is_the_algorithm(solver: str, options: dict[str, Any]) -> None:
+    z = 20.0 * noise(4, 3)
+    expected = plain(z, heun=solver == "heun", seed=5, **options)
+    got = edm_sample(MODEL, z, SCHEDULE, solver=solver, seed=5, **options)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_euler_is_ddim() -> None:
+    z = 20.0 * noise(4, 3)
+    assert torch.equal(edm_sample(MODEL, z, SCHEDULE, solver="euler"), ddim_sample(MODEL, z, SCHEDULE))
+
+
+@pytest.mark.parametrize("options", [{}, {"churn": 4.0, "seed": 1}], ids=str)
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_a_raw_network_is_asked_with_scaled_inputs(solver: str, options: dict[str, Any]) -> None:
+    z, data = 20.0 * noise(4, 3), 0.5
+
+    def raw(scaled: Tensor, times: Tensor) -> Tensor:
+        sigma = times[:, None]
+        x = scaled * (data**2 + sigma**2).sqrt()
+        c_skip = data**2 / (data**2 + sigma**2)
+        c_out = data * sigma / (data**2 + sigma**2).sqrt()
+        return (x - sigma * MODEL(x, times) - c_skip * x) / c_out
+
+    expected = edm_sample(MODEL, z, SCHEDULE, solver=solver, **options)
+    got = edm_sample(raw, z, SCHEDULE, solver=solver, prediction=Preconditioned(sigma_data=data), **options)
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_evaluations_are_two_a_step_but_one_to_clean_data() -> None:
+    asked: list[float] = []
+
+    def model(z: Tensor, times: Tensor) -> Tensor:
+        asked.append(times[0].item())
+        return MODEL(z, times)
+
+    edm_sample(model, noise(1, 2), karras_schedule(3, sigma_min=0.5, sigma_max=2.0))
+    assert len(asked) == 5 and min(asked) == 0.5
+    asked.clear()
+    edm_sample(model, noise(1, 2), karras_schedule(3, sigma_min=0.5, sigma_max=2.0, final_sigma=None))
+    assert len(asked) == 6
+
+
+def test_churned_noise_belongs_to_its_sample() -> None:
+    z = 20.0 * noise(7, 3)
+    together = edm_sample(MODEL, z, SCHEDULE, churn=20.0, seed=3)
+    alone = edm_sample(MODEL, z[4:5], SCHEDULE, churn=20.0, seed=3, sample_id=4)
+    assert torch.equal(together[4:5], alone)
+    assert not torch.equal(together, edm_sample(MODEL, z, SCHEDULE, churn=20.0, seed=4))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "message"),
+    [
+        (SCHEDULE, {"solver": "rk4"}, "solver: expected 'euler' or 'heun', got 'rk4'"),
+        (SCHEDULE, {"churn": -1.0}, "churn: expected a value of at least 0, got -1.0"),
+        (SCHEDULE, {"churn": 1.0}, "seed: expected an int or an int64 tensor"),
+        (vp_schedule(4), {"churn": 1.0, "seed": 0}, "churn: expected a schedule with alpha = 1"),
+    ],
+)
+def test_wrong_calls_are_named(schedule: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        edm_sample(MODEL, noise(2, 3), schedule, **options)

@@ -1,0 +1,148 @@
+"""The sampling grids: levels, their coefficients, and the two forms of one schedule."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bicm_diffusion import (
+    Schedule,
+    ddim_sample,
+    karras_schedule,
+    karras_sigmas,
+    to_ve,
+    to_vp,
+    vp_alpha_sigma,
+    vp_schedule,
+    vp_time,
+)
+from bicm_diffusion.rational import nearest
+
+
+def test_vp_is_variance_preserving_and_ends_on_data() -> None:
+    schedule = vp_schedule(100)
+    assert schedule.alpha[0] == 1.0 and schedule.sigma[0] == 0.0 and schedule.sigma[100] > 0.9999
+    assert schedule.clean and not vp_schedule(3, final_time=0.1).clean
+    for i in range(1, 101):
+        assert schedule.alpha[i] ** 2 + schedule.sigma[i] ** 2 == pytest.approx(1.0, abs=1e-15)
+        assert schedule.a[i] * schedule.alpha[i] == pytest.approx(schedule.alpha[i - 1], rel=1e-15)
+        assert schedule.b[i] + schedule.a[i] * schedule.sigma[i] == pytest.approx(schedule.sigma[i - 1], rel=1e-14)
+    assert math.isnan(schedule.a[0]) and math.isnan(schedule.b[0])
+
+
+def test_tables_hold_the_schedule() -> None:
+    schedule = vp_schedule(7)
+    assert schedule.table.dtype == torch.float64
+    assert schedule.table.tolist() == [list(schedule.times), list(schedule.alpha), list(schedule.sigma)]
+    assert schedule == vp_schedule(7) != vp_schedule(7, final_time=0.1)
+    assert hash(schedule) == hash(vp_schedule(7))
+
+
+def test_ratios_are_the_nearest_fractions_of_squared_widths() -> None:
+    schedule = vp_schedule(40)
+    numerators, denominators = schedule.ratios.tolist()
+    assert len(numerators) == 41 and max(denominators) <= 1024
+    for i in range(1, 40):
+        wanted = Fraction((schedule.width(i) / schedule.width(i + 1)) ** 2).limit_denominator(1024)
+        assert (numerators[i], denominators[i]) == wanted.as_integer_ratio()
+
+
+@settings(max_examples=300)
+@given(st.floats(0, 50), st.integers(1, 1024))
+def test_nearest_is_the_best_fraction(x: float, limit: int) -> None:
+    n, m = nearest(x, limit)
+    best = Fraction(x).limit_denominator(limit)
+    assert 1 <= m <= limit and abs(Fraction(n, m) - Fraction(x)) <= abs(best - Fraction(x)) + Fraction(1e-16)
+
+
+def test_vp_time_undoes_vp_alpha_sigma() -> None:
+    times = torch.linspace(0, 1, 101, dtype=torch.float64)
+    alpha, sigma = vp_alpha_sigma(times)
+    torch.testing.assert_close(vp_time(sigma / alpha), times, rtol=1e-13, atol=1e-16)
+
+
+@pytest.mark.parametrize("rho", [1.0, 7.0])
+def test_karras_levels_are_uniform_in_the_power(rho: float) -> None:
+    sigmas = karras_sigmas(40, rho=rho)
+    assert sigmas.dtype == torch.float64 and sigmas[0] == 0.002 and sigmas[-1] == 80.0
+    powers = sigmas ** (1 / rho)
+    torch.testing.assert_close(powers.diff(), powers.diff().mean().expand(39), rtol=1e-10, atol=0)
+
+
+def test_karras_middle_by_hand() -> None:
+    middle = ((0.002 ** (1 / 7) + 80 ** (1 / 7)) / 2) ** 7
+    assert karras_sigmas(3)[1].item() == pytest.approx(middle, rel=1e-14)
+    assert karras_sigmas(1).tolist() == [80.0]
+
+
+def test_karras_schedule_counts_steps_with_and_without_an_end() -> None:
+    to_zero, within = karras_schedule(18), karras_schedule(18, final_sigma=None)
+    assert to_zero.steps == within.steps == 18
+    assert to_zero.sigma[:2] == (0.0, 0.002) and within.sigma[0] == 0.002
+    assert to_zero.sigma[-1] == within.sigma[-1] == 80.0
+    assert to_zero.times == to_zero.sigma and set(to_zero.alpha) == {1.0}
+
+
+def test_two_forms_describe_one_trajectory() -> None:
+    schedule = vp_schedule(20)
+    ve = to_ve(schedule)
+    again = to_vp(ve)
+    assert again.times == schedule.times
+    for one, other in ((again.alpha, schedule.alpha), (again.sigma, schedule.sigma)):
+        assert one == pytest.approx(other, rel=1e-13)
+
+    z = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    alpha = dict(zip(schedule.times, schedule.alpha, strict=True))
+
+    def model(z: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(z + times[:, None])
+
+    def model_of_ve(z: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        return model(z * alpha[times[0].item()], times)
+
+    end = ddim_sample(model_of_ve, z / schedule.alpha[-1], ve)
+    torch.testing.assert_close(end * schedule.alpha[0], ddim_sample(model, z, schedule), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"times": (0.0,), "alpha": (1.0,), "sigma": (0.0,)}, "length"),
+        ({"times": (0.0, 1.0), "alpha": (1.0, 0.5), "sigma": (0.0,)}, "length"),
+        ({"times": (0.0, 1.0), "alpha": (1.0, 0.0), "sigma": (0.0, 1.0)}, "alpha"),
+        ({"times": (0.0, 1.0), "alpha": (1.0, 0.5), "sigma": (-0.1, 1.0)}, "sigma"),
+        ({"times": (0.0, 1.0), "alpha": (1.0, 1.0), "sigma": (0.5, 0.5)}, "grow"),
+        ({"times": (0.0, 1.0), "alpha": (1.0, 0.5), "sigma": (0.0, math.inf)}, "finite"),
+    ],
+)
+def test_bad_schedules_are_refused(arguments: dict[str, tuple[float, ...]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schedule(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("steps", "final_time", "name"), [(0, 0.0, "steps"), (5, 1.0, "final_time"), (5, -0.1, "final_time")]
+)
+def test_bad_vp_grids_are_refused(steps: int, final_time: float, name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        vp_schedule(steps, final_time=final_time)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"steps": 3, "sigma_min": 0.0}, "sigma_min"),
+        ({"steps": 3, "sigma_min": 2.0, "sigma_max": 1.0}, "sigma_max"),
+        ({"steps": 3, "rho": 0.0}, "rho"),
+        ({"steps": 3, "final_sigma": 0.002}, "final_sigma"),
+    ],
+)
+def test_bad_karras_grids_are_refused(arguments: dict[str, float], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        karras_schedule(**arguments)
