@@ -41,7 +41,7 @@ def test_equals_the_library_s_sampler(gamma: float) -> None:
     schedule = Schedule(
         tuple(float(t) for t in times), tuple(a**0.5 for a in squares), tuple((1 - a) ** 0.5 for a in squares)
     )
-    expected = bdia_sample(lambda z, t: model(z, t[0]), start(), schedule, gamma=gamma)
+    expected = bdia_sample(lambda z, t: model(z, t[0]), start(), schedule, gamma=gamma, exact=False)
     z = run(scheduler, start())
     torch.testing.assert_close(z, expected.z, rtol=0, atol=1e-11)
     torch.testing.assert_close(scheduler.last_sample, expected.previous, rtol=0, atol=1e-11)
