@@ -5,5 +5,5 @@ import importlib.util
 collect_ignore_glob = (
     []
     if importlib.util.find_spec("diffusers")
-    else ["python/bicm_diffusion/adapters/diffusers/*", "tests/test_diffusers*"]
+    else ["python/bicm_diffusion/adapters/diffusers/*", "tests/diffusers_cases.py"]
 )

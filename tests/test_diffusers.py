@@ -23,6 +23,7 @@ from diffusers import (
     LCMScheduler,
     UNet2DModel,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bicm_kernels as bk
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler, accelerated_class
@@ -238,6 +239,25 @@ def test_zero_signal_gives_the_original_s_infinities() -> None:
     theirs, mine = (s.step(network(x, 0), t, x).prev_sample for s in (original, ours))
     assert not theirs.isfinite().all()
     torch.testing.assert_close(mine, theirs, equal_nan=True)
+
+
+class NothingRead(TorchDispatchMode):
+    """Raises where a value or a shape would have to come from the device."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), function
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("case", DEFAULTS, ids=name_of)
+def test_a_step_reads_nothing_from_the_device(case: Case) -> None:
+    original, ours = pair(case, noise="keyed")
+    x = start(ours, torch.float32)
+    with NothingRead():
+        mine = trajectory(ours, x)
+    assert mine.isfinite().all()
+    with pytest.raises(AssertionError), NothingRead():
+        trajectory(original, x)
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)

@@ -47,8 +47,7 @@ def ddim_row(prediction: str, a: Number, below: Number, eta: float, *, clips: bo
     no larger than x0 itself, so that nothing is lost.
     """
     x0_sample, x0_output, eps_sample, eps_output = reading(prediction, a)
-    variance = (1.0 - below) / (1.0 - a) * (1.0 - a / below)
-    deviation = eta * root(variance) if eta else 0.0
+    deviation = eta * root((1.0 - below) / (1.0 - a) * (1.0 - a / below)) if eta else 0.0
     kept, direction = root(below), root(1.0 - below - deviation * deviation)
     ra, rb = root(a), root(1.0 - a)
     share = a / (1.0 + rb)  # 1 - rb

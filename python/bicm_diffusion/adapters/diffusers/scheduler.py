@@ -41,6 +41,9 @@ class Tables:
     reason: str | None
     timesteps: list[float]
     levels: list[float]
+    #: Where the first timestep lies in memory, and how many bytes further the next.
+    address: int
+    spacing: int
     rows: dict[Any, Row | None] = field(default_factory=dict)
     #: The same rows or levels as float64 tensors, for graphs.
     traced: dict[Any, Tensor] = field(default_factory=dict)
@@ -93,7 +96,16 @@ class Accelerated:
 
     def _prepare(self) -> Tables:
         sources, reason = self._sources(), self._uncovered()
-        tables = Tables(sources, version_of(sources[0]), reason, self.timesteps.tolist(), self._host_levels())
+        times = self.timesteps
+        tables = Tables(
+            sources,
+            version_of(sources[0]),
+            reason,
+            times.tolist(),
+            self._host_levels(),
+            address=times.data_ptr(),
+            spacing=times.stride(0) * times.element_size(),
+        )
         if reason is None:
             self._fill(tables)
         else:
@@ -168,12 +180,11 @@ class Accelerated:
         """A timestep as a number; an element of `timesteps` is told by where it lies, without asking its device."""
         if not isinstance(timestep, Tensor):
             return timestep
-        whole = self.timesteps
-        if not timestep.is_cpu and timestep.dim() == 0 and timestep.dtype == whole.dtype:
-            step = timestep.storage_offset() - whole.storage_offset()
-            same = timestep.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-            if same and whole.stride(0) > 0:
-                return tables.timesteps[step // whole.stride(0)]
+        if timestep.dim() == 0 and timestep.dtype == self.timesteps.dtype and tables.spacing:
+            # The tables keep the timesteps alive, so whatever lies at such an address is one of them.
+            position, rest = divmod(timestep.data_ptr() - tables.address, tables.spacing)
+            if rest == 0 and 0 <= position < len(tables.timesteps):
+                return tables.timesteps[position]
         return timestep.item()
 
     # --- the next evaluation's input ----------------------------------------------------------------------------------
