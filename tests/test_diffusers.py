@@ -223,6 +223,30 @@ def test_a_sample_that_was_changed_is_scaled_again() -> None:
     torch.testing.assert_close(ours.scale_model_input(x, t), expected)
 
 
+@pytest.mark.parametrize("case", DEFAULTS, ids=name_of)
+def test_in_inference_mode(case: Case) -> None:
+    original, ours = pair(case)
+    x = start(original, torch.float32)
+    ends = []
+    for s in (original, ours):
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            ends.append(trajectory(s, x))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-4 * ends[0].abs().max().item())
+
+
+def test_levels_of_zero_give_the_original_s_infinities() -> None:
+    ends = []
+    for s in (EulerDiscreteScheduler(), accelerate_scheduler(EulerDiscreteScheduler())):
+        s.set_timesteps(sigmas=[1.0, 0.0, 0.0])
+        x = torch.ones(1, 2, 4, 4)
+        for t in s.timesteps:
+            s.set_begin_index(0 if s.step_index is None else s.step_index)
+            x = s.step(0.5 * s.scale_model_input(x, t), t, x).prev_sample
+        ends.append(x)
+    torch.testing.assert_close(ends[1], ends[0], equal_nan=True)
+
+
 def test_a_schedule_that_was_written_to_is_read_again() -> None:
     original, ours = pair((EulerDiscreteScheduler, {}, {}))
     for s in (original, ours):

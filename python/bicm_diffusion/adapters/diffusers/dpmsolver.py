@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.euler import Sigmas, edm_denoiser
-from bicm_diffusion.adapters.diffusers.scheduler import Generators, Row, Tables, as_state, noise_removed, single, traced
+from bicm_diffusion.adapters.diffusers.scheduler import Generators, Row, Tables, as_state, noise_removed, traced
 from bicm_kernels import denoised_step
 
 Level = tuple[float, float]  # alpha and sigma of a level
@@ -211,8 +211,7 @@ class DpmSolver(_Solver):
     def _reading(self, sigma: float) -> tuple[float, float]:
         prediction, (alpha, noise) = self.config.prediction_type, self._level(sigma)
         if prediction == "epsilon":
-            scale = float(single(1.0 / alpha))
-            return scale, -noise * scale
+            return 1.0 / alpha, -noise / alpha
         if prediction == "sample":
             return 0.0, 1.0
         return (alpha, -noise) if prediction == "v_prediction" else (1.0, -sigma)

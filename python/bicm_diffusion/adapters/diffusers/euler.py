@@ -44,7 +44,10 @@ class Sigmas(Accelerated):
     def _fill(self, tables: Tables) -> None:
         tables.traced["scales"] = torch.tensor([self._scale(x) for x in tables.levels], dtype=torch.float64)
         count = min(len(tables.timesteps), len(tables.levels) - 1)
-        rows = [self._row(tables, index) for index in range(count)]
+        try:
+            rows = [self._row(tables, index) for index in range(count)]
+        except (ZeroDivisionError, ValueError):
+            rows = []  # a level of zero before the last: the original's infinities
         tables.rows = dict(enumerate(rows))
         tables.traced["rows"] = torch.tensor(rows, dtype=torch.float64)
 

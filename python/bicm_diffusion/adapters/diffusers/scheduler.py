@@ -203,7 +203,10 @@ class Accelerated:
             self._pending = weakref.ref(sample), sample._version, index, scaled
 
     def _may_foresee(self, sample: Tensor) -> bool:
-        return self._foresees and not traced() and not sample.is_inference() and not sample.requires_grad
+        if not self._foresees or traced():
+            return False
+        # Inference tensors do not tell whether they were written to.
+        return not (sample.is_inference() or torch.is_inference_mode_enabled() or sample.requires_grad)
 
     # --- copies -------------------------------------------------------------------------------------------------------
     def __reduce_ex__(self, protocol: Any) -> Any:
