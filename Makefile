@@ -9,7 +9,7 @@ CSRC := $(shell find csrc -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv native emulator demo test lint format sanitize bench gpu-check clean distclean
+.PHONY: help venv native emulator evidence demo test lint format sanitize bench gpu-check clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -38,6 +38,9 @@ native: .venv/.native ## rebuild the native library where a source changed
 emulator: .venv/.requirements ## build the host emulator of the CUDA kernels
 	@test -f build/emulator/build.ninja || $(CMAKE) -S . -B build/emulator
 	$(BIN)/cmake --build build/emulator
+
+evidence: emulator ## count bytes and launches on the emulator, into docs/evidence.md
+	PYTHONPATH=.:build/emulator $(BIN)/python -m tests.emulator.evidence
 
 # --- what the project does --------------------------------------------------------------------------------------------
 demo: native ## sample, invert and reconstruct handwritten digits; prints a table and writes a picture

@@ -24,12 +24,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from bicm_kernels.triton_kernels import OPS, multistep, noise, operands
+from bicm_kernels.triton_kernels import OPS, multistep, noise, operands, pseudo_huber
 
 SM90 = GPUTarget("cuda", 90, 32)
 THREADS, TILE = 128, 1024
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-KERNELS = {"multistep": multistep, "noise": noise, "fold": noise}
+KERNELS = {"multistep": multistep} | dict.fromkeys(("noise", "pair", "fold"), noise)
+KERNELS |= dict.fromkeys(("sums", "finish", "gradients"), pseudo_huber)
 
 
 class Recorder:
@@ -51,12 +52,12 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def specialized(name: str, call: Callable[[], object], target: GPUTarget = SM90) -> tuple[Any, list[Any]]:
     """The kernel `name`, and the options, signature and constants that a launch compiles it for."""
-    module = KERNELS[name]
-    kernel, recorder = getattr(module, name), Recorder()
+    kernel, recorders = getattr(KERNELS[name], name), {key: Recorder() for key in KERNELS}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, name, recorder)
+        for key, module in KERNELS.items():
+            patch.setattr(module, key, recorders[key])
         call()
-    ((args, kwargs),) = recorder.launches
+    ((args, kwargs),) = recorders[name].launches
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*args, **kwargs)
@@ -114,9 +115,28 @@ def step(name: str, tensors: list[Tensor], *arguments: Any, outs: int = 1) -> Ca
     return "multistep", lambda: OPS[name](tensors, *arguments), tensors, tensors[:1] * outs
 
 
+def levels() -> tuple[float, ...]:
+    """t, u and sigma_data."""
+    return (2.0, 0.5, 0.5)
+
+
+def preconditioning(kind: str, state: torch.dtype, network: torch.dtype) -> dict[str, Case]:
+    pair, one = states(state, network), states(state)
+    renoise = (*levels()[:2], 0.7, 0.6, 0.5, False, *KEY)
+    noise = (0.3, 0.5, *KEY, None, None)
+    return {
+        f"scale_input {kind}": ("multistep", lambda: OPS["scale_input"](one[0], 2.0, 0.5), one, one),
+        f"denoise {kind}": ("multistep", lambda: OPS["denoise"](*pair, *levels(), False), pair, one),
+        f"denoise cm {kind}": ("multistep", lambda: OPS["denoise"](*pair, *levels(), True), pair, one),
+        f"renoise {kind}": ("multistep", lambda: OPS["renoise"](*pair, *renoise), pair, one * 2),
+        f"noisy_pair {kind}": ("pair", lambda: OPS["noisy_pair"](one[0], *noise), one, one * 2),
+    }
+
+
 def dense_cases() -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for kind, (state, network) in NETWORKS.items():
+        cases |= preconditioning(kind, state, network)
         cases[f"ddim {kind}"] = step("ddim_step", states(state, network), BDIA[:2], 0.0)
         cases[f"bdia {kind}"] = step("bdia_step", states(state, state, network), BDIA, 0.0)
         cases[f"inverse {kind}"] = step("bdia_inverse_step", states(state, state, network), BDIA, 0.0)
@@ -152,6 +172,69 @@ def test_dense_tensors_move_128_bits_at_a_time(case: Case, tmp_path: Path) -> No
 
     expected = {("ld", 16): moves(read), ("st", 16): moves(written)}
     assert accesses(binary) == Counter({access: count for access, count in expected.items() if count})
+
+
+def losses() -> dict[str, Case]:
+    """Forward and backward of the losses: what must be read, and what written, 128 bits at a time."""
+    cases: dict[str, Case] = {}
+    for kind, (state, network) in NETWORKS.items():
+        pair, three = states(network, state), states(network, state, state)
+        forward = torch.ones(()), torch.empty(4, dtype=F64), 1
+        for name, code, c in (("vector", 0, None), ("elementwise", 1, 0.1)):
+            distance = (None, c, code, 0)
+            consistency = (torch.empty(4), torch.empty(4), torch.empty(4), c, 0.5, 0.002, 0, code, 0)
+            for op, inputs, call in (("pseudo_huber", pair, distance), ("consistency_loss", three, consistency)):
+                title = f"{op} {name} {kind}"
+                cases[title] = ("sums", lambda op=op, x=inputs, call=call: OPS[op](*x, *call), inputs, [])
+                backward = f"{op}_backward"
+                cases[f"{title} backward"] = (
+                    "gradients",
+                    lambda op=backward, x=inputs, call=call, forward=forward: OPS[op](*forward, *x, *call),
+                    inputs,
+                    inputs[:1],
+                )
+    return cases
+
+
+LOSSES = losses()
+DOUBLE = re.compile(r"\b(?:add|mul|sub|div|sqrt|fma)\.\S*f64")
+
+
+@pytest.mark.parametrize("case", LOSSES.values(), ids=LOSSES)
+def test_losses_move_128_bits_at_a_time(case: Case, tmp_path: Path) -> None:
+    """Beside them a thread moves the sums and the numbers of its sample, a few bytes each."""
+    name, call, read, written = case
+    binary = compiled(name, call)
+    check_arithmetic(binary)
+    check_resources(binary, tmp_path)
+    found = accesses(binary)
+    for kind, tensors in (("ld", read), ("st", written)):
+        assert found[kind, 16] == sum(x.element_size() for x in tensors) * TILE // THREADS // 16
+    assert sum(count for (_, size), count in found.items() if size != 16) <= 6
+    assert max(size for _, size in found) == 16
+    # Sums are added up in double precision once a thread, after the loop over elements.
+    assert len(DOUBLE.findall(binary.asm["ptx"])) <= (40 if name == "sums" else 0)
+
+
+def test_the_end_of_a_loss_compiles(tmp_path: Path) -> None:
+    for reduction in range(3):
+        x = states(F32, F32, shape=(40, 20_000))
+        binary = compiled("finish", lambda x=x, reduction=reduction: OPS["pseudo_huber"](*x, None, None, 0, reduction))
+        check_arithmetic(binary)
+        check_resources(binary, tmp_path)
+
+
+@pytest.mark.parametrize("case", ["denoise float32", "renoise mixed", "noisy_pair float32", "normal float32"])
+def test_float32_kernels_compute_in_float32(case: str) -> None:
+    assert not DOUBLE.search(compiled(*DENSE[case][:2]).asm["ptx"])
+
+
+def test_a_contracted_product_is_seen() -> None:
+    """The check of the arithmetic, tested: the same kernel with contraction allowed fails it."""
+    kernel, (options, *source) = specialized("multistep", DENSE["bdia float32"][1])
+    loose = {**options.__dict__, "enable_fp_fusion": True}
+    with pytest.raises(AssertionError):
+        check_arithmetic(triton.compile(ASTSource(kernel, *source), target=SM90, options=loose))
 
 
 def numbers(*shape: int) -> list[Tensor]:
@@ -232,7 +315,7 @@ def test_quotients_and_roots_are_correctly_rounded() -> None:
 
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 100, 120)}
-ELSEWHERE = ["bdia mixed", "affine noisy bfloat16", "denoised float32", "normal float32"]
+ELSEWHERE = ["bdia mixed", "affine noisy bfloat16", "denoised float32", "normal float32", "renoise bfloat16"]
 
 
 @pytest.mark.parametrize("case", ELSEWHERE)

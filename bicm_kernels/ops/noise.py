@@ -349,7 +349,7 @@ def noisy_pair(
     try:
         if x_hat is not None or mask is not None or arguments.compiling():
             check()
-        if arguments.needs_reference(x, tracked=arguments.requires_grad(sigma_low, sigma_high), family="noisy_pair"):
+        if arguments.needs_reference(x, tracked=arguments.requires_grad(sigma_low, sigma_high)):
             check()
             return reference.noisy_pair(
                 x, sigma_low, sigma_high, seed=seed, step=step, sample_id=sample_id, x_hat=x_hat, mask=mask

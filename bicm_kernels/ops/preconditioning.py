@@ -209,7 +209,7 @@ def _call(
         if arguments.compiling():
             _check(states, numbers)
         tracked = arguments.requires_grad(*tensors)
-        if arguments.needs_reference(tensors[0], tracked=arguments.requires_grad(*values), family="preconditioning"):
+        if arguments.needs_reference(tensors[0], tracked=arguments.requires_grad(*values)):
             _check(states, numbers)
             return plain_torch()
         table = [arguments.coefficient(value) for value in values]
@@ -268,7 +268,7 @@ def renoise(
         if arguments.compiling():
             _check(states, numbers, key)
         tracked = arguments.requires_grad(x, F, *values)
-        if arguments.needs_reference(x, tracked=tracked, family="preconditioning"):
+        if arguments.needs_reference(x, tracked=tracked):
             _check(states, numbers, key)
             return reference.renoise(
                 x,

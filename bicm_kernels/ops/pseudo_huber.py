@@ -204,7 +204,7 @@ def _run(loss: _Loss, tensors: tuple[Any, ...], numbers: tuple[Any, ...], names:
     try:
         codes = [_CODES[option][name] for option, name in zip(loss.options[len(numbers) :], names, strict=True)]
         fallback = arguments.needs_reference(
-            tensors[0], tracked=arguments.requires_grad(*tensors[loss.inputs :], *numbers), family="pseudo_huber"
+            tensors[0], tracked=arguments.requires_grad(*tensors[loss.inputs :], *numbers)
         )
         if traced or fallback:
             _check(loss, values)

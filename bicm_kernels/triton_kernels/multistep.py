@@ -17,23 +17,15 @@ from bicm_kernels.triton_kernels.checks import Integer, Number
 from bicm_kernels.triton_kernels.keys import NO_KEY, Argument, make_key, number, number_argument
 from bicm_kernels.triton_kernels.noise import draw
 from bicm_kernels.triton_kernels.operands import lay_out, load, locate, store
+from bicm_kernels.triton_kernels.rounding import divide
+from bicm_kernels.triton_kernels.scaling import bcm, c_in, cm
 
 
 @triton.jit
-def divide(a, b):
-    """The correctly rounded quotient."""
-    if a.dtype == tl.float64:
-        quotient = a / b
-    else:
-        quotient = tl.div_rn(a, b)
-    return quotient
-
-
-@triton.jit
-def numbers(arguments, sample, present, COUNT: tl.constexpr, COMPUTE: tl.constexpr):
+def numbers(arguments, sample, present, COMPUTE: tl.constexpr):
     """Several numbers for each row of a tile."""
     loaded = ()
-    for k in tl.static_range(COUNT):
+    for k in tl.static_range(len(arguments)):
         loaded += (number(arguments[k], sample, present, COMPUTE),)  # type: ignore[assignment]
     return loaded
 
@@ -43,6 +35,12 @@ def form_weights(raw, FORM: tl.constexpr):
     """From coefficients to weights. The order of operations is part of the contract."""
     if FORM == "affine":
         weights = raw
+    elif FORM == "bcm":
+        weights = bcm(raw[0], raw[1], raw[2])
+    elif FORM == "cm":
+        weights = cm(raw[0], raw[1], raw[2])
+    elif FORM == "input":
+        weights = (c_in(raw[0], raw[1]),)
     else:
         a, b, a_last, b_last, gamma = raw[0], raw[1], raw[2], raw[3], raw[4]
         if FORM == "bdia":  # BDIA eq. 24
@@ -90,6 +88,8 @@ def multistep(
     next_scale,
     TERMS: tl.constexpr,
     FORM: tl.constexpr,
+    SECOND: tl.constexpr,
+    SIGMA: tl.constexpr,
     COUNTS: tl.constexpr,
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -97,7 +97,10 @@ def multistep(
     GROUP: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """out = sum of w_k x_k, then + x0_weight x0, then + noise_weight n; what is None does not take place."""
+    """out = sum of w_k x_k, then + x0_weight x0, then + noise_weight n; what is None does not take place.
+
+    SECOND: one input, and its weight is the form's second. SIGMA: next_scale is a level, whose c_in scales.
+    """
     sample, present, first, element, inside = locate(elements, batch, blocks, ROWS, COLUMNS, INDEX)
     tiles = ()
     for k in tl.static_range(TERMS):
@@ -106,10 +109,13 @@ def multistep(
             cond = load(conditional, sizes, sample, element, inside, COMPUTE)
             x = x + number(guidance_scale, sample, present, COMPUTE) * (cond - x)
         tiles += (x,)  # type: ignore[assignment]
-    raw = numbers(coefficients, sample, present, TERMS if FORM == "affine" else 5, COMPUTE)
-    y = fold(tiles, form_weights(raw, FORM), TERMS)
+    raw = numbers(coefficients, sample, present, COMPUTE)
+    weights = form_weights(raw, FORM)
+    if SECOND:
+        weights = (weights[1],)
+    y = fold(tiles, weights, TERMS)
     if x0 is not None:
-        denoised = fold(tiles, numbers(x0_coefficients, sample, present, TERMS, COMPUTE), TERMS)
+        denoised = fold(tiles, numbers(x0_coefficients, sample, present, COMPUTE), TERMS)
         if clip is not None:
             high = number(clip, sample, present, COMPUTE)
             low = high * -1.0
@@ -123,16 +129,22 @@ def multistep(
     if x0 is not None:
         store(x0, sizes, sample, element, inside, denoised)
     if scaled is not None:
-        y = number(next_scale, sample, present, COMPUTE) * y
+        scale = number(next_scale, sample, present, COMPUTE)
+        if SIGMA:
+            scale = c_in(scale, raw[2])
+        y = scale * y
         store(scaled, sizes, sample, element, inside, y)
+
+
+#: How many tensors a form weights, and how many coefficients it takes.
+SHAPES = {"bdia": (3, 5), "bdia_inverse": (3, 5), "bcm": (2, 3), "cm": (2, 3), "input": (1, 2)}
 
 
 def terms_of(form: str, coefficients: Sequence[Number]) -> int:
     """How many tensors are weighted."""
-    if form == "affine":
-        return len(coefficients)
-    checks.require(len(coefficients) == 5, "expected a, b, a_last, b_last and gamma")
-    return 3
+    terms, count = SHAPES.get(form, (len(coefficients), len(coefficients)))
+    checks.require(len(coefficients) == count, f"expected {count} coefficients")
+    return terms
 
 
 def launch_multistep(
@@ -148,17 +160,20 @@ def launch_multistep(
     x0_weight: Number | None = None,
     clip: Number | None = None,
     next_scale: Number | None = None,
+    derivative: str | None = None,
+    next_scale_is_sigma: bool = False,
 ) -> None:
-    """Write a step's results to `outs`: (out,), (out, x0) or (out, x0, next).
+    """Write a step's results to `outs`: out, then x0 where there are its coefficients, then next where it is scaled.
 
-    A tensor more than there are terms is eps_cond, the partner of the one before it.
+    A tensor more than there are terms is eps_cond, the partner of the one before it. `derivative` names the tensor,
+    "x" or "F", whose weight alone multiplies the one input.
     """
     first = tensors[0]
-    terms = terms_of(form, coefficients)
+    terms = terms_of(form, coefficients) if derivative is None else 1
     guided = len(tensors) == terms + 1
     checks.check_states(tensors, terms)
     checks.require(not guided or guidance_scale is not None, "a pair of predictions needs a guidance scale")
-    float64 = any(x.dtype == torch.float64 for x in tensors)
+    float64 = torch.float64 in [x.dtype for x in tensors]
     compute = torch.float64 if float64 else torch.float32
 
     def argument(value: Number | None) -> Argument | None:
@@ -180,8 +195,8 @@ def launch_multistep(
     layout.launch(
         multistep,
         out=written[0],
-        x0=written[1] if len(outs) > 1 else None,
-        scaled=written[2] if len(outs) > 2 else None,
+        x0=written[1] if x0_coefficients else None,
+        scaled=None if next_scale is None else written[-1],
         inputs=tuple(read[:terms]),
         conditional=read[terms] if guided else None,
         seed=noise_key.seed,
@@ -191,6 +206,8 @@ def launch_multistep(
         COUNTS=noise_key.counts,
         TERMS=terms,
         FORM=form,
+        SECOND=derivative == "F",
+        SIGMA=next_scale_is_sigma,
         COMPUTE=tl.float64 if float64 else tl.float32,
         coefficients=weights,
         x0_coefficients=x0_weights,

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bicm_kernels.triton_kernels import checks
-from bicm_kernels.triton_kernels.checks import Integer
-from bicm_kernels.triton_kernels.keys import integer, integer_argument, make_key
-from bicm_kernels.triton_kernels.operands import WARPS, device_of, lay_out, locate, store
+from bicm_kernels.triton_kernels.checks import Integer, Number
+from bicm_kernels.triton_kernels.keys import integer, integer_argument, make_key, number, number_argument
+from bicm_kernels.triton_kernels.operands import WARPS, device_of, lay_out, load, locate, store
 from bicm_kernels.triton_kernels.philox import box_muller, high_word, low_word, philox, uniform_from_bits
 
 FOLD_BLOCK = 256
@@ -92,6 +92,52 @@ def noise(
     store(out, sizes, sample, element, inside, numbers)
 
 
+@triton.jit
+def add_level(x, n, sigma):
+    """x + sigma n; a level of zero draws nothing."""
+    return tl.where(sigma != 0.0, x + sigma * n, x)
+
+
+@triton.jit(do_not_specialize=["batch", "blocks", "seed", "step", "sample_id"])
+def pair(
+    low,
+    high,
+    x,
+    x_hat,
+    mask,
+    sizes,
+    batch,
+    elements,
+    blocks,
+    sigma_low,
+    sigma_high,
+    seed: tl.int64,
+    step: tl.int64,
+    sample_id: tl.int64,
+    key_tensors,
+    COUNTS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """One noise at two levels on x, or on x_hat where there is a mask and it says so; a row reads one of them."""
+    sample, present, first, element, inside = locate(elements, batch, blocks, ROWS, COLUMNS, INDEX)
+    if mask is None:
+        y = load(x, sizes, sample, element, inside, COMPUTE)
+    else:
+        generated = tl.load(mask[0] + sample * mask[1], mask=present, other=0) != 0
+        y = tl.where(
+            generated,
+            load(x_hat, sizes, sample, element, inside & generated, COMPUTE),
+            load(x, sizes, sample, element, inside & (generated == 0), COMPUTE),
+        )
+    n = draw(seed, step, sample_id, key_tensors, sample, present, first, True, COUNTS, COLUMNS, GROUP).to(COMPUTE)
+    store(low, sizes, sample, element, inside, add_level(y, n, number(sigma_low, sample, present, COMPUTE)))
+    store(high, sizes, sample, element, inside, add_level(y, n, number(sigma_high, sample, present, COMPUTE)))
+
+
 @triton.jit(do_not_specialize=["count", "seed", "data"])
 def fold(
     out, count, seed: tl.int64, seed_tensor, data: tl.int64, data_tensor, BLOCK: tl.constexpr
@@ -133,6 +179,46 @@ def uniform(out: Tensor, seed: Integer, step: Integer, sample_id: Integer) -> No
     launch_noise(out, seed, step, sample_id, normal=False)
 
 
+def noisy_pair(
+    x: Tensor,
+    sigma_low: Number,
+    sigma_high: Number,
+    seed: Integer,
+    step: Integer,
+    sample_id: Integer,
+    x_hat: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(x + sigma_low n, x + sigma_high n), with x_hat in place of x where the mask is true."""
+    states = [x] if x_hat is None else [x, x_hat]
+    checks.check_states(states, 1)
+    checks.require(states[-1].dtype == x.dtype, "x_hat differs from x in dtype")
+    if mask is not None:
+        fits = x_hat is not None and mask.dtype == torch.bool and mask.shape == x.shape[:1] and mask.device == x.device
+        checks.require(fits, "mask must be a (B,) bool tensor beside x_hat")
+    low, high = torch.empty_like(x), torch.empty_like(x)
+    key = make_key(seed, step, sample_id, x)
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    layout = lay_out([low, high, *states], per_sample=True, in_order=True)
+    layout.launch(
+        pair,
+        low=layout.operands[0],
+        high=layout.operands[1],
+        x=layout.operands[2],
+        x_hat=layout.operands[-1] if mask is not None else None,
+        mask=None if mask is None else (mask.view(torch.uint8), mask.stride(0)),
+        sigma_low=number_argument(sigma_low, compute, x),
+        sigma_high=number_argument(sigma_high, compute, x),
+        seed=key.seed,
+        step=key.step,
+        sample_id=key.sample_id,
+        key_tensors=key.tensors,
+        COUNTS=key.counts,
+        COMPUTE=tl.float64 if x.dtype == torch.float64 else tl.float32,
+    )
+    return low, high
+
+
 def fold_in(seed: Tensor, data: Tensor) -> Tensor:
     """New seeds from int64 tensors, 0-d or (B,)."""
     shaped = seed if seed.dim() >= data.dim() else data
@@ -163,5 +249,6 @@ def implementations() -> dict[str, Callable[..., Any]]:
         "normal.tensor": normal,
         "uniform": uniform,
         "uniform.tensor": uniform,
+        "noisy_pair": noisy_pair,
         "fold_in": fold_in,
     }

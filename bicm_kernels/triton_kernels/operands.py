@@ -9,9 +9,10 @@ A kernel works on tiles of ROWS samples by COLUMNS elements. An operand is (tens
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,6 +23,7 @@ Operand = tuple[Tensor, int, tuple[int, ...]]
 
 WARPS = 4 if torch.version.hip is None else 2  # 128 threads
 TILE = 1024  # elements of a program: eight for each thread
+HALVES = frozenset((torch.float16, torch.bfloat16))
 WIDE = 2**31 - 2 * TILE  # from here on, an element's index needs 64 bits
 
 
@@ -73,52 +75,36 @@ def store(operand, sizes, sample, element, inside, value):
     tl.store(addresses(operand, sizes, sample, element), value.to(dtype), mask=inside)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """B samples of d elements, how each tensor holds them, and the tiles that cover them."""
+class Plan(NamedTuple):
+    """What shapes, strides and dtypes alone decide: how tensors are walked, and the tiles that cover them."""
 
     batch: int
     elements: int
     sizes: tuple[int, ...]
-    operands: list[Operand]
-
-    def launch(self, kernel: Any, **arguments: object) -> None:
-        """Run a kernel over the tiles."""
-        if not self.batch * self.elements:
-            return
-        columns = min(TILE, max(8, power_of_two(self.elements)))
-        rows = min(TILE // columns, power_of_two(self.batch))
-        blocks = -(-self.elements // columns)
-        tiles = -(-self.batch // rows) * blocks
-        with device_of(self.operands[0][0]):
-            kernel[(tiles,)](
-                sizes=self.sizes,
-                batch=self.batch,
-                elements=self.elements,
-                blocks=blocks,
-                ROWS=rows,
-                COLUMNS=columns,
-                GROUP=8 if any(x.element_size() == 2 for x, _, _ in self.operands) else 4,
-                INDEX=tl.int32 if self.elements < WIDE else tl.int64,
-                num_warps=WARPS,
-                enable_fp_fusion=False,
-                **arguments,
-            )
+    #: Of every tensor, from sample to sample and inside one.
+    strides: tuple[tuple[int, tuple[int, ...]], ...]
+    rows: int
+    columns: int
+    blocks: int
+    tiles: int
+    #: Neighbours of one thread: as many as its widest load of a tensor brings.
+    group: int
 
 
-def lay_out(tensors: Sequence[Tensor], *, per_sample: bool, in_order: bool) -> Layout:
-    """Merge what can be merged.
+Strides = tuple[int, ...]
 
-    Samples stay apart where something differs `per_sample`. Where elements need not be visited `in_order` of
-    their logical index, memory order is as good.
-    """
-    first = tensors[0]
-    shape, count = first.shape, first.numel()
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    shape: tuple[int, ...],
+    strides: tuple[Strides, ...],
+    dtypes: tuple[torch.dtype, ...],
+    per_sample: bool,
+    in_order: bool,
+) -> Plan:
+    """Merge what can be merged, and cut it into tiles."""
     batch = shape[0] if per_sample else 1
-    elements = count // batch if batch else 0
-    if all(x.is_contiguous() for x in tensors):
-        return Layout(batch, elements, (), [(x, elements, ()) for x in tensors])
-    strides = [x.stride() for x in tensors]
+    elements = math.prod(shape) // batch if batch else 0
     dims = [
         (size, tuple(stride[i] for stride in strides))
         for i, size in enumerate(shape)
@@ -129,11 +115,68 @@ def lay_out(tensors: Sequence[Tensor], *, per_sample: bool, in_order: bool) -> L
     dims = merge(dims)
     sizes = tuple(size for size, _ in dims)
     dense = row_major(sizes)
-    operands: list[Operand] = []
-    for k, x in enumerate(tensors):
-        inner = tuple(steps[k] for _, steps in dims)
-        operands.append((x, strides[k][0] if per_sample else 0, () if inner == dense else inner))
-    return Layout(batch, elements, sizes if any(x[2] for x in operands) else (), operands)
+    inner = [tuple(steps[k] for _, steps in dims) for k in range(len(strides))]
+    walks = [() if steps == dense else steps for steps in inner]
+    apart = per_sample and batch > 1
+    columns = min(TILE, max(8, power_of_two(elements))) if elements else 8
+    rows = min(TILE // columns, power_of_two(batch)) if batch else 1
+    blocks = -(-elements // columns)
+    return Plan(
+        batch,
+        elements,
+        sizes if any(walks) else (),
+        tuple((stride[0] if apart else elements, walk) for stride, walk in zip(strides, walks, strict=True)),
+        rows,
+        columns,
+        blocks,
+        -(-batch // rows) * blocks,
+        8 if any(dtype in HALVES for dtype in dtypes) else 4,
+    )
+
+
+class Layout:
+    """Tensors of one shape and the plan by which a kernel walks them."""
+
+    def __init__(self, plan: Plan, tensors: Sequence[Tensor]) -> None:
+        self.plan = plan
+        self.operands: list[Operand] = [
+            (x, stride, walk) for x, (stride, walk) in zip(tensors, plan.strides, strict=True)
+        ]
+
+    @property
+    def index(self) -> Any:
+        """The type of an element's index."""
+        return tl.int32 if self.plan.elements < WIDE else tl.int64
+
+    def launch(self, kernel: Any, **arguments: object) -> None:
+        """Run a kernel over the tiles."""
+        plan = self.plan
+        if not plan.tiles:
+            return
+        with device_of(self.operands[0][0]):
+            kernel[(plan.tiles,)](
+                sizes=plan.sizes,
+                batch=plan.batch,
+                elements=plan.elements,
+                blocks=plan.blocks,
+                ROWS=plan.rows,
+                COLUMNS=plan.columns,
+                GROUP=plan.group,
+                INDEX=self.index,
+                num_warps=WARPS,
+                enable_fp_fusion=False,
+                **arguments,
+            )
+
+
+def lay_out(tensors: Sequence[Tensor], *, per_sample: bool, in_order: bool) -> Layout:
+    """The layout of tensors of one shape.
+
+    Samples stay apart where something differs `per_sample`. Where elements need not be visited `in_order` of
+    their logical index, memory order is as good.
+    """
+    strides, dtypes = tuple([x.stride() for x in tensors]), tuple([x.dtype for x in tensors])
+    return Layout(plan(tuple(tensors[0].shape), strides, dtypes, per_sample, in_order), tensors)
 
 
 def power_of_two(count: int) -> int:

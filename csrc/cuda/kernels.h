@@ -4,6 +4,7 @@
 
 #include "../core/multistep.h"
 #include "../core/noise.h"
+#include "../core/pseudo_huber.h"
 
 #if defined(BICM_EMULATE)
 #include "../emulator/runtime.h"
@@ -15,7 +16,14 @@ namespace bicm {
 namespace cuda {
 
 cudaError_t noise(const Noise& problem, cudaStream_t stream);
+cudaError_t noisy_pair(const NoisyPair& problem, cudaStream_t stream);
 cudaError_t multistep(const Multistep& problem, cudaStream_t stream);
+
+// The loss, in the compute type, one number or one per sample; the sum of every sample at `p.sums`. Needs as many
+// doubles of scratch memory as pseudo_huber_scratch says.
+int64_t pseudo_huber_scratch(const PseudoHuber& p);
+cudaError_t pseudo_huber(const PseudoHuber& p, void* loss, double* scratch, cudaStream_t stream);
+cudaError_t pseudo_huber_gradient(const PseudoHuber& p, cudaStream_t stream);
 
 // out[i] = the seed for another purpose, from seed i and data i.
 cudaError_t fold_in(const Integer& seed, const Integer& data, int64_t* out, int64_t count, cudaStream_t stream);

@@ -19,6 +19,7 @@ constexpr int kThreads = 256;
 
 struct Grid {
   unsigned x, y, threads;  // blocks along a sample, blocks along the batch, threads of a block
+  bool synchronises;       // whether the kernel's threads wait for one another: the emulator wants to know
 };
 
 // Enough blocks to let the hardware balance its processors, few enough that a block's start (the weights, the key) is
@@ -33,18 +34,33 @@ inline int64_t even_share(int64_t work, int64_t limit) {
   return work <= limit ? work : divide_up(work, divide_up(work, limit));
 }
 
-inline cudaError_t plan(const Layout& layout, int group, Grid& grid) {
-  int device, processors;
+inline cudaError_t capacity_of_device(int64_t& blocks) {
+  int device, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  blocks = processors * kBlocksPerProcessor;
+  return error;
+}
+
+// One block for each piece of work, or for an even share of the pieces; the caller chooses the threads.
+inline cudaError_t plan_blocks(int64_t work, Grid& grid) {
+  int64_t capacity;
+  const cudaError_t error = capacity_of_device(capacity);
+  if (error != cudaSuccess) return error;
+  grid = {static_cast<unsigned>(work < 1 ? 1 : even_share(work, capacity)), 1, kThreads, false};
+  return cudaSuccess;
+}
+
+inline cudaError_t plan(const Layout& layout, int group, Grid& grid) {
+  int64_t capacity;
+  const cudaError_t error = capacity_of_device(capacity);
   if (error != cudaSuccess) return error;
   const int64_t groups = divide_up(layout.elements, group);
   const int64_t threads = groups < kThreads ? divide_up(groups, 32) * 32 : kThreads;
-  const int64_t capacity = processors * kBlocksPerProcessor;
   const int64_t x = even_share(divide_up(groups, threads), capacity);
   const int64_t rows = divide_up(capacity, x);
   const int64_t y = even_share(layout.batch, rows < kMaxGridY ? rows : kMaxGridY);
-  grid = {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(threads)};
+  grid = {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(threads), false};
   return cudaSuccess;
 }
 

@@ -11,7 +11,7 @@
 #pragma once
 
 #include "../core/half.h"
-#include "launch.h"
+#include "access.h"
 
 namespace bicm {
 namespace cuda {
@@ -45,8 +45,6 @@ BICM_HD T round_to(C x) {
 }
 
 BICM_HD int64_t size_in_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-
-constexpr int kAccess = 16;  // bytes of the widest access
 
 // Whether whole groups of x lie at multiples of kAccess in every sample.
 inline bool access_aligned(const Layout& layout, const Operand& x) {
@@ -94,28 +92,19 @@ struct DensePlace {
 
 template <class T>
 BICM_DEVICE T* dense_address(const Operand& x, const DensePlace& place) {
-  T* address = static_cast<T*>(x.data) + place.sample * x.batch_stride + place.begin;
-#if defined(BICM_EMULATE)
-  if (place.whole && reinterpret_cast<uintptr_t>(address) % kAccess != 0) __builtin_trap();
-#endif
-  return address;
-}
-
-template <size_t Bytes>
-BICM_DEVICE void copy_aligned(void* to, const void* from) {
-  __builtin_memcpy(__builtin_assume_aligned(to, kAccess), __builtin_assume_aligned(from, kAccess), Bytes);
+  return static_cast<T*>(x.data) + place.sample * x.batch_stride + place.begin;
 }
 
 template <class T, int Group, class Raw>
 BICM_DEVICE void load_dense(const Operand& x, const DensePlace& place, Raw& raw) {
   const T* from = dense_address<T>(x, place);
   if (place.whole) {
-    copy_aligned<Group * sizeof(T)>(raw.word, from);
+    load_wide<Group * sizeof(T)>(raw.word, from);
     return;
   }
   BICM_UNROLL(8)
   for (int i = 0; i < Group; ++i) {
-    if (i < place.count) raw.put(i, from[i]);
+    if (i < place.count) raw.put(i, load_at(from + i));
   }
 }
 
@@ -126,12 +115,12 @@ BICM_DEVICE void store_dense(const Operand& x, const DensePlace& place, const C*
   BICM_UNROLL(8)
   for (int i = 0; i < Group; ++i) raw.put(i, round_to<T>(values[i]));
   if (place.whole) {
-    copy_aligned<sizeof(raw)>(to, raw.word);
+    store_wide<sizeof(raw)>(to, raw.word);
     return;
   }
   BICM_UNROLL(8)
   for (int i = 0; i < Group; ++i) {
-    if (i < place.count) to[i] = raw.template get<T>(i);
+    if (i < place.count) store_at(to + i, raw.template get<T>(i));
   }
 }
 

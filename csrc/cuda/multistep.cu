@@ -29,8 +29,8 @@ BICM_DEVICE Weights<C> weights_of(const Multistep& m, int64_t sample) {
     }
     w.x0_weight = load_number<C>(m.x0_weight, sample);
     if (m.clips) w.clip = load_number<C>(m.clip, sample);
-    if (m.scales) w.next_scale = load_number<C>(m.next_scale, sample);
   }
+  if (m.scales) w.next_scale = bicm::next_scale<C>(m, sample);
   return w;
 }
 
@@ -97,7 +97,7 @@ BICM_DEVICE void step_group(const Multistep& m, const Weights<typename Memory::C
 
   if (Denoises) Memory::store(m.layout, m.x0, place, x0);
   Memory::store(m.layout, m.out, place, y);
-  if (Denoises && m.scales) {
+  if (m.scales) {
     BICM_UNROLL(8)
     for (int i = 0; i < G; ++i) y[i] = w.next_scale * y[i];
     Memory::store(m.layout, m.next, place, y);
@@ -153,7 +153,7 @@ void for_operands(const Multistep& m, Visit visit) {
   if (m.guided) visit(m.conditional);
   visit(m.out);
   if (m.denoises) visit(m.x0);
-  if (m.denoises && m.scales) visit(m.next);
+  if (m.scales) visit(m.next);
 }
 
 }  // namespace

@@ -36,11 +36,49 @@ cudaError_t run(const Noise& problem, cudaStream_t stream) {
                 stream, problem, aligned);
 }
 
+// y = x + sigma n; a level of zero draws nothing.
+template <int G, class C>
+BICM_DEVICE void add_level(const C* x, const float* drawn, C sigma, C* y) {
+  BICM_UNROLL(8)
+  for (int i = 0; i < G; ++i) y[i] = sigma == C(0) ? x[i] : x[i] + sigma * static_cast<C>(drawn[i]);
+}
+
+template <class Memory>
+__global__ void __launch_bounds__(kThreads, 2) noisy_pair_kernel(const __grid_constant__ NoisyPair p, bool aligned) {
+  using C = typename Memory::Compute;
+  constexpr int G = Memory::kGroup;
+  for (int64_t sample = blockIdx.y; sample < p.layout.batch; sample += gridDim.y) {
+    const SampleKey key = sample_key(p.key, sample);
+    const C low = load_number<C>(p.sigma_low, sample), high = load_number<C>(p.sigma_high, sample);
+    const bool generated = p.mask != nullptr && p.mask[sample * p.mask_stride];
+    for (int64_t begin = first_group() * G; begin < p.layout.elements; begin += group_stride() * G) {
+      const typename Memory::Place place = Memory::at(p.layout, sample, begin, aligned);
+      const typename Memory::Raw raw =
+          generated ? Memory::load(p.layout, p.x_hat, place) : Memory::load(p.layout, p.x, place);
+      float drawn[G];
+      draw<Distribution::normal, G>(key, begin, drawn);
+      C x[G], y[G];
+      Memory::widen(p.x, raw, x);
+      add_level<G>(x, drawn, low, y);
+      Memory::store(p.layout, p.low, place, y);
+      add_level<G>(x, drawn, high, y);
+      Memory::store(p.layout, p.high, place, y);
+    }
+  }
+}
+
+template <class Memory>
+cudaError_t run_pair(const NoisyPair& p, bool aligned, cudaStream_t stream) {
+  Grid grid;
+  const cudaError_t error = plan(p.layout, Memory::kGroup, grid);
+  return error != cudaSuccess ? error : launch(noisy_pair_kernel<Memory>, grid, stream, p, aligned);
+}
+
 __global__ void __launch_bounds__(kThreads)
     fold_in_kernel(const __grid_constant__ Integer seed, const __grid_constant__ Integer data, int64_t* out,
                    int64_t count) {
   for (int64_t i = first_group(); i < count; i += group_stride()) {
-    out[i] = bicm::fold_in(load_integer(seed, i), load_integer(data, i));
+    store_at(out + i, bicm::fold_in(load_integer(seed, i), load_integer(data, i)));
   }
 }
 
@@ -54,6 +92,23 @@ cudaError_t noise(const Noise& problem, cudaStream_t stream) {
     case DType::bfloat16: return run<Packed<BFloat16>>(problem, stream);
     case DType::float32: return run<Packed<float>>(problem, stream);
     default: return run<Packed<double>>(problem, stream);
+  }
+}
+
+cudaError_t noisy_pair(const NoisyPair& p, cudaStream_t stream) {
+  if (p.layout.batch == 0 || p.layout.elements == 0) return cudaSuccess;
+  bool dense = true, aligned = true;
+  const Operand* const operands[] = {&p.x, &p.x_hat, &p.low, &p.high};
+  for (const Operand* x : operands) {
+    dense = dense && x->dense;
+    aligned = aligned && access_aligned(p.layout, *x);
+  }
+  if (!dense) return (p.float64 ? run_pair<Strided<double>> : run_pair<Strided<float>>)(p, false, stream);
+  switch (p.x.dtype) {
+    case DType::float16: return run_pair<Packed<Half>>(p, aligned, stream);
+    case DType::bfloat16: return run_pair<Packed<BFloat16>>(p, aligned, stream);
+    case DType::float32: return run_pair<Packed<float>>(p, aligned, stream);
+    default: return run_pair<Packed<double>>(p, aligned, stream);
   }
 }
 

@@ -48,11 +48,11 @@ struct Strided {
 
   template <class T>
   BICM_DEVICE static C read(const Operand& x, int64_t offset) {
-    return static_cast<C>(value_of(static_cast<const T*>(x.data)[offset]));
+    return static_cast<C>(value_of(load_at(static_cast<const T*>(x.data) + offset)));
   }
   template <class T>
   BICM_DEVICE static void write(const Operand& x, int64_t offset, C value) {
-    static_cast<T*>(x.data)[offset] = round_to<T>(value);
+    store_at(static_cast<T*>(x.data) + offset, round_to<T>(value));
   }
 
   BICM_DEVICE static Raw load(const Layout& layout, const Operand& x, const Place& place) {

@@ -32,7 +32,10 @@ NoiseKey key_of(py::handle seed, py::handle step, py::handle sample, bool counts
 
 using Views = std::vector<std::pair<View, Operand*>>;
 
-// Fills the layout and the operands. `merge` joins adjacent dimensions where every view allows it.
+// Lets CUDA kernels touch these tensors and nothing else, until the next call.
+void watch(const Views& views);
+
+// Fills the layout and the operands, and watches them. `merge` joins adjacent dimensions where every view allows it.
 void lay_out(const Views& views, bool merge, Layout& layout);
 
 using Units = std::optional<std::vector<std::pair<int64_t, int64_t>>>;
@@ -47,6 +50,8 @@ void run_units(void (*kernel)(const Problem&, int64_t, int64_t), const Problem& 
 
 void bind_noise(py::module_& module);
 void bind_multistep(py::module_& module);
+void bind_pseudo_huber(py::module_& module);
+void bind_cooperation(py::module_& module);
 
 }  // namespace emulator
 }  // namespace bicm

@@ -10,6 +10,12 @@
 namespace bicm {
 namespace emulator {
 
+namespace {
+
+int64_t item_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+}  // namespace
+
 View view_of(py::handle given) {
   std::string name;
   py::array array;
@@ -26,9 +32,8 @@ View view_of(py::handle given) {
                                                          {"bfloat16", DType::bfloat16},
                                                          {"float32", DType::float32},
                                                          {"float64", DType::float64}};
-  static const int64_t item_sizes[] = {2, 2, 4, 8};
   for (const auto& [known, dtype] : dtypes) {
-    const int64_t item = item_sizes[static_cast<int>(dtype)];
+    const int64_t item = item_size(dtype);
     if (name != known || array.itemsize() != item) continue;
     View view = {const_cast<void*>(array.data()), dtype, {}, {}};
     for (py::ssize_t dim = 0; dim < array.ndim(); ++dim) {
@@ -78,7 +83,29 @@ NoiseKey key_of(py::handle seed, py::handle step, py::handle sample, bool counts
   return {integer_of(seed, batch), integer_of(step, batch), integer_of(sample, batch), counts};
 }
 
+namespace {
+
+// The bytes between a view's first and last element.
+Range range_of(const View& view) {
+  int64_t first = 0, last = 0;
+  for (size_t dim = 0; dim < view.sizes.size(); ++dim) {
+    if (view.sizes[dim] == 0) return {0, 0};
+    const int64_t reach = (view.sizes[dim] - 1) * view.strides[dim];
+    (reach < 0 ? first : last) += reach;
+  }
+  const int64_t item = item_size(view.dtype), data = reinterpret_cast<int64_t>(view.data);
+  return {static_cast<uintptr_t>(data + first * item), static_cast<uintptr_t>(data + (last + 1) * item)};
+}
+
+}  // namespace
+
+void watch(const Views& views) {
+  ranges.clear();
+  for (const auto& [view, operand] : views) ranges.push_back(range_of(view));
+}
+
 void lay_out(const Views& views, bool merge, Layout& layout) {
+  watch(views);
   const View& first = views[0].first;
   if (first.sizes.empty()) throw py::value_error("a tensor has a batch dimension");
   for (const auto& [view, operand] : views) {
@@ -172,8 +199,15 @@ PYBIND11_MODULE(bicm_emulator, module) {
       .def_readwrite("until_block", &Device::until_block)
       .def_readwrite("backwards", &Device::backwards)
       .def_readwrite("fails", &Device::fails)
+      .def_readwrite("skips_barriers", &Device::skips_barriers)
       .def_readonly("launches", &Device::launches);
+  py::class_<Traffic>(module, "Traffic", "Bytes that CUDA kernels loaded and stored")
+      .def_readwrite("read", &Traffic::read)
+      .def_readwrite("written", &Traffic::written);
+  module.attr("traffic") = py::cast(&traffic, py::return_value_policy::reference);
   module.attr("device") = py::cast(&device, py::return_value_policy::reference);
   bind_noise(module);
   bind_multistep(module);
+  bind_pseudo_huber(module);
+  bind_cooperation(module);
 }

@@ -11,9 +11,12 @@ namespace emulator {
 namespace {
 
 Form form_of(const std::string& name) {
-  if (name == "affine") return Form::affine;
-  if (name == "bdia") return Form::bdia;
-  if (name == "bdia_inverse") return Form::bdia_inverse;
+  static const std::pair<const char*, Form> forms[] = {
+      {"affine", Form::affine}, {"bdia", Form::bdia}, {"bdia_inverse", Form::bdia_inverse},
+      {"bcm", Form::bcm},       {"cm", Form::cm},     {"input", Form::input}};
+  for (const auto& [known, form] : forms) {
+    if (name == known) return form;
+  }
   throw py::value_error("no such form: " + name);
 }
 
@@ -26,11 +29,14 @@ void multistep(const std::string& target, py::object out, const py::sequence& in
                const std::string& form, py::object conditional, py::object guidance_scale, py::object noise_weight,
                py::object seed, py::object step, py::object sample, bool counts, py::object x0, py::object next,
                const py::sequence& x0_coefficients, py::object x0_weight, py::object clip, py::object next_scale,
-               bool merge, bool streams, std::optional<bool> float64, const Units& units) {
+               bool takes_second, bool next_scale_is_sigma, bool merge, bool streams, std::optional<bool> float64,
+               const Units& units) {
   if (inputs.size() < 1 || inputs.size() > kMaxTerms) throw py::value_error("1 to 5 inputs");
   Multistep m = {};
   m.terms = static_cast<int32_t>(inputs.size());
   m.form = form_of(form);
+  m.takes_second = takes_second;
+  m.next_scale_is_sigma = next_scale_is_sigma;
   m.guided = !conditional.is_none();
   m.draws = !noise_weight.is_none();
   m.denoises = !x0.is_none();
@@ -76,8 +82,9 @@ void bind_multistep(py::module_& module) {
              py::arg("guidance_scale") = py::none(), py::arg("noise_weight") = py::none(), py::arg("seed") = 0,
              py::arg("step") = 0, py::arg("sample") = 0, py::arg("counts") = true, py::arg("x0") = py::none(),
              py::arg("next") = py::none(), py::arg("x0_coefficients") = py::tuple(), py::arg("x0_weight") = 0.0,
-             py::arg("clip") = py::none(), py::arg("next_scale") = py::none(), py::arg("merge") = true,
-             py::arg("streams") = false, py::arg("float64") = py::none(), py::arg("units") = py::none());
+             py::arg("clip") = py::none(), py::arg("next_scale") = py::none(), py::arg("takes_second") = false,
+             py::arg("next_scale_is_sigma") = false, py::arg("merge") = true, py::arg("streams") = false,
+             py::arg("float64") = py::none(), py::arg("units") = py::none());
 }
 
 }  // namespace emulator

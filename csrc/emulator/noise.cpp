@@ -31,8 +31,39 @@ void noise(const std::string& target, py::object out, py::object seed, py::objec
   }
 }
 
+void noisy_pair(const std::string& target, py::object low, py::object high, py::object x, py::object sigma_low,
+                py::object sigma_high, py::object x_hat, py::object mask, py::object seed, py::object step,
+                py::object sample, bool counts, bool merge, bool streams, const Units& units) {
+  NoisyPair p = {};
+  const Views views = {{view_of(x), &p.x},
+                       {view_of(x_hat.is_none() ? x : x_hat), &p.x_hat},
+                       {view_of(low), &p.low},
+                       {view_of(high), &p.high}};
+  lay_out(views, merge, p.layout);
+  const int64_t batch = p.layout.batch;
+  p.low.streams = p.high.streams = streams;
+  p.float64 = p.x.dtype == DType::float64;
+  p.sigma_low = number_of(sigma_low, batch);
+  p.sigma_high = number_of(sigma_high, batch);
+  p.key = key_of(seed, step, sample, counts, batch);
+  if (!mask.is_none()) {
+    if (!py::isinstance<py::array_t<bool, 0>>(mask)) throw py::type_error("mask must be a bool array");
+    const auto flags = py::reinterpret_borrow<py::array_t<bool, 0>>(mask);
+    if (flags.ndim() != 1 || flags.shape(0) != batch) throw py::value_error("mask must be (B,)");
+    p.mask = flags.data();
+    p.mask_stride = flags.strides(0);
+  }
+  if (target == "cuda") {
+    if (cuda::noisy_pair(p, nullptr) != cudaSuccess) throw std::runtime_error("cuda::noisy_pair returned an error");
+  } else {
+    run_units(kernels_of(target).noisy_pair, p, batch * units_per_sample(p.layout), units);
+  }
+}
+
 void fold_in_all(py::object seed, py::object data, py::array_t<int64_t, py::array::c_style> out) {
   const int64_t count = out.size();
+  ranges.clear();
+  ranges.push_back({reinterpret_cast<uintptr_t>(out.data()), reinterpret_cast<uintptr_t>(out.data() + count)});
   const cudaError_t error =
       cuda::fold_in(integer_of(seed, count), integer_of(data, count), out.mutable_data(), count, nullptr);
   if (error != cudaSuccess) throw std::runtime_error("cuda::fold_in returned an error");
@@ -103,6 +134,11 @@ void bind_noise(py::module_& module) {
   module.def("noise", &noise, py::arg("target"), py::arg("out"), py::kw_only(), py::arg("seed"), py::arg("step") = 0,
              py::arg("sample") = 0, py::arg("counts") = true, py::arg("distribution") = "normal",
              py::arg("merge") = true, py::arg("streams") = false, py::arg("units") = py::none());
+  module.def("noisy_pair", &noisy_pair, py::arg("target"), py::arg("low"), py::arg("high"), py::arg("x"),
+             py::arg("sigma_low"), py::arg("sigma_high"), py::kw_only(), py::arg("x_hat") = py::none(),
+             py::arg("mask") = py::none(), py::arg("seed") = 0, py::arg("step") = 0, py::arg("sample") = 0,
+             py::arg("counts") = true, py::arg("merge") = true, py::arg("streams") = false,
+             py::arg("units") = py::none());
   module.def("fold_in", &fold_in_all, py::arg("seed"), py::arg("data"), py::arg("out"));
   module.def("philox", &philox, py::arg("target"), py::arg("seed"), py::arg("counters"));
   module.def("evaluate", &evaluate, py::arg("target"), py::arg("function"), py::arg("u"));

@@ -20,7 +20,4 @@ void Cpu::fold_in(const Integer& seed, const Integer& data, const Tensor& out) {
 
 }  // namespace bicm
 
-STABLE_TORCH_LIBRARY_IMPL(bicm_kernels, CPU, library) {
-  bicm::register_noise<bicm::Cpu>(library);
-  library.impl("noisy_pair", TORCH_BOX((&bicm::noisy_pair<bicm::Cpu>)));
-}
+STABLE_TORCH_LIBRARY_IMPL(bicm_kernels, CPU, library) { bicm::register_noise<bicm::Cpu>(library); }

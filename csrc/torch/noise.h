@@ -86,6 +86,7 @@ void register_noise(torch::stable::detail::StableLibrary& library) {
   library.impl("uniform", TORCH_BOX((&draw_numbers<Device, Distribution::uniform>)));
   library.impl("uniform.tensor", TORCH_BOX((&draw_tensors<Device, Distribution::uniform>)));
   library.impl("fold_in", TORCH_BOX((&fold_in_tensors<Device>)));
+  library.impl("noisy_pair", TORCH_BOX((&noisy_pair<Device>)));
 }
 
 }  // namespace bicm

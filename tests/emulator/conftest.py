@@ -13,7 +13,7 @@ import bicm_emulator
 
 DEFAULTS = {
     name: getattr(bicm_emulator.device, name)
-    for name in ("processors", "x", "y", "threads", "from_block", "until_block", "backwards", "fails")
+    for name in ("processors", "x", "y", "threads", "from_block", "until_block", "backwards", "fails", "skips_barriers")
 }
 
 

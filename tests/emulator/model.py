@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import bicm_emulator
@@ -20,6 +20,8 @@ OPTIONS = (
     "x0_weight",
     "clip",
     "next_scale",
+    "takes_second",
+    "next_scale_is_sigma",
 )
 
 
@@ -76,6 +78,45 @@ def normals(seed: int, sample: int, step: int, elements: np.ndarray) -> np.ndarr
     return np.sqrt(-2.0 * np.log(u)) * np.where(lane % 2 == 0, np.cos(angle), np.sin(angle))
 
 
+Numbers = list[np.ndarray]
+
+
+def bdia(a: np.ndarray, b: np.ndarray, a_last: np.ndarray, b_last: np.ndarray, gamma: np.ndarray) -> Numbers:
+    return [gamma, a - gamma / a_last, b + gamma * (b_last / a_last)]
+
+
+def bdia_inverse(a: np.ndarray, b: np.ndarray, a_last: np.ndarray, b_last: np.ndarray, gamma: np.ndarray) -> Numbers:
+    one = gamma.dtype.type(1)
+    return [one / gamma, one / a_last - a / gamma, -(b / gamma + b_last / a_last)]
+
+
+def bcm(t: np.ndarray, u: np.ndarray, sigma_data: np.ndarray) -> Numbers:
+    variance = sigma_data * sigma_data
+    s = variance + t * t
+    return [(variance + t * u) / s, (sigma_data * (t - u)) / np.sqrt(s)]
+
+
+def cm(t: np.ndarray, sigma_min: np.ndarray, sigma_data: np.ndarray) -> Numbers:
+    variance = sigma_data * sigma_data
+    d = t - sigma_min
+    return [variance / (variance + d * d), (sigma_data * d) / np.sqrt(variance + t * t)]
+
+
+def scaling(t: np.ndarray, sigma_data: np.ndarray) -> Numbers:
+    return [t.dtype.type(1) / np.sqrt(sigma_data * sigma_data + t * t)]
+
+
+# From coefficients to weights, in the contract's order of operations.
+FORMS: dict[str, Callable[..., Numbers]] = {
+    "affine": lambda *weights: list(weights),
+    "bdia": bdia,
+    "bdia_inverse": bdia_inverse,
+    "bcm": bcm,
+    "cm": cm,
+    "input": scaling,
+}
+
+
 @dataclass
 class Problem:
     """A sampler update: the arguments of `bicm_emulator.multistep`."""
@@ -94,6 +135,8 @@ class Problem:
     x0_weight: float | Tensor = 0.0
     clip: float | Tensor | None = None
     next_scale: float | Tensor | None = None
+    takes_second: bool = False
+    next_scale_is_sigma: bool = False
     merge: bool = True
     streams: bool = False
     float64: bool | None = None
@@ -141,13 +184,12 @@ class Problem:
 
     def weights(self) -> list[np.ndarray]:
         raw = [self.number(x) for x in self.coefficients]
-        if self.form == "affine":
-            return raw
-        a, b, a_last, b_last, gamma = raw
-        if self.form == "bdia":
-            return [gamma, a - gamma / a_last, b + gamma * (b_last / a_last)]
-        one = self.compute.type(1)
-        return [one / gamma, one / a_last - a / gamma, -(b / gamma + b_last / a_last)]
+        weights = FORMS[self.form](*raw)
+        return weights[1:] if self.takes_second else weights[: len(self.inputs)]
+
+    def scale(self) -> np.ndarray:
+        scale = self.number(self.next_scale)
+        return scaling(scale, self.number(self.coefficients[2]))[0] if self.next_scale_is_sigma else scale
 
     def expected(self) -> list[np.ndarray]:
         """The bits of every output. The noise comes from the scalar kernel, which has tests of its own."""
@@ -172,7 +214,7 @@ class Problem:
             bicm_emulator.noise("scalar", noise, **self.key)
             weight = self.number(self.noise_weight)
             y = np.where(weight != 0, y + weight * noise.astype(self.compute), y)
-        scaled = None if self.next is None else self.number(self.next_scale) * y
+        scaled = None if self.next is None else self.scale() * y
         return [result for result in (y, x0, scaled) if result is not None]
 
 

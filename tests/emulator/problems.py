@@ -13,6 +13,9 @@ COEFFICIENTS = {
     "affine": [0.9, -0.3, 1.7, 0.01, -2.5],
     "bdia": [1.02, -0.13, 1.01, -0.11, 0.96],
     "bdia_inverse": [1.02, -0.13, 1.01, -0.11, 0.96],
+    "bcm": [3.7, 0.21, 0.5],
+    "cm": [3.7, 0.002, 0.5],
+    "input": [3.7, 0.5],
 }
 NOISE = {"seed": 12345, "step": 6, "sample": 3}
 PAIRS = [(dtype, dtype) for dtype in DTYPES] + [
@@ -38,7 +41,7 @@ def states(
 
 
 def coefficients(form: str, terms: int) -> list[float]:
-    return COEFFICIENTS[form][: terms if form == "affine" else 5]
+    return COEFFICIENTS[form][: terms if form == "affine" else None]
 
 
 def affine(

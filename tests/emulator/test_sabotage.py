@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from .checks import check_known_answers, check_normal, check_step, check_uniform
+from .losses import pseudo_huber
 from .model import Problem
 from .problems import affine, denoised, values
 from .tensors import Tensor
@@ -160,3 +161,24 @@ def test_a_misaligned_wide_access_would_trap() -> None:
     """Tensors at odd offsets really are misaligned, so the emulator's check of wide accesses has work."""
     at = {Tensor.empty((2, 8), "float32", offset=k).bits.ctypes.data % 16 for k in range(4)}
     assert at == {0, 4, 8, 12}
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_missing_barriers_in_the_losses(device: bicm_emulator.Device, backwards: bool) -> None:
+    problem = pseudo_huber((2, 3000))
+    _, sums = problem.run("cuda")
+    device.skips_barriers, device.backwards = True, backwards
+    fault = "race: |read before it is written"
+    with pytest.raises(RuntimeError, match=fault):
+        problem.run("cuda")
+    with pytest.raises(RuntimeError, match=fault):
+        problem.differentiate("cuda", sums, 1.0, [True, False])
+
+
+def test_a_block_too_few(device: bicm_emulator.Device) -> None:
+    """The last block's elements are missing from the real kernel's results."""
+    problem = affine((2, 4000))
+    check_step(lambda p: p.run("cuda"), problem)
+    device.until_block = 3
+    with pytest.raises(AssertionError):
+        check_step(lambda p: p.run("cuda"), affine((2, 4000)))

@@ -153,13 +153,13 @@ def test_layouts(first: str, second: str, wide: bool, monkeypatch: pytest.Monkey
 
 def test_dimensions_merge() -> None:
     z = random((3, 4, 5, 6)).to(memory_format=torch.channels_last)
-    merged = operands.lay_out([z, z], per_sample=False, in_order=False)
+    merged = operands.lay_out([z, z], per_sample=False, in_order=False).plan
     assert (merged.batch, merged.elements, merged.sizes) == (1, 360, ())
-    merged = operands.lay_out([z, z], per_sample=True, in_order=False)
+    merged = operands.lay_out([z, z], per_sample=True, in_order=False).plan
     assert (merged.batch, merged.elements, merged.sizes) == (3, 120, ())
-    in_order = operands.lay_out([z, z], per_sample=True, in_order=True)
-    assert (in_order.sizes, in_order.operands[0][2]) == ((4, 30), (1, 4))
-    sliced = operands.lay_out([z.contiguous()[:, :2], z[:, :2]], per_sample=False, in_order=False)
+    in_order = operands.lay_out([z, z], per_sample=True, in_order=True).plan
+    assert (in_order.sizes, in_order.strides[0][1]) == ((4, 30), (1, 4))
+    sliced = operands.lay_out([z.contiguous()[:, :2], z[:, :2]], per_sample=False, in_order=False).plan
     assert sliced.sizes == (3, 2, 30)
 
 

@@ -25,6 +25,20 @@ struct Cuda {
   static void run(const Noise& problem, const Tensor& out) {
     on_stream(out, [&](cudaStream_t stream) { return cuda::noise(problem, stream); });
   }
+  static void run(const NoisyPair& problem, const Tensor& x) {
+    on_stream(x, [&](cudaStream_t stream) { return cuda::noisy_pair(problem, stream); });
+  }
+  static void sums(PseudoHuber& problem, const Tensor& loss, const Tensor& sums) {
+    problem.sums = static_cast<double*>(sums.data_ptr());
+    const int64_t doubles = cuda::pseudo_huber_scratch(problem);
+    const Tensor scratch = empty_tensor(sums, 1, doubles, aoti_torch_dtype_float64());
+    on_stream(sums, [&](cudaStream_t stream) {
+      return cuda::pseudo_huber(problem, loss.data_ptr(), static_cast<double*>(scratch.data_ptr()), stream);
+    });
+  }
+  static void gradients(const PseudoHuber& problem, const Tensor& sums) {
+    on_stream(sums, [&](cudaStream_t stream) { return cuda::pseudo_huber_gradient(problem, stream); });
+  }
   static void fold_in(const Integer& seed, const Integer& data, const Tensor& out) {
     on_stream(out, [&](cudaStream_t stream) {
       return cuda::fold_in(seed, data, static_cast<int64_t*>(out.data_ptr()), out.numel(), stream);

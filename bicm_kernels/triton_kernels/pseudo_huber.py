@@ -1,0 +1,193 @@
+"""Pseudo-Huber losses: sums of chunks, then of samples and of the batch; and the derivatives from the inputs again.
+
+Chunks depend on a sample's size alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bicm_kernels.triton_kernels import checks
+from bicm_kernels.triton_kernels.checks import Number
+from bicm_kernels.triton_kernels.keys import Argument, number_argument
+from bicm_kernels.triton_kernels.operands import TILE, WARPS, Layout, device_of, lay_out
+from bicm_kernels.triton_kernels.pseudo_huber_kernels import finish, gradients, sums
+
+CHUNK = 8 * TILE  # elements that one program sums
+FINISH_BLOCK = 256
+PARAMETERIZATIONS = ("bcm", "cm", "edm")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Loss:
+    """A loss's arguments, checked, in the form that the kernels take."""
+
+    def __init__(
+        self,
+        inputs: Sequence[Tensor],
+        levels: Sequence[Number],
+        weight: Number | None,
+        c: Number | None,
+        form: str,
+        kind: int,
+        reduction: int,
+    ) -> None:
+        checks.check_states(inputs, len(inputs))
+        self.inputs, self.elementwise = list(inputs), kind == 1
+        self.reduction, self.form = REDUCTIONS[reduction], form
+        first = inputs[0]
+        self.batch, self.elements = first.shape[0], math.prod(first.shape[1:])
+        self.float64 = any(x.dtype == torch.float64 for x in inputs)
+        self.compute = torch.float64 if self.float64 else torch.float32
+        self.levels = tuple([self.number(value) for value in levels])
+        self.weight = 1.0 if weight is None else weight
+        checks.require(c is not None or not self.elementwise, "elementwise needs c")
+        checks.require(isinstance(c, Tensor) or c is None or c >= 0, "c must not be negative")
+        self.c = 0.00054 * math.sqrt(self.elements) if c is None else c
+
+    def number(self, value: Number) -> Argument:
+        """A number in the compute type."""
+        return number_argument(value, self.compute, self.inputs[0])
+
+    def operands(self, layout: Layout, first: int) -> dict[str, Any]:
+        """Where the inputs lie, from the operand at a place on, and what every kernel is told of them."""
+        prediction, target, *x = layout.operands[first : first + len(self.inputs)]
+        return {
+            "prediction": prediction,
+            "target": target,
+            "x": x[0] if x else None,
+            "levels": self.levels,
+            "FORM": self.form,
+            "ELEMENTWISE": self.elementwise,
+            "COMPUTE": tl.float64 if self.float64 else tl.float32,
+        }
+
+    def value(self) -> tuple[Tensor, Tensor]:
+        """The loss and the samples' sums."""
+        first = self.inputs[0]
+        loss = first.new_empty((self.batch,) if self.reduction == "none" else (), dtype=self.compute)
+        totals = first.new_empty((self.batch,), dtype=torch.float64)
+        chunks = -(-self.elements // CHUNK)
+        alone = chunks == 1 and (self.reduction == "none" or self.batch == 1)
+        partial = totals if chunks == 1 else first.new_empty((self.batch * chunks,), dtype=torch.float64)
+        c, weight = self.number(self.c), self.number(self.weight)
+        with device_of(first):
+            if self.batch * chunks:
+                self.sum_chunks(partial, loss.reshape(-1) if alone else None, chunks, c, weight)
+            if not alone and (self.batch or self.reduction != "none"):
+                finish[(1,)](
+                    totals,
+                    partial,
+                    loss,
+                    self.batch,
+                    self.elements,
+                    chunks,
+                    c,
+                    weight,
+                    ELEMENTWISE=self.elementwise,
+                    REDUCTION=self.reduction,
+                    COMPUTE=tl.float64 if self.float64 else tl.float32,
+                    BLOCK=FINISH_BLOCK,
+                    num_warps=WARPS,
+                    enable_fp_fusion=False,
+                )
+        return loss, totals
+
+    def sum_chunks(self, partial: Tensor, loss: Tensor | None, chunks: int, c: Argument, weight: Argument) -> None:
+        """Launch one program for each chunk of each sample."""
+        layout = lay_out(self.inputs, per_sample=True, in_order=False)
+        columns = min(TILE, max(8, triton.next_power_of_2(self.elements)))
+        sums[(self.batch * chunks,)](
+            partial,
+            loss,
+            sizes=layout.plan.sizes,
+            elements=self.elements,
+            chunks=chunks,
+            c=c,
+            weight=weight,
+            COLUMNS=columns,
+            STEPS=-(-min(self.elements, CHUNK) // columns),
+            INDEX=layout.index,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+            **self.operands(layout, 0),
+        )
+
+    def gradients(self, upstream: Tensor, totals: Tensor, needs: int) -> list[Tensor]:
+        """The derivatives of the inputs whose bit is set."""
+        shape = (self.batch,) if self.reduction == "none" else ()
+        checks.require(upstream.shape == shape, "the gradient must have the shape of the loss")
+        fits = totals.shape == (self.batch,) and totals.dtype == torch.float64 and totals.is_contiguous()
+        checks.require(fits and totals.device == self.inputs[0].device, "sums must be what the forward pass returned")
+        results = {k: torch.empty_like(x) for k, x in enumerate(self.inputs) if needs >> k & 1}
+        layout = lay_out([*results.values(), *self.inputs], per_sample=True, in_order=False)
+        places = dict(zip(results, layout.operands, strict=False))
+        layout.launch(
+            gradients,
+            outs=tuple([places.get(k) for k in range(3)]),
+            c=self.number(self.c),
+            weight=self.number(self.weight),
+            upstream=self.number(upstream),
+            totals=totals,
+            REDUCTION=self.reduction,
+            **self.operands(layout, len(results)),
+        )
+        return list(results.values())
+
+
+def distance_of(
+    pred: Tensor, target: Tensor, weight: Number | None, c: Number | None, kind: int, reduction: int
+) -> Loss:
+    """The loss of a schema of pseudo_huber."""
+    return Loss((pred, target), (), weight, c, "", kind, reduction)
+
+
+def consistency_of(
+    F: Tensor,
+    target: Tensor,
+    x: Tensor,
+    t: Number,
+    u: Number | None,
+    weight: Number | None,
+    c: Number | None,
+    sigma_data: Number,
+    sigma_min: Number,
+    parameterization: int,
+    kind: int,
+    reduction: int,
+) -> Loss:
+    """The loss of a schema of consistency_loss."""
+    name = PARAMETERIZATIONS[parameterization]
+    checks.require(u is None or name == "bcm", "only bcm takes u")
+    end: Number = 0.0 if name == "edm" else sigma_min if u is None else u
+    form = "cm" if name == "cm" else "bcm"
+    return Loss((F, target, x), (t, end, sigma_data), weight, c, form, kind, reduction)
+
+
+def forward_and_backward(make: Callable[..., Loss]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A loss's op and its derivative, for numbers and for tensors alike."""
+
+    def value(*call: Any) -> tuple[Tensor, Tensor]:
+        return make(*call).value()
+
+    def derivative(upstream: Tensor, totals: Tensor, needs: int, *call: Any) -> list[Tensor]:
+        return make(*call).gradients(upstream, totals, needs)
+
+    return value, derivative
+
+
+def implementations() -> dict[str, Callable[..., Any]]:
+    """Every overload of the family by the name of its schema."""
+    found: dict[str, Callable[..., Any]] = {}
+    for name, make in (("pseudo_huber", distance_of), ("consistency_loss", consistency_of)):
+        value, derivative = forward_and_backward(make)
+        found |= {name: value, f"{name}.tensor": value}
+        found |= {f"{name}_backward": derivative, f"{name}_backward.tensor": derivative}
+    return found

@@ -1,0 +1,33 @@
+"""The weights that join a sample and a network's output: csrc/core/preconditioning.h in Triton, in its order."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bicm_kernels.triton_kernels.rounding import divide, root
+
+
+@triton.jit
+def c_in(t, sigma_data):
+    """1 / sqrt(sigma_data^2 + t^2)."""
+    return divide(tl.full(t.shape, 1.0, t.dtype), root(sigma_data * sigma_data + t * t))
+
+
+@triton.jit
+def bcm(t, u, sigma_data):
+    """(c_skip, c_out) from t to u (BCM eq. 20, 39, 43)."""
+    variance = sigma_data * sigma_data
+    s = variance + t * t
+    return divide(variance + t * u, s), divide(sigma_data * (t - u), root(s))
+
+
+@triton.jit
+def cm(t, sigma_min, sigma_data):
+    """(c_skip, c_out) from t to sigma_min (BCM eq. 17)."""
+    variance = sigma_data * sigma_data
+    s = variance + t * t
+    d = t - sigma_min
+    return divide(variance, variance + d * d), divide(sigma_data * d, root(s))

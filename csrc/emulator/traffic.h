@@ -1,0 +1,47 @@
+// Every access of a kernel to global memory: its bytes are counted, and it must lie inside a tensor of the problem.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace bicm {
+namespace emulator {
+
+struct Range {
+  uintptr_t begin, end;
+};
+
+struct Traffic {
+  int64_t read = 0, written = 0;
+};
+
+inline Traffic traffic;
+// The memory that a launch may touch; none: any.
+inline std::vector<Range> ranges;
+
+inline void check_access(const void* address, size_t bytes, size_t alignment, const char* what) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
+  if (begin % alignment != 0) throw std::runtime_error(std::string("a misaligned ") + what);
+  if (ranges.empty()) return;
+  for (const Range& range : ranges) {
+    if (begin >= range.begin && begin + bytes <= range.end) return;
+  }
+  throw std::out_of_range(std::string("a ") + what + " outside every tensor");
+}
+
+inline void count_read(const void* address, size_t bytes, size_t alignment) {
+  check_access(address, bytes, alignment, "load");
+  traffic.read += static_cast<int64_t>(bytes);
+}
+
+inline void count_write(const void* address, size_t bytes, size_t alignment) {
+  check_access(address, bytes, alignment, "store");
+  traffic.written += static_cast<int64_t>(bytes);
+}
+
+}  // namespace emulator
+}  // namespace bicm

@@ -1,0 +1,151 @@
+"""What the emulator counts of CUDA kernels; `python -m tests.emulator.evidence` writes it into docs/evidence.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import bicm_emulator
+import numpy as np
+
+from .losses import Loss, consistency, pseudo_huber
+from .model import Problem
+from .problems import NOISE, Shape, affine, denoised, states, values
+from .tensors import Tensor
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "evidence.md"
+BEGIN, END = "<!-- counted: written by `make evidence` -->\n", "<!-- counted: end -->\n"
+SHAPE: Shape = (4, 3, 64, 64)
+SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+#: Dtypes of states and of network outputs.
+KINDS = {"float32": ("float32", "float32"), "bfloat16": ("bfloat16", "bfloat16"), "mixed": ("float32", "bfloat16")}
+
+
+@dataclass(frozen=True)
+class Count:
+    """Bytes per element of one tensor, counted and at least, and launches."""
+
+    counted: float
+    least: int
+    launches: int
+
+
+def count(run: Callable[[], object], dtypes: list[str]) -> Count:
+    """Run a kernel that has to read or write a tensor of each of these dtypes once."""
+    traffic, launches = bicm_emulator.traffic, bicm_emulator.device.launches
+    traffic.read = traffic.written = 0
+    run()
+    moved = traffic.read + traffic.written
+    least = sum(SIZES[dtype] for dtype in dtypes)
+    return Count(moved / np.prod(SHAPE), least, bicm_emulator.device.launches - launches)
+
+
+def step(problem: Problem) -> Count:
+    tensors = [*problem.operands, *problem.outputs]
+    return count(lambda: problem.run("cuda"), [x.dtype for x in tensors])
+
+
+def noise(state: str, _: str) -> Count:
+    out = Tensor.empty(SHAPE, state)
+    return count(lambda: bicm_emulator.noise("cuda", out.argument, **NOISE), [state])
+
+
+def noisy_pair(state: str, _: str) -> Count:
+    x, x_hat = states(SHAPE, 2, state, state)
+    outs = [Tensor.empty(SHAPE, state) for _ in range(2)]
+    mask = np.array([True, False, False, True])
+    given = [*(out.argument for out in outs), x.argument, 0.3, 1.7]
+    return count(
+        lambda: bicm_emulator.noisy_pair("cuda", *given, x_hat=x_hat.argument, mask=mask, **NOISE), [state] * 3
+    )
+
+
+def guided(state: str, network: str) -> Count:
+    problem = affine(SHAPE, state, network, 3, "bdia")
+    problem.conditional, problem.guidance_scale = Tensor.of(values(9, SHAPE), network), 7.5
+    return step(problem)
+
+
+def add_noise(state: str, _: str) -> Count:
+    problem = affine(SHAPE, state, state, 1)
+    problem.noise_weight, problem.key = 0.7, NOISE
+    return step(problem)
+
+
+def renoise(state: str, network: str) -> Count:
+    problem = affine(SHAPE, state, network, 2, "bcm")
+    problem.noise_weight, problem.key = 0.7, NOISE
+    problem.next, problem.next_scale, problem.next_scale_is_sigma = Tensor.empty(SHAPE, state), 0.7, True
+    return step(problem)
+
+
+def training(make: Callable[..., Loss], **options: object) -> Callable[[str, str], Count]:
+    """Forward and backward, for the gradient of the first input."""
+
+    def run(state: str, network: str) -> Count:
+        loss = make(SHAPE, network, state, **options) if make is pseudo_huber else make(SHAPE, state, network)
+        inputs = [x.dtype for x in loss.inputs]
+
+        def both() -> None:
+            _, sums = loss.run("cuda")
+            loss.differentiate("cuda", sums, 1.0, [True] + [False] * (len(inputs) - 1))
+
+        return count(both, [*inputs, *inputs, inputs[0]])
+
+    return run
+
+
+def plain(terms: int, form: str = "affine") -> Callable[[str, str], Count]:
+    return lambda state, network: step(affine(SHAPE, state, network if terms > 1 else state, terms, form))
+
+
+#: Op, how to count it, and the launches of the same step in public code (a stub network under a dispatch counter).
+ROWS: dict[str, tuple[Callable[[str, str], Count], str]] = {
+    "`normal`, `uniform`": (noise, "1"),
+    "`add_noise`": (add_noise, ""),
+    "`noisy_pair`": (noisy_pair, ""),
+    "`ddim_step`": (plain(2), "diffusers DDIM 9"),
+    "`bdia_step`": (plain(3, "bdia"), "BDIA 29"),
+    "`bdia_step`, guided": (guided, "BDIA 35"),
+    "`bdia_inverse_step`": (plain(3, "bdia_inverse"), ""),
+    "`affine_step` of five": (plain(5), "diffusers DPM++2M 11"),
+    "`denoised_step`, with everything": (lambda s, n: step(denoised(SHAPE, s, n)), "diffusers EDMEuler 8"),
+    "`scale_input`": (plain(1, "input"), ""),
+    "`denoise`": (plain(2, "bcm"), "BCM 26, OpenAI CM 23"),
+    "`renoise`": (renoise, "OpenAI CM 28"),
+    "`pseudo_huber`, forward and backward": (training(pseudo_huber), "18–20"),
+    "`pseudo_huber`, elementwise": (training(pseudo_huber, kind="elementwise", c=0.1), "17–23"),
+    "`consistency_loss`, forward and backward": (training(consistency), "ECT's whole loss 55"),
+}
+
+
+def table() -> str:
+    lines = [
+        "| op | least, bytes per element: float32 / bfloat16 / float32 state with bfloat16 network | counted | launches"
+        " | public code |",
+        "|---|---|---|---|---|",
+    ]
+    for name, (measure, peers) in ROWS.items():
+        counts = [measure(*dtypes) for dtypes in KINDS.values()]
+        least = " / ".join(str(c.least) for c in counts)
+        counted = " / ".join(f"{c.counted:.2f}".removesuffix(".00") for c in counts)
+        (launches,) = {c.launches for c in counts}
+        lines.append(f"| {name} | {least} | {counted} | {launches} | {peers} |")
+    return "\n".join(lines) + "\n"
+
+
+def section(text: str) -> tuple[str, str, str]:
+    """What comes before the table, the table, and what comes after it."""
+    before, _, rest = text.partition(BEGIN)
+    inside, _, after = rest.partition(END)
+    return before + BEGIN, inside, END + after
+
+
+def main() -> None:
+    before, _, after = section(DOCUMENT.read_text())
+    DOCUMENT.write_text(before + table() + after)
+
+
+if __name__ == "__main__":
+    main()

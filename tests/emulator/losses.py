@@ -1,0 +1,120 @@
+"""Pseudo-Huber losses to run, and the same in NumPy: residuals in the compute type, the rest in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import bicm_emulator
+import numpy as np
+
+from . import model
+from .problems import Shape, values
+from .tensors import Tensor
+
+TIMES = {"t": 3.7, "u": 0.21, "sigma_data": 0.5, "sigma_min": 0.002}
+
+
+@dataclass
+class Loss:
+    """The arguments of `bicm_emulator.pseudo_huber`; with `x`, of a consistency loss."""
+
+    prediction: Tensor
+    target: Tensor
+    x: Tensor | None = None
+    c: float | Tensor | None = None
+    weight: float | Tensor | None = None
+    kind: str = "vector"
+    reduction: str = "mean"
+    parameterization: str = "bcm"
+    times: dict[str, Any] = field(default_factory=lambda: dict(TIMES))
+    merge: bool = True
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [x for x in (self.prediction, self.target, self.x) if x is not None]
+
+    @property
+    def compute(self) -> np.dtype:
+        return np.dtype("f8" if any(x.dtype == "float64" for x in self.inputs) else "f4")
+
+    @property
+    def batch(self) -> int:
+        return self.target.bits.shape[0]
+
+    @property
+    def elements(self) -> int:
+        return int(np.prod(self.target.bits.shape[1:]))
+
+    def arguments(self) -> dict[str, Any]:
+        names = ("prediction", "target", "x", "c", "weight", "kind", "reduction", "parameterization", "merge")
+        given = {name: getattr(self, name) for name in names} | self.times
+        return {name: x.argument if isinstance(x, Tensor) else x for name, x in given.items()}
+
+    def run(self, target: str) -> tuple[np.ndarray, np.ndarray]:
+        """The loss, by CUDA alone, and the samples' sums."""
+        loss = np.full((self.batch,) if self.reduction == "none" else (), 5.0, self.compute)
+        sums = np.full((self.batch,), 7.0)
+        bicm_emulator.pseudo_huber(target, loss, sums, self.arguments())
+        return loss, sums
+
+    def differentiate(self, target: str, sums: np.ndarray, upstream: object, wanted: list[bool]) -> list[Tensor]:
+        outs = [Tensor.empty(x.bits.shape, x.dtype) for x in self.inputs]
+        given = [out.argument if need else None for out, need in zip(outs, wanted, strict=True)]
+        bicm_emulator.pseudo_huber_gradient(target, given, sums, upstream, self.arguments())
+        assert all(out.guards_intact() for out in outs)
+        return [out for out, need in zip(outs, wanted, strict=True) if need]
+
+    def number(self, value: object, dtype: Any) -> np.ndarray:
+        if isinstance(value, Tensor):
+            value = value.values
+        return np.broadcast_to(np.asarray(value, dtype), (self.batch,))
+
+    def residual(self) -> np.ndarray:
+        """(B, d) in the compute type."""
+        prediction, target, *x = (tensor.values.astype(self.compute) for tensor in self.inputs)
+        column = (-1, *[1] * (target.ndim - 1))
+        if x:
+            names = {"bcm": ("t", "u"), "cm": ("t", "sigma_min"), "edm": ("t", "zero")}[self.parameterization]
+            levels = [self.number((self.times | {"zero": 0.0})[n], self.compute) for n in (*names, "sigma_data")]
+            form = model.cm if self.parameterization == "cm" else model.bcm
+            c_skip, c_out = (weight.reshape(column) for weight in form(*levels))
+            prediction = c_skip * x[0] + c_out * prediction
+        return (prediction - target).reshape(self.batch, self.elements)
+
+    def transition(self) -> np.ndarray:
+        return self.number(0.00054 * np.sqrt(self.elements) if self.c is None else self.c, np.float64)
+
+    def expected(self) -> tuple[np.ndarray, np.ndarray]:
+        """The loss and the sums, with float64 from the residual on."""
+        with np.errstate(all="ignore"):
+            r, c = self.residual().astype(np.float64), self.transition()
+            squares = r * r
+            if self.kind == "vector":
+                sums = squares.sum(1)
+                distance = sums / nonzero(np.sqrt(sums + c * c) + c)
+            else:
+                c = c[:, None]
+                sums = (squares / nonzero(np.sqrt(squares + c * c) + c)).sum(1)
+                distance = sums / np.float64(self.elements)
+            weighted = self.number(1.0 if self.weight is None else self.weight, np.float64) * distance
+            if self.reduction == "none":
+                return weighted, sums
+            return weighted.sum() / (np.float64(self.batch) if self.reduction == "mean" else 1.0), sums
+
+
+def nonzero(x: np.ndarray) -> np.ndarray:
+    return np.where(x == 0, 3.0, x)
+
+
+def pseudo_huber(shape: Shape, first: str = "float32", second: str = "float32", **options: Any) -> Loss:
+    return Loss(Tensor.of(values(0, shape), first), Tensor.of(values(1, shape), second), **options)
+
+
+def consistency(shape: Shape, state: str = "float32", network: str = "float32", **options: Any) -> Loss:
+    return Loss(
+        Tensor.of(values(0, shape), network),
+        Tensor.of(values(1, shape), state),
+        Tensor.of(values(2, shape), state),
+        **options,
+    )

@@ -1,0 +1,160 @@
+"""Pseudo-Huber losses on emulated CUDA: value, sums and derivatives, for any memory, grid and size of a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import bicm_emulator
+import numpy as np
+import pytest
+
+from .losses import TIMES, Loss, consistency, pseudo_huber
+from .problems import PAIRS, values
+from .tensors import DTYPES, INPUT_LAYOUTS, Tensor, same_bits
+
+CHUNK = bicm_emulator.SUM_CHUNK
+SIZES = (1, 7, 8, 33, 1025, CHUNK, CHUNK + 1, 3 * CHUNK + 77)
+MAKERS: dict[str, Callable[..., Loss]] = {"pseudo_huber": pseudo_huber, "consistency": consistency}
+KINDS = {"vector": None, "elementwise": 0.3}
+
+
+def accuracy(compute: np.dtype) -> float:
+    return 1e-6 if compute == np.float32 else 1e-13
+
+
+def check_value(problem: Loss) -> np.ndarray:
+    """Loss and sums as in float64; the sums come back."""
+    loss, sums = problem.run("cuda")
+    expected, expected_sums = problem.expected()
+    tolerance = accuracy(problem.compute)
+    assert np.allclose(sums, expected_sums, rtol=tolerance, atol=0, equal_nan=True)
+    assert np.allclose(loss, expected, rtol=tolerance, atol=0, equal_nan=True)
+    return sums
+
+
+def check_gradients(problem: Loss, sums: np.ndarray) -> None:
+    """The CPU's bits, from the same sums."""
+    upstream = Tensor.of(np.linspace(1.0, 9.0, problem.batch), "float32").argument
+    upstream = upstream if problem.reduction == "none" else np.float32(1024.0).reshape(())
+    count = len(problem.inputs)
+    for wanted in ([True] + [False] * (count - 1), [True] * count, [False] * (count - 1) + [True]):
+        ours = problem.differentiate("cuda", sums, upstream, wanted)
+        for target in ("scalar", bicm_emulator.instruction_sets()[-1]):
+            for a, b in zip(ours, problem.differentiate(target, sums, upstream, wanted), strict=True):
+                assert same_bits(a.bits, b.bits, a.dtype)
+
+
+def check(problem: Loss) -> None:
+    check_gradients(problem, check_value(problem))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes(size: int, make: str, kind: str) -> None:
+    for dtypes in PAIRS if size < CHUNK else PAIRS[1:5:2]:
+        check(MAKERS[make]((2, size), *dtypes, kind=kind, c=KINDS[kind]))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", MAKERS)
+def test_reductions_and_weights(make: str, kind: str, reduction: str) -> None:
+    for batch, size in ((1, 5), (1, CHUNK + 3), (3, 100), (70, 3)):
+        for dtype in ("float32", "float64"):
+            numbers = Tensor.of(np.linspace(0.0, 2.0, batch), "float32")
+            for weight, c in ((None, KINDS[kind]), (0.5, 0.0), (numbers, numbers)):
+                check(MAKERS[make]((batch, size), dtype, dtype, kind=kind, c=c, weight=weight, reduction=reduction))
+
+
+@pytest.mark.parametrize("parameterization", ["bcm", "cm", "edm"])
+@pytest.mark.parametrize(("state", "network"), PAIRS)
+def test_parameterizations(state: str, network: str, parameterization: str) -> None:
+    problem = consistency((4, 333), state, network, parameterization=parameterization)
+    check(problem)
+    levels = {name: Tensor.of(np.array([0.0, 0.5, 3.0, 80.0]), "float32").argument for name in ("t", "u")}
+    problem.times = TIMES | levels
+    check(problem)
+
+
+@pytest.mark.parametrize("layout", INPUT_LAYOUTS)
+@pytest.mark.parametrize(("state", "network"), PAIRS)
+def test_layouts(state: str, network: str, layout: str) -> None:
+    for merge in (True, False):
+        for offset in (0, 1):
+            problem = consistency((3, 5, 7, 2), state, network, merge=merge)
+            problem.x = Tensor.of(values(5, (3, 5, 7, 2)), state, layout, offset)
+            problem.prediction = Tensor.of(values(6, (3, 5, 7, 2)), network, layout, offset)
+            check(problem)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_tensors(dtype: str, kind: str) -> None:
+    """Loss and gradient are exactly 0, at c = 0 too."""
+    problem = pseudo_huber((2, 50), dtype, dtype, kind=kind, c=0.0)
+    problem.target = problem.prediction
+    loss, sums = problem.run("cuda")
+    assert loss == 0
+    for gradient in problem.differentiate("cuda", sums, 1.0, [True, True]):
+        assert np.all(gradient.values == 0)
+
+
+def test_special_values() -> None:
+    for dtype, specials in (
+        ("float64", (np.nan, np.inf, -np.inf, 1e150)),
+        ("float32", (np.nan, np.inf, -np.inf, 1e18)),
+    ):
+        for special in specials:
+            problem = pseudo_huber((2, 300), dtype, dtype, reduction="none")
+            problem.prediction.bits.view(dtype)[0, 17] = special
+            check_value(problem)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_to_sum(device: bicm_emulator.Device, kind: str) -> None:
+    launches = device.launches
+    assert pseudo_huber((0, 5), kind=kind, c=0.1, reduction="none").run("cuda")[0].shape == (0,)
+    assert device.launches == launches
+    assert np.isnan(pseudo_huber((0, 5), kind=kind, c=0.1).run("cuda")[0])
+    assert pseudo_huber((0, 5), kind=kind, c=0.1, reduction="sum").run("cuda")[0] == 0
+    loss, sums = pseudo_huber((2, 0), kind=kind, c=0.1, reduction="none").run("cuda")
+    assert sums.tolist() == [0, 0]
+    assert np.all(loss == 0 if kind == "vector" else np.isnan(loss))
+
+
+@pytest.mark.parametrize("size", [3000, 2 * CHUNK + 5])
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_grid_and_the_batch_do_not_matter(device: bicm_emulator.Device, make: str, size: int) -> None:
+    problem = MAKERS[make]((5, size), weight=Tensor.of(np.linspace(0.1, 1.0, 5), "float32"))
+    loss, sums = problem.run("cuda")
+    gradients = problem.differentiate("cuda", sums, 3.0, [True] * len(problem.inputs))
+    for processors, x, y, backwards in ((1, 1, 1, False), (132, 0, 0, True), (2, 3, 2, True), (2, 64, 7, False)):
+        device.processors, device.x, device.y, device.backwards = processors, x, y, backwards
+        other, other_sums = problem.run("cuda")
+        assert np.array_equal(other_sums, sums)
+        assert np.array_equal(other, loss)
+        for a, b in zip(gradients, problem.differentiate("cuda", sums, 3.0, [True] * len(gradients)), strict=True):
+            assert np.array_equal(a.bits, b.bits)
+    for b in (0, 4):
+        inputs = [Tensor.of(x.values[b : b + 1], x.dtype) for x in problem.inputs]
+        assert Loss(*inputs).run("cuda")[1] == sums[b : b + 1]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("size", [3072, 3 * CHUNK])
+def test_one_launch_forward_and_one_backward(device: bicm_emulator.Device, size: int, reduction: str) -> None:
+    problem = pseudo_huber((3, size), reduction=reduction)
+    launches = device.launches
+    _, sums = problem.run("cuda")
+    assert device.launches == launches + 1
+    problem.differentiate("cuda", sums, 1.0, [True, False])
+    assert device.launches == launches + 2
+
+
+def test_an_error_of_the_runtime_comes_back(device: bicm_emulator.Device) -> None:
+    device.fails = True
+    with pytest.raises(RuntimeError, match="returned an error"):
+        pseudo_huber((2, 4)).run("cuda")
+    with pytest.raises(RuntimeError, match="returned an error"):
+        pseudo_huber((2, 4)).differentiate("cuda", np.zeros(2), 1.0, [True, False])

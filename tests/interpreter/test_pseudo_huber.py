@@ -1,0 +1,143 @@
+"""Pseudo-Huber losses from the Triton kernels: value and derivatives within 1e-6 of the reference in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bits import random
+from torch import Tensor
+
+import bicm_kernels
+from bicm_kernels import backend, reference
+
+pytest.importorskip("triton")
+
+from bicm_kernels.triton_kernels import OPS
+from bicm_kernels.triton_kernels.pseudo_huber import CHUNK
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+PAIRS = [(F32, F32), (F64, F64), (F16, F16), (BF16, BF16), (F32, BF16), (F16, F64)]
+KINDS, REDUCTIONS = ("vector", "elementwise"), ("mean", "sum", "none")
+PARAMETERIZATIONS = ("bcm", "cm", "edm")
+# What rounding of a gradient to its dtype allows, relative; the interpreter truncates to bfloat16.
+ROUNDING = {F16: 2.0**-11, BF16: 2.0**-7, F32: 0.0, F64: 0.0}
+WEIGHT = torch.tensor([0.5, 2.0, 0.0])
+
+
+def close(actual: Tensor, expected: Tensor, rounding: float = 0.0) -> None:
+    """Relative to the largest number: a residual that cancels keeps the rounding of what it was made of."""
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected).abs()
+    allowed = rounding * expected.abs() + 1e-6 * expected.abs().max() if expected.numel() else error
+    assert bool((error <= allowed).all()), float(error.max())
+
+
+def exact(x: Tensor) -> Tensor:
+    return x.detach().double().requires_grad_()
+
+
+def check(name: str, states: list[Tensor], named: list[str], call: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """An op and its derivative against the reference in float64."""
+    loss, sums = OPS[name](*states, *call)
+    wide = [exact(x) for x in states]
+    expected = getattr(reference, name)(**dict(zip(named, wide, strict=True)), **options)
+    close(loss, expected.detach())
+    assert loss.dtype == (F64 if F64 in [x.dtype for x in states] else F32)
+    upstream = torch.full(loss.shape, 1024.0, dtype=loss.dtype)
+    wanted = torch.autograd.grad(expected, wide, upstream.double())
+    for needs in (1, 2 ** len(states) - 1):
+        got = OPS[f"{name}_backward"](upstream, sums, needs, *states, *call)
+        assert len(got) == needs.bit_count()
+        for x, gradient, value in zip(states, got, wanted, strict=False):
+            assert gradient.dtype == x.dtype
+            assert gradient.stride() == torch.empty_like(x).stride()
+            close(gradient, value, ROUNDING[x.dtype])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
+def test_pseudo_huber(dtypes: tuple[torch.dtype, torch.dtype], kind: str, reduction: str) -> None:
+    states = [random((3, 5, 7), dtypes[0]), random((3, 5, 7), dtypes[1], 1)]
+    cs = (None, 0.0, torch.tensor([0.1, 0.0, 2.0])) if kind == "vector" else (0.3, torch.tensor([0.7, 0.0, 1.0]))
+    for c in cs if dtypes == (F32, F32) else cs[-1:]:
+        options = {"c": c, "weight": WEIGHT, "kind": kind, "reduction": reduction}
+        call = (WEIGHT, c, KINDS.index(kind), REDUCTIONS.index(reduction))
+        check("pseudo_huber", states, ["pred", "target"], call, options)
+
+
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtypes", PAIRS[:5:2], ids=str)
+def test_consistency_loss(dtypes: tuple[torch.dtype, torch.dtype], kind: str, parameterization: str) -> None:
+    states = [random((3, 5, 7), dtypes[1]), random((3, 5, 7), dtypes[0], 1), random((3, 5, 7), dtypes[0], 2)]
+    t, u = torch.tensor([0.5, 2.0, 70.0]), torch.tensor(0.3) if parameterization == "bcm" else None
+    codes = (PARAMETERIZATIONS.index(parameterization), KINDS.index(kind), 0)
+    options = {"t": t, "u": u, "c": 0.2, "kind": kind, "parameterization": parameterization, "weight": WEIGHT}
+    check("consistency_loss", states, ["F", "target", "x"], (t, u, WEIGHT, 0.2, 0.5, 0.002, *codes), options)
+
+
+@pytest.mark.parametrize(
+    ("batch", "elements"),
+    [(1, 1), (2, 8), (2, 1023), (1, 1025), (2, 1025), (1, CHUNK), (1, CHUNK + 1), (2, CHUNK + 77)],
+)
+def test_sizes(batch: int, elements: int) -> None:
+    states = [random((batch, elements)), random((batch, elements), seed=1)]
+    for kind, c, reduction in (("vector", None, "none"), ("elementwise", 0.3, "mean")):
+        options = {"c": c, "kind": kind, "reduction": reduction}
+        call = (None, c, KINDS.index(kind), REDUCTIONS.index(reduction))
+        check("pseudo_huber", states, ["pred", "target"], call, options)
+
+
+def test_a_sample_does_not_know_its_batch() -> None:
+    states = [random((40, 37)), random((40, 37), seed=1)]
+    whole, sums = OPS["pseudo_huber"](*states, None, None, 0, 2)
+    for place in (0, 7, 39):
+        one, sum_ = OPS["pseudo_huber"](*[x[place : place + 1] for x in states], None, None, 0, 2)
+        assert torch.equal(one, whole[place : place + 1])
+        assert torch.equal(sum_, sums[place : place + 1])
+
+
+def test_layouts() -> None:
+    x = random((3, 4, 5, 6)).to(memory_format=torch.channels_last)
+    y = random((3, 4, 5, 13), seed=1)[..., ::2][..., :6]
+    check("pseudo_huber", [x, y], ["pred", "target"], (None, None, 0, 0), {})
+
+
+def test_nothing_and_equal_tensors() -> None:
+    x = random((3, 5))
+    for kind, c in ((0, 0.0), (1, 0.0)):
+        loss, sums = OPS["pseudo_huber"](x, x, None, c, kind, 0)
+        assert loss == 0
+        assert OPS["pseudo_huber_backward"](torch.ones(()), sums, 1, x, x, None, c, kind, 0)[0].abs().max() == 0
+    empty = torch.empty(0, 5)
+    assert torch.isnan(OPS["pseudo_huber"](empty, empty, None, None, 0, 0)[0])
+    assert OPS["pseudo_huber"](empty, empty, None, None, 0, 1)[0] == 0
+    assert OPS["pseudo_huber"](empty, empty, None, None, 0, 2)[0].shape == (0,)
+    hollow = torch.empty(2, 0)
+    assert OPS["pseudo_huber"](hollow, hollow, None, None, 0, 2)[0].tolist() == [0, 0]
+
+
+def test_the_public_functions_run_on_the_kernels() -> None:
+    F, target, x = (random((3, 5, 7), seed=k) for k in range(3))
+    t = torch.tensor([0.5, 2.0, 7.0])
+    expected = reference.consistency_loss(x, exact(F), t, None, target)
+    with backend.use("triton"):
+        F.requires_grad_()
+        loss = bicm_kernels.consistency_loss(x, F, t, None, target)
+        loss.backward()
+    close(loss.detach(), expected.detach())
+    wide = exact(F)
+    (gradient,) = torch.autograd.grad(reference.consistency_loss(x, wide, t, None, target), wide)
+    close(F.grad, gradient)
+
+
+def test_wrong_arguments_raise() -> None:
+    x = torch.zeros(3, 4)
+    for call in ((x, x[:2], None, None, 0, 0), (x, x, None, None, 1, 0), (x, x, None, -1.0, 0, 0)):
+        with pytest.raises(RuntimeError, match="bicm_kernels: "):
+            OPS["pseudo_huber"](*call)
