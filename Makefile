@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 CMAKE = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)" \
 	-DPython_EXECUTABLE="$(abspath $(BIN)/python)" -DBICM_TORCH=OFF -DBICM_EMULATOR=ON
+# A process per core, each with one thread; tests of threads ask for more.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 CSRC := $(shell find csrc -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -47,8 +49,8 @@ demo: native ## sample, invert and reconstruct handwritten digits; prints a tabl
 	$(BIN)/python -m bicm_diffusion.digits demo
 
 test: native emulator ## every test that needs no GPU
-	BICM_KERNELS_BACKEND=native $(BIN)/python -m pytest
-	TRITON_INTERPRET=1 BICM_KERNELS_BACKEND=reference $(BIN)/python -m pytest tests/interpreter
+	BICM_KERNELS_BACKEND=native $(PYTEST)
+	TRITON_INTERPRET=1 BICM_KERNELS_BACKEND=reference $(PYTEST) tests/interpreter
 
 lint: .venv/.requirements ## ruff, clang-format and mypy
 	$(BIN)/ruff check .
@@ -69,7 +71,7 @@ sanitize: .venv/.requirements ## CPU and emulated CUDA kernels under the address
 	$(BIN)/cmake --build build/sanitize
 	LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libubsan.so) $(call CXX_FILE,libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(BIN)/python -m pytest --capture=sys -o pythonpath="build/sanitize" tests/emulator
+	$(PYTEST) --capture=sys -o pythonpath="build/sanitize" tests/emulator
 
 bench: native ## medians of every family against eager PyTorch and torch.compile
 	BICM_KERNELS_BACKEND=native $(BIN)/python -m benchmarks multistep noise

@@ -1,6 +1,7 @@
 """The families that have benchmarks; a new one adds its module and a line here."""
 
 from benchmarks import (
+    bench_consistency,
     bench_multistep,
     bench_noise,
     bench_preconditioning,
@@ -11,6 +12,7 @@ from benchmarks import (
 from benchmarks.cases import Case
 
 FAMILIES: dict[str, tuple[Case, ...]] = {
+    "consistency": bench_consistency.CASES,
     "multistep": bench_multistep.CASES,
     "noise": bench_noise.CASES,
     "preconditioning": bench_preconditioning.CASES,

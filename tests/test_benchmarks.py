@@ -35,6 +35,7 @@ FLOAT32_BYTES = {
     "pseudo_huber": 61_440,
     "pseudo_huber_elementwise": 61_440,
     "consistency_loss": 86_016,
+    "bct_loss": 86_016,
 }
 
 

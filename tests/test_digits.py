@@ -114,16 +114,17 @@ def test_training_is_a_function_of_seed_and_step() -> None:
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1].values(), runs[1][1].values(), strict=True))
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["train-denoiser", "train"])
+def test_a_killed_run_resumes_to_the_same_bits(command: str, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
     checkpoint = killed.with_suffix(".pt")
-    with training_process(whole) as uninterrupted, training_process(killed) as victim:
+    with training_process(command, whole) as uninterrupted, training_process(command, killed) as victim:
         wait_for(checkpoint, victim)
         victim.send_signal(signal.SIGKILL)
         victim.communicate()
         assert victim.returncode == -signal.SIGKILL and not killed.exists()
         assert 1 <= torch.load(checkpoint, weights_only=True)["step"] < 40
-        with training_process(killed) as resumed:
+        with training_process(command, killed) as resumed:
             assert resumed.wait(timeout=100) == 0, resumed.communicate()
         assert uninterrupted.wait(timeout=100) == 0, uninterrupted.communicate()
     first, second = load_file(whole), load_file(killed)
@@ -140,7 +141,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> Non
         resume(tmp_path / "run.pt", TrainingConfig(steps=6), TINY)
 
 
-def training_process(output: Path) -> subprocess.Popen[bytes]:
+def training_process(name: str, output: Path) -> subprocess.Popen[bytes]:
     options = {"--steps": 40, "--batch-size": 8, "--checkpoint-every": 1, "--output": output}
     options["--checkpoint"] = output.with_suffix(".pt")
     arguments = [str(word) for pair in options.items() for word in pair]
@@ -148,7 +149,7 @@ def training_process(output: Path) -> subprocess.Popen[bytes]:
         sys.executable,
         "-m",
         "bicm_diffusion.digits",
-        "train-denoiser",
+        name,
         "--channels",
         "8",
         "8",

@@ -149,7 +149,7 @@ def save_edits(edits: Sequence[Edit], digits: Digits, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from bicm_diffusion.digits.picture import ERRORS, INK, Row
+    from bicm_diffusion.digits.canvas import ERRORS, INK, Row
 
     rows = [Row(digits.images, "Real digits", "")]
     for done in edits:

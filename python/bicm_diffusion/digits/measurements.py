@@ -108,10 +108,11 @@ def time_steps(shape: tuple[int, ...], schedule: Schedule, *, repeats: int) -> l
             lambda: other / gamma - (a * z + b * eps) / gamma + (z / a_last - (b_last / a_last) * eps),
         ),
     ]
-    return [Timing(name, shape, *_medians((fused, eager), repeats)) for name, fused, eager in pairs]
+    return [Timing(name, shape, *medians((fused, eager), repeats)) for name, fused, eager in pairs]
 
 
-def _medians(functions: tuple[Callable[[], Tensor], ...], repeats: int) -> list[float]:
+def medians(functions: tuple[Callable[[], Tensor], ...], repeats: int) -> list[float]:
+    """Return the median seconds of each function, called in turns."""
     times: list[list[float]] = [[] for _ in functions]
     for function in functions:
         function()

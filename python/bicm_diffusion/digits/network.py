@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,22 @@ from torch.nn import functional
 from bicm_diffusion.digits.data import CLASSES
 
 NO_LABEL = CLASSES
+
+
+class BlockConfig(Protocol):
+    """What a block wants to know of its network."""
+
+    @property
+    def embedding(self) -> int:
+        """Return the width of the embedding."""
+
+    @property
+    def groups(self) -> int:
+        """Return the number of groups of a norm."""
+
+    @property
+    def dropout(self) -> float:
+        """Return the share that dropout takes away."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +65,16 @@ class Embedding(nn.Module):
 class ResidualBlock(nn.Module):
     """Two 3×3 convolutions beside a shortcut; the embedding scales and shifts the second norm."""
 
-    def __init__(self, inputs: int, outputs: int, config: NetworkConfig) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, config: BlockConfig, *, dropout: Callable[[float], nn.Module] = nn.Dropout
+    ) -> None:
         super().__init__()
         self.norm_in = nn.GroupNorm(config.groups, inputs)
         self.conv_in = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.modulation = nn.Linear(config.embedding, 2 * outputs)
         self.norm_out = nn.GroupNorm(config.groups, outputs)
-        self.dropout = nn.Dropout(config.dropout)
-        self.conv_out = _zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.dropout = dropout(config.dropout)
+        self.conv_out = zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -67,12 +87,12 @@ class ResidualBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over the pixels of a small feature map, around a shortcut."""
 
-    def __init__(self, channels: int, config: NetworkConfig, *, heads: int = 4) -> None:
+    def __init__(self, channels: int, config: BlockConfig, *, heads: int = 4) -> None:
         super().__init__()
         self.heads = heads
         self.norm = nn.GroupNorm(config.groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = _zeroed(nn.Conv2d(channels, channels, 1))
+        self.out = zeroed(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
@@ -105,7 +125,7 @@ class Denoiser(nn.Module):
         self.up = nn.Conv2d(coarse, fine, 3, padding=1)
         self.fine_up = nn.ModuleList(ResidualBlock(2 * fine, fine, config) for _ in range(blocks))
         self.norm = nn.GroupNorm(config.groups, fine)
-        self.head = _zeroed(nn.Conv2d(fine, 1, 3, padding=1))
+        self.head = zeroed(nn.Conv2d(fine, 1, 3, padding=1))
 
     def forward(self, z: Tensor, times: Tensor, labels: Tensor) -> Tensor:
         embedding = self.embedding(times, labels)
@@ -137,7 +157,8 @@ class GuidedModel:
         return without, with_label
 
 
-def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+    """Return the layer with nothing in it, so that what it ends starts as the identity, or as zero."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer

@@ -1,55 +1,25 @@
-"""The demo's picture: real digits taken to noise and back, and new digits drawn from noise."""
+"""The picture of the noise predictor: real digits taken to noise and back, and new digits drawn from noise."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, LogNorm, Normalize
-from matplotlib.figure import Figure
 
-from bicm_diffusion.digits.data import CLASSES, SIDE
+from bicm_diffusion.digits.canvas import DPI, ERRORS, LABEL_WIDTH, NOISE, PAPER, Canvas, Row
+from bicm_diffusion.digits.data import CLASSES
 from bicm_diffusion.digits.measurements import GUIDANCE_SCALE, Reconstruction
 
-INK, GREY, PAPER = "#1b1f24", "#667079", "#ffffff"
-WIDTH, HEIGHT = 17.2, 8.1  # inches; every length below is in inches too, from the top left corner
-CELL, GAP = 0.5, 0.06
-LEFT, MIDDLE, TOP = 0.55, 9.05, 2.2
-LABEL_WIDTH = 2.2
+WIDTH, HEIGHT = 17.2, 8.1
+LEFT, MIDDLE = 0.55, 9.05
 GROUP_GAPS = {"inversion": 0.44, "samples": 0.2}
 SAMPLE_ROWS = 3
+TITLE = "Handwritten digits, to noise and back"
 SUMMARY = (
     "A diffusion model turns noise into images. Run backwards, it finds the noise behind a real image; run"
     " forwards again, it should return that very image. DDIM returns a likeness, BDIA the image."
 )
-
-
-@dataclass(frozen=True)
-class Look:
-    """How a row of images is coloured."""
-
-    colours: Colormap
-    scale: Normalize
-
-
-DIGITS = Look(matplotlib.colormaps["Greys"], Normalize(-1.0, 1.0, clip=True))
-NOISE = Look(matplotlib.colormaps["PuOr"], Normalize(-3.0, 3.0, clip=True))
-ERRORS = Look(matplotlib.colormaps["magma"], LogNorm(1e-8, 1.0, clip=True))
-
-
-@dataclass(frozen=True)
-class Row:
-    """Ten images (10, 1, 8, 8) side by side, with a name and a line of explanation."""
-
-    images: torch.Tensor
-    name: str
-    note: str
-    look: Look = DIGITS
 
 
 @dataclass(frozen=True)
@@ -67,17 +37,15 @@ class Panels:
 
 def save_picture(panels: Panels, path: Path) -> None:
     """Draw the panels and write them to `path`, whose ending chooses the format."""
-    figure = Figure(figsize=(WIDTH, HEIGHT), facecolor=PAPER)
-    FigureCanvasAgg(figure)
-    _text(figure, LEFT, 0.35, "Handwritten digits, to noise and back", size=22, weight="bold")
-    _text(figure, LEFT, 0.85, SUMMARY, size=11.5, colour=GREY)
+    canvas = Canvas(WIDTH, HEIGHT, TITLE, SUMMARY)
     note = f"{panels.steps} steps to noise and {panels.steps} steps back, state in {_dtype_name(panels)}"
-    bottom = _column(figure, LEFT, "Real images inverted", note, inversion_rows(panels), GROUP_GAPS["inversion"])
-    _colour_bar(figure, LEFT + LABEL_WIDTH, bottom + 0.25)
+    bottom = canvas.column(LEFT, "Real images inverted", note, inversion_rows(panels), GROUP_GAPS["inversion"])
+    meaning = "error of each pixel, where paper is −1 and ink is 1 (logarithmic colours)"
+    canvas.colour_bar(LEFT + LABEL_WIDTH, bottom + 0.25, ERRORS, meaning)
     note = f"one column per class, the same noise for every method, guidance scale {GUIDANCE_SCALE}"
-    _column(figure, MIDDLE, "New images from noise", note, sample_rows(panels), GROUP_GAPS["samples"])
+    canvas.column(MIDDLE, "New images from noise", note, sample_rows(panels), GROUP_GAPS["samples"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, facecolor=PAPER)
+    canvas.figure.savefig(path, dpi=DPI, facecolor=PAPER)
 
 
 def inversion_rows(panels: Panels) -> list[list[Row]]:
@@ -104,40 +72,6 @@ def sample_rows(panels: Panels) -> list[list[Row]]:
     return groups
 
 
-def _column(figure: Figure, left: float, title: str, note: str, groups: list[list[Row]], group_gap: float) -> float:
-    _text(figure, left, 1.4, title, size=14, weight="bold")
-    _text(figure, left, 1.74, note, size=10, colour=GREY)
-    top = TOP
-    for group in groups:
-        for row in group:
-            _draw_row(figure, left, top, row)
-            top += CELL + GAP
-        top += group_gap - GAP
-    return top - group_gap
-
-
-def _draw_row(figure: Figure, left: float, top: float, row: Row) -> None:
-    _text(figure, left, top + (0.06 if row.note else 0.17), row.name, size=11, weight="bold")
-    _text(figure, left, top + 0.28, row.note, size=9.5, colour=GREY)
-    for i in range(CLASSES):
-        axes = _axes(figure, left + LABEL_WIDTH + i * (CELL + GAP), top, CELL, CELL)
-        image = row.images[i].double().reshape(SIDE, SIDE).numpy()
-        axes.imshow(image, cmap=row.look.colours, norm=row.look.scale, interpolation="nearest")
-        axes.set(xticks=[], yticks=[])
-        for spine in axes.spines.values():
-            spine.set(color="#d7dce0", linewidth=0.6)
-
-
-def _colour_bar(figure: Figure, left: float, top: float) -> None:
-    axes = _axes(figure, left, top, CLASSES * (CELL + GAP) - GAP, 0.12)
-    bar = figure.colorbar(ScalarMappable(ERRORS.scale, ERRORS.colours), cax=axes, orientation="horizontal")
-    bar.outline.set_visible(False)
-    bar.minorticks_off()
-    axes.tick_params(labelsize=9, colors=GREY, length=2)
-    label = "error of each pixel, where paper is −1 and ink is 1 (logarithmic colours)"
-    axes.set_xlabel(label, fontsize=9.5, color=GREY, loc="left")
-
-
 def _scientific(value: float) -> str:
     mantissa, exponent = f"{value:.1e}".split("e")
     return rf"${mantissa}\times10^{{{int(exponent)}}}$"
@@ -145,20 +79,3 @@ def _scientific(value: float) -> str:
 
 def _dtype_name(panels: Panels) -> str:
     return str(panels.reconstructions[0].images.dtype).removeprefix("torch.")
-
-
-def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    return figure.add_axes((left / WIDTH, 1 - (top + height) / HEIGHT, width / WIDTH, height / HEIGHT))
-
-
-def _text(
-    figure: Figure,
-    left: float,
-    top: float,
-    text: str,
-    *,
-    size: float,
-    weight: str = "normal",
-    colour: str = INK,
-) -> None:
-    figure.text(left / WIDTH, 1 - top / HEIGHT, text, fontsize=size, fontweight=weight, color=colour, va="top")

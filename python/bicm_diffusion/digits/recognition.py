@@ -1,11 +1,15 @@
-"""A judge of samples that knows nothing of diffusion: a support vector machine of the real digits."""
+"""Judges of samples that know nothing of diffusion: classifiers of the real digits."""
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 
 import numpy as np
+import torch
 from sklearn.calibration import CalibratedClassifierCV
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.neural_network import MLPClassifier
 from sklearn.svm import SVC
 from torch import Tensor
 
@@ -21,9 +25,33 @@ def recognised(images: Tensor, labels: Tensor) -> np.ndarray:
     >>> bool((recognised(*one_per_class(load_split().held_out)) > 0.5).all())
     True
     """
-    probabilities = _judge().predict_proba(_features(images))
-    chosen: np.ndarray = probabilities[np.arange(len(labels)), labels.numpy()]
+    chosen: np.ndarray = probabilities(images)[np.arange(len(labels)), labels.numpy()]
     return chosen
+
+
+def probabilities(images: Tensor) -> np.ndarray:
+    """Return the judge's probability of every class, (B, 10), for images as in `recognised`."""
+    found: np.ndarray = _judge().predict_proba(_features(images))
+    return found
+
+
+def features(images: Tensor) -> Tensor:
+    """Return what the hidden units of a small classifier of real digits make of images, (B, 64) float64.
+
+    images: as in `recognised`. Distances between them tell of shapes rather than of single pixels.
+    """
+    network = _classifier()
+    hidden = _features(images) @ network.coefs_[0] + network.intercepts_[0]
+    return torch.from_numpy(np.maximum(hidden, 0.0).astype(np.float64))
+
+
+@lru_cache(maxsize=1)
+def _classifier() -> MLPClassifier:
+    train = load_split().train
+    network = MLPClassifier((64,), alpha=1e-2, max_iter=60, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # it stops early on purpose
+        return network.fit(_features(train.images), train.labels.numpy())
 
 
 @lru_cache(maxsize=1)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from bicm_diffusion.digits import checkpoints
 from bicm_diffusion.digits.data import Digits, load_split
 from bicm_diffusion.digits.network import NO_LABEL, Denoiser, NetworkConfig
+from bicm_diffusion.ema import update_average
 from bicm_diffusion.schedules import vp_alpha_sigma
 from bicm_kernels import add_noise, fold_in, normal, uniform
 
@@ -25,6 +24,22 @@ REPORT_EVERY = 1000
 WEIGHTS = Path(__file__).parent / "weights" / "denoiser.safetensors"
 # Purposes that need random numbers of their own beside the noise: each gets its key from the run's seed.
 ORDER, TIMES, LABEL_DROP, INITIAL, DROPOUT, EVALUATION = range(1, 7)
+
+
+class BatchConfig(Protocol):
+    """What the choice of a batch and of its labels wants to know of a run."""
+
+    @property
+    def seed(self) -> int:
+        """Return the run's seed."""
+
+    @property
+    def batch_size(self) -> int:
+        """Return the number of images in a batch."""
+
+    @property
+    def label_drop(self) -> float:
+        """Return the share of labels that are left out."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +95,7 @@ def train_step(state: TrainingState, config: TrainingConfig, data: Digits) -> fl
     torch.nn.utils.clip_grad_norm_(state.network.parameters(), 1.0)
     state.optimizer.step()
     state.step = step + 1
-    _update_average(state, config)
+    update_average(state.average, state.network, step=state.step, decay=config.ema)
     return loss.item()
 
 
@@ -92,7 +107,7 @@ def denoising_loss(network: Denoiser, x: Tensor, labels: Tensor, times: Tensor, 
     return functional.mse_loss(network(z, times, labels), noise)
 
 
-def batch_indices(step: int, count: int, config: TrainingConfig) -> Tensor:
+def batch_indices(step: int, count: int, config: BatchConfig) -> Tensor:
     """Return the images of this step: an epoch is a keyed permutation less its incomplete last batch."""
     per_epoch = max(1, count // config.batch_size)
     keys = uniform((count,), seed=fold_in(config.seed, ORDER), step=step // per_epoch)
@@ -107,7 +122,7 @@ def stratified_times(step: int, config: TrainingConfig) -> Tensor:
     return (torch.arange(count, dtype=torch.float64) + jitter) / count
 
 
-def dropped_labels(labels: Tensor, step: int, config: TrainingConfig) -> Tensor:
+def dropped_labels(labels: Tensor, step: int, config: BatchConfig) -> Tensor:
     """Return the labels with a share `label_drop` of them replaced by `NO_LABEL`."""
     draws = uniform(labels.shape, seed=fold_in(config.seed, LABEL_DROP), step=step)
     return torch.where(draws <= config.label_drop, NO_LABEL, labels)
@@ -161,27 +176,17 @@ def save_checkpoint(path: Path, state: TrainingState, config: TrainingConfig) ->
     """Write the whole state; a kill at any moment leaves the former file or the new one, whole."""
     content = {
         "step": state.step,
-        "config": asdict(config),
-        "network_config": asdict(state.network.config),
+        **_configurations(config, state.network.config),
         "network": state.network.state_dict(),
         "average": state.average.state_dict(),
         "optimizer": state.optimizer.state_dict(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    checkpoints.save_checkpoint(path, content)
 
 
 def resume(path: Path, config: TrainingConfig, network: NetworkConfig) -> TrainingState:
     """Return the state that `save_checkpoint` wrote; raises ValueError for another configuration."""
-    content: dict[str, Any] = torch.load(path, weights_only=True)
-    for name, wanted in (("config", asdict(config)), ("network_config", asdict(network))):
-        if content[name] != wanted:
-            raise ValueError(f"checkpoint: {path} was made with {name} {content[name]}, expected {wanted}")
+    content = checkpoints.load_checkpoint(path, _configurations(config, network))
     state = start(config, network)
     state.network.load_state_dict(content["network"])
     state.average.load_state_dict(content["average"])
@@ -198,10 +203,7 @@ def save_weights(path: Path, state: TrainingState, config: TrainingConfig, notes
         "steps": str(state.step),
         **notes,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(save(state.average.state_dict(), metadata))
-    os.replace(partial, path)
+    checkpoints.save_weights(path, state.average.state_dict(), metadata)
 
 
 def load_denoiser(path: Path = WEIGHTS, *, dtype: torch.dtype = torch.float32) -> Denoiser:
@@ -212,11 +214,8 @@ def load_denoiser(path: Path = WEIGHTS, *, dtype: torch.dtype = torch.float32) -
     >>> load_denoiser().config.fine_channels > 0
     True
     """
-    if not path.exists():
-        raise FileNotFoundError(f"path: {path} does not exist; train-denoiser makes it")
-    with safe_open(path, framework="pt") as file:
-        widths = json.loads(file.metadata()["network"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    tensors, metadata = checkpoints.load_weights(path, "train-denoiser")
+    widths = json.loads(metadata["network"])
     known = {f.name for f in fields(NetworkConfig)}
     network = Denoiser(NetworkConfig(**{k: v for k, v in widths.items() if k in known}))
     network.load_state_dict(tensors)
@@ -225,18 +224,13 @@ def load_denoiser(path: Path = WEIGHTS, *, dtype: torch.dtype = torch.float32) -
 
 def read_metadata(path: Path = WEIGHTS) -> dict[str, str]:
     """Return the notes in a weights file: configurations, command, date, steps, losses."""
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata())
+    return checkpoints.load_weights(path, "train-denoiser")[1]
+
+
+def _configurations(config: TrainingConfig, network: NetworkConfig) -> dict[str, dict[str, Any]]:
+    return {"config": asdict(config), "network_config": asdict(network)}
 
 
 def _learning_rate_factor(step: int, config: TrainingConfig) -> float:
     warm = min(1.0, (step + 1) / config.warmup)
     return warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-
-
-@torch.no_grad()
-def _update_average(state: TrainingState, config: TrainingConfig) -> None:
-    # A young average forgets faster, so that the first random weights do not linger.
-    decay = min(config.ema, (1 + state.step) / (10 + state.step))
-    for mean, new in zip(state.average.parameters(), state.network.parameters(), strict=True):
-        mean.lerp_(new, 1 - decay)

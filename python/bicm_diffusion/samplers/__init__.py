@@ -1,6 +1,7 @@
 """Samplers and their inversions, one module per method; `loop.Options` documents the arguments that they share."""
 
 from bicm_diffusion.samplers.bdia import bdia_edit, bdia_invert, bdia_sample
+from bicm_diffusion.samplers.consistency import LeapInfo, consistency_invert, consistency_sample, multistep_sample
 from bicm_diffusion.samplers.ddim import ddim_invert, ddim_sample
 from bicm_diffusion.samplers.edict import ExactTwins, TwinPair, edict_invert, edict_sample
 from bicm_diffusion.samplers.edm import edm_sample
@@ -14,6 +15,7 @@ __all__ = [
     "ExactPair",
     "ExactTwins",
     "InexactInversionWarning",
+    "LeapInfo",
     "Options",
     "Preconditioned",
     "StatePair",
@@ -22,11 +24,14 @@ __all__ = [
     "bdia_edit",
     "bdia_invert",
     "bdia_sample",
+    "consistency_invert",
+    "consistency_sample",
     "ddim_invert",
     "ddim_sample",
     "edict_invert",
     "edict_sample",
     "edm_sample",
+    "multistep_sample",
     "obelm_invert",
     "obelm_sample",
     "sign_masked",

@@ -1,0 +1,84 @@
+"""The loss part of a step of bidirectional consistency training, the network left out, against eager code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases import SEED, Case
+from bicm_diffusion import Levels, bct_loss
+
+T_MIN = 0.002
+
+
+class _PassThrough(torch.autograd.Function):
+    """A network's place: it answers what was stored, and its input gets the output's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, scaled: Tensor, stored: Tensor) -> Tensor:
+        return stored.view_as(stored)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients[0], gradients[0]
+
+
+class _Turns(nn.Module):
+    """A network that costs nothing: `other`, where gradients pass to the input alone, is its output first and last."""
+
+    def __init__(self, first: Tensor, other: Tensor) -> None:
+        super().__init__()
+        self.outputs = iter((other, first, first, other))
+
+    def forward(self, scaled: Tensor, *_: Tensor) -> Tensor:
+        """Return the next output."""
+        result: Tensor = _PassThrough.apply(scaled, next(self.outputs))
+        return result
+
+
+def ours_bct(first: Tensor, other: Tensor, x: Tensor, *levels: Tensor) -> Tensor:
+    """``bct_loss``; the numbers per sample serve as levels."""
+    return bct_loss(_Turns(first, other), x, Levels(*levels), seed=SEED).total
+
+
+def bct(
+    first: Tensor,
+    other: Tensor,
+    x: Tensor,
+    low: Tensor,
+    high: Tensor,
+    partner: Tensor,
+    *,
+    draw: Callable[[Tensor], Tensor] = torch.randn_like,
+) -> Tensor:
+    """BCM eq. 9, 11 and 20 as they are written, with as few operations as that takes."""
+    low_weight, partner_weight = 1 / (high - low), 1 / (low - partner).abs()
+    low, high, partner = (t.view(-1, 1, 1, 1) for t in (low, high, partner))
+    network = _Turns(first, other)
+
+    def leap(x_t: Tensor, t: Tensor, u: Tensor | float) -> Tensor:
+        s = 0.25 + t * t
+        r = s.sqrt()
+        output = network((x_t / r).to(x.dtype))
+        return (0.25 + t * u) / s * x_t + 0.5 * (t - u) / r * output
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        c = 0.00054 * a[0].numel() ** 0.5
+        s = (a.float() - b.float()).flatten(1).square().sum(1)
+        return s / ((s + c * c).sqrt() + c)
+
+    noise = draw(x.float())
+    x_low, x_high = (x + low * noise).to(x.dtype), (x + high * noise).to(x.dtype)
+    with torch.no_grad():
+        goal = leap(x_low, low, T_MIN).to(x.dtype)
+    consistency = low_weight * distance(leap(x_high, high, T_MIN), goal)
+    moved = leap(x_low, low, partner).to(x.dtype)
+    trajectory = partner_weight * distance(leap(moved, partner, T_MIN), goal)
+    return (consistency + trajectory).mean()
+
+
+# The outputs that are stored and the clean samples, read forward and backward; one gradient.
+CASES = (Case("bct_loss", ours_bct, bct, tensors=3, reads=6, writes=1, noise="added", trains=True, per_sample=3),)

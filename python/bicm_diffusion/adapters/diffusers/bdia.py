@@ -1,0 +1,187 @@
+"""BDIA-DDIM as a diffusers scheduler, in both directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from torch import Tensor
+
+from bicm_diffusion.adapters.diffusers.ddim import PREDICTIONS, reading
+from bicm_diffusion.adapters.diffusers.scheduler import as_state
+from bicm_kernels import denoised_step
+
+
+class BDIADDIMScheduler(DDIMScheduler):
+    """BDIA-DDIM (BDIA eq. 24) and its inversion (eq. 28), wherever diffusers takes a DDIMScheduler.
+
+    gamma in [0, 1]: 1 is time-symmetric, 0 is DDIM; inversion needs gamma > 0. The other arguments are DDIMScheduler's;
+    predicted samples are never clipped, since a clipped step has no inverse. `step` keeps the state that it was given,
+    `last_sample`: a trajectory is retraced from `(sample, last_sample)` by `set_timesteps(..., last_sample=...)` in the
+    other direction.
+    Raises ValueError for a gamma or a prediction type out of range.
+
+    >>> scheduler = BDIADDIMScheduler(gamma=0.96)
+    >>> scheduler.set_timesteps(4)
+    >>> scheduler.timesteps.tolist()
+    [750, 500, 250, 0]
+    """
+
+    #: The state at the index before the one that the last step reached; with it a trajectory can be retraced.
+    last_sample: Tensor | None = None
+    _begin_index: int | None = None
+    _at: int | None = None
+    _inverse = False
+    config: Any
+    timesteps: Tensor
+    alphas_cumprod: Tensor
+    final_alpha_cumprod: Tensor
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "leading",
+        gamma: float = 1.0,
+    ) -> None:
+        if not 0.0 <= gamma <= 1.0:
+            raise ValueError(f"gamma: expected a value in [0, 1], got {gamma}")
+        if prediction_type not in PREDICTIONS:
+            raise ValueError(f"prediction_type: expected one of {', '.join(PREDICTIONS)}, got {prediction_type!r}")
+        super().__init__(
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            trained_betas=trained_betas,
+            clip_sample=False,
+            set_alpha_to_one=set_alpha_to_one,
+            steps_offset=steps_offset,
+            prediction_type=prediction_type,
+            timestep_spacing=timestep_spacing,
+        )
+        self._levels: list[float] = []
+        self._indices: list[int] = []
+        self._times: list[int] = []
+
+    @property
+    def begin_index(self) -> int | None:
+        """The step that the next loop starts at, if it was set."""
+        return self._begin_index
+
+    @property
+    def step_index(self) -> int | None:
+        """The step that comes next, counted from the first of `timesteps`."""
+        return self._at
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Set the step that the next loop starts at."""
+        self._begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int,
+        device: str | torch.device | None = None,
+        *,
+        inverse: bool = False,
+        last_sample: Tensor | None = None,
+    ) -> None:
+        """Set the timesteps of N steps from noise to data, or with inverse of N steps from data to noise.
+
+        last_sample: the other state of a pair, to retrace its trajectory: `timesteps` then holds the N - 1 evaluations
+        that are left, the first of them at the pair's inner state.
+        Raises ValueError where inverse meets gamma = 0.
+        """
+        if inverse and self.config.gamma == 0.0:
+            raise ValueError("inverse: expected gamma > 0 in the configuration, got 0")
+        super().set_timesteps(num_inference_steps, device)  # type: ignore[misc, unused-ignore]
+        self._times = self.timesteps.tolist()
+        count = len(self._times)
+        # Index N is the noisiest level and 0 the data, as in the paper.
+        alphas = [self.final_alpha_cumprod.item(), *(self.alphas_cumprod[t].item() for t in reversed(self._times))]
+        self._levels, self._inverse = alphas, inverse
+        self._begin_index, self._at, self.last_sample = None, None, last_sample
+        if inverse:
+            self._indices = [*range(1 if last_sample is not None else 0, count)]
+        else:
+            self._indices = [*range(count - 1 if last_sample is not None else count, 0, -1)]
+        # The data level has no timestep: the model is asked there about the first one above it.
+        self._times = [self._times[count - max(i, 1)] for i in self._indices]
+        self.timesteps = torch.tensor(self._times, dtype=torch.int64).to(device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """Take one step in the direction that `set_timesteps` chose.
+
+        model_output, sample: (B, …); the result has the sample's dtype. Deterministic: eta must be 0; clipped outputs,
+        generator and variance_noise have no part in it. Without a `last_sample` the first step is DDIM's.
+        Raises ValueError where eta is not 0 or timesteps were not set.
+        """
+        if eta:
+            raise ValueError(f"eta: expected 0, since BDIA is deterministic, got {eta}")
+        if not self._indices:
+            raise ValueError("timesteps: expected a call of set_timesteps before the first step")
+        if self._at is None:
+            self._at = self._first(timestep)
+        i = self._indices[self._at]
+        last = self.last_sample
+        of_last, of_sample, of_eps = self._weights(i, last is not None)
+        x0_sample, x0_output, eps_sample, eps_output = (
+            float(x) for x in reading(self.config.prediction_type, self._levels[max(i, 1)])
+        )
+        state = as_state(sample, model_output)
+        tensors = [state, model_output] if last is None else [state, model_output, last]
+        out, x0, _ = denoised_step(
+            tensors,
+            [x0_sample, x0_output, 0.0][: len(tensors)],
+            [of_sample + of_eps * eps_sample, of_eps * eps_output, of_last][: len(tensors)],
+            x0_weight=0.0,
+        )
+        self.last_sample = sample
+        self._at += 1
+        return DDIMSchedulerOutput(prev_sample=out, pred_original_sample=x0) if return_dict else (out, x0)
+
+    def _first(self, timestep: Any) -> int:
+        if self._begin_index is not None:
+            return self._begin_index
+        value = int(timestep)
+        if value not in self._times:
+            raise ValueError(f"timestep: expected one of {self._times}, got {value}")
+        return self._times.index(value)
+
+    def _weights(self, i: int, paired: bool) -> tuple[float, float, float]:
+        """Weights of the last state, of the current one at index i and of its predicted noise."""
+        gamma = self.config.gamma
+        if not paired:
+            return 0.0, *self._transfer(i, i + 1 if self._inverse else i - 1)
+        (down, down_eps), (up, up_eps) = self._transfer(i, i - 1), self._transfer(i, i + 1)
+        if self._inverse:
+            return 1.0 / gamma, up - down / gamma, up_eps - down_eps / gamma
+        return gamma, down - gamma * up, down_eps - gamma * up_eps
+
+    def _transfer(self, i: int, j: int) -> tuple[float, float]:
+        """DDIM's step a·z + b·eps from level i to level j (BDIA eq. 6 and 8)."""
+        here, there = self._levels[i], self._levels[j]
+        a = math.sqrt(there / here)
+        return a, math.sqrt(1.0 - there) - math.sqrt(1.0 - here) * a

@@ -1,0 +1,209 @@
+"""Consistency models' multistep sampling and latent consistency models: denoise, clip and renoise in one launch."""
+
+from __future__ import annotations
+
+import math
+from operator import is_not
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_consistency_models import CMStochasticIterativeSchedulerOutput
+from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
+from torch import Tensor
+
+from bicm_diffusion.adapters.diffusers.ddim import PREDICTIONS, reading
+from bicm_diffusion.adapters.diffusers.euler import Sigmas
+from bicm_diffusion.adapters.diffusers.scheduler import (
+    Accelerated,
+    Generators,
+    Row,
+    Tables,
+    as_state,
+    is_double,
+    single,
+    traced,
+    version_of,
+)
+from bicm_kernels import add_noise, affine_step, denoised_step
+
+#: The standard deviation of the data that latent consistency models are written for.
+LCM_SIGMA_DATA = 0.5
+
+
+class ConsistencyModel(Sigmas):
+    def _scale(self, sigma: float) -> float:
+        return 1.0 / math.sqrt(sigma * sigma + self.config.sigma_data**2)
+
+    def _row(self, tables: Tables, index: int) -> Row:
+        """c_skip, c_out and the deviation of fresh noise (consistency models, appendix C and algorithm 1)."""
+        config, sigma = self.config, tables.levels[index]
+        data, low = config.sigma_data, config.sigma_min
+        passed = sigma - low
+        below = tables.levels[index + 1] if index + 1 < config.num_train_timesteps else tables.levels[-1]
+        level = min(max(below, low), config.sigma_max)
+        fresh = config.s_noise * math.sqrt(level**2 - low**2)
+        return data**2 / (passed**2 + data**2), passed * data / math.sqrt(sigma**2 + data**2), fresh
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> Any:
+        tables = self._ready(model_output, sample)
+        whole = not timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, int)
+        if tables is None or whole or not self.is_scale_input_called:
+            return self._original.step(self, model_output, timestep, sample, generator, return_dict)
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        index = self._step_index
+        assert index is not None
+        if index >= len(tables.rows):
+            return self._original.step(self, model_output, timestep, sample, generator, return_dict)
+        c_skip, c_out, deviation = self._row_at(tables, index, sample)
+        state = as_state(sample, model_output)
+        tensors, x0_weights, weights = [state, model_output], [c_skip, c_out], [0.0, 0.0]
+        keyed: dict[str, Any] = {}
+        if len(tables.timesteps) > 1 and self._noise == "keyed":
+            seed, sample_id = self._key(generator, sample.device)
+            keyed = {"noise_weight": deviation, "seed": seed, "step": index, "sample_id": sample_id}
+        elif len(tables.timesteps) > 1:
+            tensors.append(self._drawn(model_output, generator))
+            x0_weights.append(0.0)
+            weights.append(deviation)
+        ahead = index + 1 < len(tables.rows) and state.dtype.itemsize > 2 and self._may_foresee(sample)
+        scale = self._scale(tables.levels[index + 1]) if ahead else None
+        clip = 1.0 if self.config.clip_denoised else None
+        out, _, scaled = denoised_step(
+            tensors, x0_weights, weights, x0_weight=1.0, clip=clip, next_scale=scale, **keyed
+        )
+        self._foresee(out, index + 1, scaled)
+        self._step_index = index + 1
+        return CMStochasticIterativeSchedulerOutput(prev_sample=out) if return_dict else (out,)
+
+
+class LatentConsistencyModel(Accelerated):
+    alphas_cumprod: Tensor
+    final_alpha_cumprod: Tensor
+    num_inference_steps: int | None
+
+    def _sources(self) -> tuple[Any, ...]:
+        return self.alphas_cumprod, self.timesteps, self._internal_dict, self.final_alpha_cumprod
+
+    def _stale(self, tables: Tables) -> bool:
+        now = self._sources()
+        return any(map(is_not, now, tables.sources)) or tables.version != version_of(now[0])
+
+    def _host_levels(self) -> list[float]:
+        return self.alphas_cumprod.tolist()
+
+    def _uncovered(self) -> str | None:
+        if self.config.thresholding:
+            return "thresholding"
+        if self.config.prediction_type not in PREDICTIONS:
+            return f"prediction_type={self.config.prediction_type!r}"
+        return None
+
+    def _fill(self, tables: Tables) -> None:
+        self.sigma_data = LCM_SIGMA_DATA  # the original sets it in its first step
+        rows = [self._row(tables, index) for index in range(len(tables.timesteps))]
+        tables.rows = {i: None if any(map(math.isnan, row)) else row for i, row in enumerate(rows)}
+        tables.traced["rows"] = torch.tensor(rows, dtype=torch.float64)
+
+    def _row(self, tables: Tables, index: int) -> tuple[float, ...]:
+        """Weights of sample and output in x0, c_skip and c_out, then of the denoised sample and of fresh noise."""
+        here = int(tables.timesteps[index])
+        below = int(tables.timesteps[min(index + 1, len(tables.timesteps) - 1)])
+        level = tables.levels[below] if below >= 0 else float(self.final_alpha_cumprod)
+        scaled = here * self.config.timestep_scaling
+        total = scaled**2 + LCM_SIGMA_DATA**2
+        try:
+            of_sample, of_output, *_ = reading(self.config.prediction_type, tables.levels[here])
+        except (ZeroDivisionError, OverflowError):
+            return (math.nan,) * 6
+        skip, out = LCM_SIGMA_DATA**2 / total, scaled / math.sqrt(total)
+        return float(of_sample), float(of_output), skip, out, math.sqrt(level), math.sqrt(1.0 - level)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> Any:
+        tables = None if self.num_inference_steps is None else self._ready(model_output, sample)
+        row, index = None, 0
+        if tables is not None:
+            if self._step_index is None:
+                self._init_step_index(timestep)
+            assert self._step_index is not None
+            index = self._step_index
+            # The original looks alpha-bar up by the timestep it is given, whichever step it is.
+            known = traced() or (index in tables.rows and self._host_value(timestep, tables) == tables.timesteps[index])
+            row = tables.rows[index] if known else None
+            if row is not None and traced():
+                row = tables.traced["rows"][index].to(sample.device).unbind()
+        if row is None:
+            return self._original.step(self, model_output, timestep, sample, generator, return_dict)
+        x0_sample, x0_output, skip, out, kept, deviation = row
+        state, config = as_state(sample, model_output), self.config
+        if config.clip_sample:
+            denoised, _, _ = denoised_step(
+                [state, model_output], [x0_sample, x0_output], [skip, 0.0], x0_weight=out, clip=config.clip_sample_range
+            )
+            following = self._renoised(denoised, None, (1.0, 0.0), index, (kept, deviation), model_output, generator)
+        else:
+            # The two terms may cancel: they share the rounding of the first weight.
+            exact = out * x0_sample + skip
+            of_sample = exact if is_double(state) else single(exact)
+            weights = of_sample, out * x0_output * (of_sample / exact)
+            following = self._renoised(state, model_output, weights, index, (kept, deviation), model_output, generator)
+            denoised = following[1]
+        self._step_index = index + 1
+        previous = following[0]
+        return LCMSchedulerOutput(prev_sample=previous, denoised=denoised) if return_dict else (previous, denoised)
+
+    def _renoised(
+        self,
+        state: Tensor,
+        output: Tensor | None,
+        weights: tuple[Any, Any],
+        index: int,
+        levels: tuple[Any, Any],
+        like: Tensor,
+        generator: Generators,
+    ) -> tuple[Tensor, Tensor]:
+        """The next state and the denoised sample; at the last step they are one."""
+        kept, deviation = levels
+        tensors = [state] if output is None else [state, output]
+        x0_weights = list(weights[: len(tensors)])
+        assert self.num_inference_steps is not None
+        if index == self.num_inference_steps - 1:
+            last = state if output is None else affine_step(tensors, x0_weights)
+            return last, last
+        if self._noise == "keyed":
+            seed, sample_id = self._key(generator, state.device)
+            if output is None:
+                renoised = add_noise(state, deviation, scale=kept, seed=seed, step=index, sample_id=sample_id)
+                return renoised, state
+            result = denoised_step(
+                tensors,
+                x0_weights,
+                [0.0] * len(tensors),
+                x0_weight=kept,
+                noise_weight=deviation,
+                seed=seed,
+                step=index,
+                sample_id=sample_id,
+            )
+            return result[0], result[1]
+        noise = self._drawn(like, generator, state.dtype)
+        if output is None:
+            return affine_step([state, noise], [kept, deviation]), state
+        result = denoised_step(
+            [*tensors, noise], [*x0_weights, 0.0], [0.0] * len(tensors) + [deviation], x0_weight=kept
+        )
+        return result[0], result[1]

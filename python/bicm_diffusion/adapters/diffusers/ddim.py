@@ -1,0 +1,231 @@
+"""DDIM and its inversion: tables of alpha-bar over all training timesteps, one launch a step."""
+
+from __future__ import annotations
+
+from operator import is_not
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput as DDIMInverseSchedulerOutput
+from torch import Tensor
+
+from bicm_diffusion.adapters.diffusers.scheduler import (
+    Accelerated,
+    Generators,
+    Number,
+    Row,
+    Tables,
+    as_state,
+    root,
+    traced,
+    version_of,
+)
+from bicm_kernels import denoised_step
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+
+#: Below this alpha-bar, the sample and the noise in it cancel to less than half when x0 is predicted.
+CANCELS = 0.25
+
+
+def reading(prediction: str, a: Number) -> tuple[Number, Number, Number, Number]:
+    """Weights of the sample and the model's output in x0, then in the predicted noise; a is alpha-bar."""
+    ra, rb = root(a), root(1.0 - a)
+    if prediction == "epsilon":
+        return 1.0 / ra, -rb / ra, 0.0, 1.0
+    if prediction == "sample":
+        return 0.0, 1.0, 1.0 / rb, -ra / rb
+    return ra, -rb, rb, ra
+
+
+def ddim_row(prediction: str, a: Number, below: Number, eta: float, *, clips: bool, rederives: bool) -> Row:
+    """x0's weights of sample and output, then the result's, of x0 and of noise (DDIM eq. 12 and 16).
+
+    Last come two numbers for a level where sample and noise cancel: x0 = w·(m + g·(s - m)) is (s - rb·m)/ra, in terms
+    no larger than x0 itself, so that nothing is lost.
+    """
+    x0_sample, x0_output, eps_sample, eps_output = reading(prediction, a)
+    deviation = eta * root((1.0 - below) / (1.0 - a) * (1.0 - a / below)) if eta else 0.0
+    kept, direction = root(below), root(1.0 - below - deviation * deviation)
+    ra, rb = root(a), root(1.0 - a)
+    share = a / (1.0 + rb)  # 1 - rb
+    near = share / ra, 1.0 / share
+    if clips and rederives:
+        return x0_sample, x0_output, direction / rb, 0.0, kept - direction * ra / rb, deviation, *near
+    if clips:
+        return x0_sample, x0_output, direction * eps_sample, direction * eps_output, kept, deviation, *near
+    sample = kept * x0_sample + direction * eps_sample
+    output = kept * x0_output + direction * eps_output
+    return x0_sample, x0_output, sample, output, 0.0, deviation, *near
+
+
+class _Alphas(Accelerated):
+    """Schedulers that look up alpha-bar by the timestep itself."""
+
+    alphas_cumprod: Tensor
+    num_inference_steps: int | None
+    _beyond: str
+
+    def _sources(self) -> tuple[Any, ...]:
+        return (
+            self.alphas_cumprod,
+            self.timesteps,
+            self._internal_dict,
+            getattr(self, self._beyond),
+            self.num_inference_steps,
+        )
+
+    def _stale(self, tables: Tables) -> bool:
+        now = self._sources()
+        return any(map(is_not, now, tables.sources)) or tables.version != version_of(now[0])
+
+    def _host_levels(self) -> list[float]:
+        # A thousand levels, which another number of steps does not change; the one beyond is found by -1.
+        tables = self._tables
+        if (
+            tables is not None
+            and tables.sources[0] is self.alphas_cumprod
+            and tables.version == version_of(self.alphas_cumprod)
+        ):
+            return [*tables.levels[:-1], float(getattr(self, self._beyond))]
+        return [*self.alphas_cumprod.tolist(), float(getattr(self, self._beyond))]
+
+    def _uncovered(self) -> str | None:
+        if self.config.get("thresholding", False):
+            return "thresholding"
+        if self.config.prediction_type not in PREDICTIONS:
+            return f"prediction_type={self.config.prediction_type!r}"
+        return None
+
+    def _clip(self) -> float | None:
+        return self.config.clip_sample_range if self.config.clip_sample else None
+
+    def _levels_at(self, timestep: Any, other: Any, tables: Tables, sample: Tensor) -> tuple[Number, Number] | None:
+        """Alpha-bar at two timesteps; None for one that there is not, negative ones lie beyond the schedule's end."""
+        if traced():
+            beyond = getattr(self, self._beyond).double().reshape(1)
+            levels = torch.cat([self.alphas_cumprod.double(), beyond]).to(sample.device)
+            if not isinstance(timestep, Tensor):
+                return levels[max(timestep, -1)], levels[max(other, -1)]
+            both = torch.stack([timestep, other]).to(levels.device).clamp(min=-1) % len(levels)
+            here, there = levels.index_select(0, both).unbind()
+            return here, there
+        if max(timestep, other) >= len(tables.levels) - 1:
+            return None
+        return tables.levels[max(timestep, -1)], tables.levels[max(other, -1)]
+
+    def _row(self, tables: Tables, levels: tuple[Number, Number], eta: float, rederives: bool) -> Any:
+        config = self.config
+        key = (*levels, eta, rederives)
+        if not traced() and key in tables.rows:
+            return tables.rows[key]
+        try:
+            row: Row | None = ddim_row(
+                config.prediction_type, *levels, eta, clips=config.clip_sample, rederives=rederives
+            )
+        except (ZeroDivisionError, ValueError, OverflowError):
+            row = None  # a level without signal or without noise: the original's infinities
+        if not traced():
+            if row is not None and not (config.prediction_type == "epsilon" and levels[0] < CANCELS):
+                row = row[:6]
+            tables.rows[key] = row
+            return row
+        assert row is not None
+        if config.prediction_type != "epsilon":
+            return row[:6]
+        # A graph cannot choose what it reads: it chooses between the weights.
+        x0_sample, x0_output, *rest, near, guidance = map(torch.as_tensor, row)
+        cancels, zero = torch.as_tensor(levels[0]) < CANCELS, torch.zeros_like(near)
+        plain = [torch.where(cancels, zero, x) for x in (x0_sample, x0_output)]
+        return *plain, *rest, torch.where(cancels, near, zero), torch.where(cancels, guidance, zero)
+
+    def _two(
+        self, state: Tensor, output: Tensor, row: Row, noise: Tensor | None = None, **keyed: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The next state and x0, from noise that was drawn already or that is keyed, where there is any."""
+        x0_sample, x0_output, of_sample, of_output, of_x0, deviation = row[:6]
+        tensors: list[Any] = [state, output]
+        x0_weights, weights = [x0_sample, x0_output], [of_sample, of_output]
+        if noise is not None:
+            tensors.append(noise)
+            x0_weights.append(0.0)
+            weights.append(deviation)
+        elif keyed:
+            keyed["noise_weight"] = deviation
+        if len(row) > 6:
+            if not traced():
+                x0_weights[:2] = [0.0, 0.0]
+            tensors.append((output, state))
+            x0_weights.append(row[6])
+            weights.append(0.0)
+            keyed["guidance_scale"] = row[7]
+        out, x0, _ = denoised_step(tensors, x0_weights, weights, x0_weight=of_x0, clip=self._clip(), **keyed)
+        return out, x0
+
+
+class Ddim(_Alphas):
+    _beyond = "final_alpha_cumprod"
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        steps = self.num_inference_steps
+        tables = None if steps is None else self._ready(model_output, sample)
+        row, at = None, timestep
+        if tables is not None and steps and not (variance_noise is not None and generator is not None and eta > 0):
+            at = timestep if traced() else int(self._host_value(timestep, tables))  # type: ignore[assignment]
+            levels = self._levels_at(at, at - self.config.num_train_timesteps // steps, tables, sample)
+            if levels is not None and (traced() or at >= 0):
+                row = self._row(tables, levels, eta, use_clipped_model_output)
+        if row is None:
+            return self._original.step(
+                self,
+                model_output,
+                timestep,
+                sample,
+                eta,
+                use_clipped_model_output,
+                generator,
+                variance_noise,
+                return_dict,
+            )
+        state = as_state(sample, model_output)
+        if eta > 0 and self._noise == "keyed" and variance_noise is None:
+            seed, sample_id = self._key(generator, sample.device)
+            out, x0 = self._two(state, model_output, row, seed=seed, step=at, sample_id=sample_id)
+        elif eta > 0:
+            noise = self._drawn(model_output, generator) if variance_noise is None else variance_noise
+            out, x0 = self._two(state, model_output, row, noise)
+        else:
+            out, x0 = self._two(state, model_output, row)
+        return DDIMSchedulerOutput(prev_sample=out, pred_original_sample=x0) if return_dict else (out, x0)
+
+
+class DdimInverse(_Alphas):
+    _beyond = "initial_alpha_cumprod"
+
+    def step(self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True) -> Any:
+        steps = self.num_inference_steps
+        tables = None if steps is None else self._ready(model_output, sample)
+        row = None
+        if tables is not None and steps:
+            there = timestep if traced() else int(self._host_value(timestep, tables))
+            # The state stands at the level below, whose alpha-bar the first step takes from beyond the schedule.
+            here = there - self.config.num_train_timesteps // steps
+            levels = self._levels_at(here, there, tables, sample)
+            if levels is not None and (traced() or there >= 0):
+                row = self._row(tables, levels, 0.0, False)
+        if row is None:
+            return self._original.step(self, model_output, timestep, sample, return_dict)
+        out, x0 = self._two(as_state(sample, model_output), model_output, row)
+        return DDIMInverseSchedulerOutput(prev_sample=out, pred_original_sample=x0) if return_dict else (out, x0)

@@ -1,0 +1,271 @@
+"""DPM-Solver++ of orders one to three, with its stochastic form: history, noise and all in one launch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor
+
+from bicm_diffusion.adapters.diffusers.euler import Sigmas, edm_denoiser
+from bicm_diffusion.adapters.diffusers.scheduler import Generators, Row, Tables, as_state, noise_removed, traced
+from bicm_kernels import denoised_step
+
+Level = tuple[float, float]  # alpha and sigma of a level
+
+#: Above this 1/alpha, predicting x0 from the noise loses more than a bit.
+MOST_SCALE = 2.0
+
+ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++")
+
+
+def log_ratio(level: Level) -> float:
+    """Half the logarithm of the signal-to-noise ratio, infinite without noise."""
+    alpha, sigma = level
+    if sigma == 0.0:
+        return math.inf
+    return math.log(alpha) - math.log(sigma) if alpha > 0.0 else -math.inf
+
+
+def solver_row(levels: list[Level], *, order: int, heun: bool, noisy: bool) -> Row:
+    """Weights of the sample, of x0 now, one and two steps before, and of noise (DPM-Solver++ eq. 9 to 14).
+
+    levels: the one to reach, the current one, and the earlier ones that the order asks for.
+    """
+    (alpha, sigma), (_, sigma_here) = levels[:2]
+    lambdas = [log_ratio(level) for level in levels]
+    h = lambdas[0] - lambdas[1]
+    if noisy:
+        kept = sigma / sigma_here * math.exp(-h)
+        gain = -math.expm1(-2.0 * h)
+        first, deviation = alpha * gain, sigma * math.sqrt(gain)
+        slope = alpha * (gain / (-2.0 * h) + 1.0)
+        curve = alpha * ((gain - 2.0 * h) / (2.0 * h) ** 2 - 0.5) if order == 3 else 0.0
+    else:
+        kept, deviation = sigma / sigma_here, 0.0
+        drop = math.expm1(-h)
+        first = -alpha * drop
+        slope = alpha * (drop / h + 1.0)
+        curve = -alpha * ((drop + h) / h**2 - 0.5) if order == 3 else 0.0
+    if order == 1:
+        return kept, first, 0.0, 0.0, deviation
+    before = (lambdas[1] - lambdas[2]) / h
+    if order == 2:
+        change = (slope if heun else 0.5 * first) / before
+        return kept, first + change, -change, 0.0, deviation
+    earlier = (lambdas[2] - lambdas[3]) / h
+    # D1 = (1 + q)·d0 - q·d1 and D2 = (d0 - d1)/(before + earlier), of the slopes d0 and d1.
+    share = before / (before + earlier)
+    near = slope * (1.0 + share) + curve / (before + earlier)
+    far = -slope * share - curve / (before + earlier)
+    return kept, first + near / before, far / earlier - near / before, -far / earlier, deviation
+
+
+class _Solver(Sigmas):
+    """What both of diffusers' multistep solvers do alike."""
+
+    model_outputs: list[Tensor | None]
+    lower_order_nums: int
+    num_inference_steps: int | None
+    #: Where the original draws its noise in float32, whatever the model's output is.
+    _noise_dtype: torch.dtype | None = None
+
+    _third_orders: tuple[str, ...] = ALGORITHMS
+    #: Whether the model's input is scaled, and whether x0 may be a small difference of large terms.
+    _scales = False
+    _cancels = False
+
+    def _level(self, sigma: float) -> Level:
+        raise NotImplementedError
+
+    def _reading(self, sigma: float) -> tuple[float, float]:
+        """Weights of sample and output in x0."""
+        raise NotImplementedError
+
+    def _uncovered(self) -> str | None:
+        config = self.config
+        if config.thresholding:
+            return "thresholding"
+        if config.algorithm_type not in ALGORITHMS:
+            return f"algorithm_type={config.algorithm_type!r}"
+        if config.solver_order not in (1, 2, 3):
+            return f"solver_order={config.solver_order!r}"
+        if config.solver_order == 3 and config.algorithm_type not in self._third_orders:
+            return f"solver_order=3 with algorithm_type={config.algorithm_type!r}"
+        return None
+
+    def _row_of_order(self, tables: Tables, index: int, order: int) -> Row:
+        config = self.config
+        here = tables.levels[index]
+        x0_sample, x0_output = self._reading(here)
+        levels = [self._level(tables.levels[k]) for k in range(index + 1, index - order, -1)]
+        kept, now, before, earlier, deviation = solver_row(
+            levels, order=order, heun=config.solver_type == "heun", noisy=config.algorithm_type == ALGORITHMS[1]
+        )
+        return x0_sample, x0_output, kept + now * x0_sample, now * x0_output, before, earlier, deviation
+
+    def _fill(self, tables: Tables) -> None:
+        count = len(tables.timesteps)
+        if self.num_inference_steps is None or len(tables.levels) <= count:
+            return
+        if self._scales:
+            scales = [self._scale(x) for x in tables.levels]
+            tables.traced["scales"] = torch.tensor(scales, dtype=torch.float64)
+        for order in range(1, self.config.solver_order + 1):
+            rows = []
+            for index in range(count):
+                try:
+                    row = self._row_of_order(tables, index, order) if index >= order - 1 else (math.nan,) * 7
+                except (ZeroDivisionError, ValueError, OverflowError):
+                    row = (math.nan,) * 7
+                # Without noise at the end, only the first order is defined, and only it is used.
+                tables.rows[order, index] = row if all(map(math.isfinite, row)) else None
+                rows.append(row)
+            tables.traced[order] = torch.tensor(rows, dtype=torch.float64)
+
+    def _order(self, count: int, index: int) -> int:
+        config = self.config
+        short = config.lower_order_final and count < 15
+        last = index == count - 1 and (config.euler_at_final or short or config.final_sigmas_type == "zero")
+        if config.solver_order == 1 or self.lower_order_nums < 1 or last:
+            return 1
+        second = index == count - 2 and short
+        return 2 if config.solver_order == 2 or self.lower_order_nums < 2 or second else 3
+
+    def _solve(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Generators,
+        variance_noise: Tensor | None,
+        return_dict: bool,
+    ) -> Any:
+        """The step, or None where the original has to run."""
+        if self.num_inference_steps is None:
+            return None
+        tables = self._ready(model_output, sample)
+        if tables is None:
+            return None
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        index = self._step_index
+        assert index is not None
+        order = self._order(len(tables.timesteps), index)
+        row: Any = tables.rows.get((order, index))
+        history = self.model_outputs[:-order:-1] if order > 1 else []
+        if row is None or any(x is None or x.shape != sample.shape for x in history):
+            return None
+        # The sample and its noise cancel in x0 where the signal is the smaller part.
+        cancels = self._cancels and self.config.prediction_type == "epsilon" and row[0] > MOST_SCALE
+        if traced():
+            row = tables.traced[order][index].to(sample.device).unbind()
+        x0_sample, x0_output, of_sample, of_output, before, earlier, deviation = row
+        state = as_state(sample, model_output)
+        tensors: list[Any] = [state, model_output, *history]
+        noisy = self.config.algorithm_type == ALGORITHMS[1]
+        weights = [of_sample, of_output, before, earlier][: 2 + len(history)]
+        keyed: dict[str, Any] = {}
+        if noisy and self._noise == "keyed" and variance_noise is None:
+            seed, sample_id = self._key(generator, sample.device)
+            keyed = {"noise_weight": deviation, "seed": seed, "step": index, "sample_id": sample_id}
+        elif noisy:
+            drawn = variance_noise
+            if drawn is None:
+                drawn = self._drawn(model_output, generator, self._noise_dtype or state.dtype)
+            tensors.append(drawn.to(sample.device))
+            weights.append(deviation)
+        x0_weights = [x0_sample, x0_output, *[0.0] * (len(tensors) - 2)]
+        ahead = self._scales and index + 1 < len(tables.timesteps) and self._may_foresee(sample)
+        scale = self._scale(tables.levels[index + 1]) if ahead and state.dtype.itemsize > 2 else None
+        if cancels and not keyed:
+            out, x0 = noise_removed(tensors, x0_sample, x0_output / x0_sample, weights)
+        else:
+            out, x0, scaled = denoised_step(tensors, x0_weights, weights, x0_weight=0.0, next_scale=scale, **keyed)
+            self._foresee(out, index + 1, scaled)
+        self.model_outputs[:-1] = self.model_outputs[1:]
+        self.model_outputs[-1] = x0
+        self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
+        self._step_index = index + 1
+        return SchedulerOutput(prev_sample=out) if return_dict else (out,)
+
+
+class DpmSolver(_Solver):
+    _noise_dtype = torch.float32
+    _cancels = True
+
+    def _uncovered(self) -> str | None:
+        prediction = self.config.prediction_type
+        if prediction not in ("epsilon", "sample", "v_prediction", "flow_prediction"):
+            return f"prediction_type={prediction!r}"
+        return super()._uncovered()
+
+    def _level(self, sigma: float) -> Level:
+        if self.config.use_flow_sigmas:
+            return 1.0 - sigma, sigma
+        alpha = 1.0 / math.sqrt(sigma * sigma + 1.0)
+        return alpha, sigma * alpha
+
+    def _reading(self, sigma: float) -> tuple[float, float]:
+        prediction, (alpha, noise) = self.config.prediction_type, self._level(sigma)
+        if prediction == "epsilon":
+            return 1.0 / alpha, -noise / alpha
+        if prediction == "sample":
+            return 0.0, 1.0
+        return (alpha, -noise) if prediction == "v_prediction" else (1.0, -sigma)
+
+    def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        config = self.config
+        output = model_output
+        if config.variance_type in ("learned", "learned_range") and config.prediction_type == "epsilon":
+            output = model_output[:, :3]
+        result = self._solve(output, timestep, sample, generator, variance_noise, return_dict)
+        if result is not None:
+            return result
+        return self._original.step(self, model_output, timestep, sample, generator, variance_noise, return_dict)
+
+
+class EdmDpmSolver(_Solver):
+    _third_orders = ("dpmsolver++",)
+    _scales = True
+
+    def _uncovered(self) -> str | None:
+        prediction = self.config.prediction_type
+        if prediction not in ("epsilon", "v_prediction"):
+            return f"prediction_type={prediction!r}"
+        return super()._uncovered()
+
+    def _level(self, sigma: float) -> Level:
+        return 1.0, sigma
+
+    def _scale(self, sigma: float) -> float:
+        return 1.0 / math.sqrt(sigma * sigma + self.config.sigma_data**2)
+
+    def _reading(self, sigma: float) -> tuple[float, float]:
+        return edm_denoiser(sigma, self.config.sigma_data, self.config.prediction_type)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> Any:
+        result = self._solve(model_output, timestep, sample, generator, None, return_dict)
+        if result is not None:
+            return result
+        return self._original.step(self, model_output, timestep, sample, generator, return_dict)

@@ -1,0 +1,245 @@
+"""Euler's method, with diffusers' scaling and with EDM's: one launch makes the step and the next evaluation's input."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_edm_euler import EDMEulerSchedulerOutput
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
+from torch import Tensor
+
+from bicm_diffusion.adapters.diffusers.scheduler import (
+    Accelerated,
+    Generators,
+    Number,
+    Row,
+    Tables,
+    traced,
+)
+from bicm_kernels import add_noise, affine_step, denoised_step
+
+MOST_CHURN = math.sqrt(2.0) - 1.0
+
+
+def edm_denoiser(sigma: float, sigma_data: float, prediction: str) -> tuple[float, float]:
+    """c_skip and c_out of EDM's preconditioning; "v_prediction" changes the sign of the second."""
+    total = sigma * sigma + sigma_data * sigma_data
+    c_out = sigma * sigma_data / math.sqrt(total)
+    return sigma_data * sigma_data / total, -c_out if prediction == "v_prediction" else c_out
+
+
+class Sigmas(Accelerated):
+    """Schedulers that count their steps and look up sigma by the count."""
+
+    is_scale_input_called: bool
+
+    def _scale(self, sigma: float) -> float:
+        raise NotImplementedError
+
+    def _row(self, tables: Tables, index: int) -> Row:
+        raise NotImplementedError
+
+    def _fill(self, tables: Tables) -> None:
+        tables.traced["scales"] = torch.tensor([self._scale(x) for x in tables.levels], dtype=torch.float64)
+        count = min(len(tables.timesteps), len(tables.levels) - 1)
+        try:
+            rows = [self._row(tables, index) for index in range(count)]
+        except (ZeroDivisionError, ValueError):
+            rows = []  # a level of zero before the last: the original's infinities
+        tables.rows = dict(enumerate(rows))
+        tables.traced["rows"] = torch.tensor(rows, dtype=torch.float64)
+
+    def _row_at(self, tables: Tables, index: int, sample: Tensor) -> Any:
+        if traced():
+            return tables.traced["rows"][index].to(sample.device).unbind()
+        return tables.rows[index]
+
+    def _scale_at(self, tables: Tables, index: int, sample: Tensor) -> Number:
+        if traced():
+            return tables.traced["scales"][index].to(sample.device)
+        return self._scale(tables.levels[index])
+
+    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
+        tables = self._ready(sample, sample)
+        if tables is None:
+            return self._original.scale_model_input(self, sample, timestep)
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        index = self._step_index
+        assert index is not None
+        self.is_scale_input_called = True
+        return self._scaled(sample, index, self._scale_at(tables, index, sample))
+
+
+class _EulerSteps(Sigmas):
+    """What both of diffusers' Euler schedulers do alike."""
+
+    _output: Any
+
+    def _weights(self, sigma: float, raised: float, below: float) -> Row:
+        """Weights of sample and output in x0, then in the result, at a level that churn raised."""
+        raise NotImplementedError
+
+    def _row(self, tables: Tables, index: int) -> Row:
+        sigma, below = tables.levels[index], tables.levels[index + 1]
+        return self._weights(sigma, sigma, below)
+
+    def _given(self, model_output: Tensor, x0: Tensor) -> Tensor:
+        return x0
+
+    def _euler(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        churn: tuple[float, float, float, float],
+        generator: Generators,
+        return_dict: bool,
+    ) -> Any:
+        """The step, or None where the original has to run."""
+        tables = self._ready(model_output, sample)
+        whole = not timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, int)
+        if tables is None or whole or not self.is_scale_input_called:
+            return None
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        index = self._step_index
+        assert index is not None
+        if index >= len(tables.rows):
+            return None
+        # The original computes in float32 whatever it is given; only a float64 output is kept as it is.
+        dtype = torch.float64 if model_output.dtype == torch.float64 else torch.float32
+        state = sample if sample.dtype == dtype else sample.to(dtype)
+        lift = self._lift(tables, index, *churn[:3]) if churn[0] else 0.0
+        if lift:
+            sigma = tables.levels[index]
+            raised = sigma * (1.0 + lift)
+            state = self._churned(state, model_output, churn[3] * math.sqrt(raised**2 - sigma**2), index, generator)
+            row: Row = self._weights(sigma, raised, tables.levels[index + 1])
+        else:
+            row = self._row_at(tables, index, sample)
+        x0_sample, x0_output, of_sample, of_output = row
+        ahead = model_output.dtype == dtype and index + 1 < len(tables.rows) and self._may_foresee(sample)
+        scale = self._scale(tables.levels[index + 1]) if ahead else None
+        out, x0, scaled = denoised_step(
+            [state, model_output],
+            [x0_sample, x0_output],
+            [of_sample, of_output],
+            x0_weight=0.0,
+            next_scale=scale,
+        )
+        if model_output.dtype != dtype:
+            out = out.to(model_output.dtype)
+        self._foresee(out, index + 1, scaled)
+        self._step_index = index + 1
+        x0 = self._given(model_output, x0)
+        return self._output(prev_sample=out, pred_original_sample=x0) if return_dict else (out, x0)
+
+    def _lift(self, tables: Tables, index: int, churn: float, low: float, high: float) -> float:
+        if not low <= tables.levels[index] <= high:
+            return 0.0
+        return min(churn / (len(tables.levels) - 1), MOST_CHURN)
+
+    def _churned(
+        self, state: Tensor, model_output: Tensor, deviation: float, index: int, generator: Generators
+    ) -> Tensor:
+        if self._noise == "keyed":
+            seed, sample_id = self._key(generator, state.device)
+            return add_noise(state, deviation, seed=seed, step=index, sample_id=sample_id)
+        return affine_step([state, self._drawn(model_output, generator)], [1.0, deviation])
+
+
+class Euler(_EulerSteps):
+    _output = EulerDiscreteSchedulerOutput
+
+    def _uncovered(self) -> str | None:
+        prediction = self.config.prediction_type
+        known = ("epsilon", "sample", "original_sample", "v_prediction")
+        return None if prediction in known else f"prediction_type={prediction!r}"
+
+    def _scale(self, sigma: float) -> float:
+        return 1.0 / math.sqrt(sigma * sigma + 1.0)
+
+    def _weights(self, sigma: float, raised: float, below: float) -> Row:
+        prediction, ratio = self.config.prediction_type, (below - raised) / raised
+        if prediction == "epsilon":
+            return 1.0, -raised, 1.0, below - raised
+        if prediction == "v_prediction":
+            total = sigma * sigma + 1.0
+            kept, of_output = 1.0 / total, -sigma / math.sqrt(total)
+            return kept, of_output, 1.0 + ratio * (1.0 - kept), -ratio * of_output
+        return 0.0, 1.0, below / raised, -ratio
+
+    def _given(self, model_output: Tensor, x0: Tensor) -> Tensor:
+        return model_output if self.config.prediction_type in ("sample", "original_sample") else x0
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> Any:
+        result = self._euler(model_output, timestep, sample, (s_churn, s_tmin, s_tmax, s_noise), generator, return_dict)
+        if result is not None:
+            return result
+        return self._original.step(
+            self, model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict
+        )
+
+
+class EdmEuler(_EulerSteps):
+    _output = EDMEulerSchedulerOutput
+
+    def _uncovered(self) -> str | None:
+        prediction = self.config.prediction_type
+        return None if prediction in ("epsilon", "v_prediction") else f"prediction_type={prediction!r}"
+
+    def _scale(self, sigma: float) -> float:
+        return 1.0 / math.sqrt(sigma * sigma + self.config.sigma_data**2)
+
+    def _weights(self, sigma: float, raised: float, below: float) -> Row:
+        kept, of_output = edm_denoiser(raised, self.config.sigma_data, self.config.prediction_type)
+        ratio = (below - raised) / raised
+        return kept, of_output, 1.0 + ratio * (1.0 - kept), -ratio * of_output
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Generators = None,
+        return_dict: bool = True,
+        pred_original_sample: Tensor | None = None,
+    ) -> Any:
+        result = None
+        if pred_original_sample is None:
+            result = self._euler(
+                model_output, timestep, sample, (s_churn, s_tmin, s_tmax, s_noise), generator, return_dict
+            )
+        if result is not None:
+            return result
+        return self._original.step(
+            self,
+            model_output,
+            timestep,
+            sample,
+            s_churn,
+            s_tmin,
+            s_tmax,
+            s_noise,
+            generator,
+            return_dict,
+            pred_original_sample,
+        )

@@ -1,0 +1,109 @@
+"""The float64 tables of consistency training: levels, their number as a run goes on, the odds of drawing one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+T_MIN = 0.002
+T_MAX = 80.0
+P_MEAN = -1.1
+P_STD = 2.0
+
+
+def karras_levels(count: int, *, t_min: float = T_MIN, t_max: float = T_MAX, rho: float = 7.0) -> Tensor:
+    """Return the noise levels t_1 = t_min < … < t_N = t_max, (N,) float64 (BCM eq. 14).
+
+    count: N >= 2. 0 <= t_min < t_max; rho > 0 crowds the levels towards t_min.
+    Raises ValueError for a value out of range.
+
+    >>> karras_levels(3, t_min=0.0, t_max=1.0, rho=1.0)
+    tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
+    """
+    if count < 2:
+        raise ValueError(f"count: expected an integer of at least 2, got {count}")
+    if not 0.0 <= t_min < t_max < math.inf:
+        raise ValueError(f"t_min, t_max: expected 0 <= t_min < t_max, got {t_min} and {t_max}")
+    if not 0.0 < rho < math.inf:
+        raise ValueError(f"rho: expected a positive value, got {rho}")
+    low, high = t_min ** (1 / rho), t_max ** (1 / rho)
+    levels = (low + torch.arange(count, dtype=torch.float64) / (count - 1) * (high - low)) ** rho
+    levels[0], levels[-1] = t_min, t_max  # the powers round, and a sampler starts at t_max itself
+    return levels
+
+
+def discretization(step: int, steps: int, *, s0: int = 10, s1: int = 1280) -> int:
+    """Return N(k), the number of levels at step k = `step` of a run of K = `steps` steps (BCM eq. 13).
+
+    It starts at s0 + 1 and doubles its intervals until there are s1, which it surely reaches where s1/s0 is
+    a power of two. Raises ValueError unless 0 <= step, 1 <= steps and 1 <= s0 <= s1.
+
+    >>> [discretization(k, 8000) for k in (0, 1000, 7999)]
+    [11, 21, 1281]
+    """
+    if step < 0 or steps < 1:
+        raise ValueError(f"step, steps: expected step >= 0 and steps >= 1, got {step} and {steps}")
+    if not 1 <= s0 <= s1:
+        raise ValueError(f"s0, s1: expected 1 <= s0 <= s1, got {s0} and {s1}")
+    doublings = (s1 // s0).bit_length() - 1
+    interval = max(1, steps // (doublings + 1))
+    return min(s0 << min(step // interval, doublings + 1), s1) + 1
+
+
+def level_probabilities(levels: Tensor, *, p_mean: float = P_MEAN, p_std: float = P_STD) -> Tensor:
+    """Return p(n) for n = 1 … N-1, (N-1,) float64: lognormal mass between neighbouring levels (BCM eq. 12).
+
+    levels: (N,) float64, increasing; 0 is allowed first. The mass outside the levels is spread in proportion.
+
+    >>> round(level_probabilities(karras_levels(11)).sum().item(), 12)
+    1.0
+    """
+    edges = torch.special.erf((levels.double().log() - p_mean) / (math.sqrt(2.0) * p_std))
+    mass = edges.diff()
+    return mass / mass.sum()
+
+
+def partner_probabilities(probabilities: Tensor, n: Tensor) -> Tensor:
+    """Return p̃(n'|n), (B, N-1): p(n') with n' = n excluded, renormalised (BCM Alg. 1).
+
+    probabilities: (N-1,) float64; n: (B,) int64, counted from 0.
+
+    >>> partner_probabilities(torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0]))
+    tensor([[0.0000, 0.5000, 0.5000]])
+    """
+    rows = probabilities.repeat(len(n), 1).scatter_(1, n[:, None], 0.0)
+    return rows / rows.sum(1, keepdim=True)
+
+
+def drawn(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Return indices (B,) drawn with `probabilities`, (K,) or (B, K), by inverting their sums at uniforms in (0, 1].
+
+    >>> drawn(torch.tensor([0.25, 0.0, 0.75]), torch.tensor([0.25, 0.26, 1.0]))
+    tensor([0, 2, 2])
+    """
+    sums = probabilities.cumsum(-1)
+    # Scaling by the last sum, which may round below 1, keeps every draw inside the table.
+    return torch.searchsorted(sums, (uniforms.to(sums.dtype)[:, None] * sums[..., -1:]).contiguous()).flatten()
+
+
+@dataclass(frozen=True)
+class LevelTable:
+    """N levels and the odds of each as the lower end of a pair: what one stage of training draws from.
+
+    levels: (N,) float64, increasing. probabilities: (N-1,), made from them.
+
+    >>> LevelTable(karras_levels(11)).probabilities.shape
+    torch.Size([10])
+    """
+
+    levels: Tensor
+    p_mean: float = P_MEAN
+    p_std: float = P_STD
+    probabilities: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        odds = level_probabilities(self.levels, p_mean=self.p_mean, p_std=self.p_std)
+        object.__setattr__(self, "probabilities", odds)

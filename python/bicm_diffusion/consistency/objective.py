@@ -1,0 +1,170 @@
+"""Bidirectional consistency training: the loss of one batch, on fused ops, from keyed draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from bicm_diffusion.consistency.grid import T_MIN, LevelTable, drawn, partner_probabilities
+from bicm_kernels import (
+    add_noise,
+    affine_step,
+    consistency_loss,
+    denoise,
+    fold_in,
+    noisy_pair,
+    scale_input,
+    uniform,
+)
+
+# Purposes that draw beside the noise: each gets a key of its own from the run's seed.
+LEVELS, PARTNERS, DROPOUT = range(1, 4)
+TARGETS = ("shared", "direct")
+
+
+class Levels(NamedTuple):
+    """Levels of a batch, each (B,) float64: t_n and its neighbour t_{n+1} above, and t_n' for the soft trajectory."""
+
+    low: Tensor
+    high: Tensor
+    partner: Tensor
+
+
+@dataclass(frozen=True)
+class BctLoss:
+    """The two terms of the loss, each a mean over the batch, and their sum."""
+
+    consistency: Tensor
+    trajectory: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Return the sum, which training minimises."""
+        return self.consistency + self.trajectory
+
+
+def draw_levels(table: LevelTable, batch: int, *, seed: int, step: int, sample_id: int = 0) -> Levels:
+    """Return the levels of a batch: n ~ p(n), n' ~ p̃(n'|n), keyed by (seed, sample, step).
+
+    >>> from bicm_diffusion.consistency.grid import karras_levels
+    >>> levels = draw_levels(LevelTable(karras_levels(11)), 4, seed=0, step=0)
+    >>> bool((levels.low < levels.high).all() and (levels.low != levels.partner).all())
+    True
+    """
+    first, second = (
+        uniform((batch, 1), seed=fold_in(seed, purpose), step=step, sample_id=sample_id, dtype=torch.float64)[:, 0]
+        for purpose in (LEVELS, PARTNERS)
+    )
+    n = drawn(table.probabilities, first)
+    partner = drawn(partner_probabilities(table.probabilities, n), second)
+    return Levels(table.levels[n], table.levels[n + 1], table.levels[partner])
+
+
+def bct_loss(
+    network: nn.Module,
+    x: Tensor,
+    levels: Levels,
+    *,
+    seed: int,
+    step: int = 0,
+    sample_id: int = 0,
+    extra_args: Mapping[str, Any] | None = None,
+    c: float | None = None,
+    sigma_data: float = 0.5,
+    t_min: float = T_MIN,
+    target: str = "shared",
+) -> BctLoss:
+    """Return the BCT loss of a batch (BCM eq. 9, Alg. 1), f = denoise(x, F, t, u) with the bcm parameterisation:
+
+    consistency: d(f(x_{n+1}, t_{n+1}, t_min), sg f(x_n, t_n, t_min)) / (t_{n+1} - t_n), the same noise in both;
+    trajectory:  d(f̄(f(x_n, t_n, t_n'), t_n', t_min), sg f(x_n, t_n, t_min)) / |t_n - t_n'|.
+
+    f̄ has frozen parameters, yet gradients flow through its input; the target is evaluated once for both terms.
+    All evaluations share their dropout mask, keyed by (seed, step) apart from the noise.
+
+    network: called as network(c_in(t)·x, t, u, **extra_args) -> (B, …), with t and u (B,) in x's precision.
+    x: clean samples (B, …), floating. levels: from `draw_levels`; partner differs from low.
+    c: the distance's constant; None means 0.00054·√d. seed, step, sample_id: the key, see `bicm_kernels.normal`.
+    target: "shared", or "direct" for the ablation of BCM eq. 7, which is known to fail: there the trajectory
+        term's target is sg f(x_n', t_n', t_min).
+    Raises ValueError for another target.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    low, high, partner = (level.to(device=x.device, dtype=dtype) for level in levels)
+    weight, trajectory_weight = (
+        (1 / gap.abs()).to(device=x.device, dtype=dtype)
+        for gap in (levels.high - levels.low, levels.low - levels.partner)
+    )
+    frozen = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    end = torch.full_like(low, t_min)
+    dropout = int(fold_in(fold_in(seed, DROPOUT), step))
+
+    def evaluate(scaled: Tensor, t: Tensor, u: Tensor, *, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        with _seeded(dropout, x.device):
+            if parameters is None:
+                return network(scaled, t, u, **(extra_args or {}))
+            return functional_call(network, dict(parameters), (scaled, t, u), dict(extra_args or {}))
+
+    def scale(x_t: Tensor, t: Tensor) -> Tensor:
+        return scale_input(x_t, t, sigma_data=sigma_data)
+
+    x_low, x_high = noisy_pair(x, low, high, seed=seed, step=step, sample_id=sample_id)
+    scaled_low = scale(x_low, low)
+    with torch.no_grad():
+        goal = denoise(x_low, evaluate(scaled_low, low, end), low, t_min, sigma_data=sigma_data)
+    options: dict[str, Any] = {"c": c, "sigma_data": sigma_data, "sigma_min": t_min}
+    output = evaluate(scale(x_high, high), high, end)
+    consistency = consistency_loss(x_high, output, high, None, goal, weight=weight, **options)
+
+    if target == "direct":
+        x_partner = add_noise(x, partner, seed=seed, step=step, sample_id=sample_id)
+        with torch.no_grad():
+            output = evaluate(scale(x_partner, partner), partner, end)
+            goal = denoise(x_partner, output, partner, t_min, sigma_data=sigma_data)
+    moved, scaled = _Leap.apply(evaluate(scaled_low, low, partner), x_low, low, partner, sigma_data)
+    output = evaluate(scaled, partner, end, parameters=frozen)
+    trajectory = consistency_loss(moved, output, partner, None, goal, weight=trajectory_weight, **options)
+    return BctLoss(consistency, trajectory)
+
+
+class _Leap(torch.autograd.Function):
+    """x = denoise(x_t, F, t, u) and c_in(u)·x; on the way back the gradients of both meet in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, F: Tensor, x_t: Tensor, t: Tensor, u: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(t, u)
+        ctx.sigma_data = sigma_data
+        ctx.dtype = F.dtype
+        x = denoise(x_t, F, t, u, sigma_data=sigma_data)
+        return x, scale_input(x, u, sigma_data=sigma_data)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        t, u = ctx.saved_tensors
+        one = torch.ones_like(t)[:, None]
+        c_in = scale_input(one, u, sigma_data=ctx.sigma_data)[:, 0]
+        c_out = denoise(torch.zeros_like(one), one, t, u, sigma_data=ctx.sigma_data)[:, 0]
+        summed = affine_step(gradients, [1.0, c_in], out=gradients[0])
+        return affine_step([summed], [c_out], out=summed).to(ctx.dtype), None, None, None, None
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Run with torch's own generator seeded, and give it back as it was; torch.manual_seed formats a stack trace."""
+    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)

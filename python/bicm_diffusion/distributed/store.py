@@ -1,0 +1,102 @@
+"""Shards on disk and the manifest beside them: what a run was asked for, and which samples it has written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+_SHARD = re.compile(r"samples-(\d+)-(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What decides the samples: their number, the batch in which each is made, and the caller's settings."""
+
+    count: int
+    batch: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    version: int = 1
+
+    def claim(self, directory: Path) -> None:
+        """Write the manifest, or make sure that the one that is there asks for the same samples.
+
+        Raises ValueError naming what differs; a run of other settings is never continued.
+        """
+        path = directory / MANIFEST
+        mine = json.loads(json.dumps(asdict(self)))
+        if not path.exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            _write(path, json.dumps(mine, indent=1) + "\n")
+            return
+        theirs = json.loads(path.read_text())
+        differing = sorted(k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k))
+        if differing:
+            told = "; ".join(f"{k}={mine.get(k)!r} where the run began with {theirs.get(k)!r}" for k in differing)
+            raise ValueError(f"{path} belongs to another run: {told}")
+
+
+def shard_path(directory: Path, first: int, stop: int) -> Path:
+    """Where samples first … stop - 1 belong."""
+    return directory / f"samples-{first:08d}-{stop:08d}.safetensors"
+
+
+def write_shard(directory: Path, first: int, samples: Tensor) -> None:
+    """Write the samples from `first` on, whole or not at all: a reader never sees half a file."""
+    path = shard_path(directory, first, first + len(samples))
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file({"samples": samples.contiguous().cpu()}, partial)
+    _sync(partial)
+    partial.replace(path)
+
+
+def written(directory: Path) -> set[tuple[int, int]]:
+    """The ranges [first, stop) of samples that are on disk."""
+    matches = (_SHARD.fullmatch(path.name) for path in directory.iterdir())
+    return {(int(m[1]), int(m[2])) for m in matches if m is not None}
+
+
+def read_samples(directory: Path | str) -> Tensor:
+    """Return the samples of a finished run in order, (N, …).
+
+    Raises ValueError where some are missing, with the first of them.
+
+    >>> read_samples("/nowhere")
+    Traceback (most recent call last):
+    FileNotFoundError: ...
+    """
+    directory = Path(directory)
+    count = json.loads((directory / MANIFEST).read_text())["count"]
+    parts, reached = [], 0
+    for first, stop in sorted(written(directory)):
+        if first != reached:
+            break
+        parts.append(load_file(shard_path(directory, first, stop))["samples"])
+        reached = stop
+    if reached != count:
+        raise ValueError(f"{directory}: sample {reached} of {count} has not been written")
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(text)
+    _sync(partial)
+    partial.replace(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

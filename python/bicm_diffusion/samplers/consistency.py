@@ -1,0 +1,189 @@
+"""Sampling and inversion with a bidirectional consistency model: a few leaps along the trajectory.
+
+Every function here turns its schedule into a list of leaps and follows it: one evaluation and one fused op a leap.
+The shared arguments:
+
+model: called as `model(c_in(t)·x, t, u, **extra_args)` with t and u (B,), float64 for a float64 state and
+    float32 otherwise; returns F (B, …), and the state becomes c_skip·x + c_out·F (BCM eq. 20).
+x: (B, …), any floating dtype, at the schedule's first level; the result has its shape and dtype.
+seed, sample_id: key of the fresh noise, apart from that of `bicm_kernels.normal` with the same seed.
+callback: called with a `LeapInfo` after every evaluation.
+progress: True shows a progress bar (needs tqdm).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bicm_diffusion.consistency.schedules import ConsistencySchedule
+from bicm_kernels import add_noise, denoise, fold_in, renoise, scale_input
+
+ConsistencyModel: TypeAlias = Callable[..., Tensor]
+# The purposes of fresh noise: each has a key of its own, so that none repeats the noise that sampling starts from.
+SAMPLING, INVERSION = 101, 102
+
+
+class Leap(NamedTuple):
+    """One evaluation, from level `start` to `stop`, and then noise of level `noise`, which leads to `level`."""
+
+    start: float
+    stop: float
+    noise: float
+    level: float
+
+
+@dataclass(frozen=True)
+class LeapInfo:
+    """What a callback sees: the leap just made, the state it led to (its noise included), and the model's output."""
+
+    leap: Leap
+    x: Tensor
+    F: Tensor
+
+
+Callback: TypeAlias = Callable[[LeapInfo], object]
+
+
+@torch.no_grad()
+def consistency_sample(
+    model: ConsistencyModel,
+    x: Tensor,
+    schedule: ConsistencySchedule,
+    *,
+    seed: int = 0,
+    sample_id: int | Tensor = 0,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Return samples at t_min: down through the levels (BCM Alg. 2), then the zigzags, if any (Alg. 3 and 4).
+
+    A zigzag (ε, t) adds noise of level ε to the sample, lets the model amplify it to t, and leaps back to t_min.
+    One level and no zigzag is 1-step sampling. Takes one evaluation a level and two a zigzag.
+
+    >>> from bicm_diffusion import ConsistencySchedule
+    >>> consistency_sample(lambda x, t, u: x, 80 * torch.ones(1, 2), ConsistencySchedule((80.0, 1.2))).shape
+    torch.Size([1, 2])
+    """
+    stops = [*schedule.levels[1:], schedule.t_min]
+    leaps = [Leap(start, stop, 0.0, stop) for start, stop in zip(schedule.levels, stops, strict=True)]
+    for noise, level in schedule.zigzags:
+        leaps[-1] = leaps[-1]._replace(noise=noise, level=noise)
+        leaps += [Leap(noise, level, 0.0, level), Leap(level, schedule.t_min, 0.0, schedule.t_min)]
+    key = (fold_in(seed, SAMPLING), sample_id)
+    return _follow(model, x, leaps, schedule, key, extra_args, callback, progress)
+
+
+@torch.no_grad()
+def multistep_sample(
+    model: ConsistencyModel,
+    x: Tensor,
+    schedule: ConsistencySchedule,
+    *,
+    seed: int = 0,
+    sample_id: int | Tensor = 0,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Return samples at t_min by CM's multistep sampling: x_τ = f(x, t, t_min) + √(τ² - t_min²)·n, level by level.
+
+    Unlike a zigzag it replaces the noise, and with it what the noise decided. The last leap adds none.
+    Raises ValueError where the schedule has zigzags.
+
+    >>> from bicm_diffusion import ConsistencySchedule
+    >>> multistep_sample(lambda x, t, u: x, 80 * torch.ones(1, 2), ConsistencySchedule((80.0, 1.2))).shape
+    torch.Size([1, 2])
+    """
+    if schedule.zigzags:
+        raise ValueError(f"schedule: multistep sampling makes no zigzags, got {schedule.zigzags}")
+    end = schedule.t_min
+    leaps = [
+        Leap(level, end, math.sqrt(following**2 - end**2), following) for level, following in pairwise(schedule.levels)
+    ]
+    leaps.append(Leap(schedule.levels[-1], end, 0.0, end))
+    key = (fold_in(seed, SAMPLING), sample_id)
+    return _follow(model, x, leaps, schedule, key, extra_args, callback, progress)
+
+
+@torch.no_grad()
+def consistency_invert(
+    model: ConsistencyModel,
+    x: Tensor,
+    schedule: ConsistencySchedule,
+    *,
+    seed: int = 0,
+    sample_id: int | Tensor = 0,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Return clean samples x taken up to the schedule's first level, its levels in reverse (BCM Alg. 5).
+
+    Noise of the lowest level ε is added first, x_ε = x + ε·n; then every leap goes one level up. Takes one evaluation
+    less than there are levels. Two images to interpolate between need different noise: another seed or sample_id.
+    Raises ValueError where the schedule has zigzags or fewer than two levels.
+
+    >>> from bicm_diffusion import ConsistencySchedule
+    >>> consistency_invert(lambda x, t, u: x, torch.ones(1, 2), ConsistencySchedule((80.0, 6.0, 0.07))).shape
+    torch.Size([1, 2])
+    """
+    levels = schedule.levels[::-1]
+    if schedule.zigzags or len(levels) < 2:
+        raise ValueError(f"schedule: inversion needs at least two levels and no zigzags, got {schedule}")
+    leaps = [Leap(low, high, 0.0, high) for low, high in pairwise(levels)]
+    key = (fold_in(seed, INVERSION), sample_id)
+    x = add_noise(x, levels[0], seed=key[0], sample_id=sample_id)
+    return _follow(model, x, leaps, schedule, key, extra_args, callback, progress)
+
+
+def _follow(
+    model: ConsistencyModel,
+    x: Tensor,
+    leaps: Sequence[Leap],
+    schedule: ConsistencySchedule,
+    key: tuple[int | Tensor, int | Tensor],
+    extra_args: Mapping[str, Any] | None,
+    callback: Callback | None,
+    progress: bool,
+) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    seed, sample_id = key
+    scaled = scale_input(x, leaps[0].start, sigma_data=schedule.sigma_data)
+    for step, leap in enumerate(_shown(leaps, progress)):
+        t, u = (torch.full(x.shape[:1], level, dtype=dtype, device=x.device) for level in leap[:2])
+        output = model(scaled, t, u, **(extra_args or {}))
+        if step == len(leaps) - 1:
+            x = denoise(x, output, leap.start, leap.stop, sigma_data=schedule.sigma_data)
+        else:
+            # The noise and the next evaluation's input come with the step; where no noise is due, none is drawn.
+            x, scaled = renoise(
+                x,
+                output,
+                leap.start,
+                leap.stop,
+                leap.noise,
+                next_sigma=leap.level,
+                seed=seed,
+                step=step,
+                sample_id=sample_id,
+                sigma_data=schedule.sigma_data,
+            )
+        if callback is not None:
+            callback(LeapInfo(leap, x, output))
+    return x
+
+
+def _shown(leaps: Sequence[Leap], progress: bool) -> Iterable[Leap]:
+    if not progress:
+        return leaps
+    from tqdm import tqdm  # an optional dependency: samplers without a bar need only torch
+
+    return tqdm(leaps, unit="leap")

@@ -1,0 +1,131 @@
+"""The schedulers and configurations that have an accelerated form, and what to run them on."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+)
+from torch import Tensor
+
+STEPS = 12
+
+CLASSES = (
+    DDIMScheduler,
+    DDIMInverseScheduler,
+    EulerDiscreteScheduler,
+    EDMEulerScheduler,
+    EDMDPMSolverMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    CMStochasticIterativeScheduler,
+    LCMScheduler,
+)
+
+Case = tuple[type[Any], dict[str, Any], dict[str, Any]]
+
+
+def _cases() -> Iterator[Case]:
+    for spacing in ("leading", "trailing", "linspace"):
+        yield DDIMScheduler, {"timestep_spacing": spacing}, {}
+        yield EulerDiscreteScheduler, {"timestep_spacing": spacing}, {}
+        yield DPMSolverMultistepScheduler, {"timestep_spacing": spacing}, {}
+    yield DDIMInverseScheduler, {"timestep_spacing": "trailing"}, {}
+    for prediction in ("epsilon", "sample", "v_prediction"):
+        config: dict[str, Any] = {"prediction_type": prediction}
+        for clips in (True, False):
+            yield DDIMScheduler, {**config, "clip_sample": clips}, {"eta": 0.7}
+            yield LCMScheduler, {**config, "clip_sample": clips}, {}
+        yield DDIMScheduler, {**config, "clip_sample_range": 2.0}, {"use_clipped_model_output": True}
+        yield EulerDiscreteScheduler, {**config, "use_karras_sigmas": True}, {}
+        yield EulerDiscreteScheduler, config, {"s_churn": 3.0, "s_noise": 1.01, "s_tmax": 100.0}
+        for order in (1, 2, 3):
+            for algorithm in ("dpmsolver++", "sde-dpmsolver++"):
+                yield DPMSolverMultistepScheduler, {**config, "solver_order": order, "algorithm_type": algorithm}, {}
+        if prediction != "sample":
+            yield DDIMInverseScheduler, {**config, "clip_sample": False}, {}
+            yield EDMEulerScheduler, config, {"s_churn": 3.0}
+            yield EDMDPMSolverMultistepScheduler, config, {}
+    yield DDIMScheduler, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, {}
+    yield DPMSolverMultistepScheduler, {"solver_type": "heun", "use_karras_sigmas": True}, {}
+    yield DPMSolverMultistepScheduler, {"prediction_type": "flow_prediction", "use_flow_sigmas": True}, {}
+    yield DPMSolverMultistepScheduler, {"final_sigmas_type": "sigma_min", "lower_order_final": False}, {}
+    yield EDMEulerScheduler, {"final_sigmas_type": "sigma_min", "sigma_schedule": "exponential"}, {}
+    yield EDMDPMSolverMultistepScheduler, {"solver_order": 3, "final_sigmas_type": "sigma_min"}, {}
+    yield EDMDPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}, {}
+    yield CMStochasticIterativeScheduler, {}, {}
+    yield CMStochasticIterativeScheduler, {"clip_denoised": False, "s_noise": 1.005}, {}
+
+
+CASES = tuple(_cases())
+DEFAULTS: tuple[Case, ...] = tuple((cls, {}, {}) for cls in CLASSES)
+
+
+def name_of(case: Case) -> str:
+    cls, config, arguments = case
+    return "-".join([cls.__name__.removesuffix("Scheduler"), *map(str, [*config.values(), *arguments])])
+
+
+def network(x: Tensor, k: int) -> Tensor:
+    """Something that depends on the state and on the step, and on no other sample."""
+    return torch.tanh(0.7 * x.double() + 0.1 * k).to(x.dtype)
+
+
+def start(scheduler: Any, dtype: torch.dtype, shape: tuple[int, ...] = (2, 4, 16, 16)) -> Tensor:
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return (noise * float(scheduler.init_noise_sigma)).to(dtype)
+
+
+def in_float64(scheduler: Any) -> Any:
+    """A copy that computes in float64, from the same float32 schedule."""
+    twin = copy.deepcopy(scheduler)
+    for name in ("alphas_cumprod", "final_alpha_cumprod", "initial_alpha_cumprod", "sigmas"):
+        if name in twin.__dict__:
+            setattr(twin, name, getattr(twin, name).double())
+    return twin
+
+
+@contextmanager
+def exactly(scheduler: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Let a float64 scheduler draw the very numbers that another dtype's would, and never fall back to float32."""
+    module = sys.modules[type(scheduler).__module__]
+    draw, cast = getattr(module, "randn_tensor", None), Tensor.to
+    if isinstance(scheduler, DPMSolverMultistepScheduler):
+        dtype = torch.float32
+
+    def drawn(shape: Any, generator: Any = None, device: Any = None, **_: Any) -> Tensor:
+        assert draw is not None
+        return draw(shape, generator=generator, device=device, dtype=dtype).double()
+
+    def kept(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        return x if arguments == (torch.float32,) and x.dtype == torch.float64 else cast(x, *arguments, **options)
+
+    Tensor.to = kept  # type: ignore[method-assign, assignment]
+    if draw is not None:
+        module.randn_tensor = drawn
+    try:
+        yield
+    finally:
+        Tensor.to = cast  # type: ignore[method-assign]
+        if draw is not None:
+            module.randn_tensor = draw
+
+
+def trajectory(scheduler: Any, x: Tensor, **arguments: Any) -> Tensor:
+    """The end of a plain loop, as pipelines write it."""
+    for k, t in enumerate(scheduler.timesteps):
+        output = network(scheduler.scale_model_input(x, t), k)
+        x = scheduler.step(output, t, x, **arguments).prev_sample
+    return x

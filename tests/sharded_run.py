@@ -1,0 +1,43 @@
+"""A sampling run for the tests of `bicm_diffusion.distributed`: python sharded_run.py DIRECTORY STEPS [DIES_AFTER]."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bicm_diffusion import ddim_sample, vp_schedule
+from bicm_diffusion.distributed import Shard, sample_shards
+from bicm_kernels import normal
+
+COUNT, BATCH, SEED = 22, 4, 7
+
+
+def run(directory: str, steps: int, dies_after: int | None = None) -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Linear(12, 12, dtype=torch.float32)  # a matrix product's bits depend on its batch
+    schedule, made = vp_schedule(steps), 0
+
+    def sample(shard: Shard) -> Tensor:
+        nonlocal made
+        if made == dies_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        made += 1
+        z = normal((shard.batch, 12), seed=SEED, sample_id=shard.first)
+        return ddim_sample(lambda z, times: torch.tanh(network(z)), z, schedule)
+
+    with torch.no_grad():
+        sample_shards(sample, COUNT, directory, batch=BATCH, settings={"seed": SEED, "steps": steps}, progress=False)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
+    run(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else None)
+    if dist.is_initialized():
+        dist.destroy_process_group()

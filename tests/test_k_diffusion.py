@@ -1,0 +1,191 @@
+"""Functions with the signatures of k-diffusion, EDM and consistency models, against those methods written plainly."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bicm_diffusion.adapters.consistency_models import (
+    ConsistencyDenoiser,
+    sample_onestep,
+    stochastic_iterative_sampler,
+)
+from bicm_diffusion.adapters.edm import edm_sampler
+from bicm_diffusion.adapters.k_diffusion import (
+    Denoiser,
+    EDMDenoiser,
+    keyed_noise_sampler,
+    sample_dpmpp_2m,
+    sample_euler,
+    sample_heun,
+)
+from bicm_kernels import normal
+
+DATA = 0.5
+
+
+def column(sigma: Tensor, x: Tensor) -> Tensor:
+    return sigma.reshape(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+
+
+def denoiser(x: Tensor, sigma: Tensor, shift: float = 0.0) -> Tensor:
+    """The exact denoiser of Gaussian data, bent so that nothing is linear."""
+    level = column(sigma, x)
+    return torch.tanh(x * DATA**2 / (DATA**2 + level**2)) + shift
+
+
+def grid(steps: int = 10, dtype: torch.dtype = torch.float64) -> Tensor:
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    levels = (80 ** (1 / 7) + ramp * (0.02 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    return torch.cat([levels, levels.new_zeros(1)]).to(dtype)
+
+
+def start(dtype: torch.dtype = torch.float64) -> Tensor:
+    return 80 * torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+
+def plain(method: str, x: Tensor, sigmas: Tensor, churn: float = 0.0, noise: Any = None) -> Tensor:
+    """The three methods as their papers write them."""
+    before = None
+    for i in range(len(sigmas) - 1):
+        level, below = sigmas[i], sigmas[i + 1]
+        if churn:
+            raised = level * (1 + min(churn / (len(sigmas) - 1), math.sqrt(2) - 1))
+            x = x + noise(level, below) * torch.sqrt(raised**2 - level**2)
+            level = raised
+        denoised = denoiser(x, level.expand(len(x)))
+        slope = (x - denoised) / level
+        if method == "euler" or (method == "heun" and below == 0):
+            x = x + (below - level) * slope
+        elif method == "heun":
+            predicted = x + (below - level) * slope
+            other = (predicted - denoiser(predicted, below.expand(len(x)))) / below
+            x = x + (below - level) * (slope + other) / 2
+        else:
+            h = torch.log(level / below)
+            blend = denoised
+            if before is not None and below > 0:
+                r = torch.log(sigmas[i - 1] / level) / h
+                blend = (1 + 1 / (2 * r)) * denoised - before / (2 * r)
+            x = below / level * x - torch.expm1(-h) * blend
+            before = denoised
+    return x
+
+
+@pytest.mark.parametrize(
+    ("method", "sampler"), [("euler", sample_euler), ("heun", sample_heun), ("dpmpp_2m", sample_dpmpp_2m)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_each_method_is_the_paper_s(method: str, sampler: Any, dtype: torch.dtype) -> None:
+    truth = plain(method, start(), grid())
+    mine = sampler(denoiser, start(dtype), grid(dtype=torch.float32 if dtype != torch.float64 else dtype), disable=True)
+    assert mine.dtype == dtype
+    if dtype == torch.float64:
+        torch.testing.assert_close(mine, truth, rtol=0, atol=1e-12)
+        return
+    theirs = plain(method, start(dtype), grid(dtype=dtype))
+    assert (mine - truth).abs().max() <= 2 * (theirs - truth).abs().max()
+
+
+@pytest.mark.parametrize(("method", "sampler"), [("euler", sample_euler), ("heun", sample_heun)])
+def test_churn_draws_from_the_noise_sampler_that_is_given(method: str, sampler: Any) -> None:
+    x, sigmas = start(), grid()
+    noise = keyed_noise_sampler(x, sigmas, seed=3)
+    mine = sampler(denoiser, x, sigmas, disable=True, s_churn=4.0, noise_sampler=noise)
+    torch.testing.assert_close(mine, plain(method, x, sigmas, 4.0, noise), rtol=0, atol=1e-11)
+    torch.testing.assert_close(noise(sigmas[2], sigmas[3]), normal(x.shape, seed=3, step=2, dtype=x.dtype))
+    torch.manual_seed(0)
+    first = sampler(denoiser, x, sigmas, disable=True, s_churn=4.0)
+    torch.manual_seed(0)
+    assert torch.equal(first, sampler(denoiser, x, sigmas, disable=True, s_churn=4.0)) and not torch.equal(first, mine)
+    quiet = sampler(denoiser, x, sigmas, disable=True, s_churn=4.0, s_tmin=90.0)
+    assert torch.equal(quiet, sampler(denoiser, x, sigmas, disable=True))
+
+
+def test_callback_and_extra_arguments() -> None:
+    seen: list[dict[str, Any]] = []
+    sample_dpmpp_2m(denoiser, start(), grid(4), {"shift": 0.5}, seen.append)
+    assert [info["i"] for info in seen] == [0, 1, 2, 3]
+    assert {"x", "i", "sigma", "sigma_hat", "denoised"} == set(seen[0])
+    torch.testing.assert_close(seen[0]["denoised"], denoiser(start(), grid(4)[:1].expand(3), 0.5))
+
+
+def test_k_diffusion_s_preconditioning() -> None:
+    x, sigma = start(), torch.tensor([0.1, 2.0, 70.0], dtype=torch.float64)
+    denoiser = Denoiser(lambda z, level, label: torch.tanh(z) + column(level, z) * label)
+    c_skip, c_out, c_in = (column(c, x) for c in denoiser.get_scalings(sigma))
+    expected = c_skip * x + c_out * (torch.tanh(c_in * x) + column(sigma, x) * 0.5)
+    torch.testing.assert_close(denoiser(x, sigma, label=0.5), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(c_skip, 1 / (1 + column(sigma, x) ** 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_edm_preconditioning(dtype: torch.dtype) -> None:
+    x, sigma = start(dtype), torch.tensor([0.1, 2.0, 70.0], dtype=dtype)
+    asked: list[tuple[torch.dtype, torch.dtype]] = []
+
+    def network(z: Tensor, c_noise: Tensor) -> Tensor:
+        asked.append((z.dtype, c_noise.dtype))
+        return torch.tanh(z) + column(c_noise, z)
+
+    mine = EDMDenoiser(network, inner_dtype=torch.float32)(x, sigma)
+    level, total = column(sigma, x), column(sigma, x) ** 2 + DATA**2
+    F = network((x / total.sqrt()).float(), sigma.log().float() / 4)
+    expected = DATA**2 / total * x + level * DATA / total.sqrt() * F
+    assert mine.dtype == dtype and asked[0] == (torch.float32, torch.float32)
+    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("churn", [0.0, 20.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_edm_sampler(dtype: torch.dtype, churn: float) -> None:
+    latents = start() / 80
+    levels = grid(10)
+    noises = [torch.randn(latents.shape, generator=torch.Generator().manual_seed(i)).double() for i in range(10)]
+    pending = [iter(noises), iter(noises)]
+    # EDM divides churn by the number of levels above zero; the plain loop divides by all of them.
+    truth = plain("heun", latents * levels[0], levels, churn * 11 / 10, lambda *_: next(pending[0]))
+    options = {"num_steps": 10, "sigma_min": 0.02, "S_churn": churn, "randn_like": lambda x: next(pending[1]).to(x)}
+    mine = edm_sampler(lambda x, sigma, labels: denoiser(x, sigma), latents, dtype=dtype, **options)
+    assert mine.dtype == dtype
+    torch.testing.assert_close(mine.double(), truth, rtol=0, atol=1e-11 if dtype == torch.float64 else 1e-3)
+    with pytest.raises(ValueError, match="dtype: expected"):
+        edm_sampler(denoiser, latents, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("distillation", [True, False])
+def test_consistency_denoise(distillation: bool) -> None:
+    x, sigma = start(), torch.tensor([0.002, 2.0, 70.0], dtype=torch.float64)
+    asked: list[Tensor] = []
+
+    def network(z: Tensor, t: Tensor, label: float) -> Tensor:
+        asked.append(t)
+        return torch.tanh(z) + label
+
+    F, denoised = ConsistencyDenoiser(distillation=distillation).denoise(network, x, sigma, label=0.25)
+    level, low = column(sigma, x), 0.002 if distillation else 0.0
+    total = (level - low) ** 2 + DATA**2
+    expected = DATA**2 / total * x + (level - low) * DATA / (level**2 + DATA**2).sqrt() * F
+    torch.testing.assert_close(denoised, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(asked[0], 250 * sigma.log())
+    if distillation:
+        torch.testing.assert_close(denoised[0], x[0], rtol=0, atol=1e-12)
+
+
+def test_consistency_sampling() -> None:
+    x, noises = start(), [start() / 80, start().flip(0) / 80]
+    drawn = iter(noises)
+    generator = SimpleNamespace(randn_like=lambda z: next(drawn))
+    seen: list[dict[str, Any]] = []
+    mine = stochastic_iterative_sampler(denoiser, x, None, generator, ts=[0, 22, 39], callback=seen.append)
+    levels = [(80 ** (1 / 7) + i / 39 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in (0, 22, 39)]
+    middle = denoiser(x, torch.tensor(levels[0])) + noises[0] * math.sqrt(levels[1] ** 2 - 0.002**2)
+    torch.testing.assert_close(mine, denoiser(middle, torch.tensor(levels[1])), rtol=0, atol=1e-7)
+    assert [info["i"] for info in seen] == [0, 1]
+    one = sample_onestep(denoiser, x, grid())
+    torch.testing.assert_close(one, denoiser(x, grid()[:1].expand(3)))
