@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 #: What has no kernel but the native CPU one yet; elsewhere its reference runs.
-CPU_FAMILIES = ("reversible",)
+CPU_FAMILIES: tuple[str, ...] = ()
 
 CHOICES = ("auto", "native", "triton", "reference")
 

@@ -24,13 +24,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from bicm_kernels.triton_kernels import OPS, multistep, noise, operands, pseudo_huber
+from bicm_kernels.triton_kernels import OPS, multistep, noise, operands, pseudo_huber, reversible
 
 SM90 = GPUTarget("cuda", 90, 32)
 THREADS, TILE = 128, 1024
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 KERNELS = {"multistep": multistep} | dict.fromkeys(("noise", "pair", "fold"), noise)
 KERNELS |= dict.fromkeys(("sums", "finish", "gradients"), pseudo_huber)
+KERNELS |= dict.fromkeys(("exact_step", "decode_fixed_point"), reversible)
 
 
 class Recorder:
@@ -224,6 +225,64 @@ def test_the_end_of_a_loss_compiles(tmp_path: Path) -> None:
         check_resources(binary, tmp_path)
 
 
+I32, I64 = torch.int32, torch.int64
+EXACT_BDIA = BDIA[:4]
+
+
+def exact(name: str, tensors: list[Tensor], numbers: list[float], n: int, m: int, bits: int = 32) -> Case:
+    """An exact step: guided if it has a tensor more, with a buffer if it multiplies."""
+    (info,) = states(I64)
+    buffers = [] if n == m else [info]
+    call = lambda: OPS[name](tensors, info, numbers, 7.5, n, m, bits)  # noqa: E731
+    return "exact_step", call, [*tensors, *buffers], [tensors[0], *buffers]
+
+
+def exact_cases() -> dict[str, Case]:
+    cases: dict[str, Case] = {}
+    for network in (F16, BF16, F32, F64):
+        for name, (n, m) in (("unit", (1, 1)), ("ratio", (9, 10))):
+            pair, title = states(I64, I64, network), f"{name} {network}"
+            cases[f"bdia {title}"] = exact("bdia_exact_step", pair, EXACT_BDIA, n, m)
+            cases[f"inverse {title}"] = exact("bdia_exact_inverse_step", pair, EXACT_BDIA, n, m)
+        cases[f"bdia guided {network}"] = exact(
+            "bdia_exact_step", states(I64, I64, network, network), EXACT_BDIA, 9, 10
+        )
+        x, code, narrow = states(network, I64, I32)
+        cases[f"encode {network}"] = "exact_step", lambda x=x: OPS["fixed_point_encode"](x, 32, I64), [x], [code]
+        cases[f"encode int32 {network}"] = (
+            "exact_step",
+            lambda x=x: OPS["fixed_point_encode"](x, 20, I32),
+            [x],
+            [narrow],
+        )
+        for q in (code, narrow):
+            decode = lambda q=q, network=network: OPS["fixed_point_decode"](q, 20, network)  # noqa: E731
+            cases[f"decode {q.dtype} to {network}"] = "decode_fixed_point", decode, [q], [x]
+    cases["affine of 5"] = exact("exact_affine_step", states(I64, F32, I64, F32, F32, BF16), BDIA, 1, 1)
+    cases["affine int32"] = exact("exact_affine_step", states(I32, F32, I32), BDIA[:2], 1, 1, 20)
+    return cases
+
+
+EXACT = exact_cases()
+
+
+@pytest.mark.parametrize("case", EXACT.values(), ids=EXACT)
+def test_exact_steps_move_as_much_as_they_can_at_a_time(case: Case, tmp_path: Path) -> None:
+    name, call, read, written = case
+    binary = compiled(name, call)
+    check_arithmetic(binary)
+    check_resources(binary, tmp_path)
+
+    # A step takes four elements a thread: 8 bytes of halves.
+    each = 4 if name == "exact_step" else 8
+    found: Counter[tuple[str, int]] = Counter()
+    for kind, tensors in (("ld", read), ("st", written)):
+        for x in tensors:
+            size = min(16, each * x.element_size())
+            found[kind, size] += each * x.element_size() // size
+    assert accesses(binary) == found
+
+
 @pytest.mark.parametrize("case", ["denoise float32", "renoise mixed", "noisy_pair float32", "normal float32"])
 def test_float32_kernels_compute_in_float32(case: str) -> None:
     assert not DOUBLE.search(compiled(*DENSE[case][:2]).asm["ptx"])
@@ -276,6 +335,24 @@ OTHERS: dict[str, tuple[str, Callable[[], object]]] = {
 }
 
 
+def exact_per_sample(*layout: Any) -> Callable[[], object]:
+    """With a ratio, numbers and a mark for each sample, and notes of overflows."""
+    last_state, q, eps = (x[layout] for x in states(I64, I64, BF16))
+    n, m, mark = (x[: len(q)] for x in key(4))
+    outs = {"out": torch.empty_like(q), "info_out": torch.empty_like(q), "overflow": torch.empty_like(mark)}
+    coefficients = [x[: len(q)] for x in numbers(4)[:4]]
+    return lambda: OPS["bdia_exact_step.tensor_out"](
+        [last_state, q, eps], q, coefficients, None, n, m, 32, mark, **outs
+    )
+
+
+OTHERS |= {
+    "exact (B,) tensors": ("exact_step", exact_per_sample()),
+    "exact slices": ("exact_step", exact_per_sample(slice(None), slice(1, None), slice(None, None, 2))),
+    "exact points": ("exact_step", exact_per_sample(slice(None), 0, 0, slice(2))),
+}
+
+
 @pytest.mark.parametrize("wide", [operands.WIDE, 1], ids=["32-bit indices", "64-bit indices"])
 @pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS)
 def test_other_variants_compile(
@@ -303,6 +380,19 @@ def test_new_numbers_and_keys_compile_nothing() -> None:
     assert len(signatures) == 1
 
 
+def test_new_exact_steps_compile_nothing() -> None:
+    """Numbers in double precision travel as bits, beside the ratio, the grid and the mark."""
+    tensors, (info,) = states(I64, I64, F32), states(I64)
+    outs = {"out": torch.empty_like(info), "info_out": torch.empty_like(info), "overflow": torch.empty(4, dtype=I64)}
+    signatures = set()
+    for number in (0.0, 1.0, 0.3, 1e300, -(2.0**-1074)):
+        for n, m, bits, mark in ((9, 10, 32, 1), (1, 2, 1, 16), (2**20, 1, 0, 2**62)):
+            values = ([number] * 4, number, n, m, bits, mark)
+            call = lambda values=values: OPS["bdia_exact_step.out"](tensors, info, *values, **outs)  # noqa: E731
+            signatures.add(str(specialized("exact_step", call)[1][1:]))
+    assert len(signatures) == 1
+
+
 def test_float64_is_narrowed_by_way_of_float32() -> None:
     ptx = compiled(*OTHERS["float64 to half"]).asm["ptx"]
     assert "cvt.rn.f32.f64" in ptx
@@ -327,10 +417,20 @@ def test_other_nvidia_targets(target: GPUTarget, case: str, tmp_path: Path) -> N
     assert {size for _, size in accesses(binary)} == {16}
 
 
-@pytest.mark.parametrize("case", ELSEWHERE)
-def test_amd_target(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_exact_steps_elsewhere(target: GPUTarget, tmp_path: Path) -> None:
+    binary = compiled("exact_step", EXACT["inverse ratio torch.bfloat16"][1], target)
+    check_arithmetic(binary)
+    check_resources(binary, tmp_path)
+
+
+ON_AMD = {case: DENSE[case] for case in ELSEWHERE} | {"exact": EXACT["bdia ratio torch.float32"]}
+
+
+@pytest.mark.parametrize("case", ON_AMD.values(), ids=ON_AMD)
+def test_amd_target(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operands, "WARPS", 2)
-    binary = compiled(*DENSE[case][:2], GPUTarget("hip", "gfx942", 64))
+    binary = compiled(*case[:2], GPUTarget("hip", "gfx942", 64))
     assert not re.search(r"\b(contract|fast|afn|arcp|reassoc)\b|llvm\.fmuladd", binary.asm["llir"])
     assert "scratch_" not in binary.asm["amdgcn"]
     assert re.search(r"\.vgpr_spill_count: +0", binary.asm["amdgcn"])

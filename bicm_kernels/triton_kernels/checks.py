@@ -71,12 +71,18 @@ def check_key(seed: Integer, step: Integer, sample_id: Integer, like: Tensor) ->
 def check_outputs(outs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
     """Outputs like the first input, no two elements in one place, each exactly an input or apart from it."""
     first = inputs[0] if inputs else outs[0]
-    for k, out in enumerate(outs):
+    for out in outs:
         require(out.dim() > 0 and out.dtype in FLOATING, "out must be floating, with a batch dimension")
         require(
             out.shape == first.shape and out.dtype == first.dtype and out.device == first.device,
             "out differs from the first tensor in shape, dtype or device",
         )
+    check_places(outs, inputs)
+
+
+def check_places(outs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    """No two elements of an output in one place, each output exactly an input or apart from it."""
+    for k, out in enumerate(outs):
         require(out.is_contiguous() or nested(moving(out)), "out overlaps itself")
         require(all(same_elements(x, out) or apart(x, out) for x in inputs), "out overlaps a tensor")
         require(all(apart(other, out) for other in outs[:k]), "outputs overlap")

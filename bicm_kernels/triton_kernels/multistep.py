@@ -181,7 +181,7 @@ def launch_multistep(
 
     weights = tuple([number_argument(value, compute, first) for value in coefficients])
     x0_weights = tuple([number_argument(value, compute, first) for value in x0_coefficients])
-    scalars = {
+    scalars: dict[str, Any] = {
         "guidance_scale": argument(guidance_scale) if guided else None,
         "noise_weight": argument(noise_weight) if key is not None else None,
         "x0_weight": argument(x0_weight),

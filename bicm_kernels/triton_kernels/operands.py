@@ -148,8 +148,8 @@ class Layout:
         """The type of an element's index."""
         return tl.int32 if self.plan.elements < WIDE else tl.int64
 
-    def launch(self, kernel: Any, **arguments: object) -> None:
-        """Run a kernel over the tiles."""
+    def launch(self, kernel: Any, *, spread: int = 1, **arguments: object) -> None:
+        """Run a kernel over the tiles; `spread` over more threads where each would need too many registers."""
         plan = self.plan
         if not plan.tiles:
             return
@@ -163,7 +163,7 @@ class Layout:
                 COLUMNS=plan.columns,
                 GROUP=plan.group,
                 INDEX=self.index,
-                num_warps=WARPS,
+                num_warps=WARPS * spread,
                 enable_fp_fusion=False,
                 **arguments,
             )

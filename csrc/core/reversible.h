@@ -125,15 +125,12 @@ struct Factor {
   int64_t high, high_rest, low, low_rest;
 };
 
+// One division: floor((2^63 - 1) / value) is half of the reciprocal, rounded down.
 BICM_HD Factor make_factor(int64_t value) {
-  const int64_t high = kLargest / value, high_rest = kLargest % value;
+  const uint64_t reciprocal = ~uint64_t{0} / static_cast<uint64_t>(value);
+  const int64_t high = static_cast<int64_t>(reciprocal >> 1), high_rest = kLargest - high * value;
   const bool exact = high_rest == 0;
-  return {value,
-          ~uint64_t{0} / static_cast<uint64_t>(value),
-          high,
-          high_rest,
-          exact ? -high : -high - 1,
-          exact ? 0 : value - high_rest};
+  return {value, reciprocal, high, high_rest, exact ? -high : -high - 1, exact ? 0 : value - high_rest};
 }
 
 BICM_HD uint64_t multiply_high(uint64_t a, uint64_t b) {
@@ -208,6 +205,7 @@ BICM_HD Exact exact_of(const Reversible& p, int64_t sample) {
   }
   if (p.guided) e.guidance_scale = load_number<double>(p.guidance_scale, sample);
   double raw[kMaxTerms] = {};
+  BICM_UNROLL(8)
   for (int k = 0; k < kMaxTerms; ++k) {
     if (k < p.terms || (p.increment == Increment::bdia && k < 4))
       raw[k] = load_number<double>(p.coefficient[k], sample);
@@ -217,10 +215,12 @@ BICM_HD Exact exact_of(const Reversible& p, int64_t sample) {
     e.weight[0] = raw[0] - gamma / raw[2];
     e.weight[1] = raw[1] + gamma * (raw[3] / raw[2]);
   } else {
+    BICM_UNROLL(8)
     for (int k = 0; k < kMaxTerms; ++k) e.weight[k] = raw[k];
   }
   const bool valid = n >= 1 && n <= kMaxRatio && m >= 1 && m <= kMaxRatio;
   if (!valid) {  // nothing comes of it but "missing"
+    BICM_UNROLL(8)
     for (int k = 0; k < kMaxTerms; ++k) e.weight[k] = bit_cast<double>(uint64_t{0x7FF8000000000000});
   }
   e.multiplies = valid && n != m;

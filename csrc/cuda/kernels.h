@@ -5,6 +5,7 @@
 #include "../core/multistep.h"
 #include "../core/noise.h"
 #include "../core/pseudo_huber.h"
+#include "../core/reversible.h"
 
 #if defined(BICM_EMULATE)
 #include "../emulator/runtime.h"
@@ -18,6 +19,8 @@ namespace cuda {
 cudaError_t noise(const Noise& problem, cudaStream_t stream);
 cudaError_t noisy_pair(const NoisyPair& problem, cudaStream_t stream);
 cudaError_t multistep(const Multistep& problem, cudaStream_t stream);
+cudaError_t reversible(const Reversible& problem, cudaStream_t stream);
+cudaError_t fixed_point_decode(const FixedPointDecode& problem, cudaStream_t stream);
 
 // The loss, in the compute type, one number or one per sample; the sum of every sample at `p.sums`. Needs as many
 // doubles of scratch memory as pseudo_huber_scratch says.

@@ -44,7 +44,15 @@ BICM_HD T round_to(C x) {
   return element;
 }
 
-BICM_HD int64_t size_in_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+BICM_HD int64_t size_in_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::float64:
+    case DType::int64: return 8;
+    case DType::float32:
+    case DType::int32: return 4;
+    default: return 2;
+  }
+}
 
 // Whether whole groups of x lie at multiples of kAccess in every sample.
 inline bool access_aligned(const Layout& layout, const Operand& x) {
@@ -115,7 +123,7 @@ BICM_DEVICE void store_dense(const Operand& x, const DensePlace& place, const C*
   BICM_UNROLL(8)
   for (int i = 0; i < Group; ++i) raw.put(i, round_to<T>(values[i]));
   if (place.whole) {
-    store_wide<sizeof(raw)>(to, raw.word);
+    store_wide<Group * sizeof(T)>(to, raw.word);
     return;
   }
   BICM_UNROLL(8)

@@ -12,7 +12,21 @@ namespace emulator {
 
 namespace {
 
-int64_t item_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+struct Known {
+  const char* name;
+  DType dtype;
+  int64_t size;
+};
+constexpr Known kKnown[] = {{"float16", DType::float16, 2}, {"bfloat16", DType::bfloat16, 2},
+                            {"float32", DType::float32, 4}, {"float64", DType::float64, 8},
+                            {"int32", DType::int32, 4},     {"int64", DType::int64, 8}};
+
+int64_t item_size(DType dtype) {
+  for (const Known& known : kKnown) {
+    if (known.dtype == dtype) return known.size;
+  }
+  return 0;
+}
 
 }  // namespace
 
@@ -28,12 +42,7 @@ View view_of(py::handle given) {
     array = py::reinterpret_borrow<py::array>(given);
     name = py::str(array.dtype());
   }
-  static const std::pair<const char*, DType> dtypes[] = {{"float16", DType::float16},
-                                                         {"bfloat16", DType::bfloat16},
-                                                         {"float32", DType::float32},
-                                                         {"float64", DType::float64}};
-  for (const auto& [known, dtype] : dtypes) {
-    const int64_t item = item_size(dtype);
+  for (const auto& [known, dtype, item] : kKnown) {
     if (name != known || array.itemsize() != item) continue;
     View view = {const_cast<void*>(array.data()), dtype, {}, {}};
     for (py::ssize_t dim = 0; dim < array.ndim(); ++dim) {
@@ -43,7 +52,7 @@ View view_of(py::handle given) {
     }
     return view;
   }
-  throw py::type_error("not an array of float16, bfloat16, float32 or float64: " + name);
+  throw py::type_error("not an array of float16, bfloat16, float32, float64, int32 or int64: " + name);
 }
 
 namespace {
@@ -209,5 +218,6 @@ PYBIND11_MODULE(bicm_emulator, module) {
   bind_noise(module);
   bind_multistep(module);
   bind_pseudo_huber(module);
+  bind_reversible(module);
   bind_cooperation(module);
 }

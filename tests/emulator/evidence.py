@@ -9,6 +9,7 @@ from pathlib import Path
 import bicm_emulator
 import numpy as np
 
+from .exact import Exact
 from .losses import Loss, consistency, pseudo_huber
 from .model import Problem
 from .problems import NOISE, Shape, affine, denoised, states, values
@@ -17,7 +18,7 @@ from .tensors import Tensor
 DOCUMENT = Path(__file__).parents[2] / "docs" / "evidence.md"
 BEGIN, END = "<!-- counted: written by `make evidence` -->\n", "<!-- counted: end -->\n"
 SHAPE: Shape = (4, 3, 64, 64)
-SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8}
 #: Dtypes of states and of network outputs.
 KINDS = {"float32": ("float32", "float32"), "bfloat16": ("bfloat16", "bfloat16"), "mixed": ("float32", "bfloat16")}
 
@@ -80,6 +81,36 @@ def renoise(state: str, network: str) -> Count:
     return step(problem)
 
 
+def integers(seed: int, dtype: str = "int64") -> Tensor:
+    return Tensor.of(np.random.default_rng(seed).integers(-(2**24), 2**24, SHAPE), dtype)
+
+
+def exact_bdia(n: int, m: int, state: str = "int64") -> Callable[[str, str], Count]:
+    """BDIA on integers: the state's dtype is its own, the network's output has the column's."""
+
+    def run(_: str, network: str) -> Count:
+        inputs = [integers(0, state), Tensor.of(values(1, SHAPE), network)]
+        problem = Exact(inputs, [0.9, 0.3, 1.1, -0.2], Tensor.empty(SHAPE, state), last=integers(2, state))
+        problem.form, problem.n, problem.m, problem.fraction_bits = "bdia", n, m, 20
+        problem.overflow = np.zeros(SHAPE[0], np.int64)
+        if n != m:
+            problem.info, problem.info_out = integers(3), Tensor.empty(SHAPE, "int64")
+        tensors = [*problem.operands, *problem.outputs]
+        return count(lambda: problem.run("cuda"), [x.dtype for x in tensors])
+
+    return run
+
+
+def encode(state: str, _: str) -> Count:
+    x, out = Tensor.of(values(0, SHAPE), state), Tensor.empty(SHAPE, "int64")
+    return count(lambda: Exact([x], [1.0], out).run("cuda"), [state, "int64"])
+
+
+def decode(state: str, _: str) -> Count:
+    q, out = integers(0), Tensor.empty(SHAPE, state)
+    return count(lambda: bicm_emulator.fixed_point_decode("cuda", out.argument, q.argument), ["int64", state])
+
+
 def training(make: Callable[..., Loss], **options: object) -> Callable[[str, str], Count]:
     """Forward and backward, for the gradient of the first input."""
 
@@ -114,6 +145,11 @@ ROWS: dict[str, tuple[Callable[[str, str], Count], str]] = {
     "`scale_input`": (plain(1, "input"), ""),
     "`denoise`": (plain(2, "bcm"), "BCM 26, OpenAI CM 23"),
     "`renoise`": (renoise, "OpenAI CM 28"),
+    "`bdia_exact_step`, ratio 1": (exact_bdia(1, 1), ""),
+    "`bdia_exact_step`, ratio 9/10": (exact_bdia(9, 10), ""),
+    "`bdia_exact_step`, int32": (exact_bdia(1, 1, "int32"), ""),
+    "`fixed_point_encode`": (encode, ""),
+    "`fixed_point_decode`": (decode, ""),
     "`pseudo_huber`, forward and backward": (training(pseudo_huber), "18–20"),
     "`pseudo_huber`, elementwise": (training(pseudo_huber, kind="elementwise", c=0.1), "17–23"),
     "`consistency_loss`, forward and backward": (training(consistency), "ECT's whole loss 55"),

@@ -9,7 +9,8 @@ import bicm_emulator
 import numpy as np
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-STORAGE = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32, "float64": np.uint64}
+INTEGERS = {"int32": np.uint32, "int64": np.uint64}
+STORAGE = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32, "float64": np.uint64} | INTEGERS
 GUARD = 67  # elements after a tensor
 # Inputs end where their memory ends when the address sanitizer is there to see a read beyond it.
 INPUT_GUARD = 0 if bicm_emulator.SANITIZED else GUARD

@@ -58,6 +58,28 @@ def gradients(function: Callable[..., Tensor | Results], wanted: tuple[int, ...]
     return call
 
 
+def exact_steps(x: list[Tensor], gamma: tuple[object, int], guided: dict[str, Tensor]) -> Results:
+    """BDIA on integers there and back, the buffers on the way, and what was noted: half of the samples overflow."""
+    q_last, q = (bk.fixed_point_encode(y) for y in x[:2])
+    eps = (
+        (x[2], x[3])
+        if guided
+        else torch.where(levels(x[0], 0.0).reshape(-1, *[1] * (x[2].dim() - 1)) > 0.7, x[2], 1e12)
+    )
+    info, overflow = q >> 20, torch.zeros(len(q), dtype=torch.int64, device=q.device)
+    there, kept = bk.bdia_exact_step(q_last, q, eps, info, **BDIA, gamma=gamma, overflow=overflow, mark=3, **guided)
+    back, left = bk.bdia_exact_inverse_step(there, q, eps, kept, **BDIA, gamma=gamma, **guided)
+    return there, kept, back, left, overflow, bk.fixed_point_decode(there, dtype=x[0].dtype)
+
+
+def exact_int32(x: list[Tensor]) -> Results:
+    """A state in 32 bits, most of whose sums leave the range."""
+    q, overflow = bk.fixed_point_encode(x[0], fraction_bits=20, dtype=torch.int32), levels(x[0], 0.0).long() * 0
+    info, weights = torch.zeros(q.shape, dtype=torch.int64, device=q.device), [1e3, levels(x[0], 0.5)]
+    out, _ = bk.exact_affine_step(q, [q, x[2]], weights, info, fraction_bits=20, overflow=overflow)
+    return out, overflow
+
+
 #: The same bits everywhere.
 EXACT: dict[str, Call] = {
     "normal": lambda x: (bk.normal(x[0].shape, dtype=x[0].dtype, device=x[0].device, **KEY),),
@@ -84,6 +106,10 @@ EXACT: dict[str, Call] = {
     "renoise": lambda x: opened(
         bk.renoise(x[1], x[2], levels(x[0], 0.5), 0.1, levels(x[0], 0.0), next_sigma=0.7, **KEY)
     ),
+    "exact steps": lambda x: exact_steps(x, (9, 10), {}),
+    "exact steps, ratio 1": lambda x: exact_steps(x, (1, 1), {"guidance_scale": levels(x[0], 0.5)}),
+    "exact steps per sample": lambda x: exact_steps(x, (torch.arange(x[0].shape[0], device=x[0].device) + 1, 3), {}),
+    "exact int32": lambda x: exact_int32(x),
     "channels last": lambda x: opened(bk.bdia_step(*[y.transpose(-1, 1) for y in x[:3]], gamma=0.96, **BDIA)),
     "every second": lambda x: (bk.affine_step([y[..., ::2] for y in x[1:3]], [0.3, 0.4], noise_weight=1.0, **KEY),),
 }

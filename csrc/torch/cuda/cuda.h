@@ -22,6 +22,12 @@ struct Cuda {
   static void run(const Multistep& problem, const Tensor& first) {
     on_stream(first, [&](cudaStream_t stream) { return cuda::multistep(problem, stream); });
   }
+  static void run(const Reversible& problem, const Tensor& first) {
+    on_stream(first, [&](cudaStream_t stream) { return cuda::reversible(problem, stream); });
+  }
+  static void run(const FixedPointDecode& problem, const Tensor& first) {
+    on_stream(first, [&](cudaStream_t stream) { return cuda::fixed_point_decode(problem, stream); });
+  }
   static void run(const Noise& problem, const Tensor& out) {
     on_stream(out, [&](cudaStream_t stream) { return cuda::noise(problem, stream); });
   }

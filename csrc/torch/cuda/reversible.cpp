@@ -1,0 +1,5 @@
+#include "../reversible.h"
+
+#include "cuda.h"
+
+STABLE_TORCH_LIBRARY_IMPL(bicm_kernels, CUDA, library) { bicm::register_reversible<bicm::Cuda>(library); }
