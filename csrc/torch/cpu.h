@@ -26,7 +26,8 @@ struct Cpu {
     torch::stable::parallel_for(0, items, per_thread, [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
   }
 
-  static void run(const struct Multistep& problem, const Tensor&);
+  static void run(const struct Multistep& problem);
+  static void run(const struct Multistep& problem, const Tensor&) { run(problem); }
   static void run(const struct Noise& problem, const Tensor&);
   static void run(const struct NoisyPair& problem, const Tensor&);
   static void sums(struct PseudoHuber& problem, const Tensor& loss, const Tensor& sums);

@@ -1,0 +1,301 @@
+// The step ops called by Python itself, beside torch's dispatcher, whose way in and out takes longer than a small
+// kernel. They return None for whatever is not plain: CPU tensors of torch's own type, no derivative to record, nobody
+// who watches or transforms. The caller then goes the long way, which knows how to handle it, or what was wrong.
+#include "lane.h"
+
+#include <algorithm>
+#include <array>
+#include <string>
+
+#include "cpu.h"
+#include "preconditioning.h"
+#include "python.h"
+
+namespace bicm {
+namespace {
+
+// DLPack 1: what is asked for here of the table behind torch.Tensor.__dlpack_c_exchange_api__.
+struct ExchangedTensor {
+  void* data;
+  int32_t device_type, device_index, dims;
+  uint8_t kind, bits;
+  uint16_t lanes;
+  int64_t *sizes, *strides;
+  uint64_t byte_offset;
+};
+struct Exchange {
+  uint32_t major, minor;
+  void *older, *allocate, *from_python, *to_python;
+  int (*look_into)(void* object, ExchangedTensor* result);
+};
+constexpr int32_t kCpuDevice = 1;
+
+// In the order of DType.
+struct Kind {
+  uint8_t kind, bits;
+  const char* name;
+};
+constexpr Kind kKinds[] = {{2, 16, "torch.float16"}, {4, 16, "torch.bfloat16"}, {2, 32, "torch.float32"},
+                           {2, 64, "torch.float64"}, {0, 32, "torch.int32"},    {0, 64, "torch.int64"}};
+
+// Functions and objects of torch, looked up once.
+struct Torch {
+  PyObject *tensor, *empty_strided, *empty_like, *is_negated, *profiler, *forward_mode;
+  // Whoever answers with something true wants to see or to change every operation.
+  std::array<PyObject*, 4> watchers;
+  std::array<PyObject*, std::size(kKinds)> dtypes;
+  PyObject *requires_grad, *profiling, *level;
+  const Exchange* exchange;
+};
+Torch torch_;
+
+PyObject* find(const char* path) {
+  PyObject* found = nullptr;
+  const std::string names(path);
+  for (size_t begin = 0, end; begin <= names.size(); begin = end + 1) {
+    end = std::min(names.find('.', begin), names.size());
+    const std::string name = names.substr(begin, end - begin);
+    PyObject* next =
+        found == nullptr ? PyImport_ImportModule(name.c_str()) : PyObject_GetAttrString(found, name.c_str());
+    Py_XDECREF(found);
+    if (next == nullptr) return nullptr;
+    found = next;
+  }
+  return found;
+}
+
+bool nobody_watches() {
+  for (PyObject* watcher : torch_.watchers) {
+    PyObject* answer = PyObject_CallNoArgs(watcher);
+    const int yes = answer == nullptr ? -1 : PyObject_IsTrue(answer);
+    Py_XDECREF(answer);
+    if (yes != 0) return false;
+  }
+  PyObject* level = PyDict_GetItemWithError(torch_.forward_mode, torch_.level);
+  PyObject* profiling = PyDict_GetItemWithError(torch_.profiler, torch_.profiling);
+  return level != nullptr && PyLong_AsLong(level) < 0 && profiling == Py_False;
+}
+
+bool look_into(PyObject* object, View& view) {
+  ExchangedTensor found;
+  if (torch_.exchange->look_into(object, &found) != 0) return false;
+  if (found.device_type != kCpuDevice || found.data == nullptr) return false;
+  for (size_t i = 0; i < std::size(kKinds); ++i) {
+    if (kKinds[i].kind != found.kind || kKinds[i].bits != found.bits) continue;
+    view = {static_cast<char*>(found.data) + found.byte_offset,
+            found.sizes,
+            found.strides,
+            found.dims,
+            static_cast<DType>(i),
+            kHost};
+    return found.lanes == 1;
+  }
+  return false;
+}
+
+bool answers_false(PyObject* answer) {
+  Py_XDECREF(answer);
+  return answer == Py_False;
+}
+
+// Tensors that only look like ordinary memory: negated views, and those that autograd follows.
+bool plain(PyObject* object) {
+  if (!answers_false(PyObject_CallFunctionObjArgs(torch_.is_negated, object, nullptr))) return false;
+  return !aoti_torch_grad_mode_is_enabled() || answers_false(PyObject_GetAttr(object, torch_.requires_grad));
+}
+
+bool read(PyObject* from, Object& to) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(from)) != torch_.tensor || !look_into(from, to.view) || !plain(from)) {
+    return false;
+  }
+  Py_INCREF(from);
+  const View view = to.view;
+  to = Object(from);
+  to.view = view;
+  return true;
+}
+
+bool read(PyObject* from, bool& to) {
+  to = from == Py_True;
+  return PyBool_Check(from);
+}
+
+bool read(PyObject* from, double& to) {
+  if (!PyFloat_CheckExact(from)) return false;
+  to = PyFloat_AsDouble(from);
+  return true;
+}
+
+// Seeds above the signed range stand for the integer with the same bits.
+bool read(PyObject* from, int64_t& to) {
+  if (!PyLong_CheckExact(from)) return false;
+  int overflow;
+  to = PyLong_AsLongLongAndOverflow(from, &overflow);
+  if (overflow > 0) to = static_cast<int64_t>(PyLong_AsUnsignedLongLong(from));
+  return overflow >= 0 && PyErr_Occurred() == nullptr;
+}
+
+template <class T>
+bool read(PyObject* from, OrTensor<T>& to) {
+  return read(from, to.value) || read(from, to.tensor);
+}
+
+template <class T>
+bool read(PyObject* from, std::optional<T>& to) {
+  return from == Py_None || read(from, to.emplace());
+}
+
+bool read(PyObject* from, PythonArguments::Guidance& to) {
+  to.given = from != Py_None;
+  return !to.given || read(from, to.scale);
+}
+
+template <class Visit>
+bool each(PyObject* sequence, Visit visit) {
+  const bool list = PyList_Check(sequence);
+  if (!list && !PyTuple_Check(sequence)) return false;
+  const Py_ssize_t count = list ? PyList_Size(sequence) : PyTuple_Size(sequence);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (!visit(list ? PyList_GetItem(sequence, i) : PyTuple_GetItem(sequence, i), i == count - 1)) return false;
+  }
+  return true;
+}
+
+template <class T, size_t N>
+bool read(PyObject* from, Few<T, N>& to) {
+  return each(from, [&](PyObject* item, bool) {
+    T* place = to.add();
+    return place != nullptr && read(item, *place);
+  });
+}
+
+bool read(PyObject* from, Operands& to) {
+  return each(from, [&](PyObject* item, bool last) {
+    const bool pair = last && (PyTuple_Check(item) || PyList_Check(item));
+    if (pair) return to.paired = true, read(item, static_cast<Few<Object, kMaxTerms + 1>&>(to));
+    Object* place = to.add();
+    return place != nullptr && read(item, *place);
+  });
+}
+
+PyObject* returned(Object result) {
+  if (result.get() != nullptr) return result.release();
+  Py_RETURN_NONE;
+}
+
+template <class... Results>
+PyObject* returned(std::tuple<Results...> results) {
+  PyObject* tuple = PyTuple_New(sizeof...(Results));
+  Py_ssize_t i = 0;
+  if (tuple != nullptr) {
+    std::apply([&](auto&... result) { (PyTuple_SetItem(tuple, i++, returned(std::move(result))), ...); }, results);
+  }
+  return tuple;
+}
+
+// The CPU, called by Python: a long kernel lets other threads have the interpreter.
+struct Lane {
+  static void run(const Multistep& problem, const Object&) {
+    const int64_t elements = problem.layout.batch * problem.layout.elements;
+    const bool is_long = elements > (problem.draws ? Cpu::kNoiseGrain : Cpu::kGrain);
+    PyThreadState* const state = is_long ? PyEval_SaveThread() : nullptr;
+    Cpu::run(problem);
+    if (is_long) PyEval_RestoreThread(state);
+  }
+};
+
+template <class Result, class... Arguments>
+PyObject* call(Result (*op)(Arguments...), PyObject* const* given, Py_ssize_t count) {
+  std::tuple<Arguments...> arguments;
+  const auto read_all = [&](auto&... argument) { return (read(*given++, argument) && ...); };
+  try {
+    if (torch_.exchange != nullptr && count == sizeof...(Arguments) && nobody_watches() &&
+        std::apply(read_all, arguments)) {
+      return returned(std::apply(op, std::move(arguments)));
+    }
+  } catch (const std::exception&) {
+    // The long way finds the same and says it better.
+  }
+  PyErr_Clear();
+  Py_RETURN_NONE;
+}
+
+template <auto Op>
+PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return call(Op, arguments, count);
+}
+
+template <auto Op>
+PyMethodDef method(const char* name) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&entry<Op>)), METH_FASTCALL, nullptr};
+}
+
+}  // namespace
+
+Object like(const Object& first, const View& view) {
+  PyObject* made = nullptr;
+  if (contiguous(view)) {
+    PyObject* sizes = PyTuple_New(view.dim);
+    PyObject* strides = PyTuple_New(view.dim);
+    for (Py_ssize_t i = 0; i < view.dim; ++i) {
+      PyTuple_SetItem(sizes, i, PyLong_FromLongLong(view.sizes[i]));
+      PyTuple_SetItem(strides, i, PyLong_FromLongLong(view.strides[i]));
+    }
+    PyObject* const dtype = torch_.dtypes[static_cast<size_t>(view.dtype)];
+    made = PyObject_CallFunctionObjArgs(torch_.empty_strided, sizes, strides, dtype, nullptr);
+    Py_DECREF(sizes);
+    Py_DECREF(strides);
+  } else {
+    made = PyObject_CallFunctionObjArgs(torch_.empty_like, first.get(), nullptr);
+  }
+  Object result(made);
+  STD_TORCH_CHECK(made != nullptr && look_into(made, result.view), "bicm_kernels: no memory for the result");
+  return result;
+}
+
+PyMethodDef* lane_methods() {
+  using A = PythonArguments;
+  static PyMethodDef methods[] = {
+      method<&form_step<Lane, Form::affine, A>>("ddim_step"),
+      method<&form_step<Lane, Form::bdia, A>>("bdia_step"),
+      method<&form_step<Lane, Form::bdia_inverse, A>>("bdia_inverse_step"),
+      method<&affine_step<Lane, A>>("affine_step"),
+      method<&denoised_step<Lane, A>>("denoised_step"),
+      method<&scale_input<Lane, A>>("scale_input"),
+      method<&denoise<Lane, A>>("denoise"),
+      method<&renoise<Lane, A>>("renoise"),
+      {nullptr, nullptr, 0, nullptr},
+  };
+  return methods;
+}
+
+bool open_lane() {
+  const std::pair<PyObject**, const char*> needed[] = {
+      {&torch_.tensor, "torch.Tensor"},
+      {&torch_.empty_strided, "torch._C._dynamo.guards._empty_strided_cpu"},
+      {&torch_.empty_like, "torch.empty_like"},
+      {&torch_.is_negated, "torch.Tensor.is_neg"},
+      {&torch_.watchers[0], "torch._C._len_torch_dispatch_stack"},
+      {&torch_.watchers[1], "torch._C._len_torch_function_stack"},
+      {&torch_.watchers[2], "torch._C._functorch.peek_interpreter_stack"},
+      {&torch_.watchers[3], "torch._C._is_tracing"},
+      {&torch_.forward_mode, "torch.autograd.forward_ad.__dict__"},
+      {&torch_.profiler, "torch.autograd.profiler.__dict__"},
+  };
+  bool found = true;
+  for (const auto& [object, path] : needed) found = found && (*object = find(path)) != nullptr;
+  for (size_t i = 0; i < std::size(kKinds); ++i) found = found && (torch_.dtypes[i] = find(kKinds[i].name)) != nullptr;
+  torch_.requires_grad = PyUnicode_InternFromString("requires_grad");
+  torch_.profiling = PyUnicode_InternFromString("_is_profiler_enabled");
+  torch_.level = PyUnicode_InternFromString("_current_level");
+  PyObject* table = found ? find("torch.Tensor.__dlpack_c_exchange_api__") : nullptr;
+  if (table != nullptr) {
+    const void* address = PyCapsule_GetPointer(table, "dlpack_exchange_api");
+    const auto* exchange = static_cast<const Exchange*>(address);
+    if (exchange != nullptr && exchange->major == 1) torch_.exchange = exchange;
+  }
+  PyErr_Clear();
+  return torch_.exchange != nullptr;
+}
+
+}  // namespace bicm
