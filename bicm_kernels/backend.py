@@ -28,6 +28,9 @@ _choice = "auto"
 _running: dict[str, tuple[str, str]] = {}
 _registrations: list[torch.library.Library] = []
 
+#: Whether CPU tensors go to the native library: what calls ask first.
+native_cpu = False
+
 #: The native library's own functions for CPU tensors, which the step ops try first: beside the dispatcher, they return
 #: None for every call that is not plain. None where another implementation runs.
 lane: Any = None
@@ -134,7 +137,7 @@ def choose(name: str) -> None:
 
     Raises ValueError for another name, ImportError where that implementation cannot run on the CPU.
     """
-    global _choice, lane
+    global _choice, native_cpu, lane
     if name not in CHOICES:
         raise ValueError(f"the backend must be one of {', '.join(CHOICES)}, got {name!r}")
     _choice = name
@@ -142,9 +145,10 @@ def choose(name: str) -> None:
     for library in _registrations:
         library._destroy()
     _registrations.clear()
-    lane = None
+    native_cpu, lane = False, None
     # Triton belongs to GPUs: forcing it says nothing of CPU tensors, unless its kernels are interpreted.
     if name != "triton" or os.environ.get("TRITON_INTERPRET", "0") == "1":
+        native_cpu = running("cpu") in ("native", "triton")
         lane = _lane() if running("cpu") == "native" else None
 
 

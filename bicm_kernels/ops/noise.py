@@ -242,7 +242,6 @@ def add_noise(
     tracked = arguments.requires_grad(x, sigma, scale)
     if arguments.compiling():
         _check_add_noise(x, sigma, scale, seed, step, sample_id)
-    key: tuple[Any, ...] = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
     try:
         if arguments.needs_reference(x, tracked=arguments.requires_grad(sigma, scale)):
             _check_add_noise(x, sigma, scale, seed, step, sample_id)
@@ -252,7 +251,7 @@ def add_noise(
         if tracked:
             return _ops.add_noise.default(x, *numbers, *key)
         return _ops.affine_step.tensor([x], [numbers[1]], None, numbers[0], *key)
-    except (RuntimeError, TypeError, OverflowError, AttributeError) as error:
+    except (RuntimeError, TypeError, OverflowError, AttributeError, IndexError) as error:
         arguments.explain(error, lambda: _check_add_noise(x, sigma, scale, seed, step, sample_id))
 
 

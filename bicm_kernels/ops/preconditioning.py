@@ -293,5 +293,5 @@ def renoise(
             return _ops.renoise.default(x, F, *values, cm, *key)
         table = [arguments.coefficient(value) for value in values]
         return _ops.renoise.tensor(x, F, *table, cm, *arguments.key(*key, x))
-    except (RuntimeError, TypeError, AttributeError, OverflowError) as error:
+    except (RuntimeError, TypeError, AttributeError, OverflowError, IndexError) as error:
         arguments.explain(error, lambda: _check(states, numbers, key))
