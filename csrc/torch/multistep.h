@@ -56,6 +56,7 @@ class Step {
     inputs_ = used_;
   }
 
+  const Tensors& tensors() const { return tensors_; }
   const View& first() const { return storage_[0]; }
   int64_t batch() const { return first().sizes[0]; }
   Number number(const Tensor& value) {

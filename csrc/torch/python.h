@@ -100,7 +100,8 @@ inline Number given(PythonStep& step, const PythonArguments::Maybe& value) {
   return value.has_value() ? given(step, *value) : number_of(0.0);
 }
 inline Number given(PythonStep& step, const PythonArguments::Guidance& guidance) {
-  STD_TORCH_CHECK(guidance.given == step.m.guided, "bicm_kernels: guidance goes with a pair");
+  const bool paired = step.tensors().paired;
+  STD_TORCH_CHECK(guidance.given == paired && paired == step.m.guided, "bicm_kernels: guidance goes with a pair");
   return given(step, guidance.scale);
 }
 
