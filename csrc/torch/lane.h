@@ -5,9 +5,7 @@
 
 namespace bicm {
 
-// Looks up what the functions need of torch. Where it is not there, false: they return None for every call.
-bool open_lane();
-
-PyMethodDef* lane_methods();
+// Adds them to the module; leaves them out where torch lacks what they need. False: a Python error is set.
+bool add_lane(PyObject* module);
 
 }  // namespace bicm

@@ -39,8 +39,7 @@ static struct PyModuleDef module = {
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   PyObject* created = PyModule_Create(&module);
-  if (created == nullptr || !bicm::open_lane()) return created;
-  if (PyModule_AddFunctions(created, bicm::lane_methods()) == 0) return created;
+  if (created == nullptr || bicm::add_lane(created)) return created;
   Py_DECREF(created);
   return nullptr;
 }

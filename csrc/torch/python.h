@@ -11,11 +11,17 @@
 
 namespace bicm {
 
+// Looks up what is needed of torch; false where it is not there.
+bool open_torch();
+
+// Whether nobody traces, transforms, overrides or records operations.
+bool nobody_watches();
+
 // A reference to a Python tensor, and what a kernel needs to know of it.
 class Object {
  public:
   Object() = default;
-  explicit Object(PyObject* owned) : object_(owned) {}
+  explicit Object(PyObject* owned, const View& view = {}) : view(view), object_(owned) {}
   Object(const Object& other) : view(other.view), object_(other.object_) { Py_XINCREF(object_); }
   Object(Object&& other) noexcept : view(other.view), object_(std::exchange(other.object_, nullptr)) {}
   Object& operator=(Object other) noexcept {
@@ -39,6 +45,9 @@ inline View view_of(const Object& object, Kinds kinds = Kinds::floating) {
   STD_TORCH_CHECK(floating || kinds == Kinds::integers_too, "bicm_kernels: expected a tensor of another dtype");
   return object.view;
 }
+
+// False for what is not a CPU tensor of torch's own type, with memory of its values and no derivative to record.
+bool read(PyObject* from, Object& to);
 
 // An uninitialised tensor in the dtype and layout of another.
 Object like(const Object& first, const View& view);
