@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -12,17 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from ways import CONTEXTS, Bits, Counter, Op, Taken, agree, long_way, opened
 
 import bicm_kernels as bk
 from bicm_kernels import backend
-
-Bits = Callable[[Tensor, Tensor], None]
-Taken = list[tuple[str, bool]]
-Op = Callable[..., Any]
 
 BDIA = {"a": 1.013, "b": -0.21, "a_last": 0.971, "b_last": 0.13, "gamma": 0.9}
 KEY = {"seed": 2**64 - 5, "step": 2, "sample_id": 3}
@@ -55,56 +48,10 @@ OPS: dict[str, Op] = {
 }
 
 
-class Spy:
-    """The lane, and which calls it took."""
-
-    def __init__(self, taken: Taken) -> None:
-        self.lane, self.taken = backend.lane, taken
-
-    def __getattr__(self, name: str) -> Op:
-        def call(*args: Any) -> Any:
-            result = getattr(self.lane, name)(*args)
-            self.taken.append((name, result is not None))
-            return result
-
-        return call
-
-
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
-    calls: Taken = []
-    monkeypatch.setattr(backend, "lane", Spy(calls))
-    return calls
-
-
 @pytest.fixture
 def states() -> tuple[Tensor, Tensor]:
     x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
     return x, x.flip(0).sin()
-
-
-def long_way(op: Op, *args: Any) -> Any:
-    before, backend.lane = backend.lane, None
-    try:
-        return op(*args)
-    finally:
-        backend.lane = before
-
-
-def opened(results: Any) -> list[Any]:
-    return list(results) if isinstance(results, tuple) else [results]
-
-
-def agree(ours: Any, theirs: Any, same_bits: Bits) -> None:
-    for actual, expected in zip(opened(ours), opened(theirs), strict=True):
-        assert type(actual) is type(expected)
-        if expected is None:
-            continue
-        same_bits(actual, expected)
-        assert actual.stride() == expected.stride()
-        assert actual.is_inference() == expected.is_inference()
-        assert actual.requires_grad == expected.requires_grad
-        assert actual.untyped_storage().resizable()
 
 
 LAYOUTS: dict[str, Op] = {
@@ -136,27 +83,6 @@ def test_plain_calls_take_it(
 
 class Sub(Tensor):
     """A subclass that changes nothing."""
-
-
-class Counter(TorchDispatchMode):
-    """Counts the ops that the dispatcher sees."""
-
-    seen: list[str]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-class Functions(TorchFunctionMode):
-    """Passes every function on."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
 
 
 # What must go the long way because of a tensor: how a plain one becomes it.
@@ -206,15 +132,6 @@ def test_numbers_that_are_not_plain(number: Any, states: tuple[Tensor, Tensor], 
 
     same_bits(op(*states).detach(), long_way(op, *states).detach())
     assert taken == [("ddim_step", False)]
-
-
-CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "dispatch mode": Counter,
-    "function mode": Functions,
-    "default device": lambda: torch.device("cpu"),
-    "forward mode": forward_ad.dual_level,
-    "profiler": lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
-}
 
 
 @pytest.mark.parametrize("name", OPS)

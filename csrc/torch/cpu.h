@@ -32,8 +32,10 @@ struct Cpu {
   static void run(const struct NoisyPair& problem, const Tensor&);
   static void sums(struct PseudoHuber& problem, const Tensor& loss, const Tensor& sums);
   static void gradients(const struct PseudoHuber& problem, const Tensor&);
-  static void run(const struct Reversible& problem, const Tensor&);
-  static void run(const struct FixedPointDecode& problem, const Tensor&);
+  static void run(const struct Reversible& problem);
+  static void run(const struct Reversible& problem, const Tensor&) { run(problem); }
+  static void run(const struct FixedPointDecode& problem);
+  static void run(const struct FixedPointDecode& problem, const Tensor&) { run(problem); }
   static void fold_in(const Integer& seed, const Integer& data, const Tensor& out);
 };
 

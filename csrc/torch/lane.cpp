@@ -6,8 +6,24 @@
 #include "cpu.h"
 #include "preconditioning.h"
 #include "python.h"
+#include "reversible.h"
 
 namespace bicm {
+
+inline Number given(ExactStep& step, const PythonArguments::Coefficient& value) {
+  return value.is_tensor() ? step.number(value.tensor) : step.number(value.value);
+}
+inline void guide_by(ExactStep& step, const PythonArguments::Guidance& guidance) {
+  step.p.guidance_scale = given(step, guidance.scale);
+}
+inline Integer integer(ExactStep& step, const PythonArguments::Counter& value) {
+  return value.is_tensor() ? step.integer(value.tensor) : step.integer(value.value);
+}
+inline void ratio_of(ExactStep& step, const PythonArguments::Counter& n, const PythonArguments::Counter& m) {
+  step.p.n = integer(step, n);
+  step.p.m = integer(step, m);
+}
+
 namespace {
 
 bool read(PyObject* from, bool& to) {
@@ -98,15 +114,54 @@ class Released {
   PyThreadState* state_;
 };
 
+int64_t grain_of(const Multistep& problem) { return problem.draws ? Cpu::kNoiseGrain : Cpu::kGrain; }
+int64_t grain_of(const Reversible&) { return Cpu::kGrain; }
+int64_t grain_of(const FixedPointDecode&) { return Cpu::kGrain; }
+
 // The CPU, called by Python.
 struct Lane {
-  static void run(const Multistep& problem, const Object&) {
-    const int64_t elements = problem.layout.batch * problem.layout.elements;
+  template <class Problem>
+  static void run(const Problem& problem, const Object&) {
     std::optional<Released> released;
-    if (elements > (problem.draws ? Cpu::kNoiseGrain : Cpu::kGrain)) released.emplace();
+    if (problem.layout.batch * problem.layout.elements > grain_of(problem)) released.emplace();
     Cpu::run(problem);
   }
 };
+
+struct ExactArguments {
+  using Tensor = Object;
+  using Tensors = Few<Object, kMaxTerms + 2>;
+  using Coefficients = PythonArguments::Coefficients;
+  using Guidance = PythonArguments::Guidance;
+  using Ratio = PythonArguments::Counter;
+  static bool multiplies(const Ratio& n, const Ratio& m) {
+    const auto checked = [](const Ratio& part) { return part.is_tensor() ? int64_t{1} : part.value; };
+    const bool differ = ExactNumbers::multiplies(checked(n), checked(m));
+    return differ || n.is_tensor() || m.is_tensor();
+  }
+};
+
+// An exact step that notes overflows where it is asked to; the buffer it left, or nothing where it needs none.
+template <Increment I, bool Inverse>
+std::tuple<Object, Object> exact_step(Object last, Operands operands, Object info,
+                                      PythonArguments::Coefficients coefficients, PythonArguments::Guidance guidance,
+                                      Few<PythonArguments::Counter, 2> ratio, int64_t fraction_bits,
+                                      std::optional<Object> overflow, PythonArguments::Counter mark) {
+  ExactArguments::Tensors tensors = {last};
+  for (size_t i = 0; i < operands.size(); ++i) *tensors.add() = operands[i];
+  STD_TORCH_CHECK(ratio.size() == 2 && guidance.given == operands.paired, "bicm_kernels: a ratio has two parts");
+  ExactStep step(last, Kinds::integers_too);
+  prepare_exact<I, Inverse, ExactArguments>(step, tensors, info, coefficients, guidance, ratio[0], ratio[1],
+                                            fraction_bits);
+  STD_TORCH_CHECK(step.p.guided == operands.paired, "bicm_kernels: guidance goes with a pair");
+  Object out = like(last, step.first());
+  step.add(out, step.p.out);
+  Object info_out = step.p.multiplies ? like(info, info.view) : Object();
+  if (step.p.multiplies) step.add(info_out, step.p.info_out);
+  if (overflow.has_value()) step.overflow(*overflow, integer(step, mark));
+  step.run(Lane(), step.p, last);
+  return {out, info_out};
+}
 
 template <class Result, class... Arguments>
 PyObject* call(Result (*op)(Arguments...), PyObject* const* given, Py_ssize_t count) {
@@ -146,6 +201,11 @@ bool add_lane(PyObject* module) {
       method<&scale_input<Lane, A>>("scale_input"),
       method<&denoise<Lane, A>>("denoise"),
       method<&renoise<Lane, A>>("renoise"),
+      method<&exact_step<Increment::affine, false>>("exact_affine_step"),
+      method<&exact_step<Increment::affine, true>>("exact_affine_inverse_step"),
+      method<&exact_step<Increment::bdia, false>>("bdia_exact_step"),
+      method<&exact_step<Increment::bdia, true>>("bdia_exact_inverse_step"),
+      method<&fixed_point_decode<Lane, Object, DType>>("fixed_point_decode"),
       {nullptr, nullptr, 0, nullptr},
   };
   return !open_torch() || PyModule_AddFunctions(module, methods) == 0;

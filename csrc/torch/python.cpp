@@ -167,6 +167,20 @@ bool read(PyObject* from, Object& to) {
   return true;
 }
 
+bool read(PyObject* from, DType& to) {
+  for (size_t i = 0; i < torch_.dtypes.size(); ++i) {
+    if (torch_.dtypes[i] == from) return to = static_cast<DType>(i), true;
+  }
+  return false;
+}
+
+Object empty_in_layout_of(const Object& first, DType dtype) {
+  View view = first.view;
+  view.dtype = dtype;
+  STD_TORCH_CHECK(contiguous(view) && view.dim <= Allocation::kDims, "bicm_kernels: expected a contiguous tensor");
+  return like(first, view);
+}
+
 Object like(const Object& first, const View& view) {
   static Allocation& last = *new Allocation();  // never destroyed: the interpreter ends before static objects do
   const bool dense = contiguous(view) && view.dim <= Allocation::kDims;

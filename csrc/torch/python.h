@@ -49,8 +49,13 @@ inline View view_of(const Object& object, Kinds kinds = Kinds::floating) {
 // False for what is not a CPU tensor of torch's own type, with memory of its values and no derivative to record.
 bool read(PyObject* from, Object& to);
 
+bool read(PyObject* from, DType& to);
+
 // An uninitialised tensor in the dtype and layout of another.
 Object like(const Object& first, const View& view);
+
+// The same in another dtype; throws where the tensor is not contiguous.
+Object empty_in_layout_of(const Object& first, DType dtype);
 
 inline Object nothing_like(const Object&) { return Object(); }
 
