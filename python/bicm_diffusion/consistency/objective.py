@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from bicm_kernels import (
     denoise,
     fold_in,
     noisy_pair,
-    scale_input,
+    reference,
     uniform,
 )
 
@@ -99,13 +100,10 @@ def bct_loss(
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     low, high, partner = (level.to(device=x.device, dtype=dtype) for level in levels)
-    weight, trajectory_weight = (
-        (1 / gap.abs()).to(device=x.device, dtype=dtype)
-        for gap in (levels.high - levels.low, levels.low - levels.partner)
-    )
+    gap, leap = levels.high - levels.low, (levels.low - levels.partner).abs()
     frozen = {name: parameter.detach() for name, parameter in network.named_parameters()}
     end = torch.full_like(low, t_min)
-    dropout = int(fold_in(fold_in(seed, DROPOUT), step))
+    dropout = int(fold_in(_dropout_key(seed), step))
 
     def evaluate(scaled: Tensor, t: Tensor, u: Tensor, *, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         with _seeded(dropout, x.device):
@@ -121,7 +119,9 @@ def bct_loss(
         goal = denoise(x_low, evaluate(x_low, low, end), low, t_min, **scaled)
     options: dict[str, Any] = {"c": c, "sigma_min": t_min, **scaled}
     output = evaluate(x_high, high, end)
-    consistency = consistency_loss(x_high, output, high, None, goal, weight=weight, **options)
+    consistency = consistency_loss(
+        x_high, output, high, None, goal, weight=gap.reciprocal().to(x.device, dtype), **options
+    )
 
     if target == "direct":
         x_partner, _ = noisy_pair(x, partner, low, **noise, sigma_data=sigma_data)
@@ -129,7 +129,9 @@ def bct_loss(
             goal = denoise(x_partner, evaluate(x_partner, partner, end), partner, t_min, **scaled)
     moved, same = _Leap.apply(evaluate(x_low, low, partner), x_low, low, partner, sigma_data)
     output = evaluate(same, partner, end, parameters=frozen)
-    trajectory = consistency_loss(moved, output, partner, None, goal, weight=trajectory_weight, **options)
+    trajectory = consistency_loss(
+        moved, output, partner, None, goal, weight=leap.reciprocal().to(x.device, dtype), **options
+    )
     return BctLoss(consistency, trajectory)
 
 
@@ -138,11 +140,9 @@ class _Leap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, F: Tensor, x: Tensor, t: Tensor, u: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
-        one = torch.ones_like(t)[:, None]
-        zero, c_in = torch.zeros_like(one), scale_input(one, u, sigma_data=sigma_data)
-        pairs = (one, zero), (zero, one)
-        # c_in(u) c_skip and c_in(u) c_out.
-        weights = [(c_in * denoise(*pair, t, u, sigma_data=sigma_data, scaled=True))[:, 0] for pair in pairs]
+        data = t.new_tensor(sigma_data)
+        c_in = reference.c_in(u, data)
+        weights = [c_in * c for c in reference.c_skip_c_out(t, u, data, data, "bcm", scaled=True)]
         ctx.save_for_backward(weights[1])
         ctx.dtype = F.dtype
         moved = affine_step([x, F], weights)
@@ -153,6 +153,11 @@ class _Leap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         return affine_step(gradients, [weight, weight]).to(ctx.dtype), None, None, None, None
+
+
+@lru_cache
+def _dropout_key(seed: int) -> int:
+    return int(fold_in(seed, DROPOUT))
 
 
 @contextmanager
