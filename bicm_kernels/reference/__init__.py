@@ -21,7 +21,7 @@ from bicm_kernels.reference.noise import (
     uniform,
 )
 from bicm_kernels.reference.noisy_pair import noisy_pair
-from bicm_kernels.reference.preconditioning import c_in, c_skip_c_out, denoise, denoise_gradient, renoise, scale_input
+from bicm_kernels.reference.preconditioning import c_in, denoise, denoise_gradient, renoise, scale_input
 from bicm_kernels.reference.pseudo_huber import consistency_loss, pseudo_huber
 from bicm_kernels.reference.reversible import (
     bdia_exact_inverse_step,
@@ -40,7 +40,6 @@ __all__ = [
     "bdia_inverse_step",
     "bdia_step",
     "c_in",
-    "c_skip_c_out",
     "consistency_loss",
     "ddim_step",
     "denoise",

@@ -20,7 +20,7 @@ from bicm_kernels import (
     denoise,
     fold_in,
     noisy_pair,
-    reference,
+    scale_input,
     uniform,
 )
 
@@ -140,9 +140,11 @@ class _Leap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, F: Tensor, x: Tensor, t: Tensor, u: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
-        data = t.new_tensor(sigma_data)
-        c_in = reference.c_in(u, data)
-        weights = [c_in * c for c in reference.c_skip_c_out(t, u, data, data, "bcm", scaled=True)]
+        one, zero = torch.ones_like(t)[:, None], torch.zeros_like(t)[:, None]
+        c_in = scale_input(one, u, sigma_data=sigma_data)
+        pairs = (one, zero), (zero, one)
+        # c_in(u) c_skip and c_in(u) c_out.
+        weights = [(c_in * denoise(*pair, t, u, sigma_data=sigma_data, scaled=True))[:, 0] for pair in pairs]
         ctx.save_for_backward(weights[1])
         ctx.dtype = F.dtype
         moved = affine_step([x, F], weights)
