@@ -116,13 +116,15 @@ class LatentConsistencyModel(Accelerated):
         """Weights of sample and output in x0, c_skip and c_out, then of the denoised sample and of fresh noise."""
         here = int(tables.timesteps[index])
         below = int(tables.timesteps[min(index + 1, len(tables.timesteps) - 1)])
+        if here >= len(tables.levels):
+            return (math.nan,) * 6  # more timesteps than betas that were given: the original's error
         level = tables.levels[below] if below >= 0 else float(self.final_alpha_cumprod)
         scaled = here * self.config.timestep_scaling
         total = scaled**2 + LCM_SIGMA_DATA**2
         try:
             of_sample, of_output, *_ = reading(self.config.prediction_type, tables.levels[here])
         except (ZeroDivisionError, OverflowError):
-            return (math.nan,) * 6
+            return (math.nan,) * 6  # a level without signal: the original's infinities
         skip, out = LCM_SIGMA_DATA**2 / total, scaled / math.sqrt(total)
         return float(of_sample), float(of_output), skip, out, math.sqrt(level), math.sqrt(1.0 - level)
 

@@ -26,7 +26,7 @@ def log_ratio(level: Level) -> float:
     alpha, sigma = level
     if sigma == 0.0:
         return math.inf
-    return math.log(alpha) - math.log(sigma) if alpha > 0.0 else -math.inf
+    return math.log(alpha) - math.log(sigma) if alpha else -math.inf
 
 
 def solver_row(levels: list[Level], *, order: int, heun: bool, noisy: bool) -> Row:
@@ -185,6 +185,8 @@ class _Solver(Sigmas):
         else:
             out, x0, scaled = denoised_step(tensors, x0_weights, weights, x0_weight=0.0, next_scale=scale, **keyed)
             self._foresee(out, index + 1, scaled)
+        if self.config.prediction_type == "sample":
+            out, x0 = out.to(model_output.dtype), model_output
         self.model_outputs[:-1] = self.model_outputs[1:]
         self.model_outputs[-1] = x0
         self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
