@@ -111,6 +111,7 @@ class LatentConsistencyModel(Accelerated):
         rows = [self._row(tables, index) for index in range(len(tables.timesteps))]
         tables.rows = {i: None if any(map(math.isnan, row)) else row for i, row in enumerate(rows)}
         tables.traced["rows"] = torch.tensor(rows, dtype=torch.float64)
+        tables.holes["rows"] = [index for index, row in tables.rows.items() if row is None]
 
     def _row(self, tables: Tables, index: int) -> tuple[float, ...]:
         """Weights of sample and output in x0, c_skip and c_out, then of the denoised sample and of fresh noise."""
@@ -137,17 +138,18 @@ class LatentConsistencyModel(Accelerated):
         return_dict: bool = True,
     ) -> Any:
         tables = None if self.num_inference_steps is None else self._ready(model_output, sample)
-        row, index = None, 0
+        row: Any = None
+        index = 0
         if tables is not None:
             if self._step_index is None:
                 self._init_step_index(timestep)
             assert self._step_index is not None
             index = self._step_index
             # The original looks alpha-bar up by the timestep it is given, whichever step it is.
-            known = traced() or (index in tables.rows and self._host_value(timestep, tables) == tables.timesteps[index])
-            row = tables.rows[index] if known else None
-            if row is not None and traced():
-                row = tables.traced["rows"][index].to(sample.device).unbind()
+            if traced():
+                row = tables.row("rows", index, sample.device)
+            elif index in tables.rows and self._host_value(timestep, tables) == tables.timesteps[index]:
+                row = tables.rows[index]
         if row is None:
             return self._original.step(self, model_output, timestep, sample, generator, return_dict)
         x0_sample, x0_output, skip, out, kept, deviation = row

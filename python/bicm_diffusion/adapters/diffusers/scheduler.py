@@ -45,8 +45,18 @@ class Tables:
     address: int
     spacing: int
     rows: dict[Any, Row | None] = field(default_factory=dict)
-    #: The same rows or levels as float64 tensors, for graphs.
+    #: The same rows or levels as float64 tensors, for graphs, and at which steps the original has to run.
     traced: dict[Any, Tensor] = field(default_factory=dict)
+    holes: dict[Any, list[int]] = field(default_factory=dict)
+    #: How many steps, from the first, predict x0 as a small difference of large terms.
+    cancelling: int = 0
+
+    def row(self, name: Any, index: int, device: torch.device) -> Any:
+        """A step's weights for a graph, or None. A look-up among rows would bind the graph to the step."""
+        rows = self.traced[name]
+        if index >= len(rows) or any(index == hole for hole in self.holes.get(name, [])):
+            return None
+        return rows[index].to(device).unbind()
 
 
 class Accelerated:
