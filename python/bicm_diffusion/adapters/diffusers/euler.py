@@ -18,9 +18,8 @@ from bicm_diffusion.adapters.diffusers.scheduler import (
     Tables,
     traced,
 )
+from bicm_diffusion.adapters.k_diffusion import MOST_CHURN
 from bicm_kernels import add_noise, affine_step, denoised_step
-
-MOST_CHURN = math.sqrt(2.0) - 1.0
 
 
 def edm_denoiser(sigma: float, sigma_data: float, prediction: str) -> tuple[float, float]:
