@@ -160,10 +160,12 @@ class LatentConsistencyModel(Accelerated):
             )
             following = self._renoised(denoised, None, (1.0, 0.0), index, (kept, deviation), model_output, generator)
         else:
-            # The two terms may cancel: they share the rounding of the first weight.
             exact = out * x0_sample + skip
-            of_sample = exact if is_double(state) else single(exact)
-            weights = of_sample, out * x0_output * (of_sample / exact)
+            weights = exact, out * x0_output
+            if config.prediction_type != "sample" and not is_double(state):
+                # The two terms may cancel: they share the rounding of the first weight.
+                shared = single(exact)
+                weights = shared, out * x0_output * (shared / exact)
             following = self._renoised(state, model_output, weights, index, (kept, deviation), model_output, generator)
             denoised = following[1]
         self._step_index = index + 1

@@ -15,8 +15,8 @@ from bicm_kernels import denoised_step
 
 Level = tuple[float, float]  # alpha and sigma of a level
 
-#: Above this 1/alpha, predicting x0 from the noise loses more than a bit.
-MOST_SCALE = 2.0
+#: Below this alpha, predicting x0 from the noise loses more than a bit.
+LEAST_SIGNAL = 0.5
 
 ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++")
 
@@ -127,8 +127,8 @@ class _Solver(Sigmas):
             tables.holes[order] = [index for index in range(count) if tables.rows[order, index] is None]
         # The sample and its noise cancel in x0 where the signal is the smaller part.
         if self._cancels and self.config.prediction_type == "epsilon":
-            scales = [self._reading(sigma)[0] for sigma in tables.levels[:count]]
-            tables.cancelling = next((index for index, x in enumerate(scales) if x <= MOST_SCALE), count)
+            signals = [self._level(sigma)[0] for sigma in tables.levels[:count]]
+            tables.cancelling = next((index for index, alpha in enumerate(signals) if alpha >= LEAST_SIGNAL), count)
 
     def _order(self, count: int, index: int) -> int:
         config = self.config
