@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
+import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -394,6 +396,20 @@ def test_what_is_set_and_read_on_a_scheduler() -> None:
 )
 def test_the_ends_of_tables(cls: type[Any], config: dict[str, Any], start: int) -> None:
     agree(*both(cls, config, 4), start=start)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=label)
+def test_outputs_are_what_their_class_makes_of_them(cls: type[Any]) -> None:
+    _, ours = both(cls, {})
+    x = torch.ones(SHAPE)
+    t = ours.timesteps[0]
+    result = ours.step(ours.scale_model_input(x, t), t, x)
+    whole = type(result)(**{field.name: getattr(result, field.name) for field in dataclasses.fields(result)})
+    assert list(result.items()) == list(whole.items()) and vars(result) == vars(whole)
+    assert result.to_tuple() == whole.to_tuple() and result[0] is result["prev_sample"] is result.prev_sample
+    assert torch.equal(pickle.loads(pickle.dumps(result)).prev_sample, result.prev_sample)
+    result.prev_sample = x
+    assert result["prev_sample"] is x
 
 
 def test_a_loop_without_scaling_says_so() -> None:

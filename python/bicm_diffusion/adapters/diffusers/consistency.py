@@ -18,6 +18,7 @@ from bicm_diffusion.adapters.diffusers.scheduler import (
     Generators,
     Row,
     Tables,
+    as_output,
     as_state,
     is_double,
     single,
@@ -81,7 +82,7 @@ class ConsistencyModel(Sigmas):
         )
         self._foresee(out, index + 1, scaled)
         self._step_index = index + 1
-        return CMStochasticIterativeSchedulerOutput(prev_sample=out) if return_dict else (out,)
+        return as_output(CMStochasticIterativeSchedulerOutput, prev_sample=out) if return_dict else (out,)
 
 
 class LatentConsistencyModel(Accelerated):
@@ -170,7 +171,11 @@ class LatentConsistencyModel(Accelerated):
             denoised = following[1]
         self._step_index = index + 1
         previous = following[0]
-        return LCMSchedulerOutput(prev_sample=previous, denoised=denoised) if return_dict else (previous, denoised)
+        return (
+            as_output(LCMSchedulerOutput, prev_sample=previous, denoised=denoised)
+            if return_dict
+            else (previous, denoised)
+        )
 
     def _renoised(
         self,

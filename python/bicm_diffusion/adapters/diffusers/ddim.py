@@ -17,6 +17,7 @@ from bicm_diffusion.adapters.diffusers.scheduler import (
     Number,
     Row,
     Tables,
+    as_output,
     as_state,
     root,
     traced,
@@ -215,7 +216,7 @@ class Ddim(_Alphas):
             out, x0 = self._two(state, model_output, row, noise)
         else:
             out, x0 = self._two(state, model_output, row)
-        return DDIMSchedulerOutput(prev_sample=out, pred_original_sample=x0) if return_dict else (out, x0)
+        return as_output(DDIMSchedulerOutput, prev_sample=out, pred_original_sample=x0) if return_dict else (out, x0)
 
 
 class DdimInverse(_Alphas):
@@ -241,4 +242,8 @@ class DdimInverse(_Alphas):
         if row is None:
             return self._original.step(self, model_output, timestep, sample, return_dict)
         out, x0 = self._two(as_state(sample, model_output), model_output, row)
-        return DDIMInverseSchedulerOutput(prev_sample=out, pred_original_sample=x0) if return_dict else (out, x0)
+        return (
+            as_output(DDIMInverseSchedulerOutput, prev_sample=out, pred_original_sample=x0)
+            if return_dict
+            else (out, x0)
+        )

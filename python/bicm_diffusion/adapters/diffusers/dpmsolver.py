@@ -10,7 +10,15 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.euler import Sigmas, edm_denoiser
-from bicm_diffusion.adapters.diffusers.scheduler import Generators, Row, Tables, as_state, noise_removed, traced
+from bicm_diffusion.adapters.diffusers.scheduler import (
+    Generators,
+    Row,
+    Tables,
+    as_output,
+    as_state,
+    noise_removed,
+    traced,
+)
 from bicm_kernels import denoised_step
 
 Level = tuple[float, float]  # alpha and sigma of a level
@@ -192,7 +200,7 @@ class _Solver(Sigmas):
         self.model_outputs[-1] = x0
         self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
         self._step_index = index + 1
-        return SchedulerOutput(prev_sample=out) if return_dict else (out,)
+        return as_output(SchedulerOutput, prev_sample=out) if return_dict else (out,)
 
 
 class DpmSolver(_Solver):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import sqrt
@@ -229,6 +230,17 @@ def _restore(original: Any) -> Any:
 
     cls = accelerated_class(original)
     return object.__new__(cls)
+
+
+def as_output(cls: Any, **values: Tensor) -> Any:
+    """Make a scheduler's output without the dataclass's own steps, which take as long as a small kernel."""
+    if traced():
+        return cls(**values)
+    result = cls.__new__(cls)
+    result.__dict__.update(values)
+    for name, value in values.items():
+        OrderedDict.__setitem__(result, name, value)
+    return result
 
 
 def version_of(levels: Tensor) -> int:
