@@ -97,6 +97,7 @@ def test_integers_retrace_a_trajectory_to_the_bit(prediction: str, gamma: float)
     z = run(exact, x)
     torch.testing.assert_close(z, run(rounding, x), rtol=0, atol=1e-4 * z.abs().max().item())
     inner = exact.turn_round()
+    assert torch.equal(exact.turn_round(), inner)  # asking again changes nothing
     exact.set_timesteps(20)
     assert len(exact.timesteps) == 19 and torch.equal(run(exact, inner), x)
     # And once more the first way.

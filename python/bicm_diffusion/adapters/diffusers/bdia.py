@@ -124,10 +124,13 @@ class BDIADDIMScheduler(DDIMScheduler):
         """
         if self._at is not None and self._at < len(self._indices):
             raise ValueError(f"turn_round: expected the end of a loop, {len(self._indices) - self._at} steps are left")
-        if self._integers is not None:
+        if self._integers is None:
+            self._turned = True
+            return self.last_sample
+        if not self._turned:
             self._integers.turn_round()
         self._turned = True
-        return self.last_sample
+        return self._integers.seen
 
     def set_timesteps(
         self,
