@@ -1,10 +1,11 @@
-"""A sampling run for the tests of `bicm_diffusion.distributed`: python sharded_run.py DIRECTORY STEPS [DIES_AFTER]."""
+"""A run for the tests of `bicm_diffusion.distributed`: python sharded_run.py DIRECTORY STEPS FORMAT [DIES_AFTER]."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -14,10 +15,11 @@ from bicm_diffusion import ddim_sample, vp_schedule
 from bicm_diffusion.distributed import Shard, sample_shards
 from bicm_kernels import normal
 
+Format = Literal["safetensors", "png"]
 COUNT, BATCH, SEED = 22, 4, 7
 
 
-def run(directory: str, steps: int, dies_after: int | None = None) -> None:
+def run(directory: str, steps: int, save_as: Format = "safetensors", dies_after: int | None = None) -> None:
     torch.manual_seed(0)
     network = torch.nn.Linear(12, 12, dtype=torch.float32)  # a matrix product's bits depend on its batch
     schedule, made = vp_schedule(steps), 0
@@ -28,16 +30,23 @@ def run(directory: str, steps: int, dies_after: int | None = None) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         made += 1
         z = normal((shard.batch, 12), seed=SEED, sample_id=shard.first)
-        return ddim_sample(lambda z, times: torch.tanh(network(z)), z, schedule)
+        samples = ddim_sample(lambda z, times: torch.tanh(network(z)), z, schedule)
+        return samples if save_as == "safetensors" else samples.reshape(-1, 3, 2, 2)
 
+    settings = {"seed": SEED, "steps": steps}
     with torch.no_grad():
-        sample_shards(sample, COUNT, directory, batch=BATCH, settings={"seed": SEED, "steps": steps}, progress=False)
+        sample_shards(sample, COUNT, directory, batch=BATCH, settings=settings, save_as=save_as, progress=False)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if "WORLD_SIZE" in os.environ:
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate's launcher: its own state makes the process group
+        from accelerate import PartialState
+
+        PartialState(cpu=True)
+    elif "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
-    run(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else None)
+    directory, steps, written_as, *dies = sys.argv[1:]
+    run(directory, int(steps), cast(Format, written_as), int(dies[0]) if dies else None)
     if dist.is_initialized():
         dist.destroy_process_group()

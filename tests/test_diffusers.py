@@ -30,7 +30,6 @@ from bicm_diffusion.adapters.diffusers import accelerate_scheduler, accelerated_
 from bicm_diffusion.adapters.diffusers.scheduler import GENERATOR_NOISE, Accelerated
 from tests.diffusers_cases import (
     CASES,
-    CLASSES,
     DEFAULTS,
     STEPS,
     Case,
@@ -282,26 +281,6 @@ def test_a_step_reads_nothing_from_the_device(case: Case) -> None:
     assert mine.isfinite().all()
     with pytest.raises(AssertionError), NothingRead():
         trajectory(original, x)
-
-
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-def test_a_loop_compiles_without_a_graph_break(cls: type[Any]) -> None:
-    steps = 20 if cls is EulerDiscreteScheduler else 2
-    eager, compiled = (accelerate_scheduler(cls(), noise="keyed", seed=3) for _ in range(2))
-    eager.set_timesteps(steps)
-    compiled.set_timesteps(steps)
-    torch.compiler.reset()
-    x = start(eager, torch.float32, (2, 4, 8, 8))
-
-    def loop(z: torch.Tensor) -> torch.Tensor:
-        for t in compiled.timesteps:
-            z = compiled.step(torch.tanh(compiled.scale_model_input(z, t)), t, z).prev_sample
-        return z
-
-    y = x
-    for t in eager.timesteps:
-        y = eager.step(torch.tanh(eager.scale_model_input(y, t)), t, y).prev_sample
-    assert torch.equal(torch.compile(loop, fullgraph=True, backend="aot_eager")(x), y)
 
 
 def test_in_a_pipeline() -> None:

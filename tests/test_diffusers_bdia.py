@@ -87,6 +87,59 @@ def test_an_image_is_inverted_and_reconstructed() -> None:
     assert (again - image).abs().max() < 1e-9 < (latent - image).abs().max()
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("gamma", [1.0, 0.96, 0.5])
+def test_integers_retrace_a_trajectory_to_the_bit(prediction: str, gamma: float) -> None:
+    exact, rounding = (BDIADDIMScheduler(gamma=gamma, prediction_type=prediction, exact=e) for e in (True, False))
+    x = start(torch.float32).mul(256).round() / 256  # on the grid
+    for scheduler in (exact, rounding):
+        scheduler.set_timesteps(20)
+    z = run(exact, x)
+    torch.testing.assert_close(z, run(rounding, x), rtol=0, atol=1e-4 * z.abs().max().item())
+    inner = exact.turn_round()
+    assert torch.equal(exact.turn_round(), inner)  # asking again changes nothing
+    exact.set_timesteps(20)
+    assert len(exact.timesteps) == 19 and torch.equal(run(exact, inner), x)
+    # And once more the first way.
+    inner = exact.turn_round()
+    exact.set_timesteps(20)
+    assert torch.equal(run(exact, inner), z)
+
+
+def test_turning_round_with_floats_is_the_pair_s_retracing() -> None:
+    scheduler, other = BDIADDIMScheduler(gamma=0.9), BDIADDIMScheduler(gamma=0.9)
+    for s in (scheduler, other):
+        s.set_timesteps(8)
+    z, _ = run(scheduler, start()), run(other, start())
+    inner = scheduler.turn_round()
+    scheduler.set_timesteps(8)
+    other.set_timesteps(8, inverse=True, last_sample=z)
+    assert torch.equal(run(scheduler, inner), run(other, inner))
+
+
+def test_what_integers_cannot_follow_is_refused() -> None:
+    scheduler, x = BDIADDIMScheduler(exact=True), start(torch.float32)
+    scheduler.set_timesteps(4)
+    first, second = scheduler.timesteps[:2]
+    y = scheduler.step(model(x, first), first, x).prev_sample
+    with pytest.raises(ValueError, match="turn_round: expected the end of a loop, 3 steps are left"):
+        scheduler.turn_round()
+    with pytest.raises(ValueError, match="sample: with exact=True, expected the state that the last step"):
+        scheduler.step(y, second, y + 0.5)
+    with pytest.raises(ValueError, match="gamma: with exact=True, expected at least 1/1024"):
+        BDIADDIMScheduler(gamma=0.0, exact=True)
+    scheduler.set_timesteps(4)
+    run(scheduler, 1e9 * x)
+    with pytest.raises(OverflowError, match="sample 0 left the range of its integers"):
+        scheduler.turn_round()
+    scheduler.set_timesteps(4)
+    run(scheduler, x)
+    inner = scheduler.turn_round()
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="sample: with exact=True"):
+        run(scheduler, inner + 1.0)
+
+
 def test_a_loop_may_start_half_way() -> None:
     ends = []
     for announced in (True, False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -105,6 +106,14 @@ def test_churn_draws_from_the_noise_sampler_that_is_given(method: str, sampler: 
     assert torch.equal(first, sampler(denoiser, x, sigmas, disable=True, s_churn=4.0)) and not torch.equal(first, mine)
     quiet = sampler(denoiser, x, sigmas, disable=True, s_churn=4.0, s_tmin=90.0)
     assert torch.equal(quiet, sampler(denoiser, x, sigmas, disable=True))
+
+
+def test_signatures() -> None:
+    churn = ["s_churn", "s_tmin", "s_tmax", "s_noise", "noise_sampler"]
+    for sampler, more in ((sample_euler, churn), (sample_heun, churn), (sample_dpmpp_2m, [])):
+        names = ["model", "x", "sigmas", "extra_args", "callback", "disable", *more]
+        assert list(inspect.signature(sampler).parameters) == names
+    assert [f.__name__ for f in (sample_euler, sample_heun)] == ["sample_euler", "sample_heun"]
 
 
 def test_callback_and_extra_arguments() -> None:

@@ -23,20 +23,35 @@ Callback = Callable[[dict[str, Any]], object]
 MOST_CHURN = math.sqrt(2.0) - 1.0
 
 
-@torch.no_grad()
-def sample_euler(
-    model: Network,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: Mapping[str, Any] | None = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = float("inf"),
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | None = None,
-) -> Tensor:
+def _sampler(advance: Callable[[_Run, int, Tensor, float, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Make a sampler of its step, which takes the run, the step's number, state and level, and the denoised state."""
+
+    @torch.no_grad()
+    def sample(
+        model: Network,
+        x: Tensor,
+        sigmas: Tensor,
+        extra_args: Mapping[str, Any] | None = None,
+        callback: Callback | None = None,
+        disable: bool | None = None,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        noise_sampler: NoiseSampler | None = None,
+    ) -> Tensor:
+        run = _Run(model, x, sigmas, extra_args, callback, disable)
+        for i in run.steps():
+            x, level = run.churned(x, i, s_churn, s_tmin, s_tmax, s_noise, noise_sampler)
+            x = advance(run, i, x, level, run.denoised(x, i, level))
+        return x
+
+    sample.__name__, sample.__qualname__, sample.__doc__ = advance.__name__, advance.__qualname__, advance.__doc__
+    return sample
+
+
+@_sampler
+def sample_euler(run: _Run, i: int, x: Tensor, level: float, denoised: Tensor) -> Tensor:
     """Return a sample by Euler's method (EDM Alg. 2 without its second-order correction).
 
     x: (B, …), any floating dtype, at sigmas[0]; the result has its shape and dtype. s_churn, s_tmin, s_tmax, s_noise:
@@ -46,51 +61,28 @@ def sample_euler(
     >>> sample_euler(lambda x, sigma: 0 * x, torch.ones(1, 2), torch.tensor([2.0, 1.0, 0.0]), disable=True)
     tensor([[0., 0.]])
     """
-    run = _Run(model, x, sigmas, extra_args, callback, disable)
-    for i in run.steps():
-        x, level = run.churned(x, i, s_churn, s_tmin, s_tmax, s_noise, noise_sampler)
-        denoised = run.denoised(x, i, level)
-        ratio = run.levels[i + 1] / level
-        x = affine_step([x, denoised], [ratio, 1.0 - ratio])
-    return x
+    ratio = run.levels[i + 1] / level
+    return affine_step([x, denoised], [ratio, 1.0 - ratio])
 
 
-@torch.no_grad()
-def sample_heun(
-    model: Network,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: Mapping[str, Any] | None = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = float("inf"),
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | None = None,
-) -> Tensor:
+@_sampler
+def sample_heun(run: _Run, i: int, x: Tensor, level: float, denoised: Tensor) -> Tensor:
     """Return a sample by Heun's method (EDM Alg. 2); a step to sigma = 0 is Euler's. Arguments as for `sample_euler`.
 
     >>> sample_heun(lambda x, sigma: 0 * x, torch.ones(1, 2), torch.tensor([2.0, 1.0, 0.0]), disable=True)
     tensor([[0., 0.]])
     """
-    run = _Run(model, x, sigmas, extra_args, callback, disable)
-    for i in run.steps():
-        x, level = run.churned(x, i, s_churn, s_tmin, s_tmax, s_noise, noise_sampler)
-        below = run.levels[i + 1]
-        denoised = run.denoised(x, i, level)
-        ratio = below / level
-        predicted = affine_step([x, denoised], [ratio, 1.0 - ratio])
-        if below == 0.0:
-            x = predicted
-            continue
-        again = run.ask(predicted, below)
-        # x + (below - level)/2·((x - denoised)/level + (predicted - again)/below), gathered by tensor.
-        half = (below - level) / 2
-        x = affine_step(
-            [x, denoised, predicted, again], [1.0 + half / level, -half / level, half / below, -half / below]
-        )
-    return x
+    below = run.levels[i + 1]
+    ratio = below / level
+    predicted = affine_step([x, denoised], [ratio, 1.0 - ratio])
+    if below == 0.0:
+        return predicted
+    again = run.ask(predicted, below)
+    # x + (below - level)/2·((x - denoised)/level + (predicted - again)/below), gathered by tensor.
+    half = (below - level) / 2
+    return affine_step(
+        [x, denoised, predicted, again], [1.0 + half / level, -half / level, half / below, -half / below]
+    )
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bicm_diffusion.schedules.karras import power_grid
+
 T_MIN = 0.002
 T_MAX = 80.0
 P_MEAN = -1.1
@@ -29,10 +31,7 @@ def karras_levels(count: int, *, t_min: float = T_MIN, t_max: float = T_MAX, rho
         raise ValueError(f"t_min, t_max: expected 0 <= t_min < t_max, got {t_min} and {t_max}")
     if not 0.0 < rho < math.inf:
         raise ValueError(f"rho: expected a positive value, got {rho}")
-    low, high = t_min ** (1 / rho), t_max ** (1 / rho)
-    levels = (low + torch.arange(count, dtype=torch.float64) / (count - 1) * (high - low)) ** rho
-    levels[0], levels[-1] = t_min, t_max  # the powers round, and a sampler starts at t_max itself
-    return levels
+    return power_grid(count, t_min, t_max, rho)
 
 
 def discretization(step: int, steps: int, *, s0: int = 10, s1: int = 1280) -> int:

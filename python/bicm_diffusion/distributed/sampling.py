@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bicm_diffusion.distributed.store import Manifest, write_shard, written
+from bicm_diffusion.distributed.formats import FORMATS
+from bicm_diffusion.distributed.store import Manifest, clear_partial, write_shard, written
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def sample_shards(
     *,
     batch: int,
     settings: Mapping[str, Any],
+    save_as: Literal["safetensors", "png"] = "safetensors",
     progress: bool = True,
 ) -> None:
     """Make samples 0 … count - 1 with all processes of the group and write them to a directory that all of them see.
@@ -47,11 +49,13 @@ def sample_shards(
     sample(shard) returns samples (batch, …) that depend on nothing but the shard: draw noise with
     `normal(shape, seed=seed, sample_id=shard.first)`. batch: samples per call, the same on every process. settings:
     whatever else decides the samples (seed, steps, weights, torch and device type), as JSON; a run is continued only
-    where count, batch and settings are those that it began with. Runs under torchrun or accelerate once the default
-    process group is there (gloo, nccl or any other), and alone without one. Each batch is one safetensors file,
-    complete or absent; a restart repeats none and loses none. progress: a bar on rank 0 (needs tqdm).
-    Raises ValueError where count or batch is out of range, the directory holds another run, or a result has not
-    `batch` samples.
+    where count, batch, save_as and settings are those that it began with. Runs under torchrun or accelerate once the
+    default process group is there (gloo, nccl or any other), and alone without one. save_as: each batch is one
+    safetensors file, or with "png" one folder of images named by their ids (needs pillow), from samples
+    (batch, C, H, W) with C = 1, 3 or 4, uint8 or floats in [-1, 1]. Either is complete or absent; a
+    restart repeats none and loses none. progress: a bar on rank 0 (needs tqdm).
+    Raises ValueError where count, batch or save_as is out of range, the directory holds another run, a result has not
+    `batch` samples, or it cannot be written as images.
 
     >>> import tempfile
     >>> from bicm_diffusion.distributed import read_samples
@@ -63,16 +67,18 @@ def sample_shards(
     """
     if count < 1 or batch < 1:
         raise ValueError(f"count, batch: expected integers of at least 1, got {count} and {batch}")
+    if save_as not in FORMATS:
+        raise ValueError(f"save_as: expected one of {', '.join(map(repr, FORMATS))}, got {save_as!r}")
     directory = Path(directory)
     rank, world = (dist.get_rank(), dist.get_world_size()) if _grouped() else (0, 1)
-    missing = _agree(Manifest(count, batch, dict(settings)), directory, rank)
+    missing = _agree(Manifest(count, batch, dict(settings), save_as), directory, rank)
     mine = missing[rank::world]
     with _bar(len(missing), len(mine), batch, shown=progress and rank == 0) as tell:
         for shard in mine:
             samples = sample(shard)
             if len(samples) != shard.batch:
                 raise ValueError(f"sample: expected {shard.batch} samples, got {len(samples)}")
-            write_shard(directory, shard.first, samples[: shard.kept])
+            write_shard(directory, shard.first, samples[: shard.kept], save_as)
             tell()
     if _grouped():
         dist.barrier()
@@ -93,6 +99,7 @@ def _agree(manifest: Manifest, directory: Path, rank: int) -> list[Shard]:
     if rank == 0:
         try:
             manifest.claim(directory)
+            clear_partial(directory)
             done = written(directory)
             shards = shards_of(manifest.count, manifest.batch)
             decided = [[shard for shard in shards if (shard.first, shard.first + shard.kept) not in done]]

@@ -5,26 +5,29 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bicm_diffusion.distributed.formats import FORMATS
+
 MANIFEST = "manifest.json"
-_SHARD = re.compile(r"samples-(\d+)-(\d+)\.safetensors")
+_SHARD = re.compile(r"samples-(\d+)-(\d+)(?:\.safetensors)?")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What decides the samples: their number, the batch in which each is made, and the caller's settings."""
+    """What decides the samples: their number, the batch in which each is made, the files, the caller's settings."""
 
     count: int
     batch: int
     settings: Mapping[str, Any] = field(default_factory=dict)
+    save_as: str = "safetensors"
     version: int = 1
 
     def claim(self, directory: Path) -> None:
@@ -45,18 +48,25 @@ class Manifest:
             raise ValueError(f"{path} belongs to another run: {told}")
 
 
-def shard_path(directory: Path, first: int, stop: int) -> Path:
+def shard_path(directory: Path, first: int, stop: int, save_as: str) -> Path:
     """Where samples first … stop - 1 belong."""
-    return directory / f"samples-{first:08d}-{stop:08d}.safetensors"
+    return directory / f"samples-{first:08d}-{stop:08d}{FORMATS[save_as].suffix}"
 
 
-def write_shard(directory: Path, first: int, samples: Tensor) -> None:
-    """Write the samples from `first` on, whole or not at all: a reader never sees half a file."""
-    path = shard_path(directory, first, first + len(samples))
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({"samples": samples.contiguous().cpu()}, partial)
-    _sync(partial)
+def write_shard(directory: Path, first: int, samples: Tensor, save_as: str = "safetensors") -> None:
+    """Write the samples from `first` on, whole or not at all: a reader never sees half a file, or half a folder."""
+    path = shard_path(directory, first, first + len(samples), save_as)
+    partial = _partial(path)
+    FORMATS[save_as].write(partial, first, samples)
+    for written_file in [*partial.glob("*"), partial]:
+        _sync(written_file)
     partial.replace(path)
+
+
+def clear_partial(directory: Path) -> None:
+    """Remove what a killed run had begun to write."""
+    for path in directory.glob("samples-*.partial"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def written(directory: Path) -> set[tuple[int, int]]:
@@ -66,7 +76,7 @@ def written(directory: Path) -> set[tuple[int, int]]:
 
 
 def read_samples(directory: Path | str) -> Tensor:
-    """Return the samples of a finished run in order, (N, …).
+    """Return the samples of a finished run in order, (N, …); images as (N, C, H, W) uint8.
 
     Raises ValueError where some are missing, with the first of them.
 
@@ -75,12 +85,13 @@ def read_samples(directory: Path | str) -> Tensor:
     FileNotFoundError: ...
     """
     directory = Path(directory)
-    count = json.loads((directory / MANIFEST).read_text())["count"]
+    manifest = Manifest(**json.loads((directory / MANIFEST).read_text()))
+    count, save_as = manifest.count, manifest.save_as
     parts, reached = [], 0
     for first, stop in sorted(written(directory)):
         if first != reached:
             break
-        parts.append(load_file(shard_path(directory, first, stop))["samples"])
+        parts.append(FORMATS[save_as].read(shard_path(directory, first, stop, save_as)))
         reached = stop
     if reached != count:
         raise ValueError(f"{directory}: sample {reached} of {count} has not been written")
@@ -88,10 +99,14 @@ def read_samples(directory: Path | str) -> Tensor:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = _partial(path)
     partial.write_text(text)
     _sync(partial)
     partial.replace(path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_suffix(f".{os.getpid()}.partial")
 
 
 def _sync(path: Path) -> None:

@@ -1,14 +1,11 @@
 """Sampling and inversion with a bidirectional consistency model: a few leaps along the trajectory.
 
 Every function here turns its schedule into a list of leaps and follows it: one evaluation and one fused op a leap.
-The shared arguments:
 
 model: called as `model(c_in(t)·x, t, u, **extra_args)` with t and u (B,), float64 for a float64 state and
     float32 otherwise; returns F (B, …), and the state becomes c_skip·x + c_out·F (BCM eq. 20).
 x: (B, …), any floating dtype, at the schedule's first level; the result has its shape and dtype.
-seed, sample_id: key of the fresh noise, apart from that of `bicm_kernels.normal` with the same seed.
-callback: called with a `LeapInfo` after every evaluation.
-progress: True shows a progress bar (needs tqdm).
+options: see `LeapOptions`.
 """
 
 from __future__ import annotations
@@ -17,13 +14,16 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
 
 from bicm_diffusion.consistency.schedules import ConsistencySchedule
 from bicm_kernels import add_noise, denoise, fold_in, renoise, scale_input
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 ConsistencyModel: TypeAlias = Callable[..., Tensor]
 # The purposes of fresh noise: each has a key of its own, so that none repeats the noise that sampling starts from.
@@ -51,17 +51,28 @@ class LeapInfo:
 Callback: TypeAlias = Callable[[LeapInfo], object]
 
 
+class LeapOptions(TypedDict, total=False):
+    """The keyword arguments that every function here takes.
+
+    seed, sample_id: key of the fresh noise, apart from that of `bicm_kernels.normal` with the same seed; 0 by default.
+    extra_args: keyword arguments of the model.
+    callback: called with a `LeapInfo` after every evaluation.
+    progress: True shows a progress bar (needs tqdm).
+    """
+
+    seed: int
+    sample_id: int | Tensor
+    extra_args: Mapping[str, Any] | None
+    callback: Callback | None
+    progress: bool
+
+
 @torch.no_grad()
 def consistency_sample(
     model: ConsistencyModel,
     x: Tensor,
     schedule: ConsistencySchedule,
-    *,
-    seed: int = 0,
-    sample_id: int | Tensor = 0,
-    extra_args: Mapping[str, Any] | None = None,
-    callback: Callback | None = None,
-    progress: bool = False,
+    **options: Unpack[LeapOptions],
 ) -> Tensor:
     """Return samples at t_min: down through the levels (BCM Alg. 2), then the zigzags, if any (Alg. 3 and 4).
 
@@ -77,8 +88,7 @@ def consistency_sample(
     for noise, level in schedule.zigzags:
         leaps[-1] = leaps[-1]._replace(noise=noise, level=noise)
         leaps += [Leap(noise, level, 0.0, level), Leap(level, schedule.t_min, 0.0, schedule.t_min)]
-    key = (fold_in(seed, SAMPLING), sample_id)
-    return _follow(model, x, leaps, schedule, key, extra_args, callback, progress)
+    return _follow(model, x, leaps, schedule, SAMPLING, **options)
 
 
 @torch.no_grad()
@@ -86,12 +96,7 @@ def multistep_sample(
     model: ConsistencyModel,
     x: Tensor,
     schedule: ConsistencySchedule,
-    *,
-    seed: int = 0,
-    sample_id: int | Tensor = 0,
-    extra_args: Mapping[str, Any] | None = None,
-    callback: Callback | None = None,
-    progress: bool = False,
+    **options: Unpack[LeapOptions],
 ) -> Tensor:
     """Return samples at t_min by CM's multistep sampling: x_τ = f(x, t, t_min) + √(τ² - t_min²)·n, level by level.
 
@@ -109,8 +114,7 @@ def multistep_sample(
         Leap(level, end, math.sqrt(following**2 - end**2), following) for level, following in pairwise(schedule.levels)
     ]
     leaps.append(Leap(schedule.levels[-1], end, 0.0, end))
-    key = (fold_in(seed, SAMPLING), sample_id)
-    return _follow(model, x, leaps, schedule, key, extra_args, callback, progress)
+    return _follow(model, x, leaps, schedule, SAMPLING, **options)
 
 
 @torch.no_grad()
@@ -118,12 +122,7 @@ def consistency_invert(
     model: ConsistencyModel,
     x: Tensor,
     schedule: ConsistencySchedule,
-    *,
-    seed: int = 0,
-    sample_id: int | Tensor = 0,
-    extra_args: Mapping[str, Any] | None = None,
-    callback: Callback | None = None,
-    progress: bool = False,
+    **options: Unpack[LeapOptions],
 ) -> Tensor:
     """Return clean samples x taken up to the schedule's first level, its levels in reverse (BCM Alg. 5).
 
@@ -139,9 +138,9 @@ def consistency_invert(
     if schedule.zigzags or len(levels) < 2:
         raise ValueError(f"schedule: inversion needs at least two levels and no zigzags, got {schedule}")
     leaps = [Leap(low, high, 0.0, high) for low, high in pairwise(levels)]
-    key = (fold_in(seed, INVERSION), sample_id)
-    x = add_noise(x, levels[0], seed=key[0], sample_id=sample_id)
-    return _follow(model, x, leaps, schedule, key, extra_args, callback, progress)
+    seed = fold_in(options.get("seed", 0), INVERSION)
+    x = add_noise(x, levels[0], seed=seed, sample_id=options.get("sample_id", 0))
+    return _follow(model, x, leaps, schedule, INVERSION, **options)
 
 
 def _follow(
@@ -149,13 +148,16 @@ def _follow(
     x: Tensor,
     leaps: Sequence[Leap],
     schedule: ConsistencySchedule,
-    key: tuple[int | Tensor, int | Tensor],
-    extra_args: Mapping[str, Any] | None,
-    callback: Callback | None,
-    progress: bool,
+    purpose: int,
+    *,
+    seed: int = 0,
+    sample_id: int | Tensor = 0,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
 ) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    seed, sample_id = key
+    key = fold_in(seed, purpose)
     scaled = scale_input(x, leaps[0].start, sigma_data=schedule.sigma_data)
     for step, leap in enumerate(_shown(leaps, progress)):
         t, u = (torch.full(x.shape[:1], level, dtype=dtype, device=x.device) for level in leap[:2])
@@ -171,7 +173,7 @@ def _follow(
                 leap.stop,
                 leap.noise,
                 next_sigma=leap.level,
-                seed=seed,
+                seed=key,
                 step=step,
                 sample_id=sample_id,
                 sigma_data=schedule.sigma_data,

@@ -8,6 +8,18 @@ from torch import Tensor
 from bicm_diffusion.schedules.schedule import Schedule, check_steps
 
 
+def power_grid(count: int, low: float, high: float, rho: float) -> Tensor:
+    """Return `count` levels (count,) float64 from low to high, uniform in their power 1/rho; both ends are exact.
+
+    >>> power_grid(3, 0.0, 1.0, 2.0)
+    tensor([0.0000, 0.2500, 1.0000], dtype=torch.float64)
+    """
+    first, last = low ** (1 / rho), high ** (1 / rho)
+    levels = (first + torch.arange(count, dtype=torch.float64) / (count - 1) * (last - first)) ** rho
+    levels[0], levels[-1] = low, high  # the powers round, and a sampler starts at the highest itself
+    return levels
+
+
 def karras_sigmas(steps: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     """Return EDM's grid of noise levels (steps,), float64, ascending from sigma_min to sigma_max.
 
@@ -23,10 +35,7 @@ def karras_sigmas(steps: int, *, sigma_min: float = 0.002, sigma_max: float = 80
         raise ValueError(f"sigma_min, sigma_max: expected 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
     if not rho > 0.0:
         raise ValueError(f"rho: expected a value above 0, got {rho}")
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    sigmas = torch.linspace(low, high, steps, dtype=torch.float64) ** rho
-    sigmas[0], sigmas[-1] = sigma_min, sigma_max
-    return sigmas
+    return power_grid(steps, sigma_min, sigma_max, rho)
 
 
 def karras_schedule(

@@ -13,17 +13,20 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.ddim import PREDICTIONS, reading
-from bicm_diffusion.adapters.diffusers.scheduler import as_state
+from bicm_diffusion.adapters.diffusers.integers import Integers
+from bicm_diffusion.adapters.diffusers.scheduler import as_output, as_state
+from bicm_diffusion.rational import MAX_DENOMINATOR, nearest
 from bicm_kernels import denoised_step
 
 
 class BDIADDIMScheduler(DDIMScheduler):
     """BDIA-DDIM (BDIA eq. 24) and its inversion (eq. 28), wherever diffusers takes a DDIMScheduler.
 
-    gamma in [0, 1]: 1 is time-symmetric, 0 is DDIM; inversion needs gamma > 0. The other arguments are DDIMScheduler's;
-    predicted samples are never clipped, since a clipped step has no inverse. `step` keeps the state that it was given,
-    `last_sample`: a trajectory is retraced from `(sample, last_sample)` by `set_timesteps(..., last_sample=...)` in the
-    other direction.
+    gamma in [0, 1]: 1 is time-symmetric, 0 is DDIM; inversion needs gamma > 0. exact: the states are integers, gamma is
+    the nearest fraction with a denominator up to 1024, and a trajectory that is retraced returns every bit, given a
+    network that returns the same bits twice. The other arguments are DDIMScheduler's; predicted samples are never
+    clipped, since a clipped step has no inverse. `step` keeps the state that it was given, `last_sample`: a trajectory
+    is retraced after `turn_round()`, or from any `(sample, last_sample)` by `set_timesteps(..., last_sample=...)`.
     Raises ValueError for a gamma or a prediction type out of range.
 
     >>> scheduler = BDIADDIMScheduler(gamma=0.96)
@@ -32,8 +35,15 @@ class BDIADDIMScheduler(DDIMScheduler):
     [750, 500, 250, 0]
     """
 
+    # The path under which saved pipelines name it.
+    __module__ = "bicm_diffusion.adapters.diffusers"
+
     #: The state at the index before the one that the last step reached; with it a trajectory can be retraced.
     last_sample: Tensor | None = None
+    #: The state that the last step reached.
+    _reached: Tensor | None = None
+    _integers: Integers | None = None
+    _turned = False
     _begin_index: int | None = None
     _at: int | None = None
     _inverse = False
@@ -55,9 +65,13 @@ class BDIADDIMScheduler(DDIMScheduler):
         prediction_type: str = "epsilon",
         timestep_spacing: str = "leading",
         gamma: float = 1.0,
+        exact: bool = False,
     ) -> None:
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma: expected a value in [0, 1], got {gamma}")
+        self._ratio = nearest(gamma) if exact else None
+        if self._ratio is not None and not self._ratio[0]:
+            raise ValueError(f"gamma: with exact=True, expected at least 1/{MAX_DENOMINATOR}, got {gamma}")
         if prediction_type not in PREDICTIONS:
             raise ValueError(f"prediction_type: expected one of {', '.join(PREDICTIONS)}, got {prediction_type!r}")
         super().__init__(
@@ -90,20 +104,52 @@ class BDIADDIMScheduler(DDIMScheduler):
         """Set the step that the next loop starts at."""
         self._begin_index = begin_index
 
+    def turn_round(self) -> Tensor | None:
+        """Let the next `set_timesteps` lead the other way, as pipelines call it; return what its loop starts from.
+
+        After a loop that is the state before the last one, (B, …), from which the trajectory is retraced in N - 1
+        steps. Before any loop it is None: the next one leads from data to noise.
+        Raises ValueError in the middle of a loop, OverflowError where integer states left their range.
+
+        >>> scheduler, image = BDIADDIMScheduler(exact=True), torch.full((1, 2), 0.25)
+        >>> def loop(x):
+        ...     scheduler.set_timesteps(4)
+        ...     for t in scheduler.timesteps:
+        ...         x = scheduler.step(torch.tanh(x), t, x).prev_sample
+        ...     return x
+        >>> scheduler.turn_round()
+        >>> noise = loop(image)
+        >>> torch.equal(loop(scheduler.turn_round()), image)
+        True
+        """
+        if self._at is not None and self._at < len(self._indices):
+            raise ValueError(f"turn_round: expected the end of a loop, {len(self._indices) - self._at} steps are left")
+        if self._integers is None:
+            self._turned = True
+            return self.last_sample
+        if not self._turned:
+            self._integers.turn_round()
+        self._turned = True
+        return self._integers.seen
+
     def set_timesteps(
         self,
         num_inference_steps: int,
         device: str | torch.device | None = None,
         *,
-        inverse: bool = False,
+        inverse: bool | None = None,
         last_sample: Tensor | None = None,
     ) -> None:
         """Set the timesteps of N steps from noise to data, or with inverse of N steps from data to noise.
 
         last_sample: the other state of a pair, to retrace its trajectory: `timesteps` then holds the N - 1 evaluations
-        that are left, the first of them at the pair's inner state.
+        that are left, the first of them at the pair's inner state. Neither is needed after `turn_round`.
         Raises ValueError where inverse meets gamma = 0.
         """
+        turned = self._turned and inverse is None and last_sample is None
+        if turned:
+            inverse, last_sample = not self._inverse, self._reached
+        self._turned, self._integers = False, self._integers if turned else None
         if inverse and self.config.gamma == 0.0:
             raise ValueError("inverse: expected gamma > 0 in the configuration, got 0")
         super().set_timesteps(num_inference_steps, device)  # type: ignore[misc, unused-ignore]
@@ -111,8 +157,8 @@ class BDIADDIMScheduler(DDIMScheduler):
         count = len(self._times)
         # Index N is the noisiest level and 0 the data, as in the paper.
         alphas = [self.final_alpha_cumprod.item(), *(self.alphas_cumprod[t].item() for t in reversed(self._times))]
-        self._levels, self._inverse = alphas, inverse
-        self._begin_index, self._at, self.last_sample = None, None, last_sample
+        self._levels, self._inverse = alphas, bool(inverse)
+        self._begin_index, self._at, self.last_sample, self._reached = None, None, last_sample, None
         if inverse:
             self._indices = [*range(1 if last_sample is not None else 0, count)]
         else:
@@ -145,22 +191,31 @@ class BDIADDIMScheduler(DDIMScheduler):
         if self._at is None:
             self._at = self._first(timestep)
         i = self._indices[self._at]
-        last = self.last_sample
-        of_last, of_sample, of_eps = self._weights(i, last is not None)
         x0_sample, x0_output, eps_sample, eps_output = (
             float(x) for x in reading(self.config.prediction_type, self._levels[max(i, 1)])
         )
+        last = self.last_sample
+        of_last, of_sample, of_eps = self._weights(i, last is not None)
+        weights = [of_sample + of_eps * eps_sample, of_eps * eps_output, of_last]
         state = as_state(sample, model_output)
-        tensors = [state, model_output] if last is None else [state, model_output, last]
-        out, x0, _ = denoised_step(
-            tensors,
-            [x0_sample, x0_output, 0.0][: len(tensors)],
-            [of_sample + of_eps * eps_sample, of_eps * eps_output, of_last][: len(tensors)],
-            x0_weight=0.0,
-        )
-        self.last_sample = sample
+        if self._ratio is not None:
+            if self._integers is None:
+                self._integers = Integers(state, last, self._ratio)
+            out, x0 = self._integers.step(
+                state,
+                model_output,
+                weights[:2],
+                x0_weights=[x0_sample, x0_output],
+                inverse=self._inverse,
+                mark=i + self._inverse,
+            )
+        else:
+            tensors = [state, model_output] if last is None else [state, model_output, last]
+            count = len(tensors)
+            out, x0, _ = denoised_step(tensors, [x0_sample, x0_output, 0.0][:count], weights[:count], x0_weight=0.0)
+        self.last_sample, self._reached = sample, out
         self._at += 1
-        return DDIMSchedulerOutput(prev_sample=out, pred_original_sample=x0) if return_dict else (out, x0)
+        return as_output(DDIMSchedulerOutput, prev_sample=out, pred_original_sample=x0) if return_dict else (out, x0)
 
     def _first(self, timestep: Any) -> int:
         if self._begin_index is not None:
@@ -171,12 +226,15 @@ class BDIADDIMScheduler(DDIMScheduler):
         return self._times.index(value)
 
     def _weights(self, i: int, paired: bool) -> tuple[float, float, float]:
-        """Weights of the last state, of the current one at index i and of its predicted noise."""
-        gamma = self.config.gamma
+        """Weights of the last state, of the current one at index i and of its predicted noise.
+
+        With integers, both directions add or subtract the same increment: its weights are the way down's.
+        """
         if not paired:
             return 0.0, *self._transfer(i, i + 1 if self._inverse else i - 1)
+        gamma = self.config.gamma if self._ratio is None else self._ratio[0] / self._ratio[1]
         (down, down_eps), (up, up_eps) = self._transfer(i, i - 1), self._transfer(i, i + 1)
-        if self._inverse:
+        if self._inverse and self._ratio is None:
             return 1.0 / gamma, up - down / gamma, up_eps - down_eps / gamma
         return gamma, down - gamma * up, down_eps - gamma * up_eps
 

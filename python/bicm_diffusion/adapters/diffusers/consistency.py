@@ -18,6 +18,7 @@ from bicm_diffusion.adapters.diffusers.scheduler import (
     Generators,
     Row,
     Tables,
+    as_output,
     as_state,
     is_double,
     single,
@@ -81,7 +82,7 @@ class ConsistencyModel(Sigmas):
         )
         self._foresee(out, index + 1, scaled)
         self._step_index = index + 1
-        return CMStochasticIterativeSchedulerOutput(prev_sample=out) if return_dict else (out,)
+        return as_output(CMStochasticIterativeSchedulerOutput, prev_sample=out) if return_dict else (out,)
 
 
 class LatentConsistencyModel(Accelerated):
@@ -111,18 +112,21 @@ class LatentConsistencyModel(Accelerated):
         rows = [self._row(tables, index) for index in range(len(tables.timesteps))]
         tables.rows = {i: None if any(map(math.isnan, row)) else row for i, row in enumerate(rows)}
         tables.traced["rows"] = torch.tensor(rows, dtype=torch.float64)
+        tables.holes["rows"] = [index for index, row in tables.rows.items() if row is None]
 
     def _row(self, tables: Tables, index: int) -> tuple[float, ...]:
         """Weights of sample and output in x0, c_skip and c_out, then of the denoised sample and of fresh noise."""
         here = int(tables.timesteps[index])
         below = int(tables.timesteps[min(index + 1, len(tables.timesteps) - 1)])
+        if here >= len(tables.levels):
+            return (math.nan,) * 6  # more timesteps than betas that were given: the original's error
         level = tables.levels[below] if below >= 0 else float(self.final_alpha_cumprod)
         scaled = here * self.config.timestep_scaling
         total = scaled**2 + LCM_SIGMA_DATA**2
         try:
             of_sample, of_output, *_ = reading(self.config.prediction_type, tables.levels[here])
         except (ZeroDivisionError, OverflowError):
-            return (math.nan,) * 6
+            return (math.nan,) * 6  # a level without signal: the original's infinities
         skip, out = LCM_SIGMA_DATA**2 / total, scaled / math.sqrt(total)
         return float(of_sample), float(of_output), skip, out, math.sqrt(level), math.sqrt(1.0 - level)
 
@@ -135,17 +139,18 @@ class LatentConsistencyModel(Accelerated):
         return_dict: bool = True,
     ) -> Any:
         tables = None if self.num_inference_steps is None else self._ready(model_output, sample)
-        row, index = None, 0
+        row: Any = None
+        index = 0
         if tables is not None:
             if self._step_index is None:
                 self._init_step_index(timestep)
             assert self._step_index is not None
             index = self._step_index
             # The original looks alpha-bar up by the timestep it is given, whichever step it is.
-            known = traced() or (index in tables.rows and self._host_value(timestep, tables) == tables.timesteps[index])
-            row = tables.rows[index] if known else None
-            if row is not None and traced():
-                row = tables.traced["rows"][index].to(sample.device).unbind()
+            if traced():
+                row = tables.row("rows", index, sample.device)
+            elif index in tables.rows and self._host_value(timestep, tables) == tables.timesteps[index]:
+                row = tables.rows[index]
         if row is None:
             return self._original.step(self, model_output, timestep, sample, generator, return_dict)
         x0_sample, x0_output, skip, out, kept, deviation = row
@@ -156,15 +161,21 @@ class LatentConsistencyModel(Accelerated):
             )
             following = self._renoised(denoised, None, (1.0, 0.0), index, (kept, deviation), model_output, generator)
         else:
-            # The two terms may cancel: they share the rounding of the first weight.
             exact = out * x0_sample + skip
-            of_sample = exact if is_double(state) else single(exact)
-            weights = of_sample, out * x0_output * (of_sample / exact)
+            weights = exact, out * x0_output
+            if config.prediction_type != "sample" and not is_double(state):
+                # The two terms may cancel: they share the rounding of the first weight.
+                shared = single(exact)
+                weights = shared, out * x0_output * (shared / exact)
             following = self._renoised(state, model_output, weights, index, (kept, deviation), model_output, generator)
             denoised = following[1]
         self._step_index = index + 1
         previous = following[0]
-        return LCMSchedulerOutput(prev_sample=previous, denoised=denoised) if return_dict else (previous, denoised)
+        return (
+            as_output(LCMSchedulerOutput, prev_sample=previous, denoised=denoised)
+            if return_dict
+            else (previous, denoised)
+        )
 
     def _renoised(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from operator import is_not
 from typing import Any
 
@@ -16,6 +17,7 @@ from bicm_diffusion.adapters.diffusers.scheduler import (
     Number,
     Row,
     Tables,
+    as_output,
     as_state,
     root,
     traced,
@@ -28,6 +30,8 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 #: Below this alpha-bar, the sample and the noise in it cancel to less than half when x0 is predicted.
 CANCELS = 0.25
+#: Below this one, the weights that undo the cancelling leave float32's range.
+LEAST = 1e-30
 
 
 def reading(prediction: str, a: Number) -> tuple[Number, Number, Number, Number]:
@@ -112,9 +116,9 @@ class _Alphas(Accelerated):
             both = torch.stack([timestep, other]).to(levels.device).clamp(min=-1) % len(levels)
             here, there = levels.index_select(0, both).unbind()
             return here, there
-        if max(timestep, other) >= len(tables.levels) - 1:
+        if not isinstance(timestep, int | Integral) or max(timestep, other) >= len(tables.levels) - 1:
             return None
-        return tables.levels[max(timestep, -1)], tables.levels[max(other, -1)]
+        return tables.levels[max(int(timestep), -1)], tables.levels[max(int(other), -1)]
 
     def _row(self, tables: Tables, levels: tuple[Number, Number], eta: float, rederives: bool) -> Any:
         config = self.config
@@ -128,7 +132,10 @@ class _Alphas(Accelerated):
         except (ZeroDivisionError, ValueError, OverflowError):
             row = None  # a level without signal or without noise: the original's infinities
         if not traced():
-            if row is not None and not (config.prediction_type == "epsilon" and levels[0] < CANCELS):
+            predicts_noise = config.prediction_type == "epsilon"
+            if predicts_noise and levels[0] < LEAST:
+                row = None
+            elif row is not None and not (predicts_noise and levels[0] < CANCELS):
                 row = row[:6]
             tables.rows[key] = row
             return row
@@ -162,7 +169,8 @@ class _Alphas(Accelerated):
             weights.append(0.0)
             keyed["guidance_scale"] = row[7]
         out, x0, _ = denoised_step(tensors, x0_weights, weights, x0_weight=of_x0, clip=self._clip(), **keyed)
-        return out, x0
+        # What the model predicts is x0 itself: it keeps its dtype.
+        return out, x0.to(output.dtype) if self.config.prediction_type == "sample" else x0
 
 
 class Ddim(_Alphas):
@@ -183,7 +191,7 @@ class Ddim(_Alphas):
         tables = None if steps is None else self._ready(model_output, sample)
         row, at = None, timestep
         if tables is not None and steps and not (variance_noise is not None and generator is not None and eta > 0):
-            at = timestep if traced() else int(self._host_value(timestep, tables))  # type: ignore[assignment]
+            at = timestep if traced() else self._host_value(timestep, tables)  # type: ignore[assignment]
             levels = self._levels_at(at, at - self.config.num_train_timesteps // steps, tables, sample)
             if levels is not None and (traced() or at >= 0):
                 row = self._row(tables, levels, eta, use_clipped_model_output)
@@ -208,18 +216,24 @@ class Ddim(_Alphas):
             out, x0 = self._two(state, model_output, row, noise)
         else:
             out, x0 = self._two(state, model_output, row)
-        return DDIMSchedulerOutput(prev_sample=out, pred_original_sample=x0) if return_dict else (out, x0)
+        return as_output(DDIMSchedulerOutput, prev_sample=out, pred_original_sample=x0) if return_dict else (out, x0)
 
 
 class DdimInverse(_Alphas):
+    initial_alpha_cumprod: Tensor
     _beyond = "initial_alpha_cumprod"
+
+    def _uncovered(self) -> str | None:
+        if self.config.prediction_type == "sample" and float(self.initial_alpha_cumprod) == 1.0:
+            return "prediction_type='sample' from a level without noise"  # infinite from the first step on
+        return super()._uncovered()
 
     def step(self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True) -> Any:
         steps = self.num_inference_steps
         tables = None if steps is None else self._ready(model_output, sample)
         row = None
         if tables is not None and steps:
-            there = timestep if traced() else int(self._host_value(timestep, tables))
+            there = timestep if traced() else self._host_value(timestep, tables)
             # The state stands at the level below, whose alpha-bar the first step takes from beyond the schedule.
             here = there - self.config.num_train_timesteps // steps
             levels = self._levels_at(here, there, tables, sample)
@@ -228,4 +242,8 @@ class DdimInverse(_Alphas):
         if row is None:
             return self._original.step(self, model_output, timestep, sample, return_dict)
         out, x0 = self._two(as_state(sample, model_output), model_output, row)
-        return DDIMInverseSchedulerOutput(prev_sample=out, pred_original_sample=x0) if return_dict else (out, x0)
+        return (
+            as_output(DDIMInverseSchedulerOutput, prev_sample=out, pred_original_sample=x0)
+            if return_dict
+            else (out, x0)
+        )

@@ -10,13 +10,21 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.euler import Sigmas, edm_denoiser
-from bicm_diffusion.adapters.diffusers.scheduler import Generators, Row, Tables, as_state, noise_removed, traced
+from bicm_diffusion.adapters.diffusers.scheduler import (
+    Generators,
+    Row,
+    Tables,
+    as_output,
+    as_state,
+    noise_removed,
+    traced,
+)
 from bicm_kernels import denoised_step
 
 Level = tuple[float, float]  # alpha and sigma of a level
 
-#: Above this 1/alpha, predicting x0 from the noise loses more than a bit.
-MOST_SCALE = 2.0
+#: Below this alpha, predicting x0 from the noise loses more than a bit.
+LEAST_SIGNAL = 0.5
 
 ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++")
 
@@ -26,7 +34,7 @@ def log_ratio(level: Level) -> float:
     alpha, sigma = level
     if sigma == 0.0:
         return math.inf
-    return math.log(alpha) - math.log(sigma) if alpha > 0.0 else -math.inf
+    return math.log(alpha) - math.log(sigma) if alpha else -math.inf
 
 
 def solver_row(levels: list[Level], *, order: int, heun: bool, noisy: bool) -> Row:
@@ -124,6 +132,11 @@ class _Solver(Sigmas):
                 tables.rows[order, index] = row if all(map(math.isfinite, row)) else None
                 rows.append(row)
             tables.traced[order] = torch.tensor(rows, dtype=torch.float64)
+            tables.holes[order] = [index for index in range(count) if tables.rows[order, index] is None]
+        # The sample and its noise cancel in x0 where the signal is the smaller part.
+        if self._cancels and self.config.prediction_type == "epsilon":
+            signals = [self._level(sigma)[0] for sigma in tables.levels[:count]]
+            tables.cancelling = next((index for index, alpha in enumerate(signals) if alpha >= LEAST_SIGNAL), count)
 
     def _order(self, count: int, index: int) -> int:
         config = self.config
@@ -154,14 +167,10 @@ class _Solver(Sigmas):
         index = self._step_index
         assert index is not None
         order = self._order(len(tables.timesteps), index)
-        row: Any = tables.rows.get((order, index))
+        row: Any = tables.row(order, index, sample.device) if traced() else tables.rows.get((order, index))
         history = self.model_outputs[:-order:-1] if order > 1 else []
         if row is None or any(x is None or x.shape != sample.shape for x in history):
             return None
-        # The sample and its noise cancel in x0 where the signal is the smaller part.
-        cancels = self._cancels and self.config.prediction_type == "epsilon" and row[0] > MOST_SCALE
-        if traced():
-            row = tables.traced[order][index].to(sample.device).unbind()
         x0_sample, x0_output, of_sample, of_output, before, earlier, deviation = row
         state = as_state(sample, model_output)
         tensors: list[Any] = [state, model_output, *history]
@@ -180,16 +189,18 @@ class _Solver(Sigmas):
         x0_weights = [x0_sample, x0_output, *[0.0] * (len(tensors) - 2)]
         ahead = self._scales and index + 1 < len(tables.timesteps) and self._may_foresee(sample)
         scale = self._scale(tables.levels[index + 1]) if ahead and state.dtype.itemsize > 2 else None
-        if cancels and not keyed:
+        if index < tables.cancelling and not keyed:
             out, x0 = noise_removed(tensors, x0_sample, x0_output / x0_sample, weights)
         else:
             out, x0, scaled = denoised_step(tensors, x0_weights, weights, x0_weight=0.0, next_scale=scale, **keyed)
             self._foresee(out, index + 1, scaled)
+        if self.config.prediction_type == "sample":
+            out, x0 = out.to(model_output.dtype), model_output
         self.model_outputs[:-1] = self.model_outputs[1:]
         self.model_outputs[-1] = x0
         self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
         self._step_index = index + 1
-        return SchedulerOutput(prev_sample=out) if return_dict else (out,)
+        return as_output(SchedulerOutput, prev_sample=out) if return_dict else (out,)
 
 
 class DpmSolver(_Solver):

@@ -16,11 +16,11 @@ from bicm_diffusion.adapters.diffusers.scheduler import (
     Number,
     Row,
     Tables,
+    as_output,
     traced,
 )
+from bicm_diffusion.adapters.k_diffusion import MOST_CHURN
 from bicm_kernels import add_noise, affine_step, denoised_step
-
-MOST_CHURN = math.sqrt(2.0) - 1.0
 
 
 def edm_denoiser(sigma: float, sigma_data: float, prediction: str) -> tuple[float, float]:
@@ -135,7 +135,7 @@ class _EulerSteps(Sigmas):
         self._foresee(out, index + 1, scaled)
         self._step_index = index + 1
         x0 = self._given(model_output, x0)
-        return self._output(prev_sample=out, pred_original_sample=x0) if return_dict else (out, x0)
+        return as_output(self._output, prev_sample=out, pred_original_sample=x0) if return_dict else (out, x0)
 
     def _lift(self, tables: Tables, index: int, churn: float, low: float, high: float) -> float:
         if not low <= tables.levels[index] <= high:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import sqrt
@@ -45,8 +46,18 @@ class Tables:
     address: int
     spacing: int
     rows: dict[Any, Row | None] = field(default_factory=dict)
-    #: The same rows or levels as float64 tensors, for graphs.
+    #: The same rows or levels as float64 tensors, for graphs, and at which steps the original has to run.
     traced: dict[Any, Tensor] = field(default_factory=dict)
+    holes: dict[Any, list[int]] = field(default_factory=dict)
+    #: How many steps, from the first, predict x0 as a small difference of large terms.
+    cancelling: int = 0
+
+    def row(self, name: Any, index: int, device: torch.device) -> Any:
+        """A step's weights for a graph, or None. A look-up among rows would bind the graph to the step."""
+        rows = self.traced[name]
+        if index >= len(rows) or any(index == hole for hole in self.holes.get(name, [])):
+            return None
+        return rows[index].to(device).unbind()
 
 
 class Accelerated:
@@ -219,6 +230,17 @@ def _restore(original: Any) -> Any:
 
     cls = accelerated_class(original)
     return object.__new__(cls)
+
+
+def as_output(cls: Any, **values: Tensor) -> Any:
+    """Make a scheduler's output without the dataclass's own steps, which take as long as a small kernel."""
+    if traced():
+        return cls(**values)
+    result = cls.__new__(cls)
+    result.__dict__.update(values)
+    for name, value in values.items():
+        OrderedDict.__setitem__(result, name, value)
+    return result
 
 
 def version_of(levels: Tensor) -> int:

@@ -1,0 +1,74 @@
+"""The integer states of one BDIA trajectory: what a scheduler keeps beside the floats that its caller sees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bicm_diffusion.adapters.diffusers.scheduler import version_of
+from bicm_diffusion.samplers.exact import ExactPair
+from bicm_kernels import (
+    affine_step,
+    exact_affine_inverse_step,
+    exact_affine_step,
+    fixed_point_decode,
+    fixed_point_encode,
+)
+
+
+class Integers:
+    """Two neighbouring states on a grid of 2^-32, and the buffer that keeps what a factor n/m drops."""
+
+    def __init__(self, sample: Tensor, last: Tensor | None, ratio: tuple[int, int]) -> None:
+        self.ratio, self.dtype = ratio, sample.dtype
+        self.overflow = sample.new_zeros(sample.shape[:1], dtype=torch.int64)
+        self.q = self._encoded(sample)
+        self.last_q = None if last is None else self._encoded(last)
+        self.info = torch.zeros_like(self.q)
+        self.seen, self.version = sample, version_of(sample)
+
+    def step(
+        self,
+        sample: Tensor,
+        output: Tensor,
+        weights: list[float],
+        *,
+        x0_weights: list[float],
+        inverse: bool,
+        mark: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the next state and x0, as floats; the first step of a trajectory has no state before it."""
+        self._check(sample)
+        last, forwards = self.last_q, self.last_q is None or not inverse
+        op = exact_affine_step if forwards else exact_affine_inverse_step
+        following, self.info = op(
+            torch.zeros_like(self.q) if last is None else last,
+            [self.q, output],
+            weights,
+            self.info,
+            ratio=(1, 1) if last is None else self.ratio,
+            overflow=self.overflow,
+            mark=mark,
+        )
+        x0 = affine_step([sample, output], x0_weights)
+        self.last_q, self.q = self.q, following
+        self.seen = fixed_point_decode(following, dtype=self.dtype)
+        self.version = version_of(self.seen)
+        return self.seen, x0
+
+    def turn_round(self) -> None:
+        """Change the two states' places: the trajectory is then retraced."""
+        assert self.last_q is not None
+        ExactPair(self.q, self.last_q, self.info, self.overflow, 1.0, 1.0, self.dtype).check()
+        self.q, self.last_q = self.last_q, self.q
+        self.seen, self.version = fixed_point_decode(self.q, dtype=self.dtype), -1
+
+    def _encoded(self, x: Tensor) -> Tensor:
+        return fixed_point_encode(x, overflow=self.overflow)
+
+    def _check(self, sample: Tensor) -> None:
+        """The caller's floats must be what these integers stand for."""
+        same = sample is self.seen and version_of(sample) == self.version
+        # Pipelines copy what a loop starts from: the first state is compared by its values.
+        if not same and not (self.version < 0 and sample.dtype == self.dtype and torch.equal(sample, self.seen)):
+            raise ValueError("sample: with exact=True, expected the state that the last step or turn_round returned")
