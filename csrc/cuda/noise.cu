@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, 2) noisy_pair_kernel(const __grid_co
   for (int64_t sample = blockIdx.y; sample < p.layout.batch; sample += gridDim.y) {
     const SampleKey key = sample_key(p.key, sample);
     const C low = load_number<C>(p.sigma_low, sample), high = load_number<C>(p.sigma_high, sample);
-    const bool generated = p.mask != nullptr && p.mask[sample * p.mask_stride];
+    const bool generated = p.mask != nullptr && number_at<bool>(p.mask, sample * p.mask_stride);
     for (int64_t begin = first_group() * G; begin < p.layout.elements; begin += group_stride() * G) {
       const typename Memory::Place place = Memory::at(p.layout, sample, begin, aligned);
       const typename Memory::Raw raw =

@@ -103,12 +103,24 @@ def test_equal_tensors(dtype: str, kind: str) -> None:
 def test_special_values() -> None:
     for dtype, specials in (
         ("float64", (np.nan, np.inf, -np.inf, 1e150)),
-        ("float32", (np.nan, np.inf, -np.inf, 1e18)),
+        ("float32", (np.nan, np.inf, -np.inf, 1e38)),
     ):
         for special in specials:
             problem = pseudo_huber((2, 300), dtype, dtype, reduction="none")
             problem.prediction.bits.view(dtype)[0, 17] = special
             check_value(problem)
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e-17, 1e17, 1e25, 1e35])
+@pytest.mark.parametrize("make", MAKERS)
+def test_squares_beyond_float32(make: str, scale: float) -> None:
+    """Residuals whose squares overflow or underflow, some of them beside others of size 1."""
+    for size in (7, 3000, CHUNK + 5):
+        for mixed in (False, True):
+            problem = MAKERS[make]((2, size), c=0.0, reduction="none")
+            for x in problem.inputs:
+                x.bits.view("float32")[:, :: 3 if mixed else 1] *= np.float32(scale)
+            check(problem)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,6 +151,18 @@ def test_the_grid_and_the_batch_do_not_matter(device: bicm_emulator.Device, make
     for b in (0, 4):
         inputs = [Tensor.of(x.values[b : b + 1], x.dtype) for x in problem.inputs]
         assert Loss(*inputs).run("cuda")[1] == sums[b : b + 1]
+
+
+def test_only_a_sum_out_of_range_is_taken_again() -> None:
+    traffic, read = bicm_emulator.traffic, []
+    for scale in (1.0, 1e-14, 1e18, 1e20, 1e-20, 0.0):
+        problem = pseudo_huber((1, 3000), reduction="none")
+        for x in problem.inputs:
+            x.bits.view("float32")[...] *= np.float32(scale)
+        traffic.read = 0
+        problem.run("cuda")
+        read.append(traffic.read)
+    assert read == [24_000] * 3 + [48_000] * 3
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
