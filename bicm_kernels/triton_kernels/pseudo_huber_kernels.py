@@ -136,7 +136,6 @@ def sums(
     # Squares of float32 overflow above 1.8e19 and lose digits below 1e-19. Where the sum shows that they may have, they
     # are taken again of residuals times 2^96 or 2^-96: exact, and in float32 like everything that elements need.
     scale = tl.full((), 1.0, COMPUTE)
-    unscale = tl.full((), 1.0, tl.float64)
     total = tl.zeros((1,), tl.float64)
     rounds = 1
     while rounds > 0:
@@ -159,12 +158,11 @@ def sums(
         rounds -= 1
         if not ELEMENTWISE and COMPUTE.primitive_bitwidth == 32:
             found = tl.sum(total, axis=0)
-            if (scale == 1.0) & (trusted(found) == 0):
-                small = found < 1.0
-                scale = tl.where(small, 7.922816251426434e28, 1.262177448353619e-29)
-                unscale = tl.where(small, 1.5930919111324523e-58, 6.277101735386681e57).to(tl.float64)
+            if scale != 1.0:
+                total *= tl.where(scale > 1.0, 1.5930919111324523e-58, 6.277101735386681e57)  # 2^-192, 2^192
+            elif trusted(found) == 0:
+                scale = tl.where(found < 1.0, 7.922816251426434e28, 1.262177448353619e-29)
                 rounds += 1
-    total *= unscale
     if finished is None:
         tl.store(totals + item + tl.arange(0, 1), total)
         row = sample.reshape(1)
