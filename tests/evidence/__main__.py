@@ -22,6 +22,7 @@ def main() -> None:
     else:
         print("no CUDA library was built: its table stays as it is", file=sys.stderr)
     write("triton", triton_resources.of_triton())
+    write("compilers", f"Compilers: {resources.compiler()}; {triton_resources.compiler()}.\n")
 
 
 if __name__ == "__main__":

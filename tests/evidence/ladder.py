@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "build" / "results"
 FAMILIES = ("noise", "multistep", "preconditioning", "pseudo_huber", "reversible")
 #: Files that many families share.
-SHARED = ("tests/test_tracing.py", "tests/test_errors.py")
+SHARED = tuple(f"tests/test_{name}.py" for name in ("tracing", "derivatives", "errors", "schemas"))
 COMPILED = ("tests/test_triton_compile.py", "tests/test_cuda_code.py")
 
 

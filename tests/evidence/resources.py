@@ -90,10 +90,21 @@ def accesses(disassembly: str) -> dict[str, set[int]]:
     return found
 
 
+def usage_of_library() -> dict[str, Usage]:
+    return reported(output(str(tool("cuobjdump")), "--dump-resource-usage", LIBRARY))
+
+
+def compiler() -> str:
+    """Which nvcc is here."""
+    release = re.search(r"release [\d.]+, V([\d.]+)", output("nvcc", "--version")) if shutil.which("nvcc") else None
+    return f"nvcc {release[1]}" if release else "no nvcc"
+
+
 def of_cuda() -> str:
     """Every kernel of the CUDA library that was built."""
-    usage = reported(output(str(tool("cuobjdump")), "--dump-resource-usage", LIBRARY))
+    usage = usage_of_library()
     architectures = sorted({x for u in usage.values() for x in u.registers}, key=lambda x: int(x[3:]))
+    assert len(architectures) > 1, "the library was built for one architecture alone"
     widths = accesses(output(str(tool("cuobjdump")), "-sass", "-arch", architectures[0], LIBRARY))
     rows = [
         [
@@ -107,4 +118,4 @@ def of_cuda() -> str:
         for kernel, u in sorted(usage.items())
     ]
     header = ["kernel, memory", "variants", *(f"registers on {x}" for x in architectures)]
-    return table([*header, "bytes of stack and spills", "shared memory", "widest access, bits"], rows)
+    return table([*header, "stack and spills, bytes", "shared memory, bytes", "widest access, bits"], rows)

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton
 from triton.backends.compiler import GPUTarget
 
 from bicm_kernels.triton_kernels import operands
@@ -64,6 +65,10 @@ def used(call: str, target: str) -> tuple[int, int]:
 def widest(call: str) -> int:
     """Bits of the widest access."""
     return 8 * max(size for _, size in accesses(compiled(*CALLS[call][:2]).asm["ptx"]))
+
+
+def compiler() -> str:
+    return f"Triton {triton.__version__}"
 
 
 def of_triton() -> str:
