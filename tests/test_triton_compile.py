@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,36 +175,39 @@ def test_quotients_and_roots_are_correctly_rounded() -> None:
     assert compiled("noise", DENSE["normal float32"][1]).asm["ptx"].count("sqrt.rn.f32") == 4
 
 
-TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 100, 120)}
-ELSEWHERE = ["bdia mixed", "affine noisy bfloat16", "denoised float32", "normal float32", "renoise bfloat16"]
+TARGETS = [*(GPUTarget("cuda", arch, 32) for arch in (80, 100, 120)), GPUTarget("hip", "gfx942", 64)]
+VARIANTS = {name: case[:2] for cases in (DENSE, LOSSES, EXACT) for name, case in cases.items()} | OTHERS
 
 
-@pytest.mark.parametrize("case", ELSEWHERE)
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_other_nvidia_targets(target: GPUTarget, case: str, tmp_path: Path) -> None:
-    binary = compiled(*DENSE[case][:2], target)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
+@pytest.mark.parametrize("case", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_elsewhere(
+    case: tuple[str, Callable[[], object]], target: GPUTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if target.backend == "hip":
+        monkeypatch.setattr(operands, "WARPS", 2)
+        check_amd(compiled(*case, target))
+        return
+    binary = compiled(*case, target)
     check_arithmetic(binary)
     check_resources(binary, tmp_path)
-    assert {size for _, size in accesses(binary.asm["ptx"])} == {16}
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_exact_steps_elsewhere(target: GPUTarget, tmp_path: Path) -> None:
-    binary = compiled("exact_step", EXACT["inverse ratio torch.bfloat16"][1], target)
-    check_arithmetic(binary)
-    check_resources(binary, tmp_path)
-
-
-ON_AMD = {case: DENSE[case] for case in ELSEWHERE} | {"exact": EXACT["bdia ratio torch.float32"]}
-
-
-@pytest.mark.parametrize("case", ON_AMD.values(), ids=ON_AMD)
-def test_amd_target(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operands, "WARPS", 2)
-    binary = compiled(*case[:2], GPUTarget("hip", "gfx942", 64))
+def check_amd(binary: Any) -> None:
+    """Nothing is contracted, and nothing is in scratch memory."""
     assert not re.search(r"\b(contract|fast|afn|arcp|reassoc)\b|llvm\.fmuladd", binary.asm["llir"])
     assert "scratch_" not in binary.asm["amdgcn"]
     assert re.search(r"\.vgpr_spill_count: +0", binary.asm["amdgcn"])
+
+
+ON_AMD = ["bdia mixed", "affine noisy bfloat16", "denoised float32", "normal float32", "renoise bfloat16"]
+
+
+@pytest.mark.parametrize("case", ON_AMD)
+def test_amd_moves_128_bits_at_a_time(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operands, "WARPS", 2)
+    binary = compiled(*DENSE[case][:2], TARGETS[-1])
+    check_amd(binary)
     assert "store_dwordx4" in binary.asm["amdgcn"]
 
 

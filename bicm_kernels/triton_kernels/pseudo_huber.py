@@ -26,20 +26,20 @@ PARAMETERIZATIONS = ("bcm", "cm", "edm")
 REDUCTIONS = ("mean", "sum", "none")
 
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+_counters: dict[torch.device, Tensor] = {}
 
 
 def counter(device: torch.device) -> Tensor:
-    """A 0 that counts the programs of a launch, the last of which resets it: one for each stream, whose launches queue.
+    """A 0 that counts the programs of a launch, the last of which resets it.
 
-    A captured graph may run beside the stream that recorded it, so it clears one of its own.
+    Launches on the default stream queue and share one; on others, which overlap and where graphs are captured, each has
+    its own, cleared before it.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if device.type != "cpu" and torch.accelerator.current_stream(device).stream_id:
         return torch.zeros((), dtype=torch.int32, device=device)
-    stream = 0 if device.type == "cpu" else torch.accelerator.current_stream(device).stream_id
-    if (device, stream) not in _counters:
-        _counters[device, stream] = torch.zeros((), dtype=torch.int32, device=device)
-    return _counters[device, stream]
+    if device not in _counters:
+        _counters[device] = torch.zeros((), dtype=torch.int32, device=device)
+    return _counters[device]
 
 
 class Loss:

@@ -121,7 +121,7 @@ BICM_DEVICE bool finishes_last(unsigned* finished) {
   BICM_SHARED(bool, last, 1);
   if (threadIdx.x == 0) {
     __threadfence();
-    last[0] = gridDim.x == 1 || atomicAdd(finished, 1u) + 1 == gridDim.x;
+    last[0] = gridDim.x == 1 || add_to(finished, 1u) + 1 == gridDim.x;
     __threadfence();
   }
   __syncthreads();
