@@ -15,15 +15,19 @@ T_MIN = 0.002
 
 
 class _PassThrough(torch.autograd.Function):
-    """A network's place: it answers what was stored, and its input gets the output's gradient."""
+    """A network's place: it answers what was stored, and its input gets the output's gradient.
+
+    Its one parameter, an empty tensor, makes the answer differentiable; what a network does with the gradient of its
+    output is left out.
+    """
 
     @staticmethod
-    def forward(ctx: Any, scaled: Tensor, stored: Tensor) -> Tensor:
+    def forward(ctx: Any, scaled: Tensor, stored: Tensor, parameter: Tensor) -> Tensor:
         return stored.view_as(stored)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        return gradients[0], gradients[0]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor]:
+        return gradients[0], None, gradients[0].new_empty(0)
 
 
 class _Turns(nn.Module):
@@ -31,11 +35,12 @@ class _Turns(nn.Module):
 
     def __init__(self, first: Tensor, other: Tensor) -> None:
         super().__init__()
-        self.outputs = iter((other, first, first, other))
+        self.outputs = iter([output.detach() for output in (other, first, first, other)])
+        self.parameter = nn.Parameter(first.new_empty(0))
 
     def forward(self, scaled: Tensor, *_: Tensor) -> Tensor:
         """Return the next output."""
-        result: Tensor = _PassThrough.apply(scaled, next(self.outputs))
+        result: Tensor = _PassThrough.apply(scaled, next(self.outputs), self.parameter)
         return result
 
 
@@ -80,5 +85,5 @@ def bct(
     return (consistency + trajectory).mean()
 
 
-# The outputs that are stored and the clean samples, read forward and backward; one gradient.
+# The outputs that are stored and the clean samples, read forward and backward; one output's gradient.
 CASES = (Case("bct_loss", ours_bct, bct, tensors=3, reads=6, writes=1, noise="added", trains=True, per_sample=3),)

@@ -56,7 +56,7 @@ def calls(ops: dict[str, Callable[..., Any]]) -> dict[str, Call]:
         "bdia_step": lambda: ops["bdia_step"]([x, y, z], [0.9, 0.1, 0.8, 0.2, 0.96], 0.0),
         "bdia_exact_step": lambda: ops["bdia_exact_step"]([q, q, x], info, [0.9, 0.1, 0.8, 0.2], 0.0, 9, 10, 32),
         "normal": lambda: ops["normal"](x, 7, 1, 2),
-        "denoise": lambda: ops["denoise"](x, y, 2.0, 0.5, 0.5, False),
+        "denoise": lambda: ops["denoise"](x, y, 2.0, 0.5, 0.5, False, False),
         "pseudo_huber": lambda: ops["pseudo_huber"](x, y, None, None, 0, 0),
         "pseudo_huber, backward": lambda: ops["pseudo_huber_backward"](upstream, sums, 1, x, y, None, None, 0, 0),
         "consistency_loss": lambda: ops["consistency_loss"](x, y, z, levels, levels, None, None, 0.5, 0.002, 0, 0, 0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from operator import add
 
 import pytest
 import torch
@@ -42,9 +43,9 @@ def network(*, dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> Netw
         return Network(dropout=dropout).to(dtype)
 
 
-def problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Levels]:
-    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
-    return x, draw_levels(LevelTable(karras_levels(21)), SHAPE[0], seed=7, step=3)
+def problem(dtype: torch.dtype = torch.float64, key: int = 7) -> tuple[Tensor, Levels]:
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(key), dtype=torch.float64).to(dtype)
+    return x, draw_levels(LevelTable(karras_levels(21)), SHAPE[0], seed=key, step=3)
 
 
 def broadcast(t: Tensor) -> Tensor:
@@ -122,15 +123,19 @@ def test_the_outer_network_is_frozen_and_passes_gradients_to_its_input() -> None
 
 
 def test_in_float32_the_error_is_at_most_twice_eager_codes() -> None:
+    """Over thirty problems, because one difference of two numbers may be small by luck."""
     exact_model, model = network(), network(dtype=torch.float32)
-    x, levels = problem(torch.float32)
-    exact = plain_loss(exact_model, x.double(), levels, seed=5, step=3, c=0.1)
-    eager = plain_loss(model, x, levels, seed=5, step=3, c=0.1)
-    ours = bct_loss(model, x, levels, seed=5, step=3, c=0.1)
-    for term in TERMS:
-        theirs = abs(eager[term].item() - exact[term].item())
-        allowed = 2 * max(theirs, torch.finfo(torch.float32).eps * exact[term].item())
-        assert abs(getattr(ours, term).item() - exact[term].item()) <= allowed
+    errors = dict.fromkeys(TERMS, (0.0, 0.0))
+    for key in range(30):
+        x, levels = problem(torch.float32, key)
+        exact = plain_loss(exact_model, x.double(), levels, seed=key, step=3, c=0.1)
+        eager = plain_loss(model, x, levels, seed=key, step=3, c=0.1)
+        ours = bct_loss(model, x, levels, seed=key, step=3, c=0.1)
+        for term, before in errors.items():
+            value = exact[term].item()
+            found = (abs(loss.item() - value) / value for loss in (getattr(ours, term), eager[term]))
+            errors[term] = tuple(map(add, before, found))  # type: ignore[assignment]
+    assert all(0 < actual <= 2 * theirs for actual, theirs in errors.values())
 
 
 def test_all_evaluations_of_a_step_share_one_dropout_mask() -> None:

@@ -14,6 +14,7 @@ from bicm_kernels import reference
 
 Bits = Callable[[Tensor, Tensor], None]
 MASK = torch.tensor([True, False, True, False])
+LEVELS = torch.tensor([0.3, 0.0, 2.0, 0.9], dtype=torch.float64)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -31,6 +32,20 @@ def test_two_levels_of_one_noise(shape: tuple[int, ...], dtype: torch.dtype, sam
     mixed = torch.where(MASK.reshape(-1, *[1] * (x.dim() - 1)), x_hat, x)
     for actual, level in zip(bk.noisy_pair(x, *levels, x_hat=x_hat, mask=MASK, **key), levels, strict=True):
         same_bits(actual, bk.add_noise(mixed, level, **key))
+    given: dict[str, Any] = {"x_hat": x_hat, "mask": MASK, "sigma_data": 0.7, **key}
+    for actual, expected in zip(
+        bk.noisy_pair(x, *levels, **given), reference.noisy_pair(x, *levels, **given), strict=True
+    ):
+        same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scaled_as_networks_take_them(dtype: torch.dtype, same_bits: Bits) -> None:
+    """Without a rounding to a half between them, scaling inside is scaling afterwards."""
+    x, levels = random(4, 3, 7, dtype=dtype), (torch.tensor([0.0, 0.1, 2.0, 80.0]), 0.5)
+    plain, scaled = bk.noisy_pair(x, *levels, seed=3), bk.noisy_pair(x, *levels, seed=3, sigma_data=0.7)
+    for noisy, actual, level in zip(plain, scaled, levels, strict=True):
+        same_bits(actual, bk.scale_input(noisy, level, sigma_data=0.7))
 
 
 @pytest.mark.parametrize("layout", [lambda x: x.transpose(1, 2), lambda x: x[:, ::2], lambda x: x[:, :1].expand_as(x)])
@@ -60,6 +75,10 @@ def test_gradients() -> None:
     assert check(lambda x: bk.noisy_pair(x, 0.5, 2.0, **key), (x,), check_batched_grad=True)
     assert check(lambda x, y: bk.noisy_pair(x, 0.5, 2.0, x_hat=y, mask=MASK, **key), (x, x_hat))
     assert check(lambda x, y, a, b: bk.noisy_pair(x, a, b, x_hat=y, mask=MASK, **key), (x, x_hat, low, high))
+    data = {"sigma_data": 0.7, "x_hat": x_hat, "mask": MASK, **key}
+    assert check(lambda x: bk.noisy_pair(x, LEVELS, 2.0, **data), (x,), check_batched_grad=True)
+    assert check(lambda y: bk.noisy_pair(x, LEVELS, 2.0, **data | {"x_hat": y}), (x_hat,))
+    assert check(lambda a, s: bk.noisy_pair(x, a, 2.0, **data | {"sigma_data": s}), (low, high))
     assert torch.autograd.gradgradcheck(lambda x, y: bk.noisy_pair(x, 0.5, 2.0, x_hat=y, mask=MASK, **key), (x, x_hat))
 
 
@@ -68,10 +87,11 @@ def test_tracing(same_bits: Bits) -> None:
     numbers = [torch.tensor(v, dtype=torch.float64) for v in (0.5, 2.0)]
     key = [torch.tensor(k) for k in (1, 2, 3)]
     for op in (torch.ops.bicm_kernels.noisy_pair, torch.ops.bicm_kernels.noisy_pair_tracked):
-        torch.library.opcheck(op.default, (x, *numbers, *key, None, None))
+        torch.library.opcheck(op.default, (x, *numbers, *key, None, None, None))
+        torch.library.opcheck(op.default, (x, *numbers, *key, None, None, numbers[0]))
         torch.library.opcheck(
             op.default,
-            (x.clone().requires_grad_(op.__name__.endswith("tracked")), *numbers, *key, x_hat, MASK),
+            (x.clone().requires_grad_(op.__name__.endswith("tracked")), *numbers, *key, x_hat, MASK, None),
         )
 
     def body(x: Tensor, low: float, high: float, step: int) -> tuple[Tensor, Tensor]:
@@ -91,6 +111,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"x_hat": X[:, :1], "mask": MASK}, ValueError, "x_hat must have the shape of x"),
     ({"x_hat": X.double(), "mask": MASK}, TypeError, "x_hat must have the dtype of x"),
     ({"sigma_high": torch.ones(3)}, ValueError, "sigma_high must be a 0-d or a "),
+    ({"sigma_data": torch.ones(3)}, ValueError, "sigma_data must be a 0-d or a "),
+    ({"sigma_data": "1"}, TypeError, "sigma_data must be a float"),
     ({"sample_id": -1}, ValueError, "sample_id must be in"),
 ]
 

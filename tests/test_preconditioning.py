@@ -114,6 +114,7 @@ def results(module: Any, x: Tensor, F: Tensor, t: Any, u: Any, parameterization:
     following = 0.3 if u is None else u
     return [
         module.denoise(x, F, t, u, **options),
+        module.denoise(x, F, t, u, scaled=True, **options),
         module.scale_input(x, t),
         *module.renoise(x, F, t, u, 0.7, next_sigma=following, **KEY, **options),
         *module.renoise(x, F, t, u, 0.0, **KEY, **options),
@@ -178,14 +179,25 @@ def test_batch_invariance(count: int, same_bits: Bits, threads: Callable[[int], 
                 same_bits(all_samples[b : b + 1], one)
 
 
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+def test_from_the_networks_input(parameterization: str) -> None:
+    x, F = random(4, 6, dtype=F64), random(4, 6, dtype=F64, seed=1)
+    t = torch.tensor([0.0, 0.002, 1.3, 80.0], dtype=F64)
+    options: dict[str, Any] = {"parameterization": parameterization, "sigma_data": 0.7}
+    u = {"u": t.flip(0)} if parameterization == "bcm" else {}
+    scaled = bk.denoise(bk.scale_input(x, t, sigma_data=0.7), F, t, scaled=True, **u, **options)
+    torch.testing.assert_close(scaled, bk.denoise(x, F, t, **u, **options), rtol=1e-14, atol=1e-14)
+
+
 # --- derivatives ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
-def test_gradients(parameterization: str) -> None:
+def test_gradients(parameterization: str, scaled: bool) -> None:
     x, F = random(3, 4, dtype=F64).requires_grad_(), random(3, 4, dtype=F64, seed=1).requires_grad_()
     t, u = (torch.rand(3, dtype=F64) + 0.5).requires_grad_(), torch.rand(3, dtype=F64).requires_grad_()
-    options: dict[str, Any] = {"parameterization": parameterization}
+    options: dict[str, Any] = {"parameterization": parameterization, "scaled": scaled}
     target = [u] if parameterization == "bcm" else []
     fixed = [t.detach(), *(v.detach() for v in target)]
 
@@ -198,7 +210,7 @@ def test_gradients(parameterization: str) -> None:
     assert torch.autograd.gradcheck(lambda x: bk.scale_input(x, fixed[0]), (x,), check_batched_grad=True)
     assert torch.autograd.gradcheck(bk.scale_input, (x, t))
     assert torch.autograd.gradcheck(
-        lambda x, F, s: bk.renoise(x, F, fixed[0], None, s, seed=1, **options),
+        lambda x, F, s: bk.renoise(x, F, fixed[0], None, s, seed=1, parameterization=parameterization),
         (x, F, torch.tensor(0.3, dtype=F64).requires_grad_()),
     )
     assert torch.autograd.gradcheck(lambda x: moved(x, F, *fixed), (x,), check_forward_ad=True)
@@ -231,13 +243,13 @@ def test_opcheck() -> None:
         (ops.scale_input.default, (x, 2.0, 0.5)),
         (ops.scale_input.tensor, (x, t, sd)),
         (ops.scale_input_tracked.default, (x.clone().requires_grad_(), t, sd)),
-        (ops.denoise.default, (x, F, 2.0, 1.0, 0.5, False)),
-        (ops.denoise.tensor, (x, F, t, t, sd, True)),
+        (ops.denoise.default, (x, F, 2.0, 1.0, 0.5, False, False)),
+        (ops.denoise.tensor, (x, F, t, t, sd, True, True)),
         (
             ops.denoise_tracked.default,
-            (x.clone().requires_grad_(), F.clone().requires_grad_(), t, t, sd, False),
+            (x.clone().requires_grad_(), F.clone().requires_grad_(), t, t, sd, False, True),
         ),
-        (ops.denoise_gradient.default, (x, t, t, sd, False, True, BF16)),
+        (ops.denoise_gradient.default, (x, t, t, sd, False, True, True, BF16)),
         (ops.renoise.default, (x, F, 2.0, 1.0, 0.3, 0.3, 0.5, False, 1, 2, 3)),
         (ops.renoise.tensor, (x, F, t, t, t, t, sd, False, *key)),
     ]

@@ -77,7 +77,9 @@ def denoising(module: Any, t: Any, u: Any, **fixed: Any) -> Callable[..., Tensor
 @pytest.mark.parametrize("options", KINDS)
 @pytest.mark.parametrize(("first", "second"), DTYPES)
 def test_dtypes_and_sizes(options: dict[str, Any], first: torch.dtype, second: torch.dtype) -> None:
-    for shape, reduction in zip(SIZES, itertools.cycle(REDUCTIONS), strict=False):
+    for (shape, scaled), reduction in zip(
+        itertools.product(SIZES, (False, True)), itertools.cycle(REDUCTIONS), strict=False
+    ):
         pred, target, x = random(*shape, dtype=first), random(*shape, dtype=second, seed=1), random(*shape, seed=2)
         t = torch.linspace(0.1, 80, shape[0])
         more = {**options, "reduction": reduction, "weight": torch.linspace(0.5, 2, shape[0])}
@@ -88,8 +90,8 @@ def test_dtypes_and_sizes(options: dict[str, Any], first: torch.dtype, second: t
         ):
             close(ours, plain)
         for ours, plain in zip(
-            value_and_gradients(denoising(bk, t, t / 3), [x.to(second), pred, target], **more),
-            value_and_gradients(denoising(reference, t, t / 3), [x.to(second), pred, target], **more),
+            value_and_gradients(denoising(bk, t, t / 3, scaled=scaled), [x.to(second), pred, target], **more),
+            value_and_gradients(denoising(reference, t, t / 3, scaled=scaled), [x.to(second), pred, target], **more),
             strict=True,
         ):
             close(ours, plain)

@@ -41,7 +41,7 @@ def test_gradcheck(each_backend: str, options: dict[str, Any], reduction: str) -
     assert gradcheck(lambda a: bk.pseudo_huber(a, target.detach(), **more), (pred,))
     assert gradcheck(lambda b: bk.pseudo_huber(pred.detach(), b, **more), (target,))
     for parameterization, u in (("bcm", t / 2), ("bcm", None), ("cm", None), ("edm", None)):
-        form = {**more, "parameterization": parameterization}
+        form = {**more, "parameterization": parameterization, "scaled": u is not None}
         assert gradcheck(lambda a, b, c, u=u, form=form: bk.consistency_loss(a, b, t, u, c, **form), (x, pred, target))
         assert gradcheck(
             lambda b, u=u, form=form: bk.consistency_loss(x.detach(), b, t, u, target.detach(), **form), (pred,)
@@ -240,11 +240,11 @@ def test_opcheck(options: dict[str, Any]) -> None:
         value, sums = ops.pseudo_huber.tensor(*plain)
         torch.library.opcheck(ops.pseudo_huber_backward.tensor, (torch.ones_like(value), sums, 3, *plain))
         torch.library.opcheck(ops.pseudo_huber.default, (*plain[:3], 0.3, kind, reduction))
-        call = (pred, target, x, t, t / 2, None, c, 0.5 * one, 0.002 * one, 0, kind, reduction)
+        call = (pred, target, x, t, t / 2, None, c, 0.5 * one, 0.002 * one, 0, 1, kind, reduction)
         torch.library.opcheck(ops.consistency_loss.tensor, call)
         plain = [y.detach() if isinstance(y, Tensor) else y for y in call]
         torch.library.opcheck(ops.consistency_loss_backward.tensor, (torch.ones_like(value), sums, 5, *plain))
-        torch.library.opcheck(ops.consistency_loss.default, (*plain[:6], 0.3, 0.5, 0.002, 0, kind, reduction))
+        torch.library.opcheck(ops.consistency_loss.default, (*plain[:6], 0.3, 0.5, 0.002, 0, 1, kind, reduction))
 
 
 def step(x: Tensor, F: Tensor, target: Tensor, t: Any, c: Any, options: dict[str, Any]) -> Tensor:

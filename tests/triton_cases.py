@@ -41,11 +41,11 @@ def levels() -> tuple[float, ...]:
 def preconditioning(kind: str, state: torch.dtype, network: torch.dtype) -> dict[str, Case]:
     pair, one = states(state, network), states(state)
     renoise = (*levels()[:2], 0.7, 0.6, 0.5, False, *KEY)
-    noise = (0.3, 0.5, *KEY, None, None)
+    noise = (0.3, 0.5, *KEY, None, None, 0.5)
     return {
         f"scale_input {kind}": ("multistep", lambda: OPS["scale_input"](one[0], 2.0, 0.5), one, one),
-        f"denoise {kind}": ("multistep", lambda: OPS["denoise"](*pair, *levels(), False), pair, one),
-        f"denoise cm {kind}": ("multistep", lambda: OPS["denoise"](*pair, *levels(), True), pair, one),
+        f"denoise {kind}": ("multistep", lambda: OPS["denoise"](*pair, *levels(), False, False), pair, one),
+        f"denoise cm {kind}": ("multistep", lambda: OPS["denoise"](*pair, *levels(), True, True), pair, one),
         f"renoise {kind}": ("multistep", lambda: OPS["renoise"](*pair, *renoise), pair, one * 2),
         f"noisy_pair {kind}": ("pair", lambda: OPS["noisy_pair"](one[0], *noise), one, one * 2),
     }

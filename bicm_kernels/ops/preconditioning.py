@@ -18,11 +18,13 @@ PARAMETERIZATIONS = ("bcm", "cm", "edm")
 
 library.define("scale_input(Tensor x, float t, float sigma_data) -> Tensor")
 library.define("scale_input.tensor(Tensor x, Tensor? t, Tensor? sigma_data) -> Tensor")
-library.define("denoise(Tensor x, Tensor F, float t, float u, float sigma_data, bool cm) -> Tensor")
-library.define("denoise.tensor(Tensor x, Tensor F, Tensor? t, Tensor? u, Tensor? sigma_data, bool cm) -> Tensor")
+library.define("denoise(Tensor x, Tensor F, float t, float u, float sigma_data, bool cm, bool scaled) -> Tensor")
 library.define(
-    "denoise_gradient(Tensor gradient, Tensor? t, Tensor? u, Tensor? sigma_data, bool cm, bool in_F, ScalarType dtype)"
-    " -> Tensor"
+    "denoise.tensor(Tensor x, Tensor F, Tensor? t, Tensor? u, Tensor? sigma_data, bool cm, bool scaled) -> Tensor"
+)
+library.define(
+    "denoise_gradient(Tensor gradient, Tensor? t, Tensor? u, Tensor? sigma_data, bool cm, bool scaled, bool in_F, "
+    "ScalarType dtype) -> Tensor"
 )
 library.define(
     "renoise(Tensor x, Tensor F, float t, float u, float sigma, float next_sigma, float sigma_data, bool cm, "
@@ -34,7 +36,9 @@ library.define(
 )
 # The same two with a derivative. They stand apart because carrying one doubles the cost of every call.
 library.define("scale_input_tracked(Tensor x, Tensor t, Tensor sigma_data) -> Tensor")
-library.define("denoise_tracked(Tensor x, Tensor F, Tensor t, Tensor u, Tensor sigma_data, bool cm) -> Tensor")
+library.define(
+    "denoise_tracked(Tensor x, Tensor F, Tensor t, Tensor u, Tensor sigma_data, bool cm, bool scaled) -> Tensor"
+)
 
 
 def _fake_like_first(x: Tensor, *_: Any) -> Tensor:
@@ -81,9 +85,9 @@ def _reference_scale(x: Tensor, t: Tensor, sigma_data: Tensor) -> Tensor:
 
 
 def _save_denoise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, F, t, u, sigma_data, cm = inputs
+    _, F, t, u, sigma_data, *flags = inputs
     ctx.save_for_backward(t, u, sigma_data)
-    ctx.network_dtype, ctx.cm = F.dtype, cm
+    ctx.network_dtype, ctx.flags = F.dtype, flags
 
 
 def _denoise_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -92,9 +96,9 @@ def _denoise_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None, None]
     for k, dtype in enumerate((gradient.dtype, ctx.network_dtype)):
         if ctx.needs_input_grad[k]:
-            function = _ops.denoise_gradient.default if plain else reference.denoise_gradient
-            gradients[k] = function(gradient, t, u, sigma_data, ctx.cm, k == 1, dtype)
-    return *gradients, None, None, None, None
+            function: Any = _ops.denoise_gradient.default if plain else reference.denoise_gradient
+            gradients[k] = function(gradient, t, u, sigma_data, *ctx.flags, k == 1, dtype)
+    return *gradients, None, None, None, None, None
 
 
 torch.library.register_autograd(
@@ -159,6 +163,7 @@ def denoise(
     parameterization: str = "bcm",
     sigma_data: float = 0.5,
     sigma_min: float = 0.002,
+    scaled: bool = False,
 ) -> Tensor:
     """The denoised sample, c_skip x + c_out F, in one pass; for ``bcm`` the sample moved from level t to level u.
 
@@ -170,6 +175,7 @@ def denoise(
         parameterization: ``bcm`` (BCM eq. 20, 39, 43), ``cm`` (BCM eq. 17) or ``edm``.
         sigma_data: standard deviation of the data.
         sigma_min: the smallest level, where ``cm`` and ``bcm`` without u arrive.
+        scaled: x is the network's input, c_in(t) times the sample, as ``noisy_pair`` and ``renoise`` leave it.
 
     Returns:
         A tensor in the dtype and layout of x. Differentiable in x and F through the fused kernel, in t and u, and
@@ -189,9 +195,9 @@ def denoise(
         {"x": x, "F": F},
         numbers,
         lambda: reference.denoise(
-            x, F, t, u, parameterization=parameterization, sigma_data=sigma_data, sigma_min=sigma_min
+            x, F, t, u, parameterization=parameterization, sigma_data=sigma_data, sigma_min=sigma_min, scaled=scaled
         ),
-        (parameterization == "cm",),
+        (parameterization == "cm", scaled),
     )
 
 

@@ -19,13 +19,14 @@ _Kernel = Callable[..., Any]
 _Kernels = tuple[_Kernel, _Kernel]
 
 _ops = torch.ops.bicm_kernels
-_CODES = {
+_CODES: dict[str, dict[Any, int]] = {
     "parameterization": {"bcm": 0, "cm": 1, "edm": 2},
+    "scaled": {False: 0, True: 1},
     "kind": {"vector": 0, "elementwise": 1},
     "reduction": {"mean": 0, "sum": 1, "none": 2},
 }
 _NAMES = {name: tuple(codes) for name, codes in _CODES.items()}
-_PARAMETERIZATION, _KIND, _REDUCTION = _CODES.values()
+_PARAMETERIZATION, _SCALED, _KIND, _REDUCTION = _CODES.values()
 _PER_SAMPLE = _REDUCTION["none"]
 _MAY_BE_NONE = ("u", "weight", "c")
 
@@ -63,7 +64,7 @@ _CONSISTENCY_LOSS = _Loss(
     "consistency_loss",
     ("F", "target", "x", "t", "u", "weight"),
     3,
-    ("c", "sigma_data", "sigma_min", "parameterization", "kind", "reduction"),
+    ("c", "sigma_data", "sigma_min", "parameterization", "scaled", "kind", "reduction"),
     reference.consistency_loss,
 )
 
@@ -161,8 +162,8 @@ def _check(loss: _Loss, call: Sequence[Any]) -> None:
     for name in (*loss.tensors[loss.inputs :], *loss.options):
         value = values[name]
         if name in _CODES:
-            if not isinstance(value, str) or value not in _CODES[name]:
-                raise ValueError(f"{name} must be one of {', '.join(_CODES[name])}, got {value!r}")
+            if not isinstance(value, str | bool) or value not in _CODES[name]:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, _CODES[name]))}, got {value!r}")
         elif value is not None or name not in _MAY_BE_NONE:
             arguments.check_number(name, value, values[first])
     c = values["c"]
@@ -194,7 +195,7 @@ def _quick(loss: _Loss, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> T
 _apply = super(torch.autograd.Function, _Tracked).apply
 
 
-def _run(loss: _Loss, tensors: tuple[Any, ...], numbers: tuple[Any, ...], names: tuple[str, ...]) -> Tensor:
+def _run(loss: _Loss, tensors: tuple[Any, ...], numbers: tuple[Any, ...], names: tuple[str | bool, ...]) -> Tensor:
     """Run a loss's kernel, or its reference where a derivative, a transform or the backend asks for it.
 
     ``tensors``, ``numbers`` and the ``names`` of codes follow one another in the schema's order.
@@ -287,6 +288,7 @@ def consistency_loss(
     parameterization: str = "bcm",
     sigma_data: Number = 0.5,
     sigma_min: Number = 0.002,
+    scaled: bool = False,
 ) -> Tensor:
     """``pseudo_huber(denoise(x, F, t, u), target)`` without the denoised sample: training allocates F's gradient alone.
 
@@ -302,6 +304,7 @@ def consistency_loss(
         c, weight, kind, reduction: as for ``pseudo_huber``.
         parameterization: "bcm" (t to u), "cm" (t to sigma_min) or "edm" (t to 0).
         sigma_data, sigma_min: standard deviation of the data and smallest noise level; floats.
+        scaled: x is the network's input, c_in(t) times the noisy sample: see ``noisy_pair``.
 
     Returns:
         The loss, as for ``pseudo_huber``.
@@ -318,10 +321,10 @@ def consistency_loss(
     tensors = (F, target, x, t, u, weight)
     if backend.native_cpu and not arguments.compiling() and (c is None or type(c) is float):
         try:
-            codes = (_PARAMETERIZATION[parameterization], _KIND[kind], _REDUCTION[reduction])
+            codes = (_PARAMETERIZATION[parameterization], _SCALED[scaled], _KIND[kind], _REDUCTION[reduction])
             loss = _quick(_CONSISTENCY_LOSS, tensors, (c, sigma_data, sigma_min, *codes))
             if loss is not None:
                 return loss
         except (RuntimeError, TypeError, AttributeError, KeyError):
             pass  # the long way says why
-    return _run(_CONSISTENCY_LOSS, tensors, (c, sigma_data, sigma_min), (parameterization, kind, reduction))
+    return _run(_CONSISTENCY_LOSS, tensors, (c, sigma_data, sigma_min), (parameterization, scaled, kind, reduction))

@@ -16,12 +16,12 @@ from bicm_kernels.reference.noise import (
     add_noise,
     fold_in,
     fold_in_words,
-    noisy_pair,
     normal,
     philox4x32,
     uniform,
 )
-from bicm_kernels.reference.preconditioning import denoise, denoise_gradient, renoise, scale_input
+from bicm_kernels.reference.noisy_pair import noisy_pair
+from bicm_kernels.reference.preconditioning import c_in, c_skip_c_out, denoise, denoise_gradient, renoise, scale_input
 from bicm_kernels.reference.pseudo_huber import consistency_loss, pseudo_huber
 from bicm_kernels.reference.reversible import (
     bdia_exact_inverse_step,
@@ -39,6 +39,8 @@ __all__ = [
     "bdia_exact_step",
     "bdia_inverse_step",
     "bdia_step",
+    "c_in",
+    "c_skip_c_out",
     "consistency_loss",
     "ddim_step",
     "denoise",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bicm_kernels.reference.arithmetic import compute_dtype, like_first, per_sample, root
+from bicm_kernels.reference.arithmetic import compute_dtype, per_sample, root
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -229,23 +229,3 @@ def plus_noise(
     still = w.detach()
     quiet = result + torch.where(noise.signbit(), (w - still) * noise, -((still - w) * noise))
     return torch.where(w != 0, result + w * noise, quiet)
-
-
-def noisy_pair(
-    x: Tensor,
-    sigma_low: float | Tensor,
-    sigma_high: float | Tensor,
-    *,
-    seed: int | Tensor,
-    step: int | Tensor = 0,
-    sample_id: int | Tensor = 0,
-    x_hat: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(x + sigma_low n, x + sigma_high n), with x_hat in place of x where the mask is true (GC Alg. 1)."""
-    compute = compute_dtype(x)
-    base = x.to(compute)
-    if x_hat is not None and mask is not None:
-        base = torch.where(mask.reshape(-1, *[1] * (x.dim() - 1)), x_hat.to(compute), base)
-    low, high = (plus_noise(base, x, level, seed, step, sample_id) for level in (sigma_low, sigma_high))
-    return like_first(low, x), like_first(high, x)

@@ -17,15 +17,16 @@ def c_in(t: Tensor, sigma_data: Tensor) -> Tensor:
 
 
 def c_skip_c_out(
-    t: Tensor, u: Tensor, sigma_data: Tensor, sigma_min: Tensor, parameterization: str
+    t: Tensor, u: Tensor, sigma_data: Tensor, sigma_min: Tensor, parameterization: str, scaled: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """BCM eq. 20, 39, 43 for ``bcm`` and ``edm`` (u = 0); BCM eq. 17 for ``cm``."""
+    """BCM eq. 20, 39, 43 for ``bcm`` and ``edm`` (u = 0); BCM eq. 17 for ``cm``. Scaled: c_skip / c_in."""
     variance = sigma_data * sigma_data
     s = variance + t * t
+    r = root(s)
     if parameterization == "cm":
         d = t - sigma_min
-        return variance / (variance + d * d), (sigma_data * d) / root(s)
-    return (variance + t * u) / s, (sigma_data * (t - u)) / root(s)
+        return (variance * r if scaled else variance) / (variance + d * d), (sigma_data * d) / r
+    return (variance + t * u) / (r if scaled else s), (sigma_data * (t - u)) / r
 
 
 def scale_input(x: Tensor, t: Number, *, sigma_data: float = 0.5) -> Tensor:
@@ -43,6 +44,7 @@ def _denoised(
     parameterization: str,
     sigma_data: float,
     sigma_min: float,
+    scaled: bool = False,
 ) -> Tensor:
     """c_skip x + c_out F in the compute type."""
     compute = compute_dtype(x, F)
@@ -51,7 +53,7 @@ def _denoised(
     t, u, sigma_data, sigma_min = (  # type: ignore[assignment]
         per_sample(value, x, compute) for value in (t, sigma_min if u is None else u, sigma_data, sigma_min)
     )
-    c_skip, c_out = c_skip_c_out(t, u, sigma_data, sigma_min, parameterization)  # type: ignore[arg-type]
+    c_skip, c_out = c_skip_c_out(t, u, sigma_data, sigma_min, parameterization, scaled)  # type: ignore[arg-type]
     return c_skip * x.to(compute) + c_out * F.to(compute)
 
 
@@ -64,9 +66,10 @@ def denoise(
     parameterization: str = "bcm",
     sigma_data: float = 0.5,
     sigma_min: float = 0.002,
+    scaled: bool = False,
 ) -> Tensor:
-    """c_skip x + c_out F."""
-    return like_first(_denoised(x, F, t, u, parameterization, sigma_data, sigma_min), x)
+    """c_skip x + c_out F; scaled: x is c_in(t) x."""
+    return like_first(_denoised(x, F, t, u, parameterization, sigma_data, sigma_min, scaled), x)
 
 
 def renoise(
@@ -93,10 +96,17 @@ def renoise(
 
 
 def denoise_gradient(
-    gradient: Tensor, t: Tensor, u: Tensor, sigma_data: Tensor, cm: bool, in_F: bool, dtype: torch.dtype
+    gradient: Tensor,
+    t: Tensor,
+    u: Tensor,
+    sigma_data: Tensor,
+    cm: bool,
+    scaled: bool,
+    in_F: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The derivative of ``denoise`` in x, or in F, times the incoming gradient."""
     compute = compute_dtype(gradient)
     t, u, sigma_data = (per_sample(value, gradient, compute) for value in (t, u, sigma_data))
-    weights = c_skip_c_out(t, u, sigma_data, u, "cm" if cm else "bcm")
+    weights = c_skip_c_out(t, u, sigma_data, u, "cm" if cm else "bcm", scaled)
     return (weights[in_F] * gradient.to(compute)).to(dtype)

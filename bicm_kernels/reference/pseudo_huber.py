@@ -72,12 +72,13 @@ def consistency_loss(
     parameterization: str = "bcm",
     sigma_data: Number = 0.5,
     sigma_min: Number = 0.002,
+    scaled: bool = False,
 ) -> Tensor:
     """The pseudo-Huber distance between c_skip x + c_out F, which is not rounded to the dtype of x, and the target."""
     compute = compute_dtype(x, F, target)
     if u is None:
         u = 0.0 if parameterization == "edm" else sigma_min
     t_, u_, data, least = (per_sample(value, x, compute) for value in (t, u, sigma_data, sigma_min))
-    c_skip, c_out = c_skip_c_out(t_, u_, data, least, parameterization)
+    c_skip, c_out = c_skip_c_out(t_, u_, data, least, parameterization, scaled)
     denoised = c_skip * x.to(compute) + c_out * F.to(compute)
     return reduced(denoised - target.to(compute), c, weight, kind, reduction)

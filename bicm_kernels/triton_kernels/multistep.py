@@ -36,9 +36,13 @@ def form_weights(raw, FORM: tl.constexpr):
     if FORM == "affine":
         weights = raw
     elif FORM == "bcm":
-        weights = bcm(raw[0], raw[1], raw[2])
+        weights = bcm(raw[0], raw[1], raw[2], False)
     elif FORM == "cm":
-        weights = cm(raw[0], raw[1], raw[2])
+        weights = cm(raw[0], raw[1], raw[2], False)
+    elif FORM == "bcm_scaled":
+        weights = bcm(raw[0], raw[1], raw[2], True)
+    elif FORM == "cm_scaled":
+        weights = cm(raw[0], raw[1], raw[2], True)
     elif FORM == "input":
         weights = (c_in(raw[0], raw[1]),)
     else:
@@ -137,7 +141,8 @@ def multistep(
 
 
 #: How many tensors a form weights, and how many coefficients it takes.
-SHAPES = {"bdia": (3, 5), "bdia_inverse": (3, 5), "bcm": (2, 3), "cm": (2, 3), "input": (1, 2)}
+SHAPES = dict.fromkeys(("bdia", "bdia_inverse"), (3, 5)) | {"input": (1, 2)}
+SHAPES |= dict.fromkeys(("bcm", "cm", "bcm_scaled", "cm_scaled"), (2, 3))
 
 
 def terms_of(form: str, coefficients: Sequence[Number]) -> int:

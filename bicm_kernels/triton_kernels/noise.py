@@ -17,6 +17,7 @@ from bicm_kernels.triton_kernels.checks import Integer, Number
 from bicm_kernels.triton_kernels.keys import integer, integer_argument, make_key, number, number_argument
 from bicm_kernels.triton_kernels.operands import WARPS, device_of, lay_out, load, locate, store
 from bicm_kernels.triton_kernels.philox import box_muller, high_word, low_word, philox, uniform_from_bits
+from bicm_kernels.triton_kernels.scaling import c_in
 
 FOLD_BLOCK = 256
 
@@ -111,6 +112,7 @@ def pair(
     blocks,
     sigma_low,
     sigma_high,
+    sigma_data,
     seed: tl.int64,
     step: tl.int64,
     sample_id: tl.int64,
@@ -134,8 +136,14 @@ def pair(
             load(x, sizes, sample, element, inside & (generated == 0), COMPUTE),
         )
     n = draw(seed, step, sample_id, key_tensors, sample, present, first, True, COUNTS, COLUMNS, GROUP).to(COMPUTE)
-    store(low, sizes, sample, element, inside, add_level(y, n, number(sigma_low, sample, present, COMPUTE)))
-    store(high, sizes, sample, element, inside, add_level(y, n, number(sigma_high, sample, present, COMPUTE)))
+    first_level = number(sigma_low, sample, present, COMPUTE)
+    second_level = number(sigma_high, sample, present, COMPUTE)
+    noisy_low, noisy_high = add_level(y, n, first_level), add_level(y, n, second_level)
+    if sigma_data is not None:
+        data = number(sigma_data, sample, present, COMPUTE)
+        noisy_low, noisy_high = c_in(first_level, data) * noisy_low, c_in(second_level, data) * noisy_high
+    store(low, sizes, sample, element, inside, noisy_low)
+    store(high, sizes, sample, element, inside, noisy_high)
 
 
 @triton.jit(do_not_specialize=["count", "seed", "data"])
@@ -188,8 +196,9 @@ def noisy_pair(
     sample_id: Integer,
     x_hat: Tensor | None,
     mask: Tensor | None,
+    sigma_data: Number | None,
 ) -> tuple[Tensor, Tensor]:
-    """(x + sigma_low n, x + sigma_high n), with x_hat in place of x where the mask is true."""
+    """(x + sigma_low n, x + sigma_high n), with x_hat in place of x where the mask is true; with sigma_data, scaled."""
     states = [x] if x_hat is None else [x, x_hat]
     checks.check_states(states, 1)
     checks.require(states[-1].dtype == x.dtype, "x_hat differs from x in dtype")
@@ -209,6 +218,7 @@ def noisy_pair(
         mask=None if mask is None else (mask.view(torch.uint8), mask.stride(0)),
         sigma_low=number_argument(sigma_low, compute, x),
         sigma_high=number_argument(sigma_high, compute, x),
+        sigma_data=None if sigma_data is None else number_argument(sigma_data, compute, x),
         seed=key.seed,
         step=key.step,
         sample_id=key.sample_id,

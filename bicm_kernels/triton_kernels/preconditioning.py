@@ -12,9 +12,9 @@ from bicm_kernels.triton_kernels.checks import Integer, Number
 from bicm_kernels.triton_kernels.multistep import launch_multistep, noise_arguments
 
 
-def form_of(cm: bool) -> str:
+def form_of(cm: bool, scaled: bool = False) -> str:
     """The form that chooses the weights."""
-    return "cm" if cm else "bcm"
+    return ("cm" if cm else "bcm") + ("_scaled" if scaled else "")
 
 
 def scale_input(x: Tensor, t: Number | None, sigma_data: Number | None) -> Tensor:
@@ -24,10 +24,12 @@ def scale_input(x: Tensor, t: Number | None, sigma_data: Number | None) -> Tenso
     return out
 
 
-def denoise(x: Tensor, F: Tensor, t: Number | None, u: Number | None, sigma_data: Number | None, cm: bool) -> Tensor:
+def denoise(
+    x: Tensor, F: Tensor, t: Number | None, u: Number | None, sigma_data: Number | None, cm: bool, scaled: bool
+) -> Tensor:
     """c_skip x + c_out F."""
     out = torch.empty_like(x)
-    launch_multistep((out,), [x, F], given(t, u, sigma_data), form=form_of(cm))
+    launch_multistep((out,), [x, F], given(t, u, sigma_data), form=form_of(cm, scaled))
     return out
 
 
@@ -37,13 +39,14 @@ def denoise_gradient(
     u: Number | None,
     sigma_data: Number | None,
     cm: bool,
+    scaled: bool,
     in_F: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     """c_skip times the incoming gradient, or c_out times it: the derivative in x or in F."""
     out = gradient.new_empty(gradient.shape, dtype=dtype)
     numbers = given(t, u, sigma_data)
-    launch_multistep((out,), [gradient], numbers, form=form_of(cm), derivative="F" if in_F else "x")
+    launch_multistep((out,), [gradient], numbers, form=form_of(cm, scaled), derivative="F" if in_F else "x")
     return out
 
 

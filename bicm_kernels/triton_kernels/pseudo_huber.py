@@ -52,12 +52,13 @@ class Loss:
         weight: Number | None,
         c: Number | None,
         form: str,
+        scaled: bool,
         kind: int,
         reduction: int,
     ) -> None:
         checks.check_states(inputs, len(inputs))
         self.inputs, self.elementwise = list(inputs), kind == 1
-        self.reduction, self.form = REDUCTIONS[reduction], form
+        self.reduction, self.form, self.scaled = REDUCTIONS[reduction], form, scaled
         first = inputs[0]
         self.batch, self.elements = first.shape[0], math.prod(first.shape[1:])
         self.float64 = any(x.dtype == torch.float64 for x in inputs)
@@ -81,6 +82,7 @@ class Loss:
             "x": x[0] if x else None,
             "levels": self.levels,
             "FORM": self.form,
+            "SCALED": self.scaled,
             "ELEMENTWISE": self.elementwise,
             "COMPUTE": tl.float64 if self.float64 else tl.float32,
         }
@@ -144,7 +146,7 @@ def distance_of(
     pred: Tensor, target: Tensor, weight: Number | None, c: Number | None, kind: int, reduction: int
 ) -> Loss:
     """The loss of a schema of pseudo_huber."""
-    return Loss((pred, target), (), weight, c, "", kind, reduction)
+    return Loss((pred, target), (), weight, c, "", False, kind, reduction)
 
 
 def consistency_of(
@@ -158,6 +160,7 @@ def consistency_of(
     sigma_data: Number,
     sigma_min: Number,
     parameterization: int,
+    scaled: int,
     kind: int,
     reduction: int,
 ) -> Loss:
@@ -166,7 +169,7 @@ def consistency_of(
     checks.require(u is None or name == "bcm", "only bcm takes u")
     end: Number = 0.0 if name == "edm" else sigma_min if u is None else u
     form = "cm" if name == "cm" else "bcm"
-    return Loss((F, target, x), (t, end, sigma_data), weight, c, form, kind, reduction)
+    return Loss((F, target, x), (t, end, sigma_data), weight, c, form, scaled == 1, kind, reduction)
 
 
 def forward_and_backward(make: Callable[..., Loss]) -> tuple[Callable[..., Any], Callable[..., Any]]:

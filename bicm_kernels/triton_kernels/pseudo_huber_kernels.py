@@ -30,15 +30,15 @@ def distance(s, c):
 
 
 @triton.jit
-def denoising_weights(levels, sample, present, FORM: tl.constexpr, COMPUTE: tl.constexpr):
+def denoising_weights(levels, sample, present, FORM: tl.constexpr, SCALED: tl.constexpr, COMPUTE: tl.constexpr):
     """(c_skip, c_out) of every row; `levels` are t, u or sigma_min, sigma_data."""
     t = number(levels[0], sample, present, COMPUTE)
     u = number(levels[1], sample, present, COMPUTE)
     sigma_data = number(levels[2], sample, present, COMPUTE)
     if FORM == "cm":
-        weights = cm(t, u, sigma_data)
+        weights = cm(t, u, sigma_data, SCALED)
     else:
-        weights = bcm(t, u, sigma_data)
+        weights = bcm(t, u, sigma_data, SCALED)
     return weights
 
 
@@ -115,6 +115,7 @@ def sums(
     c,
     weight,
     FORM: tl.constexpr,
+    SCALED: tl.constexpr,
     ELEMENTWISE: tl.constexpr,
     REDUCTION: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -132,7 +133,7 @@ def sums(
     first = (item % chunks).to(INDEX) * (COLUMNS * STEPS)
     weights = (0.0, 1.0)
     if x is not None:
-        weights = denoising_weights(levels, sample, sample >= 0, FORM, COMPUTE)
+        weights = denoising_weights(levels, sample, sample >= 0, FORM, SCALED, COMPUTE)
     # Squares of float32 overflow above 1.8e19 and lose digits below 1e-19. Where the sum shows that they may have, they
     # are taken again of residuals times 2^96 or 2^-96: exact, and in float32 like everything that elements need.
     scale = tl.full((), 1.0, COMPUTE)
@@ -257,6 +258,7 @@ def gradients(
     upstream,
     totals,
     FORM: tl.constexpr,
+    SCALED: tl.constexpr,
     ELEMENTWISE: tl.constexpr,
     REDUCTION: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -269,7 +271,7 @@ def gradients(
     sample, present, _, element, inside = locate(elements, batch, blocks, ROWS, COLUMNS, INDEX)
     weights = (0.0, 1.0)
     if x is not None:
-        weights = denoising_weights(levels, sample, present, FORM, COMPUTE)
+        weights = denoising_weights(levels, sample, present, FORM, SCALED, COMPUTE)
     r = residual(prediction, target, x, weights, sizes, sample, element, inside, COMPUTE)
     factor = number(upstream, sample, present, COMPUTE) * number(weight, sample, present, COMPUTE)
     if REDUCTION == "mean":

@@ -17,17 +17,24 @@ def c_in(t, sigma_data):
 
 
 @triton.jit
-def bcm(t, u, sigma_data):
-    """(c_skip, c_out) from t to u (BCM eq. 20, 39, 43)."""
+def bcm(t, u, sigma_data, SCALED: tl.constexpr):
+    """(c_skip, c_out) from t to u (BCM eq. 20, 39, 43); SCALED: of c_in(t) x."""
     variance = sigma_data * sigma_data
     s = variance + t * t
-    return divide(variance + t * u, s), divide(sigma_data * (t - u), root(s))
+    r = root(s)
+    divisor = s
+    if SCALED:
+        divisor = r
+    return divide(variance + t * u, divisor), divide(sigma_data * (t - u), r)
 
 
 @triton.jit
-def cm(t, sigma_min, sigma_data):
-    """(c_skip, c_out) from t to sigma_min (BCM eq. 17)."""
+def cm(t, sigma_min, sigma_data, SCALED: tl.constexpr):
+    """(c_skip, c_out) from t to sigma_min (BCM eq. 17); SCALED: of c_in(t) x."""
     variance = sigma_data * sigma_data
-    s = variance + t * t
+    r = root(variance + t * t)
     d = t - sigma_min
-    return divide(variance, variance + d * d), divide(sigma_data * d, root(s))
+    above = variance
+    if SCALED:
+        above = variance * r
+    return divide(above, variance + d * d), divide(sigma_data * d, r)

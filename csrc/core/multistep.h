@@ -7,8 +7,9 @@
 namespace bicm {
 
 // How raw coefficients become weights. affine: they are the weights. bdia, bdia_inverse: (a, b, a_last, b_last, gamma).
-// bcm, cm: (t, u, sigma_data), weights c_skip and c_out. input: (t, sigma_data), weight c_in.
-enum class Form : int32_t { affine, bdia, bdia_inverse, bcm, cm, input };
+// bcm, cm: (t, u, sigma_data), weights c_skip and c_out; bcm_scaled, cm_scaled: the same of c_in(t) x. input: (t,
+// sigma_data), weight c_in.
+enum class Form : int32_t { affine, bdia, bdia_inverse, bcm, cm, bcm_scaled, cm_scaled, input };
 
 struct Multistep {
   Layout layout;
@@ -65,8 +66,12 @@ BICM_HD void form_weights(const Multistep& m, int64_t sample, C weight[kMaxTerms
       weight[2] = -(b / gamma + b_last / a_last);
       break;
     case Form::bcm:
-    case Form::cm: {
-      const Preconditioning<C> p = m.form == Form::bcm ? bcm(raw[0], raw[1], raw[2]) : cm(raw[0], raw[1], raw[2]);
+    case Form::cm:
+    case Form::bcm_scaled:
+    case Form::cm_scaled: {
+      const bool scaled = m.form == Form::bcm_scaled || m.form == Form::cm_scaled;
+      const bool to_least = m.form == Form::cm || m.form == Form::cm_scaled;
+      const Preconditioning<C> p = to_least ? cm(raw[0], raw[1], raw[2], scaled) : bcm(raw[0], raw[1], raw[2], scaled);
       weight[0] = p.c_skip;
       weight[1] = p.c_out;
       break;

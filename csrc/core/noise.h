@@ -3,6 +3,7 @@
 
 #include "keys.h"
 #include "normal.h"
+#include "preconditioning.h"
 
 namespace bicm {
 
@@ -15,7 +16,8 @@ struct Noise {
   Operand out;
 };
 
-// One noise at two levels: low = x + sigma_low n, high = x + sigma_high n, with x_hat for x where the mask says so.
+// One noise at two levels: low = x + sigma_low n, high = x + sigma_high n, with x_hat for x where the mask says so; each
+// times c_in of its level where it is scaled.
 struct NoisyPair {
   Layout layout;
   bool float64;
@@ -23,6 +25,8 @@ struct NoisyPair {
   const bool* mask;  // null: x everywhere
   int64_t mask_stride;
   Number sigma_low, sigma_high;
+  bool scales;
+  Number sigma_data;
   NoiseKey key;
   Operand low, high;
 };
@@ -34,6 +38,12 @@ BICM_NAMESPACE_BEGIN
 BICM_HD Quad<uint32_t> random_quad(const SampleKey& k, int64_t quad) {
   const uint64_t q = static_cast<uint64_t>(quad);
   return philox(Quad<uint32_t>{{static_cast<uint32_t>(q), static_cast<uint32_t>(q >> 32), k.sample, k.step}}, k.key);
+}
+
+// What a noisy sample of the pair is multiplied by.
+template <class C>
+BICM_HD C pair_scale(const NoisyPair& p, int64_t sample, C sigma) {
+  return p.scales ? c_in(sigma, load_number<C>(p.sigma_data, sample)) : C(1);
 }
 
 template <Distribution D, class F>

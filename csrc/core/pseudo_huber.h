@@ -22,6 +22,7 @@ struct PseudoHuber {
   bool denoises;
   Operand prediction, target, x;  // `prediction` is F where the loss denoises
   Parameterization parameterization;
+  bool scaled;  // x is c_in(t) x
   Number t, u, sigma_data, sigma_min;
 
   Distance distance;
@@ -78,9 +79,9 @@ BICM_HD Preconditioning<C> denoising_weights(const PseudoHuber& p, int64_t sampl
   if (!p.denoises) return {C(0), C(1)};
   const C t = load_number<C>(p.t, sample), sigma_data = load_number<C>(p.sigma_data, sample);
   switch (p.parameterization) {
-    case Parameterization::bcm: return bcm(t, load_number<C>(p.u, sample), sigma_data);
-    case Parameterization::cm: return cm(t, load_number<C>(p.sigma_min, sample), sigma_data);
-    default: return bcm(t, C(0), sigma_data);
+    case Parameterization::bcm: return bcm(t, load_number<C>(p.u, sample), sigma_data, p.scaled);
+    case Parameterization::cm: return cm(t, load_number<C>(p.sigma_min, sample), sigma_data, p.scaled);
+    default: return bcm(t, C(0), sigma_data, p.scaled);
   }
 }
 

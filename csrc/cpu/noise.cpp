@@ -25,14 +25,14 @@ void noise(const Noise& problem, int64_t begin, int64_t end) {
 
 namespace {
 
-// x + sigma n; a level of zero draws nothing.
+// scale (x + sigma n); a level of zero draws nothing.
 template <class C>
-void add_level(const C* x, const float* noise, C sigma, C* out, int64_t count) {
+void add_level(const C* x, const float* noise, C sigma, C scale, C* out, int64_t count) {
   if (sigma == C(0)) {
-    for (int64_t i = 0; i < count; ++i) out[i] = x[i];
+    for (int64_t i = 0; i < count; ++i) out[i] = scale * x[i];
     return;
   }
-  for (int64_t i = 0; i < count; ++i) out[i] = x[i] + sigma * static_cast<C>(noise[i]);
+  for (int64_t i = 0; i < count; ++i) out[i] = scale * (x[i] + sigma * static_cast<C>(noise[i]));
 }
 
 template <class C>
@@ -46,9 +46,10 @@ void pair_units(const NoisyPair& p, int64_t begin, int64_t end) {
     prefetch_unit(from, unit);
     fill_noise<Distribution::normal>(sample_key(p.key, unit.sample), unit.begin, unit.count, noise);
     const C* x = load_unit(p.layout, from, unit, input);
-    add_level(x, noise, load_number<C>(p.sigma_low, unit.sample), out, unit.count);
+    const C low = load_number<C>(p.sigma_low, unit.sample), high = load_number<C>(p.sigma_high, unit.sample);
+    add_level(x, noise, low, pair_scale(p, unit.sample, low), out, unit.count);
     store_unit(p.layout, p.low, unit, out);
-    add_level(x, noise, load_number<C>(p.sigma_high, unit.sample), out, unit.count);
+    add_level(x, noise, high, pair_scale(p, unit.sample, high), out, unit.count);
     store_unit(p.layout, p.high, unit, out);
   }
   finish_streams();

@@ -36,11 +36,11 @@ cudaError_t run(const Noise& problem, cudaStream_t stream) {
                 stream, problem, aligned);
 }
 
-// y = x + sigma n; a level of zero draws nothing.
+// y = scale (x + sigma n); a level of zero draws nothing.
 template <int G, class C>
-BICM_DEVICE void add_level(const C* x, const float* drawn, C sigma, C* y) {
+BICM_DEVICE void add_level(const C* x, const float* drawn, C sigma, C scale, C* y) {
   BICM_UNROLL(8)
-  for (int i = 0; i < G; ++i) y[i] = sigma == C(0) ? x[i] : x[i] + sigma * static_cast<C>(drawn[i]);
+  for (int i = 0; i < G; ++i) y[i] = scale * (sigma == C(0) ? x[i] : x[i] + sigma * static_cast<C>(drawn[i]));
 }
 
 template <class Memory>
@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(kThreads, 2) noisy_pair_kernel(const __grid_co
   for (int64_t sample = blockIdx.y; sample < p.layout.batch; sample += gridDim.y) {
     const SampleKey key = sample_key(p.key, sample);
     const C low = load_number<C>(p.sigma_low, sample), high = load_number<C>(p.sigma_high, sample);
+    const C low_scale = pair_scale(p, sample, low), high_scale = pair_scale(p, sample, high);
     const bool generated = p.mask != nullptr && number_at<bool>(p.mask, sample * p.mask_stride);
     for (int64_t begin = first_group() * G; begin < p.layout.elements; begin += group_stride() * G) {
       const typename Memory::Place place = Memory::at(p.layout, sample, begin, aligned);
@@ -59,9 +60,9 @@ __global__ void __launch_bounds__(kThreads, 2) noisy_pair_kernel(const __grid_co
       draw<Distribution::normal, G>(key, begin, drawn);
       C x[G], y[G];
       Memory::widen(p.x, raw, x);
-      add_level<G>(x, drawn, low, y);
+      add_level<G>(x, drawn, low, low_scale, y);
       Memory::store(p.layout, p.low, place, y);
-      add_level<G>(x, drawn, high, y);
+      add_level<G>(x, drawn, high, high_scale, y);
       Memory::store(p.layout, p.high, place, y);
     }
   }

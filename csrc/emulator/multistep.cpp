@@ -11,9 +11,14 @@ namespace emulator {
 namespace {
 
 Form form_of(const std::string& name) {
-  static const std::pair<const char*, Form> forms[] = {
-      {"affine", Form::affine}, {"bdia", Form::bdia}, {"bdia_inverse", Form::bdia_inverse},
-      {"bcm", Form::bcm},       {"cm", Form::cm},     {"input", Form::input}};
+  static const std::pair<const char*, Form> forms[] = {{"affine", Form::affine},
+                                                       {"bdia", Form::bdia},
+                                                       {"bdia_inverse", Form::bdia_inverse},
+                                                       {"bcm", Form::bcm},
+                                                       {"cm", Form::cm},
+                                                       {"bcm_scaled", Form::bcm_scaled},
+                                                       {"cm_scaled", Form::cm_scaled},
+                                                       {"input", Form::input}};
   for (const auto& [known, form] : forms) {
     if (name == known) return form;
   }

@@ -32,8 +32,8 @@ void noise(const std::string& target, py::object out, py::object seed, py::objec
 }
 
 void noisy_pair(const std::string& target, py::object low, py::object high, py::object x, py::object sigma_low,
-                py::object sigma_high, py::object x_hat, py::object mask, py::object seed, py::object step,
-                py::object sample, bool counts, bool merge, bool streams, const Units& units) {
+                py::object sigma_high, py::object x_hat, py::object mask, py::object sigma_data, py::object seed,
+                py::object step, py::object sample, bool counts, bool merge, bool streams, const Units& units) {
   NoisyPair p = {};
   const Views views = {{view_of(x), &p.x},
                        {view_of(x_hat.is_none() ? x : x_hat), &p.x_hat},
@@ -45,6 +45,8 @@ void noisy_pair(const std::string& target, py::object low, py::object high, py::
   p.float64 = p.x.dtype == DType::float64;
   p.sigma_low = number_of(sigma_low, batch);
   p.sigma_high = number_of(sigma_high, batch);
+  p.scales = !sigma_data.is_none();
+  p.sigma_data = number_of(sigma_data, batch);
   p.key = key_of(seed, step, sample, counts, batch);
   if (!mask.is_none()) {
     if (!py::isinstance<py::array_t<bool, 0>>(mask)) throw py::type_error("mask must be a bool array");
@@ -139,8 +141,8 @@ void bind_noise(py::module_& module) {
              py::arg("merge") = true, py::arg("streams") = false, py::arg("units") = py::none());
   module.def("noisy_pair", &noisy_pair, py::arg("target"), py::arg("low"), py::arg("high"), py::arg("x"),
              py::arg("sigma_low"), py::arg("sigma_high"), py::kw_only(), py::arg("x_hat") = py::none(),
-             py::arg("mask") = py::none(), py::arg("seed") = 0, py::arg("step") = 0, py::arg("sample") = 0,
-             py::arg("counts") = true, py::arg("merge") = true, py::arg("streams") = false,
+             py::arg("mask") = py::none(), py::arg("sigma_data") = py::none(), py::arg("seed") = 0, py::arg("step") = 0,
+             py::arg("sample") = 0, py::arg("counts") = true, py::arg("merge") = true, py::arg("streams") = false,
              py::arg("units") = py::none());
   module.def("fold_in", &fold_in_all, py::arg("seed"), py::arg("data"), py::arg("out"));
   module.def("philox", &philox, py::arg("target"), py::arg("seed"), py::arg("counters"));

@@ -22,7 +22,9 @@ Code code_of(const std::string& name, const std::vector<const char*>& names) {
 
 struct Given {
   py::object prediction, target, x, t, u, sigma_data, sigma_min, c, weight;
-  std::string parameterization, kind, reduction;
+  std::string parameterization;
+  bool scaled;
+  std::string kind, reduction;
   bool merge;
 };
 
@@ -37,6 +39,7 @@ Given given_of(const py::dict& d) {
           d["c"],
           d["weight"],
           d["parameterization"].cast<std::string>(),
+          d["scaled"].cast<bool>(),
           d["kind"].cast<std::string>(),
           d["reduction"].cast<std::string>(),
           d["merge"].cast<bool>()};
@@ -61,6 +64,7 @@ PseudoHuber problem_of(const Given& g, const py::sequence& gradients) {
   lay_out(views, g.merge, p.layout);
   const int64_t batch = p.layout.batch;
   p.parameterization = code_of<Parameterization>(g.parameterization, {"bcm", "cm", "edm"});
+  p.scaled = g.scaled;
   p.distance = code_of<Distance>(g.kind, {"vector", "elementwise"});
   p.reduction = code_of<Reduction>(g.reduction, {"mean", "sum", "none"});
   p.t = number_of(g.t, batch);

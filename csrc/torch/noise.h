@@ -49,7 +49,8 @@ Tensor fold_in_tensors(Tensor seed, Tensor data) {
 
 template <class Device>
 std::tuple<Tensor, Tensor> noisy_pair(Tensor x, Tensor sigma_low, Tensor sigma_high, Tensor seed, Tensor step,
-                                      Tensor sample_id, std::optional<Tensor> x_hat, std::optional<Tensor> mask) {
+                                      Tensor sample_id, std::optional<Tensor> x_hat, std::optional<Tensor> mask,
+                                      std::optional<Tensor> sigma_data) {
   const View view = view_of(x);
   const View other = x_hat.has_value() ? view_of(*x_hat) : view;
   STD_TORCH_CHECK(view.dim > 0 && same_sizes(view, other) && view.dtype == other.dtype && view.device == other.device,
@@ -64,6 +65,8 @@ std::tuple<Tensor, Tensor> noisy_pair(Tensor x, Tensor sigma_low, Tensor sigma_h
   problem.float64 = view.dtype == DType::float64;
   problem.sigma_low = number_of(sigma_low, batch, view.device);
   problem.sigma_high = number_of(sigma_high, batch, view.device);
+  problem.scales = sigma_data.has_value();
+  if (problem.scales) problem.sigma_data = number_of(*sigma_data, batch, view.device);
   problem.key = key_of(KeyTensors{seed, step, sample_id}, batch, view.device);
   if (mask.has_value()) {
     STD_TORCH_CHECK(x_hat.has_value() && mask->dim() == 1 && mask->size(0) == batch && mask->element_size() == 1 &&

@@ -7,8 +7,9 @@ namespace bicm {
 
 template <class A>
 void precondition(Step& step, const typename A::Coefficient& t, const typename A::Coefficient& u,
-                  const typename A::Coefficient& sigma_data, bool cm) {
-  step.m.form = cm ? Form::cm : Form::bcm;
+                  const typename A::Coefficient& sigma_data, bool cm, bool scaled) {
+  const Form plain = cm ? Form::cm : Form::bcm, of_input = cm ? Form::cm_scaled : Form::bcm_scaled;
+  step.m.form = scaled ? of_input : plain;
   step.m.coefficient[0] = given(step, t);
   step.m.coefficient[1] = given(step, u);
   step.m.coefficient[2] = given(step, sigma_data);
@@ -28,10 +29,10 @@ Tensor scale_input(Tensor x, typename A::Coefficient t, typename A::Coefficient 
 
 template <class Device, class A>
 Tensor denoise(Tensor x, Tensor F, typename A::Coefficient t, typename A::Coefficient u,
-               typename A::Coefficient sigma_data, bool cm) {
+               typename A::Coefficient sigma_data, bool cm, bool scaled) {
   const Tensors tensors = {x, F};
   Step step(tensors, 2);
-  precondition<A>(step, t, u, sigma_data, cm);
+  precondition<A>(step, t, u, sigma_data, cm, scaled);
   Tensor out = step.output(step.m.out);
   step.run<Device>();
   return out;
@@ -40,10 +41,11 @@ Tensor denoise(Tensor x, Tensor F, typename A::Coefficient t, typename A::Coeffi
 // The gradient of denoise in x (c_skip times the incoming one) or in F (c_out times it), in that tensor's dtype.
 template <class Device>
 Tensor denoise_gradient(Tensor gradient, std::optional<Tensor> t, std::optional<Tensor> u,
-                        std::optional<Tensor> sigma_data, bool cm, bool in_F, torch::headeronly::ScalarType dtype) {
+                        std::optional<Tensor> sigma_data, bool cm, bool scaled, bool in_F,
+                        torch::headeronly::ScalarType dtype) {
   const Tensors tensors = {gradient};
   Step step(tensors, 1);
-  precondition<TensorArguments>(step, t, u, sigma_data, cm);
+  precondition<TensorArguments>(step, t, u, sigma_data, cm, scaled);
   step.m.takes_second = in_F;
   Tensor out = torch::stable::new_empty(gradient, gradient.sizes(), dtype);
   step.output(step.m.out, out, /*any_dtype=*/true);
@@ -58,7 +60,7 @@ std::tuple<Tensor, Tensor> renoise(Tensor x, Tensor F, typename A::Coefficient t
                                    typename A::Counter at, typename A::Counter sample_id) {
   const Tensors tensors = {x, F};
   Step step(tensors, 2);
-  precondition<A>(step, t, u, sigma_data, cm);
+  precondition<A>(step, t, u, sigma_data, cm, false);
   draw_noise(step, sigma, seed, at, sample_id);
   step.m.scales = step.m.next_scale_is_sigma = true;
   step.m.next_scale = given(step, next_sigma);

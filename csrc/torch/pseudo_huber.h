@@ -43,8 +43,10 @@ class Loss {
 
   template <class Numeric>
   void denoising(const Tensor& t, const MaybeTensor& u, const Numeric& sigma_data, const Numeric& sigma_min,
-                 int64_t parameterization) {
-    STD_TORCH_CHECK(parameterization >= 0 && parameterization < 3, "bicm_kernels: unknown code");
+                 int64_t parameterization, int64_t scaled) {
+    STD_TORCH_CHECK(parameterization >= 0 && parameterization < 3 && (scaled == 0 || scaled == 1),
+                    "bicm_kernels: unknown code");
+    p.scaled = scaled == 1;
     p.parameterization = static_cast<Parameterization>(parameterization);
     STD_TORCH_CHECK(!u.has_value() || p.parameterization == Parameterization::bcm, "bicm_kernels: only bcm takes u");
     p.t = number(t);
@@ -143,10 +145,10 @@ std::vector<Tensor> pseudo_huber_backward(Tensor upstream, Tensor sums, int64_t 
 template <class Device, class A>
 std::tuple<Tensor, Tensor> consistency_loss(Tensor F, Tensor target, Tensor x, Tensor t, MaybeTensor u,
                                             MaybeTensor weight, typename A::Maybe c, typename A::Numeric sigma_data,
-                                            typename A::Numeric sigma_min, int64_t parameterization, int64_t distance,
-                                            int64_t reduction) {
+                                            typename A::Numeric sigma_min, int64_t parameterization, int64_t scaled,
+                                            int64_t distance, int64_t reduction) {
   Loss loss(F, target, &x);
-  loss.denoising(t, u, sigma_data, sigma_min, parameterization);
+  loss.denoising(t, u, sigma_data, sigma_min, parameterization, scaled);
   loss.distance(weight, c, distance, reduction);
   return loss.value<Device>();
 }
@@ -155,10 +157,10 @@ template <class Device, class A>
 std::vector<Tensor> consistency_loss_backward(Tensor upstream, Tensor sums, int64_t needs, Tensor F, Tensor target,
                                               Tensor x, Tensor t, MaybeTensor u, MaybeTensor weight,
                                               typename A::Maybe c, typename A::Numeric sigma_data,
-                                              typename A::Numeric sigma_min, int64_t parameterization, int64_t distance,
-                                              int64_t reduction) {
+                                              typename A::Numeric sigma_min, int64_t parameterization, int64_t scaled,
+                                              int64_t distance, int64_t reduction) {
   Loss loss(F, target, &x);
-  loss.denoising(t, u, sigma_data, sigma_min, parameterization);
+  loss.denoising(t, u, sigma_data, sigma_min, parameterization, scaled);
   loss.distance(weight, c, distance, reduction);
   return loss.gradients<Device>(upstream, sums, needs);
 }

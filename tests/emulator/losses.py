@@ -27,6 +27,7 @@ class Loss:
     kind: str = "vector"
     reduction: str = "mean"
     parameterization: str = "bcm"
+    scaled: bool = False
     times: dict[str, Any] = field(default_factory=lambda: dict(TIMES))
     merge: bool = True
 
@@ -47,7 +48,7 @@ class Loss:
         return int(np.prod(self.target.bits.shape[1:]))
 
     def arguments(self) -> dict[str, Any]:
-        names = ("prediction", "target", "x", "c", "weight", "kind", "reduction", "parameterization", "merge")
+        names = ("prediction", "target", "x", "c", "weight", "kind", "reduction", "parameterization", "scaled", "merge")
         given = {name: getattr(self, name) for name in names} | self.times
         return {name: x.argument if isinstance(x, Tensor) else x for name, x in given.items()}
 
@@ -78,7 +79,7 @@ class Loss:
             names = {"bcm": ("t", "u"), "cm": ("t", "sigma_min"), "edm": ("t", "zero")}[self.parameterization]
             levels = [self.number((self.times | {"zero": 0.0})[n], self.compute) for n in (*names, "sigma_data")]
             form = model.cm if self.parameterization == "cm" else model.bcm
-            c_skip, c_out = (weight.reshape(column) for weight in form(*levels))
+            c_skip, c_out = (weight.reshape(column) for weight in form(*levels, scaled=self.scaled))
             prediction = c_skip * x[0] + c_out * prediction
         return (prediction - target).reshape(self.batch, self.elements)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import bicm_emulator
 import numpy as np
@@ -90,16 +91,17 @@ def bdia_inverse(a: np.ndarray, b: np.ndarray, a_last: np.ndarray, b_last: np.nd
     return [one / gamma, one / a_last - a / gamma, -(b / gamma + b_last / a_last)]
 
 
-def bcm(t: np.ndarray, u: np.ndarray, sigma_data: np.ndarray) -> Numbers:
+def bcm(t: np.ndarray, u: np.ndarray, sigma_data: np.ndarray, *, scaled: bool = False) -> Numbers:
     variance = sigma_data * sigma_data
     s = variance + t * t
-    return [(variance + t * u) / s, (sigma_data * (t - u)) / np.sqrt(s)]
+    r = np.sqrt(s)
+    return [(variance + t * u) / (r if scaled else s), (sigma_data * (t - u)) / r]
 
 
-def cm(t: np.ndarray, sigma_min: np.ndarray, sigma_data: np.ndarray) -> Numbers:
+def cm(t: np.ndarray, sigma_min: np.ndarray, sigma_data: np.ndarray, *, scaled: bool = False) -> Numbers:
     variance = sigma_data * sigma_data
-    d = t - sigma_min
-    return [variance / (variance + d * d), (sigma_data * d) / np.sqrt(variance + t * t)]
+    d, r = t - sigma_min, np.sqrt(variance + t * t)
+    return [(variance * r if scaled else variance) / (variance + d * d), (sigma_data * d) / r]
 
 
 def scaling(t: np.ndarray, sigma_data: np.ndarray) -> Numbers:
@@ -113,6 +115,8 @@ FORMS: dict[str, Callable[..., Numbers]] = {
     "bdia_inverse": bdia_inverse,
     "bcm": bcm,
     "cm": cm,
+    "bcm_scaled": partial(bcm, scaled=True),
+    "cm_scaled": partial(cm, scaled=True),
     "input": scaling,
 }
 

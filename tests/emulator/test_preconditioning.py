@@ -12,7 +12,7 @@ from .problems import NOISE, PAIRS, Shape, affine, values
 from .tensors import DTYPES, INPUT_LAYOUTS, LAYOUTS, Tensor, same_bits, to_bits
 
 SIZES = (1, 5, 64, 65, 1025)
-TERMS = {"input": 1, "bcm": 2, "cm": 2}
+TERMS = {"input": 1, "bcm": 2, "cm": 2, "bcm_scaled": 2, "cm_scaled": 2}
 
 
 def levels(batch: int, offset: float, dtype: str = "float32") -> Tensor:
@@ -21,7 +21,7 @@ def levels(batch: int, offset: float, dtype: str = "float32") -> Tensor:
 
 def numbers(form: str, batch: int, dtype: str = "float32") -> list[Tensor]:
     """Levels per sample: one of them is zero, and one pair is equal."""
-    count = {"input": 2, "bcm": 3, "cm": 3}[form]
+    count = 1 + TERMS[form]
     return [levels(batch, 0.5 * k, dtype) for k in range(count)]
 
 
@@ -44,7 +44,7 @@ def test_levels_from_memory(target: str, compute: str, dtype: str) -> None:
         check_step(lambda p: p.run(target), problem)
 
 
-@pytest.mark.parametrize("form", ["bcm", "cm"])
+@pytest.mark.parametrize("form", ["bcm", "cm", "bcm_scaled", "cm_scaled"])
 @pytest.mark.parametrize(("state", "network"), PAIRS)
 @pytest.mark.parametrize("takes_second", [False, True])
 def test_derivatives(target: str, state: str, network: str, form: str, takes_second: bool) -> None:
@@ -79,15 +79,16 @@ class Pair:
         self.low, self.high = (Tensor.empty(shape, dtype, out, offset) for _ in range(2))
         self.levels: list[float | Tensor] = [0.4, 1.9]
         self.mask: np.ndarray | None = None
+        self.sigma_data: float | Tensor | None = None
         self.merge = True
 
     def run(self, target: str) -> None:
         given = [x.argument if isinstance(x, Tensor) else x for x in self.levels]
         x_hat = None if self.mask is None else self.x_hat.argument
         outs = self.low.argument, self.high.argument
-        bicm_emulator.noisy_pair(
-            target, *outs, self.x.argument, *given, x_hat=x_hat, mask=self.mask, merge=self.merge, **NOISE
-        )
+        data = self.sigma_data.argument if isinstance(self.sigma_data, Tensor) else self.sigma_data
+        options = {"x_hat": x_hat, "mask": self.mask, "sigma_data": data, "merge": self.merge}
+        bicm_emulator.noisy_pair(target, *outs, self.x.argument, *given, **options, **NOISE)
 
     def check(self, target: str) -> None:
         compute = np.float64 if self.x.dtype == "float64" else np.float32
@@ -98,10 +99,16 @@ class Pair:
         if self.mask is not None:
             base = np.where(self.mask.reshape(column), self.x_hat.values.astype(compute), base)
         self.run(target)
-        for out, level in zip((self.low, self.high), self.levels, strict=True):
+
+        def numbers_of(level: float | Tensor) -> np.ndarray:
             values_ = np.asarray(level.values if isinstance(level, Tensor) else level).astype(compute)
-            sigma = values_.reshape(column) if values_.ndim else values_
+            return values_.reshape(column) if values_.ndim else values_
+
+        for out, level in zip((self.low, self.high), self.levels, strict=True):
+            sigma = numbers_of(level)
             expected = np.where(sigma != 0, base + sigma * noise.astype(compute), base)
+            if self.sigma_data is not None:
+                expected = model.scaling(sigma, numbers_of(self.sigma_data))[0] * expected
             assert same_bits(out.bits, to_bits(expected, out.dtype), out.dtype)
             assert out.guards_intact()
 
@@ -115,6 +122,10 @@ def test_one_noise_at_two_levels(target: str, size: int, dtype: str) -> None:
     pair.mask = np.array([True, False, True])
     pair.check(target)
     pair.mask = np.array([True, True, False, True, True, True])[::2]
+    pair.check(target)
+    pair.sigma_data = 0.5
+    pair.check(target)
+    pair.sigma_data = levels(3, 0.3)
     pair.check(target)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -43,9 +44,11 @@ def data(level: object) -> Any:
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
 def test_denoise(dtypes: tuple[torch.dtype, torch.dtype], levels: tuple[Any, Any]) -> None:
     (t, u), x, F = levels, random(SHAPE, dtypes[0]), random(SHAPE, dtypes[1], 1)
-    assert_same(op("denoise", t)(x, F, t, u, data(t), False), reference.denoise(x, F, t, u))
-    expected = reference.denoise(x, F, t, parameterization="cm", sigma_min=u)
-    assert_same(op("denoise", t)(x, F, t, u, data(t), True), expected)
+    for scaled in (False, True):
+        expected = reference.denoise(x, F, t, u, scaled=scaled)
+        assert_same(op("denoise", t)(x, F, t, u, data(t), False, scaled), expected)
+        expected = reference.denoise(x, F, t, parameterization="cm", sigma_min=u, scaled=scaled)
+        assert_same(op("denoise", t)(x, F, t, u, data(t), True, scaled), expected)
     assert_same(op("scale_input", t)(x, t, data(t)), reference.scale_input(x, t))
 
 
@@ -54,10 +57,9 @@ def test_denoise(dtypes: tuple[torch.dtype, torch.dtype], levels: tuple[Any, Any
 def test_gradients(dtypes: tuple[torch.dtype, torch.dtype], levels: tuple[Any, Any]) -> None:
     t, u = (torch.as_tensor(level, dtype=None if isinstance(level, Tensor) else F64) for level in levels)
     gradient = random(SHAPE, dtypes[0])
-    for cm in (False, True):
-        for in_F in (False, True):
-            rest = (gradient, t, u, DATA, cm, in_F, dtypes[in_F])
-            assert_same(OPS["denoise_gradient"](*rest), reference.denoise_gradient(*rest))
+    for cm, scaled, in_F in itertools.product((False, True), repeat=3):
+        rest = (gradient, t, u, DATA, cm, scaled, in_F, dtypes[in_F])
+        assert_same(OPS["denoise_gradient"](*rest), reference.denoise_gradient(*rest))
 
 
 @pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
@@ -78,7 +80,7 @@ def test_layouts() -> None:
     x = random((3, 4, 5, 6)).to(memory_format=torch.channels_last)
     F = random((3, 4, 5, 13), seed=1)[..., ::2][..., :6]
     t = torch.tensor([0.3, 2.0, 80.0])
-    assert_same(OPS["denoise.tensor"](x, F, t, DATA, DATA, False), reference.denoise(x, F, t, 0.5))
+    assert_same(OPS["denoise.tensor"](x, F, t, DATA, DATA, False, False), reference.denoise(x, F, t, 0.5))
     key = [torch.tensor(value) for value in (1, 0, 0)]
     actual = OPS["renoise.tensor"](x, F, t, DATA, DATA, DATA, DATA, False, *key)
     for result, wanted in zip(actual, reference.renoise(x, F, t, 0.5, 0.5, seed=1), strict=True):
@@ -90,8 +92,10 @@ def test_layouts() -> None:
 def test_noisy_pair(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x, x_hat, mask = random(shape, dtype), random(shape, dtype, 1), torch.tensor([True, False, True])
     low, high = torch.tensor([0.0, 0.5, 1.0]), torch.tensor(2.5, dtype=F64)
-    for given in ({}, {"x_hat": x_hat, "mask": mask}):
-        actual = OPS["noisy_pair"](x, low, high, *TENSOR_KEY, given.get("x_hat"), given.get("mask"))
+    mixed = {"x_hat": x_hat, "mask": mask}
+    for given in ({}, mixed, mixed | {"sigma_data": DATA}, {"sigma_data": torch.tensor([0.5, 1.0, 2.0])}):
+        rest = [given.get(name) for name in ("x_hat", "mask", "sigma_data")]
+        actual = OPS["noisy_pair"](x, low, high, *TENSOR_KEY, *rest)
         expected = reference.noisy_pair(x, low, high, **KEY, **given)
         for result, wanted in zip(actual, expected, strict=True):
             assert_same(result, wanted)
@@ -100,7 +104,7 @@ def test_noisy_pair(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 def test_a_masked_sample_is_not_read() -> None:
     x, x_hat = torch.full((2, 9), float("nan")), torch.full((2, 9), float("nan"))
     x[0], x_hat[1] = 1.0, 2.0
-    low, _ = OPS["noisy_pair"](x, *[torch.zeros(())] * 2, *TENSOR_KEY, x_hat, torch.tensor([False, True]))
+    low, _ = OPS["noisy_pair"](x, *[torch.zeros(())] * 2, *TENSOR_KEY, x_hat, torch.tensor([False, True]), None)
     assert low.tolist() == [[1.0] * 9, [2.0] * 9]
 
 
@@ -108,9 +112,9 @@ def test_wrong_arguments_raise() -> None:
     x, one = torch.zeros(3, 4), torch.ones(())
     for rest in ((x.double(), torch.zeros(3, dtype=torch.bool)), (None, torch.zeros(3, dtype=torch.bool)), (x, one)):
         with pytest.raises(RuntimeError, match="bicm_kernels: "):
-            OPS["noisy_pair"](x, one, one, *TENSOR_KEY, *rest)
+            OPS["noisy_pair"](x, one, one, *TENSOR_KEY, *rest, None)
     with pytest.raises(RuntimeError, match="bicm_kernels: "):
-        OPS["denoise"](x, x[:2], 1.0, 0.5, 0.5, False)
+        OPS["denoise"](x, x[:2], 1.0, 0.5, 0.5, False, False)
 
 
 def test_the_public_functions_run_on_the_kernels() -> None:
@@ -125,7 +129,7 @@ def test_the_public_functions_run_on_the_kernels() -> None:
         pair = bicm_kernels.noisy_pair(x, 0.1, t, seed=3)
     assert_same(y.detach(), expected)
     levels = (t, torch.tensor(0.002, dtype=F64), DATA)
-    assert_same(gradient, reference.denoise_gradient(torch.ones_like(x), *levels, False, True, F32))
+    assert_same(gradient, reference.denoise_gradient(torch.ones_like(x), *levels, False, False, True, F32))
     assert_same(scaled, reference.scale_input(x, t))
     for results, wanted in (
         (noisy, reference.renoise(x, F.detach(), t, None, 0.7, seed=1)),

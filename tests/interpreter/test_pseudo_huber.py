@@ -70,14 +70,18 @@ def test_pseudo_huber(dtypes: tuple[torch.dtype, torch.dtype], kind: str, reduct
         check("pseudo_huber", states, ["pred", "target"], call, options)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtypes", PAIRS[:5:2], ids=str)
-def test_consistency_loss(dtypes: tuple[torch.dtype, torch.dtype], kind: str, parameterization: str) -> None:
+def test_consistency_loss(
+    dtypes: tuple[torch.dtype, torch.dtype], kind: str, parameterization: str, scaled: bool
+) -> None:
     states = [random((3, 5, 7), dtypes[1]), random((3, 5, 7), dtypes[0], 1), random((3, 5, 7), dtypes[0], 2)]
     t, u = torch.tensor([0.5, 2.0, 70.0]), torch.tensor(0.3) if parameterization == "bcm" else None
-    codes = (PARAMETERIZATIONS.index(parameterization), KINDS.index(kind), 0)
+    codes = (PARAMETERIZATIONS.index(parameterization), int(scaled), KINDS.index(kind), 0)
     options = {"t": t, "u": u, "c": 0.2, "kind": kind, "parameterization": parameterization, "weight": WEIGHT}
+    options |= {"scaled": scaled}
     check("consistency_loss", states, ["F", "target", "x"], (t, u, WEIGHT, 0.2, 0.5, 0.002, *codes), options)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +15,12 @@ from torch.func import functional_call
 
 from bicm_diffusion.consistency.grid import T_MIN, LevelTable, drawn, partner_probabilities
 from bicm_kernels import (
-    add_noise,
     affine_step,
     consistency_loss,
     denoise,
     fold_in,
     noisy_pair,
-    scale_input,
+    reference,
     uniform,
 )
 
@@ -100,13 +100,10 @@ def bct_loss(
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     low, high, partner = (level.to(device=x.device, dtype=dtype) for level in levels)
-    weight, trajectory_weight = (
-        (1 / gap.abs()).to(device=x.device, dtype=dtype)
-        for gap in (levels.high - levels.low, levels.low - levels.partner)
-    )
+    gap, leap = levels.high - levels.low, (levels.low - levels.partner).abs()
     frozen = {name: parameter.detach() for name, parameter in network.named_parameters()}
     end = torch.full_like(low, t_min)
-    dropout = int(fold_in(fold_in(seed, DROPOUT), step))
+    dropout = int(fold_in(_dropout_key(seed), step))
 
     def evaluate(scaled: Tensor, t: Tensor, u: Tensor, *, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         with _seeded(dropout, x.device):
@@ -114,48 +111,53 @@ def bct_loss(
                 return network(scaled, t, u, **(extra_args or {}))
             return functional_call(network, dict(parameters), (scaled, t, u), dict(extra_args or {}))
 
-    def scale(x_t: Tensor, t: Tensor) -> Tensor:
-        return scale_input(x_t, t, sigma_data=sigma_data)
-
-    x_low, x_high = noisy_pair(x, low, high, seed=seed, step=step, sample_id=sample_id)
-    scaled_low = scale(x_low, low)
+    # Only c_in x_t is ever stored: what the network takes is all that the rest needs.
+    noise: dict[str, Any] = {"seed": seed, "step": step, "sample_id": sample_id}
+    x_low, x_high = noisy_pair(x, low, high, **noise, sigma_data=sigma_data)
+    scaled: dict[str, Any] = {"scaled": True, "sigma_data": sigma_data}
     with torch.no_grad():
-        goal = denoise(x_low, evaluate(scaled_low, low, end), low, t_min, sigma_data=sigma_data)
-    options: dict[str, Any] = {"c": c, "sigma_data": sigma_data, "sigma_min": t_min}
-    output = evaluate(scale(x_high, high), high, end)
-    consistency = consistency_loss(x_high, output, high, None, goal, weight=weight, **options)
+        goal = denoise(x_low, evaluate(x_low, low, end), low, t_min, **scaled)
+    options: dict[str, Any] = {"c": c, "sigma_min": t_min, **scaled}
+    output = evaluate(x_high, high, end)
+    consistency = consistency_loss(
+        x_high, output, high, None, goal, weight=gap.reciprocal().to(x.device, dtype), **options
+    )
 
     if target == "direct":
-        x_partner = add_noise(x, partner, seed=seed, step=step, sample_id=sample_id)
+        x_partner, _ = noisy_pair(x, partner, low, **noise, sigma_data=sigma_data)
         with torch.no_grad():
-            output = evaluate(scale(x_partner, partner), partner, end)
-            goal = denoise(x_partner, output, partner, t_min, sigma_data=sigma_data)
-    moved, scaled = _Leap.apply(evaluate(scaled_low, low, partner), x_low, low, partner, sigma_data)
-    output = evaluate(scaled, partner, end, parameters=frozen)
-    trajectory = consistency_loss(moved, output, partner, None, goal, weight=trajectory_weight, **options)
+            goal = denoise(x_partner, evaluate(x_partner, partner, end), partner, t_min, **scaled)
+    moved, same = _Leap.apply(evaluate(x_low, low, partner), x_low, low, partner, sigma_data)
+    output = evaluate(same, partner, end, parameters=frozen)
+    trajectory = consistency_loss(
+        moved, output, partner, None, goal, weight=leap.reciprocal().to(x.device, dtype), **options
+    )
     return BctLoss(consistency, trajectory)
 
 
 class _Leap(torch.autograd.Function):
-    """x = denoise(x_t, F, t, u) and c_in(u)·x; on the way back the gradients of both meet in one pass."""
+    """c_in(u) denoise(x_t, F, t, u) of c_in(t) x_t, twice: the gradients of both uses meet in one pass."""
 
     @staticmethod
-    def forward(ctx: Any, F: Tensor, x_t: Tensor, t: Tensor, u: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(t, u)
-        ctx.sigma_data = sigma_data
+    def forward(ctx: Any, F: Tensor, x: Tensor, t: Tensor, u: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+        data = t.new_tensor(sigma_data)
+        c_in = reference.c_in(u, data)
+        weights = [c_in * c for c in reference.c_skip_c_out(t, u, data, data, "bcm", scaled=True)]
+        ctx.save_for_backward(weights[1])
         ctx.dtype = F.dtype
-        x = denoise(x_t, F, t, u, sigma_data=sigma_data)
-        return x, scale_input(x, u, sigma_data=sigma_data)
+        moved = affine_step([x, F], weights)
+        return moved, moved.view_as(moved)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        t, u = ctx.saved_tensors
-        one = torch.ones_like(t)[:, None]
-        c_in = scale_input(one, u, sigma_data=ctx.sigma_data)[:, 0]
-        c_out = denoise(torch.zeros_like(one), one, t, u, sigma_data=ctx.sigma_data)[:, 0]
-        summed = affine_step(gradients, [1.0, c_in], out=gradients[0])
-        return affine_step([summed], [c_out], out=summed).to(ctx.dtype), None, None, None, None
+        (weight,) = ctx.saved_tensors
+        return affine_step(gradients, [weight, weight]).to(ctx.dtype), None, None, None, None
+
+
+@lru_cache
+def _dropout_key(seed: int) -> int:
+    return int(fold_in(seed, DROPOUT))
 
 
 @contextmanager

@@ -1,0 +1,159 @@
+"""One noise at two levels: what consistency training compares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bicm_kernels import reference
+from bicm_kernels.ops import arguments
+from bicm_kernels.ops.arguments import Integer, Number
+from bicm_kernels.ops.library import library
+
+_PAIR = (
+    "Tensor x, Tensor sigma_low, Tensor sigma_high, Tensor seed, Tensor step, Tensor sample_id, Tensor? x_hat, "
+    "Tensor? mask, Tensor? sigma_data"
+)
+library.define(f"noisy_pair({_PAIR}) -> (Tensor, Tensor)")
+library.define(f"noisy_pair_tracked({_PAIR}) -> (Tensor, Tensor)")
+
+_ops = torch.ops.bicm_kernels
+
+
+def _check_noisy_pair(
+    x: Any,
+    sigma_low: object,
+    sigma_high: object,
+    key: tuple[object, ...],
+    x_hat: Any,
+    mask: Any,
+    sigma_data: object,
+) -> None:
+    arguments.check_state("x", x)
+    arguments.check_number("sigma_low", sigma_low, x)
+    arguments.check_number("sigma_high", sigma_high, x)
+    if sigma_data is not None:
+        arguments.check_number("sigma_data", sigma_data, x)
+    arguments.check_key(key[0], key[1], key[2], x.shape[0], x.device)
+    if (x_hat is None) != (mask is None):
+        raise ValueError("x_hat and mask go together: mask tells for which samples x_hat takes the place of x")
+    if x_hat is None:
+        return
+    arguments.check_state("x_hat", x_hat, x, "x")
+    if x_hat.dtype != x.dtype:
+        raise TypeError(f"x_hat must have the dtype of x, {x.dtype}, got {x_hat.dtype}")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor, got {arguments.describe(mask)}")
+    if mask.shape != x.shape[:1] or mask.device != x.device:
+        raise ValueError(f"mask must have shape ({x.shape[0]},) and lie on {x.device}, got {arguments.describe(mask)}")
+
+
+def _fake_noisy_pair(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+for _name in ("noisy_pair", "noisy_pair_tracked"):
+    torch.library.register_fake(f"bicm_kernels::{_name}", _fake_noisy_pair, lib=library)
+
+library.impl("noisy_pair_tracked", lambda *args: _ops.noisy_pair.default(*args), "CompositeExplicitAutograd")
+
+
+def _save_levels(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    _, low, high, _, _, _, _, mask, sigma_data = inputs
+    ctx.save_for_backward(low, high, mask, sigma_data)
+
+
+def _pair_gradient(ctx: Any, low: Tensor, high: Tensor) -> tuple[Tensor | None, ...]:
+    sigma_low, sigma_high, mask, sigma_data = ctx.saved_tensors
+    compute = torch.float64 if low.dtype == torch.float64 else torch.float32
+    one = torch.ones((), dtype=torch.float64)
+    plain = arguments.plain_gradient(low) and arguments.plain_gradient(high)
+    scales = [one, one] if sigma_data is None else [_scale(sigma, sigma_data, low) for sigma in (sigma_low, sigma_high)]
+
+    def summed(chosen: Tensor | None) -> Tensor:
+        weights = scales if chosen is None else [chosen.to(compute) * scale for scale in scales]
+        if plain:
+            return _ops.affine_step.tensor([low, high], weights, None, None, None, None, None)
+        return reference.affine_step([low, high], weights)
+
+    x = summed(None if mask is None else ~mask) if ctx.needs_input_grad[0] else None
+    x_hat = summed(mask) if ctx.needs_input_grad[6] else None
+    return x, *[None] * 5, x_hat, None, None
+
+
+def _scale(sigma: Tensor, sigma_data: Tensor, like: Tensor) -> Tensor:
+    """c_in as the forward pass formed it, 0-d or (B,)."""
+    compute = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return reference.c_in(sigma.to(like.device, compute), sigma_data.to(like.device, compute))
+
+
+torch.library.register_autograd(
+    "bicm_kernels::noisy_pair_tracked", _pair_gradient, setup_context=_save_levels, lib=library
+)
+
+
+def noisy_pair(
+    x: Tensor,
+    sigma_low: Number,
+    sigma_high: Number,
+    *,
+    seed: Integer,
+    step: Integer = 0,
+    sample_id: Integer = 0,
+    x_hat: Tensor | None = None,
+    mask: Tensor | None = None,
+    sigma_data: Number | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One noise at two levels, (x + sigma_low n, x + sigma_high n): the pair that consistency training compares.
+
+    Args:
+        x: clean samples (B, ...), float16, bfloat16, float32 or float64, any strides.
+        sigma_low, sigma_high: noise levels; float, 0-d or (B,) tensor. A level of exactly 0 adds nothing.
+        seed, step, sample_id: the noise's key, see ``normal``.
+        x_hat: generated samples like x that take its place where ``mask`` is true (GC eq. 21, Alg. 1).
+        mask: (B,) bool tensor.
+        sigma_data: standard deviation of the data. Where it is given, both are multiplied by c_in of their level, as
+            networks take them (EDM; BCM eq. 20); ``denoise`` and ``consistency_loss`` go on from there with
+            ``scaled=True``, and the samples that are not scaled need not exist.
+
+    Returns:
+        Two tensors in the dtype and layout of x. Differentiable in x and x_hat through the fused kernel, in the
+        levels, and twice, through the reference.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, device or range.
+
+    >>> import torch, bicm_kernels as bk
+    >>> low, high = bk.noisy_pair(torch.zeros(2, 3), 1.0, 2.0, seed=1); torch.equal(2 * low, high)
+    True
+    """
+    arguments.check_vmap(seed)
+    key = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
+
+    def check() -> None:
+        _check_noisy_pair(x, sigma_low, sigma_high, key, x_hat, mask, sigma_data)
+
+    try:
+        if x_hat is not None or mask is not None or arguments.compiling():
+            check()
+        if arguments.needs_reference(x, tracked=arguments.requires_grad(sigma_low, sigma_high, sigma_data)):
+            check()
+            return reference.noisy_pair(
+                x,
+                sigma_low,
+                sigma_high,
+                seed=seed,
+                step=step,
+                sample_id=sample_id,
+                x_hat=x_hat,
+                mask=mask,
+                sigma_data=sigma_data,
+            )
+        levels = [arguments.coefficient(level) for level in (sigma_low, sigma_high)]
+        op = _ops.noisy_pair_tracked if arguments.requires_grad(x, x_hat) else _ops.noisy_pair
+        data = None if sigma_data is None else arguments.coefficient(sigma_data)
+        return op.default(x, *levels, *arguments.key(*key, x), x_hat, mask, data)
+    except (RuntimeError, TypeError, AttributeError, OverflowError) as error:
+        arguments.explain(error, check)

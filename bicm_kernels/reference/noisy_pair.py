@@ -1,0 +1,35 @@
+"""One noise at two levels in PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bicm_kernels.reference.arithmetic import compute_dtype, like_first, per_sample
+from bicm_kernels.reference.noise import plus_noise
+from bicm_kernels.reference.preconditioning import c_in
+
+
+def noisy_pair(
+    x: Tensor,
+    sigma_low: float | Tensor,
+    sigma_high: float | Tensor,
+    *,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    sample_id: int | Tensor = 0,
+    x_hat: Tensor | None = None,
+    mask: Tensor | None = None,
+    sigma_data: float | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(x + sigma_low n, x + sigma_high n), with x_hat in place of x where the mask is true (GC Alg. 1); or scaled."""
+    compute = compute_dtype(x)
+    base = x.to(compute)
+    if x_hat is not None and mask is not None:
+        base = torch.where(mask.reshape(-1, *[1] * (x.dim() - 1)), x_hat.to(compute), base)
+    low, high = (plus_noise(base, x, level, seed, step, sample_id) for level in (sigma_low, sigma_high))
+    if sigma_data is not None:
+        data = per_sample(sigma_data, x, compute)
+        low = c_in(per_sample(sigma_low, x, compute), data) * low
+        high = c_in(per_sample(sigma_high, x, compute), data) * high
+    return like_first(low, x), like_first(high, x)
