@@ -59,7 +59,9 @@ def calls(ops: dict[str, Callable[..., Any]]) -> dict[str, Call]:
         "denoise": lambda: ops["denoise"](x, y, 2.0, 0.5, 0.5, False, False),
         "pseudo_huber": lambda: ops["pseudo_huber"](x, y, None, None, 0, 0),
         "pseudo_huber, backward": lambda: ops["pseudo_huber_backward"](upstream, sums, 1, x, y, None, None, 0, 0),
-        "consistency_loss": lambda: ops["consistency_loss"](x, y, z, levels, levels, None, None, 0.5, 0.002, 0, 0, 0),
+        "consistency_loss": lambda: ops["consistency_loss"](
+            x, y, z, levels, levels, None, None, 0.5, 0.002, 0, 0, 0, 0
+        ),
     }
 
 

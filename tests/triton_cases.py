@@ -84,9 +84,9 @@ def losses() -> dict[str, Case]:
     for kind, (state, network) in NETWORKS.items():
         pair, three = states(network, state), states(network, state, state)
         forward = torch.ones(()), torch.empty(4, dtype=F64), 1
-        for name, code, c in (("vector", 0, None), ("elementwise", 1, 0.1)):
+        for name, code, c, scaled in (("vector", 0, None, 0), ("elementwise", 1, 0.1, 1)):
             distance = (None, c, code, 0)
-            consistency = (torch.empty(4), torch.empty(4), torch.empty(4), c, 0.5, 0.002, 0, code, 0)
+            consistency = (torch.empty(4), torch.empty(4), torch.empty(4), c, 0.5, 0.002, 0, scaled, code, 0)
             for op, inputs, call in (("pseudo_huber", pair, distance), ("consistency_loss", three, consistency)):
                 title = f"{op} {name} {kind}"
                 cases[title] = ("sums", lambda op=op, x=inputs, call=call: OPS[op](*x, *call), inputs, [])
