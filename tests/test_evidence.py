@@ -25,7 +25,7 @@ REPORT = """<testsuites><testsuite>
 <testcase classname="tests.test_noise.TestB" name="test_b"><skipped/></testcase>
 <testcase classname="tests.emulator.test_losses" name="test_c"/>
 <testcase classname="tests.emulator.test_losses" name="test_d"><failure/></testcase>
-<testcase classname="tests.gpu.test_calls" name="test_e"><skipped/></testcase>
+<testcase classname="tests.gpu.test_on_the_gpu" name="test_e"><skipped/></testcase>
 </testsuite></testsuites>"""
 
 
@@ -34,7 +34,7 @@ def test_a_rung_is_climbed_where_all_its_tests_passed(tmp_path: Path) -> None:
     report.write_text(REPORT)
     found = ladder.outcomes([report])
     assert ladder.climbed(("tests/test_noise.py",), found)
-    for missing in ("tests/emulator/test_losses.py", "tests/gpu/test_calls.py", "tests/test_multistep.py"):
+    for missing in ("tests/emulator/test_losses.py", "tests/gpu/test_on_the_gpu.py", "tests/test_multistep.py"):
         assert not ladder.climbed(("tests/test_noise.py", missing), found)
 
 

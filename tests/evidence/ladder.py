@@ -46,7 +46,7 @@ RUNGS = (
         {family: tuple(f"tests/emulator/{file}" for file in files) for family, files in EMULATED.items()},
     ),
     Rung("5 compiled without a GPU", of_each(*COMPILED)),
-    Rung("6 run on a GPU", of_each("tests/gpu/test_calls.py", "tests/gpu/test_on_the_gpu.py")),
+    Rung("6 run on a GPU", of_each("tests/gpu/test_on_the_gpu.py")),
 )
 
 
