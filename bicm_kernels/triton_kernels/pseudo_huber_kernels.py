@@ -94,8 +94,8 @@ def chunk_sum(
             term = distance(term, number(c, sample, sample >= 0, COMPUTE))
         high, low = add_term(high, low, term)
     # Where a sum is infinite, what was lost is not a number and does not count.
-    exact = high.to(tl.float64) + tl.where(low == low, low, 0.0).to(tl.float64)
-    return tl.sum(exact, axis=1)
+    low = tl.where(low == low, low, 0.0)
+    return tl.sum(high.to(tl.float64), axis=1) + tl.sum(low, axis=1).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["batch", "chunks"])
