@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,14 +28,23 @@ _choice = "auto"
 _running: dict[str, tuple[str, str]] = {}
 _registrations: list[torch.library.Library] = []
 
-#: Whether CPU tensors go to the native library: what every call asks first.
+#: Whether CPU tensors go to the native library: what calls ask first.
 native_cpu = False
+
+#: The native library's own functions for CPU tensors, which the step ops try first: beside the dispatcher, they return
+#: None for every call that is not plain. None where another implementation runs.
+lane: Any = None
 
 
 def _native_cpu() -> str:
     if importlib.util.find_spec("bicm_kernels._C") is None:
         raise ImportError("the native library was not built: install with a C++ compiler")
     return f"C++, {importlib.import_module('bicm_kernels._C').instruction_set()}"
+
+
+def _lane() -> Any:
+    library = importlib.import_module("bicm_kernels._C")
+    return library if hasattr(library, "ddim_step") else None
 
 
 def _native_cuda() -> str:
@@ -127,7 +137,7 @@ def choose(name: str) -> None:
 
     Raises ValueError for another name, ImportError where that implementation cannot run on the CPU.
     """
-    global _choice, native_cpu
+    global _choice, native_cpu, lane
     if name not in CHOICES:
         raise ValueError(f"the backend must be one of {', '.join(CHOICES)}, got {name!r}")
     _choice = name
@@ -135,10 +145,11 @@ def choose(name: str) -> None:
     for library in _registrations:
         library._destroy()
     _registrations.clear()
-    native_cpu = False
+    native_cpu, lane = False, None
     # Triton belongs to GPUs: forcing it says nothing of CPU tensors, unless its kernels are interpreted.
     if name != "triton" or os.environ.get("TRITON_INTERPRET", "0") == "1":
         native_cpu = running("cpu") in ("native", "triton")
+        lane = _lane() if running("cpu") == "native" else None
 
 
 @contextmanager

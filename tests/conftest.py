@@ -74,6 +74,18 @@ def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """The calls that the lane beside the dispatcher is asked for, and whether it takes them."""
+    from ways import Spy
+
+    from bicm_kernels import backend
+
+    calls: list[tuple[str, bool]] = []
+    monkeypatch.setattr(backend, "lane", Spy(calls))
+    return calls
+
+
+@pytest.fixture
 def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a program in a fresh interpreter with variables added to its environment (None takes one away)."""
 

@@ -106,8 +106,10 @@ def test_use_and_choose() -> None:
     with backend.use("reference"):
         assert backend.running("cpu") == "reference"
         assert not backend.native_cpu
+        assert backend.lane is None
         with backend.use("native"):
             assert backend.native_cpu
+            assert backend.lane is not None
         assert backend.running("cpu") == "reference"
     assert backend.describe() == before
     with pytest.raises(RuntimeError, match="inside"), backend.use("reference"):

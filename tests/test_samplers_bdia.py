@@ -125,6 +125,24 @@ def test_first_states_of_an_inversion_are_ddim_inversion() -> None:
     torch.testing.assert_close(states[1], expected, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_inversion_may_begin_with_the_noise_at_index_0(exact: bool) -> None:
+    x, schedule = noise(4, 3), vp_schedule(10, final_time=0.01)
+    options: dict[str, Any] = {"exact": exact, "start_index": 0}
+    states = trajectory(bdia_invert, x, schedule, **options)
+    expected = (x - schedule.b[1] * eps(x, schedule, 0)) / schedule.a[1]
+    torch.testing.assert_close(states[1], expected, rtol=1e-13, atol=1e-9 if exact else 1e-13)
+
+    def clean(z: Tensor, times: Tensor) -> Tensor:
+        i = schedule.times.index(times[0].item())
+        return (z - schedule.sigma[i] * MODEL(z, times)) / schedule.alpha[i]
+
+    as_x0 = bdia_invert(clean, x, schedule, prediction="x0", **options)
+    torch.testing.assert_close(as_x0.z, states[10], rtol=1e-6 if exact else 1e-10, atol=1e-6 if exact else 1e-10)
+    edited = bdia_edit(lambda z, times, **_: MODEL(z, times), x, schedule, source={}, target={}, **options)
+    assert (edited.z - x).abs().max() < 1e-9
+
+
 def test_gamma_zero_is_ddim_and_heun() -> None:
     z, schedule = noise(4, 3, 5), vp_schedule(20)
     for increments, other in (("euler", ddim_sample), ("heun", edm_sample)):
@@ -229,6 +247,11 @@ def test_floats_warn_of_what_they_are_expected_to_lose(recwarn: pytest.WarningsR
         (lambda z, s: bdia_sample(MODEL, z, s, gamma=0.0), "gamma: an exact step needs a factor of at least 1/1024"),
         (lambda z, s: bdia_invert(MODEL, z, s, gamma=0.0, exact=False), r"gamma: expected a value in \(0, 1\]"),
         (lambda z, s: bdia_sample(MODEL, z, s, increments="rk4"), "increments: expected one of 'euler', 'heun'"),
+        (
+            lambda z, s: bdia_invert(MODEL, z, s, start_index=0),
+            r"start_index: expected 1, or 0 where sigma_0 > 0, got 0",
+        ),
+        (lambda z, s: bdia_invert(MODEL, z, s, start_index=2), "start_index: expected 1, or 0"),
         (lambda z, s: bdia_invert(MODEL, StatePair(z, z[:, :2]), s), "z: expected a pair of one shape"),
         (lambda z, s: bdia_invert(MODEL, StatePair(z, z.float()), s), "z: expected a pair of one shape and dtype"),
     ],

@@ -1,4 +1,4 @@
-"""Arguments of the ops: when the fast path may run, how numbers become tensors, and what was wrong with a call.
+"""Arguments of the ops: when a kernel may run, how numbers become tensors, and what was wrong with a call.
 
 The kernels check their arguments in C++ and say little; after a failure `explain` walks through the same rules here and
 names the argument, what was given and what was expected. The good path never pays for the explanation.
@@ -25,11 +25,12 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WORD = 2**32
 
 compiling = torch.compiler.is_compiling
+#: Whether Dynamo reads the code, which knows nothing of the native library's own functions.
+dynamo = torch.compiler.is_dynamo_compiling
 #: Whether a gradient stands for many, by ``is_grads_batched=True``.
 batched = torch._C._functorch.is_legacy_batchedtensor
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _Interpreter = torch._C._functorch.CInterpreter
-_FLOATS, _NUMBERS = {float}, {float, Tensor}
 _modes = torch._C._len_torch_dispatch_stack
 
 
@@ -47,41 +48,6 @@ def transformed() -> bool:
 def requires_grad(*values: object) -> bool:
     """Whether autograd would record an operation on any of these values."""
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
-
-
-def flavour(tensors: Sequence[Tensor], values: Sequence[Any], key: Sequence[Any]) -> str:
-    """The flavour of a schema that a call may go straight to: CPU tensors without derivatives, outside of any graph.
-
-    ``default`` takes Python numbers, ``tensor`` serves a call that holds a tensor among its numbers; empty means that
-    the call needs a closer look.
-    """
-    if not backend.native_cpu or not tensors[0].is_cpu or compiling() or transformed():
-        return ""
-    differentiable = torch.is_grad_enabled()
-    if differentiable:
-        for x in tensors:
-            if x.requires_grad:
-                return ""
-    name = "default"
-    for value in values:
-        kind = type(value)
-        if kind is float or value is None:
-            continue
-        if kind is list:
-            kinds = {*map(type, value)}
-            if kinds == _FLOATS:
-                continue
-            if not kinds <= _NUMBERS or requires_grad(*value):
-                return ""
-        elif kind is not Tensor or (differentiable and value.requires_grad):
-            return ""
-        name = "tensor"
-    for value in key:
-        if type(value) is Tensor:
-            name = "tensor"
-        elif type(value) is not int and value is not None:
-            return ""
-    return name
 
 
 def needs_reference(first: Tensor, *, tracked: bool, family: str = "") -> bool:
@@ -203,7 +169,8 @@ def key(seed: Integer | None, step: Integer, sample_id: Integer, like: Tensor) -
     if seed is None:
         return None, None, None
     batch = like.shape[0]
-    if type(seed) is type(step) is type(sample_id) is int and 0 <= step < WORD and 0 <= sample_id <= WORD - batch:
+    plain = type(seed) is type(step) is type(sample_id) is int and -(2**63) <= seed < 2**64
+    if plain and 0 <= step < WORD and 0 <= sample_id <= WORD - batch:
         if not (compiling() or _modes()):
             return _kept_integer(seed), _kept_integer(step), _kept_integer(sample_id)
     else:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bicm_kernels import reference
+from bicm_kernels import backend, reference
 from bicm_kernels.ops import arguments, outputs
-from bicm_kernels.ops.arguments import Integer, Number
+from bicm_kernels.ops.arguments import Integer, Number, dynamo
 from bicm_kernels.ops.library import library
 
 Operand = Tensor | tuple[Tensor, Tensor]
@@ -179,12 +179,6 @@ def _run(
             raise TypeError("as many weights as tensors")
         tensors: list[Any] = [*operands[:-1], *last] if paired else [*operands]
         op = getattr(_ops, step.name)
-        flavour = "" if outs else arguments.flavour(tensors, values, key)
-        if flavour == "default":
-            return op.default(tensors, *values, *key)
-        if flavour == "tensor":
-            counters = arguments.key(key[0], key[1], key[2], tensors[0]) if key else ()
-            return op.tensor(tensors, *arguments.coefficients(values), *counters)
         tracked = arguments.requires_grad(*tensors, *arguments.numbers(values), *outs)
         if arguments.compiling():
             _check(step, operands, values, guidance_scale, key, outs)
@@ -234,6 +228,10 @@ def ddim_step(
     >>> bk.ddim_step(torch.ones(1, 2), torch.ones(1, 2), a=2.0, b=0.5)
     tensor([[2.5000, 2.5000]])
     """
+    if out is None and not dynamo() and backend.lane is not None:
+        result = backend.lane.ddim_step((z, eps), (a, b), guidance_scale)
+        if result is not None:
+            return result
     guidance = 0.0 if guidance_scale is None else guidance_scale
     return _run(_DDIM_STEP, (z, eps), ([a, b], guidance), guidance_scale, (), () if out is None else (out,))
 
@@ -273,6 +271,10 @@ def bdia_step(
     >>> x = torch.ones(1, 2); bk.bdia_step(x, x, x, a=1.0, b=0.5, a_last=1.0, b_last=0.5)
     tensor([[2., 2.]])
     """
+    if out is None and not dynamo() and backend.lane is not None:
+        result = backend.lane.bdia_step((z_last, z, eps), (a, b, a_last, b_last, gamma), guidance_scale)
+        if result is not None:
+            return result
     guidance = 0.0 if guidance_scale is None else guidance_scale
     values = ([a, b, a_last, b_last, gamma], guidance)
     return _run(_BDIA_STEP, (z_last, z, eps), values, guidance_scale, (), () if out is None else (out,))
@@ -310,6 +312,10 @@ def bdia_inverse_step(
     >>> x = torch.ones(1, 2); bk.bdia_inverse_step(2 * x, x, x, a=1.0, b=0.5, a_last=1.0, b_last=0.5)
     tensor([[1., 1.]])
     """
+    if out is None and not dynamo() and backend.lane is not None:
+        result = backend.lane.bdia_inverse_step((z_next, z, eps), (a, b, a_last, b_last, gamma), guidance_scale)
+        if result is not None:
+            return result
     guidance = 0.0 if guidance_scale is None else guidance_scale
     values = ([a, b, a_last, b_last, gamma], guidance)
     return _run(_BDIA_INVERSE_STEP, (z_next, z, eps), values, guidance_scale, (), () if out is None else (out,))
@@ -347,6 +353,10 @@ def affine_step(
     >>> bk.affine_step([torch.ones(1, 2), torch.ones(1, 2)], [2.0, 0.5])
     tensor([[2.5000, 2.5000]])
     """
+    if out is None and not dynamo() and backend.lane is not None:
+        result = backend.lane.affine_step(tensors, weights, guidance_scale, noise_weight, seed, step, sample_id)
+        if result is not None:
+            return result
     guidance = 0.0 if guidance_scale is None else guidance_scale
     arguments.check_noise(noise_weight, seed)
     key = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
@@ -395,6 +405,11 @@ def denoised_step(
     >>> bk.denoised_step([torch.full((1, 1), 3.0)], [1.0], [0.5], x0_weight=0.5, clip=1.0)[:2]
     (tensor([[2.]]), tensor([[1.]]))
     """
+    if out is None and not dynamo() and backend.lane is not None:
+        numbers = (x0_weights, weights, guidance_scale, x0_weight, clip, noise_weight, next_scale)
+        results = backend.lane.denoised_step(tensors, *numbers, seed, step, sample_id)
+        if results is not None:
+            return results
     guidance = 0.0 if guidance_scale is None else guidance_scale
     arguments.check_noise(noise_weight, seed)
     key = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bicm_kernels import backend, reference
 from bicm_kernels.ops import arguments
-from bicm_kernels.ops.arguments import Integer, Number
+from bicm_kernels.ops.arguments import Integer, Number, dynamo
 from bicm_kernels.ops.library import library
 
 #: The version of the mapping from keys to numbers. Stored vectors guard it; it changes only with a new major version.
@@ -227,14 +226,15 @@ def add_noise(
     >>> x = torch.zeros(2, 3); torch.equal(bk.add_noise(x, 2.0, seed=1), 2 * bk.normal((2, 3), seed=1))
     True
     """
+    if not dynamo() and backend.lane is not None:
+        result = backend.lane.affine_step((x,), (scale,), None, sigma, seed, step, sample_id)
+        if result is not None:
+            return result
     arguments.check_vmap(seed)
     tracked = arguments.requires_grad(x, sigma, scale)
     if arguments.compiling():
         _check_add_noise(x, sigma, scale, seed, step, sample_id)
-    key: tuple[Any, ...] = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
     try:
-        if arguments.flavour([x], (sigma, scale), key) == "default":
-            return _ops.affine_step.default([x], [scale], 0.0, sigma, *key)
         if arguments.needs_reference(x, tracked=arguments.requires_grad(sigma, scale)):
             _check_add_noise(x, sigma, scale, seed, step, sample_id)
             return reference.add_noise(x, sigma, scale=scale, seed=seed, step=step, sample_id=sample_id)
@@ -243,5 +243,5 @@ def add_noise(
         if tracked:
             return _ops.add_noise.default(x, *numbers, *key)
         return _ops.affine_step.tensor([x], [numbers[1]], None, numbers[0], *key)
-    except (RuntimeError, TypeError, OverflowError, AttributeError) as error:
+    except (RuntimeError, TypeError, OverflowError, AttributeError, IndexError) as error:
         arguments.explain(error, lambda: _check_add_noise(x, sigma, scale, seed, step, sample_id))

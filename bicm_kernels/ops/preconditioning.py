@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bicm_kernels import reference
+from bicm_kernels import backend, reference
 from bicm_kernels.ops import arguments
-from bicm_kernels.ops.arguments import Integer, Number
+from bicm_kernels.ops.arguments import Integer, Number, dynamo
 from bicm_kernels.ops.library import library
 
 _ops = torch.ops.bicm_kernels
@@ -150,6 +150,10 @@ def scale_input(x: Tensor, t: Number, *, sigma_data: float = 0.5) -> Tensor:
     >>> bk.scale_input(torch.ones(1, 2), 0.0)
     tensor([[2., 2.]])
     """
+    if not dynamo() and backend.lane is not None:
+        result = backend.lane.scale_input(x, t, sigma_data)
+        if result is not None:
+            return result
     numbers = {"t": t, "sigma_data": sigma_data}
     return _call("scale_input", {"x": x}, numbers, lambda: reference.scale_input(x, t, sigma_data=sigma_data))
 
@@ -189,6 +193,10 @@ def denoise(
     tensor([[1., 1.]])
     """
     target = _target(parameterization, u, sigma_min)
+    if not dynamo() and backend.lane is not None:
+        result = backend.lane.denoise(x, F, t, target, sigma_data, parameterization == "cm", scaled)
+        if result is not None:
+            return result
     numbers = {"t": t, "u": target, "sigma_data": sigma_data}
     return _call(
         "denoise",
@@ -207,17 +215,14 @@ def _call(
     """An op without noise: its kernel, its tracked twin where a derivative is recorded, or its reference."""
     tensors, values = [*states.values()], tuple(numbers.values())
     try:
-        flavour = arguments.flavour(tensors, values, ())
-        if flavour == "default":
-            return getattr(_ops, name).default(*tensors, *values, *flags)
-        if flavour == "tensor":
-            return getattr(_ops, name).tensor(*tensors, *map(arguments.coefficient, values), *flags)
         if arguments.compiling():
             _check(states, numbers)
         tracked = arguments.requires_grad(*tensors)
         if arguments.needs_reference(tensors[0], tracked=arguments.requires_grad(*values)):
             _check(states, numbers)
             return plain_torch()
+        if not tracked and arguments.plain(values):
+            return getattr(_ops, name).default(*tensors, *values, *flags)
         table = [arguments.coefficient(value) for value in values]
         op = getattr(_ops, f"{name}_tracked").default if tracked else getattr(_ops, name).tensor
         return op(*tensors, *table, *flags)
@@ -260,17 +265,17 @@ def renoise(
     """
     following = sigma if next_sigma is None else next_sigma
     target = _target(parameterization, u, sigma_min)
+    cm = parameterization == "cm"
+    if not dynamo() and backend.lane is not None:
+        results = backend.lane.renoise(x, F, t, target, sigma, following, sigma_data, cm, seed, step, sample_id)
+        if results is not None:
+            return results
     states = {"x": x, "F": F}
     numbers = {"t": t, "u": target, "sigma": sigma, "next_sigma": following, "sigma_data": sigma_data}
-    values, cm = tuple(numbers.values()), parameterization == "cm"
+    values = tuple(numbers.values())
     arguments.check_vmap(seed)
     key = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
     try:
-        flavour = arguments.flavour([x, F], values, key)
-        if flavour == "default":
-            return _ops.renoise.default(x, F, *values, cm, *key)
-        if flavour == "tensor":
-            return _ops.renoise.tensor(x, F, *map(arguments.coefficient, values), cm, *arguments.key(*key, x))
         if arguments.compiling():
             _check(states, numbers, key)
         tracked = arguments.requires_grad(x, F, *values)
@@ -290,7 +295,9 @@ def renoise(
                 sigma_data=sigma_data,
                 sigma_min=sigma_min,
             )
+        if arguments.plain(values) and arguments.plain(key):
+            return _ops.renoise.default(x, F, *values, cm, *key)
         table = [arguments.coefficient(value) for value in values]
         return _ops.renoise.tensor(x, F, *table, cm, *arguments.key(*key, x))
-    except (RuntimeError, TypeError, AttributeError, OverflowError) as error:
+    except (RuntimeError, TypeError, AttributeError, OverflowError, IndexError) as error:
         arguments.explain(error, lambda: _check(states, numbers, key))

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bicm_kernels import reference
+from bicm_kernels import backend, reference
 from bicm_kernels.ops import arguments
-from bicm_kernels.ops.arguments import Integer, Number
+from bicm_kernels.ops.arguments import Integer, Number, dynamo
 from bicm_kernels.ops.reversible_checks import Call, check_decode, check_encode, refuse_derivative
 from bicm_kernels.ops.reversible_dispatch import (
     AFFINE_INVERSE_STEP,
@@ -107,6 +107,10 @@ def fixed_point_decode(q: Tensor, *, fraction_bits: int = 32, dtype: torch.dtype
     >>> bk.fixed_point_decode(torch.tensor([[24, -2]]), fraction_bits=4)
     tensor([[ 1.5000, -0.1250]])
     """
+    if not dynamo() and backend.lane is not None:
+        result = backend.lane.fixed_point_decode(q, fraction_bits, dtype)
+        if result is not None:
+            return result
 
     def check() -> None:
         check_decode(q, fraction_bits, dtype)
@@ -171,6 +175,12 @@ def exact_affine_step(
     >>> bk.exact_affine_inverse_step(q_next, [x], [0.5], info, ratio=(2, 3), fraction_bits=1)
     (tensor([[ 7, -7]]), tensor([[0, 0]]))
     """
+    if out is None and not dynamo() and backend.lane is not None:
+        results = backend.lane.exact_affine_step(
+            q_last, tensors, info, weights, guidance_scale, ratio, fraction_bits, overflow, mark
+        )
+        if results is not None:
+            return results[0], info if results[1] is None else results[1]
     table = arguments.weight_list("weights", weights)
     call = Call(q_last, tensors, table, info, ratio, fraction_bits, guidance_scale, overflow, mark, out)
     return run(AFFINE_STEP, call)
@@ -211,6 +221,12 @@ def exact_affine_inverse_step(
     >>> bk.exact_affine_inverse_step(q, [x], [1.0], 0 * q, fraction_bits=2)
     (tensor([[2]]), tensor([[0]]))
     """
+    if out is None and not dynamo() and backend.lane is not None:
+        results = backend.lane.exact_affine_inverse_step(
+            q_next, tensors, info, weights, guidance_scale, ratio, fraction_bits, overflow, mark
+        )
+        if results is not None:
+            return results[0], info if results[1] is None else results[1]
     table = arguments.weight_list("weights", weights)
     call = Call(q_next, tensors, table, info, ratio, fraction_bits, guidance_scale, overflow, mark, out)
     return run(AFFINE_INVERSE_STEP, call)
@@ -260,6 +276,12 @@ def bdia_exact_step(
     (tensor([[16]]), tensor([[0]]))
     """
     coefficients = [a, b, a_last, b_last]
+    if out is None and not dynamo() and backend.lane is not None:
+        results = backend.lane.bdia_exact_step(
+            q_last, (q, eps), info, coefficients, guidance_scale, gamma, fraction_bits, overflow, mark
+        )
+        if results is not None:
+            return results[0], info if results[1] is None else results[1]
     call = Call(q_last, (q, eps), coefficients, info, gamma, fraction_bits, guidance_scale, overflow, mark, out)
     return run(BDIA_STEP, call)
 
@@ -304,5 +326,11 @@ def bdia_exact_inverse_step(
     (tensor([[8]]), tensor([[0]]))
     """
     coefficients = [a, b, a_last, b_last]
+    if out is None and not dynamo() and backend.lane is not None:
+        results = backend.lane.bdia_exact_inverse_step(
+            q_next, (q, eps), info, coefficients, guidance_scale, gamma, fraction_bits, overflow, mark
+        )
+        if results is not None:
+            return results[0], info if results[1] is None else results[1]
     call = Call(q_next, (q, eps), coefficients, info, gamma, fraction_bits, guidance_scale, overflow, mark, out)
     return run(BDIA_INVERSE_STEP, call)

@@ -123,19 +123,14 @@ def run(step: ExactStep, call: Call) -> Pair:
         values = (call.coefficients, call.guidance_scale if paired else 0.0)
         op = getattr(_ops, step.name)
         integers = (n, m, call.fraction_bits)
-        flavour = arguments.flavour(tensors, values, (*integers, call.mark))
-        if flavour == "default" and call.out is None and call.overflow is None:
-            result, kept = op.default(tensors, call.info, *values, *integers)
-            return result, call.info if unit else kept
-        if not flavour:
-            refuse_derivative(*tensors, *arguments.numbers(values))
-            if arguments.compiling():
-                check()
-            if arguments.needs_reference(call.last, tracked=False, family=FAMILY):
-                check()
-                return _keep(call, *step.reference(call))
+        refuse_derivative(*tensors, *arguments.numbers(values))
+        if arguments.compiling():
+            check()
+        if arguments.needs_reference(call.last, tracked=False, family=FAMILY):
+            check()
+            return _keep(call, *step.reference(call))
         outs = _outputs(call, unit)
-        if flavour == "default" or (arguments.plain(values) and arguments.plain((*integers, call.mark))):
+        if arguments.plain(values) and arguments.plain((*integers, call.mark)):
             overload = op.default if outs is None else op.out
             full = [call.info, *values, *integers]
             marks = [call.mark]

@@ -7,13 +7,23 @@
 BICM_NAMESPACE_BEGIN
 namespace {
 
+// Weights in registers. Behind a pointer they would be read again for every element, since any store might change them.
+template <class C, int K>
+struct Weights {
+  explicit Weights(const C* from) {
+    for (int k = 0; k < K; ++k) of[k] = from[k];
+  }
+  C of[K];
+};
+
 // out[i] = ((w_0 x_0 + w_1 x_1) + ...) + w_n n. Exact aliasing of out and an input is fine: each i is read, then written.
 template <class C, int K, bool Draws>
-void fold(const C* const* x, const C* weight, const float* noise, C noise_weight, C* out, int64_t count) {
+void fold(const C* const* x, const C* weights, const float* noise, C noise_weight, C* out, int64_t count) {
+  const Weights<C, K> weight(weights);
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
-    C y = weight[0] * x[0][i];
-    for (int k = 1; k < K; ++k) y = y + weight[k] * x[k][i];
+    C y = weight.of[0] * x[0][i];
+    for (int k = 1; k < K; ++k) y = y + weight.of[k] * x[k][i];
     if (Draws) y = y + noise_weight * static_cast<C>(noise[i]);
     out[i] = y;
   }
@@ -112,33 +122,35 @@ struct Denoised {
 };
 
 // Exact aliasing of an output and an input is fine: each i is read, then written.
-template <class C, int K, bool Draws>
-void fold_denoised(const C* const* x, const Denoised<C>& d, int64_t count) {
+template <class C, int K, bool Draws, bool Scales>
+void fold_denoised(const C* const* x, const Denoised<C>& denoised, int64_t count) {
+  const Denoised<C> d = denoised;
+  const Weights<C, K> x0_weight(d.x0_weight), weight(d.weight);
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
-    C x0 = d.x0_weight[0] * x[0][i];
-    C y = d.weight[0] * x[0][i];
+    C x0 = x0_weight.of[0] * x[0][i];
+    C y = weight.of[0] * x[0][i];
     for (int k = 1; k < K; ++k) {
-      x0 = x0 + d.x0_weight[k] * x[k][i];
-      y = y + d.weight[k] * x[k][i];
+      x0 = x0 + x0_weight.of[k] * x[k][i];
+      y = y + weight.of[k] * x[k][i];
     }
     x0 = clip_to(x0, d.bound);
     y = y + d.weight_of_x0 * x0;
     if (Draws) y = y + d.noise_weight * static_cast<C>(d.noise[i]);
     d.x0[i] = x0;
     d.out[i] = y;
-    d.next[i] = d.scale * y;
+    if (Scales) d.next[i] = d.scale * y;
   }
 }
 
-template <class C, bool Draws>
+template <class C, bool Draws, bool Scales>
 void fold_denoised_terms(int terms, const C* const* x, const Denoised<C>& d, int64_t count) {
   switch (terms) {
-    case 1: return fold_denoised<C, 1, Draws>(x, d, count);
-    case 2: return fold_denoised<C, 2, Draws>(x, d, count);
-    case 3: return fold_denoised<C, 3, Draws>(x, d, count);
-    case 4: return fold_denoised<C, 4, Draws>(x, d, count);
-    default: return fold_denoised<C, 5, Draws>(x, d, count);
+    case 1: return fold_denoised<C, 1, Draws, Scales>(x, d, count);
+    case 2: return fold_denoised<C, 2, Draws, Scales>(x, d, count);
+    case 3: return fold_denoised<C, 3, Draws, Scales>(x, d, count);
+    case 4: return fold_denoised<C, 4, Draws, Scales>(x, d, count);
+    default: return fold_denoised<C, 5, Draws, Scales>(x, d, count);
   }
 }
 
@@ -165,7 +177,9 @@ void denoised_unit(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
   const Denoised<C> d = {
       x0_weight, weight, load_number<C>(m.x0_weight, unit.sample), bound, noise_weight, scale, buffers.noise, x0,
       out,       next};
-  (noise_weight != C(0) ? fold_denoised_terms<C, true> : fold_denoised_terms<C, false>)(m.terms, x, d, unit.count);
+  const auto plain = m.scales ? fold_denoised_terms<C, false, true> : fold_denoised_terms<C, false, false>;
+  const auto noisy = m.scales ? fold_denoised_terms<C, true, true> : fold_denoised_terms<C, true, false>;
+  (noise_weight != C(0) ? noisy : plain)(m.terms, x, d, unit.count);
   if (x0 == buffers.x0) store_unit(m.layout, m.x0, unit, x0);
   if (out == buffers.out) store_unit(m.layout, m.out, unit, out);
   if (m.scales && next == buffers.next) store_unit(m.layout, m.next, unit, next);

@@ -26,13 +26,16 @@ struct Cpu {
     torch::stable::parallel_for(0, items, per_thread, [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
   }
 
-  static void run(const struct Multistep& problem, const Tensor&);
+  static void run(const struct Multistep& problem);
+  static void run(const struct Multistep& problem, const Tensor&) { run(problem); }
   static void run(const struct Noise& problem, const Tensor&);
   static void run(const struct NoisyPair& problem, const Tensor&);
   static void sums(struct PseudoHuber& problem, const Tensor& loss, const Tensor& sums);
   static void gradients(const struct PseudoHuber& problem, const Tensor&);
-  static void run(const struct Reversible& problem, const Tensor&);
-  static void run(const struct FixedPointDecode& problem, const Tensor&);
+  static void run(const struct Reversible& problem);
+  static void run(const struct Reversible& problem, const Tensor&) { run(problem); }
+  static void run(const struct FixedPointDecode& problem);
+  static void run(const struct FixedPointDecode& problem, const Tensor&) { run(problem); }
   static void fold_in(const Integer& seed, const Integer& data, const Tensor& out);
 };
 

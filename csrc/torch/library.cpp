@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu.h"
+#include "lane.h"
 
 namespace bicm {
 
@@ -36,4 +37,9 @@ static PyMethodDef methods[] = {{"instruction_set", instruction_set, METH_NOARGS
 static struct PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
-extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() { return PyModule_Create(&module); }
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  PyObject* created = PyModule_Create(&module);
+  if (created == nullptr || bicm::add_lane(created)) return created;
+  Py_DECREF(created);
+  return nullptr;
+}

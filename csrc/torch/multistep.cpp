@@ -4,7 +4,7 @@
 
 namespace bicm {
 
-void Cpu::run(const Multistep& problem, const Tensor&) {
+void Cpu::run(const Multistep& problem) {
   split(problem, problem.layout, problem.draws ? kNoiseGrain : kGrain, active_kernels().multistep);
 }
 

@@ -10,9 +10,36 @@ namespace bicm {
 
 using Tensors = std::vector<Tensor>;
 
+// The two flavours of every schema: numbers, for eager calls; tensors, for traced graphs and per-sample arguments.
+// A third, of Python's objects, goes past the dispatcher (python.h).
+struct NumberArguments {
+  using Tensor = bicm::Tensor;
+  using Tensors = std::vector<Tensor>;
+  using Coefficients = std::vector<double>;
+  using Coefficient = double;
+  using Guidance = double;
+  using Maybe = std::optional<double>;
+  using Seed = std::optional<int64_t>;
+  using Counter = int64_t;
+};
+struct TensorArguments {
+  using Tensor = bicm::Tensor;
+  using Tensors = std::vector<Tensor>;
+  using Coefficients = std::vector<Tensor>;
+  using Coefficient = std::optional<Tensor>;
+  using Guidance = std::optional<Tensor>;
+  using Maybe = std::optional<Tensor>;
+  using Seed = std::optional<Tensor>;
+  using Counter = std::optional<Tensor>;
+};
+
 // The inputs of a step, checked against the first; the problem's operands point at them.
+template <class A>
 class Step {
  public:
+  using Tensor = typename A::Tensor;
+  using Tensors = typename A::Tensors;
+
   Step(const Tensors& tensors, int64_t terms) : tensors_(tensors) {
     const int64_t count = static_cast<int64_t>(tensors.size());
     STD_TORCH_CHECK(terms >= 1 && terms <= kMaxTerms && (count == terms || count == terms + 1),
@@ -29,17 +56,18 @@ class Step {
     inputs_ = used_;
   }
 
+  const Tensors& tensors() const { return tensors_; }
   const View& first() const { return storage_[0]; }
   int64_t batch() const { return first().sizes[0]; }
-  Number number(double value) const { return number_of(value); }
   Number number(const Tensor& value) {
-    per_sample_ = per_sample_ || value.dim() == 1;
-    return number_of(value, batch(), first().device);
+    const View view = view_of(value);
+    per_sample_ = per_sample_ || view.dim == 1;
+    return number_of(view, batch(), first().device);
   }
 
   template <class Coefficients>
   void weights(const Coefficients& values, Number* into) {
-    for (size_t k = 0; k < values.size(); ++k) into[k] = number(values[k]);
+    for (size_t k = 0; k < values.size(); ++k) into[k] = given(*this, values[k]);
   }
 
   template <class KeyArguments>
@@ -75,7 +103,7 @@ class Step {
   }
 
   template <class Device>
-  void run() {
+  void run(Device) {
     merge(views_, operands_, used_, m.draws, per_sample_, m.layout);
     if (m.layout.batch == 0 || m.layout.elements == 0) return;
     const bool large = m.layout.batch * m.layout.elements * size_of(first().dtype) >= kStreamBytes;
@@ -101,33 +129,30 @@ class Step {
   bool per_sample_ = false;
 };
 
-// The two flavours of every schema: numbers, for eager calls; tensors, for traced graphs and per-sample arguments.
-struct NumberArguments {
-  using Coefficients = std::vector<double>;
-  using Coefficient = double;
-  using Maybe = std::optional<double>;
-  using Seed = std::optional<int64_t>;
-  using Counter = int64_t;
-};
-struct TensorArguments {
-  using Coefficients = std::vector<Tensor>;
-  using Coefficient = std::optional<Tensor>;
-  using Maybe = std::optional<Tensor>;
-  using Seed = std::optional<Tensor>;
-  using Counter = std::optional<Tensor>;
-};
-
-inline Number given(Step&, double value) { return number_of(value); }
-inline Number given(Step&, const std::optional<double>& value) { return number_of(value.value_or(0.0)); }
-inline Number given(Step& step, const std::optional<Tensor>& value) {
+template <class A>
+Number given(Step<A>&, double value) {
+  return number_of(value);
+}
+template <class A>
+Number given(Step<A>&, const std::optional<double>& value) {
+  return number_of(value.value_or(0.0));
+}
+template <class A>
+Number given(Step<A>& step, const Tensor& value) {
+  return step.number(value);
+}
+template <class A>
+Number given(Step<A>& step, const std::optional<Tensor>& value) {
   return value.has_value() ? step.number(*value) : number_of(0.0);
 }
 
-inline void draw_noise(Step& step, double weight, const std::optional<int64_t>& seed, int64_t at, int64_t sample) {
+template <class A>
+void draw_noise(Step<A>& step, double weight, const std::optional<int64_t>& seed, int64_t at, int64_t sample) {
   if (seed.has_value()) step.noise(number_of(weight), KeyNumbers{*seed, at, sample});
 }
-inline void draw_noise(Step& step, const std::optional<Tensor>& weight, const std::optional<Tensor>& seed,
-                       const std::optional<Tensor>& at, const std::optional<Tensor>& sample) {
+template <class A>
+void draw_noise(Step<A>& step, const std::optional<Tensor>& weight, const std::optional<Tensor>& seed,
+                const std::optional<Tensor>& at, const std::optional<Tensor>& sample) {
   if (!seed.has_value()) return;
   STD_TORCH_CHECK(weight.has_value() && at.has_value() && sample.has_value(), "bicm_kernels: incomplete noise key");
   step.noise(step.number(*weight), KeyTensors{*seed, *at, *sample});
@@ -141,54 +166,58 @@ int64_t terms_of(const Coefficients& coefficients) {
 }
 
 template <Form F, class A>
-void prepare(Step& step, const typename A::Coefficients& coefficients, const typename A::Coefficient& guidance_scale) {
+void prepare(Step<A>& step, const typename A::Coefficients& coefficients, const typename A::Guidance& guidance_scale) {
   step.m.form = F;
   step.weights(coefficients, step.m.coefficient);
   step.m.guidance_scale = given(step, guidance_scale);
 }
 
 template <class Device, Form F, class A>
-Tensor form_step(Tensors tensors, typename A::Coefficients coefficients, typename A::Coefficient guidance_scale) {
-  Step step(tensors, terms_of<F>(coefficients));
+typename A::Tensor form_step(typename A::Tensors tensors, typename A::Coefficients coefficients,
+                             typename A::Guidance guidance_scale) {
+  Step<A> step(tensors, terms_of<F>(coefficients));
   prepare<F, A>(step, coefficients, guidance_scale);
-  Tensor out = step.output(step.m.out);
-  step.run<Device>();
+  auto out = step.output(step.m.out);
+  step.run(Device());
   return out;
 }
 
 template <class Device, Form F, class A>
-void form_step_out(Tensors tensors, typename A::Coefficients coefficients, typename A::Coefficient guidance_scale,
-                   Tensor out) {
-  Step step(tensors, terms_of<F>(coefficients));
+void form_step_out(typename A::Tensors tensors, typename A::Coefficients coefficients,
+                   typename A::Guidance guidance_scale, Tensor out) {
+  Step<A> step(tensors, terms_of<F>(coefficients));
   prepare<F, A>(step, coefficients, guidance_scale);
   step.output(step.m.out, out);
   step.check_overlap();
-  step.run<Device>();
+  step.run(Device());
 }
 
 template <class Device, class A>
-Tensor affine_step(Tensors tensors, typename A::Coefficients weights, typename A::Coefficient guidance_scale,
-                   typename A::Coefficient noise_weight, typename A::Seed seed, typename A::Counter at,
-                   typename A::Counter sample_id) {
-  Step step(tensors, terms_of<Form::affine>(weights));
+typename A::Tensor affine_step(typename A::Tensors tensors, typename A::Coefficients weights,
+                               typename A::Guidance guidance_scale, typename A::Coefficient noise_weight,
+                               typename A::Seed seed, typename A::Counter at, typename A::Counter sample_id) {
+  Step<A> step(tensors, terms_of<Form::affine>(weights));
   prepare<Form::affine, A>(step, weights, guidance_scale);
   draw_noise(step, noise_weight, seed, at, sample_id);
-  Tensor out = step.output(step.m.out);
-  step.run<Device>();
+  auto out = step.output(step.m.out);
+  step.run(Device());
   return out;
 }
 
 template <class Device, class A>
-void affine_step_out(Tensors tensors, typename A::Coefficients weights, typename A::Coefficient guidance_scale,
+void affine_step_out(typename A::Tensors tensors, typename A::Coefficients weights, typename A::Guidance guidance_scale,
                      typename A::Coefficient noise_weight, typename A::Seed seed, typename A::Counter at,
                      typename A::Counter sample_id, Tensor out) {
-  Step step(tensors, terms_of<Form::affine>(weights));
+  Step<A> step(tensors, terms_of<Form::affine>(weights));
   prepare<Form::affine, A>(step, weights, guidance_scale);
   draw_noise(step, noise_weight, seed, at, sample_id);
   step.output(step.m.out, out);
   step.check_overlap();
-  step.run<Device>();
+  step.run(Device());
 }
+
+template <class A>
+using Three = std::tuple<typename A::Tensor, typename A::Tensor, typename A::Tensor>;
 
 // What stands for an output that was not asked for.
 inline Tensor nothing_like(const Tensor& first) {
@@ -198,10 +227,11 @@ inline Tensor nothing_like(const Tensor& first) {
 }
 
 template <class A>
-void prepare_denoised(Step& step, const typename A::Coefficients& x0_weights, const typename A::Coefficients& weights,
-                      const typename A::Coefficient& guidance_scale, const typename A::Coefficient& x0_weight,
-                      const typename A::Maybe& clip, const typename A::Coefficient& noise_weight,
-                      const typename A::Maybe& next_scale, const typename A::Seed& seed, const typename A::Counter& at,
+void prepare_denoised(Step<A>& step, const typename A::Coefficients& x0_weights,
+                      const typename A::Coefficients& weights, const typename A::Guidance& guidance_scale,
+                      const typename A::Coefficient& x0_weight, const typename A::Maybe& clip,
+                      const typename A::Coefficient& noise_weight, const typename A::Maybe& next_scale,
+                      const typename A::Seed& seed, const typename A::Counter& at,
                       const typename A::Counter& sample_id) {
   STD_TORCH_CHECK(x0_weights.size() == weights.size(), "bicm_kernels: as many x0_weights as weights");
   prepare<Form::affine, A>(step, weights, guidance_scale);
@@ -217,37 +247,35 @@ void prepare_denoised(Step& step, const typename A::Coefficients& x0_weights, co
 }
 
 template <class Device, class A>
-std::tuple<Tensor, Tensor, Tensor> denoised_step(Tensors tensors, typename A::Coefficients x0_weights,
-                                                 typename A::Coefficients weights,
-                                                 typename A::Coefficient guidance_scale,
-                                                 typename A::Coefficient x0_weight, typename A::Maybe clip,
-                                                 typename A::Coefficient noise_weight, typename A::Maybe next_scale,
-                                                 typename A::Seed seed, typename A::Counter at,
-                                                 typename A::Counter sample_id) {
-  Step step(tensors, terms_of<Form::affine>(weights));
+Three<A> denoised_step(typename A::Tensors tensors, typename A::Coefficients x0_weights,
+                       typename A::Coefficients weights, typename A::Guidance guidance_scale,
+                       typename A::Coefficient x0_weight, typename A::Maybe clip, typename A::Coefficient noise_weight,
+                       typename A::Maybe next_scale, typename A::Seed seed, typename A::Counter at,
+                       typename A::Counter sample_id) {
+  Step<A> step(tensors, terms_of<Form::affine>(weights));
   prepare_denoised<A>(step, x0_weights, weights, guidance_scale, x0_weight, clip, noise_weight, next_scale, seed, at,
                       sample_id);
-  Tensor out = step.output(step.m.out);
-  Tensor x0 = step.output(step.m.x0);
-  Tensor next = step.m.scales ? step.output(step.m.next) : nothing_like(tensors[0]);
-  step.run<Device>();
+  auto out = step.output(step.m.out);
+  auto x0 = step.output(step.m.x0);
+  auto next = step.m.scales ? step.output(step.m.next) : nothing_like(tensors[0]);
+  step.run(Device());
   return {out, x0, next};
 }
 
 template <class Device, class A>
-void denoised_step_out(Tensors tensors, typename A::Coefficients x0_weights, typename A::Coefficients weights,
-                       typename A::Coefficient guidance_scale, typename A::Coefficient x0_weight,
-                       typename A::Maybe clip, typename A::Coefficient noise_weight, typename A::Maybe next_scale,
-                       typename A::Seed seed, typename A::Counter at, typename A::Counter sample_id, Tensor out,
-                       Tensor x0, Tensor next) {
-  Step step(tensors, terms_of<Form::affine>(weights));
+void denoised_step_out(typename A::Tensors tensors, typename A::Coefficients x0_weights,
+                       typename A::Coefficients weights, typename A::Guidance guidance_scale,
+                       typename A::Coefficient x0_weight, typename A::Maybe clip, typename A::Coefficient noise_weight,
+                       typename A::Maybe next_scale, typename A::Seed seed, typename A::Counter at,
+                       typename A::Counter sample_id, Tensor out, Tensor x0, Tensor next) {
+  Step<A> step(tensors, terms_of<Form::affine>(weights));
   prepare_denoised<A>(step, x0_weights, weights, guidance_scale, x0_weight, clip, noise_weight, next_scale, seed, at,
                       sample_id);
   step.output(step.m.out, out);
   step.output(step.m.x0, x0);
   if (step.m.scales) step.output(step.m.next, next);
   step.check_overlap();
-  step.run<Device>();
+  step.run(Device());
 }
 
 template <class Device, class A, class Library>

@@ -12,12 +12,12 @@ inline Number number_of(double value) { return {value, nullptr, 0, DType::float6
 
 // A 0-d or (B,) tensor, read by the kernel where it lies. A 0-d tensor that lies on the host beside data on a device is
 // read here: no synchronisation is needed for it.
-inline Number number_of(const Tensor& tensor, int64_t batch, int32_t device) {
-  const int64_t dim = tensor.dim();
-  STD_TORCH_CHECK(dim == 0 || (dim == 1 && tensor.size(0) == batch), "bicm_kernels: a number must be 0-d or (B,)");
-  Number number = {0.0, tensor.data_ptr(), dim == 0 ? 0 : tensor.stride(0), dtype_of(tensor)};
-  if (device_of(tensor) != device) {
-    STD_TORCH_CHECK(dim == 0 && tensor.is_cpu() && number.dtype == DType::float64,
+inline Number number_of(const View& view, int64_t batch, int32_t device) {
+  STD_TORCH_CHECK(view.dim == 0 || (view.dim == 1 && view.sizes[0] == batch),
+                  "bicm_kernels: a number must be 0-d or (B,)");
+  Number number = {0.0, view.data, view.dim == 0 ? 0 : view.strides[0], view.dtype};
+  if (view.device != device) {
+    STD_TORCH_CHECK(view.dim == 0 && on_host(view.device) && number.dtype == DType::float64,
                     "bicm_kernels: a number must be on the tensors' device, or a 0-d float64 tensor on the CPU");
     number.value = *static_cast<const double*>(number.data);
     number.data = nullptr;
@@ -25,22 +25,28 @@ inline Number number_of(const Tensor& tensor, int64_t batch, int32_t device) {
   return number;
 }
 
+inline Number number_of(const Tensor& tensor, int64_t batch, int32_t device) {
+  return number_of(view_of(tensor), batch, device);
+}
+
 inline Integer integer_of(int64_t value) { return {value, nullptr, 0}; }
 
-inline Integer integer_of(const Tensor& tensor, int64_t batch, int32_t device) {
-  static const int32_t int64 = aoti_torch_dtype_int64();
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  STD_TORCH_CHECK(dtype == int64, "bicm_kernels: an integer must be an int64 tensor");
-  const int64_t dim = tensor.dim();
-  STD_TORCH_CHECK(dim == 0 || (dim == 1 && tensor.size(0) == batch), "bicm_kernels: an integer must be 0-d or (B,)");
-  Integer integer = {0, static_cast<const int64_t*>(tensor.data_ptr()), dim == 0 ? 0 : tensor.stride(0)};
-  if (device_of(tensor) != device) {
-    STD_TORCH_CHECK(dim == 0 && tensor.is_cpu(), "bicm_kernels: an integer must be on the tensors' device, or 0-d");
+inline Integer integer_of(const View& view, int64_t batch, int32_t device) {
+  STD_TORCH_CHECK(view.dtype == DType::int64, "bicm_kernels: an integer must be an int64 tensor");
+  STD_TORCH_CHECK(view.dim == 0 || (view.dim == 1 && view.sizes[0] == batch),
+                  "bicm_kernels: an integer must be 0-d or (B,)");
+  Integer integer = {0, static_cast<const int64_t*>(view.data), view.dim == 0 ? 0 : view.strides[0]};
+  if (view.device != device) {
+    STD_TORCH_CHECK(view.dim == 0 && on_host(view.device),
+                    "bicm_kernels: an integer must be on the tensors' device, or 0-d");
     integer.value = *integer.data;
     integer.data = nullptr;
   }
   return integer;
+}
+
+inline Integer integer_of(const Tensor& tensor, int64_t batch, int32_t device) {
+  return integer_of(view_of(tensor, Kinds::integers_too), batch, device);
 }
 
 constexpr int64_t kWord = int64_t{1} << 32;

@@ -6,7 +6,7 @@
 namespace bicm {
 
 template <class A>
-void precondition(Step& step, const typename A::Coefficient& t, const typename A::Coefficient& u,
+void precondition(Step<A>& step, const typename A::Coefficient& t, const typename A::Coefficient& u,
                   const typename A::Coefficient& sigma_data, bool cm, bool scaled) {
   const Form plain = cm ? Form::cm : Form::bcm, of_input = cm ? Form::cm_scaled : Form::bcm_scaled;
   step.m.form = scaled ? of_input : plain;
@@ -16,25 +16,25 @@ void precondition(Step& step, const typename A::Coefficient& t, const typename A
 }
 
 template <class Device, class A>
-Tensor scale_input(Tensor x, typename A::Coefficient t, typename A::Coefficient sigma_data) {
-  const Tensors tensors = {x};
-  Step step(tensors, 1);
+typename A::Tensor scale_input(typename A::Tensor x, typename A::Coefficient t, typename A::Coefficient sigma_data) {
+  const typename A::Tensors tensors = {x};
+  Step<A> step(tensors, 1);
   step.m.form = Form::input;
   step.m.coefficient[0] = given(step, t);
   step.m.coefficient[1] = given(step, sigma_data);
-  Tensor out = step.output(step.m.out);
-  step.run<Device>();
+  auto out = step.output(step.m.out);
+  step.run(Device());
   return out;
 }
 
 template <class Device, class A>
-Tensor denoise(Tensor x, Tensor F, typename A::Coefficient t, typename A::Coefficient u,
-               typename A::Coefficient sigma_data, bool cm, bool scaled) {
-  const Tensors tensors = {x, F};
-  Step step(tensors, 2);
+typename A::Tensor denoise(typename A::Tensor x, typename A::Tensor F, typename A::Coefficient t,
+                           typename A::Coefficient u, typename A::Coefficient sigma_data, bool cm, bool scaled) {
+  const typename A::Tensors tensors = {x, F};
+  Step<A> step(tensors, 2);
   precondition<A>(step, t, u, sigma_data, cm, scaled);
-  Tensor out = step.output(step.m.out);
-  step.run<Device>();
+  auto out = step.output(step.m.out);
+  step.run(Device());
   return out;
 }
 
@@ -44,29 +44,29 @@ Tensor denoise_gradient(Tensor gradient, std::optional<Tensor> t, std::optional<
                         std::optional<Tensor> sigma_data, bool cm, bool scaled, bool in_F,
                         torch::headeronly::ScalarType dtype) {
   const Tensors tensors = {gradient};
-  Step step(tensors, 1);
+  Step<TensorArguments> step(tensors, 1);
   precondition<TensorArguments>(step, t, u, sigma_data, cm, scaled);
   step.m.takes_second = in_F;
   Tensor out = torch::stable::new_empty(gradient, gradient.sizes(), dtype);
   step.output(step.m.out, out, /*any_dtype=*/true);
-  step.run<Device>();
+  step.run(Device());
   return out;
 }
 
 template <class Device, class A>
-std::tuple<Tensor, Tensor> renoise(Tensor x, Tensor F, typename A::Coefficient t, typename A::Coefficient u,
-                                   typename A::Coefficient sigma, typename A::Coefficient next_sigma,
-                                   typename A::Coefficient sigma_data, bool cm, typename A::Seed seed,
-                                   typename A::Counter at, typename A::Counter sample_id) {
-  const Tensors tensors = {x, F};
-  Step step(tensors, 2);
+std::tuple<typename A::Tensor, typename A::Tensor> renoise(
+    typename A::Tensor x, typename A::Tensor F, typename A::Coefficient t, typename A::Coefficient u,
+    typename A::Coefficient sigma, typename A::Coefficient next_sigma, typename A::Coefficient sigma_data, bool cm,
+    typename A::Seed seed, typename A::Counter at, typename A::Counter sample_id) {
+  const typename A::Tensors tensors = {x, F};
+  Step<A> step(tensors, 2);
   precondition<A>(step, t, u, sigma_data, cm, false);
   draw_noise(step, sigma, seed, at, sample_id);
   step.m.scales = step.m.next_scale_is_sigma = true;
   step.m.next_scale = given(step, next_sigma);
-  Tensor out = step.output(step.m.out);
-  Tensor next = step.output(step.m.next);
-  step.run<Device>();
+  auto out = step.output(step.m.out);
+  auto next = step.output(step.m.next);
+  step.run(Device());
   return {out, next};
 }
 

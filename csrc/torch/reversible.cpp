@@ -4,11 +4,9 @@
 
 namespace bicm {
 
-void Cpu::run(const Reversible& problem, const Tensor&) {
-  split(problem, problem.layout, kGrain, active_kernels().reversible);
-}
+void Cpu::run(const Reversible& problem) { split(problem, problem.layout, kGrain, active_kernels().reversible); }
 
-void Cpu::run(const FixedPointDecode& problem, const Tensor&) {
+void Cpu::run(const FixedPointDecode& problem) {
   split(problem, problem.layout, kGrain, active_kernels().fixed_point_decode);
 }
 

@@ -13,14 +13,16 @@ using ScalarType = torch::headeronly::ScalarType;
 // The tensors of a step, checked against the first state (or what is encoded); the problem's operands point at them.
 class ExactStep {
  public:
-  explicit ExactStep(const Tensor& first, Kinds kinds) : first_(view_of(first, kinds)) {
+  template <class T>
+  ExactStep(const T& first, Kinds kinds) : first_(view_of(first, kinds)) {
     STD_TORCH_CHECK(first_.dim > 0, "bicm_kernels: tensors need a batch dimension");
   }
 
   const View& first() const { return first_; }
   int64_t batch() const { return first_.sizes[0]; }
 
-  const View& add(const Tensor& tensor, Operand& operand, Kinds kinds = Kinds::integers_too) {
+  template <class T>
+  const View& add(const T& tensor, Operand& operand, Kinds kinds = Kinds::integers_too) {
     View& view = storage_[used_] = view_of(tensor, kinds);
     STD_TORCH_CHECK(same_sizes(view, first_) && view.device == first_.device,
                     "bicm_kernels: tensors differ in shape or device");
@@ -32,14 +34,18 @@ class ExactStep {
   void inputs_end() { inputs_ = used_; }
 
   Number number(double value) { return number_of(value); }
-  Number number(const Tensor& value) {
-    per_sample_ = per_sample_ || value.dim() == 1;
-    return number_of(value, batch(), first_.device);
+  template <class T>
+  Number number(const T& tensor) {
+    const View view = view_of(tensor);
+    per_sample_ = per_sample_ || view.dim == 1;
+    return number_of(view, batch(), first_.device);
   }
   Integer integer(int64_t value) { return integer_of(value); }
-  Integer integer(const Tensor& value) {
-    per_sample_ = per_sample_ || value.dim() == 1;
-    return integer_of(value, batch(), first_.device);
+  template <class T>
+  Integer integer(const T& tensor) {
+    const View view = view_of(tensor, Kinds::integers_too);
+    per_sample_ = per_sample_ || view.dim == 1;
+    return integer_of(view, batch(), first_.device);
   }
 
   void fraction_bits(int64_t bits, DType dtype) {
@@ -48,9 +54,10 @@ class ExactStep {
   }
 
   // An empty tensor asks for no notes.
-  void overflow(const Tensor& notes, const Integer& mark) {
-    if (notes.dim() == 1 && notes.size(0) == 0) return;
+  template <class T>
+  void overflow(const T& notes, const Integer& mark) {
     const View view = view_of(notes, Kinds::integers_too);
+    if (view.dim == 1 && view.sizes[0] == 0) return;
     const bool agrees = view.dim == 1 && view.sizes[0] == batch() && view.dtype == DType::int64 &&
                         view.device == first_.device && !overlaps_itself(view);
     STD_TORCH_CHECK(agrees, "bicm_kernels: overflow must be a (B,) int64 tensor on the tensors' device");
@@ -73,8 +80,8 @@ class ExactStep {
     }
   }
 
-  template <class Device, class Problem>
-  void run(Problem& problem, const Tensor& first) {
+  template <class Device, class Problem, class T>
+  void run(Device, Problem& problem, const T& first) {
     merge(views_, operands_, used_, /*ordered=*/false, per_sample_, problem.layout);
     if (problem.layout.batch == 0 || problem.layout.elements == 0) return;
     for (int out = inputs_; out < used_; ++out) {
@@ -101,6 +108,8 @@ inline bool is_integer(DType dtype) { return dtype == DType::int64 || dtype == D
 
 // What a step's schema gives in both flavours; n and m that are not there are 1.
 struct ExactNumbers {
+  using Tensor = bicm::Tensor;
+  using Tensors = std::vector<Tensor>;
   using Coefficients = std::vector<double>;
   using Guidance = double;
   using Ratio = int64_t;
@@ -112,6 +121,8 @@ struct ExactNumbers {
   }
 };
 struct ExactTensors {
+  using Tensor = bicm::Tensor;
+  using Tensors = std::vector<Tensor>;
   using Coefficients = std::vector<Tensor>;
   using Guidance = std::optional<Tensor>;
   using Ratio = std::optional<Tensor>;
@@ -121,6 +132,11 @@ struct ExactTensors {
     return n.has_value();
   }
 };
+
+template <class T>
+Number given(ExactStep& step, const T& value) {
+  return step.number(value);
+}
 
 inline void guide_by(ExactStep& step, double scale) { step.p.guidance_scale = step.number(scale); }
 inline void guide_by(ExactStep& step, const std::optional<Tensor>& scale) {
@@ -138,15 +154,15 @@ inline void ratio_of(ExactStep& step, const std::optional<Tensor>& n, const std:
 }
 
 template <Increment I, bool Inverse, class A>
-void prepare_exact(ExactStep& step, const Tensors& tensors, const Tensor& info,
+void prepare_exact(ExactStep& step, const typename A::Tensors& tensors, const typename A::Tensor& info,
                    const typename A::Coefficients& coefficients, const typename A::Guidance& guidance_scale,
                    const typename A::Ratio& n, const typename A::Ratio& m, int64_t fraction_bits) {
   constexpr bool bdia = I == Increment::bdia;
   Reversible& p = step.p;
-  const int64_t given = static_cast<int64_t>(coefficients.size()), terms = bdia ? 2 : given;
+  const int64_t count = static_cast<int64_t>(coefficients.size()), terms = bdia ? 2 : count;
   const int64_t operands = static_cast<int64_t>(tensors.size()) - 1;
   STD_TORCH_CHECK(
-      (!bdia || given == 4) && terms >= 1 && terms <= kMaxTerms && (operands == terms || operands == terms + 1),
+      (!bdia || count == 4) && terms >= 1 && terms <= kMaxTerms && (operands == terms || operands == terms + 1),
       "bicm_kernels: wrong number of tensors or coefficients");
   p.steps = true;
   p.inverse = Inverse;
@@ -160,7 +176,7 @@ void prepare_exact(ExactStep& step, const Tensors& tensors, const Tensor& info,
     STD_TORCH_CHECK(!bdia || is_integer(dtype) == (k == 0), "bicm_kernels: q must be an integer state, eps floating");
   }
   step.fraction_bits(fraction_bits, state);
-  for (int64_t k = 0; k < given; ++k) p.coefficient[k] = step.number(coefficients[k]);
+  for (int64_t k = 0; k < count; ++k) p.coefficient[k] = given(step, coefficients[k]);
   if (p.guided) guide_by(step, guidance_scale);
   p.multiplies = A::multiplies(n, m);
   STD_TORCH_CHECK(is_integer(state) && (state == DType::int64 || !p.multiplies),
@@ -188,7 +204,7 @@ std::tuple<Tensor, Tensor> exact_step(Tensors tensors, Tensor info, typename A::
   step.add(out, step.p.out);
   Tensor info_out = step.p.multiplies ? like(info, view_of(info, Kinds::integers_too)) : nothing_like(info);
   if (step.p.multiplies) step.add(info_out, step.p.info_out);
-  step.run<Device>(step.p, tensors[0]);
+  step.run(Device(), step.p, tensors[0]);
   return {out, info_out};
 }
 
@@ -205,7 +221,7 @@ void exact_step_out(Tensors tensors, Tensor info, typename A::Coefficients coeff
   }
   step.check_overlap();
   step.overflow(overflow, step.integer(mark));
-  step.run<Device>(step.p, tensors[0]);
+  step.run(Device(), step.p, tensors[0]);
 }
 
 inline void prepare_encode(ExactStep& step, const Tensor& x, const Tensor& out, int64_t fraction_bits) {
@@ -236,7 +252,7 @@ Tensor fixed_point_encode(Tensor x, int64_t fraction_bits, ScalarType dtype) {
   ExactStep step(x, Kinds::floating);
   Tensor out = empty_in_layout_of(x, dtype);
   prepare_encode(step, x, out, fraction_bits);
-  step.run<Device>(step.p, x);
+  step.run(Device(), step.p, x);
   return out;
 }
 
@@ -246,11 +262,11 @@ void fixed_point_encode_out(Tensor x, int64_t fraction_bits, Tensor mark, Tensor
   prepare_encode(step, x, out, fraction_bits);
   step.check_overlap();
   step.overflow(overflow, step.integer(mark));
-  step.run<Device>(step.p, x);
+  step.run(Device(), step.p, x);
 }
 
-template <class Device>
-Tensor fixed_point_decode(Tensor x, int64_t fraction_bits, ScalarType dtype) {
+template <class Device, class Tensor, class Dtype>
+Tensor fixed_point_decode(Tensor x, int64_t fraction_bits, Dtype dtype) {
   ExactStep step(x, Kinds::integers_too);
   STD_TORCH_CHECK(is_integer(step.first().dtype), "bicm_kernels: a fixed-point state is int64 or int32");
   step.fraction_bits(fraction_bits, step.first().dtype);
@@ -260,7 +276,7 @@ Tensor fixed_point_decode(Tensor x, int64_t fraction_bits, ScalarType dtype) {
   step.inputs_end();
   Tensor out = empty_in_layout_of(x, dtype);
   step.add(out, p.out, Kinds::floating);
-  step.run<Device>(p, x);
+  step.run(Device(), p, x);
   return out;
 }
 
@@ -289,7 +305,7 @@ void register_reversible(torch::stable::detail::StableLibrary& library) {
                                                         "bdia_exact_inverse_step.tensor_out");
   library.impl("fixed_point_encode", TORCH_BOX((&fixed_point_encode<Device>)));
   library.impl("fixed_point_encode.out", TORCH_BOX((&fixed_point_encode_out<Device>)));
-  library.impl("fixed_point_decode", TORCH_BOX((&fixed_point_decode<Device>)));
+  library.impl("fixed_point_decode", TORCH_BOX((&fixed_point_decode<Device, Tensor, ScalarType>)));
 }
 
 }  // namespace bicm

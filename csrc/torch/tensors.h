@@ -44,6 +44,9 @@ inline int32_t device_of(const Tensor& tensor) {
   return type * 256 + index + 1;
 }
 
+constexpr int32_t kHost = 0;  // a CPU tensor's device
+inline bool on_host(int32_t device) { return device < 256; }
+
 // What a kernel needs to know of a tensor; sizes and strides are borrowed.
 struct View {
   void* data;

@@ -64,11 +64,13 @@ def bdia_invert(
     gamma: Factor = 1.0,
     increments: Increments = "euler",
     exact: bool = True,
+    start_index: Literal[0, 1] = 1,
     **options: Unpack[Options],
 ) -> StatePair | ExactPair:
     """Return (z_N, z_{N-1}) by BDIA's inversion (BDIA eq. 28), from z_0 or from `bdia_sample`'s (z_0, z_1).
 
-    z: (B, …), any floating dtype; a real image z_0 alone gets its z_1 by DDIM inversion with eps(z_0, 1).
+    z: (B, …), any floating dtype; a real image z_0 alone gets its z_1 by DDIM inversion with eps(z_0, start_index):
+    1 is DDIM inversion as it is (eq. 8); 0 is Alg. 2's, for schedules with sigma_0 > 0.
     gamma in (0, 1], increments, exact and options: as for `bdia_sample`, of whose pair this is the inverse, to the bit
     where it is exact; floats lose about N·eps·gamma^-N, with a warning where that can be seen.
     Raises ValueError where an argument is out of range or the states of a pair do not fit together, and OverflowError
@@ -86,6 +88,11 @@ def bdia_invert(
         # What the step multiplies by is 1/gamma: rounded before the other weights are made from it.
         factor = 1.0 / rounded(1.0 / value(gamma), first_tensor(z).dtype)
     method = _method(model, z, schedule, factor, increments, options)
+    if start_index not in (0, 1) or (start_index == 0 and schedule.clean):
+        raise ValueError(
+            f"start_index: expected 1, or 0 where sigma_0 > 0, got {start_index} (sigma_0 = {schedule.sigma[0]})"
+        )
+    method.start_index = start_index
     return run(method, z, UP, exact)
 
 
@@ -100,13 +107,14 @@ def bdia_edit(
     gamma: Factor = 1.0,
     increments: Increments = "euler",
     exact: bool = True,
+    start_index: Literal[0, 1] = 1,
     **options: Unpack[Options],
 ) -> StatePair | ExactPair:
     """Return (z_0, z_1) of an edited image: inverted under one condition, sampled under another (BDIA Alg. 2).
 
     z: the image z_0, (B, …), or a pair. source, target: keyword arguments of the model on the way up and on the way
-    down, beside those in extra_args; equal ones return the image itself, to the bit where it is exact. The rest: as
-    for `bdia_sample`; a smaller gamma keeps the result nearer to the image.
+    down, beside those in extra_args; equal ones return the image itself, to the bit where it is exact. start_index:
+    as for `bdia_invert`. The rest: as for `bdia_sample`; a smaller gamma keeps the result nearer to the image.
     Raises ValueError and OverflowError as `bdia_sample` does.
 
     >>> from bicm_diffusion import vp_schedule
@@ -118,8 +126,9 @@ def bdia_edit(
     shared = options.pop("extra_args", None) or {}
     up_options: Options = {**options, "extra_args": {**shared, **source}}
     down_options: Options = {**options, "extra_args": {**shared, **target}}
-    latent = bdia_invert(model, z, schedule, gamma=gamma, increments=increments, exact=exact, **up_options)
-    return bdia_sample(model, latent, schedule, gamma=gamma, increments=increments, exact=exact, **down_options)
+    step: dict[str, Any] = {"gamma": gamma, "increments": increments, "exact": exact}
+    latent = bdia_invert(model, z, schedule, start_index=start_index, **step, **up_options)
+    return bdia_sample(model, latent, schedule, **step, **down_options)
 
 
 def _check_gamma(gamma: Factor, lowest: float | None) -> None:

@@ -66,3 +66,8 @@ def down(prediction: Prediction, below: Level, here: Level) -> Row:
 def up(prediction: Prediction, below: Level, here: Level) -> Row:
     """Weights of z_{i-1} and the output there in z_i; the model takes z_{i-1} for z_i."""
     return folded(read(prediction, here), *transfer(below, here))
+
+
+def up_from(prediction: Prediction, below: Level, here: Level) -> Row:
+    """The same where the model was told that it stands at z_{i-1}."""
+    return folded(read(prediction, below), *transfer(below, here))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bicm_diffusion.samplers.prediction import Level, Number, Preconditioned, Prediction, check_prediction
 from bicm_diffusion.schedules import Schedule
-from bicm_kernels import affine_step, ddim_step, denoised_step
+from bicm_kernels import affine_step, denoised_step
 
 Output: TypeAlias = Tensor | tuple[Tensor, Tensor]
 Model: TypeAlias = Callable[..., Output]
@@ -146,8 +146,6 @@ class Loop:
             nothing = [0.0] * len(weights)
             scaled, out, _ = denoised_step(tensors, weights, nothing, x0_weight=scale, guidance_scale=guidance)
             return out, scaled
-        if len(weights) == 2:
-            return ddim_step(*tensors, a=weights[0], b=weights[1], guidance_scale=guidance), None
         return affine_step(tensors, weights, guidance_scale=guidance), None
 
     def report(self, index: int, z: Tensor, output: Output) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bicm_diffusion.samplers.ddim import down, up
+from bicm_diffusion.samplers.ddim import down, up, up_from
 from bicm_diffusion.samplers.exact import ExactPair, Grid, Ratio, StatePair, decode
 from bicm_diffusion.samplers.loop import Loop, Output, Row
 from bicm_diffusion.samplers.prediction import Number
@@ -22,6 +22,9 @@ State = Tensor | StatePair | ExactPair
 
 class Method:
     """What tells one method from another; their first steps, from one state alone, are DDIM's."""
+
+    #: The index that the model is told at z_0 alone.
+    start_index = 1
 
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
@@ -40,14 +43,15 @@ class Method:
 
     def first_down(self, z: Tensor) -> tuple[Tensor, Output]:
         """z_{N-1} from z_N alone, and the model's output there."""
-        return self._first(self.loop.schedule.steps, z, down)
+        top = self.loop.schedule.steps
+        return self._first(top, z, down, top)
 
     def first_up(self, z: Tensor) -> tuple[Tensor, Output]:
         """z_1 from z_0 alone, and the model's output there."""
-        return self._first(1, z, up)
+        return self._first(1, z, up if self.start_index == 1 else up_from, self.start_index)
 
-    def _first(self, i: int, z: Tensor, formula: Callable[..., Row]) -> tuple[Tensor, Output]:
-        output = self.loop.evaluate(i, z)
+    def _first(self, i: int, z: Tensor, formula: Callable[..., Row], told: int) -> tuple[Tensor, Output]:
+        output = self.loop.evaluate(told, z)
         row = self.loop.rows(formula, range(i, i + 1), (-1, 0))[i]
         return self.loop.advance([z, output], row)[0], output
 

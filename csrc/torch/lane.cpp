@@ -1,0 +1,214 @@
+// The step ops called by Python itself, beside torch's dispatcher, whose way in and out takes longer than a small
+// kernel. They return None for whatever is not plain: CPU tensors of torch's own type, no derivative to record, nobody
+// who watches or transforms. The caller then goes the long way, which knows how to handle it, or what was wrong.
+#include "lane.h"
+
+#include "cpu.h"
+#include "preconditioning.h"
+#include "python.h"
+#include "reversible.h"
+
+namespace bicm {
+
+inline Number given(ExactStep& step, const PythonArguments::Coefficient& value) {
+  return value.is_tensor() ? step.number(value.tensor) : step.number(value.value);
+}
+inline void guide_by(ExactStep& step, const PythonArguments::Guidance& guidance) {
+  step.p.guidance_scale = given(step, guidance.scale);
+}
+inline Integer integer(ExactStep& step, const PythonArguments::Counter& value) {
+  return value.is_tensor() ? step.integer(value.tensor) : step.integer(value.value);
+}
+inline void ratio_of(ExactStep& step, const PythonArguments::Counter& n, const PythonArguments::Counter& m) {
+  step.p.n = integer(step, n);
+  step.p.m = integer(step, m);
+}
+
+namespace {
+
+bool read(PyObject* from, bool& to) {
+  to = from == Py_True;
+  return PyBool_Check(from);
+}
+
+bool read(PyObject* from, double& to) {
+  if (!PyFloat_CheckExact(from)) return false;
+  to = PyFloat_AsDouble(from);
+  return true;
+}
+
+// Seeds above the signed range stand for the integer with the same bits.
+bool read(PyObject* from, int64_t& to) {
+  if (!PyLong_CheckExact(from)) return false;
+  int overflow;
+  to = PyLong_AsLongLongAndOverflow(from, &overflow);
+  if (overflow > 0) to = static_cast<int64_t>(PyLong_AsUnsignedLongLong(from));
+  return overflow >= 0 && PyErr_Occurred() == nullptr;
+}
+
+template <class T>
+bool read(PyObject* from, OrTensor<T>& to) {
+  return read(from, to.value) || read(from, to.tensor);
+}
+
+template <class T>
+bool read(PyObject* from, std::optional<T>& to) {
+  return from == Py_None || read(from, to.emplace());
+}
+
+bool read(PyObject* from, PythonArguments::Guidance& to) {
+  to.given = from != Py_None;
+  return !to.given || read(from, to.scale);
+}
+
+template <class Visit>
+bool each(PyObject* sequence, Visit visit) {
+  const bool list = PyList_Check(sequence);
+  if (!list && !PyTuple_Check(sequence)) return false;
+  const Py_ssize_t count = list ? PyList_Size(sequence) : PyTuple_Size(sequence);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (!visit(list ? PyList_GetItem(sequence, i) : PyTuple_GetItem(sequence, i), i == count - 1)) return false;
+  }
+  return true;
+}
+
+template <class T, size_t N>
+bool read(PyObject* from, Few<T, N>& to) {
+  return each(from, [&](PyObject* item, bool) {
+    T* place = to.add();
+    return place != nullptr && read(item, *place);
+  });
+}
+
+bool read(PyObject* from, Operands& to) {
+  return each(from, [&](PyObject* item, bool last) {
+    const bool pair = last && (PyTuple_Check(item) || PyList_Check(item));
+    if (pair) return to.paired = true, read(item, static_cast<Few<Object, kMaxTerms + 1>&>(to));
+    Object* place = to.add();
+    return place != nullptr && read(item, *place);
+  });
+}
+
+PyObject* returned(Object result) {
+  if (result.get() != nullptr) return result.release();
+  Py_RETURN_NONE;
+}
+
+template <class... Results>
+PyObject* returned(std::tuple<Results...> results) {
+  PyObject* tuple = PyTuple_New(sizeof...(Results));
+  Py_ssize_t i = 0;
+  if (tuple != nullptr) {
+    std::apply([&](auto&... result) { (PyTuple_SetItem(tuple, i++, returned(std::move(result))), ...); }, results);
+  }
+  return tuple;
+}
+
+// Lets other threads have the interpreter for as long as it lives.
+class Released {
+ public:
+  Released() : state_(PyEval_SaveThread()) {}
+  ~Released() { PyEval_RestoreThread(state_); }
+
+ private:
+  PyThreadState* state_;
+};
+
+int64_t grain_of(const Multistep& problem) { return problem.draws ? Cpu::kNoiseGrain : Cpu::kGrain; }
+int64_t grain_of(const Reversible&) { return Cpu::kGrain; }
+int64_t grain_of(const FixedPointDecode&) { return Cpu::kGrain; }
+
+// The CPU, called by Python.
+struct Lane {
+  template <class Problem>
+  static void run(const Problem& problem, const Object&) {
+    std::optional<Released> released;
+    if (problem.layout.batch * problem.layout.elements > grain_of(problem)) released.emplace();
+    Cpu::run(problem);
+  }
+};
+
+struct ExactArguments {
+  using Tensor = Object;
+  using Tensors = Few<Object, kMaxTerms + 2>;
+  using Coefficients = PythonArguments::Coefficients;
+  using Guidance = PythonArguments::Guidance;
+  using Ratio = PythonArguments::Counter;
+  static bool multiplies(const Ratio& n, const Ratio& m) {
+    const auto checked = [](const Ratio& part) { return part.is_tensor() ? int64_t{1} : part.value; };
+    const bool differ = ExactNumbers::multiplies(checked(n), checked(m));
+    return differ || n.is_tensor() || m.is_tensor();
+  }
+};
+
+// An exact step that notes overflows where it is asked to; the buffer it left, or nothing where it needs none.
+template <Increment I, bool Inverse>
+std::tuple<Object, Object> exact_step(Object last, Operands operands, Object info,
+                                      PythonArguments::Coefficients coefficients, PythonArguments::Guidance guidance,
+                                      Few<PythonArguments::Counter, 2> ratio, int64_t fraction_bits,
+                                      std::optional<Object> overflow, PythonArguments::Counter mark) {
+  ExactArguments::Tensors tensors = {last};
+  for (size_t i = 0; i < operands.size(); ++i) *tensors.add() = operands[i];
+  STD_TORCH_CHECK(ratio.size() == 2 && guidance.given == operands.paired, "bicm_kernels: a ratio has two parts");
+  ExactStep step(last, Kinds::integers_too);
+  prepare_exact<I, Inverse, ExactArguments>(step, tensors, info, coefficients, guidance, ratio[0], ratio[1],
+                                            fraction_bits);
+  STD_TORCH_CHECK(step.p.guided == operands.paired, "bicm_kernels: guidance goes with a pair");
+  Object out = like(last, step.first());
+  step.add(out, step.p.out);
+  Object info_out = step.p.multiplies ? like(info, info.view) : Object();
+  if (step.p.multiplies) step.add(info_out, step.p.info_out);
+  if (overflow.has_value()) step.overflow(*overflow, integer(step, mark));
+  step.run(Lane(), step.p, last);
+  return {out, info_out};
+}
+
+template <class Result, class... Arguments>
+PyObject* call(Result (*op)(Arguments...), PyObject* const* given, Py_ssize_t count) {
+  std::tuple<Arguments...> arguments;
+  const auto read_all = [&](auto&... argument) { return (read(*given++, argument) && ...); };
+  try {
+    if (count == sizeof...(Arguments) && nobody_watches() && std::apply(read_all, arguments)) {
+      return returned(std::apply(op, std::move(arguments)));
+    }
+  } catch (const std::exception&) {
+    // The long way finds the same and says it better.
+  }
+  PyErr_Clear();
+  Py_RETURN_NONE;
+}
+
+template <auto Op>
+PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return call(Op, arguments, count);
+}
+
+template <auto Op>
+PyMethodDef method(const char* name) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<Op>)), METH_FASTCALL, nullptr};
+}
+
+}  // namespace
+
+bool add_lane(PyObject* module) {
+  using A = PythonArguments;
+  static PyMethodDef methods[] = {
+      method<&form_step<Lane, Form::affine, A>>("ddim_step"),
+      method<&form_step<Lane, Form::bdia, A>>("bdia_step"),
+      method<&form_step<Lane, Form::bdia_inverse, A>>("bdia_inverse_step"),
+      method<&affine_step<Lane, A>>("affine_step"),
+      method<&denoised_step<Lane, A>>("denoised_step"),
+      method<&scale_input<Lane, A>>("scale_input"),
+      method<&denoise<Lane, A>>("denoise"),
+      method<&renoise<Lane, A>>("renoise"),
+      method<&exact_step<Increment::affine, false>>("exact_affine_step"),
+      method<&exact_step<Increment::affine, true>>("exact_affine_inverse_step"),
+      method<&exact_step<Increment::bdia, false>>("bdia_exact_step"),
+      method<&exact_step<Increment::bdia, true>>("bdia_exact_inverse_step"),
+      method<&fixed_point_decode<Lane, Object, DType>>("fixed_point_decode"),
+      {nullptr, nullptr, 0, nullptr},
+  };
+  return !open_torch() || PyModule_AddFunctions(module, methods) == 0;
+}
+
+}  // namespace bicm

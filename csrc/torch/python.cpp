@@ -1,0 +1,229 @@
+#include "python.h"
+
+#include <algorithm>
+#include <array>
+#include <string>
+
+namespace bicm {
+namespace {
+
+// DLPack 1: what is asked for here of the table behind torch.Tensor.__dlpack_c_exchange_api__.
+struct ExchangedTensor {
+  void* data;
+  int32_t device_type, device_index, dims;
+  uint8_t kind, bits;
+  uint16_t lanes;
+  int64_t *sizes, *strides;
+  uint64_t byte_offset;
+};
+struct Exchange {
+  uint32_t major, minor;
+  void *older, *allocate, *from_python, *to_python;
+  int (*look_into)(void* object, ExchangedTensor* result);
+};
+constexpr int32_t kCpuDevice = 1;
+
+// In the order of DType.
+struct Kind {
+  uint8_t kind, bits;
+  const char* name;
+};
+constexpr Kind kKinds[] = {{2, 16, "torch.float16"}, {4, 16, "torch.bfloat16"}, {2, 32, "torch.float32"},
+                           {2, 64, "torch.float64"}, {0, 32, "torch.int32"},    {0, 64, "torch.int64"}};
+
+// A function or method of torch that takes no arguments. A plain C function is called through its address: going through
+// Python's call takes three times as long.
+class Question {
+ public:
+  Question() = default;
+  explicit Question(PyObject* function) : function_(function) {
+    if (!PyCFunction_Check(function) || PyCFunction_GetFlags(function) != METH_NOARGS) return;
+    address_ = PyCFunction_GetFunction(function);
+    self_ = PyCFunction_GetSelf(function);
+  }
+
+  // Whether a method can be asked of another object than the one it was looked up in.
+  bool any_self() const { return address_ != nullptr; }
+
+  // `self`: for a method, the object asked.
+  bool says_no(PyObject* self = nullptr) const {
+    PyObject* answer =
+        address_ == nullptr ? PyObject_CallNoArgs(function_) : address_(self == nullptr ? self_ : self, nullptr);
+    const bool no = answer != nullptr && PyObject_IsTrue(answer) == 0;
+    Py_XDECREF(answer);
+    return no;
+  }
+
+ private:
+  PyObject* function_ = nullptr;
+  PyCFunction address_ = nullptr;
+  PyObject* self_ = nullptr;
+};
+
+// Functions and objects of torch, looked up once.
+struct Torch {
+  PyObject *tensor, *empty_strided, *empty_like, *forward_mode, *profiler;
+  Question is_negated;
+  // Whoever answers with something true wants to see or to change every operation.
+  std::array<Question, 4> watchers;
+  std::array<PyObject*, std::size(kKinds)> dtypes;
+  PyObject *requires_grad, *profiling, *level;
+  const Exchange* exchange;
+};
+Torch torch_;
+
+PyObject* find(const char* path) {
+  PyObject* found = nullptr;
+  const std::string names(path);
+  for (size_t begin = 0, end; begin <= names.size(); begin = end + 1) {
+    end = std::min(names.find('.', begin), names.size());
+    const std::string name = names.substr(begin, end - begin);
+    PyObject* next =
+        found == nullptr ? PyImport_ImportModule(name.c_str()) : PyObject_GetAttrString(found, name.c_str());
+    Py_XDECREF(found);
+    if (next == nullptr) return nullptr;
+    found = next;
+  }
+  return found;
+}
+
+bool look_into(PyObject* object, View& view) {
+  ExchangedTensor found;
+  if (torch_.exchange->look_into(object, &found) != 0) return false;
+  if (found.device_type != kCpuDevice || found.data == nullptr) return false;
+  for (size_t i = 0; i < std::size(kKinds); ++i) {
+    if (kKinds[i].kind != found.kind || kKinds[i].bits != found.bits) continue;
+    view = {static_cast<char*>(found.data) + found.byte_offset,
+            found.sizes,
+            found.strides,
+            found.dims,
+            static_cast<DType>(i),
+            kHost};
+    return found.lanes == 1;
+  }
+  return false;
+}
+
+// Not a tensor that only looks like ordinary memory: a negated view, or one that autograd follows.
+bool plain(PyObject* tensor) {
+  if (!torch_.is_negated.says_no(tensor)) return false;
+  if (!aoti_torch_grad_mode_is_enabled()) return true;
+  PyObject* follows = PyObject_GetAttr(tensor, torch_.requires_grad);
+  Py_XDECREF(follows);
+  return follows == Py_False;
+}
+
+// What torch is asked for: (sizes, strides, dtype). One call after the other wants the same.
+class Allocation {
+ public:
+  static constexpr int64_t kDims = 8;
+
+  Allocation() = default;
+  explicit Allocation(const View& view) : dim_(view.dim), dtype_(view.dtype), arguments_(PyTuple_New(3)) {
+    std::copy_n(view.sizes, dim_, sizes_);
+    std::copy_n(view.strides, dim_, strides_);
+    PyObject* const dtype = torch_.dtypes[static_cast<size_t>(dtype_)];
+    Py_INCREF(dtype);
+    PyTuple_SetItem(arguments_.get(), 0, tuple_of(sizes_));
+    PyTuple_SetItem(arguments_.get(), 1, tuple_of(strides_));
+    PyTuple_SetItem(arguments_.get(), 2, dtype);
+  }
+
+  bool fits(const View& view) const {
+    return arguments_.get() != nullptr && view.dtype == dtype_ && view.dim == dim_ &&
+           std::equal(sizes_, sizes_ + dim_, view.sizes) && std::equal(strides_, strides_ + dim_, view.strides);
+  }
+  PyObject* arguments() const { return arguments_.get(); }
+
+ private:
+  PyObject* tuple_of(const int64_t* numbers) const {
+    PyObject* tuple = PyTuple_New(dim_);
+    for (Py_ssize_t i = 0; i < dim_; ++i) PyTuple_SetItem(tuple, i, PyLong_FromLongLong(numbers[i]));
+    return tuple;
+  }
+
+  int64_t dim_ = 0, sizes_[kDims] = {}, strides_[kDims] = {};
+  DType dtype_ = DType::float32;
+  Object arguments_;
+};
+
+}  // namespace
+
+bool nobody_watches() {
+  for (const Question& watcher : torch_.watchers) {
+    if (!watcher.says_no()) return false;
+  }
+  PyObject* level = PyDict_GetItemWithError(torch_.forward_mode, torch_.level);
+  PyObject* profiling = PyDict_GetItemWithError(torch_.profiler, torch_.profiling);
+  return level != nullptr && PyLong_AsLong(level) < 0 && profiling == Py_False;
+}
+
+bool read(PyObject* from, Object& to) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(from)) != torch_.tensor) return false;
+  View view;
+  if (!look_into(from, view) || !plain(from)) return false;
+  Py_INCREF(from);
+  to = Object(from, view);
+  return true;
+}
+
+bool read(PyObject* from, DType& to) {
+  for (size_t i = 0; i < torch_.dtypes.size(); ++i) {
+    if (torch_.dtypes[i] == from) return to = static_cast<DType>(i), true;
+  }
+  return false;
+}
+
+Object empty_in_layout_of(const Object& first, DType dtype) {
+  View view = first.view;
+  view.dtype = dtype;
+  STD_TORCH_CHECK(contiguous(view) && view.dim <= Allocation::kDims, "bicm_kernels: expected a contiguous tensor");
+  return like(first, view);
+}
+
+Object like(const Object& first, const View& view) {
+  static Allocation& last = *new Allocation();  // never destroyed: the interpreter ends before static objects do
+  const bool dense = contiguous(view) && view.dim <= Allocation::kDims;
+  if (dense && !last.fits(view)) last = Allocation(view);
+  PyObject* made = dense ? PyObject_CallObject(torch_.empty_strided, last.arguments())
+                         : PyObject_CallFunctionObjArgs(torch_.empty_like, first.get(), nullptr);
+  Object result(made);
+  STD_TORCH_CHECK(made != nullptr && look_into(made, result.view), "bicm_kernels: no memory for the result");
+  return result;
+}
+
+bool open_torch() {
+  const std::pair<PyObject**, const char*> objects[] = {
+      {&torch_.tensor, "torch.Tensor"},
+      {&torch_.empty_strided, "torch._C._dynamo.guards._empty_strided_cpu"},
+      {&torch_.empty_like, "torch.empty_like"},
+      {&torch_.forward_mode, "torch.autograd.forward_ad.__dict__"},
+      {&torch_.profiler, "torch.autograd.profiler.__dict__"},
+  };
+  const char* const watchers[] = {"torch._C._len_torch_dispatch_stack", "torch._C._len_torch_function_stack",
+                                  "torch._C._functorch.peek_interpreter_stack", "torch._C._is_tracing"};
+  bool found = true;
+  const auto look_up = [&found](const char* path) {
+    PyObject* object = found ? find(path) : nullptr;
+    found = object != nullptr;
+    return object;
+  };
+  for (const auto& [object, path] : objects) *object = look_up(path);
+  for (size_t i = 0; i < std::size(kKinds); ++i) torch_.dtypes[i] = look_up(kKinds[i].name);
+  for (size_t i = 0; i < std::size(watchers); ++i) {
+    if (PyObject* function = look_up(watchers[i])) torch_.watchers[i] = Question(function);
+  }
+  torch_.requires_grad = PyUnicode_InternFromString("requires_grad");
+  torch_.profiling = PyUnicode_InternFromString("_is_profiler_enabled");
+  torch_.level = PyUnicode_InternFromString("_current_level");
+  PyObject* const table = look_up("torch.Tensor.__dlpack_c_exchange_api__");
+  PyObject* const tensor = found ? PyObject_CallFunction(torch_.tensor, nullptr) : nullptr;
+  PyObject* const is_neg = tensor != nullptr ? PyObject_GetAttrString(tensor, "is_neg") : nullptr;
+  if (is_neg != nullptr) torch_.is_negated = Question(is_neg);
+  if (found) torch_.exchange = static_cast<const Exchange*>(PyCapsule_GetPointer(table, "dlpack_exchange_api"));
+  PyErr_Clear();
+  return torch_.is_negated.any_self() && torch_.exchange != nullptr && torch_.exchange->major == 1 &&
+         torch_.exchange->look_into != nullptr;
+}
+
+}  // namespace bicm

@@ -1,0 +1,146 @@
+// Python's tensors and numbers as the step ops take them: the flavour of a schema that goes past the dispatcher.
+//
+// Tensors are looked into through DLPack's exchange table, an ABI that torch fills for its exact type.
+#pragma once
+
+#include <Python.h>
+
+#include <utility>
+
+#include "multistep.h"
+
+namespace bicm {
+
+// Looks up what is needed of torch; false where it is not there.
+bool open_torch();
+
+// Whether nobody traces, transforms, overrides or records operations.
+bool nobody_watches();
+
+// A reference to a Python tensor, and what a kernel needs to know of it.
+class Object {
+ public:
+  Object() = default;
+  explicit Object(PyObject* owned, const View& view = {}) : view(view), object_(owned) {}
+  Object(const Object& other) : view(other.view), object_(other.object_) { Py_XINCREF(object_); }
+  Object(Object&& other) noexcept : view(other.view), object_(std::exchange(other.object_, nullptr)) {}
+  Object& operator=(Object other) noexcept {
+    view = other.view;
+    std::swap(object_, other.object_);
+    return *this;
+  }
+  ~Object() { Py_XDECREF(object_); }
+
+  PyObject* get() const { return object_; }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+
+  View view = {};
+
+ private:
+  PyObject* object_ = nullptr;
+};
+
+inline View view_of(const Object& object, Kinds kinds = Kinds::floating) {
+  const bool floating = object.view.dtype != DType::int32 && object.view.dtype != DType::int64;
+  STD_TORCH_CHECK(floating || kinds == Kinds::integers_too, "bicm_kernels: expected a tensor of another dtype");
+  return object.view;
+}
+
+// False for what is not a CPU tensor of torch's own type, with memory of its values and no derivative to record.
+bool read(PyObject* from, Object& to);
+
+bool read(PyObject* from, DType& to);
+
+// An uninitialised tensor in the dtype and layout of another.
+Object like(const Object& first, const View& view);
+
+// The same in another dtype; throws where the tensor is not contiguous.
+Object empty_in_layout_of(const Object& first, DType dtype);
+
+inline Object nothing_like(const Object&) { return Object(); }
+
+// At most N of something, without a heap.
+template <class T, size_t N>
+class Few {
+ public:
+  Few() = default;
+  Few(std::initializer_list<T> items) {
+    for (const T& item : items) items_[size_++] = item;
+  }
+  size_t size() const { return size_; }
+  const T& operator[](size_t i) const { return items_[i]; }
+  T* add() { return size_ < N ? &items_[size_++] : nullptr; }
+
+ private:
+  T items_[N] = {};
+  size_t size_ = 0;
+};
+
+// The tensors of a step; the last two may be a pair (eps_uncond, eps_cond).
+struct Operands : Few<Object, kMaxTerms + 1> {
+  using Few::Few;
+  bool paired = false;
+};
+
+// A number: a tensor where there is one.
+template <class T>
+struct OrTensor {
+  T value = 0;
+  Object tensor;
+  bool is_tensor() const { return tensor.get() != nullptr; }
+};
+
+struct PythonArguments {
+  using Tensor = Object;
+  using Tensors = Operands;
+  using Coefficient = OrTensor<double>;
+  using Coefficients = Few<Coefficient, kMaxTerms>;
+  struct Guidance {
+    Coefficient scale;
+    bool given = false;
+  };
+  using Maybe = std::optional<Coefficient>;
+  using Counter = OrTensor<int64_t>;
+  using Seed = std::optional<Counter>;
+};
+
+using PythonStep = Step<PythonArguments>;
+
+template <class T>
+Number given(PythonStep& step, const OrTensor<T>& value) {
+  return value.is_tensor() ? step.number(value.tensor) : number_of(value.value);
+}
+inline Number given(PythonStep& step, const PythonArguments::Maybe& value) {
+  return value.has_value() ? given(step, *value) : number_of(0.0);
+}
+inline Number given(PythonStep& step, const PythonArguments::Guidance& guidance) {
+  const bool paired = step.tensors().paired;
+  STD_TORCH_CHECK(guidance.given == paired && paired == step.m.guided, "bicm_kernels: guidance goes with a pair");
+  return given(step, guidance.scale);
+}
+
+struct KeyObjects {
+  const PythonArguments::Counter &seed, &step, &sample;
+};
+
+inline NoiseKey key_of(const KeyObjects& key, int64_t batch, int32_t device) {
+  const auto integer = [&](const PythonArguments::Counter& x) {
+    if (x.is_tensor()) return integer_of(view_of(x.tensor, Kinds::integers_too), batch, device);
+    return integer_of(x.value);
+  };
+  const NoiseKey numbers = key_of(KeyNumbers{key.seed.value, key.step.value, key.sample.value}, batch, device);
+  const bool per_sample = key.seed.tensor.view.dim == 1;
+  STD_TORCH_CHECK(!per_sample || (!key.sample.is_tensor() && key.sample.value == 0),
+                  "bicm_kernels: a seed per sample leaves sample_id at 0");
+  return {integer(key.seed), integer(key.step), integer(key.sample),
+          numbers.counts && !per_sample && key.sample.tensor.view.dim == 0};
+}
+
+inline void draw_noise(PythonStep& step, const PythonArguments::Coefficient& weight, const PythonArguments::Seed& seed,
+                       const PythonArguments::Counter& at, const PythonArguments::Counter& sample) {
+  STD_TORCH_CHECK(seed.has_value() || (!weight.is_tensor() && weight.value == 0.0),
+                  "bicm_kernels: noise without a key");
+  if (seed.has_value()) step.noise(given(step, weight), KeyObjects{*seed, at, sample});
+}
+
+}  // namespace bicm
