@@ -41,16 +41,16 @@ emulator: .venv/.requirements ## build the host emulator of the CUDA kernels
 	@test -f build/emulator/build.ninja || $(CMAKE) -S . -B build/emulator
 	$(BIN)/cmake --build build/emulator
 
-evidence: emulator ## count bytes and launches on the emulator, into docs/evidence.md
-	PYTHONPATH=.:build/emulator $(BIN)/python -m tests.emulator.evidence
+evidence: native emulator ## the tables of docs/evidence.md, from the last `make test`, the emulator and the compilers
+	BICM_KERNELS_BACKEND=native PYTHONPATH=.:build/emulator $(BIN)/python -m tests.evidence
 
 # --- what the project does --------------------------------------------------------------------------------------------
 demo: native ## sample, invert and reconstruct handwritten digits; prints a table and writes a picture
 	$(BIN)/python -m bicm_diffusion.digits demo
 
 test: native emulator ## every test that needs no GPU
-	BICM_KERNELS_BACKEND=native $(PYTEST)
-	TRITON_INTERPRET=1 BICM_KERNELS_BACKEND=reference $(PYTEST) tests/interpreter
+	BICM_KERNELS_BACKEND=native $(PYTEST) --junitxml=build/results/tests.xml
+	TRITON_INTERPRET=1 BICM_KERNELS_BACKEND=reference $(PYTEST) --junitxml=build/results/interpreter.xml tests/interpreter
 
 lint: .venv/.requirements ## ruff, clang-format and mypy
 	$(BIN)/ruff check .

@@ -31,7 +31,8 @@ NO_TESTS_COLLECTED = 5
 
 def run_tests() -> list[str]:
     """Run the tests that are marked gpu; what is wrong with them."""
-    status = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu"], cwd=ROOT, check=False).returncode
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--junitxml=build/results/gpu.xml"]
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode
     if status == NO_TESTS_COLLECTED:
         return ["no test is marked gpu: nothing was tested"]
     return [f"pytest -m gpu failed with status {status}"] if status else []

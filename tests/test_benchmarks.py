@@ -126,6 +126,16 @@ def test_ratios() -> None:
     assert m.bandwidth("compile") is None
 
 
+def test_overhead_of_triton_launches() -> None:
+    pytest.importorskip("triton")
+    from benchmarks import triton_overhead
+    from bicm_kernels.triton_kernels import multistep
+
+    times = triton_overhead.measure(QUICK)
+    assert len(times) == 8 and all(0 < timing.median < 1 for timing in times.values())
+    assert not isinstance(multistep.multistep, triton_overhead.Nothing)
+
+
 def test_overhead_has_every_step_op() -> None:
     rows = overhead.measure(QUICK)
     columns = {op: {row.column for row in rows if row.op == op} for op in {row.op for row in rows}}

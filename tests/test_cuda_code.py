@@ -6,10 +6,8 @@ operation rounds, is compiled once.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,23 +15,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-LIBRARY = ROOT / "bicm_kernels" / "_C_cuda.so"
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+from tests.evidence.resources import LIBRARY, output, tool
+
+SOURCES = sorted((Path(__file__).parents[1] / "csrc" / "cuda").glob("*.cu"))
 ARITHMETIC = "fma|mad|mul|add|sub|div|sqrt|rcp|rsqrt|ex2|lg2|sin|cos"
 REGISTERS = 128  # at which two blocks of 256 threads fit on a processor
-
-
-def tool(name: str) -> str | None:
-    """A binary tool: Triton's wheel carries them, and so may the toolkit."""
-    triton = importlib.util.find_spec("triton")
-    folders = triton.submodule_search_locations if triton else None
-    path = Path(folders[0]) / "backends/nvidia/bin" / name if folders else None
-    return str(path) if path and path.exists() else shutil.which(name)
-
-
-def output(*command: str | Path) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def compile_ptx(source: Path, folder: Path, fmad: str = "false") -> str:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_errors import WIDE, Wrong, X, affine, check_messages, ddim, denoised
 from test_multistep import ARGUMENTS, BF16, F32, F64, LAYOUTS, OPS, as_tensors, call, operands, random
 from torch import Tensor
+from wrong_calls import WIDE, Wrong, X, affine, check_messages, ddim, denoised
 
 import bicm_kernels as bk
 from bicm_kernels.ops import outputs

@@ -18,12 +18,29 @@ from bicm_kernels.triton_kernels import checks
 from bicm_kernels.triton_kernels.checks import Number
 from bicm_kernels.triton_kernels.keys import Argument, number_argument
 from bicm_kernels.triton_kernels.operands import TILE, WARPS, Layout, device_of, lay_out
-from bicm_kernels.triton_kernels.pseudo_huber_kernels import finish, gradients, sums
+from bicm_kernels.triton_kernels.pseudo_huber_kernels import gradients, sums
 
 CHUNK = 8 * TILE  # elements that one program sums
-FINISH_BLOCK = 256
+#: Samples that are finished at a time, by whether distances are elementwise: what compiles without spills everywhere.
+FINISH_BLOCK = {False: 128, True: 256}
 PARAMETERIZATIONS = ("bcm", "cm", "edm")
 REDUCTIONS = ("mean", "sum", "none")
+
+
+_counters: dict[torch.device, Tensor] = {}
+
+
+def counter(device: torch.device) -> Tensor:
+    """A 0 that counts the programs of a launch, the last of which resets it.
+
+    Launches on the default stream queue and share one; on others, which overlap and where graphs are captured, each has
+    its own, cleared before it.
+    """
+    if device.type != "cpu" and torch.accelerator.current_stream(device).stream_id:
+        return torch.zeros((), dtype=torch.int32, device=device)
+    if device not in _counters:
+        _counters[device] = torch.zeros((), dtype=torch.int32, device=device)
+    return _counters[device]
 
 
 class Loss:
@@ -73,54 +90,36 @@ class Loss:
 
     def value(self) -> tuple[Tensor, Tensor]:
         """The loss and the samples' sums."""
-        first = self.inputs[0]
-        loss = first.new_empty((self.batch,) if self.reduction == "none" else (), dtype=self.compute)
+        first, each = self.inputs[0], self.reduction == "none"
+        loss = first.new_empty((self.batch,) if each else (), dtype=self.compute)
         totals = first.new_empty((self.batch,), dtype=torch.float64)
-        chunks = -(-self.elements // CHUNK)
-        alone = chunks == 1 and (self.reduction == "none" or self.batch == 1)
-        partial = totals if chunks == 1 else first.new_empty((self.batch * chunks,), dtype=torch.float64)
-        c, weight = self.number(self.c), self.number(self.weight)
-        with device_of(first):
-            if self.batch * chunks:
-                self.sum_chunks(partial, loss.reshape(-1) if alone else None, chunks, c, weight)
-            if not alone and (self.batch or self.reduction != "none"):
-                finish[(1,)](
-                    totals,
-                    partial,
-                    loss,
-                    self.batch,
-                    self.elements,
-                    chunks,
-                    c,
-                    weight,
-                    ELEMENTWISE=self.elementwise,
-                    REDUCTION=self.reduction,
-                    COMPUTE=tl.float64 if self.float64 else tl.float32,
-                    BLOCK=FINISH_BLOCK,
-                    num_warps=WARPS,
-                    enable_fp_fusion=False,
-                )
-        return loss, totals
-
-    def sum_chunks(self, partial: Tensor, loss: Tensor | None, chunks: int, c: Argument, weight: Argument) -> None:
-        """Launch one program for each chunk of each sample."""
+        if not self.batch:
+            return loss if each else loss.fill_(math.nan if self.reduction == "mean" else 0.0), totals
         layout = lay_out(self.inputs, per_sample=True, in_order=False)
+        chunks = max(1, -(-self.elements // CHUNK))
         columns = min(TILE, max(8, triton.next_power_of_2(self.elements)))
-        sums[(self.batch * chunks,)](
-            partial,
-            loss,
-            sizes=layout.plan.sizes,
-            elements=self.elements,
-            chunks=chunks,
-            c=c,
-            weight=weight,
-            COLUMNS=columns,
-            STEPS=-(-min(self.elements, CHUNK) // columns),
-            INDEX=layout.index,
-            num_warps=WARPS,
-            enable_fp_fusion=False,
-            **self.operands(layout, 0),
-        )
+        with device_of(first):
+            sums[(self.batch * chunks,)](
+                totals,
+                totals if chunks == 1 else first.new_empty((self.batch * chunks,), dtype=torch.float64),
+                loss.reshape(-1),
+                None if chunks == 1 and (each or self.batch == 1) else counter(first.device),
+                sizes=layout.plan.sizes,
+                batch=self.batch,
+                elements=self.elements,
+                chunks=chunks,
+                c=self.number(self.c),
+                weight=self.number(self.weight),
+                REDUCTION=self.reduction,
+                COLUMNS=columns,
+                STEPS=-(-min(self.elements, CHUNK) // columns),
+                BLOCK=FINISH_BLOCK[self.elementwise],
+                INDEX=layout.index,
+                num_warps=WARPS,
+                enable_fp_fusion=False,
+                **self.operands(layout, 0),
+            )
+        return loss, totals
 
     def gradients(self, upstream: Tensor, totals: Tensor, needs: int) -> list[Tensor]:
         """The derivatives of the inputs whose bit is set."""

@@ -60,14 +60,55 @@ def add_term(high, low, term):
     return total, low + ((high - (total - part)) + (term - part))
 
 
-@triton.jit(do_not_specialize=["chunks"])
-def sums(
-    partial,
-    loss,
+@triton.jit
+def trusted(total):
+    """Whether squares of float32 that add up to this can neither have overflowed nor have lost digits."""
+    return (total >= 7.888609052210118e-31) & (total < float("inf"))  # 2^-100
+
+
+@triton.jit
+def chunk_sum(
     prediction,
     target,
     x,
     sizes,
+    sample,
+    first,
+    elements,
+    weights,
+    c,
+    scale,
+    ELEMENTWISE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Distances, or squares of the residuals times `scale`, added up: (1,) in float64."""
+    high = tl.zeros((1, COLUMNS), COMPUTE)
+    low = tl.zeros((1, COLUMNS), COMPUTE)
+    for step in range(STEPS):
+        element = first + step * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        r = residual(prediction, target, x, weights, sizes, sample, element, element < elements, COMPUTE) * scale
+        term = r * r
+        if ELEMENTWISE:
+            term = distance(term, number(c, sample, sample >= 0, COMPUTE))
+        high, low = add_term(high, low, term)
+    # Where a sum is infinite, what was lost is not a number and does not count.
+    low = tl.where(low == low, low, 0.0)
+    return tl.sum(high.to(tl.float64), axis=1) + tl.sum(low, axis=1).to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["batch", "chunks"])
+def sums(
+    totals,
+    partial,
+    loss,
+    finished,
+    prediction,
+    target,
+    x,
+    sizes,
+    batch,
     elements,
     chunks,
     levels,
@@ -76,55 +117,84 @@ def sums(
     FORM: tl.constexpr,
     SCALED: tl.constexpr,
     ELEMENTWISE: tl.constexpr,
+    REDUCTION: tl.constexpr,
     COMPUTE: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """The sum of one chunk, and the loss of the sample where that is all of it and a loss is wanted here."""
+    """The sum of one chunk; the program that finishes last makes the loss of all of them.
+
+    `finished` counts the programs and is 0 before and after; None: every sample is one chunk, and its loss its own.
+    """
     item = tl.program_id(0).to(tl.int64)
     sample = tl.full((1, 1), item // chunks, tl.int64)
-    present = sample >= 0
     first = (item % chunks).to(INDEX) * (COLUMNS * STEPS)
     weights = (0.0, 1.0)
     if x is not None:
-        weights = denoising_weights(levels, sample, present, FORM, SCALED, COMPUTE)
-    high = tl.zeros((1, COLUMNS), COMPUTE)
-    low = tl.zeros((1, COLUMNS), COMPUTE)
-    for step in range(STEPS):
-        element = first + step * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        r = residual(prediction, target, x, weights, sizes, sample, element, element < elements, COMPUTE)
-        term = r * r
-        if ELEMENTWISE:
-            term = distance(term, number(c, sample, present, COMPUTE))
-        high, low = add_term(high, low, term)
-    # Where a sum is infinite, what was lost is not a number and does not count.
-    exact = high.to(tl.float64) + tl.where(low == low, low, 0.0).to(tl.float64)
-    total = tl.sum(exact, axis=1)
-    row = sample.reshape(1)
-    tl.store(partial + item + tl.arange(0, 1), total)
-    if loss is not None:
+        weights = denoising_weights(levels, sample, sample >= 0, FORM, SCALED, COMPUTE)
+    # Squares of float32 overflow above 1.8e19 and lose digits below 1e-19. Where the sum shows that they may have, they
+    # are taken again of residuals times 2^96 or 2^-96: exact, and in float32 like everything that elements need.
+    scale = tl.full((), 1.0, COMPUTE)
+    total = tl.zeros((1,), tl.float64)
+    rounds = 1
+    while rounds > 0:
+        total = chunk_sum(
+            prediction,
+            target,
+            x,
+            sizes,
+            sample,
+            first,
+            elements,
+            weights,
+            c,
+            scale,
+            ELEMENTWISE,
+            COMPUTE,
+            COLUMNS,
+            STEPS,
+        )
+        rounds -= 1
+        if not ELEMENTWISE and COMPUTE.primitive_bitwidth == 32:
+            found = tl.sum(total, axis=0)
+            if scale != 1.0:
+                total *= tl.where(scale > 1.0, 1.5930919111324523e-58, 6.277101735386681e57)  # 2^-192, 2^192
+            elif trusted(found) == 0:
+                scale = tl.where(found < 1.0, 7.922816251426434e28, 1.262177448353619e-29)
+                rounds += 1
+    if finished is None:
+        tl.store(totals + item + tl.arange(0, 1), total)
+        row = sample.reshape(1)
         value = weighted(total, elements, c, weight, row, row >= 0, ELEMENTWISE, COMPUTE)
         tl.store(loss + row, value.to(loss.dtype.element_ty))
+    else:
+        tl.store(partial + item + tl.arange(0, 1), total)
+        tl.debug_barrier()  # the sum is stored before the program counts
+        last = tl.num_programs(0) - 1
+        if tl.atomic_add(finished, 1, sem="acq_rel") == last:
+            finish(totals, partial, loss, batch, elements, chunks, c, weight, ELEMENTWISE, REDUCTION, COMPUTE, BLOCK)
+            tl.store(finished, 0)
 
 
 @triton.jit
 def weighted(total, elements, c, weight, sample, present, ELEMENTWISE: tl.constexpr, COMPUTE: tl.constexpr):
     """The distances of samples from their sums, weighted."""
     if ELEMENTWISE:
-        value = total / elements.to(tl.float64)
+        value = total / tl.full((), elements, tl.float64)
     else:
         value = distance(total, number(c, sample, present, COMPUTE).to(tl.float64))
     return number(weight, sample, present, COMPUTE).to(tl.float64) * value
 
 
-@triton.jit(do_not_specialize=["batch", "elements", "chunks"])
+@triton.jit
 def finish(
-    out,
+    totals,
     partial,
     loss,
     batch,
-    elements: tl.int64,
+    elements,
     chunks,
     c,
     weight,
@@ -133,15 +203,15 @@ def finish(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Chunks become samples, and samples the loss, in order."""
+    """Chunks become samples, and samples the loss, in order. Programs elsewhere wrote the chunks: `.cg` is past L1."""
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, batch, BLOCK):
         sample = start + tl.arange(0, BLOCK).to(tl.int64)
         present = sample < batch
         value = tl.zeros((BLOCK,), tl.float64)
         for chunk in range(chunks):
-            value += tl.load(partial + sample * chunks + chunk, mask=present, other=0.0)
-        tl.store(out + sample, value, mask=present)
+            value += tl.load(partial + sample * chunks + chunk, mask=present, other=0.0, cache_modifier=".cg")
+        tl.store(totals + sample, value, mask=present)
         value = weighted(value, elements, c, weight, sample, present, ELEMENTWISE, COMPUTE)
         if REDUCTION == "none":
             tl.store(loss + sample, value.to(loss.dtype.element_ty), mask=present)
@@ -149,8 +219,27 @@ def finish(
     if REDUCTION != "none":
         reduced = tl.sum(total, axis=0)
         if REDUCTION == "mean":
-            reduced = reduced / batch.to(tl.float64)
+            reduced = reduced / tl.full((), batch, tl.float64)
         tl.store(loss, reduced.to(loss.dtype.element_ty))
+
+
+@triton.jit
+def norm(total, c):
+    """sqrt(total + c^2) times a power of two, and that power: float32 whatever the size of a float64 sum."""
+    high = total.to(c.dtype)
+    if c.dtype == tl.float32:
+        large = (high > 1.2676506002282294e30) | (c > 1125899906842624.0)  # 2^100, 2^50
+        small = (high < 7.888609052210118e-31) & (c < 8.881784197001252e-16)  # 2^-100, 2^-50
+        shift = tl.where(large, -192, tl.where(small & (total > 0.0), 192, 0)).to(tl.int64) << 52
+        bits = total.to(tl.int64, bitcast=True)
+        # A float64 sum of float32 squares is far from the ends of its range; 0 and what is not finite stay.
+        moved = (bits + shift).to(tl.float64, bitcast=True).to(tl.float32)
+        high = tl.where((total > 0.0) & (total < float("inf")), moved, high)
+        power = tl.where(large, 1.262177448353619e-29, tl.where(small, 7.922816251426434e28, 1.0))
+    else:
+        power = tl.full(c.shape, 1.0, c.dtype)
+    scaled = c * power
+    return root(high + scaled * scaled), power
 
 
 @triton.jit(do_not_specialize=["batch", "blocks"])
@@ -192,8 +281,9 @@ def gradients(
         factor = divide(factor, tl.full(factor.shape, elements, COMPUTE))
         r = divide(r, nonzero(root(r * r + transition * transition)))
     else:
-        total = tl.load(totals + sample, mask=present, other=1.0).to(COMPUTE)
-        factor = divide(factor, nonzero(root(total + transition * transition)))
+        length, power = norm(tl.load(totals + sample, mask=present, other=1.0), transition)
+        factor = divide(factor, nonzero(length))
+        r *= power
     if outs[0] is not None:
         scale = factor
         if x is not None:

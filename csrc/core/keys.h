@@ -5,22 +5,40 @@
 #include "operands.h"
 #include "philox.h"
 
+#if defined(BICM_EMULATE)
+#include "../emulator/traffic.h"
+#endif
+
 BICM_NAMESPACE_BEGIN
+
+#if defined(BICM_EMULATE)
+inline void see_number(const void* from, size_t bytes) { emulator::count_number(from, bytes); }
+#else
+BICM_HD void see_number(const void*, size_t) {}
+#endif
+
+// The only way to what a batch or a sample has one of, so that the emulator sees these reads too.
+template <class T>
+BICM_HD T number_at(const void* data, int64_t i) {
+  const T* from = static_cast<const T*>(data) + i;
+  see_number(from, sizeof(T));
+  return *from;
+}
 
 template <class C>
 BICM_HD C load_number(const Number& number, int64_t sample) {
   if (number.data == nullptr) return static_cast<C>(number.value);
   const int64_t i = sample * number.stride;
   switch (number.dtype) {
-    case DType::float16: return static_cast<C>(half_to_float(static_cast<const uint16_t*>(number.data)[i]));
-    case DType::bfloat16: return static_cast<C>(bfloat16_to_float(static_cast<const uint16_t*>(number.data)[i]));
-    case DType::float32: return static_cast<C>(static_cast<const float*>(number.data)[i]);
-    default: return static_cast<C>(static_cast<const double*>(number.data)[i]);
+    case DType::float16: return static_cast<C>(half_to_float(number_at<uint16_t>(number.data, i)));
+    case DType::bfloat16: return static_cast<C>(bfloat16_to_float(number_at<uint16_t>(number.data, i)));
+    case DType::float32: return static_cast<C>(number_at<float>(number.data, i));
+    default: return static_cast<C>(number_at<double>(number.data, i));
   }
 }
 
 BICM_HD int64_t load_integer(const Integer& integer, int64_t sample) {
-  return integer.data == nullptr ? integer.value : integer.data[sample * integer.stride];
+  return integer.data == nullptr ? integer.value : number_at<int64_t>(integer.data, sample * integer.stride);
 }
 
 struct SampleKey {

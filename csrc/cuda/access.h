@@ -82,5 +82,12 @@ BICM_DEVICE void store_relaxed(T* to, T value) {
   *static_cast<volatile T*>(to) = value;
 }
 
+// Adds to a number that blocks count with; what it was before.
+BICM_DEVICE unsigned add_to(unsigned* to, unsigned value) {
+  see_load(to, sizeof(unsigned), alignof(unsigned));
+  see_store(to, sizeof(unsigned), alignof(unsigned));
+  return atomicAdd(to, value);
+}
+
 }  // namespace cuda
 }  // namespace bicm

@@ -73,5 +73,17 @@ BICM_DEVICE Sum<C> block_sum(Sum<C> x) {
   return x;
 }
 
+// The same, for every thread of the block.
+template <class C>
+BICM_DEVICE double block_total(const Sum<C>& x) {
+  BICM_SHARED(double, total, 1);
+  const Sum<C> sum = block_sum(x);
+  if (threadIdx.x == 0) total[0] = value_of(sum);
+  __syncthreads();
+  const double result = total[0];
+  __syncthreads();  // the next total goes there
+  return result;
+}
+
 }  // namespace cuda
 }  // namespace bicm

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 2) noisy_pair_kernel(const __grid_co
     const SampleKey key = sample_key(p.key, sample);
     const C low = load_number<C>(p.sigma_low, sample), high = load_number<C>(p.sigma_high, sample);
     const C low_scale = pair_scale(p, sample, low), high_scale = pair_scale(p, sample, high);
-    const bool generated = p.mask != nullptr && p.mask[sample * p.mask_stride];
+    const bool generated = p.mask != nullptr && number_at<bool>(p.mask, sample * p.mask_stride);
     for (int64_t begin = first_group() * G; begin < p.layout.elements; begin += group_stride() * G) {
       const typename Memory::Place place = Memory::at(p.layout, sample, begin, aligned);
       const typename Memory::Raw raw =

@@ -58,6 +58,13 @@ BICM_DEVICE C sum_of_group(C* terms, int64_t count) {
   return terms[0];
 }
 
+// Squares of float32 overflow above 1.8e19 and lose digits below 1e-19. Where a chunk's sum shows that they may have,
+// they are taken again of residuals times a power of two: exact, and in float32 like everything that elements need.
+constexpr double kLeastTrusted = 0x1p-100;
+constexpr float kLarger = 0x1p96f, kSmaller = 0x1p-96f;
+
+BICM_DEVICE bool trusted(double sum) { return sum >= kLeastTrusted && sum <= 0x1p128; }
+
 template <class Memory, bool Denoises>
 BICM_DEVICE double chunk_sum(const PseudoHuber& p, int64_t sample, int64_t first, int64_t last, bool aligned) {
   using C = typename Memory::Compute;
@@ -65,18 +72,24 @@ BICM_DEVICE double chunk_sum(const PseudoHuber& p, int64_t sample, int64_t first
   const Preconditioning<C> weights = denoising_weights<C>(p, sample);
   const bool elementwise = p.distance == Distance::elementwise;
   const C c = elementwise ? load_number<C>(p.c, sample) : C(0);
-  Sum<C> sum = {};
-  for (int64_t begin = first + threadIdx.x * G; begin < last; begin += blockDim.x * G) {
-    C r[G];
-    residual<Memory, Denoises>(p, weights, Memory::at(p.layout, sample, begin, aligned), r);
-    BICM_UNROLL(8)
-    for (int i = 0; i < G; ++i) {
-      const C square = r[i] * r[i];
-      r[i] = elementwise ? pseudo_huber_distance(square, c) : square;
+  C scale = C(1);
+  for (;;) {
+    Sum<C> sum = {};
+    for (int64_t begin = first + threadIdx.x * G; begin < last; begin += blockDim.x * G) {
+      C r[G];
+      residual<Memory, Denoises>(p, weights, Memory::at(p.layout, sample, begin, aligned), r);
+      BICM_UNROLL(8)
+      for (int i = 0; i < G; ++i) {
+        const C scaled = r[i] * scale, square = scaled * scaled;
+        r[i] = elementwise ? pseudo_huber_distance(square, c) : square;
+      }
+      sum = add(sum, {sum_of_group<G>(r, last - begin), C(0)});
     }
-    sum = add(sum, {sum_of_group<G>(r, last - begin), C(0)});
+    const double total = block_total(sum);
+    if (sizeof(C) == 8 || elementwise || (scale == C(1) && trusted(total))) return total;
+    if (scale != C(1)) return total * (scale == kLarger ? 0x1p-192 : 0x1p192);
+    scale = total < kLeastTrusted ? kLarger : kSmaller;
   }
-  return value_of(block_sum(sum));
 }
 
 // Where results go: the loss in the compute type; the sums of chunks, which are the samples' own where each has one
@@ -108,7 +121,7 @@ BICM_DEVICE bool finishes_last(unsigned* finished) {
   BICM_SHARED(bool, last, 1);
   if (threadIdx.x == 0) {
     __threadfence();
-    last[0] = gridDim.x == 1 || atomicAdd(finished, 1u) + 1 == gridDim.x;
+    last[0] = gridDim.x == 1 || add_to(finished, 1u) + 1 == gridDim.x;
     __threadfence();
   }
   __syncthreads();
@@ -172,7 +185,7 @@ template <class C>
 BICM_DEVICE Factors<C> factors_of(const PseudoHuber& p, int64_t sample) {
   BICM_SHARED(double, shared, 2);
   if (threadIdx.x == 0) {
-    shared[0] = factor_of(p, sample, load_at(p.sums + sample));
+    shared[0] = factor_of(p, sample, number_at<double>(p.sums, sample));
     shared[1] = transition_of(p, sample);
   }
   __syncthreads();

@@ -25,7 +25,7 @@ struct View {
 
 View view_of(py::handle array);
 
-// A Python number, or a 0-d or (B,) array that the kernel reads.
+// A Python number, or a 0-d or (B,) array that the kernel reads, and may read from now on.
 Number number_of(py::handle value, int64_t batch);
 Integer integer_of(py::handle value, int64_t batch);
 NoiseKey key_of(py::handle seed, py::handle step, py::handle sample, bool counts, int64_t batch);

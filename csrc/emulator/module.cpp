@@ -57,6 +57,18 @@ View view_of(py::handle given) {
 
 namespace {
 
+// The bytes between a view's first and last element.
+Range range_of(const View& view) {
+  int64_t first = 0, last = 0;
+  for (size_t dim = 0; dim < view.sizes.size(); ++dim) {
+    if (view.sizes[dim] == 0) return {0, 0};
+    const int64_t reach = (view.sizes[dim] - 1) * view.strides[dim];
+    (reach < 0 ? first : last) += reach;
+  }
+  const int64_t item = item_size(view.dtype), data = reinterpret_cast<int64_t>(view.data);
+  return {static_cast<uintptr_t>(data + first * item), static_cast<uintptr_t>(data + (last + 1) * item)};
+}
+
 bool is_array(py::handle value) { return py::isinstance<py::array>(value) || py::isinstance<py::tuple>(value); }
 
 int64_t stride_of(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int64_t batch) {
@@ -71,6 +83,7 @@ Number number_of(py::handle value, int64_t batch) {
   if (value.is_none()) return {0.0, nullptr, 0, DType::float64};
   if (!is_array(value)) return {value.cast<double>(), nullptr, 0, DType::float64};
   const View view = view_of(value);
+  ranges.push_back(range_of(view));
   return {0.0, view.data, stride_of(view.sizes, view.strides, batch), view.dtype};
 }
 
@@ -80,33 +93,14 @@ Integer integer_of(py::handle value, int64_t batch) {
   if (!array || array.data() != py::reinterpret_borrow<py::array>(value).data()) {
     throw py::type_error("expected an int64 array");
   }
-  std::vector<int64_t> sizes, strides;
-  for (py::ssize_t dim = 0; dim < array.ndim(); ++dim) {
-    sizes.push_back(array.shape(dim));
-    strides.push_back(array.strides(dim) / 8);
-  }
-  return {0, array.data(), stride_of(sizes, strides, batch)};
+  const View view = view_of(array);
+  ranges.push_back(range_of(view));
+  return {0, array.data(), stride_of(view.sizes, view.strides, batch)};
 }
 
 NoiseKey key_of(py::handle seed, py::handle step, py::handle sample, bool counts, int64_t batch) {
   return {integer_of(seed, batch), integer_of(step, batch), integer_of(sample, batch), counts};
 }
-
-namespace {
-
-// The bytes between a view's first and last element.
-Range range_of(const View& view) {
-  int64_t first = 0, last = 0;
-  for (size_t dim = 0; dim < view.sizes.size(); ++dim) {
-    if (view.sizes[dim] == 0) return {0, 0};
-    const int64_t reach = (view.sizes[dim] - 1) * view.strides[dim];
-    (reach < 0 ? first : last) += reach;
-  }
-  const int64_t item = item_size(view.dtype), data = reinterpret_cast<int64_t>(view.data);
-  return {static_cast<uintptr_t>(data + first * item), static_cast<uintptr_t>(data + (last + 1) * item)};
-}
-
-}  // namespace
 
 void watch(const Views& views) {
   ranges.clear();
@@ -210,9 +204,11 @@ PYBIND11_MODULE(bicm_emulator, module) {
       .def_readwrite("fails", &Device::fails)
       .def_readwrite("skips_barriers", &Device::skips_barriers)
       .def_readonly("launches", &Device::launches);
-  py::class_<Traffic>(module, "Traffic", "Bytes that CUDA kernels loaded and stored")
+  py::class_<Traffic>(module, "Traffic",
+                      "Bytes that CUDA kernels moved: of tensors, and of numbers that a block shares")
       .def_readwrite("read", &Traffic::read)
-      .def_readwrite("written", &Traffic::written);
+      .def_readwrite("written", &Traffic::written)
+      .def_readwrite("numbers", &Traffic::numbers);
   module.attr("traffic") = py::cast(&traffic, py::return_value_policy::reference);
   module.attr("device") = py::cast(&device, py::return_value_policy::reference);
   bind_noise(module);

@@ -54,6 +54,9 @@ void noisy_pair(const std::string& target, py::object low, py::object high, py::
     if (flags.ndim() != 1 || flags.shape(0) != batch) throw py::value_error("mask must be (B,)");
     p.mask = flags.data();
     p.mask_stride = flags.strides(0);
+    const int64_t first = reinterpret_cast<int64_t>(p.mask), last = first + (batch - 1) * p.mask_stride;
+    ranges.push_back({static_cast<uintptr_t>(first < last ? first : last),
+                      static_cast<uintptr_t>((first < last ? last : first) + 1)});
   }
   if (target == "cuda") {
     if (cuda::noisy_pair(p, nullptr) != cudaSuccess) throw std::runtime_error("cuda::noisy_pair returned an error");

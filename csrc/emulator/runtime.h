@@ -160,6 +160,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& planned, cudaStrea
   const unsigned until = device.until_block ? device.until_block : x;
   for (unsigned j = 0; j < y; ++j) {
     for (unsigned i = device.from_block; i < until; ++i) {
+      emulator::numbers_of_block.clear();
       blockIdx = {device.until_block ? i : emulator::place(i, x), emulator::place(j, y), 0};
       if (planned.synchronises) {
         emulator::fibres.run(

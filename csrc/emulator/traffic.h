@@ -1,4 +1,4 @@
-// Every access of a kernel to global memory: its bytes are counted, and it must lie inside a tensor of the problem.
+// Every access of a kernel to global memory: its bytes are counted, and it must lie inside an argument of the problem.
 #pragma once
 
 #include <stddef.h>
@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 namespace bicm {
@@ -15,11 +16,14 @@ struct Range {
   uintptr_t begin, end;
 };
 
+// Bytes of tensors, and of what a batch or a sample has one of.
 struct Traffic {
-  int64_t read = 0, written = 0;
+  int64_t read = 0, written = 0, numbers = 0;
 };
 
 inline Traffic traffic;
+// The numbers that the running block has read: the first thread fetches one, the others find it in the cache.
+inline std::unordered_set<uintptr_t> numbers_of_block;
 // The memory that a launch may touch; none: any.
 inline std::vector<Range> ranges;
 
@@ -36,6 +40,13 @@ inline void check_access(const void* address, size_t bytes, size_t alignment, co
 inline void count_read(const void* address, size_t bytes, size_t alignment) {
   check_access(address, bytes, alignment, "load");
   traffic.read += static_cast<int64_t>(bytes);
+}
+
+inline void count_number(const void* address, size_t bytes) {
+  check_access(address, bytes, bytes, "load");
+  if (numbers_of_block.insert(reinterpret_cast<uintptr_t>(address)).second) {
+    traffic.numbers += static_cast<int64_t>(bytes);
+  }
 }
 
 inline void count_write(const void* address, size_t bytes, size_t alignment) {

@@ -1,10 +1,9 @@
-"""What the emulator counts of CUDA kernels; `python -m tests.emulator.evidence` writes it into docs/evidence.md."""
+"""What the emulator counts of CUDA kernels, for docs/evidence.md."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import bicm_emulator
 import numpy as np
@@ -15,8 +14,6 @@ from .model import Problem
 from .problems import NOISE, Shape, affine, denoised, states, values
 from .tensors import Tensor
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "evidence.md"
-BEGIN, END = "<!-- counted: written by `make evidence` -->\n", "<!-- counted: end -->\n"
 SHAPE: Shape = (4, 3, 64, 64)
 SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8}
 #: Dtypes of states and of network outputs.
@@ -25,41 +22,53 @@ KINDS = {"float32": ("float32", "float32"), "bfloat16": ("bfloat16", "bfloat16")
 
 @dataclass(frozen=True)
 class Count:
-    """Bytes per element of one tensor, counted and at least, and launches."""
+    """Bytes per element of one tensor, counted and at least; of numbers of samples beside them; launches."""
 
     counted: float
     least: int
+    numbers: float
     launches: int
 
 
 def count(run: Callable[[], object], dtypes: list[str]) -> Count:
     """Run a kernel that has to read or write a tensor of each of these dtypes once."""
     traffic, launches = bicm_emulator.traffic, bicm_emulator.device.launches
-    traffic.read = traffic.written = 0
+    traffic.read = traffic.written = traffic.numbers = 0
     run()
-    moved = traffic.read + traffic.written
+    moved, elements = traffic.read + traffic.written, float(np.prod(SHAPE))
     least = sum(SIZES[dtype] for dtype in dtypes)
-    return Count(moved / np.prod(SHAPE), least, bicm_emulator.device.launches - launches)
+    return Count(moved / elements, least, traffic.numbers / elements, bicm_emulator.device.launches - launches)
+
+
+def each(value: float) -> Tensor:
+    """A number for every sample."""
+    return Tensor.of(np.full(SHAPE[:1], value), "float32")
+
+
+KEY = {name: np.full(SHAPE[:1], value) for name, value in NOISE.items()}
 
 
 def step(problem: Problem) -> Count:
+    problem.coefficients = [each(x) for x in problem.coefficients]
+    problem.x0_coefficients = [each(x) for x in problem.x0_coefficients]
+    for name in ("guidance_scale", "noise_weight", "x0_weight", "clip", "next_scale"):
+        if getattr(problem, name) is not None:
+            setattr(problem, name, each(getattr(problem, name)))
     tensors = [*problem.operands, *problem.outputs]
     return count(lambda: problem.run("cuda"), [x.dtype for x in tensors])
 
 
 def noise(state: str, _: str) -> Count:
     out = Tensor.empty(SHAPE, state)
-    return count(lambda: bicm_emulator.noise("cuda", out.argument, **NOISE), [state])
+    return count(lambda: bicm_emulator.noise("cuda", out.argument, **KEY), [state])
 
 
 def noisy_pair(state: str, _: str) -> Count:
     x, x_hat = states(SHAPE, 2, state, state)
     outs = [Tensor.empty(SHAPE, state) for _ in range(2)]
     mask = np.array([True, False, False, True])
-    given = [*(out.argument for out in outs), x.argument, 0.3, 1.7]
-    return count(
-        lambda: bicm_emulator.noisy_pair("cuda", *given, x_hat=x_hat.argument, mask=mask, **NOISE), [state] * 3
-    )
+    given = [*(out.argument for out in outs), x.argument, each(0.3).argument, each(1.7).argument]
+    return count(lambda: bicm_emulator.noisy_pair("cuda", *given, x_hat=x_hat.argument, mask=mask, **KEY), [state] * 3)
 
 
 def guided(state: str, network: str) -> Count:
@@ -70,13 +79,13 @@ def guided(state: str, network: str) -> Count:
 
 def add_noise(state: str, _: str) -> Count:
     problem = affine(SHAPE, state, state, 1)
-    problem.noise_weight, problem.key = 0.7, NOISE
+    problem.noise_weight, problem.key = 0.7, KEY
     return step(problem)
 
 
 def renoise(state: str, network: str) -> Count:
     problem = affine(SHAPE, state, network, 2, "bcm")
-    problem.noise_weight, problem.key = 0.7, NOISE
+    problem.noise_weight, problem.key = 0.7, KEY
     problem.next, problem.next_scale, problem.next_scale_is_sigma = Tensor.empty(SHAPE, state), 0.7, True
     return step(problem)
 
@@ -90,11 +99,14 @@ def exact_bdia(n: int, m: int, state: str = "int64") -> Callable[[str, str], Cou
 
     def run(_: str, network: str) -> Count:
         inputs = [integers(0, state), Tensor.of(values(1, SHAPE), network)]
-        problem = Exact(inputs, [0.9, 0.3, 1.1, -0.2], Tensor.empty(SHAPE, state), last=integers(2, state))
+        problem = Exact(
+            inputs, [each(x) for x in (0.9, 0.3, 1.1, -0.2)], Tensor.empty(SHAPE, state), last=integers(2, state)
+        )
         problem.form, problem.n, problem.m, problem.fraction_bits = "bdia", n, m, 20
         problem.overflow = np.zeros(SHAPE[0], np.int64)
         if n != m:
             problem.info, problem.info_out = integers(3), Tensor.empty(SHAPE, "int64")
+            problem.n, problem.m = np.full(SHAPE[:1], n), np.full(SHAPE[:1], m)
         tensors = [*problem.operands, *problem.outputs]
         return count(lambda: problem.run("cuda"), [x.dtype for x in tensors])
 
@@ -117,6 +129,8 @@ def training(make: Callable[..., Loss], **options: object) -> Callable[[str, str
     def run(state: str, network: str) -> Count:
         loss = make(SHAPE, network, state, **options) if make is pseudo_huber else make(SHAPE, state, network)
         inputs = [x.dtype for x in loss.inputs]
+        loss.c, loss.weight = each(0.1), each(2.0)
+        loss.times = {name: each(value).argument for name, value in loss.times.items()}
 
         def both() -> None:
             _, sums = loss.run("cuda")
@@ -131,57 +145,41 @@ def plain(terms: int, form: str = "affine") -> Callable[[str, str], Count]:
     return lambda state, network: step(affine(SHAPE, state, network if terms > 1 else state, terms, form))
 
 
-#: Op, how to count it, and the launches of the same step in public code (a stub network under a dispatch counter).
-ROWS: dict[str, tuple[Callable[[str, str], Count], str]] = {
-    "`normal`, `uniform`": (noise, "1"),
-    "`add_noise`": (add_noise, ""),
-    "`noisy_pair`": (noisy_pair, ""),
-    "`ddim_step`": (plain(2), "diffusers DDIM 9"),
-    "`bdia_step`": (plain(3, "bdia"), "BDIA 29"),
-    "`bdia_step`, guided": (guided, "BDIA 35"),
-    "`bdia_inverse_step`": (plain(3, "bdia_inverse"), ""),
-    "`affine_step` of five": (plain(5), "diffusers DPM++2M 11"),
-    "`denoised_step`, with everything": (lambda s, n: step(denoised(SHAPE, s, n)), "diffusers EDMEuler 8"),
-    "`scale_input`": (plain(1, "input"), ""),
-    "`denoise`": (plain(2, "bcm"), "BCM 26, OpenAI CM 23"),
-    "`renoise`": (renoise, "OpenAI CM 28"),
-    "`bdia_exact_step`, ratio 1": (exact_bdia(1, 1), ""),
-    "`bdia_exact_step`, ratio 9/10": (exact_bdia(9, 10), ""),
-    "`bdia_exact_step`, int32": (exact_bdia(1, 1, "int32"), ""),
-    "`fixed_point_encode`": (encode, ""),
-    "`fixed_point_decode`": (decode, ""),
-    "`pseudo_huber`, forward and backward": (training(pseudo_huber), "18–20"),
-    "`pseudo_huber`, elementwise": (training(pseudo_huber, kind="elementwise", c=0.1), "17–23"),
-    "`consistency_loss`, forward and backward": (training(consistency), "ECT's whole loss 55"),
+#: Every argument that may be a number for each sample is one.
+ROWS: dict[str, Callable[[str, str], Count]] = {
+    "`normal`, `uniform`": noise,
+    "`add_noise`": add_noise,
+    "`noisy_pair`": noisy_pair,
+    "`ddim_step`": plain(2),
+    "`bdia_step`": plain(3, "bdia"),
+    "`bdia_step`, guided": guided,
+    "`bdia_inverse_step`": plain(3, "bdia_inverse"),
+    "`affine_step` of five": plain(5),
+    "`denoised_step`, with everything": lambda s, n: step(denoised(SHAPE, s, n)),
+    "`scale_input`": plain(1, "input"),
+    "`denoise`": plain(2, "bcm"),
+    "`renoise`": renoise,
+    "`bdia_exact_step`, ratio 1": exact_bdia(1, 1),
+    "`bdia_exact_step`, ratio 9/10": exact_bdia(9, 10),
+    "`bdia_exact_step`, int32": exact_bdia(1, 1, "int32"),
+    "`fixed_point_encode`": encode,
+    "`fixed_point_decode`": decode,
+    "`pseudo_huber`, forward and backward": training(pseudo_huber),
+    "`pseudo_huber`, elementwise": training(pseudo_huber, kind="elementwise", c=0.1),
+    "`consistency_loss`, forward and backward": training(consistency),
 }
 
 
 def table() -> str:
+    kinds = "float32 / bfloat16 / float32 state with bfloat16 network"
     lines = [
-        "| op | least, bytes per element: float32 / bfloat16 / float32 state with bfloat16 network | counted | launches"
-        " | public code |",
+        f"| op | least, bytes per element: {kinds} | counted | numbers of samples | launches |",
         "|---|---|---|---|---|",
     ]
-    for name, (measure, peers) in ROWS.items():
+    for name, measure in ROWS.items():
         counts = [measure(*dtypes) for dtypes in KINDS.values()]
         least = " / ".join(str(c.least) for c in counts)
         counted = " / ".join(f"{c.counted:.2f}".removesuffix(".00") for c in counts)
         (launches,) = {c.launches for c in counts}
-        lines.append(f"| {name} | {least} | {counted} | {launches} | {peers} |")
+        lines.append(f"| {name} | {least} | {counted} | {max(c.numbers for c in counts):.3f} | {launches} |")
     return "\n".join(lines) + "\n"
-
-
-def section(text: str) -> tuple[str, str, str]:
-    """What comes before the table, the table, and what comes after it."""
-    before, _, rest = text.partition(BEGIN)
-    inside, _, after = rest.partition(END)
-    return before + BEGIN, inside, END + after
-
-
-def main() -> None:
-    before, _, after = section(DOCUMENT.read_text())
-    DOCUMENT.write_text(before + table() + after)
-
-
-if __name__ == "__main__":
-    main()

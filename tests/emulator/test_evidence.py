@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from .evidence import DOCUMENT, KINDS, ROWS, section, table
+from tests.evidence.document import written
+
+from .evidence import KINDS, ROWS, table
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ROWS)
 def test_bytes_and_launches(name: str, kind: str) -> None:
-    found = ROWS[name][0](*KINDS[kind])
+    found = ROWS[name](*KINDS[kind])
+    # A block reads each number of its samples once: a few bytes beside the 8 KiB and more that it moves.
+    assert found.numbers < 0.05
     if "loss" in name or "huber" in name:
-        # Beside the tensors, a few numbers for each sample and each block that reads them.
-        assert found.least <= found.counted < found.least + 0.02
+        # Beside the tensors, the sums: one of each chunk is written and read, and one of each sample written.
+        assert found.least <= found.counted < found.least + 0.01
         assert found.launches == 2
     else:
         assert found.counted == found.least
@@ -21,5 +25,4 @@ def test_bytes_and_launches(name: str, kind: str) -> None:
 
 
 def test_the_document_is_up_to_date() -> None:
-    _, written, _ = section(DOCUMENT.read_text())
-    assert written == table(), "run `make evidence`"
+    assert written("counted") == table(), "run `make evidence`"

@@ -10,7 +10,7 @@ import pytest
 
 from .losses import TIMES, Loss, consistency, pseudo_huber
 from .problems import PAIRS, values
-from .tensors import DTYPES, INPUT_LAYOUTS, Tensor, same_bits
+from .tensors import DTYPES, INPUT_LAYOUTS, Tensor, far, same_bits
 
 CHUNK = bicm_emulator.SUM_CHUNK
 SIZES = (1, 7, 8, 33, 1025, CHUNK, CHUNK + 1, 3 * CHUNK + 77)
@@ -103,12 +103,24 @@ def test_equal_tensors(dtype: str, kind: str) -> None:
 def test_special_values() -> None:
     for dtype, specials in (
         ("float64", (np.nan, np.inf, -np.inf, 1e150)),
-        ("float32", (np.nan, np.inf, -np.inf, 1e18)),
+        ("float32", (np.nan, np.inf, -np.inf, 1e38)),
     ):
         for special in specials:
             problem = pseudo_huber((2, 300), dtype, dtype, reduction="none")
             problem.prediction.bits.view(dtype)[0, 17] = special
             check_value(problem)
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e-17, 1e17, 1e25, 1e35])
+@pytest.mark.parametrize("make", MAKERS)
+def test_squares_beyond_float32(make: str, scale: float) -> None:
+    """Residuals whose squares overflow or underflow, some of them beside others of size 1."""
+    for size in (7, 3000, CHUNK + 5):
+        for mixed in (False, True):
+            problem = MAKERS[make]((2, size), c=0.0, reduction="none")
+            for x in problem.inputs:
+                x.bits.view("float32")[:, :: 3 if mixed else 1] *= np.float32(scale)
+            check(problem)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,6 +153,18 @@ def test_the_grid_and_the_batch_do_not_matter(device: bicm_emulator.Device, make
         assert Loss(*inputs).run("cuda")[1] == sums[b : b + 1]
 
 
+def test_only_a_sum_out_of_range_is_taken_again() -> None:
+    traffic, read = bicm_emulator.traffic, []
+    for scale in (1.0, 1e-14, 1e17, 1e20, 1e-20, 0.0):
+        problem = pseudo_huber((1, 3000), reduction="none")
+        for x in problem.inputs:
+            x.bits.view("float32")[...] *= np.float32(scale)
+        traffic.read = 0
+        problem.run("cuda")
+        read.append(traffic.read)
+    assert read == [24_000] * 3 + [48_000] * 3
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("size", [3072, 3 * CHUNK])
 def test_one_launch_forward_and_one_backward(device: bicm_emulator.Device, size: int, reduction: str) -> None:
@@ -150,6 +174,27 @@ def test_one_launch_forward_and_one_backward(device: bicm_emulator.Device, size:
     assert device.launches == launches + 1
     problem.differentiate("cuda", sums, 1.0, [True, False])
     assert device.launches == launches + 2
+
+
+def test_addresses_beyond_32_bits(device: bicm_emulator.Device) -> None:
+    """One block of each kernel, on a sample of 2^33 elements."""
+    first = 2**32 + 5 * CHUNK
+    rows = [values(k, (CHUNK,)).astype(np.float32) for k in range(2)]
+    gradient, sums = np.zeros(CHUNK, np.float32), np.array([9.0])
+    prediction, target, out = (far(row, first) for row in (*rows, gradient))
+    arguments = pseudo_huber((1, 1), c=4.0).arguments() | {"prediction": prediction, "target": target}
+
+    device.x, device.from_block = 2**20, first // CHUNK
+    device.until_block = device.from_block + 1
+    traffic = bicm_emulator.traffic
+    traffic.read = 0
+    bicm_emulator.pseudo_huber("cuda", np.zeros((), np.float32), sums.copy(), arguments)
+    assert 8 * CHUNK <= traffic.read < 8 * CHUNK + 16
+
+    device.x, device.from_block = 2**23, first // 1024
+    device.until_block = device.from_block + CHUNK // 1024
+    bicm_emulator.pseudo_huber_gradient("cuda", [out, None], sums, 5.0, arguments)
+    assert np.array_equal(gradient, rows[0] - rows[1])
 
 
 def test_an_error_of_the_runtime_comes_back(device: bicm_emulator.Device) -> None:

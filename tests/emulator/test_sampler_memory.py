@@ -10,7 +10,7 @@ import pytest
 
 from .checks import check_step, targets
 from .problems import NOISE, PAIRS, affine, denoised, states, values
-from .tensors import DTYPES, INPUT_LAYOUTS, LAYOUTS, Tensor
+from .tensors import DTYPES, INPUT_LAYOUTS, LAYOUTS, Tensor, far
 
 SHAPES = [(2, 3, 5, 7), (3, 4, 16), (1, 129), (4, 1), (5,), (2, 1, 9, 1), (2, 2, 3, 2, 3, 2, 3)]
 
@@ -141,28 +141,15 @@ def test_one_launch_per_step(device: bicm_emulator.Device) -> None:
     assert device.launches == launches + 1
 
 
-class Far:
-    """A dense float32 tensor of 2^33 elements of which only one row of 1024 exists."""
-
-    FIRST = 2**32 + 1024 * 5
-
-    def __init__(self, row: np.ndarray) -> None:
-        self.__array_interface__ = {
-            "version": 3,
-            "shape": (1, 2**33),
-            "typestr": "<f4",
-            "data": (row.ctypes.data - 4 * self.FIRST, False),
-        }
-
-
 @pytest.mark.parametrize("target", targets())
 def test_addresses_beyond_32_bits(target: str, device: bicm_emulator.Device) -> None:
     rows = [values(k, (1024,)).astype(np.float32) for k in range(2)]
     out = np.zeros(1024, np.float32)
     device.x, device.threads = 2**23, 256
-    device.from_block = Far.FIRST // 1024
+    first = 2**32 + 1024 * 5
+    device.from_block = first // 1024
     device.until_block = device.from_block + 1
-    unit = (Far.FIRST // bicm_emulator.CHUNK, (Far.FIRST + 1024) // bicm_emulator.CHUNK)
-    far_out, *far_rows = (np.asarray(Far(row)) for row in (out, *rows))
+    unit = (first // bicm_emulator.CHUNK, (first + 1024) // bicm_emulator.CHUNK)
+    far_out, *far_rows = (far(row, first) for row in (out, *rows))
     bicm_emulator.multistep(target, far_out, far_rows, [0.5, 0.25], units=[unit])
     assert np.array_equal(out, np.float32(0.5) * rows[0] + np.float32(0.25) * rows[1])

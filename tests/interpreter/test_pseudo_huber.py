@@ -15,7 +15,7 @@ from bicm_kernels import backend, reference
 pytest.importorskip("triton")
 
 from bicm_kernels.triton_kernels import OPS
-from bicm_kernels.triton_kernels.pseudo_huber import CHUNK
+from bicm_kernels.triton_kernels.pseudo_huber import CHUNK, counter
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -95,6 +95,23 @@ def test_sizes(batch: int, elements: int) -> None:
         options = {"c": c, "kind": kind, "reduction": reduction}
         call = (None, c, KINDS.index(kind), REDUCTIONS.index(reduction))
         check("pseudo_huber", states, ["pred", "target"], call, options)
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e-17, 1e17, 1e25, 1e35])
+@pytest.mark.parametrize("ratio", [0.0, 1e-3, 1.0, 1e3])
+def test_squares_beyond_float32(scale: float, ratio: float) -> None:
+    """Of residuals and of c."""
+    c = ratio * scale
+    states = [random((2, 300)) * scale, random((2, 300), seed=1) * scale]
+    check("pseudo_huber", states, ["pred", "target"], (None, c, 0, 2), {"c": c, "reduction": "none"})
+
+
+@pytest.mark.parametrize(("batch", "elements"), [(3, 40), (300, 3), (2, CHUNK + 1), (0, 5), (2, 0)])
+def test_the_programs_are_counted_from_zero_again(batch: int, elements: int) -> None:
+    for _ in range(2):
+        for reduction in range(3):
+            OPS["pseudo_huber"](random((batch, elements)), random((batch, elements), seed=1), None, None, 0, reduction)
+            assert counter(torch.device("cpu")) == 0
 
 
 def test_a_sample_does_not_know_its_batch() -> None:
