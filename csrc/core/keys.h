@@ -6,13 +6,15 @@
 #include "philox.h"
 
 #if defined(BICM_EMULATE)
-#include "../emulator/traffic.h"
+namespace bicm::emulator {
+inline void count_number(const void* address, size_t bytes);  // the emulator's, which sees what it is told of
+}
 #endif
 
 BICM_NAMESPACE_BEGIN
 
 #if defined(BICM_EMULATE)
-inline void see_number(const void* from, size_t bytes) { emulator::count_number(from, bytes); }
+inline void see_number(const void* from, size_t bytes) { ::bicm::emulator::count_number(from, bytes); }
 #else
 BICM_HD void see_number(const void*, size_t) {}
 #endif
