@@ -117,7 +117,8 @@ def bct_loss(
     scaled: dict[str, Any] = {"scaled": True, "sigma_data": sigma_data}
     with torch.no_grad():
         goal = denoise(x_low, evaluate(x_low, low, end), low, t_min, **scaled)
-    options: dict[str, Any] = {"c": c, "sigma_min": t_min, **scaled}
+    # Nothing but the sum of both terms is differentiated, by 1: the gradients that are kept pass as they are.
+    options: dict[str, Any] = {"c": c, "sigma_min": t_min, "gradient": "forward", **scaled}
     output = evaluate(x_high, high, end)
     consistency = consistency_loss(
         x_high, output, high, None, goal, weight=gap.reciprocal().to(x.device, dtype), **options
