@@ -34,8 +34,12 @@ FLOAT32_BYTES = {
     "add_noise": 24_576,
     "pseudo_huber": 61_440,
     "pseudo_huber_elementwise": 61_440,
+    "pseudo_huber_kept": 36_864,
+    "pseudo_huber_elementwise_kept": 36_864,
+    "consistency_loss_kept": 49_152,
     "consistency_loss": 86_016,
-    "bct_loss": 86_016,
+    "bct_loss": 49_152,
+    "bct_loss_backward": 86_016,
 }
 
 

@@ -1,4 +1,4 @@
-"""Losses whose gradient is formed with the value: it is kept in place of the inputs, and scaled when upstream is known."""
+"""Losses whose gradient is formed with the value, kept in place of the inputs, and scaled when upstream is known."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def scaled(upstream: Tensor, kept: Sequence[Tensor]) -> Sequence[Tensor]:
 
     On the CPU one number is looked at here; elsewhere the kernel looks, and leaves at once where it is 1.
     """
-    if arguments.compiling() or arguments.batched(upstream) or arguments.transformed() or _graph_is_retained():
+    # Tracers hand in tensors of types of their own, which have no value to look at.
+    plain = type(upstream) is Tensor and not (arguments.compiling() or arguments.batched(upstream))
+    if not plain or arguments.transformed() or _graph_is_retained():
         return _products(upstream, kept)
     if not (upstream.is_cpu and upstream.dim() == 0 and upstream.item() == 1.0):
         _ops.scale_gradients_.default(upstream, kept)
@@ -60,8 +62,8 @@ def differentiate(upstream: Tensor, kept: Sequence[Tensor], needs: Sequence[bool
         results = scaled(upstream, kept)
     if torch.is_grad_enabled() and results:
         refuse = torch._C._functions.DelayedError(_TWICE, len(results))
-        refused = refuse(*[x.detach().requires_grad_() for x in results])
-        results = [refused] if isinstance(refused, Tensor) else refused
+        refused: Any = refuse(*[x.detach().requires_grad_() for x in results])
+        results = refused if isinstance(refused, tuple) else (refused,)
     found = iter(results)
     return tuple(next(found) if need else None for need in needs)
 

@@ -1,5 +1,7 @@
-"""Pseudo-Huber losses: one pass over the inputs forward, one backward, and nothing of their size kept in between; or one
-pass in all, of which the gradient is kept."""
+"""Pseudo-Huber losses: one pass over the inputs forward, one backward, and nothing of their size kept in between.
+
+Or one pass in all, of which the gradient is kept.
+"""
 
 from __future__ import annotations
 
@@ -134,10 +136,11 @@ def pseudo_huber(
         weight: weight of each sample, a (B,) tensor, a 0-d tensor or a float; None weighs all alike.
         kind: "vector" or "elementwise".
         reduction: "mean" or "sum" of the weighted distances over the batch, or "none".
-        gradient: "backward" re-reads the inputs in the backward pass. "forward" reads them once, forms the gradients with
-            the value and keeps them in place of the inputs; the backward pass multiplies them by the incoming gradient,
-            in one more pass where that is not 1, which rounds once more where it is no power of two. Float32 and float64
-            alone are kept: where the gradient of a half is needed, "forward" is as "backward". Second derivatives raise.
+        gradient: "backward" re-reads the inputs in the backward pass. "forward" reads them once, forms the gradients
+            with the value and keeps them in place of the inputs. The backward pass gives them out, times the incoming
+            gradient where that is not 1: one more rounding where it is no power of two. Gradients of halves are not
+            kept, since they could not be scaled without loss: where one is needed, "forward" is as "backward". Second
+            derivatives raise: the inputs are gone.
 
     Returns:
         The loss, 0-d or (B,), float64 where pred or target is float64, else float32: it is not rounded to halves. The

@@ -25,7 +25,7 @@ class Kernels(NamedTuple):
     both: _Kernel
 
 
-_SUFFIXES = Kernels("", "_backward", "_with_gradients")
+_SUFFIXES = ("", "_backward", "_with_gradients")
 
 _ops = torch.ops.bicm_kernels
 CODES: dict[str, dict[Any, int]] = {
@@ -65,9 +65,7 @@ class Loss:
         return {name: _NAMES[name][x] if name in _NAMES else x for name, x in values.items()}
 
 
-PSEUDO_HUBER = Loss(
-    "pseudo_huber", ("pred", "target", "weight"), 2, ("c", "kind", "reduction"), reference.pseudo_huber
-)
+PSEUDO_HUBER = Loss("pseudo_huber", ("pred", "target", "weight"), 2, ("c", "kind", "reduction"), reference.pseudo_huber)
 CONSISTENCY_LOSS = Loss(
     "consistency_loss",
     ("F", "target", "x", "t", "u", "weight"),
@@ -117,7 +115,9 @@ class Tracked(torch.autograd.Function):
     def backward(ctx: Any, *upstreams: Tensor) -> Any:
         loss, kernels, options = ctx.call
         sums, *tensors = ctx.saved_tensors
-        return None, *_gradients(loss, kernels.derivative, upstreams[0], sums, ctx.needs_input_grad[1:], (*tensors, *options))
+        return None, *_gradients(
+            loss, kernels.derivative, upstreams[0], sums, ctx.needs_input_grad[1:], (*tensors, *options)
+        )
 
 
 def _register(loss: Loss) -> None:
@@ -149,19 +149,20 @@ def _register(loss: Loss) -> None:
         call = [x if tensor is None else tensor for x, tensor in zip(ctx.call, tensors, strict=True)]
         return _gradients(loss, loss.kernels["tensor"][1], upstream, sums, ctx.needs_input_grad, call)
 
+    fakes: tuple[_Kernel, ...] = (fake_value, fake_gradients, fake_both)
     for overload, number in (("", "float"), (".tensor", "Tensor")):
         schema, names = loss.schema(number), [loss.name + suffix for suffix in _SUFFIXES]
         library.define(f"{names[0]}{overload}({schema}) -> (Tensor, Tensor)")
         library.define(f"{names[1]}{overload}(Tensor upstream, Tensor sums, int needs, {schema}) -> Tensor[]")
         library.define(f"{names[2]}{overload}(int needs, {schema}) -> (Tensor, Tensor[])")
-        for name, fake in zip(names, (fake_value, fake_gradients, fake_both), strict=True):
+        for name, fake in zip(names, fakes, strict=True):
             torch.library.register_fake(f"bicm_kernels::{name}{overload}", fake, lib=library)
         named = overload.lstrip(".") or "default"
         loss.kernels[named] = Kernels(*[getattr(getattr(_ops, name), named) for name in names])
     torch.library.register_autograd(
         f"bicm_kernels::{loss.name}.tensor", backward, setup_context=setup_context, lib=library
     )
-    kept_gradient.register(f"{loss.name}{_SUFFIXES.both}.tensor")
+    kept_gradient.register(f"{loss.name}{_SUFFIXES[-1]}.tensor")
 
 
 for _loss in (PSEUDO_HUBER, CONSISTENCY_LOSS):

@@ -132,7 +132,7 @@ cudaError_t run_pass(const PseudoHuber& p, const Results& to, const Access& acce
 bool fits_on_chip(const PseudoHuber& p, const Access& inputs, const Access& all) {
   const bool wide = p.prediction.dtype == DType::float32 || p.prediction.dtype == DType::float64;
   const bool packed = all.dense && (all.uniform ? wide : !p.float64);
-  return packed && all.uniform == inputs.uniform && chunks_of(p.layout) == 1;
+  return packed && all.uniform == inputs.uniform && p.layout.elements <= resident_elements(p.float64);
 }
 
 cudaError_t run_resident(const PseudoHuber& p, const Results& to, const Access& access, cudaStream_t stream) {

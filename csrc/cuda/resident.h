@@ -9,9 +9,16 @@
 namespace bicm {
 namespace cuda {
 
-// A thread's groups of a chunk.
+// A thread's groups of a sample, at most: 32 registers of residuals.
 template <class Memory>
-constexpr int kRounds = kSumChunk / (kThreads * Memory::kGroup);
+constexpr int kRounds = 32 / (Memory::kGroup * static_cast<int>(sizeof(typename Memory::Compute) / 4));
+
+// The largest sample of a block: a chunk of float32, or half of one of float64.
+inline int64_t resident_elements(bool float64) { return float64 ? kSumChunk / 2 : kSumChunk; }
+
+static_assert(kRounds<Packed<float>> * kThreads * Packed<float>::kGroup == kSumChunk, "a sample must fit");
+static_assert(kRounds<Mixed> * kThreads * Mixed::kGroup == kSumChunk, "a sample must fit");
+static_assert(kRounds<Packed<double>> * kThreads * Packed<double>::kGroup * 2 == kSumChunk, "a sample must fit");
 
 template <class Memory, bool Denoises>
 __global__ void __launch_bounds__(kThreads, 2)

@@ -88,10 +88,12 @@ def test_nothing_to_sum(kind: str) -> None:
             check(MAKERS["pseudo_huber"](shape, kind=kind, c=0.1, reduction=reduction))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("make", MAKERS)
-def test_one_launch_reads_each_input_once(device: bicm_emulator.Device, make: str) -> None:
+def test_one_launch_reads_each_input_once(device: bicm_emulator.Device, make: str, dtype: str) -> None:
     """Beside the tensors, what a sample has one of."""
-    problem, traffic = MAKERS[make]((3, CHUNK)), bicm_emulator.traffic
+    wide = dtype == "float64"
+    problem, traffic = MAKERS[make]((3, CHUNK // (1 + wide)), dtype, dtype), bicm_emulator.traffic
     launches, traffic.read, traffic.written = device.launches, 0, 0
     problem.run_with_gradients("cuda", [True] + [False] * (len(problem.inputs) - 1))
     assert device.launches == launches + 1
