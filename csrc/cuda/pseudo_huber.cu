@@ -133,7 +133,11 @@ cudaError_t fits_on_chip(const PseudoHuber& p, const Access& inputs, const Acces
   const bool wide = p.prediction.dtype == DType::float32 || p.prediction.dtype == DType::float64;
   const bool packed = all.dense && (all.uniform ? wide : !p.float64);
   const unsigned blocks = blocks_of_sample(p);
-  fits = packed && all.uniform == inputs.uniform && blocks > 0 && p.layout.batch > 0 && p.layout.elements > 0;
+  bool exact = true;
+  for (int k = 0; k < kLossInputs; ++k) {
+    exact = exact && (!p.wanted[k] || p.gradient[k].dtype == (p.float64 ? DType::float64 : DType::float32));
+  }
+  fits = packed && exact && all.uniform == inputs.uniform && blocks > 0 && p.layout.batch > 0 && p.layout.elements > 0;
   return fits && blocks > 1 ? has_clusters(fits) : cudaSuccess;
 }
 

@@ -21,6 +21,15 @@ static_assert(kRounds<Packed<float>> * kThreads * Packed<float>::kGroup == kSumC
 static_assert(kRounds<Mixed> * kThreads * Mixed::kGroup == kSumChunk, "a chunk must fit");
 static_assert(kRounds<Packed<double>> * kThreads * Packed<double>::kGroup * 2 == kSumChunk, "a chunk must fit");
 
+// Gradients that are kept are of the compute type, whatever the inputs are.
+template <class Memory>
+struct Unrounded : Memory {
+  template <class Place, class C>
+  BICM_DEVICE static void store(const Layout&, const Operand& x, const Place& place, const C* values) {
+    store_dense<C, Memory::kGroup>(x, place, values);
+  }
+};
+
 // A chunk of a sample: its sum, and its gradients once `sum_of_sample` knows the sample's sum from it.
 template <class Memory, bool Denoises, class SumOfSample>
 BICM_DEVICE void differentiate_chunk(const PseudoHuber& p, const Results& to, int64_t sample, int64_t chunk,
@@ -30,12 +39,12 @@ BICM_DEVICE void differentiate_chunk(const PseudoHuber& p, const Results& to, in
   const bool elementwise = p.distance == Distance::elementwise;
   const Preconditioning<C> weights = denoising_weights<C>(p, sample);
   const int64_t first = chunk * kSumChunk, left = p.layout.elements - first;
-  const int64_t count = left < kSumChunk ? left : kSumChunk;
-  const auto place_of = [](int round) { return (static_cast<int64_t>(round) * blockDim.x + threadIdx.x) * G; };
+  const int count = static_cast<int>(left < kSumChunk ? left : kSumChunk);
+  const auto place_of = [](int round) { return static_cast<int>(round * blockDim.x + threadIdx.x) * G; };
   C r[kRounds<Memory>][G] = {};
   BICM_UNROLL(8)
   for (int round = 0; round < kRounds<Memory>; ++round) {
-    const int64_t place = place_of(round);
+    const int place = place_of(round);
     if (place >= count) continue;
     residual<Memory, Denoises>(p, weights, Memory::at(p.layout, sample, first + place, aligned), r[round]);
   }
@@ -43,7 +52,7 @@ BICM_DEVICE void differentiate_chunk(const PseudoHuber& p, const Results& to, in
     Sum<C> sum = {};
     BICM_UNROLL(8)
     for (int round = 0; round < kRounds<Memory>; ++round) {
-      const int64_t place = place_of(round);
+      const int place = place_of(round);
       if (place >= count) continue;
       C terms[G];
       BICM_UNROLL(8)
@@ -55,9 +64,9 @@ BICM_DEVICE void differentiate_chunk(const PseudoHuber& p, const Results& to, in
   const Factors<C> f = factors_of<C>(p, sample, sum_of_sample(total));
   BICM_UNROLL(8)
   for (int round = 0; round < kRounds<Memory>; ++round) {
-    const int64_t place = place_of(round);
+    const int place = place_of(round);
     if (place >= count) continue;
-    store_gradients<Memory, Denoises>(p, f, Memory::at(p.layout, sample, first + place, aligned), r[round]);
+    store_gradients<Unrounded<Memory>, Denoises>(p, f, Memory::at(p.layout, sample, first + place, aligned), r[round]);
   }
   if (threadIdx.x == 0 && count > 0) finish_chunk(p, to, sample, sample * to.chunks + chunk, total);
 }

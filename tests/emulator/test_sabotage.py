@@ -183,7 +183,7 @@ def test_missing_barriers_and_wrong_peers_in_clusters(device: bicm_emulator.Devi
     loss, *_ = problem.run_with_gradients("cuda", wanted)
     assert loss == problem.run("cuda")[0]
     device.backwards, device.skips_cluster_barriers = backwards, True
-    with pytest.raises(RuntimeError, match="race: .* another block|read before it is written|a block that has ended"):
+    with pytest.raises(RuntimeError, match=r"race: .* another block|read before it is written|a block that has ended"):
         problem.run_with_gradients("cuda", wanted)
     device.skips_cluster_barriers, device.mistakes_peer = False, True
     with pytest.raises(IndexError, match="a block that the cluster does not have"):
