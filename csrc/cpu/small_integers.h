@@ -1,7 +1,7 @@
 // The exact step where all integers of a part are small: the same integers from a fraction of the instructions.
 //
-// Below 2^51 float64 holds an integer, a sum with 1.5 2^52 converts it, and a product with the reciprocal gives a
-// quotient to the nearest integer, one correction away from its floor. The general way has to multiply 64 bits by 64.
+// Below 2^51 float64 holds an integer, and a sum with 1.5 2^52 converts it; below 2^49 a product with the reciprocal
+// leads to a quotient's floor. The general way has to multiply 64 bits by 64.
 #pragma once
 
 #include "../core/reversible.h"
@@ -23,8 +23,8 @@ BICM_HD int64_t size_of_integer(int64_t x) { return x ^ (x >> 63); }
 // The largest power of two up to x >= 1.
 inline int64_t power_below(double x) { return int64_t{1} << ((bit_cast<int64_t>(x) >> 52) - 1023); }
 
-// floor(x/d) for |x| < 2^49: x/d lies 1/(2d) or more from every integer plus 1/2 once 1/2 is added to x, which is more
-// than the rounding of the reciprocal, the product and the sum move it; so rounding it less 1/2 is the floor.
+// floor(x/d) for |x| < 2^49: (x + 1/2)/d - 1/2 to the nearest integer. It lies 1/(2d) or more from where the rounding
+// turns, and the errors of the reciprocal, the product and the sum move it by less.
 struct SmallDivision {
   double value, reciprocal, shift;
   // The quotient on top of kAnchor.
