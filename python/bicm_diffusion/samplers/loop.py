@@ -91,17 +91,18 @@ class Loop:
         N + 1 of them, one per index.
         """
         table = self.table
+        if not indices:
+            return {}
         if table is None:
+            known = {i: self._level(i) for i in range(indices.start + min(offsets), indices.stop + max(offsets))}
             return {
                 i: formula(
                     self.prediction,
-                    *(self._level(i + k) for k in offsets),
-                    *(n[i] if isinstance(n, Sequence) else n for n in numbers),
+                    *[known[i + k] for k in offsets],
+                    *[n[i] if isinstance(n, Sequence) else n for n in numbers],
                 )
                 for i in indices
             }
-        if not indices:
-            return {}
         low, high = indices.start, indices.stop
         levels = [Level(*table[:, low + k : high + k].unbind()) for k in offsets]
         across = [_column(n, low, high, table) for n in numbers]
