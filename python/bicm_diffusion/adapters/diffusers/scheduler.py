@@ -19,7 +19,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from bicm_kernels import affine_step, denoised_step, fold_in
+from bicm_kernels import affine_step, denoised_step, fold_in, generator_normal
 
 Number = float | Tensor
 Integer = int | Tensor
@@ -148,7 +148,14 @@ class Accelerated:
     # --- noise --------------------------------------------------------------------------------------------------------
     def _drawn(self, like: Tensor, generator: Generators, dtype: torch.dtype | None = None) -> Tensor:
         """The noise that the original would draw."""
-        return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype or like.dtype)
+        shape, dtype = like.shape, dtype or like.dtype
+        if traced() or not like.is_cpu or not all_on_host(generator):
+            return randn_tensor(shape, generator=generator, device=like.device, dtype=dtype)
+        if not isinstance(generator, list) or len(generator) == 1:
+            one = generator[0] if isinstance(generator, list) else generator
+            return generator_normal(shape, generator=one, dtype=dtype)
+        sample = (1, *shape[1:])
+        return torch.cat([generator_normal(sample, generator=generator[i], dtype=dtype) for i in range(shape[0])])
 
     def _key(self, generator: Generators, device: torch.device) -> tuple[Integer, Integer]:
         """The seed and sample id of keyed noise: those given, or the generators' own seeds without a draw."""
@@ -241,6 +248,12 @@ def as_output(cls: Any, **values: Tensor) -> Any:
     for name, value in values.items():
         OrderedDict.__setitem__(result, name, value)
     return result
+
+
+def all_on_host(generator: Generators) -> bool:
+    if isinstance(generator, list):
+        return all(g.device.type == "cpu" for g in generator) and bool(generator)
+    return generator is None or generator.device.type == "cpu"
 
 
 def version_of(levels: Tensor) -> int:
