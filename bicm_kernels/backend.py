@@ -169,6 +169,19 @@ def choose(name: str) -> None:
         lane = _lane() if running("cpu") == "native" else None
 
 
+def release_memory() -> int:
+    """Give the memory that is kept for large results on the CPU back to the system; the number of bytes.
+
+    The native library keeps blocks of 64 KiB and more that results lay in, at most 256 MiB that nobody uses, because
+    the C library would page them anew in every step. Results in use are not touched.
+
+    >>> import bicm_kernels
+    >>> bicm_kernels.backend.release_memory() >= 0
+    True
+    """
+    return int(importlib.import_module("bicm_kernels._C").release_memory()) if running("cpu") == "native" else 0
+
+
 @contextmanager
 def use(name: str) -> Iterator[None]:
     """Choose an implementation for the length of a ``with`` block.
