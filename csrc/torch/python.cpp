@@ -219,7 +219,7 @@ void* bytes_of(PyObject* tensor, int64_t& count) {
   if (!tensors || torch_.exchange->look_into(tensor, &found) != 0) return nullptr;
   constexpr uint8_t kUnsigned = 1;
   const bool bytes = found.device_type == kCpuDevice && found.kind == kUnsigned && found.bits == 8;
-  if (!bytes || found.dims != 1 || found.strides[0] != 1) return nullptr;
+  if (!bytes || found.dim != 1 || found.strides[0] != 1) return nullptr;
   count = found.sizes[0];
   return static_cast<char*>(found.data) + found.byte_offset;
 }
