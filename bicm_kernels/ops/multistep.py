@@ -226,8 +226,20 @@ def denoised_step(
     (tensor([[2.]]), tensor([[1.]]))
     """
     if out is None and not dynamo() and backend.lane is not None:
-        numbers = (x0_weights, weights, guidance_scale, x0_weight, clip, noise_weight, next_scale)
-        results = backend.lane.denoised_step(tensors, *numbers, seed, step, sample_id)
+        # Each argument by itself: packing them first would take as long as handing them over.
+        results = backend.lane.denoised_step(
+            tensors,
+            x0_weights,
+            weights,
+            guidance_scale,
+            x0_weight,
+            clip,
+            noise_weight,
+            next_scale,
+            seed,
+            step,
+            sample_id,
+        )
         if results is not None:
             return results
     guidance = 0.0 if guidance_scale is None else guidance_scale

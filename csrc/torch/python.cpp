@@ -213,6 +213,17 @@ bool read(PyObject* from, DType& to) {
   return false;
 }
 
+void* bytes_of(PyObject* tensor, int64_t& count) {
+  ExchangedTensor found;
+  const bool tensors = reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == torch_.tensor;
+  if (!tensors || torch_.exchange->look_into(tensor, &found) != 0) return nullptr;
+  constexpr uint8_t kUnsigned = 1;
+  const bool bytes = found.device_type == kCpuDevice && found.kind == kUnsigned && found.bits == 8;
+  if (!bytes || found.dim != 1 || found.strides[0] != 1) return nullptr;
+  count = found.sizes[0];
+  return static_cast<char*>(found.data) + found.byte_offset;
+}
+
 Object empty_in_layout_of(const Object& first, DType dtype) {
   View view = first.view;
   view.dtype = dtype;

@@ -51,6 +51,9 @@ bool read(PyObject* from, Object& to);
 
 bool read(PyObject* from, DType& to);
 
+// The memory of a row of bytes on the CPU and how many there are; null for anything else.
+void* bytes_of(PyObject* tensor, int64_t& count);
+
 // An uninitialised tensor in the dtype and layout of another.
 Object like(const Object& first, const View& view);
 
