@@ -23,6 +23,7 @@ from benchmarks.measurement import threads
 from benchmarks.timing import CLOCKS, QUICK, Call, Effort, interleave
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler
 from bicm_diffusion.adapters.diffusers.accelerate import COVERED
+from bicm_kernels import generator_normal
 
 STEPS = 20
 SHAPES: tuple[Shape, ...] = ((1, 4, 64, 64), (16, 4, 128, 128))
@@ -86,8 +87,10 @@ def main(quick: bool, clock: str) -> None:
                 )
                 assert all(map(math.isfinite, times.values()))
         for shape in SHAPES:
-            drawn = interleave({"draw": partial(torch.randn, shape)}, effort, CLOCKS[clock])["draw"].median * 1e6
-            table.add_row("one draw of torch's generator", "×".join(map(str, shape)), f"{drawn:.1f} µs")
+            draws = {"torch": partial(torch.randn, shape), "ours": partial(generator_normal, shape)}
+            drawn = {k: t.median * 1e6 for k, t in interleave(draws, effort, CLOCKS[clock]).items()}
+            row = f"{drawn['torch']:.1f} µs", f"{drawn['ours']:.1f} µs", f"{drawn['torch'] / drawn['ours']:.1f}"
+            table.add_row("one draw of torch's generator", "×".join(map(str, shape)), *row)
     Console(width=120).print(table)
 
 
