@@ -196,3 +196,34 @@ def test_a_forked_process_goes_on() -> None:
 def test_the_reference_keeps_nothing() -> None:
     with backend.use("reference"):
         assert backend.release_memory() == 0
+
+
+def test_what_is_written_past_the_cache_has_blocks_of_its_own() -> None:
+    """A loop frees the results in turn; a denoised sample's memory must not become another result's."""
+    x, y = torch.randn(2, 8, 4, 128, 128)[:2].repeat(1, 2, 1, 1, 1)
+    places: dict[str, set[int]] = {"x0": set(), "others": set()}
+    scaled = None
+    for _ in range(6):
+        out, x0, following = bk.denoised_step((x, y), (1.0, -0.5), (0.9, 0.1), x0_weight=0.0, next_scale=0.5)
+        places["x0"].add(x0.data_ptr())
+        places["others"] |= {out.data_ptr(), following.data_ptr()}
+        del x0
+        x = out
+        del out
+        scaled = following
+        del following
+    assert scaled is not None
+    assert not places["x0"] & places["others"]
+    assert len(places["x0"]) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_results_past_the_cache_are_the_same_bits(dtype: torch.dtype) -> None:
+    whole = torch.randn(2, 16, 4, 128, 129, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def step(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return bk.denoised_step((x, y), (1.3, -0.5), (0.9, 0.1), x0_weight=0.2, clip=1.0, next_scale=0.5)
+
+    results = step(*whole)
+    parts = zip(*(step(*whole[:, i : i + 1]) for i in range(16)), strict=True)
+    assert all(torch.equal(x, torch.cat(part)) for x, part in zip(results, parts, strict=True))

@@ -42,7 +42,7 @@ void unmap(Block* block) {
 // The blocks that nobody uses, the latest first. Never destroyed: tensors may outlive static objects.
 class Kept {
  public:
-  Block* take(int64_t bytes) {
+  Block* take(int64_t bytes, bool streamed) {
     // A forked process may inherit a lock that nobody holds: whoever does not get it at once goes without.
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock.owns_lock()) return nullptr;
@@ -50,7 +50,9 @@ class Kept {
     for (Block** place = &first_; *place != nullptr; place = &(*place)->next) {
       const int64_t capacity = (*place)->capacity;
       if (capacity < bytes || capacity / 2 > bytes) continue;
-      if (best == nullptr || capacity < (*best)->capacity) best = place;
+      const bool alike = best != nullptr && capacity == (*best)->capacity;
+      const bool suits = alike && (*best)->streamed != streamed && (*place)->streamed == streamed;
+      if (best == nullptr || capacity < (*best)->capacity || suits) best = place;
     }
     return best == nullptr ? nullptr : remove(best);
   }
@@ -99,12 +101,12 @@ Kept& kept() {
 
 }  // namespace
 
-Block* take_block(int64_t bytes) {
+Block* take_block(int64_t bytes, bool streamed) {
   const int64_t capacity = (bytes + kPage - 1) / kPage * kPage;
-  if (Block* const block = kept().take(capacity)) return block;
+  if (Block* const block = kept().take(capacity, streamed)) return block->streamed = streamed, block;
   void* const data = map(capacity);
   if (data == nullptr) return nullptr;
-  Block* const block = new (std::nothrow) Block{data, capacity, nullptr};
+  Block* const block = new (std::nothrow) Block{data, capacity, nullptr, streamed};
   if (block == nullptr) munmap(data, static_cast<size_t>(capacity));
   return block;
 }

@@ -12,12 +12,14 @@ namespace bicm {
 constexpr int64_t kKeptFrom = int64_t{64} << 10;
 
 // A block of memory, owned by whoever took it until it is given back; nullptr where there is none.
+// `streamed`: last written past the cache. What is to be written past it, or not, had better find it as it needs it.
 struct Block {
   void* data;
   int64_t capacity;
   Block* next;
+  bool streamed;
 };
-Block* take_block(int64_t bytes);
+Block* take_block(int64_t bytes, bool streamed = false);
 void give_back(Block* block);
 
 // Gives what is kept to the system; the number of bytes.

@@ -122,12 +122,12 @@ bool plain(PyObject* tensor) {
 }
 
 // A tensor in a block of memory that is kept; nullptr where it is small or there is none.
-PyObject* object_in_kept_memory(const View& view) {
+PyObject* object_in_kept_memory(const View& view, bool streamed) {
   struct Owner {
     ManagedTensor managed;
     Block* block;
   };
-  Block* const block = worth_keeping(view) ? take_block(bytes_of(view)) : nullptr;
+  Block* const block = worth_keeping(view) ? take_block(bytes_of(view), streamed) : nullptr;
   if (block == nullptr) return nullptr;
   const Kind& kind = kKinds[static_cast<size_t>(view.dtype)];
   const ExchangedTensor tensor = {block->data,
@@ -231,9 +231,9 @@ Object empty_in_layout_of(const Object& first, DType dtype) {
   return like(first, view);
 }
 
-Object like(const Object& first, const View& view) {
+Object like(const Object& first, const View& view, bool streamed) {
   static Allocation& last = *new Allocation();  // never destroyed: the interpreter ends before static objects do
-  PyObject* made = object_in_kept_memory(view);
+  PyObject* made = object_in_kept_memory(view, streamed);
   if (made == nullptr) {
     const bool plain = contiguous(view) && view.dim <= Allocation::kDims;
     if (plain && !last.fits(view)) last = Allocation(view);

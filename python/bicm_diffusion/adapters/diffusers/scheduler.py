@@ -10,7 +10,6 @@ import struct
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any, ClassVar, Literal
@@ -19,7 +18,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from bicm_kernels import denoised_step, fold_in, generator_normal
+from bicm_kernels import fold_in, generator_normal
 
 Number = float | Tensor
 Integer = int | Tensor
@@ -294,20 +293,6 @@ def single(x: Number) -> Number:
 
 def root(x: Number) -> Number:
     return x.sqrt() if isinstance(x, Tensor) else sqrt(x)
-
-
-def noise_removed(
-    tensors: Sequence[Tensor], scale: Number, ratio: Number, weights: Sequence[Number]
-) -> tuple[Tensor, Tensor]:
-    """Return Σ w_k·x_k and x0 = scale·(sample + ratio·output), of which the two may cancel to a hundredth.
-
-    The kernel's three results change places: what it holds for x0 is the next state, and x0 is the scaled result, so
-    that no rounding of the scale comes between the two terms that cancel.
-    """
-    differences = [1.0, ratio, *[0.0] * (len(tensors) - 2)]
-    _, out, x0 = denoised_step(tensors, weights, differences, x0_weight=0.0, next_scale=scale)
-    assert x0 is not None
-    return out, x0
 
 
 def is_double(*tensors: Tensor) -> bool:
