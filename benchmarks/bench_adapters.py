@@ -1,7 +1,8 @@
 """``python -m benchmarks.bench_adapters``: a step of each diffusers scheduler beside its accelerated form, in one run.
 
 A step is `scale_model_input` and `step` as pipelines call them, on one thread, in a loop of twenty; `set_timesteps` is
-called once, before. It needs diffusers: the extra `[diffusers]`.
+called once, before. Every scheduler has a process of its own: what an allocator hands out fast depends on all that the
+process freed before. It needs diffusers: the extra `[diffusers]`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import click
@@ -23,6 +26,7 @@ from benchmarks.measurement import threads
 from benchmarks.timing import CLOCKS, QUICK, Call, Effort, interleave
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler
 from bicm_diffusion.adapters.diffusers.accelerate import COVERED
+from bicm_kernels import generator_normal
 
 STEPS = 20
 SHAPES: tuple[Shape, ...] = ((1, 4, 64, 64), (16, 4, 128, 128))
@@ -51,44 +55,56 @@ def steps_of(scheduler: Any, shape: Shape) -> Call:
     return lambda: next(walking)
 
 
+Row = tuple[str, dict[str, float]]
+
+
+def measure(name: str, quick: bool, clock: str) -> list[Row]:
+    """Medians in microseconds at every shape; at the largest one, also beside an allocator that keeps its memory."""
+    cls = next(cls for cls in COVERED if cls.__name__ == name)
+    effort = QUICK if quick else Effort(rounds=11, least_rounds=5, sample=2e-2, budget=1.5)
+
+    def row(shape: Shape, label: str = "") -> Row:
+        contestants = {
+            "original": cls(),
+            "accelerated": accelerate_scheduler(cls()),
+            "keyed": accelerate_scheduler(cls(), noise="keyed"),
+        }
+        calls = {key: steps_of(scheduler, shape) for key, scheduler in contestants.items()}
+        times = interleave(calls, effort, CLOCKS[clock])
+        # Apart, because they empty the cache.
+        draws = {"torch's draw": partial(torch.randn, shape), "our draw": partial(generator_normal, shape)}
+        times |= interleave(draws, effort, CLOCKS[clock])
+        return "×".join(map(str, shape)) + label, {key: t.median * 1e6 for key, t in times.items()}
+
+    with torch.no_grad(), threads(1):
+        rows = [row(shape) for shape in SHAPES]
+        # Large blocks go back to the system until one larger still was freed, as beside many networks.
+        torch.empty(31 << 20, dtype=torch.uint8)
+        return [*rows, row(SHAPES[-1], ", memory kept")]
+
+
 @click.command()
 @click.option("--quick", is_flag=True, help="A few short rounds: a smoke test.")
 @click.option("--clock", type=click.Choice(list(CLOCKS)), default="wall", help="processor: this thread's own time.")
 def main(quick: bool, clock: str) -> None:
     """Measure every accelerated scheduler against the original, with torch's noise and with keyed noise."""
-    effort = QUICK if quick else Effort(rounds=11, least_rounds=5, sample=2e-2, budget=1.5)
     table = Table(
-        title=f"diffusers {diffusers.__version__}, torch {torch.__version__}, one thread, float32, {clock} time"
+        title=f"diffusers {diffusers.__version__}, torch {torch.__version__}, one thread, float32, {clock} time, µs"
     )
-    for column in ("scheduler", "shape", "original", "accelerated", "×", "keyed noise", "×"):
-        table.add_column(column, justify="left" if column == "scheduler" else "right")
-    # The allocator gives large blocks back to the system until it has seen one larger still, as beside any network.
-    torch.empty(31 << 20, dtype=torch.uint8)
-    with torch.no_grad(), threads(1):
-        for cls in COVERED:
-            for shape in SHAPES:
-                contestants = {
-                    "original": cls(),
-                    "accelerated": accelerate_scheduler(cls()),
-                    "keyed": accelerate_scheduler(cls(), noise="keyed"),
-                }
-                calls = {name: steps_of(scheduler, shape) for name, scheduler in contestants.items()}
-                times = {k: t.median * 1e6 for k, t in interleave(calls, effort, CLOCKS[clock]).items()}
-                original, accelerated, keyed = times["original"], times["accelerated"], times["keyed"]
-                table.add_row(
-                    cls.__name__.removesuffix("Scheduler"),
-                    "×".join(map(str, shape)),
-                    f"{original:.1f} µs",
-                    f"{accelerated:.1f} µs",
-                    f"{original / accelerated:.1f}",
-                    f"{keyed:.1f} µs",
-                    f"{original / keyed:.1f}",
-                )
-                assert all(map(math.isfinite, times.values()))
-        for shape in SHAPES:
-            drawn = interleave({"draw": partial(torch.randn, shape)}, effort, CLOCKS[clock])["draw"].median * 1e6
-            table.add_row("one draw of torch's generator", "×".join(map(str, shape)), f"{drawn:.1f} µs")
-    Console(width=120).print(table)
+    columns = ("original", "accelerated", "×", "keyed noise", "×", "torch's draw alone", "ours", "×")
+    for column in ("scheduler", "shape", *columns):
+        table.add_column(column, justify="left" if column in ("scheduler", "shape") else "right")
+    for cls in COVERED:
+        with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+            rows = pool.submit(measure, cls.__name__, quick, clock).result()
+        for shape, times in rows:
+            assert all(map(math.isfinite, times.values()))
+            original, accelerated, keyed, draw, our_draw = times.values()
+            pairs = ((original, accelerated), (original, keyed), (draw, our_draw))
+            shown = [cell for pair in pairs for cell in (f"{pair[1]:.1f}", f"{pair[0] / pair[1]:.1f}")]
+            cells = [f"{original:.1f}", *shown[:4], f"{draw:.1f}", *shown[4:]]
+            table.add_row(cls.__name__.removesuffix("Scheduler"), shape, *cells)
+    Console(width=150).print(table)
 
 
 if __name__ == "__main__":

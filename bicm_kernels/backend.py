@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from bicm_kernels import draws
+
 #: What has no kernel but the native CPU one yet; elsewhere its reference runs.
 CPU_FAMILIES: tuple[str, ...] = ()
 
@@ -35,6 +37,8 @@ native_cpu = False
 #: None for every call that is not plain. None where another implementation runs.
 lane: Any = None
 
+_draws_like_torch: bool | None = None
+
 
 def _native_cpu() -> str:
     if importlib.util.find_spec("bicm_kernels._C") is None:
@@ -45,6 +49,16 @@ def _native_cpu() -> str:
 def _lane() -> Any:
     library = importlib.import_module("bicm_kernels._C")
     return library if hasattr(library, "ddim_step") else None
+
+
+def draws_like_torch() -> bool:
+    """Whether the native library draws the numbers of torch's CPU generator; compared with torch once."""
+    global _draws_like_torch
+    if lane is None:
+        return False
+    if _draws_like_torch is None:
+        _draws_like_torch = lane.instruction_set() != "scalar" and draws.agree(lane.generator_normal)
+    return bool(_draws_like_torch)
 
 
 def _native_cuda() -> str:
@@ -128,7 +142,10 @@ def describe() -> str:
     lines = []
     for device_type in devices:
         name = running(device_type)
-        lines.append(f"{device_type}: {name} ({_running[device_type][1]})")
+        what = _running[device_type][1]
+        if device_type == "cpu" and name == "native" and not draws_like_torch():
+            what += "; generator_normal is torch.randn"
+        lines.append(f"{device_type}: {name} ({what})")
     return "\n".join(lines)
 
 
@@ -150,6 +167,19 @@ def choose(name: str) -> None:
     if name != "triton" or os.environ.get("TRITON_INTERPRET", "0") == "1":
         native_cpu = running("cpu") in ("native", "triton")
         lane = _lane() if running("cpu") == "native" else None
+
+
+def release_memory() -> int:
+    """Give the memory that is kept for large results on the CPU back to the system; the number of bytes.
+
+    The native library keeps blocks of 64 KiB and more that results lay in, at most 256 MiB that nobody uses, because
+    the C library would page them anew in every step. Results in use are not touched.
+
+    >>> import bicm_kernels
+    >>> bicm_kernels.backend.release_memory() >= 0
+    True
+    """
+    return int(importlib.import_module("bicm_kernels._C").release_memory()) if running("cpu") == "native" else 0
 
 
 @contextmanager

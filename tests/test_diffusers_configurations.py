@@ -23,7 +23,6 @@ from diffusers import (
     DDIMInverseScheduler,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
-    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
@@ -31,94 +30,8 @@ from diffusers import (
 
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler, accelerated_class
 from tests.diffusers_cases import CLASSES, network
+from tests.diffusers_options import OPTIONS
 
-Options = Mapping[str, tuple[Any, ...]]
-
-FLAG = (False, True)
-BETAS: Options = {
-    "num_train_timesteps": (100, 500),
-    "beta_start": (1e-5, 0.01),
-    "beta_end": (0.002, 0.2),
-    "beta_schedule": ("scaled_linear", "squaredcos_cap_v2"),
-    "trained_betas": ([0.1, 0.3], torch.linspace(1e-4, 0.02, 50).tolist()),
-    "timestep_spacing": ("leading", "trailing"),
-    "rescale_betas_zero_snr": FLAG,
-}
-DDIM: Options = {
-    **BETAS,
-    "clip_sample": FLAG,
-    "clip_sample_range": (0.5, 2.0),
-    "set_alpha_to_one": FLAG,
-    "steps_offset": (1,),
-    "prediction_type": ("sample", "v_prediction"),
-}
-THRESHOLDING: Options = {"thresholding": (True,), "dynamic_thresholding_ratio": (0.9,), "sample_max_value": (0.5, 2.0)}
-EDM: Options = {
-    "sigma_min": (0.1,),
-    "sigma_max": (10.0,),
-    "sigma_data": (1.0,),
-    "sigma_schedule": ("exponential",),
-    "num_train_timesteps": (10,),
-    "prediction_type": ("v_prediction",),
-    "rho": (3.0,),
-    "final_sigmas_type": ("sigma_min",),
-}
-SIGMAS: Options = {
-    **BETAS,
-    "use_karras_sigmas": FLAG,
-    "use_exponential_sigmas": FLAG,
-    "use_beta_sigmas": FLAG,
-    "prediction_type": ("sample", "v_prediction"),
-    "final_sigmas_type": ("zero", "sigma_min"),
-    "steps_offset": (1,),
-}
-SOLVER: Options = {
-    "solver_order": (1, 2, 3),
-    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
-    "solver_type": ("midpoint", "heun"),
-    "lower_order_final": FLAG,
-    "euler_at_final": FLAG,
-}
-#: Every option of every scheduler, with values beside its default.
-OPTIONS: dict[type[Any], Options] = {
-    DDIMScheduler: {**DDIM, **THRESHOLDING, "timestep_spacing": ("leading", "trailing", "linspace")},
-    DDIMInverseScheduler: DDIM,
-    EulerDiscreteScheduler: {
-        **SIGMAS,
-        "interpolation_type": ("log_linear",),
-        "timestep_type": ("continuous",),
-        "sigma_min": (0.1,),
-        "sigma_max": (20.0,),
-    },
-    EDMEulerScheduler: EDM,
-    EDMDPMSolverMultistepScheduler: {**EDM, **SOLVER, **THRESHOLDING},
-    DPMSolverMultistepScheduler: {
-        **SIGMAS,
-        **SOLVER,
-        **THRESHOLDING,
-        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"),
-        "prediction_type": ("sample", "v_prediction", "flow_prediction"),
-        "use_lu_lambdas": FLAG,
-        "use_flow_sigmas": FLAG,
-        "lambda_min_clipped": (-5.1,),
-        "variance_type": ("learned", "learned_range"),
-    },
-    CMStochasticIterativeScheduler: {
-        "num_train_timesteps": (10, 201),
-        "sigma_min": (0.1,),
-        "sigma_max": (10.0,),
-        "sigma_data": (1.0,),
-        "s_noise": (1.01,),
-        "rho": (3.0,),
-        "clip_denoised": FLAG,
-    },
-    LCMScheduler: {
-        **DDIM,
-        **THRESHOLDING,
-        "original_inference_steps": (25,),
-        "timestep_scaling": (1.0,),
-    },
-}
 SHAPE = (2, 3, 6, 6)
 #: Steps are chaotic where x0 is a hundredfold of a difference: the errors of each are held by `test_diffusers.py`.
 NEAR = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}

@@ -1,64 +1,22 @@
-"""The step ops: bits for every dtype, layout, size and argument; accuracy; batch invariance."""
+"""The step ops: bits for every dtype, layout, size and argument; batch invariance."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from multistep_calls import BF16, DTYPES, F16, F32, F64, NOISE, OPS, call, operands, random
 from torch import Tensor
 
 import bicm_kernels as bk
 from bicm_kernels import reference
 
-F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 Bits = Callable[[Tensor, Tensor], None]
 Threads = Callable[[int], Any]
-
-# Op -> how many state tensors go before the network's output, and its numbers.
-BDIA = {"a": 1.013, "b": -0.21, "a_last": 0.971, "b_last": 0.13, "gamma": 0.9}
-NOISE = {"noise_weight": 0.4, "seed": 5, "step": 2, "sample_id": 3}
-OPS: dict[str, tuple[int, dict[str, Any]]] = {
-    "ddim_step": (1, {"a": 1.013, "b": -0.21}),
-    "bdia_step": (2, BDIA),
-    "bdia_inverse_step": (2, BDIA),
-    "affine_step": (3, {"weights": [0.7, -1.3, 0.2, 0.9], **NOISE}),
-    "denoised_step": (
-        1,
-        {
-            "x0_weights": [1.2, -2.1],
-            "weights": [0.3, 0.1],
-            "x0_weight": 0.8,
-            "clip": 1.0,
-            "next_scale": 0.6,
-            **NOISE,
-        },
-    ),
-}
-DTYPES = [(F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (F16, F16), (F64, F64), (F64, F32), (BF16, F64)]
-
-
-def call(name: str, tensors: Sequence[Any], numbers: dict[str, Any], module: ModuleType = bk) -> tuple[Tensor, ...]:
-    """An op's results, the way it is called: one argument per tensor, or a list of them."""
-    op = getattr(module, name)
-    results = op(tensors, **numbers) if "weights" in numbers else op(*tensors, **numbers)
-    return results if isinstance(results, tuple) else (results,)
-
-
-def random(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def operands(name: str, shape: Sequence[int], states: torch.dtype, network: torch.dtype) -> list[Tensor]:
-    count = OPS[name][0]
-    dtypes = [states] * count + [network]
-    return [random(*shape, dtype=dtype, seed=k) for k, dtype in enumerate(dtypes)]
 
 
 def agree(name: str, tensors: Sequence[Any], numbers: dict[str, Any], same_bits: Bits) -> None:
@@ -275,70 +233,6 @@ def test_autocast_leaves_the_state_alone(name: str, same_bits: Bits) -> None:
         tracked = call(name, [tensors[0].clone().requires_grad_(), *tensors[1:]], numbers)
         for actual, expected in zip(tracked, plain, strict=True):
             same_bits(actual, expected)
-
-
-# --- accuracy -----------------------------------------------------------------------------------------------
-
-
-def exact(name: str, x: list[Tensor], v: dict[str, Any]) -> Tensor:
-    """The papers' formulas, in the precision of the tensors."""
-    if name == "ddim_step":
-        return v["a"] * x[0] + v["b"] * x[1]
-    if name == "affine_step":
-        return sum(w * y for w, y in zip(v["weights"], x, strict=True))
-    if name == "denoised_step":
-        x0 = sum(w * y for w, y in zip(v["x0_weights"], x, strict=True)).clamp(-v["clip"], v["clip"])
-        return sum(w * y for w, y in zip(v["weights"], x, strict=True)) + v["x0_weight"] * x0
-    a, b, a_last, b_last, gamma = (v[key] for key in BDIA)
-    back, forward = x[1] / a_last - b_last / a_last * x[2], a * x[1] + b * x[2]
-    if name == "bdia_step":
-        return gamma * x[0] - gamma * back + forward
-    return x[0] / gamma - forward / gamma + back
-
-
-def deviation(x: Tensor, exactly: Tensor) -> tuple[float, float]:
-    error = (x.double() - exactly).abs()
-    return error.max().item(), error.square().mean().sqrt().item()
-
-
-@pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-@pytest.mark.parametrize("gamma", [1.0, 0.96, 0.5])
-def test_no_less_accurate_than_eager(name: str, dtype: torch.dtype, gamma: float) -> None:
-    numbers = {key: value for key, value in OPS[name][1].items() if key not in NOISE}
-    if "gamma" in numbers:
-        numbers["gamma"] = gamma
-    tensors = operands(name, (64, 3072), dtype, dtype)
-    truth = exact(name, [x.double() for x in tensors], numbers)
-    ours, eager = call(name, tensors, numbers)[0], exact(name, tensors, numbers)
-    assert eager.dtype == dtype
-    for mine, theirs in zip(deviation(ours, truth), deviation(eager, truth), strict=True):
-        assert mine <= 2 * theirs
-    assert deviation(ours, truth)[0] <= 8 * torch.finfo(dtype).eps * truth.abs().max().item()
-
-
-@pytest.mark.parametrize("scale", [7.5, 15.0])
-def test_guidance_is_formed_before_it_is_weighted(scale: float) -> None:
-    uncond = random(64, 3072)
-    cond = uncond + 0.05 * random(64, 3072, seed=1)
-    truth = uncond.double() + scale * (cond.double() - uncond.double())
-    ours = bk.affine_step([(uncond, cond)], [1.0], guidance_scale=scale)
-    folded = bk.affine_step([uncond, cond], [1 - scale, scale])
-    assert deviation(ours, truth)[1] < deviation(folded, truth)[1] / 5
-
-
-@given(
-    gamma=st.floats(0.5, 1.0),
-    numbers=st.tuples(*[st.floats(low, 1.25) for low in (0.8, -0.5, 0.8, -0.5)]),
-    scale=st.none() | st.floats(-2, 10),
-    seed=st.integers(0, 2**32),
-)
-def test_bdia_returns(gamma: float, numbers: tuple[float, ...], scale: float | None, seed: int) -> None:
-    v: dict[str, Any] = dict(zip(BDIA, (*numbers, gamma), strict=True)) | {"guidance_scale": scale}
-    z_last, z, uncond, cond = (bk.normal((2, 33), seed=seed, step=k, dtype=F64) for k in range(4))
-    eps = uncond if scale is None else (uncond, cond)
-    z_next = bk.bdia_step(z_last, z, eps, **v)
-    torch.testing.assert_close(bk.bdia_inverse_step(z_next, z, eps, **v), z_last, rtol=0, atol=2e-13)
 
 
 # --- batch invariance ---------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_multistep import ARGUMENTS, BF16, F32, F64, LAYOUTS, OPS, as_tensors, call, operands, random
+from multistep_calls import BF16, F32, F64, OPS, call, operands, random
+from test_multistep import ARGUMENTS, LAYOUTS, as_tensors
 from torch import Tensor
 from wrong_calls import WIDE, Wrong, X, affine, check_messages, ddim, denoised
 

@@ -83,6 +83,41 @@ def test_sizes(shape: tuple[int, ...], same_bits: Bits) -> None:
     same_bits(ours[0], plain[0])
 
 
+@pytest.mark.parametrize("ratio", [(24, 25), (25, 24), (1, 2), (2, 1), (1, 2**20), (2**20, 1), (1021, 2**20 - 1)])
+def test_quotients_at_every_size(ratio: tuple[int, int], same_bits: Bits) -> None:
+    # Multiples of both parts and their neighbours, where a quotient that is off by one shows; whole parts of one size,
+    # because the CPU takes another way where all are small, and parts where a few are not.
+    generator, (n, m) = torch.Generator().manual_seed(0), ratio
+    x = random(8, 200)
+    for bits, name in itertools.product(range(1, 63), ("exact_affine_step", "exact_affine_inverse_step")):
+        sizes = torch.tensor([bits] * 7 + [62])[:, None]
+        q, info = (
+            (torch.randint(-(2**62), 2**62, (8, 200), generator=generator) >> 62 - sizes) // d * d + offset
+            for d, offset in zip((m, n), torch.randint(-1, 2, (2, 8, 200), generator=generator), strict=True)
+        )
+        ours, plain = (getattr(module, name)(q, [x], [2.0**-30], info, ratio=ratio) for module in (bk, reference))
+        for actual, expected in zip(ours, plain, strict=True):
+            same_bits(actual, expected)
+
+
+def test_increments_at_every_size(same_bits: Bits) -> None:
+    wide = [(states(2, 100, bits=bits), ratio, 32) for bits in (20, 40, 62) for ratio in ((1, 1), (9, 10))]
+    narrow = [(states(2, 100, bits=bits).to(torch.int32), (1, 1), 20) for bits in (20, 31)]
+    for power in range(-34, 34):
+        x = random(2, 100) * 2.0**power
+        x[0, ::7] = torch.tensor([0.5, -0.5, 1.5, -0.0, 2.5]).repeat(3) * 2.0**-32
+        for (q, ratio, bits), name in itertools.product(
+            wide + narrow, ("exact_affine_step", "exact_affine_inverse_step")
+        ):
+            ours, plain = (
+                getattr(module, name)(q, [x], [1.0], q.to(torch.int64), ratio=ratio, fraction_bits=bits)
+                for module in (bk, reference)
+            )
+            for actual, expected in zip(ours, plain, strict=True):
+                same_bits(actual, expected)
+        same_bits(bk.fixed_point_encode(x), reference.fixed_point_encode(x))
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_batch_invariance(count: int, same_bits: Bits, threads: Callable[[int], Any]) -> None:
     q, info, eps = states(33, 3, 32, 32, bits=40), states(33, 3, 32, 32, seed=1, bits=40), random(33, 3, 32, 32)
@@ -100,10 +135,10 @@ DIGEST = """
 import torch, bicm_kernels as bk
 g = torch.Generator().manual_seed(0)
 total = 0
-for bits in (20, 40, 62):
+for bits in (20, 40, 48, 50, 52, 62):
     q, info = (torch.randint(-2**bits, 2**bits, (3, 1500), generator=g) for _ in range(2))
     x = torch.randn(3, 1500, generator=g) * 2.0 ** (bits - 32)
-    for ratio in ((1, 1), (9, 10), (1, 2), (1023, 1048576)):
+    for ratio in ((1, 1), (9, 10), (1, 2), (3, 1), (1023, 1048576)):
         for op in (bk.exact_affine_step, bk.exact_affine_inverse_step):
             for y in op(q, [x, q], [0.3, -1.7], info, ratio=ratio):
                 total = (total * 1000003 + int((y * torch.arange(1, 4501).view(3, -1)).sum())) % 2**61

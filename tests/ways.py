@@ -56,7 +56,7 @@ def agree(ours: Any, theirs: Any, same_bits: Bits) -> None:
         assert actual.stride() == expected.stride()
         assert actual.is_inference() == expected.is_inference()
         assert actual.requires_grad == expected.requires_grad
-        assert actual.untyped_storage().resizable()
+        assert actual.untyped_storage().resizable() == expected.untyped_storage().resizable()
 
 
 class Counter(TorchDispatchMode):

@@ -2,202 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from bicm_kernels import backend, reference
-from bicm_kernels.ops import arguments, outputs
+from bicm_kernels import backend
+from bicm_kernels.ops import arguments
 from bicm_kernels.ops.arguments import Integer, Number, dynamo
-from bicm_kernels.ops.library import library
-
-Operand = Tensor | tuple[Tensor, Tensor]
-Values = tuple[Any, ...]
-Key = tuple[Any, ...]
-
-_ops = torch.ops.bicm_kernels
-
-# Every op in two flavours: numbers for eager calls, tensors for traced graphs (where a number would be compiled in) and
-# for per-sample arguments. And each with outputs that the caller gives.
-_FORM = ("float[] coefficients, float guidance_scale", "Tensor[] coefficients, Tensor? guidance_scale")
-_NOISE = (
-    "float noise_weight, SymInt? seed, SymInt step, SymInt sample_id",
-    "Tensor? noise_weight, Tensor? seed, Tensor? step, Tensor? sample_id",
+from bicm_kernels.ops.multistep_dispatch import (
+    AFFINE_STEP,
+    BDIA_INVERSE_STEP,
+    BDIA_STEP,
+    DDIM_STEP,
+    DENOISED_STEP,
+    Operand,
+    run,
 )
-_DENOISED = (
-    "float[] x0_weights, float[] weights, float guidance_scale, float x0_weight, float? clip, float noise_weight, "
-    "float? next_scale, SymInt? seed, SymInt step, SymInt sample_id",
-    "Tensor[] x0_weights, Tensor[] weights, Tensor? guidance_scale, Tensor? x0_weight, Tensor? clip, "
-    "Tensor? noise_weight, Tensor? next_scale, Tensor? seed, Tensor? step, Tensor? sample_id",
-)
-_ONE = ("Tensor", "Tensor(a!) out")
-_THREE = ("(Tensor, Tensor, Tensor)", "Tensor(a!) out, Tensor(b!) x0, Tensor(c!) next")
-_SCHEMAS = {
-    "ddim_step": (_FORM, _ONE),
-    "bdia_step": (_FORM, _ONE),
-    "bdia_inverse_step": (_FORM, _ONE),
-    "affine_step": (tuple(f"{form}, {noise}" for form, noise in zip(_FORM, _NOISE, strict=True)), _ONE),
-    "denoised_step": (_DENOISED, _THREE),
-}
-
-
-def _fake_one(tensors: list[Tensor], *rest: Any) -> Tensor:
-    _check_alike(tensors, rest)
-    return torch.empty_like(tensors[0])
-
-
-def _fake_three(tensors: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _check_alike(tensors, rest)
-    first = tensors[0]
-    scaled = torch.empty_like(first) if rest[6] is not None else first.new_empty((0,))
-    return torch.empty_like(first), torch.empty_like(first), scaled
-
-
-def _fake_out(tensors: list[Tensor], *rest: Any, out: Tensor, **others: Tensor) -> None:
-    _check_alike([*tensors, out, *(x for x in others.values() if x.shape != (0,))], rest)
-
-
-def _check_alike(tensors: list[Tensor], rest: Values) -> None:
-    # A meta tensor among real ones brings the dispatcher here, and the result would be memory that nobody wrote.
-    device, shape = tensors[0].device, tensors[0].shape
-    alike = all(x.device == device and x.shape == shape for x in tensors)
-    numbers = [x for x in arguments.numbers(rest) if isinstance(x, Tensor)]
-    if not alike or (device.type != "meta" and any(x.device.type == "meta" for x in numbers)):
-        raise RuntimeError("bicm_kernels: tensors differ in shape or device")
-
-
-for _name, (_flavours, (_returns, _out)) in _SCHEMAS.items():
-    for _overload, _arguments in zip(("", "tensor"), _flavours, strict=True):
-        _returning = f"{_name}.{_overload}" if _overload else _name
-        _writing = f"{_name}.{_overload}_out" if _overload else f"{_name}.out"
-        library.define(f"{_returning}(Tensor[] tensors, {_arguments}) -> {_returns}")
-        library.define(f"{_writing}(Tensor[] tensors, {_arguments}, *, {_out}) -> ()")
-        _fake = _fake_one if _returns == "Tensor" else _fake_three
-        torch.library.register_fake(f"bicm_kernels::{_returning}", _fake, lib=library)
-        torch.library.register_fake(f"bicm_kernels::{_writing}", _fake_out, lib=library)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A step op: what its arguments are called, in the schema's order, and how the reference is called with them."""
-
-    name: str
-    operands: tuple[str, ...]
-    values: tuple[str | tuple[str, ...], ...]
-    reference: Callable[[Sequence[Operand], Values, Number | None, Key], Any]
-
-
-def _form(name: str, operands: tuple[str, ...], coefficients: tuple[str, ...]) -> _Step:
-    def call(tensors: Sequence[Operand], values: Values, guidance_scale: Number | None, _: Key) -> Tensor:
-        numbers = dict(zip(coefficients, values[0], strict=True))
-        return getattr(reference, name)(*tensors, **numbers, guidance_scale=guidance_scale)
-
-    return _Step(name, operands, (coefficients, "guidance_scale"), call)
-
-
-def _noisy(name: str, values: tuple[str, ...]) -> _Step:
-    def call(tensors: Sequence[Operand], numbers: Values, guidance_scale: Number | None, key: Key) -> Any:
-        named = dict(zip(values, numbers, strict=True)) | dict(zip(_KEY, key, strict=True))
-        return getattr(reference, name)(tensors, **named | {"guidance_scale": guidance_scale})
-
-    return _Step(name, (), values, call)
-
-
-_KEY = ("seed", "step", "sample_id")
-_BDIA = ("a", "b", "a_last", "b_last", "gamma")
-_DDIM_STEP = _form("ddim_step", ("z", "eps"), ("a", "b"))
-_BDIA_STEP = _form("bdia_step", ("z_last", "z", "eps"), _BDIA)
-_BDIA_INVERSE_STEP = _form("bdia_inverse_step", ("z_next", "z", "eps"), _BDIA)
-_AFFINE_STEP = _noisy("affine_step", ("weights", "guidance_scale", "noise_weight"))
-_DENOISED_STEP = _noisy(
-    "denoised_step",
-    ("x0_weights", "weights", "guidance_scale", "x0_weight", "clip", "noise_weight", "next_scale"),
-)
-_OUTS = ("out", "x0", "next")
-_MAY_BE_NONE = ("clip", "next_scale")
-
-
-def _check(
-    step: _Step, operands: Sequence[Any], values: Values, guidance_scale: object, key: Key, outs: Sequence[Any]
-) -> None:
-    """Raise what is wrong with a step's arguments, if anything is."""
-    names = step.operands or tuple(f"tensors[{k}]" for k in range(len(operands)))
-    if not 1 <= len(operands) <= 5:
-        raise ValueError(f"tensors must hold 1 to 5 tensors, got {len(operands)}")
-    tensors: list[Any] = []
-    for name, operand in zip(names, operands, strict=True):
-        pair = isinstance(operand, tuple | list) and name == names[-1]
-        for half in operand if pair else [operand]:
-            arguments.check_state(name, half, tensors[0] if tensors else None, names[0])
-            tensors.append(half)
-    guided = len(tensors) - len(operands)
-    if guided not in (0, 1) or bool(guided) != (guidance_scale is not None):
-        raise ValueError(
-            f"guidance_scale goes with a pair (eps_uncond, eps_cond) as {names[-1]}, "
-            f"got guidance_scale={guidance_scale!r} and {arguments.describe(operands[-1])}"
-        )
-    first = tensors[0]
-    for label, value in zip(step.values, values, strict=True):
-        if not isinstance(value, list):
-            if value is not None or label not in _MAY_BE_NONE:
-                arguments.check_number(str(label), value, first)
-            continue
-        labels = label if isinstance(label, tuple) else [f"{label}[{k}]" for k in range(len(value))]
-        if not isinstance(label, tuple) and len(value) != len(operands):
-            raise ValueError(f"{label} must be as many as the tensors, {len(operands)}, got {len(value)}")
-        for name, number in zip(labels, value, strict=True):
-            arguments.check_number(name, number, first)
-    if key and key[0] is not None:
-        arguments.check_key(key[0], key[1], key[2], first.shape[0], first.device)
-    if values[-1] is None:  # no next_scale: its output is a placeholder
-        outs = outs[:2]
-    outputs.check_outs(dict(zip(_OUTS, outs, strict=False)), dict(zip(names, tensors, strict=False)), first)
-
-
-def _run(
-    step: _Step,
-    operands: Sequence[Operand],
-    values: Values,
-    guidance_scale: Number | None,
-    key: Key = (),
-    outs: Sequence[Tensor] = (),
-) -> Any:
-    """Run a step's kernel, or its reference where a derivative, a transform or the backend asks for it.
-
-    ``values`` are in the schema's order, lists of coefficients as lists; ``outs`` is empty or holds every result.
-    """
-    try:
-        last = operands[-1]
-        paired = not isinstance(last, Tensor)
-        if paired != (guidance_scale is not None):
-            raise TypeError("guidance_scale and a pair of predictions go together")
-        # A kernel takes one tensor more than weights for a pair.
-        if not step.operands and len(values[0]) != len(operands):
-            raise TypeError("as many weights as tensors")
-        tensors: list[Any] = [*operands[:-1], *last] if paired else [*operands]
-        op = getattr(_ops, step.name)
-        tracked = arguments.requires_grad(*tensors, *arguments.numbers(values), *outs)
-        if arguments.compiling():
-            _check(step, operands, values, guidance_scale, key, outs)
-        if arguments.needs_reference(tensors[0], tracked=tracked):
-            _check(step, operands, values, guidance_scale, key, outs)
-            results = step.reference(operands, values, guidance_scale, key)
-            return outputs.write(outs, results, tracked) if outs else results
-        if arguments.plain(values) and arguments.plain(key):
-            function, full = (op.out if outs else op.default), (*values, *key)
-        else:
-            function = op.tensor_out if outs else op.tensor
-            counters = arguments.key(key[0], key[1], key[2], tensors[0]) if key else ()
-            full = (*arguments.coefficients(values), *counters)
-        if not outs:
-            return function(tensors, *full)
-        function(tensors, *full, **dict(zip(_OUTS, outs, strict=False)))
-        return tuple(outs) if len(outs) > 1 else outs[0]
-    except (RuntimeError, TypeError, AttributeError, OverflowError, IndexError) as error:
-        arguments.explain(error, lambda: _check(step, operands, values, guidance_scale, key, outs))
 
 
 def ddim_step(
@@ -233,7 +53,7 @@ def ddim_step(
         if result is not None:
             return result
     guidance = 0.0 if guidance_scale is None else guidance_scale
-    return _run(_DDIM_STEP, (z, eps), ([a, b], guidance), guidance_scale, (), () if out is None else (out,))
+    return run(DDIM_STEP, (z, eps), ([a, b], guidance), guidance_scale, (), () if out is None else (out,))
 
 
 def bdia_step(
@@ -277,7 +97,7 @@ def bdia_step(
             return result
     guidance = 0.0 if guidance_scale is None else guidance_scale
     values = ([a, b, a_last, b_last, gamma], guidance)
-    return _run(_BDIA_STEP, (z_last, z, eps), values, guidance_scale, (), () if out is None else (out,))
+    return run(BDIA_STEP, (z_last, z, eps), values, guidance_scale, (), () if out is None else (out,))
 
 
 def bdia_inverse_step(
@@ -318,7 +138,7 @@ def bdia_inverse_step(
             return result
     guidance = 0.0 if guidance_scale is None else guidance_scale
     values = ([a, b, a_last, b_last, gamma], guidance)
-    return _run(_BDIA_INVERSE_STEP, (z_next, z, eps), values, guidance_scale, (), () if out is None else (out,))
+    return run(BDIA_INVERSE_STEP, (z_next, z, eps), values, guidance_scale, (), () if out is None else (out,))
 
 
 def affine_step(
@@ -362,7 +182,7 @@ def affine_step(
     key = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
     values = (arguments.weight_list("weights", weights), guidance, noise_weight)
     outs = () if out is None else (out,)
-    return _run(_AFFINE_STEP, tensors, values, guidance_scale, key, outs)
+    return run(AFFINE_STEP, tensors, values, guidance_scale, key, outs)
 
 
 def denoised_step(
@@ -406,8 +226,20 @@ def denoised_step(
     (tensor([[2.]]), tensor([[1.]]))
     """
     if out is None and not dynamo() and backend.lane is not None:
-        numbers = (x0_weights, weights, guidance_scale, x0_weight, clip, noise_weight, next_scale)
-        results = backend.lane.denoised_step(tensors, *numbers, seed, step, sample_id)
+        # Each argument by itself: packing them first would take as long as handing them over.
+        results = backend.lane.denoised_step(
+            tensors,
+            x0_weights,
+            weights,
+            guidance_scale,
+            x0_weight,
+            clip,
+            noise_weight,
+            next_scale,
+            seed,
+            step,
+            sample_id,
+        )
         if results is not None:
             return results
     guidance = 0.0 if guidance_scale is None else guidance_scale
@@ -420,5 +252,5 @@ def denoised_step(
         raise ValueError(f"out must hold (out, x0), and next with next_scale, got {len(outs)} tensors")
     if outs and next_scale is None:
         outs = (*outs, outs[0].new_empty((0,)))
-    results = _run(_DENOISED_STEP, tensors, values, guidance_scale, key, outs)
+    results = run(DENOISED_STEP, tensors, values, guidance_scale, key, outs)
     return (*results[:2], None if next_scale is None else results[2])

@@ -5,6 +5,7 @@ formulas, differentiable, and slow; ``design``: halves are computed in float32 a
 separate operations, and a float32 root is taken through float64, because torch's own is not correctly rounded.
 """
 
+from bicm_kernels.reference.generator import generator_normal
 from bicm_kernels.reference.multistep import (
     affine_step,
     bdia_inverse_step,
@@ -51,6 +52,7 @@ __all__ = [
     "fixed_point_encode",
     "fold_in",
     "fold_in_words",
+    "generator_normal",
     "noisy_pair",
     "normal",
     "philox4x32",

@@ -15,6 +15,7 @@
   void scale_gradient(const KeptGradient&, int64_t, int64_t);            \
   void reversible(const Reversible&, int64_t, int64_t);                  \
   void fixed_point_decode(const FixedPointDecode&, int64_t, int64_t);    \
+  bool generator_normals(Mersenne&, float*, int64_t);                    \
   void log_all(const float*, float*, int64_t);                           \
   void cos_sin_all(const float*, float*, float*, int64_t);               \
   void philox_all(int64_t, const uint32_t*, uint32_t*, int64_t);         \
@@ -32,6 +33,7 @@
    bicm::isa::scale_gradient,             \
    bicm::isa::reversible,                 \
    bicm::isa::fixed_point_decode,         \
+   bicm::isa::generator_normals,          \
    bicm::isa::log_all,                    \
    bicm::isa::cos_sin_all,                \
    bicm::isa::philox_all}
@@ -58,7 +60,8 @@ const Candidate candidates[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      }},
-    {BICM_KERNELS(avx2), [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }},
+    {BICM_KERNELS(avx2),
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma"); }},
 #endif
     {BICM_KERNELS(scalar), [] { return true; }},
 };

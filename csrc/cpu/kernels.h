@@ -2,6 +2,7 @@
 // so any split over threads gives the same bits.
 #pragma once
 
+#include "../core/mersenne.h"
 #include "../core/multistep.h"
 #include "../core/noise.h"
 #include "../core/pseudo_huber.h"
@@ -25,6 +26,8 @@ struct Kernels {
   void (*scale_gradient)(const KeptGradient&, int64_t begin, int64_t end);
   void (*reversible)(const Reversible&, int64_t begin, int64_t end);
   void (*fixed_point_decode)(const FixedPointDecode&, int64_t begin, int64_t end);
+  // As torch.randn draws them, 16 numbers or more; false where the instruction set has nothing for it.
+  bool (*generator_normals)(Mersenne& state, float* out, int64_t count);
   void (*log)(const float* u, float* out, int64_t count);
   void (*cos_sin)(const float* u, float* cosine, float* sine, int64_t count);
   void (*philox)(int64_t seed, const uint32_t* counters, uint32_t* words, int64_t count);  // four words per counter

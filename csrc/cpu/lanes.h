@@ -30,6 +30,16 @@ struct LaneOps<Floats> {
   using Int = Ints;
   using Word = Words;
   BICM_HD static Floats to_float(Ints x) { return __builtin_convertvector(x, Floats); }
+  BICM_HD static Ints truncate(Floats x) { return __builtin_convertvector(x, Ints); }
+  BICM_HD static Floats all(float x) { return Floats{} + x; }
+  // a b + c, rounded once: for the arithmetic of others, never for ours.
+  BICM_HD static Floats fused(Floats a, Floats b, Floats c) {
+#if defined(BICM_ISA_AVX512)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#endif
+  }
   BICM_HD static Floats select(Ints mask, Floats yes, Floats no) {
     return bit_cast<Floats>((bit_cast<Ints>(yes) & mask) | (bit_cast<Ints>(no) & ~mask));
   }
@@ -122,6 +132,21 @@ struct LaneOps<Group<T, N>> {
   BICM_HD static Group<T, N> to_float(const Group<I, N>& x) {
     Group<T, N> result;
     for (int i = 0; i < N; ++i) result.part[i] = LaneOps<T>::to_float(x.part[i]);
+    return result;
+  }
+  BICM_HD static Int truncate(const Group<T, N>& x) {
+    Int result;
+    for (int i = 0; i < N; ++i) result.part[i] = LaneOps<T>::truncate(x.part[i]);
+    return result;
+  }
+  BICM_HD static Group<T, N> all(float x) {
+    Group<T, N> result;
+    for (int i = 0; i < N; ++i) result.part[i] = LaneOps<T>::all(x);
+    return result;
+  }
+  BICM_HD static Group<T, N> fused(const Group<T, N>& a, const Group<T, N>& b, const Group<T, N>& c) {
+    Group<T, N> result;
+    for (int i = 0; i < N; ++i) result.part[i] = LaneOps<T>::fused(a.part[i], b.part[i], c.part[i]);
     return result;
   }
   BICM_HD static Group<T, N> select(const Int& mask, const Group<T, N>& yes, const Group<T, N>& no) {

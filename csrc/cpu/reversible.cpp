@@ -1,6 +1,7 @@
 // Exact reversible updates on a part of a unit at a time: values in float64, increments on the grid, the integers' step.
 #include "../core/reversible.h"
 
+#include "small_integers.h"
 #include "staging.h"
 
 BICM_NAMESPACE_BEGIN
@@ -59,13 +60,25 @@ const double* load_values(const Layout& layout, const Operand& x, const Unit& un
 }
 
 template <int K>
+BICM_HD double sum_at(const double* const* x, const double* weight, int64_t i) {
+  double y = weight[0] * x[0][i];
+  for (int k = 1; k < K; ++k) y = y + weight[k] * x[k][i];
+  return y;
+}
+
+// As if all increments were small, and again if one was not.
+template <int K>
 void fold(const double* const* x, const double* weight, double per_unit, int64_t* out, int64_t count) {
+  int64_t large = 0;
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
-    double y = weight[0] * x[0][i];
-    for (int k = 1; k < K; ++k) y = y + weight[k] * x[k][i];
-    out[i] = encode(y * per_unit);
+    const double y = sum_at<K>(x, weight, i) * per_unit;
+    large |= mask_of(!(__builtin_fabs(y) < static_cast<double>(kSmall)));
+    out[i] = small_to_integer(y);
   }
+  if (large == 0) return;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) out[i] = encode(sum_at<K>(x, weight, i) * per_unit);
 }
 
 void increments(const Reversible& p, const Unit& unit, Buffers& b) {
@@ -95,6 +108,7 @@ void increments(const Reversible& p, const Unit& unit, Buffers& b) {
 // These return whether something is missing from the results.
 template <bool Inverse>
 bool step_all(const int64_t* last, const int64_t* increment, int64_t largest, int64_t* out, int64_t count) {
+  if (small_step_all<Inverse>(last, increment, largest, out, count)) return false;
   int64_t missing = 0;
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
@@ -108,6 +122,7 @@ bool step_all(const int64_t* last, const int64_t* increment, int64_t largest, in
 template <bool Inverse>
 bool scaled_step_all(const Exact& e, const int64_t* last, const int64_t* increment, const int64_t* info, int64_t* out,
                      int64_t* info_out, int64_t count) {
+  if (small_scaled_step_all<Inverse>(e, last, increment, info, out, info_out, count)) return false;
   const Factor from = e.from, to = e.to;
   int64_t missing = 0;
 #pragma GCC ivdep

@@ -4,6 +4,7 @@
 #include "lane.h"
 
 #include "cpu.h"
+#include "generator.h"
 #include "preconditioning.h"
 #include "python.h"
 #include "reversible.h"
@@ -205,6 +206,7 @@ bool add_lane(PyObject* module) {
       method<&exact_step<Increment::affine, true>>("exact_affine_inverse_step"),
       method<&exact_step<Increment::bdia, false>>("bdia_exact_step"),
       method<&exact_step<Increment::bdia, true>>("bdia_exact_inverse_step"),
+      method<&generator_normal>("generator_normal"),
       method<&fixed_point_decode<Lane, Object, DType>>("fixed_point_decode"),
       {nullptr, nullptr, 0, nullptr},
   };

@@ -31,7 +31,10 @@ static PyObject* instruction_set(PyObject*, PyObject*) {
   }
 }
 
+static PyObject* release_memory(PyObject*, PyObject*) { return PyLong_FromLongLong(bicm::release_blocks()); }
+
 static PyMethodDef methods[] = {{"instruction_set", instruction_set, METH_NOARGS, "The instruction set in use."},
+                                {"release_memory", release_memory, METH_NOARGS, "Give kept memory to the system."},
                                 {nullptr, nullptr, 0, nullptr}};
 
 static struct PyModuleDef module = {

@@ -33,6 +33,9 @@ struct TensorArguments {
   using Counter = std::optional<Tensor>;
 };
 
+// Only the lane's memory is kept apart by how it is written.
+inline Tensor like(const Tensor& first, const View& view, bool) { return like(first, view); }
+
 // The inputs of a step, checked against the first; the problem's operands point at them.
 template <class A>
 class Step {
@@ -78,7 +81,7 @@ class Step {
   }
 
   Tensor output(Operand& operand) {
-    Tensor result = like(tensors_[0], first());
+    Tensor result = like(tensors_[0], first(), streamed(operand));
     output(operand, result);
     return result;
   }
@@ -106,8 +109,7 @@ class Step {
   void run(Device) {
     merge(views_, operands_, used_, m.draws, per_sample_, m.layout);
     if (m.layout.batch == 0 || m.layout.elements == 0) return;
-    const bool large = m.layout.batch * m.layout.elements * size_of(first().dtype) >= kStreamBytes;
-    for (int out = inputs_; out < used_; ++out) operands_[out]->streams = large;
+    for (int out = inputs_; out < used_; ++out) operands_[out]->streams = streamed(*operands_[out]);
     Device::run(m, tensors_[0]);
   }
 
@@ -115,6 +117,17 @@ class Step {
 
  private:
   static constexpr int kMaxOperands = kMaxTerms + 4;
+
+  // From this size on a denoised sample is written past the cache. What else a step writes is read again at once; this
+  // is not, or one step later.
+  static constexpr int64_t kStreamDenoisedBytes = int64_t{4} << 20;
+
+  bool streamed(const Operand& operand) const {
+    const int64_t from = &operand == &m.x0 ? kStreamDenoisedBytes : kStreamBytes;
+    int64_t bytes = size_of(first().dtype);
+    for (int64_t i = 0; i < first().dim; ++i) bytes *= first().sizes[i];
+    return bytes >= from;
+  }
 
   void add(View& view, Operand& operand) {
     views_[used_] = &view;

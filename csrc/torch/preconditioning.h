@@ -47,7 +47,10 @@ Tensor denoise_gradient(Tensor gradient, std::optional<Tensor> t, std::optional<
   Step<TensorArguments> step(tensors, 1);
   precondition<TensorArguments>(step, t, u, sigma_data, cm, scaled);
   step.m.takes_second = in_F;
-  Tensor out = torch::stable::new_empty(gradient, gradient.sizes(), dtype);
+  View shape = view_of(gradient);
+  shape.dtype = dtype_of(torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)));
+  const std::optional<Tensor> kept = contiguous(shape) ? in_kept_memory(shape) : std::nullopt;
+  Tensor out = kept.has_value() ? *kept : torch::stable::new_empty(gradient, gradient.sizes(), dtype);
   step.output(step.m.out, out, /*any_dtype=*/true);
   step.run(Device());
   return out;

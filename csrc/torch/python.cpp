@@ -10,15 +10,23 @@ namespace {
 // DLPack 1: what is asked for here of the table behind torch.Tensor.__dlpack_c_exchange_api__.
 struct ExchangedTensor {
   void* data;
-  int32_t device_type, device_index, dims;
+  int32_t device_type, device_index, dim;
   uint8_t kind, bits;
   uint16_t lanes;
   int64_t *sizes, *strides;
   uint64_t byte_offset;
 };
+struct ManagedTensor {
+  uint32_t major, minor;
+  void* context;
+  void (*deleter)(ManagedTensor*);
+  uint64_t flags;
+  ExchangedTensor tensor;
+};
 struct Exchange {
   uint32_t major, minor;
-  void *older, *allocate, *from_python, *to_python;
+  void *older, *allocate, *from_python;
+  int (*to_python)(ManagedTensor* owned, void** object);
   int (*look_into)(void* object, ExchangedTensor* result);
 };
 constexpr int32_t kCpuDevice = 1;
@@ -96,7 +104,7 @@ bool look_into(PyObject* object, View& view) {
     view = {static_cast<char*>(found.data) + found.byte_offset,
             found.sizes,
             found.strides,
-            found.dims,
+            found.dim,
             static_cast<DType>(i),
             kHost};
     return found.lanes == 1;
@@ -111,6 +119,37 @@ bool plain(PyObject* tensor) {
   PyObject* follows = PyObject_GetAttr(tensor, torch_.requires_grad);
   Py_XDECREF(follows);
   return follows == Py_False;
+}
+
+// A tensor in a block of memory that is kept; nullptr where it is small or there is none.
+PyObject* object_in_kept_memory(const View& view, bool streamed) {
+  struct Owner {
+    ManagedTensor managed;
+    Block* block;
+  };
+  Block* const block = worth_keeping(view) ? take_block(bytes_of(view), streamed) : nullptr;
+  if (block == nullptr) return nullptr;
+  const Kind& kind = kKinds[static_cast<size_t>(view.dtype)];
+  const ExchangedTensor tensor = {block->data,
+                                  kCpuDevice,
+                                  0,
+                                  static_cast<int32_t>(view.dim),
+                                  kind.kind,
+                                  kind.bits,
+                                  1,
+                                  const_cast<int64_t*>(view.sizes),
+                                  const_cast<int64_t*>(view.strides),
+                                  0};
+  const auto deleter = [](ManagedTensor* self) {
+    Owner* const owner = static_cast<Owner*>(self->context);
+    give_back(owner->block);
+    delete owner;
+  };
+  Owner* const owner = new Owner{{1, 0, nullptr, deleter, 0, tensor}, block};
+  owner->managed.context = owner;
+  void* made = nullptr;
+  if (torch_.exchange->to_python(&owner->managed, &made) != 0) PyErr_Clear();
+  return static_cast<PyObject*>(made);
 }
 
 // What torch is asked for: (sizes, strides, dtype). One call after the other wants the same.
@@ -174,6 +213,17 @@ bool read(PyObject* from, DType& to) {
   return false;
 }
 
+void* bytes_of(PyObject* tensor, int64_t& count) {
+  ExchangedTensor found;
+  const bool tensors = reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == torch_.tensor;
+  if (!tensors || torch_.exchange->look_into(tensor, &found) != 0) return nullptr;
+  constexpr uint8_t kUnsigned = 1;
+  const bool bytes = found.device_type == kCpuDevice && found.kind == kUnsigned && found.bits == 8;
+  if (!bytes || found.dim != 1 || found.strides[0] != 1) return nullptr;
+  count = found.sizes[0];
+  return static_cast<char*>(found.data) + found.byte_offset;
+}
+
 Object empty_in_layout_of(const Object& first, DType dtype) {
   View view = first.view;
   view.dtype = dtype;
@@ -181,12 +231,15 @@ Object empty_in_layout_of(const Object& first, DType dtype) {
   return like(first, view);
 }
 
-Object like(const Object& first, const View& view) {
+Object like(const Object& first, const View& view, bool streamed) {
   static Allocation& last = *new Allocation();  // never destroyed: the interpreter ends before static objects do
-  const bool dense = contiguous(view) && view.dim <= Allocation::kDims;
-  if (dense && !last.fits(view)) last = Allocation(view);
-  PyObject* made = dense ? PyObject_CallObject(torch_.empty_strided, last.arguments())
-                         : PyObject_CallFunctionObjArgs(torch_.empty_like, first.get(), nullptr);
+  PyObject* made = object_in_kept_memory(view, streamed);
+  if (made == nullptr) {
+    const bool plain = contiguous(view) && view.dim <= Allocation::kDims;
+    if (plain && !last.fits(view)) last = Allocation(view);
+    made = plain ? PyObject_CallObject(torch_.empty_strided, last.arguments())
+                 : PyObject_CallFunctionObjArgs(torch_.empty_like, first.get(), nullptr);
+  }
   Object result(made);
   STD_TORCH_CHECK(made != nullptr && look_into(made, result.view), "bicm_kernels: no memory for the result");
   return result;
@@ -223,7 +276,7 @@ bool open_torch() {
   if (found) torch_.exchange = static_cast<const Exchange*>(PyCapsule_GetPointer(table, "dlpack_exchange_api"));
   PyErr_Clear();
   return torch_.is_negated.any_self() && torch_.exchange != nullptr && torch_.exchange->major == 1 &&
-         torch_.exchange->look_into != nullptr;
+         torch_.exchange->to_python != nullptr && torch_.exchange->look_into != nullptr;
 }
 
 }  // namespace bicm

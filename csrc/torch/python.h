@@ -51,8 +51,11 @@ bool read(PyObject* from, Object& to);
 
 bool read(PyObject* from, DType& to);
 
-// An uninitialised tensor in the dtype and layout of another.
-Object like(const Object& first, const View& view);
+// The memory of a row of bytes on the CPU and how many there are; null for anything else.
+void* bytes_of(PyObject* tensor, int64_t& count);
+
+// An uninitialised tensor in the dtype and layout of another; `streamed`: it will be written past the cache.
+Object like(const Object& first, const View& view, bool streamed = false);
 
 // The same in another dtype; throws where the tensor is not contiguous.
 Object empty_in_layout_of(const Object& first, DType dtype);

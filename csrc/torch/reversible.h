@@ -237,6 +237,9 @@ inline void prepare_encode(ExactStep& step, const Tensor& x, const Tensor& out, 
 // As torch.empty_like(x, dtype=dtype), for which the stable ABI has no function.
 inline Tensor empty_in_layout_of(const Tensor& x, ScalarType dtype) {
   using torch::stable::detail::from;
+  View view = view_of(x, Kinds::integers_too);
+  view.dtype = dtype_of(torch::stable::detail::to<int32_t>(from(dtype)), Kinds::integers_too);
+  if (std::optional<Tensor> kept = in_kept_memory(view)) return *kept;
   StableIValue stack[] = {from(x),
                           from(std::optional<ScalarType>(dtype)),
                           from(std::nullopt),

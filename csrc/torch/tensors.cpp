@@ -1,5 +1,13 @@
 #include "tensors.h"
 
+// Since torch 2.11; absent from the oldest ABI that this library takes.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void* data, int64_t dim, const int64_t* sizes,
+                                                                const int64_t* strides, int64_t offset, int32_t dtype,
+                                                                int32_t device_type, int32_t device_index,
+                                                                AtenTensorHandle* result, int32_t layout,
+                                                                const uint8_t* metadata, int64_t metadata_size,
+                                                                void (*deleter)(void*, void*), void* context);
+
 namespace bicm {
 namespace {
 
@@ -62,6 +70,25 @@ bool empty(const View& x) {
 }
 
 }  // namespace
+
+bool dense(const View& x) {
+  Extent extents[kMaxTensorDims];
+  const int count = moving(x, extents);
+  return nested(extents, count) && (span(extents, count) + 1) * size_of(x.dtype) == bytes_of(x);
+}
+
+std::optional<Tensor> in_kept_memory(const View& view) {
+  Block* const block = torch_from_blob != nullptr && worth_keeping(view) ? take_block(bytes_of(view)) : nullptr;
+  if (block == nullptr) return std::nullopt;
+  AtenTensorHandle result;
+  const auto failed = torch_from_blob(
+      block->data, view.dim, view.sizes, view.strides, 0, torch_code(view.dtype), aoti_torch_device_type_cpu(), -1,
+      &result, aoti_torch_layout_strided(), nullptr, 0,
+      [](void*, void* block) { give_back(static_cast<Block*>(block)); }, block);
+  if (failed == 0) return Tensor(result);
+  give_back(block);
+  return std::nullopt;
+}
 
 bool overlaps_itself(const View& out) {
   Extent extents[kMaxTensorDims];

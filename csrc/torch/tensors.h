@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "../core/operands.h"
+#include "memory.h"
 
 namespace bicm {
 
@@ -16,15 +17,23 @@ using torch::stable::Tensor;
 // Integers are asked for by name: most ops have no use for them.
 enum class Kinds { floating, integers_too };
 
-inline DType dtype_of(const Tensor& tensor, Kinds kinds = Kinds::floating) {
+inline int32_t torch_code(DType dtype) {
   static const int32_t codes[] = {aoti_torch_dtype_float16(), aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float32(),
                                   aoti_torch_dtype_float64(), aoti_torch_dtype_int32(),    aoti_torch_dtype_int64()};
-  int32_t code;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  return codes[static_cast<int>(dtype)];
+}
+
+inline DType dtype_of(int32_t code, Kinds kinds = Kinds::floating) {
   for (int i = 0; i < (kinds == Kinds::floating ? 4 : 6); ++i) {
-    if (codes[i] == code) return static_cast<DType>(i);
+    if (torch_code(static_cast<DType>(i)) == code) return static_cast<DType>(i);
   }
   STD_TORCH_CHECK(false, "bicm_kernels: expected a tensor of another dtype");
+}
+
+inline DType dtype_of(const Tensor& tensor, Kinds kinds = Kinds::floating) {
+  int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  return dtype_of(code, kinds);
 }
 
 inline int64_t size_of(DType dtype) {
@@ -71,6 +80,9 @@ inline bool same_sizes(const View& a, const View& b) {
   return true;
 }
 
+// Whether a tensor's elements fill one stretch of memory, in whatever order; such strides are an output's too.
+bool dense(const View& x);
+
 inline bool contiguous(const View& x) {
   int64_t expected = 1;
   for (int64_t i = x.dim - 1; i >= 0; --i) {
@@ -80,9 +92,21 @@ inline bool contiguous(const View& x) {
   return true;
 }
 
+inline int64_t bytes_of(const View& x) {
+  int64_t bytes = size_of(x.dtype);
+  for (int64_t i = 0; i < x.dim; ++i) bytes *= x.sizes[i];
+  return bytes;
+}
+
+inline bool worth_keeping(const View& x) { return x.device == kHost && bytes_of(x) >= kKeptFrom && dense(x); }
+
+// A dense tensor on the CPU in a block of memory that is kept; nothing where it is small or torch cannot take one.
+std::optional<Tensor> in_kept_memory(const View& view);
+
 // An uninitialised tensor in the dtype and layout of the first state tensor. The short way for contiguous tensors
 // saves a trip through the dispatcher.
 inline Tensor like(const Tensor& first, const View& view) {
+  if (std::optional<Tensor> kept = in_kept_memory(view)) return *kept;
   if (!contiguous(view)) return torch::stable::empty_like(first);
   int32_t dtype, type, index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(first.get(), &dtype));

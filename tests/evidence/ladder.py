@@ -37,8 +37,9 @@ EMULATED = {
     "pseudo_huber": ("test_losses.py", "test_kept_gradients.py"),
     "reversible": ("test_reversible.py",),
 }
+IN_FLOAT64 = of_each("tests/test_NAME.py") | {"multistep": ("tests/test_multistep_accuracy.py",)}
 RUNGS = (
-    Rung("1 the formula in float64, closed forms", of_each("tests/test_NAME.py")),
+    Rung("1 the formula in float64, closed forms", IN_FLOAT64),
     Rung("2 CPU kernels (scalar, AVX2, AVX-512)", of_each("tests/test_NAME.py", *SHARED)),
     Rung("3 Triton in the interpreter", of_each("tests/interpreter/test_NAME.py")),
     Rung(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.ddim import PREDICTIONS, reading
 from bicm_diffusion.adapters.diffusers.integers import Integers
-from bicm_diffusion.adapters.diffusers.scheduler import as_output, as_state
+from bicm_diffusion.adapters.diffusers.scheduler import as_output, as_state, traced
 from bicm_diffusion.rational import MAX_DENOMINATOR, nearest
 from bicm_kernels import denoised_step
 
@@ -215,7 +215,9 @@ class BDIADDIMScheduler(DDIMScheduler):
             out, x0, _ = denoised_step(tensors, [x0_sample, x0_output, 0.0][:count], weights[:count], x0_weight=0.0)
         self.last_sample, self._reached = sample, out
         self._at += 1
-        return as_output(DDIMSchedulerOutput, prev_sample=out, pred_original_sample=x0) if return_dict else (out, x0)
+        if not return_dict:
+            return out, x0
+        return as_output(traced(), DDIMSchedulerOutput, out, "pred_original_sample", x0)
 
     def _first(self, timestep: Any) -> int:
         if self._begin_index is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from operator import is_not
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.ddim import PREDICTIONS, reading
-from bicm_diffusion.adapters.diffusers.euler import Sigmas
+from bicm_diffusion.adapters.diffusers.euler import Sigmas, is_whole
 from bicm_diffusion.adapters.diffusers.scheduler import (
     Accelerated,
     Generators,
@@ -23,7 +22,6 @@ from bicm_diffusion.adapters.diffusers.scheduler import (
     is_double,
     single,
     traced,
-    version_of,
 )
 from bicm_kernels import add_noise, affine_step, denoised_step
 
@@ -53,17 +51,15 @@ class ConsistencyModel(Sigmas):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> Any:
-        tables = self._ready(model_output, sample)
-        whole = not timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, int)
-        if tables is None or whole or not self.is_scale_input_called:
+        graph = traced()
+        tables = self._ready(model_output, sample, graph)
+        if tables is None or is_whole(timestep) or not self.is_scale_input_called:
             return self._original.step(self, model_output, timestep, sample, generator, return_dict)
-        if self._step_index is None:
-            self._init_step_index(timestep)
-        index = self._step_index
-        assert index is not None
-        if index >= len(tables.rows):
+        index, count = self._index(timestep), len(tables.rows)
+        if index >= count:
             return self._original.step(self, model_output, timestep, sample, generator, return_dict)
-        c_skip, c_out, deviation = self._row_at(tables, index, sample)
+        row: Any = self._row_at(tables, index, sample) if graph else tables.rows[index]
+        c_skip, c_out, deviation = row
         state = as_state(sample, model_output)
         tensors, x0_weights, weights = [state, model_output], [c_skip, c_out], [0.0, 0.0]
         keyed: dict[str, Any] = {}
@@ -74,15 +70,17 @@ class ConsistencyModel(Sigmas):
             tensors.append(self._drawn(model_output, generator))
             x0_weights.append(0.0)
             weights.append(deviation)
-        ahead = index + 1 < len(tables.rows) and state.dtype.itemsize > 2 and self._may_foresee(sample)
-        scale = self._scale(tables.levels[index + 1]) if ahead else None
-        clip = 1.0 if self.config.clip_denoised else None
+        following = index + 1
+        ahead = following < count and state.dtype.itemsize > 2 and not graph and self._may_foresee(sample)
+        scale = tables.scales[following] if ahead else None
+        clip = 1.0 if self._internal_dict.clip_denoised else None
         out, _, scaled = denoised_step(
             tensors, x0_weights, weights, x0_weight=1.0, clip=clip, next_scale=scale, **keyed
         )
-        self._foresee(out, index + 1, scaled)
-        self._step_index = index + 1
-        return as_output(CMStochasticIterativeSchedulerOutput, prev_sample=out) if return_dict else (out,)
+        self._step_index = following
+        if scaled is not None:
+            self._foresee(out, following, scaled)
+        return as_output(graph, CMStochasticIterativeSchedulerOutput, out) if return_dict else (out,)
 
 
 class LatentConsistencyModel(Accelerated):
@@ -94,8 +92,14 @@ class LatentConsistencyModel(Accelerated):
         return self.alphas_cumprod, self.timesteps, self._internal_dict, self.final_alpha_cumprod
 
     def _stale(self, tables: Tables) -> bool:
-        now = self._sources()
-        return any(map(is_not, now, tables.sources)) or tables.version != version_of(now[0])
+        levels, timesteps, config, final = tables.sources
+        return (
+            levels is not self.alphas_cumprod
+            or timesteps is not self.timesteps
+            or config is not self._internal_dict
+            or final is not self.final_alpha_cumprod
+            or (tables.counts and levels._version != tables.version)
+        )
 
     def _host_levels(self) -> list[float]:
         return self.alphas_cumprod.tolist()
@@ -138,23 +142,21 @@ class LatentConsistencyModel(Accelerated):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> Any:
-        tables = None if self.num_inference_steps is None else self._ready(model_output, sample)
+        graph = traced()
+        tables = None if self.num_inference_steps is None else self._ready(model_output, sample, graph)
         row: Any = None
         index = 0
         if tables is not None:
-            if self._step_index is None:
-                self._init_step_index(timestep)
-            assert self._step_index is not None
-            index = self._step_index
+            index = self._index(timestep)
             # The original looks alpha-bar up by the timestep it is given, whichever step it is.
-            if traced():
+            if graph:
                 row = tables.row("rows", index, sample.device)
             elif index in tables.rows and self._host_value(timestep, tables) == tables.timesteps[index]:
                 row = tables.rows[index]
         if row is None:
             return self._original.step(self, model_output, timestep, sample, generator, return_dict)
         x0_sample, x0_output, skip, out, kept, deviation = row
-        state, config = as_state(sample, model_output), self.config
+        state, config = as_state(sample, model_output), self._internal_dict
         if config.clip_sample:
             denoised, _, _ = denoised_step(
                 [state, model_output], [x0_sample, x0_output], [skip, 0.0], x0_weight=out, clip=config.clip_sample_range
@@ -172,7 +174,7 @@ class LatentConsistencyModel(Accelerated):
         self._step_index = index + 1
         previous = following[0]
         return (
-            as_output(LCMSchedulerOutput, prev_sample=previous, denoised=denoised)
+            as_output(graph, LCMSchedulerOutput, previous, "denoised", denoised)
             if return_dict
             else (previous, denoised)
         )

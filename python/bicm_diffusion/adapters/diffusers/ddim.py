@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from numbers import Integral
-from operator import is_not
 from typing import Any
 
 import torch
@@ -82,8 +81,19 @@ class _Alphas(Accelerated):
         )
 
     def _stale(self, tables: Tables) -> bool:
-        now = self._sources()
-        return any(map(is_not, now, tables.sources)) or tables.version != version_of(now[0])
+        levels, timesteps, config, beyond, steps = tables.sources
+        return (
+            levels is not self.alphas_cumprod
+            or timesteps is not self.timesteps
+            or config is not self._internal_dict
+            or beyond is not getattr(self, self._beyond)
+            or steps is not self.num_inference_steps
+            or (tables.counts and levels._version != tables.version)
+        )
+
+    def _fill(self, tables: Tables) -> None:
+        tables.clip = self.config.clip_sample_range if self.config.clip_sample else None
+        tables.gives_output = self.config.prediction_type == "sample"
 
     def _host_levels(self) -> list[float]:
         # A thousand levels, which another number of steps does not change; the one beyond is found by -1.
@@ -103,9 +113,6 @@ class _Alphas(Accelerated):
             return f"prediction_type={self.config.prediction_type!r}"
         return None
 
-    def _clip(self) -> float | None:
-        return self.config.clip_sample_range if self.config.clip_sample else None
-
     def _levels_at(self, timestep: Any, other: Any, tables: Tables, sample: Tensor) -> tuple[Number, Number] | None:
         """Alpha-bar at two timesteps; None for one that there is not, negative ones lie beyond the schedule's end."""
         if traced():
@@ -120,11 +127,28 @@ class _Alphas(Accelerated):
             return None
         return tables.levels[max(int(timestep), -1)], tables.levels[max(int(other), -1)]
 
-    def _row(self, tables: Tables, levels: tuple[Number, Number], eta: float, rederives: bool) -> Any:
+    def _ends(self, timestep: Any) -> tuple[Any, Any]:
+        """The timesteps of the state as it is and of the next one."""
+        raise NotImplementedError
+
+    def _row_at(
+        self, tables: Tables, timestep: Any, sample: Tensor, graph: bool, eta: float = 0.0, rederives: bool = False
+    ) -> Any:
+        """A step's weights, or None where the original has to run."""
+        key, kept = (timestep, eta, rederives), not graph and type(timestep) is int
+        row = tables.rows.get(key) if kept else None
+        if row is not None:
+            return row
+        levels = self._levels_at(*self._ends(timestep), tables, sample)
+        if levels is None or not (graph or timestep >= 0):
+            return None
+        row = self._row(levels, eta, rederives)
+        if kept:
+            tables.rows[key] = row
+        return row
+
+    def _row(self, levels: tuple[Number, Number], eta: float, rederives: bool) -> Any:
         config = self.config
-        key = (*levels, eta, rederives)
-        if not traced() and key in tables.rows:
-            return tables.rows[key]
         try:
             row: Row | None = ddim_row(
                 config.prediction_type, *levels, eta, clips=config.clip_sample, rederives=rederives
@@ -137,7 +161,6 @@ class _Alphas(Accelerated):
                 row = None
             elif row is not None and not (predicts_noise and levels[0] < CANCELS):
                 row = row[:6]
-            tables.rows[key] = row
             return row
         assert row is not None
         if config.prediction_type != "epsilon":
@@ -149,10 +172,10 @@ class _Alphas(Accelerated):
         return *plain, *rest, torch.where(cancels, near, zero), torch.where(cancels, guidance, zero)
 
     def _two(
-        self, state: Tensor, output: Tensor, row: Row, noise: Tensor | None = None, **keyed: Any
+        self, tables: Tables, state: Tensor, output: Tensor, row: Row, noise: Tensor | None = None, **keyed: Any
     ) -> tuple[Tensor, Tensor]:
         """The next state and x0, from noise that was drawn already or that is keyed, where there is any."""
-        x0_sample, x0_output, of_sample, of_output, of_x0, deviation = row[:6]
+        x0_sample, x0_output, of_sample, of_output, of_x0, deviation, *near = row
         tensors: list[Any] = [state, output]
         x0_weights, weights = [x0_sample, x0_output], [of_sample, of_output]
         if noise is not None:
@@ -161,20 +184,24 @@ class _Alphas(Accelerated):
             weights.append(deviation)
         elif keyed:
             keyed["noise_weight"] = deviation
-        if len(row) > 6:
+        if near:
             if not traced():
                 x0_weights[:2] = [0.0, 0.0]
             tensors.append((output, state))
-            x0_weights.append(row[6])
+            x0_weights.append(near[0])
             weights.append(0.0)
-            keyed["guidance_scale"] = row[7]
-        out, x0, _ = denoised_step(tensors, x0_weights, weights, x0_weight=of_x0, clip=self._clip(), **keyed)
+            keyed["guidance_scale"] = near[1]
+        out, x0, _ = denoised_step(tensors, x0_weights, weights, x0_weight=of_x0, clip=tables.clip, **keyed)
         # What the model predicts is x0 itself: it keeps its dtype.
-        return out, x0.to(output.dtype) if self.config.prediction_type == "sample" else x0
+        return out, x0.to(output.dtype) if tables.gives_output else x0
 
 
 class Ddim(_Alphas):
     _beyond = "final_alpha_cumprod"
+
+    def _ends(self, timestep: Any) -> tuple[Any, Any]:
+        assert self.num_inference_steps is not None
+        return timestep, timestep - self.config.num_train_timesteps // self.num_inference_steps
 
     def step(
         self,
@@ -187,15 +214,13 @@ class Ddim(_Alphas):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        steps = self.num_inference_steps
-        tables = None if steps is None else self._ready(model_output, sample)
+        graph = traced()
+        tables = self._ready(model_output, sample, graph) if self.num_inference_steps else None
         row, at = None, timestep
-        if tables is not None and steps and not (variance_noise is not None and generator is not None and eta > 0):
-            at = timestep if traced() else self._host_value(timestep, tables)  # type: ignore[assignment]
-            levels = self._levels_at(at, at - self.config.num_train_timesteps // steps, tables, sample)
-            if levels is not None and (traced() or at >= 0):
-                row = self._row(tables, levels, eta, use_clipped_model_output)
-        if row is None:
+        if tables is not None and not (variance_noise is not None and generator is not None and eta > 0):
+            at = timestep if graph else self._host_value(timestep, tables)  # type: ignore[assignment]
+            row = self._row_at(tables, at, sample, graph, eta, use_clipped_model_output)
+        if row is None or tables is None:
             return self._original.step(
                 self,
                 model_output,
@@ -210,13 +235,13 @@ class Ddim(_Alphas):
         state = as_state(sample, model_output)
         if eta > 0 and self._noise == "keyed" and variance_noise is None:
             seed, sample_id = self._key(generator, sample.device)
-            out, x0 = self._two(state, model_output, row, seed=seed, step=at, sample_id=sample_id)
+            out, x0 = self._two(tables, state, model_output, row, seed=seed, step=at, sample_id=sample_id)
         elif eta > 0:
             noise = self._drawn(model_output, generator) if variance_noise is None else variance_noise
-            out, x0 = self._two(state, model_output, row, noise)
+            out, x0 = self._two(tables, state, model_output, row, noise)
         else:
-            out, x0 = self._two(state, model_output, row)
-        return as_output(DDIMSchedulerOutput, prev_sample=out, pred_original_sample=x0) if return_dict else (out, x0)
+            out, x0 = self._two(tables, state, model_output, row)
+        return as_output(graph, DDIMSchedulerOutput, out, "pred_original_sample", x0) if return_dict else (out, x0)
 
 
 class DdimInverse(_Alphas):
@@ -228,22 +253,21 @@ class DdimInverse(_Alphas):
             return "prediction_type='sample' from a level without noise"  # infinite from the first step on
         return super()._uncovered()
 
+    def _ends(self, timestep: Any) -> tuple[Any, Any]:
+        # The state stands at the level below, whose alpha-bar the first step takes from beyond the schedule.
+        assert self.num_inference_steps is not None
+        return timestep - self.config.num_train_timesteps // self.num_inference_steps, timestep
+
     def step(self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True) -> Any:
-        steps = self.num_inference_steps
-        tables = None if steps is None else self._ready(model_output, sample)
+        graph = traced()
+        tables = self._ready(model_output, sample, graph) if self.num_inference_steps else None
         row = None
-        if tables is not None and steps:
-            there = timestep if traced() else self._host_value(timestep, tables)
-            # The state stands at the level below, whose alpha-bar the first step takes from beyond the schedule.
-            here = there - self.config.num_train_timesteps // steps
-            levels = self._levels_at(here, there, tables, sample)
-            if levels is not None and (traced() or there >= 0):
-                row = self._row(tables, levels, 0.0, False)
-        if row is None:
+        if tables is not None:
+            at = timestep if graph else self._host_value(timestep, tables)
+            row = self._row_at(tables, at, sample, graph)
+        if row is None or tables is None:
             return self._original.step(self, model_output, timestep, sample, return_dict)
-        out, x0 = self._two(as_state(sample, model_output), model_output, row)
-        return (
-            as_output(DDIMInverseSchedulerOutput, prev_sample=out, pred_original_sample=x0)
-            if return_dict
-            else (out, x0)
-        )
+        out, x0 = self._two(tables, as_state(sample, model_output), model_output, row)
+        if not return_dict:
+            return out, x0
+        return as_output(graph, DDIMInverseSchedulerOutput, out, "pred_original_sample", x0)

@@ -16,15 +16,19 @@ from bicm_diffusion.adapters.diffusers.scheduler import (
     Tables,
     as_output,
     as_state,
-    noise_removed,
     traced,
 )
-from bicm_kernels import denoised_step
+from bicm_kernels import affine_step, denoised_step
 
 Level = tuple[float, float]  # alpha and sigma of a level
 
 #: Below this alpha, predicting x0 from the noise loses more than a bit.
 LEAST_SIGNAL = 0.5
+#: Below this one, the weights that undo it leave float32's range: the original runs.
+NO_SIGNAL = 1e-15
+
+#: How many tensors, or pairs of them, a step adds up.
+MOST_TERMS = 5
 
 ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++")
 
@@ -92,6 +96,10 @@ class _Solver(Sigmas):
         """Weights of sample and output in x0."""
         raise NotImplementedError
 
+    def _near(self, sigma: float) -> float:
+        """The sum of x0's weights of sample and output, where these nearly cancel."""
+        return 0.0
+
     def _uncovered(self) -> str | None:
         config = self.config
         if config.thresholding:
@@ -112,22 +120,22 @@ class _Solver(Sigmas):
         kept, now, before, earlier, deviation = solver_row(
             levels, order=order, heun=config.solver_type == "heun", noisy=config.algorithm_type == ALGORITHMS[1]
         )
-        return x0_sample, x0_output, kept + now * x0_sample, now * x0_output, before, earlier, deviation
+        of_sample, of_output = kept + now * x0_sample, now * x0_output
+        return x0_sample, x0_output, of_sample, of_output, before, earlier, deviation, self._near(here)
 
     def _fill(self, tables: Tables) -> None:
+        if self._scales:
+            self._fill_scales(tables)
         count = len(tables.timesteps)
         if self.num_inference_steps is None or len(tables.levels) <= count:
             return
-        if self._scales:
-            scales = [self._scale(x) for x in tables.levels]
-            tables.traced["scales"] = torch.tensor(scales, dtype=torch.float64)
         for order in range(1, self.config.solver_order + 1):
             rows = []
             for index in range(count):
                 try:
-                    row = self._row_of_order(tables, index, order) if index >= order - 1 else (math.nan,) * 7
+                    row = self._row_of_order(tables, index, order) if index >= order - 1 else (math.nan,) * 8
                 except (ZeroDivisionError, ValueError, OverflowError):
-                    row = (math.nan,) * 7
+                    row = (math.nan,) * 8
                 # Without noise at the end, only the first order is defined, and only it is used.
                 tables.rows[order, index] = row if all(map(math.isfinite, row)) else None
                 rows.append(row)
@@ -139,7 +147,7 @@ class _Solver(Sigmas):
             tables.cancelling = next((index for index, alpha in enumerate(signals) if alpha >= LEAST_SIGNAL), count)
 
     def _order(self, count: int, index: int) -> int:
-        config = self.config
+        config = self._internal_dict
         short = config.lower_order_final and count < 15
         last = index == count - 1 and (config.euler_at_final or short or config.final_sigmas_type == "zero")
         if config.solver_order == 1 or self.lower_order_nums < 1 or last:
@@ -159,22 +167,21 @@ class _Solver(Sigmas):
         """The step, or None where the original has to run."""
         if self.num_inference_steps is None:
             return None
-        tables = self._ready(model_output, sample)
+        graph = traced()
+        tables = self._ready(model_output, sample, graph)
         if tables is None:
             return None
-        if self._step_index is None:
-            self._init_step_index(timestep)
-        index = self._step_index
-        assert index is not None
+        index = self._index(timestep)
         order = self._order(len(tables.timesteps), index)
-        row: Any = tables.row(order, index, sample.device) if traced() else tables.rows.get((order, index))
+        row: Any = tables.row(order, index, sample.device) if graph else tables.rows.get((order, index))
         history = self.model_outputs[:-order:-1] if order > 1 else []
         if row is None or any(x is None or x.shape != sample.shape for x in history):
             return None
-        x0_sample, x0_output, of_sample, of_output, before, earlier, deviation = row
+        x0_sample, x0_output, of_sample, of_output, before, earlier, deviation, near = row
         state = as_state(sample, model_output)
         tensors: list[Any] = [state, model_output, *history]
-        noisy = self.config.algorithm_type == ALGORITHMS[1]
+        config = self._internal_dict
+        noisy = config.algorithm_type == ALGORITHMS[1]
         weights = [of_sample, of_output, before, earlier][: 2 + len(history)]
         keyed: dict[str, Any] = {}
         if noisy and self._noise == "keyed" and variance_noise is None:
@@ -187,20 +194,30 @@ class _Solver(Sigmas):
             tensors.append(drawn.to(sample.device))
             weights.append(deviation)
         x0_weights = [x0_sample, x0_output, *[0.0] * (len(tensors) - 2)]
-        ahead = self._scales and index + 1 < len(tables.timesteps) and self._may_foresee(sample)
-        scale = self._scale(tables.levels[index + 1]) if ahead and state.dtype.itemsize > 2 else None
-        if index < tables.cancelling and not keyed:
-            out, x0 = noise_removed(tensors, x0_sample, x0_output / x0_sample, weights)
-        else:
-            out, x0, scaled = denoised_step(tensors, x0_weights, weights, x0_weight=0.0, next_scale=scale, **keyed)
-            self._foresee(out, index + 1, scaled)
-        if self.config.prediction_type == "sample":
+        late: Tensor | None = None
+        if index < tables.cancelling:
+            # A kernel takes five terms; what is the sixth here is added afterwards.
+            late = tensors.pop() if len(tensors) == MOST_TERMS else None
+            # x0 = near·(m + g·(s - m)), in terms no larger than itself.
+            keyed["guidance_scale"] = x0_sample / near
+            tensors.append((model_output, state))
+            x0_weights = [*[0.0] * (len(tensors) - 1), near]
+            weights = [*weights[: len(tensors) - 1], 0.0]
+        following = index + 1
+        ahead = self._scales and following < len(tables.timesteps) and not graph and self._may_foresee(sample)
+        scale = tables.scales[following] if ahead and state.dtype.itemsize > 2 else None
+        out, x0, scaled = denoised_step(tensors, x0_weights, weights, x0_weight=0.0, next_scale=scale, **keyed)
+        if scaled is not None:
+            self._foresee(out, following, scaled)
+        if late is not None:
+            out = affine_step([out, late], [1.0, deviation])
+        if config.prediction_type == "sample":
             out, x0 = out.to(model_output.dtype), model_output
         self.model_outputs[:-1] = self.model_outputs[1:]
         self.model_outputs[-1] = x0
-        self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
-        self._step_index = index + 1
-        return as_output(SchedulerOutput, prev_sample=out) if return_dict else (out,)
+        self.lower_order_nums = min(self.lower_order_nums + 1, config.solver_order)
+        self._step_index = following
+        return as_output(graph, SchedulerOutput, out) if return_dict else (out,)
 
 
 class DpmSolver(_Solver):
@@ -227,6 +244,14 @@ class DpmSolver(_Solver):
             return 0.0, 1.0
         return (alpha, -noise) if prediction == "v_prediction" else (1.0, -sigma)
 
+    def _near(self, sigma: float) -> float:
+        if self.config.prediction_type != "epsilon":
+            return 0.0
+        alpha, noise = self._level(sigma)
+        if alpha < NO_SIGNAL:
+            return math.nan
+        return 1.0 if self.config.use_flow_sigmas else alpha / (1.0 + noise)  # (1 - sigma)/alpha, without its loss
+
     def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return sample
 
@@ -239,7 +264,7 @@ class DpmSolver(_Solver):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        config = self.config
+        config = self._internal_dict
         output = model_output
         if config.variance_type in ("learned", "learned_range") and config.prediction_type == "epsilon":
             output = model_output[:, :3]

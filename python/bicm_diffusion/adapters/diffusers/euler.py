@@ -13,7 +13,6 @@ from torch import Tensor
 from bicm_diffusion.adapters.diffusers.scheduler import (
     Accelerated,
     Generators,
-    Number,
     Row,
     Tables,
     as_output,
@@ -30,6 +29,11 @@ def edm_denoiser(sigma: float, sigma_data: float, prediction: str) -> tuple[floa
     return sigma_data * sigma_data / total, -c_out if prediction == "v_prediction" else c_out
 
 
+def is_whole(timestep: Any) -> bool:
+    """Whether a timestep is an integer, which the originals refuse."""
+    return not timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, int)
+
+
 class Sigmas(Accelerated):
     """Schedulers that count their steps and look up sigma by the count."""
 
@@ -42,7 +46,7 @@ class Sigmas(Accelerated):
         raise NotImplementedError
 
     def _fill(self, tables: Tables) -> None:
-        tables.traced["scales"] = torch.tensor([self._scale(x) for x in tables.levels], dtype=torch.float64)
+        self._fill_scales(tables)
         count = min(len(tables.timesteps), len(tables.levels) - 1)
         try:
             rows = [self._row(tables, index) for index in range(count)]
@@ -51,26 +55,27 @@ class Sigmas(Accelerated):
         tables.rows = dict(enumerate(rows))
         tables.traced["rows"] = torch.tensor(rows, dtype=torch.float64)
 
-    def _row_at(self, tables: Tables, index: int, sample: Tensor) -> Any:
-        if traced():
-            return tables.traced["rows"][index].to(sample.device).unbind()
-        return tables.rows[index]
+    def _fill_scales(self, tables: Tables) -> None:
+        tables.scales = [self._scale(x) for x in tables.levels]
+        tables.traced["scales"] = torch.tensor(tables.scales, dtype=torch.float64)
 
-    def _scale_at(self, tables: Tables, index: int, sample: Tensor) -> Number:
-        if traced():
-            return tables.traced["scales"][index].to(sample.device)
-        return self._scale(tables.levels[index])
+    def _row_at(self, tables: Tables, index: int, sample: Tensor) -> Any:
+        """A step's weights for a graph."""
+        return tables.traced["rows"][index].to(sample.device).unbind()
 
     def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
-        tables = self._ready(sample, sample)
+        foreseen = self._foreseen(sample)
+        if foreseen is not None:
+            self.is_scale_input_called = True
+            return foreseen
+        graph = traced()
+        tables = self._ready(sample, sample, graph)
         if tables is None:
             return self._original.scale_model_input(self, sample, timestep)
-        if self._step_index is None:
-            self._init_step_index(timestep)
-        index = self._step_index
-        assert index is not None
+        index = self._index(timestep)
         self.is_scale_input_called = True
-        return self._scaled(sample, index, self._scale_at(tables, index, sample))
+        scale = tables.traced["scales"][index].to(sample.device) if graph else tables.scales[index]
+        return affine_step([sample], [scale])
 
 
 class _EulerSteps(Sigmas):
@@ -86,9 +91,6 @@ class _EulerSteps(Sigmas):
         sigma, below = tables.levels[index], tables.levels[index + 1]
         return self._weights(sigma, sigma, below)
 
-    def _given(self, model_output: Tensor, x0: Tensor) -> Tensor:
-        return x0
-
     def _euler(
         self,
         model_output: Tensor,
@@ -99,43 +101,43 @@ class _EulerSteps(Sigmas):
         return_dict: bool,
     ) -> Any:
         """The step, or None where the original has to run."""
-        tables = self._ready(model_output, sample)
-        whole = not timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, int)
-        if tables is None or whole or not self.is_scale_input_called:
+        graph = traced()
+        tables = self._ready(model_output, sample, graph)
+        if tables is None or is_whole(timestep) or not self.is_scale_input_called:
             return None
-        if self._step_index is None:
-            self._init_step_index(timestep)
-        index = self._step_index
-        assert index is not None
-        if index >= len(tables.rows):
+        index, count = self._index(timestep), len(tables.rows)
+        if index >= count:
             return None
         # The original computes in float32 whatever it is given; only a float64 output is kept as it is.
-        dtype = torch.float64 if model_output.dtype == torch.float64 else torch.float32
-        state = sample if sample.dtype == dtype else sample.to(dtype)
+        given = model_output.dtype
+        dtype = given if given is torch.float64 else torch.float32
+        state = sample if sample.dtype is dtype else sample.to(dtype)
         lift = self._lift(tables, index, *churn[:3]) if churn[0] else 0.0
         if lift:
             sigma = tables.levels[index]
             raised = sigma * (1.0 + lift)
             state = self._churned(state, model_output, churn[3] * math.sqrt(raised**2 - sigma**2), index, generator)
-            row: Row = self._weights(sigma, raised, tables.levels[index + 1])
+            row: Any = self._weights(sigma, raised, tables.levels[index + 1])
         else:
-            row = self._row_at(tables, index, sample)
+            row = self._row_at(tables, index, sample) if graph else tables.rows[index]
         x0_sample, x0_output, of_sample, of_output = row
-        ahead = model_output.dtype == dtype and index + 1 < len(tables.rows) and self._may_foresee(sample)
-        scale = self._scale(tables.levels[index + 1]) if ahead else None
+        following = index + 1
+        ahead = given is dtype and following < count and not graph and self._may_foresee(sample)
         out, x0, scaled = denoised_step(
-            [state, model_output],
-            [x0_sample, x0_output],
-            [of_sample, of_output],
+            (state, model_output),
+            (x0_sample, x0_output),
+            (of_sample, of_output),
             x0_weight=0.0,
-            next_scale=scale,
+            next_scale=tables.scales[following] if ahead else None,
         )
-        if model_output.dtype != dtype:
-            out = out.to(model_output.dtype)
-        self._foresee(out, index + 1, scaled)
-        self._step_index = index + 1
-        x0 = self._given(model_output, x0)
-        return as_output(self._output, prev_sample=out, pred_original_sample=x0) if return_dict else (out, x0)
+        self._step_index = following
+        if scaled is not None:
+            self._foresee(out, following, scaled)
+        if given is not dtype:
+            out = out.to(given)
+        if tables.gives_output:
+            x0 = model_output
+        return as_output(graph, self._output, out, "pred_original_sample", x0) if return_dict else (out, x0)
 
     def _lift(self, tables: Tables, index: int, churn: float, low: float, high: float) -> float:
         if not low <= tables.levels[index] <= high:
@@ -172,8 +174,9 @@ class Euler(_EulerSteps):
             return kept, of_output, 1.0 + ratio * (1.0 - kept), -ratio * of_output
         return 0.0, 1.0, below / raised, -ratio
 
-    def _given(self, model_output: Tensor, x0: Tensor) -> Tensor:
-        return model_output if self.config.prediction_type in ("sample", "original_sample") else x0
+    def _fill(self, tables: Tables) -> None:
+        super()._fill(tables)
+        tables.gives_output = self.config.prediction_type in ("sample", "original_sample")
 
     def step(
         self,

@@ -10,7 +10,6 @@ import struct
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any, ClassVar, Literal
@@ -19,7 +18,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from bicm_kernels import affine_step, denoised_step, fold_in
+from bicm_kernels import fold_in, generator_normal
 
 Number = float | Tensor
 Integer = int | Tensor
@@ -45,10 +44,18 @@ class Tables:
     #: Where the first timestep lies in memory, and how many bytes further the next.
     address: int
     spacing: int
+    #: Whether PyTorch counts how often the first source was written to.
+    counts: bool
     rows: dict[Any, Row | None] = field(default_factory=dict)
     #: The same rows or levels as float64 tensors, for graphs, and at which steps the original has to run.
     traced: dict[Any, Tensor] = field(default_factory=dict)
     holes: dict[Any, list[int]] = field(default_factory=dict)
+    #: The scale of the model's input at each level.
+    scales: list[float] = field(default_factory=list)
+    #: Where x0 is clipped, if it is.
+    clip: float | None = None
+    #: Whether x0 is what the model predicts.
+    gives_output: bool = False
     #: How many steps, from the first, predict x0 as a small difference of large terms.
     cancelling: int = 0
 
@@ -92,8 +99,12 @@ class Accelerated:
 
     def _stale(self, tables: Tables) -> bool:
         levels, timesteps, config = tables.sources
-        changed = levels is not self.sigmas or timesteps is not self.timesteps or config is not self._internal_dict
-        return changed or tables.version != version_of(levels)
+        return (
+            levels is not self.sigmas
+            or timesteps is not self.timesteps
+            or config is not self._internal_dict
+            or (tables.counts and levels._version != tables.version)
+        )
 
     def _uncovered(self) -> str | None:
         """Why no step of this configuration can be fused, if it cannot."""
@@ -116,6 +127,7 @@ class Accelerated:
             self._host_levels(),
             address=times.data_ptr(),
             spacing=times.stride(0) * times.element_size(),
+            counts=not sources[0].is_inference(),
         )
         if reason is None:
             self._fill(tables)
@@ -124,16 +136,17 @@ class Accelerated:
         self._tables = tables
         return tables
 
-    def _ready(self, model_output: Tensor, sample: Tensor) -> Tables | None:
-        """The tables of the schedule as it is now; None sends a step to the original."""
+    def _ready(self, model_output: Tensor, sample: Tensor, graph: bool) -> Tables | None:
+        """The tables of the schedule as it is now; None sends a step to the original. graph: whether one is traced."""
         tables = self._tables
-        if traced():
+        if graph:
             return None if tables is None or tables.reason is not None else tables
         if tables is None or self._stale(tables):
             tables = self._prepare()
         if tables.reason is not None:
             return None
-        if not isinstance(sample, Tensor) or sample.shape != model_output.shape or sample.dim() == 0:
+        shape = sample.shape if isinstance(sample, Tensor) else ()
+        if not shape or (sample is not model_output and shape != model_output.shape):
             self._say("a sample and a model output of different shapes")
             return None
         return tables
@@ -148,7 +161,14 @@ class Accelerated:
     # --- noise --------------------------------------------------------------------------------------------------------
     def _drawn(self, like: Tensor, generator: Generators, dtype: torch.dtype | None = None) -> Tensor:
         """The noise that the original would draw."""
-        return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype or like.dtype)
+        shape, dtype = like.shape, dtype or like.dtype
+        if traced() or not like.is_cpu or not all_on_host(generator):
+            return randn_tensor(shape, generator=generator, device=like.device, dtype=dtype)
+        if not isinstance(generator, list) or len(generator) == 1:
+            one = generator[0] if isinstance(generator, list) else generator
+            return generator_normal(shape, generator=one, dtype=dtype)
+        sample = (1, *shape[1:])
+        return torch.cat([generator_normal(sample, generator=generator[i], dtype=dtype) for i in range(shape[0])])
 
     def _key(self, generator: Generators, device: torch.device) -> tuple[Integer, Integer]:
         """The seed and sample id of keyed noise: those given, or the generators' own seeds without a draw."""
@@ -165,6 +185,12 @@ class Accelerated:
         return self._seeds[1], 0
 
     # --- the index of a step ------------------------------------------------------------------------------------------
+    def _index(self, timestep: Any) -> int:
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        assert self._step_index is not None
+        return self._step_index
+
     def _init_step_index(self, timestep: Any) -> None:
         if self.begin_index is not None:
             self._step_index = self._begin_index
@@ -191,7 +217,7 @@ class Accelerated:
         """A timestep as a number; an element of `timesteps` is told by where it lies, without asking its device."""
         if not isinstance(timestep, Tensor):
             return timestep
-        if timestep.dim() == 0 and timestep.dtype == self.timesteps.dtype and tables.spacing:
+        if tables.spacing and timestep.dtype is tables.sources[1].dtype and timestep.dim() == 0:
             # The tables keep the timesteps alive, so whatever lies at such an address is one of them.
             position, rest = divmod(timestep.data_ptr() - tables.address, tables.spacing)
             if rest == 0 and 0 <= position < len(tables.timesteps):
@@ -199,25 +225,25 @@ class Accelerated:
         return timestep.item()
 
     # --- the next evaluation's input ----------------------------------------------------------------------------------
-    def _scaled(self, sample: Tensor, index: int, scale: Number) -> Tensor:
-        """scale·sample, or what the last step made of it already."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            made_for, version, at, scaled = pending
-            if made_for() is sample and at == index and sample._version == version:
-                return scaled
-            self._foresees = False  # a caller who changes the sample first has no use for it
-        return affine_step([sample], [scale])
+    def _foreseen(self, sample: Tensor) -> Tensor | None:
+        """The scaled sample, where the last step made it already."""
+        pending, tables = self._pending, self._tables
+        if pending is None or traced():
+            return None
+        self._pending = None
+        made_for, version, at, scaled = pending
+        unchanged = made_for() is sample and at == self._step_index and sample._version == version
+        if unchanged and tables is not None and not self._stale(tables):
+            return scaled
+        self._foresees = False  # a caller who changes the sample first has no use for it
+        return None
 
-    def _foresee(self, sample: Tensor, index: int, scaled: Tensor | None) -> None:
-        if scaled is not None:
-            self._pending = weakref.ref(sample), sample._version, index, scaled
+    def _foresee(self, sample: Tensor, index: int, scaled: Tensor) -> None:
+        self._pending = weakref.ref(sample), sample._version, index, scaled
 
     def _may_foresee(self, sample: Tensor) -> bool:
-        if not self._foresees or traced():
-            return False
         # Inference tensors do not tell whether they were written to.
-        return not (sample.is_inference() or torch.is_inference_mode_enabled() or sample.requires_grad)
+        return self._foresees and not (sample.requires_grad or torch.is_inference_mode_enabled())
 
     # --- copies -------------------------------------------------------------------------------------------------------
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -232,15 +258,27 @@ def _restore(original: Any) -> Any:
     return object.__new__(cls)
 
 
-def as_output(cls: Any, **values: Tensor) -> Any:
+def as_output(graph: bool, cls: Any, previous: Tensor, name: str = "", x0: Tensor | None = None) -> Any:
     """Make a scheduler's output without the dataclass's own steps, which take as long as a small kernel."""
-    if traced():
-        return cls(**values)
+    if graph:
+        return cls(**({"prev_sample": previous, name: x0} if name else {"prev_sample": previous}))
     result = cls.__new__(cls)
-    result.__dict__.update(values)
-    for name, value in values.items():
-        OrderedDict.__setitem__(result, name, value)
+    attributes = result.__dict__
+    attributes["prev_sample"] = previous
+    _set_item(result, "prev_sample", previous)
+    if name:
+        attributes[name] = x0
+        _set_item(result, name, x0)
     return result
+
+
+_set_item = OrderedDict.__setitem__
+
+
+def all_on_host(generator: Generators) -> bool:
+    if isinstance(generator, list):
+        return all(g.device.type == "cpu" for g in generator) and bool(generator)
+    return generator is None or generator.device.type == "cpu"
 
 
 def version_of(levels: Tensor) -> int:
@@ -257,26 +295,12 @@ def root(x: Number) -> Number:
     return x.sqrt() if isinstance(x, Tensor) else sqrt(x)
 
 
-def noise_removed(
-    tensors: Sequence[Tensor], scale: Number, ratio: Number, weights: Sequence[Number]
-) -> tuple[Tensor, Tensor]:
-    """Return Σ w_k·x_k and x0 = scale·(sample + ratio·output), of which the two may cancel to a hundredth.
-
-    The kernel's three results change places: what it holds for x0 is the next state, and x0 is the scaled result, so
-    that no rounding of the scale comes between the two terms that cancel.
-    """
-    differences = [1.0, ratio, *[0.0] * (len(tensors) - 2)]
-    _, out, x0 = denoised_step(tensors, weights, differences, x0_weight=0.0, next_scale=scale)
-    assert x0 is not None
-    return out, x0
-
-
 def is_double(*tensors: Tensor) -> bool:
     return any(x.dtype == torch.float64 for x in tensors)
 
 
 def as_state(sample: Tensor, model_output: Tensor) -> Tensor:
     """The sample in the dtype that PyTorch's promotion gives the original's result."""
-    if sample.dtype == model_output.dtype:
+    if sample.dtype is model_output.dtype:
         return sample
     return sample.to(torch.promote_types(sample.dtype, model_output.dtype))

@@ -1,0 +1,46 @@
+"""Torch's own noise, drawn faster: for code whose numbers have to stay those of a torch.Generator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from bicm_kernels import backend, reference
+from bicm_kernels.ops.arguments import dynamo
+
+
+def generator_normal(
+    shape: Sequence[int],
+    *,
+    generator: Generator | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The numbers that ``torch.randn`` draws from this generator, which is left in the same state; faster on the CPU.
+
+    Args:
+        shape: the result's shape.
+        generator: None is torch's default one.
+        dtype: torch's default, if None; float32 is what is faster, from 16 numbers on.
+        device: where the result lies.
+
+    Raises:
+        RuntimeError, TypeError: what ``torch.randn`` raises.
+
+    MT19937 (Matsumoto & Nishimura 1998) and Box-Muller, rounded as torch rounds them. That was compared with torch
+    before the first draw; where the bits differ, and for whatever is not covered, this is ``torch.randn``.
+
+    >>> import torch, bicm_kernels as bk
+    >>> noise = bk.generator_normal((4, 8), generator=torch.Generator().manual_seed(0))
+    >>> torch.equal(noise, torch.randn((4, 8), generator=torch.Generator().manual_seed(0)))
+    True
+    """
+    single = (torch.get_default_dtype() if dtype is None else dtype) is torch.float32
+    on_host = device is None or getattr(device, "type", device) == "cpu"
+    if single and on_host and not dynamo() and backend.draws_like_torch():
+        noise = backend.lane.generator_normal(shape, generator)
+        if noise is not None:
+            return noise
+    return reference.generator_normal(shape, generator=generator, dtype=dtype, device=device)

@@ -1,0 +1,115 @@
+#include "generator.h"
+
+#include "cpu.h"
+
+namespace bicm {
+namespace {
+
+// What Generator.get_state() holds: how many words are left until the next 624 are made (one, where none is), and which
+// one is next. Behind the words stands the other half of a pair of normal numbers, which only draws of few numbers use.
+struct State {
+  uint64_t seed;
+  int32_t left, seeded;
+  uint64_t next, words[kMersenneWords];
+  unsigned char others[40];
+
+  // The last word tells one set of words from the next.
+  std::pair<uint64_t, uint64_t> place() const { return {next, words[kMersenneWords - 1]}; }
+};
+
+struct Asked {
+  Object tensor;
+  State* state = nullptr;
+};
+
+struct Found {
+  PyObject *type, *usual;
+  PyCFunction get_state, set_state;
+};
+
+PyCFunction method_of(PyObject* object, const char* name, int flags) {
+  PyObject* method = PyObject_GetAttrString(object, name);
+  const bool plain = method != nullptr && PyCFunction_Check(method) && PyCFunction_GetFlags(method) == flags;
+  const PyCFunction address = plain ? PyCFunction_GetFunction(method) : nullptr;
+  Py_XDECREF(method);
+  return address;
+}
+
+const Found& found() {
+  static const Found found = [] {
+    PyObject* torch = PyImport_ImportModule("torch");
+    PyObject* usual = torch == nullptr ? nullptr : PyObject_GetAttrString(torch, "default_generator");
+    Py_XDECREF(torch);
+    if (usual == nullptr) return PyErr_Clear(), Found{};
+    Found result = {reinterpret_cast<PyObject*>(Py_TYPE(usual)), usual, method_of(usual, "get_state", METH_NOARGS),
+                    method_of(usual, "set_state", METH_O)};
+    PyErr_Clear();
+    return result;
+  }();
+  return found;
+}
+
+int64_t count_of(const Few<int64_t, kMostDims>& shape, int64_t* sizes, int64_t* strides) {
+  int64_t count = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    sizes[i] = shape[i];
+    strides[i] = count;
+    const bool overflows = shape[i] <= 0 || __builtin_mul_overflow(count, shape[i], &count);
+    STD_TORCH_CHECK(!overflows, "bicm_kernels: no size to draw in");
+  }
+  return count;
+}
+
+// Advances the words behind a state and fills `out`; false, with nothing changed, for a state of another kind.
+bool advance(State& state, float* out, int64_t count) {
+  const bool none_left = state.left == 1 && (state.next == 0 || state.next == kMersenneWords);
+  const bool somewhere = state.next < kMersenneWords && state.left == kMersenneWords + 1 - static_cast<int>(state.next);
+  if (state.seeded != 1 || !(none_left || somewhere)) return false;
+  Mersenne words;
+  for (int i = 0; i < kMersenneWords; ++i) words.words[i] = static_cast<uint32_t>(state.words[i]);
+  words.next = none_left ? kMersenneWords : static_cast<int32_t>(state.next);
+  if (!active_kernels().generator_normals(words, out, count)) return false;
+  for (int i = 0; i < kMersenneWords; ++i) state.words[i] = words.words[i];
+  state.next = static_cast<uint64_t>(words.next);
+  state.left = kMersenneWords + 1 - words.next;
+  return true;
+}
+
+Asked state_of(const Generator& generator) {
+  Object tensor(found().get_state(generator.object, nullptr));
+  int64_t bytes = 0;
+  void* const data = tensor.get() == nullptr ? nullptr : bytes_of(tensor.get(), bytes);
+  STD_TORCH_CHECK(data != nullptr && bytes == sizeof(State), "bicm_kernels: a generator of another kind");
+  return {std::move(tensor), static_cast<State*>(data)};
+}
+
+}  // namespace
+
+bool read(PyObject* from, Generator& to) {
+  to.object = from == Py_None ? found().usual : from;
+  return found().set_state != nullptr && reinterpret_cast<PyObject*>(Py_TYPE(to.object)) == found().type;
+}
+
+// Draws through here take turns, since each holds on to the interpreter from its last look at the state until it is set.
+// Torch's own do not: what one of them has drawn in the meantime would be drawn again, so ours is made anew.
+Object generator_normal(Few<int64_t, kMostDims> shape, Generator generator) {
+  int64_t sizes[kMostDims], strides[kMostDims];
+  const int64_t count = count_of(shape, sizes, strides);
+  STD_TORCH_CHECK(count >= 16, "bicm_kernels: torch draws few numbers in another way");
+  const View view = {nullptr, sizes, strides, static_cast<int64_t>(shape.size()), DType::float32, kHost};
+  Object result = like(Object(), view);
+  Asked asked, now = state_of(generator);  // both live until the end: freeing a tensor lets other threads in
+  std::pair<uint64_t, uint64_t> before;
+  do {
+    asked = std::move(now);
+    before = asked.state->place();
+    STD_TORCH_CHECK(advance(*asked.state, static_cast<float*>(result.view.data), count),
+                    "bicm_kernels: a state of another kind");
+    now = state_of(generator);
+  } while (now.state->place() != before);
+  const Object done(found().set_state(generator.object, asked.tensor.get()));
+  STD_TORCH_CHECK(done.get() != nullptr, "bicm_kernels: the generator does not take its state back");
+  return result;
+}
+
+}  // namespace bicm

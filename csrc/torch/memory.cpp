@@ -1,0 +1,120 @@
+#include "memory.h"
+
+#include <sys/mman.h>
+
+#include <mutex>
+#include <new>
+
+namespace bicm {
+namespace {
+
+constexpr int64_t kPage = 4096, kHugePage = int64_t{2} << 20;
+
+// At most so much lies here unused: the largest results of the steps that take turns, not all that ever were.
+constexpr int64_t kMostKept = int64_t{256} << 20;
+
+char* up_to(char* address, int64_t unit) {
+  return address + (-reinterpret_cast<intptr_t>(address) & static_cast<intptr_t>(unit - 1));
+}
+
+// Large pages make the first use of a block, and its walk through the address tables, cheaper.
+void* map(int64_t bytes) {
+  const int64_t slack = bytes >= kHugePage ? kHugePage : 0;
+  void* const mapped =
+      mmap(nullptr, static_cast<size_t>(bytes + slack), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  char* const begin = static_cast<char*>(mapped);
+  if (slack == 0) return begin;
+  char* const data = up_to(begin, kHugePage);
+  if (data > begin) munmap(begin, static_cast<size_t>(data - begin));
+  if (const int64_t rest = begin + slack - data) munmap(data + bytes, static_cast<size_t>(rest));
+#ifdef MADV_HUGEPAGE
+  madvise(data, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+#endif
+  return data;
+}
+
+void unmap(Block* block) {
+  munmap(block->data, static_cast<size_t>(block->capacity));
+  delete block;
+}
+
+// The blocks that nobody uses, the latest first. Never destroyed: tensors may outlive static objects.
+class Kept {
+ public:
+  Block* take(int64_t bytes, bool streamed) {
+    // A forked process may inherit a lock that nobody holds: whoever does not get it at once goes without.
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock.owns_lock()) return nullptr;
+    Block** best = nullptr;
+    for (Block** place = &first_; *place != nullptr; place = &(*place)->next) {
+      const int64_t capacity = (*place)->capacity;
+      if (capacity < bytes || capacity / 2 > bytes) continue;
+      const bool alike = best != nullptr && capacity == (*best)->capacity;
+      const bool suits = alike && (*best)->streamed != streamed && (*place)->streamed == streamed;
+      if (best == nullptr || capacity < (*best)->capacity || suits) best = place;
+    }
+    return best == nullptr ? nullptr : remove(best);
+  }
+
+  bool give(Block* block) {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock.owns_lock() || block->capacity > kMostKept) return false;
+    block->next = first_;
+    first_ = block;
+    bytes_ += block->capacity;
+    while (bytes_ > kMostKept) unmap(remove(last()));
+    return true;
+  }
+
+  int64_t release() {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock.owns_lock()) return 0;
+    const int64_t bytes = bytes_;
+    while (first_ != nullptr) unmap(remove(&first_));
+    return bytes;
+  }
+
+ private:
+  Block* remove(Block** place) {
+    Block* const block = *place;
+    *place = block->next;
+    bytes_ -= block->capacity;
+    return block;
+  }
+
+  Block** last() {
+    Block** place = &first_;
+    while ((*place)->next != nullptr) place = &(*place)->next;
+    return place;
+  }
+
+  std::mutex mutex_;
+  Block* first_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+Kept& kept() {
+  static Kept& blocks = *new Kept;
+  return blocks;
+}
+
+}  // namespace
+
+Block* take_block(int64_t bytes, bool streamed) {
+  const int64_t capacity = (bytes + kPage - 1) / kPage * kPage;
+  if (Block* const block = kept().take(capacity, streamed)) return block->streamed = streamed, block;
+  void* const data = map(capacity);
+  if (data == nullptr) return nullptr;
+  Block* const block = new (std::nothrow) Block{data, capacity, nullptr, streamed};
+  if (block == nullptr) munmap(data, static_cast<size_t>(capacity));
+  return block;
+}
+
+void give_back(Block* block) {
+  if (!kept().give(block)) unmap(block);
+}
+
+int64_t release_blocks() { return kept().release(); }
+
+}  // namespace bicm

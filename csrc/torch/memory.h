@@ -1,0 +1,28 @@
+// Memory of large results on the CPU, kept for the next ones.
+//
+// A step's results live until the step after it. The C library gives blocks of this size back to the system and pages
+// them anew each time, which takes several times as long as filling them.
+#pragma once
+
+#include <stdint.h>
+
+namespace bicm {
+
+// Below this the C library's own lists serve as well.
+constexpr int64_t kKeptFrom = int64_t{64} << 10;
+
+// A block of memory, owned by whoever took it until it is given back; nullptr where there is none.
+// `streamed`: last written past the cache. What is to be written past it, or not, had better find it as it needs it.
+struct Block {
+  void* data;
+  int64_t capacity;
+  Block* next;
+  bool streamed;
+};
+Block* take_block(int64_t bytes, bool streamed = false);
+void give_back(Block* block);
+
+// Gives what is kept to the system; the number of bytes.
+int64_t release_blocks();
+
+}  // namespace bicm
