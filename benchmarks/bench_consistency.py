@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,9 +45,9 @@ class _Turns(nn.Module):
         return result
 
 
-def ours_bct(first: Tensor, other: Tensor, x: Tensor, *levels: Tensor) -> Tensor:
+def ours_bct(first: Tensor, other: Tensor, x: Tensor, *levels: Tensor, gradient: str = "forward") -> Tensor:
     """``bct_loss``; the numbers per sample serve as levels."""
-    return bct_loss(_Turns(first, other), x, Levels(*levels), seed=SEED).total
+    return bct_loss(_Turns(first, other), x, Levels(*levels), seed=SEED, gradient=gradient).total
 
 
 def bct(
@@ -85,5 +86,11 @@ def bct(
     return (consistency + trajectory).mean()
 
 
-# The outputs that are stored and the clean samples, read forward and backward; one output's gradient.
-CASES = (Case("bct_loss", ours_bct, bct, tensors=3, reads=6, writes=1, noise="added", trains=True, per_sample=3),)
+# The outputs that are stored and the clean samples, read once or forward and backward; one output's gradient.
+CASES = tuple(
+    Case(name, ours, bct, tensors=3, reads=reads, writes=1, noise="added", trains=True, per_sample=3)
+    for name, ours, reads in (
+        ("bct_loss", ours_bct, 3),
+        ("bct_loss_backward", partial(ours_bct, gradient="backward"), 6),
+    )
+)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 
 import bicm_kernels as bk
 from benchmarks.cases import Case
 
 
-def ours_pseudo_huber(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def ours_pseudo_huber(pred: Tensor, target: Tensor, weight: Tensor, *, gradient: str = "backward") -> Tensor:
     """``pseudo_huber``, weighted."""
-    return bk.pseudo_huber(pred, target, weight=weight)
+    return bk.pseudo_huber(pred, target, weight=weight, gradient=gradient)
 
 
 def pseudo_huber(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -20,9 +23,9 @@ def pseudo_huber(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return (weight * (s / ((s + c * c).sqrt() + c))).mean()
 
 
-def ours_elementwise(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def ours_elementwise(pred: Tensor, target: Tensor, weight: Tensor, *, gradient: str = "backward") -> Tensor:
     """The elementwise distance."""
-    return bk.pseudo_huber(pred, target, weight=weight, c=0.03, kind="elementwise")
+    return bk.pseudo_huber(pred, target, weight=weight, c=0.03, kind="elementwise", gradient=gradient)
 
 
 def elementwise(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -31,9 +34,9 @@ def elementwise(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return (weight * ((r.square() + 0.03**2).sqrt() - 0.03).flatten(1).mean(1)).mean()
 
 
-def ours_consistency(F: Tensor, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def ours_consistency(F: Tensor, target: Tensor, x: Tensor, weight: Tensor, *, gradient: str = "backward") -> Tensor:
     """``consistency_loss`` with times per sample; the weight's numbers serve as times."""
-    return bk.consistency_loss(x, F, weight, 0.5 * weight, target, weight=weight)
+    return bk.consistency_loss(x, F, weight, 0.5 * weight, target, weight=weight, gradient=gradient)
 
 
 def consistency(F: Tensor, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -45,18 +48,18 @@ def consistency(F: Tensor, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return pseudo_huber(denoised, target, weight)
 
 
-# Every pass reads its inputs, and the backward pass writes one gradient.
-CASES = (
-    Case("pseudo_huber", ours_pseudo_huber, pseudo_huber, tensors=2, reads=4, writes=1, trains=True, per_sample=1),
-    Case(
-        "pseudo_huber_elementwise",
-        ours_elementwise,
-        elementwise,
-        tensors=2,
-        reads=4,
-        writes=1,
-        trains=True,
-        per_sample=1,
-    ),
-    Case("consistency_loss", ours_consistency, consistency, tensors=3, reads=6, writes=1, trains=True, per_sample=1),
+def kept(ours: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same with the gradient formed forward."""
+    return partial(ours, gradient="forward")
+
+
+# Every pass reads its inputs, and the backward pass writes one gradient; or one pass does both.
+CASES = tuple(
+    Case(name + suffix, route(ours), eager, tensors, reads=passes * tensors, writes=1, trains=True, per_sample=1)
+    for name, ours, eager, tensors in (
+        ("pseudo_huber", ours_pseudo_huber, pseudo_huber, 2),
+        ("pseudo_huber_elementwise", ours_elementwise, elementwise, 2),
+        ("consistency_loss", ours_consistency, consistency, 3),
+    )
+    for suffix, route, passes in (("", partial, 2), ("_kept", kept, 1))
 )

@@ -34,8 +34,12 @@ FLOAT32_BYTES = {
     "add_noise": 24_576,
     "pseudo_huber": 61_440,
     "pseudo_huber_elementwise": 61_440,
+    "pseudo_huber_kept": 36_864,
+    "pseudo_huber_elementwise_kept": 36_864,
+    "consistency_loss_kept": 49_152,
     "consistency_loss": 86_016,
-    "bct_loss": 86_016,
+    "bct_loss": 49_152,
+    "bct_loss_backward": 86_016,
 }
 
 
@@ -56,7 +60,7 @@ def test_writes_are_the_results(case: Case) -> None:
     states = sum(not x.is_floating_point() for x in results)
     assert len(results) - states == case.writes
     assert states <= case.state_passes <= states + case.states
-    assert case.reads in (0, case.tensors * (1 + case.trains))
+    assert case.reads in (0, case.tensors, case.tensors * (1 + case.trains))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())

@@ -139,9 +139,18 @@ def test_images_are_one_file_a_sample(tmp_path: Path, channels: int) -> None:
         sample_shards(sample, 5, directory, batch=2, settings={}, save_as="png", progress=False)
         assert torch.equal(read_samples(directory), pixels)
         files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*.png"))
-        assert files[0] == "samples-00000000-00000002/00000000.png" and len(files) == 5
+        folders = ["00000000-00000002", "00000000-00000002", "00000002-00000004", "00000002-00000004"]
+        folders.append("00000004-00000005")
+        assert files == [f"samples-{folder}/{k:08d}.png" for k, folder in enumerate(folders)]
         with Image.open(directory / files[4]) as image:
             assert image.size == (7, 6) and image.mode == {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_levels_are_those_of_the_same_numbers_in_float64(dtype: torch.dtype) -> None:
+    samples = torch.linspace(-1.1, 1.1, 30_000).to(dtype).reshape(1, 3, 100, 100)
+    levels = (samples.double().clamp(-1, 1) + 1) * 127.5
+    assert torch.equal(to_pixels(samples), levels.round().to(torch.uint8))
 
 
 def test_half_a_folder_is_no_shard(tmp_path: Path) -> None:

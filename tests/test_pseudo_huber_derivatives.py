@@ -11,6 +11,7 @@ import torch._dynamo.testing
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import bicm_kernels as bk
 from bicm_kernels import reference
@@ -189,8 +190,7 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = function(*args, **(kwargs or {}))
-        several = results if isinstance(results, tuple | list) else [results]
-        storages = [x.untyped_storage() for x in several if isinstance(x, Tensor)]
+        storages = [x.untyped_storage() for x in tree_leaves(results) if isinstance(x, Tensor)]
         self.found |= {storage.data_ptr(): storage.nbytes() for storage in storages}
         return results
 

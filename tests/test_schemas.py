@@ -126,9 +126,12 @@ ELSEWHERE = [
     "renoise",
     "scale_input",
     "consistency_loss_backward",
+    "consistency_loss_with_gradients",
     "denoise_tracked",
     "noisy_pair_tracked",
     "pseudo_huber_backward",
+    "pseudo_huber_with_gradients",
+    "scale_gradients_",
     "scale_input_tracked",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -21,7 +22,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bicm_kernels.triton_kernels import OPS, operands
-from tests.triton_cases import BDIA, DENSE, EXACT, F32, I64, LOSSES, MIXED, OTHERS, THREADS, TILE, Case, last, states
+from tests.triton_cases import (
+    BDIA,
+    DENSE,
+    EXACT,
+    F32,
+    I64,
+    LOSSES,
+    MIXED,
+    OTHERS,
+    RESIDENTS,
+    THREADS,
+    TILE,
+    Case,
+    last,
+    resident,
+    states,
+)
 from tests.triton_compilation import (
     DOUBLE,
     SM90,
@@ -69,9 +86,45 @@ def test_losses_move_128_bits_at_a_time(case: Case, tmp_path: Path) -> None:
         assert found[kind, 16] == sum(x.element_size() for x in tensors) * TILE // THREADS // 16
     if name == "sums":
         assert set(found) == {("ld", 16)}
+    elif name == "scale":  # a predicate of its own for each sample, whose factor is read before
+        assert {size for _, size in found} <= {4, 16}
     else:  # the numbers of the sample, and its sum
         assert {size for _, size in found} <= {4, 8, 16}
         assert sum(count for (_, size), count in found.items() if size < 16) <= 6
+
+
+@pytest.mark.parametrize("name", RESIDENTS)
+def test_a_loss_with_its_gradient_reads_once(name: str, tmp_path: Path) -> None:
+    """All that a sample has moves once, 128 bits at a time; only what it has one of is in double precision."""
+    _, call, read, written = RESIDENTS[name]
+    binary = compiled("resident", call)
+    check_arithmetic(binary)
+    check_resources(binary, tmp_path)
+    found = accesses(binary.asm["ptx"])
+    for kind, tensors in (("ld", read), ("st", written)):
+        assert found[kind, 16] == sum(x.element_size() * x[0].numel() for x in tensors) // THREADS // 16
+    _, call, *_ = resident(tiles=1)[name]
+    assert len(DOUBLE.findall(binary.asm["ptx"])) == len(DOUBLE.findall(compiled("resident", call).asm["ptx"]))
+
+
+def reductions(ttgir: str) -> list[str]:
+    """Which of a tile's elements lie where when they are added up: what the order of a sum depends on."""
+    layouts = dict(re.findall(r"^(#\w+) = (.+)$", ttgir, re.MULTILINE))
+    tiles = re.findall(r'"tt\.reduce".*?: \(tensor<1x(\d+x\w+), (#\w+)>\)', ttgir, re.DOTALL)
+    return [f"{shape} {layouts[name]}" for shape, name in tiles]
+
+
+@pytest.mark.parametrize("name", RESIDENTS)
+def test_a_loss_is_summed_alike_with_its_gradient(name: str) -> None:
+    _, call, read, _ = RESIDENTS[name]
+    binary = compiled("resident", call)
+    op, kind, _ = name.split(" ", 2)
+    (forward,) = [case for title, case in LOSSES.items() if title == f"{op} {kind} float32"]
+    closure = inspect.signature(forward[1]).parameters
+    alone = compiled("sums", lambda: OPS[op](*read, *closure["call"].default))
+    found = reductions(binary.asm["ttgir"])
+    assert len(found) == 2
+    assert found == reductions(alone.asm["ttgir"])
 
 
 @pytest.mark.parametrize("reduction", range(3))
@@ -176,7 +229,7 @@ def test_quotients_and_roots_are_correctly_rounded() -> None:
 
 
 TARGETS = [*(GPUTarget("cuda", arch, 32) for arch in (80, 100, 120)), GPUTarget("hip", "gfx942", 64)]
-VARIANTS = {name: case[:2] for cases in (DENSE, LOSSES, EXACT) for name, case in cases.items()} | OTHERS
+VARIANTS = {name: case[:2] for cases in (DENSE, LOSSES, RESIDENTS, EXACT) for name, case in cases.items()} | OTHERS
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))

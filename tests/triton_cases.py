@@ -12,6 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from bicm_kernels.triton_kernels import OPS
+from bicm_kernels.triton_kernels.pseudo_huber import RESIDENT
 
 THREADS, TILE = 128, 1024
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -97,10 +98,31 @@ def losses() -> dict[str, Case]:
                     inputs,
                     inputs[:1],
                 )
+    kept = states(F32)
+    cases["scale_gradients_"] = ("scale", lambda: OPS["scale_gradients_"](torch.ones(()), kept), kept, kept)
     return cases
 
 
 LOSSES = losses()
+
+
+def resident(tiles: int | None = None) -> dict[str, Case]:
+    """Losses with their gradients from one program per sample, of so many tiles, or of as many as registers hold."""
+    cases: dict[str, Case] = {}
+    for kind, network, state in (("float32", F32, F32), ("mixed", F32, BF16)):
+        shape = (4, tiles * TILE if tiles else RESIDENT)
+        pair, three = states(network, state, shape=shape), states(network, state, state, shape=shape)
+        for name, code, c, scaled in (("vector", 0, None, 0), ("elementwise", 1, 0.1, 1)):
+            distance = (None, c, code, 0)
+            consistency = (torch.empty(4), torch.empty(4), torch.empty(4), c, 0.5, 0.002, 0, scaled, code, 0)
+            for op, x, call in (("pseudo_huber", pair, distance), ("consistency_loss", three, consistency)):
+                both = f"{op}_with_gradients"
+                run = lambda op=both, x=x, call=call: OPS[op](1, *x, *call)  # noqa: E731
+                cases[f"{op} {name} {kind} with gradient"] = ("resident", run, x, x[:1])
+    return cases
+
+
+RESIDENTS = resident()
 
 
 I32, I64 = torch.int32, torch.int64

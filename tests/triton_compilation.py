@@ -25,7 +25,7 @@ from bicm_kernels.triton_kernels import multistep, noise, pseudo_huber, reversib
 
 SM90 = GPUTarget("cuda", 90, 32)
 KERNELS = {"multistep": multistep} | dict.fromkeys(("noise", "pair", "fold"), noise)
-KERNELS |= dict.fromkeys(("sums", "gradients"), pseudo_huber)
+KERNELS |= dict.fromkeys(("sums", "gradients", "resident", "scale"), pseudo_huber)
 KERNELS |= dict.fromkeys(("exact_step", "decode_fixed_point"), reversible)
 
 

@@ -1,158 +1,28 @@
-"""Pseudo-Huber losses: one pass over the inputs forward, one backward, and nothing of their size kept in between."""
+"""Pseudo-Huber losses: one pass over the inputs forward, one backward, and nothing of their size kept in between.
+
+Or one pass in all, of which the gradient is kept.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bicm_kernels import backend, reference
+from bicm_kernels import backend
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.arguments import Number
-from bicm_kernels.ops.library import library
+from bicm_kernels.ops.kept_gradient import Kept, can_be_kept, wanted_bits
+from bicm_kernels.ops.pseudo_huber_dispatch import CODES, CONSISTENCY_LOSS, MAY_BE_NONE, PSEUDO_HUBER, Loss, Tracked
 
-Gradients = tuple[Tensor | None, ...]
-_Kernel = Callable[..., Any]
-_Kernels = tuple[_Kernel, _Kernel]
-
-_ops = torch.ops.bicm_kernels
-_CODES: dict[str, dict[Any, int]] = {
-    "parameterization": {"bcm": 0, "cm": 1, "edm": 2},
-    "scaled": {False: 0, True: 1},
-    "kind": {"vector": 0, "elementwise": 1},
-    "reduction": {"mean": 0, "sum": 1, "none": 2},
-}
-_NAMES = {name: tuple(codes) for name, codes in _CODES.items()}
-_PARAMETERIZATION, _SCALED, _KIND, _REDUCTION = _CODES.values()
-_PER_SAMPLE = _REDUCTION["none"]
-_MAY_BE_NONE = ("u", "weight", "c")
+_PARAMETERIZATION, _SCALED, _KIND, _REDUCTION = CODES.values()
+#: Whether the gradient is formed with the value.
+_GRADIENT = {"backward": False, "forward": True}
 
 
-@dataclass(frozen=True)
-class _Loss:
-    """A loss in its schema's order: tensors, the first ``inputs`` of which it differentiates, then other arguments."""
-
-    name: str
-    tensors: tuple[str, ...]
-    inputs: int
-    options: tuple[str, ...]
-    reference: Callable[..., Tensor]
-    #: The op and its derivative, by the overload's name.
-    kernels: dict[str, _Kernels] = field(default_factory=dict)
-
-    def schema(self, number: str) -> str:
-        """The arguments of the op, numbers as ``float`` or as ``Tensor``."""
-        types = (
-            dict.fromkeys(self.tensors, "Tensor") | dict.fromkeys(self.options, number) | dict.fromkeys(_CODES, "int")
-        )
-        names = (*self.tensors, *self.options)
-        return ", ".join(f"{types[name]}{'?' if name in _MAY_BE_NONE else ''} {name}" for name in names)
-
-    def named(self, call: Sequence[Any]) -> dict[str, Any]:
-        """The arguments of a call by name, codes as names."""
-        values = dict(zip((*self.tensors, *self.options), call, strict=True))
-        return {name: _NAMES[name][x] if name in _NAMES else x for name, x in values.items()}
-
-
-_PSEUDO_HUBER = _Loss(
-    "pseudo_huber", ("pred", "target", "weight"), 2, ("c", "kind", "reduction"), reference.pseudo_huber
-)
-_CONSISTENCY_LOSS = _Loss(
-    "consistency_loss",
-    ("F", "target", "x", "t", "u", "weight"),
-    3,
-    ("c", "sigma_data", "sigma_min", "parameterization", "scaled", "kind", "reduction"),
-    reference.consistency_loss,
-)
-
-
-def _gradients(
-    loss: _Loss, kernel: _Kernel, upstream: Tensor, sums: Tensor, needs: Sequence[bool], call: Sequence[Any]
-) -> Gradients:
-    """The derivatives that are needed, in one pass; through the reference where they are differentiated themselves."""
-    if torch.is_grad_enabled() or arguments.batched(upstream) or arguments.transformed():
-        results = _reference_gradients(loss, upstream, needs, call)
-    else:
-        # The third argument is an input or a weight, which needs none here.
-        results = kernel(upstream, sums, needs[0] + 2 * needs[1] + 4 * needs[2], *call)
-    found = iter(results)
-    return tuple(next(found) if need else None for need in needs)
-
-
-def _reference_gradients(loss: _Loss, upstream: Tensor, needs: Sequence[bool], call: Sequence[Any]) -> Sequence[Tensor]:
-    differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views, because one tensor may be given twice.
-        inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in call[: loss.inputs]]
-        value = loss.reference(**loss.named([*inputs, *call[loss.inputs :]]))
-        wanted = [x for x, need in zip(inputs, needs, strict=False) if need]
-        return torch.autograd.grad(value, wanted, upstream, create_graph=differentiable)
-
-
-# A loss, its op and derivative, and the arguments that are not tensors.
-_Call = tuple[_Loss, _Kernels, tuple[Any, ...]]
-
-
-class _Tracked(torch.autograd.Function):
-    """The losses for eager calls; what ``register_autograd`` makes for traced graphs costs several times as much."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Any) -> Tensor:
-        value, sums = call[1][0](*tensors, *call[2])
-        ctx.save_for_backward(sums, *tensors)
-        ctx.call = call
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor) -> Any:
-        loss, (_, kernel), options = ctx.call
-        sums, *tensors = ctx.saved_tensors
-        return None, *_gradients(loss, kernel, upstreams[0], sums, ctx.needs_input_grad[1:], (*tensors, *options))
-
-
-def _register(loss: _Loss) -> None:
-    """Define a loss and its derivative, with numbers and with tensors; the latter, for traced graphs, has autograd."""
-
-    def fake_value(*call: Any) -> tuple[Tensor, Tensor]:
-        first, each = call[0], call[-1] == _PER_SAMPLE
-        wide = any(x.dtype == torch.float64 for x in call[: loss.inputs])
-        value = first.new_empty(first.shape[:1] if each else (), dtype=torch.float64 if wide else torch.float32)
-        return value, first.new_empty(first.shape[:1], dtype=torch.float64)
-
-    def fake_gradients(upstream: Tensor, sums: Tensor, needs: int, *call: Any) -> list[Tensor]:
-        return [torch.empty_like(x) for k, x in enumerate(call[: loss.inputs]) if needs >> k & 1]
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(output[1], *(x if isinstance(x, Tensor) else None for x in inputs))
-        ctx.call = [None if isinstance(x, Tensor) else x for x in inputs]
-
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Gradients:
-        sums, *tensors = ctx.saved_tensors
-        call = [x if tensor is None else tensor for x, tensor in zip(ctx.call, tensors, strict=True)]
-        return _gradients(loss, loss.kernels["tensor"][1], upstream, sums, ctx.needs_input_grad, call)
-
-    for overload, number in (("", "float"), (".tensor", "Tensor")):
-        schema = loss.schema(number)
-        derivative = f"{loss.name}_backward{overload}"
-        library.define(f"{loss.name}{overload}({schema}) -> (Tensor, Tensor)")
-        library.define(f"{derivative}(Tensor upstream, Tensor sums, int needs, {schema}) -> Tensor[]")
-        torch.library.register_fake(f"bicm_kernels::{loss.name}{overload}", fake_value, lib=library)
-        torch.library.register_fake(f"bicm_kernels::{derivative}", fake_gradients, lib=library)
-        named = overload.lstrip(".") or "default"
-        loss.kernels[named] = tuple(getattr(getattr(_ops, loss.name + x), named) for x in ("", "_backward"))
-    torch.library.register_autograd(
-        f"bicm_kernels::{loss.name}.tensor", backward, setup_context=setup_context, lib=library
-    )
-
-
-for _loss in (_PSEUDO_HUBER, _CONSISTENCY_LOSS):
-    _register(_loss)
-
-
-def _check(loss: _Loss, call: Sequence[Any]) -> None:
+def _check(loss: Loss, call: Sequence[Any], gradient: object) -> None:
     """Raise what is wrong with a loss's arguments, if anything is."""
     values = dict(zip((*loss.tensors, *loss.options), call, strict=True))
     first = "x" if "x" in values else loss.tensors[0]
@@ -161,10 +31,10 @@ def _check(loss: _Loss, call: Sequence[Any]) -> None:
         arguments.check_state(name, values[name], values[first], first)
     for name in (*loss.tensors[loss.inputs :], *loss.options):
         value = values[name]
-        if name in _CODES:
-            if not isinstance(value, str | bool) or value not in _CODES[name]:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, _CODES[name]))}, got {value!r}")
-        elif value is not None or name not in _MAY_BE_NONE:
+        if name in CODES:
+            if not isinstance(value, str | bool) or value not in CODES[name]:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, CODES[name]))}, got {value!r}")
+        elif value is not None or name not in MAY_BE_NONE:
             arguments.check_number(name, value, values[first])
     c = values["c"]
     if c is None and values["kind"] == "elementwise":
@@ -173,9 +43,11 @@ def _check(loss: _Loss, call: Sequence[Any]) -> None:
         raise ValueError(f"c must be at least 0, got {c!r}")
     if values.get("u") is not None and values["parameterization"] != "bcm":
         raise ValueError(f"u must be None for parameterization={values['parameterization']!r}: only bcm takes it")
+    if not isinstance(gradient, str) or gradient not in _GRADIENT:
+        raise ValueError(f"gradient must be one of {', '.join(_GRADIENT)}, got {gradient!r}")
 
 
-def _quick(loss: _Loss, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor | None:
+def _quick(loss: Loss, tensors: tuple[Any, ...], options: tuple[Any, ...], keeps: bool) -> Tensor | None:
     """The loss of an eager call on the CPU whose numbers need no conversion; None where a call is another or wrong."""
     if arguments.transformed() or not tensors[0].is_cpu:
         return None
@@ -187,15 +59,20 @@ def _quick(loss: _Loss, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> T
             return None
     kernels = loss.kernels["default"]
     if tracked and torch.is_grad_enabled():
+        if keeps and can_be_kept(tensors[: loss.inputs]):
+            return _apply_kept((kernels.both, options), *tensors)
         return _apply((loss, kernels, options), *tensors)
-    return kernels[0](*tensors, *options)[0]
+    return kernels.value(*tensors, *options)[0]
 
 
 # Without the detour through Function.apply, which looks for the transforms that were ruled out before.
-_apply = super(torch.autograd.Function, _Tracked).apply
+_apply = super(torch.autograd.Function, Tracked).apply
+_apply_kept = super(torch.autograd.Function, Kept).apply
 
 
-def _run(loss: _Loss, tensors: tuple[Any, ...], numbers: tuple[Any, ...], names: tuple[str | bool, ...]) -> Tensor:
+def _run(
+    loss: Loss, tensors: tuple[Any, ...], numbers: tuple[Any, ...], names: tuple[str | bool, ...], gradient: str
+) -> Tensor:
     """Run a loss's kernel, or its reference where a derivative, a transform or the backend asks for it.
 
     ``tensors``, ``numbers`` and the ``names`` of codes follow one another in the schema's order.
@@ -203,25 +80,34 @@ def _run(loss: _Loss, tensors: tuple[Any, ...], numbers: tuple[Any, ...], names:
     values = (*tensors, *numbers, *names)
     traced = arguments.compiling()
     try:
-        codes = [_CODES[option][name] for option, name in zip(loss.options[len(numbers) :], names, strict=True)]
+        codes = [CODES[option][name] for option, name in zip(loss.options[len(numbers) :], names, strict=True)]
+        keeps = _GRADIENT[gradient]
         fallback = arguments.needs_reference(
             tensors[0], tracked=arguments.requires_grad(*tensors[loss.inputs :], *numbers)
         )
         if traced or fallback:
-            _check(loss, values)
+            _check(loss, values, gradient)
         if fallback:
             return loss.reference(**dict(zip((*loss.tensors, *loss.options), values, strict=True)))
-        tensors = (*tensors[: loss.inputs], *map(_number, tensors[loss.inputs :]))
+        inputs = tensors[: loss.inputs]
+        tensors = (*inputs, *map(_number, tensors[loss.inputs :]))
         overload = "default"
         if traced or any(isinstance(x, Tensor) for x in numbers):
             overload, numbers = "tensor", tuple(map(_number, numbers))
-        if traced or not arguments.requires_grad(*tensors):
-            return loss.kernels[overload][0](*tensors, *numbers, *codes)[0]
+        kernels, tracked = loss.kernels[overload], arguments.requires_grad(*inputs)
+        keeps = keeps and tracked and can_be_kept(inputs)
+        if traced and keeps:
+            needs = wanted_bits([*[x.requires_grad for x in inputs], False])
+            return kernels.both(needs, *tensors, *numbers, *codes)[0]
+        if traced or not tracked:
+            return kernels.value(*tensors, *numbers, *codes)[0]
+        if keeps:
+            return Kept.apply((kernels.both, (*numbers, *codes)), *tensors)
         # Copies, because nothing would notice if they were overwritten before the backward pass.
         numbers = tuple(x.clone() if isinstance(x, Tensor) else x for x in numbers)
-        return _Tracked.apply((loss, loss.kernels[overload], (*numbers, *codes)), *tensors)
+        return Tracked.apply((loss, kernels, (*numbers, *codes)), *tensors)
     except (RuntimeError, TypeError, AttributeError, KeyError, OverflowError) as error:
-        arguments.explain(error, lambda: _check(loss, values))
+        arguments.explain(error, lambda: _check(loss, values, gradient))
 
 
 def _number(value: Number | None) -> Tensor | None:
@@ -236,6 +122,7 @@ def pseudo_huber(
     weight: Number | None = None,
     kind: str = "vector",
     reduction: str = "mean",
+    gradient: str = "backward",
 ) -> Tensor:
     """Pseudo-Huber loss, the distance of consistency training (BCM eq. 11), with nothing stored between the passes.
 
@@ -249,6 +136,11 @@ def pseudo_huber(
         weight: weight of each sample, a (B,) tensor, a 0-d tensor or a float; None weighs all alike.
         kind: "vector" or "elementwise".
         reduction: "mean" or "sum" of the weighted distances over the batch, or "none".
+        gradient: "backward" re-reads the inputs in the backward pass. "forward" reads them once, forms the gradients
+            with the value and keeps them in place of the inputs. The backward pass gives them out, times the incoming
+            gradient where that is not 1: one more rounding where it is no power of two. Gradients of halves are not
+            kept, since they could not be scaled without loss: where one is needed, "forward" is as "backward". Second
+            derivatives raise: the inputs are gone.
 
     Returns:
         The loss, 0-d or (B,), float64 where pred or target is float64, else float32: it is not rounded to halves. The
@@ -266,12 +158,12 @@ def pseudo_huber(
     tensors = (pred, target, weight)
     if backend.native_cpu and not arguments.compiling() and (c is None or type(c) is float):
         try:
-            loss = _quick(_PSEUDO_HUBER, tensors, (c, _KIND[kind], _REDUCTION[reduction]))
+            loss = _quick(PSEUDO_HUBER, tensors, (c, _KIND[kind], _REDUCTION[reduction]), _GRADIENT[gradient])
             if loss is not None:
                 return loss
         except (RuntimeError, TypeError, AttributeError, KeyError):
             pass  # the long way says why
-    return _run(_PSEUDO_HUBER, tensors, (c,), (kind, reduction))
+    return _run(PSEUDO_HUBER, tensors, (c,), (kind, reduction), gradient)
 
 
 def consistency_loss(
@@ -289,6 +181,7 @@ def consistency_loss(
     sigma_data: Number = 0.5,
     sigma_min: Number = 0.002,
     scaled: bool = False,
+    gradient: str = "backward",
 ) -> Tensor:
     """``pseudo_huber(denoise(x, F, t, u), target)`` without the denoised sample: training allocates F's gradient alone.
 
@@ -301,7 +194,7 @@ def consistency_loss(
         t, u: noise levels from and to; float, 0-d or (B,) tensor. u = None is sigma_min for "bcm"; "cm" and "edm" take
             no u.
         target: like x, of any of these dtypes.
-        c, weight, kind, reduction: as for ``pseudo_huber``.
+        c, weight, kind, reduction, gradient: as for ``pseudo_huber``.
         parameterization: "bcm" (t to u), "cm" (t to sigma_min) or "edm" (t to 0).
         sigma_data, sigma_min: standard deviation of the data and smallest noise level; floats.
         scaled: x is the network's input, c_in(t) times the noisy sample: see ``noisy_pair``.
@@ -321,10 +214,11 @@ def consistency_loss(
     tensors = (F, target, x, t, u, weight)
     if backend.native_cpu and not arguments.compiling() and (c is None or type(c) is float):
         try:
-            codes = (_PARAMETERIZATION[parameterization], _SCALED[scaled], _KIND[kind], _REDUCTION[reduction])
-            loss = _quick(_CONSISTENCY_LOSS, tensors, (c, sigma_data, sigma_min, *codes))
+            found = (_PARAMETERIZATION[parameterization], _SCALED[scaled], _KIND[kind], _REDUCTION[reduction])
+            loss = _quick(CONSISTENCY_LOSS, tensors, (c, sigma_data, sigma_min, *found), _GRADIENT[gradient])
             if loss is not None:
                 return loss
         except (RuntimeError, TypeError, AttributeError, KeyError):
             pass  # the long way says why
-    return _run(_CONSISTENCY_LOSS, tensors, (c, sigma_data, sigma_min), (parameterization, scaled, kind, reduction))
+    codes = (parameterization, scaled, kind, reduction)
+    return _run(CONSISTENCY_LOSS, tensors, (c, sigma_data, sigma_min), codes, gradient)

@@ -18,9 +18,12 @@ from bicm_kernels.triton_kernels import checks
 from bicm_kernels.triton_kernels.checks import Number
 from bicm_kernels.triton_kernels.keys import Argument, number_argument
 from bicm_kernels.triton_kernels.operands import TILE, WARPS, Layout, device_of, lay_out
-from bicm_kernels.triton_kernels.pseudo_huber_kernels import gradients, sums
+from bicm_kernels.triton_kernels.pseudo_huber_gradients import gradients, resident, scale
+from bicm_kernels.triton_kernels.pseudo_huber_kernels import sums
 
 CHUNK = 8 * TILE  # elements that one program sums
+#: Elements of a sample whose float32 residuals fit in the registers of a program, whatever the distance.
+RESIDENT = 3 * TILE
 #: Samples that are finished at a time, by whether distances are elementwise: what compiles without spills everywhere.
 FINISH_BLOCK = {False: 128, True: 256}
 PARAMETERIZATIONS = ("bcm", "cm", "edm")
@@ -88,51 +91,96 @@ class Loss:
             "COMPUTE": tl.float64 if self.float64 else tl.float32,
         }
 
+    @property
+    def each(self) -> bool:
+        """Whether every sample keeps its own loss."""
+        return self.reduction == "none"
+
+    def numbers(self) -> tuple[Tensor, Tensor]:
+        """The loss and the samples' sums, uninitialised."""
+        loss = self.inputs[0].new_empty((self.batch,) if self.each else (), dtype=self.compute)
+        return loss, self.inputs[0].new_empty((self.batch,), dtype=torch.float64)
+
+    def summing(self, layout: Layout) -> dict[str, Any]:
+        """What the kernels that sum are told: how a chunk is cut, and how its programs become the loss."""
+        columns = min(TILE, max(8, triton.next_power_of_2(self.elements)))
+        alone = self.elements <= CHUNK and (self.each or self.batch == 1)
+        return {
+            "finished": None if alone else counter(self.inputs[0].device),
+            "sizes": layout.plan.sizes,
+            "batch": self.batch,
+            "elements": self.elements,
+            "c": self.number(self.c),
+            "weight": self.number(self.weight),
+            "REDUCTION": self.reduction,
+            "COLUMNS": columns,
+            "STEPS": -(-min(self.elements, CHUNK) // columns),
+            "BLOCK": FINISH_BLOCK[self.elementwise],
+            "INDEX": layout.index,
+            "num_warps": WARPS,
+            "enable_fp_fusion": False,
+            **self.operands(layout, 0),
+        }
+
     def value(self) -> tuple[Tensor, Tensor]:
         """The loss and the samples' sums."""
-        first, each = self.inputs[0], self.reduction == "none"
-        loss = first.new_empty((self.batch,) if each else (), dtype=self.compute)
-        totals = first.new_empty((self.batch,), dtype=torch.float64)
+        first = self.inputs[0]
+        loss, totals = self.numbers()
         if not self.batch:
-            return loss if each else loss.fill_(math.nan if self.reduction == "mean" else 0.0), totals
+            return loss if self.each else loss.fill_(math.nan if self.reduction == "mean" else 0.0), totals
         layout = lay_out(self.inputs, per_sample=True, in_order=False)
         chunks = max(1, -(-self.elements // CHUNK))
-        columns = min(TILE, max(8, triton.next_power_of_2(self.elements)))
         with device_of(first):
             sums[(self.batch * chunks,)](
-                totals,
-                totals if chunks == 1 else first.new_empty((self.batch * chunks,), dtype=torch.float64),
-                loss.reshape(-1),
-                None if chunks == 1 and (each or self.batch == 1) else counter(first.device),
-                sizes=layout.plan.sizes,
-                batch=self.batch,
-                elements=self.elements,
+                totals=totals,
+                partial=totals if chunks == 1 else first.new_empty((self.batch * chunks,), dtype=torch.float64),
+                loss=loss.reshape(-1),
                 chunks=chunks,
-                c=self.number(self.c),
-                weight=self.number(self.weight),
-                REDUCTION=self.reduction,
-                COLUMNS=columns,
-                STEPS=-(-min(self.elements, CHUNK) // columns),
-                BLOCK=FINISH_BLOCK[self.elementwise],
-                INDEX=layout.index,
-                num_warps=WARPS,
-                enable_fp_fusion=False,
-                **self.operands(layout, 0),
+                **self.summing(layout),
             )
         return loss, totals
 
+    def value_and_gradients(self, needs: int) -> tuple[Tensor, list[Tensor]]:
+        """The loss, and the derivatives for an upstream of 1; one program per sample, where its residuals fit."""
+        results = self.outputs(needs)
+        layout = lay_out([*self.inputs, *results.values()], per_sample=True, in_order=False)
+        fits = 0 < self.elements <= RESIDENT and not self.float64 and not layout.plan.sizes
+        if not (fits and results and self.batch):
+            loss, totals = self.value()
+            return loss, self.differentiate(1.0, totals, results)
+        loss, totals = self.numbers()
+        with device_of(self.inputs[0]):
+            resident[(self.batch,)](
+                outs=self.places(results, layout.operands[len(self.inputs) :]),
+                totals=totals,
+                loss=loss.reshape(-1),
+                **self.summing(layout),
+            )
+        return loss, list(results.values())
+
     def gradients(self, upstream: Tensor, totals: Tensor, needs: int) -> list[Tensor]:
         """The derivatives of the inputs whose bit is set."""
-        shape = (self.batch,) if self.reduction == "none" else ()
+        shape = (self.batch,) if self.each else ()
         checks.require(upstream.shape == shape, "the gradient must have the shape of the loss")
         fits = totals.shape == (self.batch,) and totals.dtype == torch.float64 and totals.is_contiguous()
         checks.require(fits and totals.device == self.inputs[0].device, "sums must be what the forward pass returned")
-        results = {k: torch.empty_like(x) for k, x in enumerate(self.inputs) if needs >> k & 1}
+        return self.differentiate(upstream, totals, self.outputs(needs))
+
+    def outputs(self, needs: int) -> dict[int, Tensor]:
+        """Tensors for the derivatives, by the place of their inputs."""
+        return {k: torch.empty_like(x) for k, x in enumerate(self.inputs) if needs >> k & 1}
+
+    def places(self, results: dict[int, Tensor], operands: Sequence[Any]) -> tuple[Any, ...]:
+        """The operands of the derivatives, None where there is none."""
+        found = dict(zip(results, operands, strict=False))
+        return tuple([found.get(k) for k in range(3)])
+
+    def differentiate(self, upstream: Number, totals: Tensor, results: dict[int, Tensor]) -> list[Tensor]:
+        """Fill the derivatives."""
         layout = lay_out([*results.values(), *self.inputs], per_sample=True, in_order=False)
-        places = dict(zip(results, layout.operands, strict=False))
         layout.launch(
             gradients,
-            outs=tuple([places.get(k) for k in range(3)]),
+            outs=self.places(results, layout.operands),
             c=self.number(self.c),
             weight=self.number(self.weight),
             upstream=self.number(upstream),
@@ -173,8 +221,17 @@ def consistency_of(
     return Loss((F, target, x), (t, end, sigma_data), weight, c, form, scaled == 1, kind, reduction)
 
 
-def forward_and_backward(make: Callable[..., Loss]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """A loss's op and its derivative, for numbers and for tensors alike."""
+def scale_gradients(upstream: Tensor, kept: Sequence[Tensor]) -> None:
+    """Multiply gradients for an upstream of 1 by another, in place."""
+    for x in kept:
+        compute = tl.float64 if x.dtype == torch.float64 else tl.float32
+        argument = number_argument(upstream, torch.float64 if x.dtype == torch.float64 else torch.float32, x)
+        layout = lay_out([x], per_sample=True, in_order=False)
+        layout.launch(scale, gradient=layout.operands[0], upstream=argument, COMPUTE=compute)
+
+
+def passes(make: Callable[..., Loss]) -> tuple[Callable[..., Any], ...]:
+    """A loss's op, its derivative and both at once, for numbers and for tensors alike."""
 
     def value(*call: Any) -> tuple[Tensor, Tensor]:
         return make(*call).value()
@@ -182,14 +239,16 @@ def forward_and_backward(make: Callable[..., Loss]) -> tuple[Callable[..., Any],
     def derivative(upstream: Tensor, totals: Tensor, needs: int, *call: Any) -> list[Tensor]:
         return make(*call).gradients(upstream, totals, needs)
 
-    return value, derivative
+    def both(needs: int, *call: Any) -> tuple[Tensor, list[Tensor]]:
+        return make(*call).value_and_gradients(needs)
+
+    return value, derivative, both
 
 
 def implementations() -> dict[str, Callable[..., Any]]:
     """Every overload of the family by the name of its schema."""
-    found: dict[str, Callable[..., Any]] = {}
+    found: dict[str, Callable[..., Any]] = {"scale_gradients_": scale_gradients}
     for name, make in (("pseudo_huber", distance_of), ("consistency_loss", consistency_of)):
-        value, derivative = forward_and_backward(make)
-        found |= {name: value, f"{name}.tensor": value}
-        found |= {f"{name}_backward": derivative, f"{name}_backward.tensor": derivative}
+        for suffix, function in zip(("", "_backward", "_with_gradients"), passes(make), strict=True):
+            found |= {f"{name}{suffix}": function, f"{name}{suffix}.tensor": function}
     return found

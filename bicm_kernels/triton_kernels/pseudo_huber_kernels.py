@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from bicm_kernels.triton_kernels.keys import number
-from bicm_kernels.triton_kernels.operands import load, locate, store
+from bicm_kernels.triton_kernels.operands import load
 from bicm_kernels.triton_kernels.rounding import divide, root
 from bicm_kernels.triton_kernels.scaling import bcm, cm
 
@@ -64,6 +64,19 @@ def add_term(high, low, term):
 def trusted(total):
     """Whether squares of float32 that add up to this can neither have overflowed nor have lost digits."""
     return (total >= 7.888609052210118e-31) & (total < float("inf"))  # 2^-100
+
+
+@triton.jit
+def scaled_back(total, scale):
+    """A sum of squares of residuals times `scale`, the next scale, and 1 where they have to be taken again with it."""
+    found = tl.sum(total, axis=0)
+    again = 0
+    if scale != 1.0:
+        total *= tl.where(scale > 1.0, 1.5930919111324523e-58, 6.277101735386681e57)  # 2^-192, 2^192
+    elif trusted(found) == 0:
+        scale = tl.where(found < 1.0, 7.922816251426434e28, 1.262177448353619e-29)
+        again = 1
+    return total, scale, again
 
 
 @triton.jit
@@ -158,12 +171,48 @@ def sums(
         )
         rounds -= 1
         if not ELEMENTWISE and COMPUTE.primitive_bitwidth == 32:
-            found = tl.sum(total, axis=0)
-            if scale != 1.0:
-                total *= tl.where(scale > 1.0, 1.5930919111324523e-58, 6.277101735386681e57)  # 2^-192, 2^192
-            elif trusted(found) == 0:
-                scale = tl.where(found < 1.0, 7.922816251426434e28, 1.262177448353619e-29)
-                rounds += 1
+            total, scale, again = scaled_back(total, scale)
+            rounds += again
+    conclude(
+        total,
+        totals,
+        partial,
+        loss,
+        finished,
+        sample,
+        item,
+        batch,
+        elements,
+        chunks,
+        c,
+        weight,
+        ELEMENTWISE,
+        REDUCTION,
+        COMPUTE,
+        BLOCK,
+    )
+
+
+@triton.jit
+def conclude(
+    total,
+    totals,
+    partial,
+    loss,
+    finished,
+    sample,
+    item,
+    batch,
+    elements,
+    chunks,
+    c,
+    weight,
+    ELEMENTWISE: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store a chunk's sum, and the loss where it needs no other; else the last program makes it of all."""
     if finished is None:
         tl.store(totals + item + tl.arange(0, 1), total)
         row = sample.reshape(1)
@@ -221,75 +270,3 @@ def finish(
         if REDUCTION == "mean":
             reduced = reduced / tl.full((), batch, tl.float64)
         tl.store(loss, reduced.to(loss.dtype.element_ty))
-
-
-@triton.jit
-def norm(total, c):
-    """sqrt(total + c^2) times a power of two, and that power: float32 whatever the size of a float64 sum."""
-    high = total.to(c.dtype)
-    if c.dtype == tl.float32:
-        large = (high > 1.2676506002282294e30) | (c > 1125899906842624.0)  # 2^100, 2^50
-        small = (high < 7.888609052210118e-31) & (c < 8.881784197001252e-16)  # 2^-100, 2^-50
-        shift = tl.where(large, -192, tl.where(small & (total > 0.0), 192, 0)).to(tl.int64) << 52
-        bits = total.to(tl.int64, bitcast=True)
-        # A float64 sum of float32 squares is far from the ends of its range; 0 and what is not finite stay.
-        moved = (bits + shift).to(tl.float64, bitcast=True).to(tl.float32)
-        high = tl.where((total > 0.0) & (total < float("inf")), moved, high)
-        power = tl.where(large, 1.262177448353619e-29, tl.where(small, 7.922816251426434e28, 1.0))
-    else:
-        power = tl.full(c.shape, 1.0, c.dtype)
-    scaled = c * power
-    return root(high + scaled * scaled), power
-
-
-@triton.jit(do_not_specialize=["batch", "blocks"])
-def gradients(
-    outs,
-    prediction,
-    target,
-    x,
-    sizes,
-    batch,
-    elements,
-    blocks,
-    levels,
-    c,
-    weight,
-    upstream,
-    totals,
-    FORM: tl.constexpr,
-    SCALED: tl.constexpr,
-    ELEMENTWISE: tl.constexpr,
-    REDUCTION: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """The derivatives in prediction, target and x, those that are not None."""
-    sample, present, _, element, inside = locate(elements, batch, blocks, ROWS, COLUMNS, INDEX)
-    weights = (0.0, 1.0)
-    if x is not None:
-        weights = denoising_weights(levels, sample, present, FORM, SCALED, COMPUTE)
-    r = residual(prediction, target, x, weights, sizes, sample, element, inside, COMPUTE)
-    factor = number(upstream, sample, present, COMPUTE) * number(weight, sample, present, COMPUTE)
-    if REDUCTION == "mean":
-        factor = divide(factor, tl.full(factor.shape, batch, COMPUTE))
-    transition = number(c, sample, present, COMPUTE)
-    if ELEMENTWISE:
-        factor = divide(factor, tl.full(factor.shape, elements, COMPUTE))
-        r = divide(r, nonzero(root(r * r + transition * transition)))
-    else:
-        length, power = norm(tl.load(totals + sample, mask=present, other=1.0), transition)
-        factor = divide(factor, nonzero(length))
-        r *= power
-    if outs[0] is not None:
-        scale = factor
-        if x is not None:
-            scale = factor * weights[1]
-        store(outs[0], sizes, sample, element, inside, scale * r)
-    if outs[1] is not None:
-        store(outs[1], sizes, sample, element, inside, (factor * -1.0) * r)
-    if outs[2] is not None:
-        store(outs[2], sizes, sample, element, inside, (factor * weights[0]) * r)

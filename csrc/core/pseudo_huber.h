@@ -38,6 +38,13 @@ struct PseudoHuber {
   Operand gradient[kLossInputs];
 };
 
+// A gradient that was formed for an upstream of 1, to be multiplied by what upstream is.
+struct KeptGradient {
+  Layout layout;
+  Operand gradient;
+  Number upstream;
+};
+
 }  // namespace bicm
 
 BICM_NAMESPACE_BEGIN

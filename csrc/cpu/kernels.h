@@ -22,6 +22,8 @@ struct Kernels {
   void (*multistep)(const Multistep&, int64_t begin, int64_t end);
   void (*pseudo_huber)(const PseudoHuber&, int64_t begin, int64_t end);  // of partial sums; the others: of units
   void (*pseudo_huber_gradient)(const PseudoHuber&, int64_t begin, int64_t end);
+  void (*pseudo_huber_with_gradient)(const PseudoHuber&, int64_t begin, int64_t end);  // of partial sums, see below
+  void (*scale_gradient)(const KeptGradient&, int64_t begin, int64_t end);
   void (*reversible)(const Reversible&, int64_t begin, int64_t end);
   void (*fixed_point_decode)(const FixedPointDecode&, int64_t begin, int64_t end);
   // As torch.randn draws them, 16 numbers or more; false where the instruction set has nothing for it.
@@ -38,5 +40,10 @@ const Kernels* find_kernels(const char* name);
 inline int64_t units_per_sample(const Layout& layout) { return (layout.elements + kChunk - 1) / kChunk; }
 
 inline int64_t sum_chunks(const Layout& layout) { return (units_per_sample(layout) + kUnitsPerSum - 1) / kUnitsPerSum; }
+
+// Whether a partial sum is all that a gradient waits for, so that both are formed while the inputs are in the cache.
+inline bool gradient_follows_sum(const PseudoHuber& p) {
+  return p.distance == Distance::elementwise || sum_chunks(p.layout) <= 1;
+}
 
 }  // namespace bicm

@@ -2,67 +2,10 @@
 #include "../core/pseudo_huber.h"
 
 #include "staging.h"
+#include "sums.h"
 
 BICM_NAMESPACE_BEGIN
 namespace {
-
-// A sum is shared by this many accumulators on every instruction set: element i of a unit goes to accumulator
-// i % kAccumulators, and they are added in one fixed order, so the bits do not depend on the width of a vector.
-constexpr int kAccumulators = 32;
-
-#if defined(BICM_VECTOR)
-constexpr int kDoubles = kLanes / 2;
-#else
-constexpr int kDoubles = 2;
-#endif
-typedef double Doubles __attribute__((vector_size(8 * kDoubles)));
-
-template <class C>
-struct Part;
-template <>
-struct Part<float> {
-  typedef float Lanes __attribute__((vector_size(4 * kDoubles)));
-};
-template <>
-struct Part<double> {
-  typedef Doubles Lanes;
-};
-
-BICM_HD Doubles to_doubles(Doubles x) { return x; }
-BICM_HD Doubles to_doubles(Part<float>::Lanes x) {
-#if defined(BICM_ISA_AVX512)
-  return (Doubles)_mm512_cvtps_pd((__m256)x);
-#elif defined(BICM_VECTOR)
-  return (Doubles)_mm256_cvtps_pd((__m128)x);
-#else
-  return __builtin_convertvector(x, Doubles);
-#endif
-}
-
-struct Identity {
-  BICM_HD static Doubles of(Doubles x) { return x; }
-};
-struct Square {
-  BICM_HD static Doubles of(Doubles x) { return x * x; }
-};
-
-template <class Lanes, class C>
-BICM_HD Lanes load_lanes(const C* from) {
-  Lanes lanes;
-  __builtin_memcpy(&lanes, from, sizeof(lanes));
-  return lanes;
-}
-
-// What lies in a buffer, as a function of the place.
-template <class C>
-struct Stored {
-  const C* data;
-  BICM_HD C operator()(int64_t i) const { return data[i]; }
-  template <class Lanes>
-  BICM_HD Lanes lanes(int64_t i) const {
-    return load_lanes<Lanes>(data + i);
-  }
-};
 
 // The residual, never stored.
 template <class C, bool Denoises>
@@ -78,31 +21,6 @@ struct Residual {
     return (Denoises ? c_skip * load_lanes<Lanes>(x + i) + c_out * y : y) - load_lanes<Lanes>(target + i);
   }
 };
-
-template <class Term, class C, class Source>
-BICM_HD void add_round(const Source& source, int64_t i, Doubles* total) {
-  for (int k = 0; k < kAccumulators / kDoubles; ++k) {
-    total[k] += Term::of(to_doubles(source.template lanes<typename Part<C>::Lanes>(i + k * kDoubles)));
-  }
-}
-
-template <class Term, class C, class Source>
-double sum_of(const Source& source, int64_t count) {
-  Doubles total[kAccumulators / kDoubles] = {};
-  int64_t i = 0;
-  for (; i + kAccumulators <= count; i += kAccumulators) add_round<Term, C>(source, i, total);
-  if (i < count) {
-    C rest[kAccumulators] = {};
-    for (int64_t j = i; j < count; ++j) rest[j - i] = source(j);
-    add_round<Term, C>(Stored<C>{rest}, 0, total);
-  }
-  double single[kAccumulators];
-  __builtin_memcpy(single, total, sizeof(single));
-  for (int half = kAccumulators / 2; half > 0; half /= 2) {
-    for (int j = 0; j < half; ++j) single[j] = single[j] + single[j + half];
-  }
-  return single[0];
-}
 
 template <class C>
 struct Buffers {
@@ -175,22 +93,24 @@ double sum_unit(const PseudoHuber& p, const Unit& unit, const Preconditioning<C>
   return sum_of<Identity, C>(Stored<C>{r}, unit.count);
 }
 
+// What the elements of a sample share.
 template <class C>
-void sums(const PseudoHuber& p, int64_t begin, int64_t end) {
-  Buffers<C> buffers;
-  const int64_t chunks = sum_chunks(p.layout), units = units_per_sample(p.layout);
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t sample = item / chunks, first = item % chunks * kUnitsPerSum;
-    const int64_t last = units - first < kUnitsPerSum ? units : first + kUnitsPerSum;
-    const Preconditioning<C> weights = denoising_weights<C>(p, sample);
-    const C c = static_cast<C>(transition_of(p, sample));
-    double total = 0.0;
-    for (int64_t i = first; i < last; ++i) {
-      const Unit unit = unit_at(p.layout, sample * units + i);
-      total = total + sum_unit(p, unit, weights, c, buffers);
-    }
-    p.sums[item] = total;
-  }
+struct Factors {
+  Preconditioning<C> weights;
+  C c, factor[kLossInputs];
+};
+
+template <class C>
+Factors<C> numbers_of(const PseudoHuber& p, int64_t sample) {
+  return {denoising_weights<C>(p, sample), static_cast<C>(transition_of(p, sample)), {}};
+}
+
+template <class C>
+void find_factors(const PseudoHuber& p, int64_t sample, double sum, Factors<C>& f) {
+  const double factor = factor_of(p, sample, sum);
+  f.factor[0] = static_cast<C>(factor * static_cast<double>(f.weights.c_out));
+  f.factor[1] = static_cast<C>(-factor);
+  f.factor[2] = static_cast<C>(factor * static_cast<double>(f.weights.c_skip));
 }
 
 template <class C>
@@ -203,34 +123,93 @@ void store_scaled(const PseudoHuber& p, const Operand& to, const Unit& unit, C f
   if (!in_place) store_unit(p.layout, to, unit, out);
 }
 
+// From the buffer, which holds the residual or what the elementwise distance makes of it.
+template <class C>
+void store_gradients(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
+  for (int k = 0; k < kLossInputs; ++k) {
+    if (p.wanted[k]) store_scaled(p, p.gradient[k], unit, f.factor[k], buffers);
+  }
+}
+
+template <class C>
+void differentiate_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
+  if (stream_scaled(p, unit, f.weights, f.factor[0], buffers)) return;
+  form_residual(p, unit, f.weights, buffers);
+  if (p.distance == Distance::elementwise) {
+    C* r = buffers.residual;
+    for (int64_t i = 0; i < unit.count; ++i) r[i] = r[i] / nonzero(root(r[i] * r[i] + f.c * f.c));
+  }
+  store_gradients(p, unit, f, buffers);
+}
+
+// An elementwise distance's sum and gradients, which do not wait for each other.
+template <class C>
+double sum_and_differentiate_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
+  form_residual(p, unit, f.weights, buffers);
+  C *r = buffers.residual, *distance = buffers.prediction;  // the inputs are no longer needed
+  for (int64_t i = 0; i < unit.count; ++i) {
+    const C square = r[i] * r[i];
+    distance[i] = pseudo_huber_distance(square, f.c);
+    r[i] = r[i] / nonzero(root(square + f.c * f.c));
+  }
+  store_gradients(p, unit, f, buffers);
+  return sum_of<Identity, C>(Stored<C>{distance}, unit.count);
+}
+
+template <class C, bool Differentiates>
+void sums(const PseudoHuber& p, int64_t begin, int64_t end) {
+  Buffers<C> buffers;
+  const int64_t chunks = sum_chunks(p.layout), units = units_per_sample(p.layout);
+  const bool at_once = Differentiates && p.distance == Distance::elementwise;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t sample = item / chunks, first = item % chunks * kUnitsPerSum;
+    const int64_t last = units - first < kUnitsPerSum ? units : first + kUnitsPerSum;
+    Factors<C> f = numbers_of<C>(p, sample);
+    if (at_once) find_factors(p, sample, 0.0, f);  // which do not depend on the sum
+    double total = 0.0;
+    for (int64_t i = first; i < last; ++i) {
+      const Unit unit = unit_at(p.layout, sample * units + i);
+      total = total +
+              (at_once ? sum_and_differentiate_unit(p, unit, f, buffers) : sum_unit(p, unit, f.weights, f.c, buffers));
+    }
+    p.sums[item] = total;
+    if (!Differentiates || at_once) continue;
+    find_factors(p, sample, total, f);
+    for (int64_t i = first; i < last; ++i) {
+      differentiate_unit(p, unit_at(p.layout, sample * units + i), f, buffers);
+    }
+  }
+  if (Differentiates) finish_streams();
+}
+
 template <class C>
 void gradients(const PseudoHuber& p, int64_t begin, int64_t end) {
   Buffers<C> buffers;
   int64_t sample = -1;
-  Preconditioning<C> weights = {};
-  C factor[kLossInputs] = {}, c = C(0);
+  Factors<C> f = {};
   for (int64_t i = begin; i < end; ++i) {
     const Unit unit = unit_at(p.layout, i);
     if (unit.sample != sample) {
       sample = unit.sample;
-      weights = denoising_weights<C>(p, sample);
-      c = static_cast<C>(transition_of(p, sample));
-      const double shared = factor_of(p, sample, p.sums[sample]);
-      factor[0] = static_cast<C>(shared * static_cast<double>(weights.c_out));
-      factor[1] = static_cast<C>(-shared);
-      factor[2] = static_cast<C>(shared * static_cast<double>(weights.c_skip));
+      f = numbers_of<C>(p, sample);
+      find_factors(p, sample, p.sums[sample], f);
     }
-    if (stream_scaled(p, unit, weights, factor[0], buffers)) continue;
-    form_residual(p, unit, weights, buffers);
-    if (p.distance == Distance::elementwise) {
-      C* r = buffers.residual;
-      for (int64_t j = 0; j < unit.count; ++j) {
-        r[j] = r[j] / nonzero(root(r[j] * r[j] + c * c));
-      }
-    }
-    for (int k = 0; k < kLossInputs; ++k) {
-      if (p.wanted[k]) store_scaled(p, p.gradient[k], unit, factor[k], buffers);
-    }
+    differentiate_unit(p, unit, f, buffers);
+  }
+  finish_streams();
+}
+
+template <class C>
+void scale(const KeptGradient& p, int64_t begin, int64_t end) {
+  alignas(64) C buffer[kChunk];
+  for (int64_t i = begin; i < end; ++i) {
+    const Unit unit = unit_at(p.layout, i);
+    const C factor = load_number<C>(p.upstream, unit.sample);
+    if (factor == C(1)) continue;
+    const C* x = load_unit(p.layout, p.gradient, unit, buffer);
+#pragma GCC ivdep
+    for (int64_t j = 0; j < unit.count; ++j) buffer[j] = factor * x[j];
+    store_unit(p.layout, p.gradient, unit, buffer);
   }
   finish_streams();
 }
@@ -238,11 +217,19 @@ void gradients(const PseudoHuber& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void pseudo_huber(const PseudoHuber& p, int64_t begin, int64_t end) {
-  (p.float64 ? sums<double> : sums<float>)(p, begin, end);
+  (p.float64 ? sums<double, false> : sums<float, false>)(p, begin, end);
 }
 
 void pseudo_huber_gradient(const PseudoHuber& p, int64_t begin, int64_t end) {
   (p.float64 ? gradients<double> : gradients<float>)(p, begin, end);
+}
+
+void pseudo_huber_with_gradient(const PseudoHuber& p, int64_t begin, int64_t end) {
+  (p.float64 ? sums<double, true> : sums<float, true>)(p, begin, end);
+}
+
+void scale_gradient(const KeptGradient& p, int64_t begin, int64_t end) {
+  (p.gradient.dtype == DType::float64 ? scale<double> : scale<float>)(p, begin, end);
 }
 
 BICM_NAMESPACE_END

@@ -83,30 +83,53 @@ const Kernels& kernels_of(const std::string& target) {
   return *kernels;
 }
 
-// The sum of every sample, and with target "cuda" the loss too.
-void pseudo_huber(const std::string& target, py::array loss, Doubles sums, const py::dict& arguments) {
-  PseudoHuber p = problem_of(given_of(arguments), py::tuple());
-  p.sums = sums.mutable_data();
-  if (target != "cuda") {
-    const int64_t items = p.layout.batch * sum_chunks(p.layout);
-    std::vector<double> partial(static_cast<size_t>(items));
-    p.sums = partial.data();
-    kernels_of(target).pseudo_huber(p, 0, items);
-    for (int64_t sample = 0; sample < p.layout.batch; ++sample) {
-      double total = 0.0;
-      for (int64_t i = 0; i < sum_chunks(p.layout); ++i) total = total + partial[sample * sum_chunks(p.layout) + i];
-      sums.mutable_data()[sample] = total;
-    }
-    return;
-  }
+using CudaLoss = cudaError_t (*)(const PseudoHuber&, void*, double*, cudaStream_t);
+
+void run_cuda(CudaLoss launch, const PseudoHuber& p, py::array& loss, const Doubles& sums) {
   // Whatever was there before must not matter.
   std::vector<double> scratch(static_cast<size_t>(cuda::pseudo_huber_scratch(p)), -1.0);
   watch_also(loss);
   watch_also(sums);
   ranges.push_back(
       {reinterpret_cast<uintptr_t>(scratch.data()), reinterpret_cast<uintptr_t>(scratch.data() + scratch.size())});
-  const cudaError_t error = cuda::pseudo_huber(p, loss.mutable_data(), scratch.data(), nullptr);
-  if (error != cudaSuccess) throw std::runtime_error("cuda::pseudo_huber returned an error");
+  const cudaError_t error = launch(p, loss.mutable_data(), scratch.data(), nullptr);
+  if (error != cudaSuccess) throw std::runtime_error("a loss returned an error");
+}
+
+using CpuLoss = void (*)(const PseudoHuber&, int64_t, int64_t);
+
+void run_cpu(CpuLoss kernel, PseudoHuber& p, double* sums) {
+  const int64_t chunks = sum_chunks(p.layout), items = p.layout.batch * chunks;
+  std::vector<double> partial(static_cast<size_t>(items));
+  p.sums = partial.data();
+  kernel(p, 0, items);
+  for (int64_t sample = 0; sample < p.layout.batch; ++sample) {
+    double total = 0.0;
+    for (int64_t i = 0; i < chunks; ++i) total = total + partial[sample * chunks + i];
+    sums[sample] = total;
+  }
+  p.sums = sums;
+}
+
+// The sum of every sample, and with target "cuda" the loss too.
+void pseudo_huber(const std::string& target, py::array loss, Doubles sums, const py::dict& arguments) {
+  PseudoHuber p = problem_of(given_of(arguments), py::tuple());
+  p.sums = sums.mutable_data();
+  if (target == "cuda") return run_cuda(cuda::pseudo_huber, p, loss, sums);
+  run_cpu(kernels_of(target).pseudo_huber, p, sums.mutable_data());
+}
+
+// The same with gradients, for an upstream of 1.
+void pseudo_huber_with_gradient(const std::string& target, py::array loss, const py::sequence& gradients, Doubles sums,
+                                const py::dict& arguments) {
+  PseudoHuber p = problem_of(given_of(arguments), gradients);
+  p.sums = sums.mutable_data();
+  p.upstream = {1.0, nullptr, 0, DType::float64};
+  if (target == "cuda") return run_cuda(cuda::pseudo_huber_with_gradient, p, loss, sums);
+  const Kernels& kernels = kernels_of(target);
+  const bool at_once = gradient_follows_sum(p);
+  run_cpu(at_once ? kernels.pseudo_huber_with_gradient : kernels.pseudo_huber, p, sums.mutable_data());
+  if (!at_once) kernels.pseudo_huber_gradient(p, 0, p.layout.batch * units_per_sample(p.layout));
 }
 
 void pseudo_huber_gradient(const std::string& target, const py::sequence& gradients, Doubles sums, py::object upstream,
@@ -123,6 +146,19 @@ void pseudo_huber_gradient(const std::string& target, const py::sequence& gradie
   if (error != cudaSuccess) throw std::runtime_error("cuda::pseudo_huber_gradient returned an error");
 }
 
+// In place.
+void scale_gradient(const std::string& target, py::object gradient, py::object upstream) {
+  KeptGradient p = {};
+  lay_out({{view_of(gradient), &p.gradient}}, true, p.layout);
+  p.upstream = number_of(upstream, p.layout.batch);
+  if (target != "cuda") {
+    kernels_of(target).scale_gradient(p, 0, p.layout.batch * units_per_sample(p.layout));
+    return;
+  }
+  const cudaError_t error = cuda::scale_gradient(p, nullptr);
+  if (error != cudaSuccess) throw std::runtime_error("cuda::scale_gradient returned an error");
+}
+
 }  // namespace
 
 void bind_pseudo_huber(py::module_& module) {
@@ -130,6 +166,9 @@ void bind_pseudo_huber(py::module_& module) {
   module.def("pseudo_huber", &pseudo_huber, py::arg("target"), py::arg("loss"), py::arg("sums"), py::arg("arguments"));
   module.def("pseudo_huber_gradient", &pseudo_huber_gradient, py::arg("target"), py::arg("gradients"), py::arg("sums"),
              py::arg("upstream"), py::arg("arguments"));
+  module.def("pseudo_huber_with_gradient", &pseudo_huber_with_gradient, py::arg("target"), py::arg("loss"),
+             py::arg("gradients"), py::arg("sums"), py::arg("arguments"));
+  module.def("scale_gradient", &scale_gradient, py::arg("target"), py::arg("gradient"), py::arg("upstream"));
 }
 
 }  // namespace emulator

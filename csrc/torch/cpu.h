@@ -32,6 +32,8 @@ struct Cpu {
   static void run(const struct NoisyPair& problem, const Tensor&);
   static void sums(struct PseudoHuber& problem, const Tensor& loss, const Tensor& sums);
   static void gradients(const struct PseudoHuber& problem, const Tensor&);
+  static void sums_and_gradients(struct PseudoHuber& problem, const Tensor& loss, const Tensor& sums);
+  static void scale(const struct KeptGradient& problem, const Tensor&);
   static void run(const struct Reversible& problem);
   static void run(const struct Reversible& problem, const Tensor&) { run(problem); }
   static void run(const struct FixedPointDecode& problem);

@@ -17,31 +17,46 @@ void finish(const PseudoHuber& p, const double* sums, C* loss) {
   if (p.reduction != Reduction::none) loss[0] = static_cast<C>(total);
 }
 
-}  // namespace
-
 // Samples of one chunk are summed where they are returned; of more, one number per chunk first.
-void Cpu::sums(PseudoHuber& p, const Tensor& loss, const Tensor& sums) {
+void add_up(PseudoHuber& p, const Tensor& loss, double* results, void (*kernel)(const PseudoHuber&, int64_t, int64_t)) {
   const int64_t chunks = sum_chunks(p.layout), batch = p.layout.batch;
-  double* const results = static_cast<double*>(sums.data_ptr());
   std::vector<double> partial(chunks > 1 ? static_cast<size_t>(batch * chunks) : 0);
   p.sums = chunks > 1 ? partial.data() : results;
   const int64_t items = batch * chunks;
   if (items > 0) {
     const int64_t per_item = p.layout.elements < kUnitsPerSum * kChunk ? p.layout.elements : kUnitsPerSum * kChunk;
-    split_items(p, items, kGrain / per_item + 1, active_kernels().pseudo_huber);
+    Cpu::split_items(p, items, Cpu::kGrain / per_item + 1, kernel);
   }
   for (int64_t sample = 0; chunks != 1 && sample < batch; ++sample) {
     double total = 0.0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) total = total + partial[sample * chunks + chunk];
     results[sample] = total;
   }
+  p.sums = results;
   void* const value = loss.data_ptr();
   p.float64 ? finish(p, results, static_cast<double*>(value)) : finish(p, results, static_cast<float*>(value));
+}
+
+}  // namespace
+
+void Cpu::sums(PseudoHuber& p, const Tensor& loss, const Tensor& sums) {
+  add_up(p, loss, static_cast<double*>(sums.data_ptr()), active_kernels().pseudo_huber);
 }
 
 void Cpu::gradients(const PseudoHuber& p, const Tensor&) {
   split(p, p.layout, kGrain, active_kernels().pseudo_huber_gradient);
 }
+
+// A gradient that waits for the sums of several chunks takes a second sweep, in which all threads share a sample.
+void Cpu::sums_and_gradients(PseudoHuber& p, const Tensor& loss, const Tensor& sums) {
+  const Kernels& kernels = active_kernels();
+  const bool at_once = gradient_follows_sum(p);
+  add_up(p, loss, static_cast<double*>(sums.data_ptr()),
+         at_once ? kernels.pseudo_huber_with_gradient : kernels.pseudo_huber);
+  if (!at_once) gradients(p, sums);
+}
+
+void Cpu::scale(const KeptGradient& p, const Tensor&) { split(p, p.layout, kGrain, active_kernels().scale_gradient); }
 
 }  // namespace bicm
 

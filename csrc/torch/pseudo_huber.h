@@ -1,4 +1,4 @@
-// The ops of the pseudo_huber family for any device: checks and outputs; Device::sums and Device::gradients launch.
+// The ops of the pseudo_huber family for any device: checks and outputs; Device's functions launch.
 #pragma once
 
 #include <tuple>
@@ -58,13 +58,23 @@ class Loss {
   template <class Device>
   std::tuple<Tensor, Tensor> value() {
     merge_all();
-    const Layout& layout = p.layout;
-    const int64_t batch = layout.batch;
-    const int32_t dtype = p.float64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-    Tensor loss = empty_tensor(*inputs_[0], p.reduction == Reduction::none ? 1 : 0, batch, dtype);
-    Tensor sums = empty_tensor(*inputs_[0], 1, batch, aoti_torch_dtype_float64());
+    const auto [loss, sums] = numbers();
     Device::sums(p, loss, sums);
     return {loss, sums};
+  }
+
+  // The loss, and the gradients of `needs` for an upstream of 1.
+  template <class Device>
+  std::tuple<Tensor, std::vector<Tensor>> value_and_gradients(int64_t needs) {
+    p.upstream = number_of(1.0);
+    std::vector<Tensor> results = outputs(needs);
+    const auto [loss, sums] = numbers();
+    if (results.empty() || p.layout.batch == 0 || p.layout.elements == 0) {
+      Device::sums(p, loss, sums);
+    } else {
+      Device::sums_and_gradients(p, loss, sums);
+    }
+    return {loss, std::move(results)};
   }
 
   // The gradients of the inputs whose bit is set in `needs`, in the order of the inputs.
@@ -78,7 +88,24 @@ class Loss {
                         view.device == views_[0].device && contiguous(view),
                     "bicm_kernels: sums must be what the forward pass returned");
     p.sums = static_cast<double*>(view.data);
+    std::vector<Tensor> results = outputs(needs);
+    if (p.layout.batch > 0 && p.layout.elements > 0) Device::gradients(p, sums);
+    return results;
+  }
 
+  PseudoHuber p = {};
+
+ private:
+  // The loss and the sums, uninitialised.
+  std::tuple<Tensor, Tensor> numbers() const {
+    const int64_t batch = p.layout.batch;
+    const int32_t dtype = p.float64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+    return {empty_tensor(*inputs_[0], p.reduction == Reduction::none ? 1 : 0, batch, dtype),
+            empty_tensor(*inputs_[0], 1, batch, aoti_torch_dtype_float64())};
+  }
+
+  // Tensors for the gradients, laid out beside the inputs.
+  std::vector<Tensor> outputs(int64_t needs) {
     std::vector<Tensor> results;
     for (int i = 0; i < count_; ++i) {
       p.wanted[i] = (needs >> i & 1) != 0;
@@ -88,18 +115,13 @@ class Loss {
       add(outputs_[i], p.gradient[i]);
     }
     merge_all();
-    if (p.layout.batch == 0 || p.layout.elements == 0) return results;
     for (int i = 0; i < count_; ++i) {
       const int64_t bytes = p.layout.batch * p.layout.elements * size_of(views_[i].dtype);
       p.gradient[i].streams = p.wanted[i] && bytes >= kStreamBytes;
     }
-    Device::gradients(p, sums);
     return results;
   }
 
-  PseudoHuber p = {};
-
- private:
   void add(const View& view, Operand& operand) {
     pointers_[used_] = &view;
     operands_[used_++] = &operand;
@@ -134,6 +156,15 @@ std::tuple<Tensor, Tensor> pseudo_huber_loss(Tensor pred, Tensor target, MaybeTe
 }
 
 template <class Device, class A>
+std::tuple<Tensor, std::vector<Tensor>> pseudo_huber_with_gradients(int64_t needs, Tensor pred, Tensor target,
+                                                                    MaybeTensor weight, typename A::Maybe c,
+                                                                    int64_t distance, int64_t reduction) {
+  Loss loss(pred, target, nullptr);
+  loss.distance(weight, c, distance, reduction);
+  return loss.value_and_gradients<Device>(needs);
+}
+
+template <class Device, class A>
 std::vector<Tensor> pseudo_huber_backward(Tensor upstream, Tensor sums, int64_t needs, Tensor pred, Tensor target,
                                           MaybeTensor weight, typename A::Maybe c, int64_t distance,
                                           int64_t reduction) {
@@ -154,6 +185,17 @@ std::tuple<Tensor, Tensor> consistency_loss(Tensor F, Tensor target, Tensor x, T
 }
 
 template <class Device, class A>
+std::tuple<Tensor, std::vector<Tensor>> consistency_loss_with_gradients(
+    int64_t needs, Tensor F, Tensor target, Tensor x, Tensor t, MaybeTensor u, MaybeTensor weight, typename A::Maybe c,
+    typename A::Numeric sigma_data, typename A::Numeric sigma_min, int64_t parameterization, int64_t scaled,
+    int64_t distance, int64_t reduction) {
+  Loss loss(F, target, &x);
+  loss.denoising(t, u, sigma_data, sigma_min, parameterization, scaled);
+  loss.distance(weight, c, distance, reduction);
+  return loss.value_and_gradients<Device>(needs);
+}
+
+template <class Device, class A>
 std::vector<Tensor> consistency_loss_backward(Tensor upstream, Tensor sums, int64_t needs, Tensor F, Tensor target,
                                               Tensor x, Tensor t, MaybeTensor u, MaybeTensor weight,
                                               typename A::Maybe c, typename A::Numeric sigma_data,
@@ -165,22 +207,42 @@ std::vector<Tensor> consistency_loss_backward(Tensor upstream, Tensor sums, int6
   return loss.gradients<Device>(upstream, sums, needs);
 }
 
+// Gradients that were formed for an upstream of 1, multiplied in place by what it is; none is touched where it is 1.
+template <class Device>
+void scale_gradients(Tensor upstream, std::vector<Tensor> gradients) {
+  for (const Tensor& gradient : gradients) {
+    const View view = view_of(gradient), *const views[] = {&view};
+    STD_TORCH_CHECK(view.dim > 0 && !overlaps_itself(view),
+                    "bicm_kernels: a gradient must be (B, ...), no view of less");
+    KeptGradient p = {};
+    Operand* const operands[] = {&p.gradient};
+    merge(views, operands, 1, false, true, p.layout);
+    p.upstream = number_of(upstream, p.layout.batch, view.device);
+    if (p.layout.batch > 0 && p.layout.elements > 0) Device::scale(p, gradient);
+  }
+}
+
 template <class Device, class A, class Library>
 void register_losses(Library& library, const char* const* names) {
   library.impl(names[0], TORCH_BOX((&pseudo_huber_loss<Device, A>)));
   library.impl(names[1], TORCH_BOX((&pseudo_huber_backward<Device, A>)));
-  library.impl(names[2], TORCH_BOX((&consistency_loss<Device, A>)));
-  library.impl(names[3], TORCH_BOX((&consistency_loss_backward<Device, A>)));
+  library.impl(names[2], TORCH_BOX((&pseudo_huber_with_gradients<Device, A>)));
+  library.impl(names[3], TORCH_BOX((&consistency_loss<Device, A>)));
+  library.impl(names[4], TORCH_BOX((&consistency_loss_backward<Device, A>)));
+  library.impl(names[5], TORCH_BOX((&consistency_loss_with_gradients<Device, A>)));
 }
 
 template <class Device>
 void register_pseudo_huber(torch::stable::detail::StableLibrary& library) {
-  static const char* const numbers[] = {"pseudo_huber", "pseudo_huber_backward", "consistency_loss",
-                                        "consistency_loss_backward"};
-  static const char* const tensors[] = {"pseudo_huber.tensor", "pseudo_huber_backward.tensor",
-                                        "consistency_loss.tensor", "consistency_loss_backward.tensor"};
+  static const char* const numbers[] = {
+      "pseudo_huber",     "pseudo_huber_backward",     "pseudo_huber_with_gradients",
+      "consistency_loss", "consistency_loss_backward", "consistency_loss_with_gradients"};
+  static const char* const tensors[] = {
+      "pseudo_huber.tensor",     "pseudo_huber_backward.tensor",     "pseudo_huber_with_gradients.tensor",
+      "consistency_loss.tensor", "consistency_loss_backward.tensor", "consistency_loss_with_gradients.tensor"};
   register_losses<Device, LossNumbers>(library, numbers);
   register_losses<Device, LossTensors>(library, tensors);
+  library.impl("scale_gradients_", TORCH_BOX((&scale_gradients<Device>)));
 }
 
 }  // namespace bicm

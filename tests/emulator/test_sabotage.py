@@ -173,6 +173,8 @@ def test_missing_barriers_in_the_losses(device: bicm_emulator.Device, backwards:
         problem.run("cuda")
     with pytest.raises(RuntimeError, match=fault):
         problem.differentiate("cuda", sums, 1.0, [True, False])
+    with pytest.raises(RuntimeError, match=fault):
+        problem.run_with_gradients("cuda", [True, False])
 
 
 def test_a_block_too_few(device: bicm_emulator.Device) -> None:

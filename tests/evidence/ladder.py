@@ -34,7 +34,7 @@ EMULATED = {
     "noise": ("test_keyed_noise.py", "test_random_bits.py", "test_polynomials.py"),
     "multistep": ("test_sampler_updates.py", "test_sampler_memory.py", "test_sampler_properties.py"),
     "preconditioning": ("test_preconditioning.py",),
-    "pseudo_huber": ("test_losses.py",),
+    "pseudo_huber": ("test_losses.py", "test_kept_gradients.py"),
     "reversible": ("test_reversible.py",),
 }
 IN_FLOAT64 = of_each("tests/test_NAME.py") | {"multistep": ("tests/test_multistep_accuracy.py",)}

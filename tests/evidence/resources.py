@@ -47,7 +47,7 @@ class Usage:
     shared: int = 0
 
 
-NAMES = "noisy_pair|noise|fold_in|multistep|pseudo_huber|gradient|reversible|fixed_point_decode"
+NAMES = "noisy_pair|noise|fold_in|multistep|pseudo_huber|gradient|resident|scale|reversible|fixed_point_decode"
 
 
 def kernel_of(name: str) -> str:

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from bicm_kernels.triton_kernels import operands
-from tests.triton_cases import DENSE, EXACT, LOSSES, OTHERS
+from tests.triton_cases import DENSE, EXACT, LOSSES, OTHERS, RESIDENTS
 from tests.triton_compilation import accesses, compiled, resources
 
 from .document import table
@@ -30,7 +30,7 @@ from .resources import span
 TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 #: Kernel and call; dense tensors first, where every access should be wide.
-CASES = {name: (case[0], case[1]) for cases in (DENSE, LOSSES, EXACT) for name, case in cases.items()}
+CASES = {name: (case[0], case[1]) for cases in (DENSE, LOSSES, RESIDENTS, EXACT) for name, case in cases.items()}
 CASES |= {f"other: {name}": case for name, case in OTHERS.items()}
 
 

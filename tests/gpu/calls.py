@@ -116,24 +116,29 @@ EXACT: dict[str, Call] = {
 
 #: Within 1e-6 of one another, and always the same bits on one backend.
 LOSSES: dict[str, Call] = {
-    f"{name} {reduction}": gradients(function(reduction), wanted)
+    f"{name} {reduction}{', kept' if route == 'forward' else ''}": gradients(function(reduction, route), wanted)
     for reduction in ("mean", "sum", "none")
+    for route in ("backward", "forward")
     for name, function, wanted in (
         (
             "vector",
-            lambda reduction: lambda x: bk.pseudo_huber(x[2], x[1], weight=levels(x[0], 0.1), reduction=reduction),
+            lambda reduction, route: (
+                lambda x: bk.pseudo_huber(x[2], x[1], weight=levels(x[0], 0.1), reduction=reduction, gradient=route)
+            ),
             (1, 2),
         ),
         (
             "elementwise",
-            lambda reduction: lambda x: bk.pseudo_huber(x[2], x[1], c=0.1, kind="elementwise", reduction=reduction),
+            lambda reduction, route: (
+                lambda x: bk.pseudo_huber(x[2], x[1], c=0.1, kind="elementwise", reduction=reduction, gradient=route)
+            ),
             (2,),
         ),
         (
             "consistency",
-            lambda reduction: (
+            lambda reduction, route: (
                 lambda x: bk.consistency_loss(
-                    x[0], x[2], levels(x[0], 0.5), levels(x[0], 0.1), x[1], reduction=reduction
+                    x[0], x[2], levels(x[0], 0.5), levels(x[0], 0.1), x[1], reduction=reduction, gradient=route
                 )
             ),
             (2,),

@@ -15,7 +15,7 @@ from bicm_kernels import backend, reference
 pytest.importorskip("triton")
 
 from bicm_kernels.triton_kernels import OPS
-from bicm_kernels.triton_kernels.pseudo_huber import CHUNK, counter
+from bicm_kernels.triton_kernels.pseudo_huber import CHUNK, RESIDENT, counter
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -56,6 +56,52 @@ def check(name: str, states: list[Tensor], named: list[str], call: tuple[Any, ..
             assert gradient.dtype == x.dtype
             assert gradient.stride() == torch.empty_like(x).stride()
             close(gradient, value, ROUNDING[x.dtype])
+
+
+def check_both(name: str, states: list[Tensor], call: tuple[Any, ...]) -> None:
+    """Value and gradients at once: the bits of a pass forward and one backward."""
+    loss, sums = OPS[name](*states, *call)
+    for needs in (1, 2 ** len(states) - 1):
+        found, gradients = OPS[f"{name}_with_gradients"](needs, *states, *call)
+        assert torch.equal(found, loss)
+        upstream = torch.ones_like(loss)
+        for a, b in zip(gradients, OPS[f"{name}_backward"](upstream, sums, needs, *states, *call), strict=True):
+            assert torch.equal(a, b)
+            assert a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("reduction", range(3))
+@pytest.mark.parametrize("kind", [0, 1])
+def test_value_and_gradients_at_once(kind: int, reduction: int) -> None:
+    sizes = [7, 1025, RESIDENT, RESIDENT + 1] if reduction == 0 else [33]
+    for dtypes in ((F32, F32), (F32, BF16), (F64, F64)):
+        for size in sizes if dtypes[1] == F32 else [33]:
+            states = [random((3, size), dtypes[k > 0], k) for k in range(3)]
+            t = torch.tensor([0.5, 2.0, 70.0])
+            check_both("pseudo_huber", states[:2], (WEIGHT, 0.2, kind, reduction))
+            check_both("consistency_loss", states, (t, None, WEIGHT, 0.2, 0.5, 0.002, 0, 1, kind, reduction))
+    strided = [random((3, 4, 5, 6), seed=k).to(memory_format=torch.channels_last) for k in range(2)]
+    check_both("pseudo_huber", strided, (WEIGHT, 0.2, kind, reduction))
+    check_both("pseudo_huber", [strided[0], strided[1][..., :1].expand(3, 4, 5, 6)], (WEIGHT, 0.2, kind, reduction))
+    for shape in ((0, 5), (2, 0)):
+        loss, (gradient,) = OPS["pseudo_huber_with_gradients"](1, random(shape), random(shape), None, 0.2, kind, 1)
+        assert gradient.shape == shape
+        assert loss == 0 or (kind and torch.isnan(loss))
+
+
+def test_squares_beyond_float32_at_once() -> None:
+    for scale in (1e-36, 1e-20, 1e20, 1e35):
+        states = [random((2, 300)) * scale, random((2, 300), seed=1) * scale]
+        check_both("pseudo_huber", states, (None, 0.1, 0, 2))
+
+
+def test_gradients_are_scaled() -> None:
+    for dtype in (F16, F32, F64):
+        x, upstream = random((3, 1100), dtype), torch.tensor([1.0, 0.3, -2.0])
+        for factor in (upstream, torch.tensor(0.7), torch.tensor(1.0)):
+            kept, product = x.clone(), x.to(F32 if dtype == F16 else dtype)
+            OPS["scale_gradients_"](factor, [kept])
+            assert torch.equal(kept, (product * factor.reshape(-1, 1).to(product.dtype)).to(dtype))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -110,7 +156,10 @@ def test_squares_beyond_float32(scale: float, ratio: float) -> None:
 def test_the_programs_are_counted_from_zero_again(batch: int, elements: int) -> None:
     for _ in range(2):
         for reduction in range(3):
-            OPS["pseudo_huber"](random((batch, elements)), random((batch, elements), seed=1), None, None, 0, reduction)
+            call = (random((batch, elements)), random((batch, elements), seed=1), None, None, 0, reduction)
+            OPS["pseudo_huber"](*call)
+            if batch < 300:
+                OPS["pseudo_huber_with_gradients"](1, *call)
             assert counter(torch.device("cpu")) == 0
 
 
@@ -155,6 +204,10 @@ def test_the_public_functions_run_on_the_kernels() -> None:
     wide = exact(F)
     (gradient,) = torch.autograd.grad(reference.consistency_loss(x, wide, t, None, target), wide)
     close(F.grad, gradient)
+    kept = F.detach().requires_grad_()
+    with backend.use("triton"):
+        (3.0 * bicm_kernels.consistency_loss(x, kept, t, None, target, gradient="forward")).backward()
+    close(kept.grad, 3.0 * gradient)
 
 
 def test_wrong_arguments_raise() -> None:

@@ -34,16 +34,27 @@ struct Cuda {
   static void run(const NoisyPair& problem, const Tensor& x) {
     on_stream(x, [&](cudaStream_t stream) { return cuda::noisy_pair(problem, stream); });
   }
-  static void sums(PseudoHuber& problem, const Tensor& loss, const Tensor& sums) {
+  // With the scratch memory that it needs.
+  template <class Launch>
+  static void loss(PseudoHuber& problem, const Tensor& loss, const Tensor& sums, Launch launch) {
     problem.sums = static_cast<double*>(sums.data_ptr());
     const int64_t doubles = cuda::pseudo_huber_scratch(problem);
     const Tensor scratch = empty_tensor(sums, 1, doubles, aoti_torch_dtype_float64());
     on_stream(sums, [&](cudaStream_t stream) {
-      return cuda::pseudo_huber(problem, loss.data_ptr(), static_cast<double*>(scratch.data_ptr()), stream);
+      return launch(problem, loss.data_ptr(), static_cast<double*>(scratch.data_ptr()), stream);
     });
+  }
+  static void sums(PseudoHuber& problem, const Tensor& value, const Tensor& sums) {
+    loss(problem, value, sums, cuda::pseudo_huber);
+  }
+  static void sums_and_gradients(PseudoHuber& problem, const Tensor& value, const Tensor& sums) {
+    loss(problem, value, sums, cuda::pseudo_huber_with_gradient);
   }
   static void gradients(const PseudoHuber& problem, const Tensor& sums) {
     on_stream(sums, [&](cudaStream_t stream) { return cuda::pseudo_huber_gradient(problem, stream); });
+  }
+  static void scale(const KeptGradient& problem, const Tensor& gradient) {
+    on_stream(gradient, [&](cudaStream_t stream) { return cuda::scale_gradient(problem, stream); });
   }
   static void fold_in(const Integer& seed, const Integer& data, const Tensor& out) {
     on_stream(out, [&](cudaStream_t stream) {

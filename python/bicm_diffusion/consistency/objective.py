@@ -80,6 +80,7 @@ def bct_loss(
     sigma_data: float = 0.5,
     t_min: float = T_MIN,
     target: str = "shared",
+    gradient: str = "forward",
 ) -> BctLoss:
     """Return the BCT loss of a batch (BCM eq. 9, Alg. 1), f = denoise(x, F, t, u) with the bcm parameterisation:
 
@@ -94,7 +95,9 @@ def bct_loss(
     c: the distance's constant; None means 0.00054·√d. seed, step, sample_id: the key, see `bicm_kernels.normal`.
     target: "shared", or "direct" for the ablation of BCM eq. 7, which is known to fail: there the trajectory
         term's target is sg f(x_n', t_n', t_min).
-    Raises ValueError for another target.
+    gradient: "forward" or "backward", see `bicm_kernels.pseudo_huber`: the same bits for an upstream of a power of
+        two; "backward" has second derivatives.
+    Raises ValueError for another target or gradient.
     """
     if target not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
@@ -117,7 +120,7 @@ def bct_loss(
     scaled: dict[str, Any] = {"scaled": True, "sigma_data": sigma_data}
     with torch.no_grad():
         goal = denoise(x_low, evaluate(x_low, low, end), low, t_min, **scaled)
-    options: dict[str, Any] = {"c": c, "sigma_min": t_min, **scaled}
+    options: dict[str, Any] = {"c": c, "sigma_min": t_min, "gradient": gradient, **scaled}
     output = evaluate(x_high, high, end)
     consistency = consistency_loss(
         x_high, output, high, None, goal, weight=gap.reciprocal().to(x.device, dtype), **options

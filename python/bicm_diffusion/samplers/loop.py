@@ -80,6 +80,7 @@ class Loop:
         self.times_dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
         self.device = z.device
         self.table = schedule.table.to(z.device) if traced() else None
+        self.times: tuple[Tensor, ...] = ()
 
     def rows(
         self, formula: Callable[..., Row], indices: range, offsets: Sequence[int], *numbers: Number | Sequence[Number]
@@ -90,17 +91,18 @@ class Loop:
         N + 1 of them, one per index.
         """
         table = self.table
+        if not indices:
+            return {}
         if table is None:
+            known = {i: self._level(i) for i in range(indices.start + min(offsets), indices.stop + max(offsets))}
             return {
                 i: formula(
                     self.prediction,
-                    *(self._level(i + k) for k in offsets),
-                    *(n[i] if isinstance(n, Sequence) else n for n in numbers),
+                    *[known[i + k] for k in offsets],
+                    *[n[i] if isinstance(n, Sequence) else n for n in numbers],
                 )
                 for i in indices
             }
-        if not indices:
-            return {}
         low, high = indices.start, indices.stop
         levels = [Level(*table[:, low + k : high + k].unbind()) for k in offsets]
         across = [_column(n, low, high, table) for n in numbers]
@@ -124,13 +126,20 @@ class Loop:
         scaled: the model's input, where an earlier launch made it; lift: a factor of the time and of sigma.
         """
         if self.table is None:
-            times = torch.full(z.shape[:1], self.schedule.times[i] * lift, dtype=self.times_dtype, device=z.device)
+            times = self._times(i, lift, z)
         else:
             times = (self.table[0, i] * lift).to(self.times_dtype).expand(z.shape[0])
         if scaled is None:
             scale = self.input_scale(i, lift)
             scaled = z if scale is None else affine_step([z], [scale])
         return self.model(scaled, times, **self.extra_args)
+
+    def _times(self, i: int, lift: float, z: Tensor) -> Tensor:
+        if lift != 1.0 or not z.is_cpu:  # where copying a table from the host would wait, or break a capture
+            return torch.full(z.shape[:1], self.schedule.times[i] * lift, dtype=self.times_dtype, device=z.device)
+        if not self.times:
+            self.times = torch.tensor(self.schedule.times, dtype=self.times_dtype)[:, None].repeat(1, len(z)).unbind()
+        return self.times[i]
 
     def advance(
         self, tensors: Sequence[Any], weights: Row, *, then: int | None = None, guided: bool = True

@@ -119,11 +119,11 @@ def _run_floats(method: Method, z: Tensor | StatePair, direction: Direction) -> 
 def _in_floats(method: Method, i: int, weights: Row, inverse: bool) -> Row:
     """The weights of z_{i+1}, z_i, … in z_{i-1}, or of z_{i-1}, z_i, … in z_{i+1}, all in units of 1."""
     ratio, _ = method.ratio(i)
-    below, here, above = (method.unit(k) for k in (i - 1, i, i + 1))
-    units = (1.0 / here, *(1.0,) * (len(weights) - 1))
+    below, here, above = method.unit(i - 1), method.unit(i), method.unit(i + 1)
+    weights = (weights[0] * (1.0 / here), *weights[1:])
     if inverse:
-        return above / (ratio * below), *(-w * u * above / ratio for w, u in zip(weights, units, strict=True))
-    return ratio * below / above, *(w * u * below for w, u in zip(weights, units, strict=True))
+        return above / (ratio * below), *[-w * above / ratio for w in weights]
+    return ratio * below / above, *[w * below for w in weights]
 
 
 def _run_integers(method: Method, z: State, direction: Direction) -> ExactPair:

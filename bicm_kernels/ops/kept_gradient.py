@@ -1,0 +1,102 @@
+"""Losses whose gradient is formed with the value, kept in place of the inputs, and scaled when upstream is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bicm_kernels.ops import arguments
+from bicm_kernels.ops.library import library
+
+Gradients = tuple[Tensor | None, ...]
+
+_ops = torch.ops.bicm_kernels
+_graph_is_retained: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+_HALVES = (torch.float16, torch.bfloat16)
+_TWICE = b"""the loss kept its gradient and not its inputs: a second derivative needs gradient="backward\""""
+
+library.define("scale_gradients_(Tensor upstream, Tensor(a!)[] gradients) -> ()")
+
+
+@torch.library.register_fake("bicm_kernels::scale_gradients_", lib=library)
+def _fake_scale(upstream: Tensor, gradients: Sequence[Tensor]) -> None:
+    pass
+
+
+def can_be_kept(inputs: Sequence[Tensor]) -> bool:
+    """Whether no gradient would lose digits to a half before a scaled loss tells its scale."""
+    return not any(x.dtype in _HALVES and x.requires_grad for x in inputs)
+
+
+def wanted_bits(needs: Sequence[bool]) -> int:
+    """The inputs whose gradients are needed, as the schemas say it; the third may be a weight, which needs none."""
+    return needs[0] + 2 * needs[1] + 4 * needs[2]
+
+
+def _products(upstream: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
+    """In memory of their own."""
+    columns = (-1, *[1] * (kept[0].dim() - 1)) if kept and upstream.dim() else ()
+    return [upstream.reshape(columns).to(x.dtype) * x for x in kept]
+
+
+def scaled(upstream: Tensor, kept: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Gradients for an upstream of 1 made those of another: the same tensors, unless a retained graph needs them again.
+
+    On the CPU one number is looked at here; elsewhere the kernel looks, and leaves at once where it is 1.
+    """
+    # Tracers hand in tensors of types of their own, which have no value to look at.
+    plain = type(upstream) is Tensor and not (arguments.compiling() or arguments.batched(upstream))
+    if not plain or arguments.transformed() or _graph_is_retained():
+        return _products(upstream, kept)
+    if not (upstream.is_cpu and upstream.dim() == 0 and upstream.item() == 1.0):
+        _ops.scale_gradients_.default(upstream, kept)
+    return kept
+
+
+def differentiate(upstream: Tensor, kept: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
+    """The gradients of the inputs that need one, in their order; whoever differentiates them again is told no."""
+    with torch.no_grad():
+        results = scaled(upstream, kept)
+    if torch.is_grad_enabled() and results:
+        refuse = torch._C._functions.DelayedError(_TWICE, len(results))
+        refused: Any = refuse(*[x.detach().requires_grad_() for x in results])
+        results = refused if isinstance(refused, tuple) else (refused,)
+    found = iter(results)
+    return tuple(next(found) if need else None for need in needs)
+
+
+class Kept(torch.autograd.Function):
+    """The losses for eager calls, with ``call``: the op that gives value and gradients, and what is not a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, call: tuple[Callable[..., Any], tuple[Any, ...]], *tensors: Any) -> Tensor:
+        op, options = call
+        ctx.needs = ctx.needs_input_grad[1:]
+        value, gradients = op(wanted_bits(ctx.needs), *tensors, *options)
+        ctx.save_for_backward(*gradients)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Tensor) -> Any:
+        return None, *differentiate(upstreams[0], ctx.saved_tensors, ctx.needs)
+
+
+def register(name: str) -> None:
+    """Give a traced op (int needs, ...) -> (value, gradients) its derivative."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+        gradients = output[1]
+        ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*gradients)
+        ctx.needs = [isinstance(x, Tensor) and bool(inputs[0] >> k & 1) for k, x in enumerate(inputs[1:])]
+
+    def backward(ctx: Any, upstream: Tensor | None, _: Any) -> Gradients:
+        if upstream is None:
+            return (None,) * (1 + len(ctx.needs))
+        return None, *differentiate(upstream, ctx.saved_tensors, ctx.needs)
+
+    torch.library.register_autograd(f"bicm_kernels::{name}", backward, setup_context=setup_context, lib=library)

@@ -1,0 +1,85 @@
+// The gradients of a loss from its residuals, and the factors that the elements of a sample share.
+#pragma once
+
+#include "../core/pseudo_huber.h"
+
+#include "block.h"
+#include "memory.h"
+
+namespace bicm {
+namespace cuda {
+
+// What the elements of a sample share where it is differentiated.
+template <class C>
+struct Factors {
+  Preconditioning<C> weights;
+  C c, factor[kLossInputs];
+};
+
+// One thread, which alone has to know the sum, computes in double precision what the others need in C.
+template <class C>
+BICM_DEVICE Factors<C> factors_of(const PseudoHuber& p, int64_t sample, double sum) {
+  BICM_SHARED(double, shared, 2);
+  if (threadIdx.x == 0) {
+    shared[0] = factor_of(p, sample, sum);
+    shared[1] = transition_of(p, sample);
+  }
+  __syncthreads();
+  const double factor = shared[0];
+  Factors<C> f;
+  f.weights = denoising_weights<C>(p, sample);
+  f.c = static_cast<C>(shared[1]);
+  f.factor[0] = static_cast<C>(factor * static_cast<double>(f.weights.c_out));
+  f.factor[1] = static_cast<C>(-factor);
+  f.factor[2] = static_cast<C>(factor * static_cast<double>(f.weights.c_skip));
+  __syncthreads();  // the next sample's factor goes there
+  return f;
+}
+
+// From the residuals of a group.
+template <class Memory, bool Denoises, class C>
+BICM_DEVICE void store_gradients(const PseudoHuber& p, const Factors<C>& f, const typename Memory::Place& place, C* r) {
+  constexpr int G = Memory::kGroup;
+  if (p.distance == Distance::elementwise) {
+    BICM_UNROLL(8)
+    for (int i = 0; i < G; ++i) r[i] = r[i] / nonzero(root(r[i] * r[i] + f.c * f.c));
+  }
+  BICM_UNROLL(3)
+  for (int k = 0; k < (Denoises ? 3 : 2); ++k) {
+    if (!p.wanted[k]) continue;
+    C gradient[G];
+    BICM_UNROLL(8)
+    for (int i = 0; i < G; ++i) gradient[i] = f.factor[k] * r[i];
+    Memory::store(p.layout, p.gradient[k], place, gradient);
+  }
+}
+
+// Gradients that were formed for an upstream of 1; those of a sample whose upstream is 1 are not touched.
+template <class Memory>
+__global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__ KeptGradient p, bool aligned) {
+  using C = typename Memory::Compute;
+  constexpr int G = Memory::kGroup;
+  for (int64_t sample = blockIdx.y; sample < p.layout.batch; sample += gridDim.y) {
+    const C factor = load_number<C>(p.upstream, sample);
+    if (factor == C(1)) continue;
+    for (int64_t begin = first_group() * G; begin < p.layout.elements; begin += group_stride() * G) {
+      const typename Memory::Place place = Memory::at(p.layout, sample, begin, aligned);
+      C x[G];
+      Memory::widen(p.gradient, Memory::load(p.layout, p.gradient, place), x);
+      BICM_UNROLL(8)
+      for (int i = 0; i < G; ++i) x[i] = factor * x[i];
+      Memory::store(p.layout, p.gradient, place, x);
+    }
+  }
+}
+
+template <class Memory>
+cudaError_t run_scale(const KeptGradient& p, cudaStream_t stream) {
+  Grid grid;
+  const cudaError_t error = plan(p.layout, Memory::kGroup, grid);
+  if (error != cudaSuccess) return error;
+  return launch(scale_kernel<Memory>, grid, stream, p, access_aligned(p.layout, p.gradient));
+}
+
+}  // namespace cuda
+}  // namespace bicm

@@ -1,0 +1,101 @@
+// Residuals of a loss, a group of adjacent elements at a time, and the terms of a chunk's sum.
+#pragma once
+
+#include "../core/pseudo_huber.h"
+
+#include "block.h"
+#include "memory.h"
+
+namespace bicm {
+namespace cuda {
+
+// Elements that one block sums: a sample of so many or fewer is one block's.
+constexpr int64_t kSumChunk = 8192;
+
+inline int64_t chunks_of(const Layout& layout) { return divide_up(layout.elements, kSumChunk); }
+
+template <int G, class C>
+BICM_DEVICE void subtract(const C* y, C* x) {
+  BICM_UNROLL(8)
+  for (int i = 0; i < G; ++i) x[i] = x[i] - y[i];
+}
+
+// The residual of a group. All inputs are requested before the first is used.
+template <class Memory, bool Denoises>
+BICM_DEVICE void residual(const PseudoHuber& p, const Preconditioning<typename Memory::Compute>& weights,
+                          const typename Memory::Place& place, typename Memory::Compute* r) {
+  using C = typename Memory::Compute;
+  constexpr int G = Memory::kGroup;
+  const typename Memory::Raw prediction = Memory::load(p.layout, p.prediction, place);
+  const typename Memory::Raw target = Memory::load(p.layout, p.target, place);
+  typename Memory::Raw x = {};
+  if (Denoises) x = Memory::load(p.layout, p.x, place);
+  Memory::widen(p.prediction, prediction, r);
+  C other[G];
+  if (Denoises) {
+    Memory::widen(p.x, x, other);
+    BICM_UNROLL(8)
+    for (int i = 0; i < G; ++i) r[i] = weights.c_skip * other[i] + weights.c_out * r[i];
+  }
+  Memory::widen(p.target, target, other);
+  subtract<G>(other, r);
+}
+
+// The terms of a group's elements that exist, added up in pairs.
+template <int G, class C>
+BICM_DEVICE C sum_of_group(C* terms, int64_t count) {
+  BICM_UNROLL(8)
+  for (int i = 0; i < G; ++i) terms[i] = i < count ? terms[i] : C(0);
+  BICM_UNROLL(3)
+  for (int half = G / 2; half > 0; half /= 2) {
+    BICM_UNROLL(4)
+    for (int i = 0; i < G / 2; ++i) {
+      if (i < half) terms[i] = terms[i] + terms[i + half];
+    }
+  }
+  return terms[0];
+}
+
+// A group's residuals become its part of the sum, of distances or of squares; `scale` is exact.
+template <int G, class C>
+BICM_DEVICE C sum_of_terms(C* r, int64_t count, bool elementwise, C c, C scale) {
+  BICM_UNROLL(8)
+  for (int i = 0; i < G; ++i) {
+    const C scaled = r[i] * scale, square = scaled * scaled;
+    r[i] = elementwise ? pseudo_huber_distance(square, c) : square;
+  }
+  return sum_of_group<G>(r, count);
+}
+
+// Squares of float32 overflow above 1.8e19 and lose digits below 1e-19. Where a chunk's sum shows that they may have,
+// they are taken again of residuals times a power of two: exact, and in float32 like everything that elements need.
+constexpr double kLeastTrusted = 0x1p-100;
+constexpr float kLarger = 0x1p96f, kSmaller = 0x1p-96f;
+
+BICM_DEVICE bool trusted(double sum) { return sum >= kLeastTrusted && sum <= 0x1p128; }
+
+// A chunk's sum; `sum_of_round(c, scale)` is a thread's part of it.
+template <class C, class SumOfThread>
+BICM_DEVICE double chunk_total(const PseudoHuber& p, int64_t sample, SumOfThread sum_of_thread) {
+  const bool elementwise = p.distance == Distance::elementwise;
+  const C c = elementwise ? load_number<C>(p.c, sample) : C(0);
+  C scale = C(1);
+  for (;;) {
+    const double total = block_total(sum_of_thread(c, scale));
+    if (sizeof(C) == 8 || elementwise || (scale == C(1) && trusted(total))) return total;
+    if (scale != C(1)) return total * (scale == kLarger ? 0x1p-192 : 0x1p192);
+    scale = total < kLeastTrusted ? kLarger : kSmaller;
+  }
+}
+
+// The threads of the block that sums a chunk of a sample: with the chunk, what the order of a sum depends on.
+template <class Memory>
+unsigned threads_of_chunk(const Layout& layout) {
+  const int64_t longest = layout.elements < kSumChunk ? layout.elements : kSumChunk;
+  const int64_t warps = divide_up(divide_up(longest, Memory::kGroup), kLanesOfWarp);
+  const int64_t threads = warps < 1 ? kLanesOfWarp : warps * kLanesOfWarp < kThreads ? warps * kLanesOfWarp : kThreads;
+  return static_cast<unsigned>(threads);
+}
+
+}  // namespace cuda
+}  // namespace bicm

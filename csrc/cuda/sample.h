@@ -1,0 +1,70 @@
+// What becomes of a sample's sum: its distance, and the loss of the batch, which the last block adds up.
+#pragma once
+
+#include "../core/pseudo_huber.h"
+
+#include "access.h"
+#include "block.h"
+
+namespace bicm {
+namespace cuda {
+
+// Where results go: the loss in the compute type; the sums of chunks, which are the samples' own where each has one
+// chunk; and the number of blocks that have finished, or null where no block needs to know.
+struct Results {
+  void* loss;
+  double* chunk_sums;
+  unsigned* finished;
+  int64_t chunks;
+};
+
+BICM_DEVICE void store_loss(const PseudoHuber& p, const Results& to, int64_t i, double value) {
+  if (p.float64) {
+    store_at(static_cast<double*>(to.loss) + i, value);
+  } else {
+    store_at(static_cast<float*>(to.loss) + i, static_cast<float>(value));
+  }
+}
+
+BICM_DEVICE double finish_sample(const PseudoHuber& p, const Results& to, int64_t sample, double sum) {
+  store_at(p.sums + sample, sum);
+  const double value = load_number<double>(p.weight, sample) * distance_of(p, sample, sum);
+  if (p.reduction == Reduction::none) store_loss(p, to, sample, value);
+  return value;
+}
+
+BICM_DEVICE void finish_chunk(const PseudoHuber& p, const Results& to, int64_t sample, int64_t item, double sum) {
+  if (to.finished == nullptr) {
+    finish_sample(p, to, sample, sum);
+  } else {
+    store_at(to.chunk_sums + item, sum);
+  }
+}
+
+// Whether this block is the last to finish; then the others' sums can be read.
+BICM_DEVICE bool finishes_last(unsigned* finished) {
+  BICM_SHARED(bool, last, 1);
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last[0] = gridDim.x == 1 || add_to(finished, 1u) + 1 == gridDim.x;
+    __threadfence();
+  }
+  __syncthreads();
+  return last[0];
+}
+
+BICM_DEVICE void finish_batch(const PseudoHuber& p, const Results& to) {
+  Sum<double> total = {};
+  for (int64_t sample = threadIdx.x; sample < p.layout.batch; sample += blockDim.x) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < to.chunks; ++i) sum = sum + load_at(to.chunk_sums + sample * to.chunks + i);
+    total = add(total, {finish_sample(p, to, sample, sum), 0.0});
+  }
+  if (p.reduction == Reduction::none) return;
+  const double sum = value_of(block_sum(total));
+  const bool mean = p.reduction == Reduction::mean;
+  if (threadIdx.x == 0) store_loss(p, to, 0, mean ? sum / static_cast<double>(p.layout.batch) : sum);
+}
+
+}  // namespace cuda
+}  // namespace bicm
