@@ -71,8 +71,9 @@ def measure(name: str, quick: bool, clock: str) -> list[Row]:
         }
         calls = {key: steps_of(scheduler, shape) for key, scheduler in contestants.items()}
         times = interleave(calls, effort, CLOCKS[clock])
-        draws = {"draw": partial(torch.randn, shape), "our draw": partial(generator_normal, shape)}
-        times |= interleave(draws, effort, CLOCKS[clock])  # apart: they empty the cache
+        # Apart, because they empty the cache.
+        draws = {"torch's draw": partial(torch.randn, shape), "our draw": partial(generator_normal, shape)}
+        times |= interleave(draws, effort, CLOCKS[clock])
         return "×".join(map(str, shape)) + label, {key: t.median * 1e6 for key, t in times.items()}
 
     with torch.no_grad(), threads(1):
@@ -90,19 +91,20 @@ def main(quick: bool, clock: str) -> None:
     table = Table(
         title=f"diffusers {diffusers.__version__}, torch {torch.__version__}, one thread, float32, {clock} time, µs"
     )
-    for column in ("scheduler", "shape", "original", "accelerated", "×", "keyed noise", "×", "a draw alone", "ours"):
+    columns = ("original", "accelerated", "×", "keyed noise", "×", "torch's draw alone", "ours", "×")
+    for column in ("scheduler", "shape", *columns):
         table.add_column(column, justify="left" if column in ("scheduler", "shape") else "right")
     for cls in COVERED:
         with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
             rows = pool.submit(measure, cls.__name__, quick, clock).result()
         for shape, times in rows:
             assert all(map(math.isfinite, times.values()))
-            original, accelerated, keyed, *draws = times.values()
-            ratios = (f"{original / accelerated:.1f}", f"{original / keyed:.1f}")
-            name = cls.__name__.removesuffix("Scheduler")
-            shown = [f"{time:.1f}" for time in (original, accelerated, keyed, *draws)]
-            table.add_row(name, shape, shown[0], shown[1], ratios[0], shown[2], ratios[1], *shown[3:])
-    Console(width=140).print(table)
+            original, accelerated, keyed, draw, our_draw = times.values()
+            pairs = ((original, accelerated), (original, keyed), (draw, our_draw))
+            shown = [cell for pair in pairs for cell in (f"{pair[1]:.1f}", f"{pair[0] / pair[1]:.1f}")]
+            cells = [f"{original:.1f}", *shown[:4], f"{draw:.1f}", *shown[4:]]
+            table.add_row(cls.__name__.removesuffix("Scheduler"), shape, *cells)
+    Console(width=150).print(table)
 
 
 if __name__ == "__main__":

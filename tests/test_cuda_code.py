@@ -75,7 +75,7 @@ def test_contraction_would_be_seen(tmp_path: Path) -> None:
 #: Kernels whose increments and values are float64, whatever the tensors hold.
 EXACT = re.compile("17reversible_kernel|25fixed_point_decode_kernel")
 #: Kernels that compute in float64 what exists once per sample; the others do where a tensor is float64 alone.
-PER_SAMPLE = re.compile(r"(pseudo_huber|gradient|resident)_kernel\w+?Lb(\d)")
+PER_SAMPLE = re.compile(r"(pseudo_huber|gradient|resident|cluster)_kernel\w+?Lb(\d)")
 
 
 def test_float32_kernels_compute_in_float32(ptx: dict[str, str]) -> None:
@@ -93,7 +93,7 @@ def test_float32_kernels_compute_in_float32(ptx: dict[str, str]) -> None:
             assert count == 0, name
         checked += 1
     assert checked > 40
-    assert len(per_sample) == 6
+    assert len(per_sample) == 8
     assert all(len(counts) == 1 for counts in per_sample.values()), per_sample
 
 
@@ -136,7 +136,7 @@ def expected_accesses(name: str) -> tuple[int, int] | None:
         return width, width
     loss = PER_SAMPLE.search(name)
     assert loss is not None, name
-    if loss[1] == "resident":  # whose accesses are unrolled, some more often than others
+    if loss[1] in ("resident", "cluster"):  # whose accesses are unrolled, some more often than others
         return width, width
     inputs = 2 + int(loss[2])
     return inputs * width, (0 if loss[1] == "pseudo_huber" else inputs) * width
@@ -163,6 +163,12 @@ def dense_kernels(text: str, architecture: str) -> int:
         if expected is None:
             continue
         assert not re.search(r"\b(?:LDL|STL)\b", kernel), (architecture, name)
+        if "cluster_kernel" in name:
+            # Before the blocks read one another's sums and behind it; there is nothing of it where clusters are not.
+            barriers = Counter(re.findall(r"\bUCGABAR_(ARV|WAIT)\b", kernel))
+            clusters = int(architecture[3:]) >= 90
+            assert barriers == ({"ARV": 2, "WAIT": 2} if clusters else {}), (architecture, name)
+            expected = expected if clusters else (0, 0)
         found = Counter(re.findall(r"\b(LDG|STG)\.E(?:\.\w+)*\.128\b", kernel))
         for access, count in zip(("LDG", "STG"), expected, strict=True):
             # A loop may be unrolled.

@@ -81,5 +81,5 @@ def test_instruction_sets_and_threads_give_one_digest(python: Any, best_digest: 
         + "print(bk.backend.describe())\nfor n in (1, 2):\n    torch.set_num_threads(n)\n    print(digest_all())\n"
     )
     described, one, two = python(program, BICM_KERNELS_ISA=instructions).stdout.splitlines()
-    assert described == f"cpu: native (C++, {instructions})"
+    assert described.startswith(f"cpu: native (C++, {instructions}")
     assert one == two == best_digest

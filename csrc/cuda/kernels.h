@@ -27,7 +27,7 @@ cudaError_t fixed_point_decode(const FixedPointDecode& problem, cudaStream_t str
 int64_t pseudo_huber_scratch(const PseudoHuber& p);
 cudaError_t pseudo_huber(const PseudoHuber& p, void* loss, double* scratch, cudaStream_t stream);
 cudaError_t pseudo_huber_gradient(const PseudoHuber& p, cudaStream_t stream);
-// Both, with the same bits: in one launch and with one reading of the inputs where a block holds a sample.
+// Both, with the same bits: in one launch and with one reading of the inputs where a sample fits on chip.
 cudaError_t pseudo_huber_with_gradient(const PseudoHuber& p, void* loss, double* scratch, cudaStream_t stream);
 cudaError_t scale_gradient(const KeptGradient& p, cudaStream_t stream);
 

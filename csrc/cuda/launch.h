@@ -20,6 +20,7 @@ constexpr int kThreads = 256;
 struct Grid {
   unsigned x, y, threads;  // blocks along a sample, blocks along the batch, threads of a block
   bool synchronises;       // whether the kernel's threads wait for one another: the emulator wants to know
+  unsigned cluster = 1;    // blocks along x that run together
 };
 
 // Enough blocks to let the hardware balance its processors, few enough that a block's start (the weights, the key) is
@@ -76,6 +77,11 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t
   config.gridDim = dim3(grid.x, grid.y);
   config.blockDim = dim3(grid.threads);
   config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {grid.cluster, 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = grid.cluster > 1 ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error != cudaSuccess) cudaGetLastError();  // reported here; the next caller shall not find it again
   return error;

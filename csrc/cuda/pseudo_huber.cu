@@ -1,6 +1,6 @@
 // Pseudo-Huber losses. Forward: a sample is cut into chunks, which depend on its size alone; a block sums a chunk, and
 // the block that finishes last adds the chunks of every sample, and the samples, in order. Backward: elementwise, from
-// the inputs read again and the sums of the forward pass; or with the value, by resident.h where a block holds a sample.
+// the inputs read again and the sums of the forward pass; or with the value, by resident.h where a sample fits on chip.
 #include "../core/pseudo_huber.h"
 
 #include "kernels.h"
@@ -128,11 +128,17 @@ cudaError_t run_pass(const PseudoHuber& p, const Results& to, const Access& acce
   }
 }
 
-// Whether a block can keep a sample's residuals, walking memory in the order in which the sums alone are taken.
-bool fits_on_chip(const PseudoHuber& p, const Access& inputs, const Access& all) {
+// Whether a block or a cluster can keep a sample's residuals, walking memory in the order in which sums alone are taken.
+cudaError_t fits_on_chip(const PseudoHuber& p, const Access& inputs, const Access& all, bool& fits) {
   const bool wide = p.prediction.dtype == DType::float32 || p.prediction.dtype == DType::float64;
   const bool packed = all.dense && (all.uniform ? wide : !p.float64);
-  return packed && all.uniform == inputs.uniform && p.layout.elements <= resident_elements(p.float64);
+  const unsigned blocks = blocks_of_sample(p);
+  bool exact = true;
+  for (int k = 0; k < kLossInputs; ++k) {
+    exact = exact && (!p.wanted[k] || p.gradient[k].dtype == (p.float64 ? DType::float64 : DType::float32));
+  }
+  fits = packed && exact && all.uniform == inputs.uniform && blocks > 0 && p.layout.batch > 0 && p.layout.elements > 0;
+  return fits && blocks > 1 ? has_clusters(fits) : cudaSuccess;
 }
 
 cudaError_t run_resident(const PseudoHuber& p, const Results& to, const Access& access, cudaStream_t stream) {
@@ -173,8 +179,10 @@ cudaError_t pseudo_huber_gradient(const PseudoHuber& p, cudaStream_t stream) {
 
 cudaError_t pseudo_huber_with_gradient(const PseudoHuber& p, void* loss, double* scratch, cudaStream_t stream) {
   const Access access = access_of(p, true);
-  cudaError_t error;
-  if (p.layout.batch == 0 || p.layout.elements == 0 || !fits_on_chip(p, access_of(p, false), access)) {
+  bool fits;
+  cudaError_t error = fits_on_chip(p, access_of(p, false), access, fits);
+  if (error != cudaSuccess) return error;
+  if (!fits) {
     error = pseudo_huber(p, loss, scratch, stream);
     return error == cudaSuccess ? pseudo_huber_gradient(p, stream) : error;
   }

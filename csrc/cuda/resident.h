@@ -1,7 +1,8 @@
-// A loss and its gradients in one launch: a block keeps the residuals of a whole sample in its registers while it sums
-// them. The sum is that of pseudo_huber.cu, in the same order.
+// A loss and its gradients in one launch: a block, or a cluster of blocks, keeps the residuals of a whole sample in its
+// registers while it sums them. The sum is that of pseudo_huber.cu, in the same order.
 #pragma once
 
+#include "cluster.h"
 #include "gradient.h"
 #include "residual.h"
 #include "sample.h"
@@ -13,62 +14,113 @@ namespace cuda {
 template <class Memory>
 constexpr int kRounds = 32 / (Memory::kGroup * static_cast<int>(sizeof(typename Memory::Compute) / 4));
 
-// The largest sample of a block: a chunk of float32, or half of one of float64.
+// What a block holds: a chunk of float32, or half of one of float64.
 inline int64_t resident_elements(bool float64) { return float64 ? kSumChunk / 2 : kSumChunk; }
 
-static_assert(kRounds<Packed<float>> * kThreads * Packed<float>::kGroup == kSumChunk, "a sample must fit");
-static_assert(kRounds<Mixed> * kThreads * Mixed::kGroup == kSumChunk, "a sample must fit");
-static_assert(kRounds<Packed<double>> * kThreads * Packed<double>::kGroup * 2 == kSumChunk, "a sample must fit");
+static_assert(kRounds<Packed<float>> * kThreads * Packed<float>::kGroup == kSumChunk, "a chunk must fit");
+static_assert(kRounds<Mixed> * kThreads * Mixed::kGroup == kSumChunk, "a chunk must fit");
+static_assert(kRounds<Packed<double>> * kThreads * Packed<double>::kGroup * 2 == kSumChunk, "a chunk must fit");
 
-template <class Memory, bool Denoises>
-__global__ void __launch_bounds__(kThreads, 2)
-    resident_kernel(const __grid_constant__ PseudoHuber p, const __grid_constant__ Results to, bool aligned) {
+// Gradients that are kept are of the compute type, whatever the inputs are.
+template <class Memory>
+struct Unrounded : Memory {
+  template <class Place, class C>
+  BICM_DEVICE static void store(const Layout&, const Operand& x, const Place& place, const C* values) {
+    store_dense<C, Memory::kGroup>(x, place, values);
+  }
+};
+
+// A chunk of a sample: its sum, and its gradients once `sum_of_sample` knows the sample's sum from it.
+template <class Memory, bool Denoises, class SumOfSample>
+BICM_DEVICE void differentiate_chunk(const PseudoHuber& p, const Results& to, int64_t sample, int64_t chunk,
+                                     bool aligned, SumOfSample sum_of_sample) {
   using C = typename Memory::Compute;
   constexpr int G = Memory::kGroup;
   const bool elementwise = p.distance == Distance::elementwise;
-  for (int64_t sample = blockIdx.x; sample < p.layout.batch; sample += gridDim.x) {
-    const Preconditioning<C> weights = denoising_weights<C>(p, sample);
-    const auto begin_of = [](int round) { return (static_cast<int64_t>(round) * blockDim.x + threadIdx.x) * G; };
-    C r[kRounds<Memory>][G] = {};
+  const Preconditioning<C> weights = denoising_weights<C>(p, sample);
+  const int64_t first = chunk * kSumChunk, left = p.layout.elements - first;
+  const int count = static_cast<int>(left < kSumChunk ? left : kSumChunk);
+  const auto place_of = [](int round) { return static_cast<int>(round * blockDim.x + threadIdx.x) * G; };
+  C r[kRounds<Memory>][G] = {};
+  BICM_UNROLL(8)
+  for (int round = 0; round < kRounds<Memory>; ++round) {
+    const int place = place_of(round);
+    if (place >= count) continue;
+    residual<Memory, Denoises>(p, weights, Memory::at(p.layout, sample, first + place, aligned), r[round]);
+  }
+  const double total = chunk_total<C>(p, sample, [&](C c, C scale) {
+    Sum<C> sum = {};
     BICM_UNROLL(8)
     for (int round = 0; round < kRounds<Memory>; ++round) {
-      const int64_t begin = begin_of(round);
-      if (begin >= p.layout.elements) continue;
-      residual<Memory, Denoises>(p, weights, Memory::at(p.layout, sample, begin, aligned), r[round]);
-    }
-    const double total = chunk_total<C>(p, sample, [&](C c, C scale) {
-      Sum<C> sum = {};
+      const int place = place_of(round);
+      if (place >= count) continue;
+      C terms[G];
       BICM_UNROLL(8)
-      for (int round = 0; round < kRounds<Memory>; ++round) {
-        const int64_t begin = begin_of(round);
-        if (begin >= p.layout.elements) continue;
-        C terms[G];
-        BICM_UNROLL(8)
-        for (int i = 0; i < G; ++i) terms[i] = r[round][i];
-        sum = add(sum, {sum_of_terms<G>(terms, p.layout.elements - begin, elementwise, c, scale), C(0)});
-      }
-      return sum;
-    });
-    const Factors<C> f = factors_of<C>(p, sample, total);
-    BICM_UNROLL(8)
-    for (int round = 0; round < kRounds<Memory>; ++round) {
-      const int64_t begin = begin_of(round);
-      if (begin >= p.layout.elements) continue;
-      store_gradients<Memory, Denoises>(p, f, Memory::at(p.layout, sample, begin, aligned), r[round]);
+      for (int i = 0; i < G; ++i) terms[i] = r[round][i];
+      sum = add(sum, {sum_of_terms<G>(terms, count - place, elementwise, c, scale), C(0)});
     }
-    if (threadIdx.x == 0) finish_chunk(p, to, sample, sample, total);
+    return sum;
+  });
+  const Factors<C> f = factors_of<C>(p, sample, sum_of_sample(total));
+  BICM_UNROLL(8)
+  for (int round = 0; round < kRounds<Memory>; ++round) {
+    const int place = place_of(round);
+    if (place >= count) continue;
+    store_gradients<Unrounded<Memory>, Denoises>(p, f, Memory::at(p.layout, sample, first + place, aligned), r[round]);
+  }
+  if (threadIdx.x == 0 && count > 0) finish_chunk(p, to, sample, sample * to.chunks + chunk, total);
+}
+
+// Chunks that need no other: of a sample that has one, or of an elementwise distance.
+template <class Memory, bool Denoises>
+__global__ void __launch_bounds__(kThreads, 2)
+    resident_kernel(const __grid_constant__ PseudoHuber p, const __grid_constant__ Results to, bool aligned) {
+  for (int64_t item = blockIdx.x; item < p.layout.batch * to.chunks; item += gridDim.x) {
+    differentiate_chunk<Memory, Denoises>(p, to, item / to.chunks, item % to.chunks, aligned,
+                                          [](double total) { return total; });
   }
   if (to.finished != nullptr && finishes_last(to.finished)) finish_batch(p, to);
 }
 
+// A sample of several chunks, one for each block of a cluster; blocks beyond them add 0.
+template <class Memory, bool Denoises>
+__global__ void __launch_bounds__(kThreads, 2)
+    cluster_kernel(const __grid_constant__ PseudoHuber p, const __grid_constant__ Results to, bool aligned) {
+#if defined(BICM_CLUSTERS)
+  const unsigned blocks = __clusterSizeInBlocks();
+  for (int64_t sample = blockIdx.x / blocks; sample < p.layout.batch; sample += gridDim.x / blocks) {
+    differentiate_chunk<Memory, Denoises>(p, to, sample, __clusterRelativeBlockRank(), aligned, cluster_sum);
+  }
+  if (finishes_last(to.finished)) finish_batch(p, to);
+#endif
+}
+
+// The blocks that have to know of one another, from the sample's size alone: a cluster, or 0 where it would not hold it.
+inline unsigned blocks_of_sample(const PseudoHuber& p) {
+  const bool alone = p.distance == Distance::elementwise && !p.float64;
+  if (alone || p.layout.elements <= resident_elements(p.float64)) return 1;
+  unsigned blocks = 2;
+  while (blocks < chunks_of(p.layout)) blocks *= 2;
+  return p.float64 || blocks > kMaxCluster ? 0 : blocks;
+}
+
 template <class Memory, bool Denoises>
 cudaError_t run_resident(const PseudoHuber& p, const Results& to, bool aligned, cudaStream_t stream) {
+  const unsigned blocks = blocks_of_sample(p);
   Grid grid;
-  const cudaError_t error = plan_blocks(p.layout.batch, grid);
+  const cudaError_t error = plan_blocks(blocks == 1 ? p.layout.batch * to.chunks : p.layout.batch, grid);
   if (error != cudaSuccess) return error;
+  grid.x *= blocks;
+  grid.cluster = blocks;
   grid.threads = threads_of_chunk<Memory>(p.layout);
   grid.synchronises = true;
-  return launch(resident_kernel<Memory, Denoises>, grid, stream, p, to, aligned);
+  if (blocks == 1) return launch(resident_kernel<Memory, Denoises>, grid, stream, p, to, aligned);
+  // Half a chunk of float64 fits in a block: samples of several never come here.
+  if constexpr (sizeof(typename Memory::Compute) == 8) {
+    return cudaErrorInvalidConfiguration;
+  } else {
+    return launch(cluster_kernel<Memory, Denoises>, grid, stream, p, to, aligned);
+  }
 }
 
 }  // namespace cuda

@@ -3,7 +3,7 @@
 #define BICM_ISA emulated
 #include "../core/half.h"
 #include "../cuda/access.h"
-#include "../cuda/block.h"
+#include "../cuda/cluster.h"
 #include "arrays.h"
 
 namespace bicm {
@@ -79,6 +79,44 @@ void votes(const Lines& lines) {
   store_at(lines.out + threadIdx.x, static_cast<float>(__builtin_popcount(ballot)) * 4.0f + any + all);
 }
 
+// Every block's first number, added up by the first thread of each.
+void cluster_sum(const Lines& lines) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x;
+  const double sum = cuda::cluster_sum(load_at(lines.in + first));
+  if (threadIdx.x == 0) store_at(lines.out + first, static_cast<float>(sum));
+}
+
+enum class Fault { none, no_barrier, no_last_barrier, peer_too_far, of_some, no_wait, no_arrival, twice };
+
+// out = the number of the next block, which its first thread wrote.
+template <Fault fault>
+void next_block(const Lines& lines) {
+  BICM_SHARED(float, mine, 1);
+  const unsigned rank = __clusterRelativeBlockRank(), blocks = __clusterSizeInBlocks();
+  if (threadIdx.x == 0) mine[0] = load_at(lines.in + rank);
+  if (fault == Fault::no_barrier) __syncthreads();
+  if (fault == Fault::no_wait) return __cluster_barrier_arrive();
+  if (fault == Fault::no_arrival) __cluster_barrier_wait();
+  if (fault == Fault::twice) __cluster_barrier_arrive();
+  if (fault != Fault::no_barrier && (fault != Fault::of_some || rank > 0)) cuda::cluster_barrier();
+  const unsigned next = fault == Fault::peer_too_far ? rank + 1 : (rank + 1) % blocks;
+  if (threadIdx.x == 0) store_at(lines.out + rank, cuda::of_peer(mine, next, 0));
+  if (fault != Fault::no_last_barrier) cuda::cluster_barrier();
+  if (threadIdx.x == 0) mine[0] = 0.0f;
+}
+
+// A block writes again what another may still be reading.
+void overwritten(const Lines& lines) {
+  BICM_SHARED(float, mine, 1);
+  const unsigned rank = __clusterRelativeBlockRank();
+  if (threadIdx.x == 0) mine[0] = load_at(lines.in + rank);
+  cuda::cluster_barrier();
+  if (threadIdx.x == 0) store_at(lines.out + rank, cuda::of_peer(mine, 1 - rank, 0));
+  __syncthreads();
+  if (threadIdx.x == 0) mine[0] = 0.0f;
+  cuda::cluster_barrier();
+}
+
 using Kernel = void (*)(const Lines&);
 
 const std::vector<std::pair<std::string, Kernel>> kernels = {{"block_sum", block_sum},
@@ -91,19 +129,31 @@ const std::vector<std::pair<std::string, Kernel>> kernels = {{"block_sum", block
                                                              {"absent_lanes", absent_lanes},
                                                              {"missing_lane", missing_lane},
                                                              {"one_too_far", one_too_far},
-                                                             {"votes", votes}};
+                                                             {"votes", votes},
+                                                             {"cluster_sum", cluster_sum},
+                                                             {"next_block", next_block<Fault::none>},
+                                                             {"no_barrier", next_block<Fault::no_barrier>},
+                                                             {"no_last_barrier", next_block<Fault::no_last_barrier>},
+                                                             {"peer_too_far", next_block<Fault::peer_too_far>},
+                                                             {"of_some", next_block<Fault::of_some>},
+                                                             {"no_wait", next_block<Fault::no_wait>},
+                                                             {"no_arrival", next_block<Fault::no_arrival>},
+                                                             {"twice", next_block<Fault::twice>},
+                                                             {"overwritten", overwritten}};
 
 void cooperate(const std::string& name, py::array_t<float, py::array::c_style> in,
-               py::array_t<float, py::array::c_style> out, unsigned blocks, bool synchronises) {
+               py::array_t<float, py::array::c_style> out, unsigned blocks, bool synchronises, unsigned cluster) {
   watch({});
   for (const auto* array : {&in, &out}) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(array->data());
     ranges.push_back({begin, begin + static_cast<uintptr_t>(array->nbytes())});
   }
-  const cuda::Grid grid = {blocks, 1, static_cast<unsigned>(in.size()), synchronises};
+  const unsigned threads = static_cast<unsigned>(in.size()) / (cluster > 1 ? blocks : 1);
+  const cuda::Grid grid = {blocks, 1, threads, synchronises, cluster};
   for (const auto& [known, kernel] : kernels) {
     if (name != known) continue;
-    cuda::launch(kernel, grid, nullptr, Lines{in.data(), out.mutable_data(), in.size()});
+    const cudaError_t error = cuda::launch(kernel, grid, nullptr, Lines{in.data(), out.mutable_data(), in.size()});
+    if (error != cudaSuccess) throw std::runtime_error("the launch returned an error");
     return;
   }
   throw py::value_error("no such kernel: " + name);
@@ -113,7 +163,7 @@ void cooperate(const std::string& name, py::array_t<float, py::array::c_style> i
 
 void bind_cooperation(py::module_& module) {
   module.def("cooperate", &cooperate, py::arg("name"), py::arg("in"), py::arg("out"), py::arg("blocks") = 1,
-             py::arg("synchronises") = true);
+             py::arg("synchronises") = true, py::arg("cluster") = 1);
 }
 
 }  // namespace emulator

@@ -1,10 +1,11 @@
-// The threads of a block as fibres: each runs until it waits for others or ends. Waiting threads go on when all whom
-// they wait for have come; where that cannot happen, the launch fails and says why.
+// The threads of a block, or of the blocks of a cluster, as fibres: each runs until it waits for others or ends. Waiting
+// threads go on when all whom they wait for have come; where that cannot happen, the launch fails and says why.
 #pragma once
 
 #include <stdint.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -34,19 +35,27 @@ struct Site {
   }
 };
 
-enum class Wait { none, block, warp, ended };
+enum class Wait { none, block, cluster, warp, ended };
+
+constexpr unsigned kMaxCluster = 8;  // blocks, on every GPU that has clusters
 
 class Fibres {
  public:
-  // Runs `count` threads to their ends, in order or backwards. `select` is told which one goes on.
-  void run(unsigned count, bool backwards, std::function<void()> body, std::function<void(unsigned)> select) {
+  // Runs `blocks` of `threads` threads to their ends, in order or backwards. `select` is told which one goes on.
+  void run(unsigned blocks, unsigned threads, bool backwards, std::function<void()> body,
+           std::function<void(unsigned)> select) {
+    if (blocks > 1 && threads % kWarp != 0) throw std::logic_error("the blocks of a cluster must be whole warps");
     body_ = std::move(body);
     select_ = std::move(select);
+    const unsigned count = blocks * threads;
     grow(count);
     count_ = count;
+    per_block_ = threads;
     exchanges_.assign((count + kWarp - 1) / kWarp, {});
     for (unsigned i = 0; i < count; ++i) start(i);
-    block_ = ++interval_;  // what was shared before is no longer
+    block_ = ++last_interval_;  // what was shared before is no longer
+    for (unsigned rank = 0; rank < blocks; ++rank) intervals_[rank] = block_;
+    ++epoch_;
     while (!all_ended()) {
       bool moved = false;
       for (unsigned k = 0; k < count; ++k) {
@@ -57,14 +66,38 @@ class Fibres {
         if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
       }
       moved = release_warps() || moved;
-      if (!moved) release_block();
+      if (!moved) release_blocks(blocks);
     }
   }
 
   unsigned current() const { return current_; }
-  // The times between barriers have numbers, growing over all blocks; `block` is the first of this block's.
-  int64_t interval() const { return interval_; }
+  unsigned rank() const { return per_block_ == 0 ? 0 : current_ / per_block_; }  // of the running block in its cluster
+  unsigned blocks() const { return per_block_ == 0 ? 1 : count_ / per_block_; }
+  // The times between a block's barriers have numbers, growing over all blocks; `block` is the first of these blocks'.
+  // Epochs are the times between a cluster's.
+  int64_t interval() const { return intervals_[rank()]; }
   int64_t block() const { return block_; }
+  int64_t epoch() const { return epoch_; }
+
+  bool has_ended(unsigned rank) const {
+    for (unsigned i = rank * per_block_; i < (rank + 1) * per_block_; ++i) {
+      if (threads_[i].wait != Wait::ended) return false;
+    }
+    return true;
+  }
+
+  void arrive(Site site) {
+    if (threads_[current_].arrived) throw std::logic_error(site.name() + ": a thread arrives twice and has not waited");
+    threads_[current_].arrived = true;
+  }
+
+  void wait_for_cluster(Site site) {
+    Thread& thread = threads_[current_];
+    if (!thread.arrived) throw std::logic_error(site.name() + ": a thread waits for a cluster and has not arrived");
+    thread.site = site;
+    pause(Wait::cluster);
+    thread.arrived = false;
+  }
 
   void barrier(Site site) {
     threads_[current_].site = site;
@@ -96,6 +129,7 @@ class Fibres {
     Wait wait = Wait::ended;
     Site site = {};
     uint32_t mask = 0;
+    bool arrived = false;  // at the cluster's barrier
     void* fake_stack = nullptr;
   };
   struct Exchange {
@@ -119,6 +153,7 @@ class Fibres {
     makecontext(&thread.context, reinterpret_cast<void (*)()>(&enter), 2, static_cast<unsigned>(self),
                 static_cast<unsigned>(self >> 32));
     thread.wait = Wait::none;
+    thread.arrived = false;
     thread.fake_stack = nullptr;
   }
 
@@ -127,6 +162,9 @@ class Fibres {
     fibres->arrived_in_fibre(nullptr);
     try {
       fibres->body_();
+      if (fibres->threads_[fibres->current_].arrived) {
+        throw std::logic_error("a thread arrives at a cluster's barrier and ends without waiting");
+      }
     } catch (...) {
       fibres->error_ = std::current_exception();
     }
@@ -205,23 +243,58 @@ class Fibres {
     }
   }
 
-  // Nobody can go on by himself: either all wait at one barrier, or some will wait for ever.
-  void release_block() {
-    const Site site = threads_[0].site;
-    for (unsigned i = 0; i < count_; ++i) {
-      const Thread& thread = threads_[i];
-      if (thread.wait == Wait::block && threads_[0].wait == Wait::block && thread.site == site) continue;
-      std::string text = "deadlock:";
-      for (unsigned k : {0u, i}) text += " thread " + std::to_string(k) + " " + describe(threads_[k]) + ",";
-      throw std::logic_error(text + " and others wait for them");
+  // Nobody can go on by himself: either all threads of a block wait at one barrier of theirs, or all of the cluster, or
+  // some will wait for ever.
+  void release_blocks(unsigned blocks) {
+    bool moved = false;
+    for (unsigned rank = 0; rank < blocks; ++rank) {
+      const unsigned first = rank * per_block_;
+      if (odd_one(first, first + per_block_, Wait::block) != count_) continue;
+      intervals_[rank] = ++last_interval_;
+      for (unsigned i = first; i < first + per_block_; ++i) threads_[i].wait = Wait::none;
+      moved = true;
     }
-    ++interval_;
-    for (unsigned i = 0; i < count_; ++i) threads_[i].wait = Wait::none;
+    if (moved) return;
+    const unsigned odd = odd_one(0, count_, Wait::cluster);
+    if (odd == count_) {
+      ++epoch_;
+      for (unsigned rank = 0; rank < blocks; ++rank) intervals_[rank] = ++last_interval_;
+      for (unsigned i = 0; i < count_; ++i) threads_[i].wait = Wait::none;
+      return;
+    }
+    throw std::logic_error(describe_deadlock());
+  }
+
+  // Two threads that cannot meet, the first of those that have not ended among them.
+  std::string describe_deadlock() const {
+    unsigned waiting = 0;
+    while (threads_[waiting].wait == Wait::ended) ++waiting;
+    const bool of_block = threads_[waiting].wait == Wait::block;
+    unsigned other = of_block ? waiting / per_block_ * per_block_ : 0;
+    const unsigned last = of_block ? other + per_block_ : count_;
+    const auto alike = [&](const Thread& thread) {
+      return thread.wait == threads_[waiting].wait && thread.site == threads_[waiting].site;
+    };
+    while (other + 1 < last && alike(threads_[other])) ++other;
+    std::string text = "deadlock:";
+    for (unsigned k : {std::min(waiting, other), std::max(waiting, other)}) {
+      text += " thread " + std::to_string(k) + " " + describe(threads_[k]) + ",";
+    }
+    return text + " and others wait for them";
+  }
+
+  // The first thread of some that does not wait like that where the first of them does, or `count_`.
+  unsigned odd_one(unsigned first, unsigned last, Wait wait) const {
+    for (unsigned i = first; i < last; ++i) {
+      if (threads_[i].wait != wait || !(threads_[i].site == threads_[first].site)) return i;
+    }
+    return count_;
   }
 
   static std::string describe(const Thread& thread) {
     switch (thread.wait) {
       case Wait::block: return "waits at the barrier " + thread.site.name();
+      case Wait::cluster: return "waits for its cluster at " + thread.site.name();
       case Wait::warp: return "waits for its warp at " + thread.site.name();
       default: return "has ended";
     }
@@ -235,8 +308,8 @@ class Fibres {
   void* scheduler_fake_stack_ = nullptr;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_size_ = 0;
-  unsigned current_ = 0, count_ = 0;
-  int64_t interval_ = 0, block_ = 0;
+  unsigned current_ = 0, count_ = 0, per_block_ = 0;
+  int64_t intervals_[kMaxCluster] = {}, last_interval_ = 0, block_ = 0, epoch_ = 0;
   std::exception_ptr error_;
 };
 

@@ -19,7 +19,7 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorNoDevice = 100
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrClusterLaunch = 120 };
 using cudaStream_t = struct Stream*;
 
 struct dim3 {
@@ -38,7 +38,9 @@ struct Device {
   unsigned x = 0, y = 0, threads = 0;
   unsigned from_block = 0, until_block = 0;
   bool backwards = false, fails = false;
-  bool skips_barriers = false;  // a planted fault: __syncthreads does nothing
+  bool has_clusters = true;
+  bool skips_barriers = false;                                 // planted faults: __syncthreads does nothing,
+  bool skips_cluster_barriers = false, mistakes_peer = false;  // a cluster's does, another block's memory is meant
   int64_t launches = 0;
 
   cudaError_t error() const { return fails ? cudaErrorNoDevice : cudaSuccess; }
@@ -55,6 +57,15 @@ inline void check_waiting(Site site) {
 inline void barrier(Site site) {
   check_waiting(site);
   if (!device.skips_barriers) fibres.barrier(site);
+}
+
+inline void cluster_arrive(Site site) {
+  check_waiting(site);
+  if (!device.skips_cluster_barriers) fibres.arrive(site);
+}
+
+inline void cluster_wait(Site site) {
+  if (!device.skips_cluster_barriers) fibres.wait_for_cluster(site);
 }
 
 template <class T>
@@ -79,7 +90,8 @@ inline uint32_t ballot(uint32_t mask, bool predicate, Site site) {
   return result;
 }
 
-// A cell of shared memory. Two threads that touch it between the same barriers, one of them writing, are in a race.
+// A cell of shared memory. Two threads that touch it between the same barriers, one of them writing, are in a race: the
+// block's barriers for its own threads, the cluster's for those of other blocks, who may read.
 template <class T>
 class Cell {
  public:
@@ -99,12 +111,22 @@ class Cell {
     check_shared();
     check_interval(writer_, written_, "writes what another thread writes");
     check_interval(reader_, read_, "writes what another thread reads");
+    if (read_by_peer_ == fibres.epoch()) throw std::logic_error("race: a thread writes what another block reads");
     value_ = value;
+    epoch_ = fibres.epoch();
     writer_ = fibres.current();
     written_ = fibres.interval();
     return *this;
   }
   Cell& operator=(const Cell& other) { return *this = static_cast<T>(other); }
+
+  T read_by_peer() const {
+    check_shared();
+    if (written_ < fibres.block()) throw std::logic_error("shared memory is read before it is written");
+    if (epoch_ == fibres.epoch()) throw std::logic_error("race: a thread reads what another block writes");
+    read_by_peer_ = fibres.epoch();
+    return value_;
+  }
 
  private:
   static constexpr unsigned kMany = ~0u;
@@ -122,20 +144,35 @@ class Cell {
   T value_ = {};
   mutable unsigned reader_ = 0;
   mutable int64_t read_ = -1;
+  mutable int64_t read_by_peer_ = -1;
   unsigned writer_ = 0;
-  int64_t written_ = -1;
+  int64_t written_ = -1, epoch_ = -1;
 };
 
 template <class T, int Count>
 class Shared {
  public:
   Cell<T>& operator[](int i) {
-    if (i < 0 || i >= Count) throw std::out_of_range("an access outside of shared memory");
-    return cells_[i];
+    check(i);
+    return cells_[fibres.rank()][i];
+  }
+
+  // Of another block of the cluster, or of the thread's own.
+  T of_peer(unsigned rank, int i) {
+    check(i);
+    if (device.mistakes_peer) ++rank;
+    if (rank >= fibres.blocks()) throw std::out_of_range("shared memory of a block that the cluster does not have");
+    if (rank == fibres.rank()) return cells_[rank][i];
+    if (fibres.has_ended(rank)) throw std::logic_error("shared memory of a block that has ended");
+    return cells_[rank][i].read_by_peer();
   }
 
  private:
-  Cell<T> cells_[Count];
+  static void check(int i) {
+    if (i < 0 || i >= Count) throw std::out_of_range("an access outside of shared memory");
+  }
+
+  Cell<T> cells_[kMaxCluster][Count];
 };
 
 inline unsigned place(unsigned i, unsigned count) { return device.backwards ? count - 1 - i : i; }
@@ -151,7 +188,9 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& planned, cudaStrea
   const unsigned x = device.x ? device.x : planned.x;
   const unsigned y = device.y ? device.y : planned.y;
   const unsigned threads = device.threads && !planned.synchronises ? device.threads : planned.threads;
-  const bool valid = x >= 1 && x <= 0x7FFFFFFFu && y >= 1 && y <= 65535 && threads >= 1 && threads <= 1024;
+  const unsigned cluster = planned.cluster;
+  const bool valid = x >= 1 && x <= 0x7FFFFFFFu && y >= 1 && y <= 65535 && threads >= 1 && threads <= 1024 &&
+                     cluster <= emulator::kMaxCluster && x % cluster == 0;
   if (!valid) return cudaErrorInvalidConfiguration;
   ++device.launches;
   emulator::synchronises = planned.synchronises;
@@ -159,13 +198,19 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& planned, cudaStrea
   blockDim = {threads, 1, 1};
   const unsigned until = device.until_block ? device.until_block : x;
   for (unsigned j = 0; j < y; ++j) {
-    for (unsigned i = device.from_block; i < until; ++i) {
-      emulator::numbers_of_block.clear();
-      blockIdx = {device.until_block ? i : emulator::place(i, x), emulator::place(j, y), 0};
+    for (unsigned i = device.from_block; i < until; i += cluster) {
+      for (auto& numbers : emulator::numbers_of_block) numbers.clear();
+      const unsigned place = device.until_block ? i : emulator::place(i, x);
+      blockIdx = {place, emulator::place(j, y), 0};
       if (planned.synchronises) {
         emulator::fibres.run(
-            threads, device.backwards, [&] { kernel(arguments...); },
-            [](unsigned thread) { threadIdx = {thread, 0, 0}; });
+            cluster, threads, device.backwards, [&] { kernel(arguments...); },
+            [first = place / cluster * cluster, threads](unsigned thread) {
+              emulator::block_of_cluster = thread / threads;
+              blockIdx.x = first + thread / threads;
+              threadIdx = {thread % threads, 0, 0};
+            });
+        emulator::block_of_cluster = 0;
         continue;
       }
       for (unsigned thread = 0; thread < threads; ++thread) {
@@ -185,8 +230,9 @@ inline cudaError_t cudaGetDevice(int* device) {
   return bicm::emulator::device.error();
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = bicm::emulator::device.processors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const bicm::emulator::Device& device = bicm::emulator::device;
+  *value = attribute == cudaDevAttrClusterLaunch ? device.has_clusters : device.processors;
   return bicm::emulator::device.error();
 }
 
@@ -205,6 +251,10 @@ inline void __threadfence() {}
 
 #define BICM_SITE (::bicm::emulator::Site{__FILE__, __LINE__})
 #define __syncthreads() ::bicm::emulator::barrier(BICM_SITE)
+#define __cluster_barrier_arrive() ::bicm::emulator::cluster_arrive(BICM_SITE)
+#define __cluster_barrier_wait() ::bicm::emulator::cluster_wait(BICM_SITE)
+#define __clusterRelativeBlockRank() (::bicm::emulator::fibres.rank())
+#define __clusterSizeInBlocks() (::bicm::emulator::fibres.blocks())
 #define __shfl_xor_sync(mask, value, lanes) ::bicm::emulator::shuffle_xor(mask, value, lanes, BICM_SITE)
 #define __ballot_sync(mask, predicate) ::bicm::emulator::ballot(mask, predicate, BICM_SITE)
 #define __any_sync(mask, predicate) (__ballot_sync(mask, predicate) != 0)

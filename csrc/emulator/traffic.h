@@ -22,8 +22,9 @@ struct Traffic {
 };
 
 inline Traffic traffic;
-// The numbers that the running block has read: the first thread fetches one, the others find it in the cache.
-inline std::unordered_set<uintptr_t> numbers_of_block;
+// The numbers that the running blocks have read: the first thread fetches one, the others find it in the cache.
+inline std::unordered_set<uintptr_t> numbers_of_block[8];
+inline unsigned block_of_cluster = 0;  // which of them runs
 // The memory that a launch may touch; none: any.
 inline std::vector<Range> ranges;
 
@@ -44,7 +45,7 @@ inline void count_read(const void* address, size_t bytes, size_t alignment) {
 
 inline void count_number(const void* address, size_t bytes) {
   check_access(address, bytes, bytes, "load");
-  if (numbers_of_block.insert(reinterpret_cast<uintptr_t>(address)).second) {
+  if (numbers_of_block[block_of_cluster].insert(reinterpret_cast<uintptr_t>(address)).second) {
     traffic.numbers += static_cast<int64_t>(bytes);
   }
 }

@@ -13,7 +13,10 @@ import bicm_emulator
 
 DEFAULTS = {
     name: getattr(bicm_emulator.device, name)
-    for name in ("processors", "x", "y", "threads", "from_block", "until_block", "backwards", "fails", "skips_barriers")
+    for name in (
+        *("processors", "x", "y", "threads", "from_block", "until_block", "backwards", "fails", "has_clusters"),
+        *("skips_barriers", "skips_cluster_barriers", "mistakes_peer"),
+    )
 }
 
 

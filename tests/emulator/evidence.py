@@ -15,7 +15,6 @@ from .problems import NOISE, Shape, affine, denoised, states, values
 from .tensors import Tensor
 
 SHAPE: Shape = (4, 3, 64, 64)
-ON_CHIP: Shape = (4, 2, 64, 64)  # whose residuals a block just keeps
 SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8}
 #: Dtypes of states and of network outputs.
 KINDS = {"float32": ("float32", "float32"), "bfloat16": ("bfloat16", "bfloat16"), "mixed": ("float32", "bfloat16")}
@@ -31,12 +30,12 @@ class Count:
     launches: int
 
 
-def count(run: Callable[[], object], dtypes: list[str], shape: Shape = SHAPE) -> Count:
+def count(run: Callable[[], object], dtypes: list[str]) -> Count:
     """Run a kernel that has to read or write a tensor of each of these dtypes once."""
     traffic, launches = bicm_emulator.traffic, bicm_emulator.device.launches
     traffic.read = traffic.written = traffic.numbers = 0
     run()
-    moved, elements = traffic.read + traffic.written, float(np.prod(shape))
+    moved, elements = traffic.read + traffic.written, float(np.prod(SHAPE))
     least = sum(SIZES[dtype] for dtype in dtypes)
     return Count(moved / elements, least, traffic.numbers / elements, bicm_emulator.device.launches - launches)
 
@@ -147,7 +146,7 @@ def at_once(make: Callable[..., Loss], **options: object) -> Callable[[str, str]
 
     def run(state: str, network: str) -> Count:
         network = "float32" if network == "bfloat16" else network  # a half would take the two passes
-        loss = make(ON_CHIP, network, state, **options) if make is pseudo_huber else make(ON_CHIP, state, network)
+        loss = make(SHAPE, network, state, **options) if make is pseudo_huber else make(SHAPE, state, network)
         inputs = [x.dtype for x in loss.inputs]
         loss.c, loss.weight = each(0.1), each(2.0)
         loss.times = {name: each(value).argument for name, value in loss.times.items()}
@@ -156,7 +155,7 @@ def at_once(make: Callable[..., Loss], **options: object) -> Callable[[str, str]
             *_, (gradient,) = loss.run_with_gradients("cuda", [True] + [False] * (len(inputs) - 1))
             bicm_emulator.scale_gradient("cuda", gradient.argument, np.ones((), np.float32))
 
-        return count(both, [*inputs, inputs[0]], ON_CHIP)
+        return count(both, [*inputs, inputs[0]])
 
     return run
 

@@ -88,6 +88,44 @@ def test_nothing_to_sum(kind: str) -> None:
             check(MAKERS["pseudo_huber"](shape, kind=kind, c=0.1, reduction=reduction))
 
 
+@pytest.mark.parametrize("chunks", [2, 3, 5, 8, 9])
+@pytest.mark.parametrize("make", MAKERS)
+def test_clusters(device: bicm_emulator.Device, make: str, chunks: int) -> None:
+    """One launch and one reading up to eight chunks, on GPUs that have clusters; the same bits everywhere."""
+    problem, traffic = MAKERS[make]((2, chunks * CHUNK - 77)), bicm_emulator.traffic
+    wanted = [True] + [False] * (len(problem.inputs) - 1)
+    tensor, results = 4 * 2 * (chunks * CHUNK - 77), []
+    for has_clusters in (True, False):
+        device.has_clusters = has_clusters
+        at_once = has_clusters and chunks <= 8
+        launches, traffic.read, traffic.written = device.launches, 0, 0
+        results.append(problem.run_with_gradients("cuda", wanted))
+        assert device.launches == launches + (1 if at_once else 2)
+        passes = (1 if at_once else 2) * len(problem.inputs)
+        assert passes * tensor <= traffic.read < passes * tensor + 400
+        assert tensor <= traffic.written < tensor + 400
+    (loss, sums, (gradient,)), (other, other_sums, (again,)) = results
+    assert np.array_equal(loss, other)
+    assert np.array_equal(sums, other_sums)
+    assert np.array_equal(gradient.bits, again.bits)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_clusters_on_any_grid(device: bicm_emulator.Device, backwards: bool) -> None:
+    problem = MAKERS["consistency"]((5, 3 * CHUNK), "float32", "float32", reduction="none")
+    device.processors, device.backwards = 1, backwards
+    check(problem)
+
+
+def test_an_elementwise_sample_of_any_size_is_read_once(device: bicm_emulator.Device) -> None:
+    problem, traffic = MAKERS["pseudo_huber"]((1, 10 * CHUNK), kind="elementwise", c=0.1), bicm_emulator.traffic
+    device.has_clusters = False
+    launches, traffic.read = device.launches, 0
+    problem.run_with_gradients("cuda", [True, False])
+    assert device.launches == launches + 1
+    assert 8 * 10 * CHUNK <= traffic.read < 8 * 10 * CHUNK + 200
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("make", MAKERS)
 def test_one_launch_reads_each_input_once(device: bicm_emulator.Device, make: str, dtype: str) -> None:

@@ -177,6 +177,19 @@ def test_missing_barriers_in_the_losses(device: bicm_emulator.Device, backwards:
         problem.run_with_gradients("cuda", [True, False])
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_missing_barriers_and_wrong_peers_in_clusters(device: bicm_emulator.Device, backwards: bool) -> None:
+    problem, wanted = pseudo_huber((2, 20_000)), [True, False]
+    loss, *_ = problem.run_with_gradients("cuda", wanted)
+    assert loss == problem.run("cuda")[0]
+    device.backwards, device.skips_cluster_barriers = backwards, True
+    with pytest.raises(RuntimeError, match=r"race: .* another block|read before it is written|a block that has ended"):
+        problem.run_with_gradients("cuda", wanted)
+    device.skips_cluster_barriers, device.mistakes_peer = False, True
+    with pytest.raises(IndexError, match="a block that the cluster does not have"):
+        problem.run_with_gradients("cuda", wanted)
+
+
 def test_a_block_too_few(device: bicm_emulator.Device) -> None:
     """The last block's elements are missing from the real kernel's results."""
     problem = affine((2, 4000))

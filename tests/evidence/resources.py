@@ -47,7 +47,7 @@ class Usage:
     shared: int = 0
 
 
-NAMES = "noisy_pair|noise|fold_in|multistep|pseudo_huber|gradient|resident|scale|reversible|fixed_point_decode"
+NAMES = "noisy_pair|noise|fold_in|multistep|pseudo_huber|gradient|resident|cluster|scale|reversible|fixed_point_decode"
 
 
 def kernel_of(name: str) -> str:
@@ -105,7 +105,7 @@ def of_cuda() -> str:
     usage = usage_of_library()
     architectures = sorted({x for u in usage.values() for x in u.registers}, key=lambda x: int(x[3:]))
     assert len(architectures) > 1, "the library was built for one architecture alone"
-    widths = accesses(output(str(tool("cuobjdump")), "-sass", "-arch", architectures[0], LIBRARY))
+    widths = accesses(output(str(tool("cuobjdump")), "-sass", "-arch", architectures[-1], LIBRARY))
     rows = [
         [
             kernel,
