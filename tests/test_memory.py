@@ -177,6 +177,7 @@ def test_threads_share_it() -> None:
 
 
 def _in_child(x: Tensor) -> None:
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads, and would wait for them
     for _ in range(3):
         assert torch.equal(copy_of(x), x)
     backend.release_memory()
