@@ -136,8 +136,6 @@ def expected_accesses(name: str) -> tuple[int, int] | None:
         return width, width
     loss = PER_SAMPLE.search(name)
     assert loss is not None, name
-    if loss[1] in ("resident", "cluster"):  # whose accesses are unrolled, some more often than others
-        return width, width
     inputs = 2 + int(loss[2])
     return inputs * width, (0 if loss[1] == "pseudo_huber" else inputs) * width
 
