@@ -165,7 +165,7 @@ def resident(
     for step in tl.static_range(STEPS):
         element = step * COLUMNS + columns
         r = residual(prediction, target, x, weights, sizes, sample, element, element < elements, COMPUTE)
-        residuals = (*residuals, r)  # type: ignore[assignment]
+        residuals = residuals + (r,)  # type: ignore[assignment]  # noqa: RUF005 (Triton reads no star)
     scale = tl.full((), 1.0, COMPUTE)
     total = tl.zeros((1,), tl.float64)
     rounds = 1
