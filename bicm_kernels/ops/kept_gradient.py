@@ -14,7 +14,8 @@ from bicm_kernels.ops.library import library
 Gradients = tuple[Tensor | None, ...]
 
 _ops = torch.ops.bicm_kernels
-_graph_is_retained: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+# Where torch does not tell, every graph may be needed again.
+_graph_is_retained: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 _HALVES = (torch.float16, torch.bfloat16)
 _TWICE = b"""the loss kept its gradient and not its inputs: a second derivative needs gradient="backward\""""
 

@@ -22,10 +22,12 @@ struct Asked {
   State* state = nullptr;
 };
 
+// Of torch, looked up once.
 struct Found {
   PyObject *type, *usual;
   PyCFunction get_state, set_state;
 };
+Found found_ = {};
 
 PyCFunction method_of(PyObject* object, const char* name, int flags) {
   PyObject* method = PyObject_GetAttrString(object, name);
@@ -33,20 +35,6 @@ PyCFunction method_of(PyObject* object, const char* name, int flags) {
   const PyCFunction address = plain ? PyCFunction_GetFunction(method) : nullptr;
   Py_XDECREF(method);
   return address;
-}
-
-const Found& found() {
-  static const Found found = [] {
-    PyObject* torch = PyImport_ImportModule("torch");
-    PyObject* usual = torch == nullptr ? nullptr : PyObject_GetAttrString(torch, "default_generator");
-    Py_XDECREF(torch);
-    if (usual == nullptr) return PyErr_Clear(), Found{};
-    Found result = {reinterpret_cast<PyObject*>(Py_TYPE(usual)), usual, method_of(usual, "get_state", METH_NOARGS),
-                    method_of(usual, "set_state", METH_O)};
-    PyErr_Clear();
-    return result;
-  }();
-  return found;
 }
 
 int64_t count_of(const Few<int64_t, kMostDims>& shape, int64_t* sizes, int64_t* strides) {
@@ -76,7 +64,7 @@ bool advance(State& state, float* out, int64_t count) {
 }
 
 Asked state_of(const Generator& generator) {
-  Object tensor(found().get_state(generator.object, nullptr));
+  Object tensor(found_.get_state(generator.object, nullptr));
   int64_t bytes = 0;
   void* const data = tensor.get() == nullptr ? nullptr : bytes_of(tensor.get(), bytes);
   STD_TORCH_CHECK(data != nullptr && bytes == sizeof(State), "bicm_kernels: a generator of another kind");
@@ -85,9 +73,21 @@ Asked state_of(const Generator& generator) {
 
 }  // namespace
 
+void open_generator() {
+  PyObject* torch = PyImport_ImportModule("torch");
+  PyObject* usual = torch == nullptr ? nullptr : PyObject_GetAttrString(torch, "default_generator");
+  if (usual != nullptr) {
+    found_ = {reinterpret_cast<PyObject*>(Py_TYPE(usual)), usual, method_of(usual, "get_state", METH_NOARGS),
+              method_of(usual, "set_state", METH_O)};
+  }
+  Py_XDECREF(torch);
+  PyErr_Clear();
+}
+
 bool read(PyObject* from, Generator& to) {
-  to.object = from == Py_None ? found().usual : from;
-  return found().set_state != nullptr && reinterpret_cast<PyObject*>(Py_TYPE(to.object)) == found().type;
+  to.object = from == Py_None ? found_.usual : from;
+  const bool callable = found_.get_state != nullptr && found_.set_state != nullptr;
+  return callable && reinterpret_cast<PyObject*>(Py_TYPE(to.object)) == found_.type;
 }
 
 // Draws through here take turns, since each holds on to the interpreter from its last look at the state until it is set.
@@ -107,7 +107,7 @@ Object generator_normal(Few<int64_t, kMostDims> shape, Generator generator) {
                     "bicm_kernels: a state of another kind");
     now = state_of(generator);
   } while (now.state->place() != before);
-  const Object done(found().set_state(generator.object, asked.tensor.get()));
+  const Object done(found_.set_state(generator.object, asked.tensor.get()));
   STD_TORCH_CHECK(done.get() != nullptr, "bicm_kernels: the generator does not take its state back");
   return result;
 }

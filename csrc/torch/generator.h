@@ -5,6 +5,9 @@
 
 namespace bicm {
 
+// Looks up what is needed of torch; where it is not there, no generator is read.
+void open_generator();
+
 // A torch.Generator, borrowed; None stands for torch's default one.
 struct Generator {
   PyObject* object = nullptr;

@@ -210,6 +210,7 @@ bool add_lane(PyObject* module) {
       method<&fixed_point_decode<Lane, Object, DType>>("fixed_point_decode"),
       {nullptr, nullptr, 0, nullptr},
   };
+  open_generator();
   return !open_torch() || PyModule_AddFunctions(module, methods) == 0;
 }
 
