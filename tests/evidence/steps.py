@@ -24,8 +24,12 @@ from .document import table
 SHAPE = (2, 4, 8, 8)
 
 
+#: What launches nothing.
+ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")
+
+
 class Counter(TorchDispatchMode):
-    """Counts what is no view; of 0-d tensors alone where `scalars` are wanted."""
+    """Counts what is no view and no allocation; of 0-d tensors alone where `scalars` are wanted."""
 
     def __init__(self, scalars: bool) -> None:
         super().__init__()
@@ -35,7 +39,7 @@ class Counter(TorchDispatchMode):
         result = op(*args, **(kwargs or {}))
         views = any(x.alias_info is not None and not x.alias_info.is_write for x in op._schema.returns)
         wide = any(isinstance(x, Tensor) and x.dim() for x in tree_leaves((args, kwargs, result)))
-        self.count += not views and (wide or self.scalars)
+        self.count += not views and op._schema.name not in ALLOCATIONS and (wide or self.scalars)
         return result
 
 
