@@ -84,6 +84,7 @@ def chosen(families: tuple[str, ...], names: tuple[str, ...]) -> list[tuple[str,
     default="wall",
     help="processor: this thread's own time, for one thread on a busy machine.",
 )
+@click.option("--keep-memory", "keeps_memory", is_flag=True, help="Beside an allocator that keeps what is freed.")
 @click.option("--quick", is_flag=True, help="A few short rounds at the two smallest sizes: a smoke test.")
 def main(
     families: tuple[str, ...],
@@ -96,6 +97,7 @@ def main(
     json_path: Path | None,
     plot_path: str | None,
     clock: str,
+    keeps_memory: bool,
     quick: bool,
 ) -> None:
     """Measure FAMILIES (default: all) against eager PyTorch, torch.compile and a copy of as many bytes."""
@@ -119,6 +121,7 @@ def main(
             name,
             shapes,
             dtype,
+            keeps_memory=keeps_memory,
             thread_count=thread_count,
             compile_too=compile_too,
             effort=effort,

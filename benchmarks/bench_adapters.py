@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cases import SEED, Shape
+from benchmarks.isolation import keep_memory
 from benchmarks.measurement import threads
 from benchmarks.timing import CLOCKS, QUICK, Call, Effort, interleave
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler
@@ -78,8 +79,7 @@ def measure(name: str, quick: bool, clock: str) -> list[Row]:
 
     with torch.no_grad(), threads(1):
         rows = [row(shape) for shape in SHAPES]
-        # Large blocks go back to the system until one larger still was freed, as beside many networks.
-        torch.empty(31 << 20, dtype=torch.uint8)
+        keep_memory()
         return [*rows, row(SHAPES[-1], ", memory kept")]
 
 

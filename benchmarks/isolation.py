@@ -7,24 +7,35 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
+import torch
+
 from benchmarks.cases import Shape
 from benchmarks.measurement import Measurement, measure
 from benchmarks.registry import FAMILIES
 
 
+def keep_memory() -> None:
+    """Have the C library keep what is freed: large blocks go back to the system until one larger still was freed."""
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
 def measure_shapes(
-    family: str, name: str, shapes: Sequence[Shape], dtype: str, options: dict[str, Any]
+    family: str, name: str, shapes: Sequence[Shape], dtype: str, keeps_memory: bool, options: dict[str, Any]
 ) -> list[Measurement]:
     """Measure a case at every shape, the smallest first."""
+    if keeps_memory:
+        keep_memory()
     case = next(case for case in FAMILIES[family] if case.name == name)
     return [measure(family, case, shape, dtype, **options) for shape in sorted(shapes)]
 
 
-def measure_apart(family: str, name: str, shapes: Sequence[Shape], dtype: str, **options: Any) -> list[Measurement]:
+def measure_apart(
+    family: str, name: str, shapes: Sequence[Shape], dtype: str, *, keeps_memory: bool, **options: Any
+) -> list[Measurement]:
     """The same in a new process, so that figures do not depend on which cases ran before.
 
     The C library adapts to what a process frees: after a few large blocks it keeps memory that it gave back
     to the system before, and eager PyTorch with its many temporaries runs up to twice as fast for it.
     """
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measure_shapes, family, name, shapes, dtype, options).result()
+        return pool.submit(measure_shapes, family, name, shapes, dtype, keeps_memory, options).result()

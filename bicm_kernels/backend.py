@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bicm_kernels import draws
+from bicm_kernels import generator_check
 
 #: What has no kernel but the native CPU one yet; elsewhere its reference runs.
 CPU_FAMILIES: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ def draws_like_torch() -> bool:
     if lane is None:
         return False
     if _draws_like_torch is None:
-        _draws_like_torch = lane.instruction_set() != "scalar" and draws.agree(lane.generator_normal)
+        _draws_like_torch = lane.instruction_set() != "scalar" and generator_check.agree(lane.generator_normal)
     return bool(_draws_like_torch)
 
 

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from torch._subclasses import FakeTensorMode
 
 import bicm_kernels as bk
-from bicm_kernels import backend, draws
+from bicm_kernels import backend, generator_check
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -271,17 +271,17 @@ def temper(words: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def test_hard_cases_are_what_they_claim() -> None:
     """The words become the ends of the range among others, and torch draws them from the generator that holds them."""
-    bits = temper(np.array(draws.HARD, dtype=np.int64)) & 0xFFFFFF
+    bits = temper(np.array(generator_check.HARD, dtype=np.int64)) & 0xFFFFFF
     radii, angles = bits.reshape(2, 2, 8).swapaxes(0, 1).reshape(2, 16)
     assert {0, 0xFFFFFF} <= set(radii)
     assert {0, 0xFFFFFF} <= set(angles)
-    generator = draws.hard_generator()
+    generator = generator_check.hard_generator()
     assert generator is not None
     assert torch.equal(torch.rand(32, generator=generator), torch.from_numpy(bits).float() / 2**24)
     u = bits.reshape(2, 2, 8) / 2**24
     radius, angle = np.sqrt(-2 * np.log(1 - u[:, 0])), 2 * np.pi * u[:, 1]
     exact = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(32)
-    generator = draws.hard_generator()
+    generator = generator_check.hard_generator()
     assert np.allclose(torch.randn(32, generator=generator).numpy(), exact, rtol=0, atol=1e-6)
 
 
