@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from operator import add
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bicm_diffusion import Levels, LevelTable, bct_loss, draw_levels, karras_levels, update_average
 from bicm_diffusion.consistency.objective import DROPOUT
@@ -136,6 +138,31 @@ def test_in_float32_the_error_is_at_most_twice_eager_codes() -> None:
             found = (abs(loss.item() - value) / value for loss in (getattr(ours, term), eager[term]))
             errors[term] = tuple(map(add, before, found))  # type: ignore[assignment]
     assert all(0 < actual <= 2 * theirs for actual, theirs in errors.values())
+
+
+class Losses(TorchDispatchMode):
+    """The ops of a loss, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = op._schema.name.removeprefix("bicm_kernels::")
+        self.names += [name] if name.startswith(("consistency_loss", "pseudo_huber")) else []
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_ways_to_the_gradient_have_the_same_bits(dtype: torch.dtype) -> None:
+    found = {}
+    for way in ("forward", "backward"):
+        (x, levels), model = problem(dtype), network(dtype=dtype)
+        with Losses() as losses:
+            total = bct_loss(model, x, levels, seed=5, step=3, gradient=way).total
+            found[way] = total.detach(), gradients(total, model)
+        assert {name.endswith("_with_gradients") for name in losses.names} == {way == "forward"}
+    assert all(torch.equal(a, b) for a, b in zip(*found.values(), strict=True))
 
 
 def test_all_evaluations_of_a_step_share_one_dropout_mask() -> None:
