@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import json
 import os
 import platform
@@ -88,7 +89,10 @@ class Wheel:
 
 def build_wheel(directory: Path, changes: Changes | None = None) -> Wheel:
     pip = [sys.executable, "-m", "pip", "wheel", str(ROOT), "-v", "--no-deps", "--no-build-isolation"]
-    built = run([*pip, "-w", str(directory)], changes=changes)
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / ".wheel").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # tests in several processes would build in one place at a time
+        built = run([*pip, "-w", str(directory)], changes=changes)
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = directory.glob("*.whl")
     return Wheel(path, built.stdout + built.stderr)
