@@ -9,6 +9,10 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import click
@@ -16,8 +20,9 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import report
+from benchmarks.__main__ import integers
 from benchmarks.cases import shape_of
-from benchmarks.measurement import DTYPES, Measurement, measure
+from benchmarks.measurement import DTYPES, Measurement, compiled, cores, measure
 from benchmarks.registry import FAMILIES
 from benchmarks.timing import EVENTS, GPU, cold_cuda
 from bicm_kernels import backend
@@ -29,9 +34,16 @@ SIZES = (49_152, 786_432, 3_145_728, 50_331_648)
 NO_TESTS_COLLECTED = 5
 
 
-def run_tests() -> list[str]:
+#: Processes that run tests or compile: each has a context on the GPU, of about half a gigabyte.
+JOBS = min(8, cores())
+
+#: A family, the name of one of its cases, a dtype and a number of elements.
+Row = tuple[str, str, str, int]
+
+
+def run_tests(jobs: int) -> list[str]:
     """Run the tests that are marked gpu; what is wrong with them."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--junitxml=build/results/gpu.xml"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", str(jobs), "--junitxml=build/results/gpu.xml"]
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
     if status == NO_TESTS_COLLECTED:
         return ["no test is marked gpu: nothing was tested"]
@@ -56,19 +68,33 @@ def check_agreement() -> list[str]:
     return wrong
 
 
-def measure_all(compile_too: bool) -> list[Measurement]:
-    """Measure every case on the GPU, from a cold L2 cache."""
+def compile_row(row: Row, device: str) -> bool:
+    """Compile one row's eager function into the compiler's cache on disk; what fails is tried again and named later."""
+    family, name, dtype, elements = row
+    case = next(case for case in FAMILIES[family] if case.name == name)
+    try:
+        compiled(case, case.inputs(shape_of(elements), DTYPES[dtype], device))
+    except Exception:
+        return False
+    return True
+
+
+def compile_ahead(rows: Sequence[Row], jobs: int) -> int:
+    """Compile what will be measured, in several processes, because one would take longer than to measure; how many."""
+    with ProcessPoolExecutor(max_workers=jobs, mp_context=get_context("spawn")) as pool:
+        done = pool.map(partial(compile_row, device=DEVICE), rows)
+        return sum(tqdm(done, total=len(rows), desc="compiling", disable=None, leave=False))
+
+
+def measure_all(rows: Sequence[Row], compile_too: bool) -> list[Measurement]:
+    """Measure every row on the GPU, from a cold L2 cache."""
     sampler = cold_cuda(DEVICE)
-    plan = [
-        (family, case, dtype, shape_of(elements))
-        for family, cases in FAMILIES.items()
-        for case, dtype, elements in itertools.product(cases, DTYPES, SIZES)
-    ]
+    cases = {(family, case.name): case for family, cases in FAMILIES.items() for case in cases}
     return [
         measure(
             family,
-            case,
-            shape,
+            cases[family, name],
+            shape_of(elements),
             dtype,
             device=DEVICE,
             compile_too=compile_too,
@@ -76,21 +102,40 @@ def measure_all(compile_too: bool) -> list[Measurement]:
             clock=EVENTS,
             sampler=sampler,
         )
-        for family, case, dtype, shape in tqdm(plan, disable=None, leave=False)
+        for family, name, dtype, elements in tqdm(rows, disable=None, leave=False)
     ]
 
 
 @click.command()
+@click.argument("families", nargs=-1, type=click.Choice(list(FAMILIES)))
+@click.option("--tests/--no-tests", "tests_too", default=True, help="Whether to run the tests that need a GPU.")
+@click.option("--sizes", callback=integers, help="Elements per tensor, multiples of 3072, separated by commas.")
 @click.option("--compile/--no-compile", "compile_too", default=True, help="Whether to time torch.compile too.")
+@click.option("--jobs", default=JOBS, show_default=True, help="Processes for the tests and for compiling.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here.")
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False), help="Draw the figures here.")
-def main(compile_too: bool, json_path: Path | None, plot_path: str | None) -> None:
-    """Run every test and benchmark that needs a GPU."""
+def main(
+    families: tuple[str, ...],
+    tests_too: bool,
+    sizes: tuple[int, ...] | None,
+    compile_too: bool,
+    jobs: int,
+    json_path: Path | None,
+    plot_path: str | None,
+) -> None:
+    """Run every test and benchmark of the FAMILIES (default: all) that needs a GPU."""
     if not torch.cuda.is_available():
         click.echo(f"torch {torch.__version__} sees no GPU: nothing was checked", err=True)
         sys.exit(1)
-    wrong = run_tests() + check_backend() + check_agreement()
-    measurements = measure_all(compile_too)
+    wrong = [*(run_tests(jobs) if tests_too else []), *check_backend(), *check_agreement()]
+    rows = [
+        (family, case.name, dtype, elements)
+        for family in families or FAMILIES
+        for case, dtype, elements in itertools.product(FAMILIES[family], DTYPES, sizes or SIZES)
+    ]
+    if compile_too:
+        compile_ahead(rows, jobs)
+    measurements = measure_all(rows, compile_too)
     report.show(measurements)
     if json_path is not None:
         json_path.write_text(json.dumps(report.document(measurements), indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from diffusers import (
     LCMScheduler,
 )
 from torch import Tensor
+
+from bicm_diffusion.adapters.diffusers import accelerate_scheduler
 
 STEPS = 12
 
@@ -129,3 +132,55 @@ def trajectory(scheduler: Any, x: Tensor, **arguments: Any) -> Tensor:
         output = network(scheduler.scale_model_input(x, t), k)
         x = scheduler.step(output, t, x, **arguments).prev_sample
     return x
+
+
+def generator(seed: int = 5, device: str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+def pair(case: Case, device: str = "cpu", **options: Any) -> tuple[Any, Any]:
+    """An original and its accelerated form, their timesteps set."""
+    cls, config, _ = case
+    original, ours = cls(**config), accelerate_scheduler(cls(**config), **options)
+    for scheduler in (original, ours):
+        scheduler.set_timesteps(STEPS, device=device)
+    return original, ours
+
+
+def signature(scheduler: Any) -> list[str]:
+    return list(inspect.signature(type(scheduler).step).parameters)
+
+
+def assert_near_float64(case: Case, dtype: torch.dtype, device: str) -> None:
+    """No further from float64 than twice the original.
+
+    All three take every step from the original's state, and the errors of a trajectory are added up.
+    """
+    arguments = case[2]
+    original, ours = pair(case, device)
+    exact = in_float64(original)
+    x = start(original, dtype).to(device)
+    drawing = "generator" in signature(original)
+    generators = [{"generator": generator(5, device)} if drawing else {} for _ in range(3)]
+    original_error, our_error, scale = [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]
+    for k, t in enumerate(original.timesteps):
+        inputs = [s.scale_model_input(x, t) for s in (original, ours)]
+        exact.scale_model_input(x.double(), t)
+        torch.testing.assert_close(inputs[1], inputs[0])
+        output = network(inputs[0], k)
+        theirs, mine = (
+            s.step(output, t, x, return_dict=False, **arguments, **g)
+            for s, g in zip((original, ours), generators, strict=False)
+        )
+        # An integer tensor times a float would be float32.
+        at = t if t.is_floating_point() else t.item()
+        with exactly(exact, dtype):
+            truth = exact.step(output.double(), at, x.double(), return_dict=False, **arguments, **generators[2])
+        assert [r.dtype for r in mine] == [r.dtype for r in theirs]
+        for j, expected in enumerate(truth):
+            original_error[j] += (theirs[j].double() - expected).abs().max().item()
+            our_error[j] += (mine[j].double() - expected).abs().max().item()
+            scale[j] = max(scale[j], expected.abs().max().item())
+        x = theirs[0]
+    for theirs_, ours_, largest in zip(original_error, our_error, scale, strict=True):
+        assert ours_ <= 2 * theirs_ + STEPS * 1e-15 * largest

@@ -1,4 +1,7 @@
-"""A run for the tests of `bicm_diffusion.distributed`: python sharded_run.py DIRECTORY STEPS FORMAT [DIES_AFTER]."""
+"""A run for the tests of `bicm_diffusion.distributed`: python sharded_run.py DIRECTORY STEPS FORMAT [DIES_AFTER].
+
+SHARDED_BY names the process group's backend (gloo where it is not set), SHARDED_ON the device (cpu).
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,15 @@ Format = Literal["safetensors", "png"]
 COUNT, BATCH, SEED = 22, 4, 7
 
 
-def run(directory: str, steps: int, save_as: Format = "safetensors", dies_after: int | None = None) -> None:
+def run(
+    directory: str,
+    steps: int,
+    save_as: Format = "safetensors",
+    dies_after: int | None = None,
+    device: str = "cpu",
+) -> None:
     torch.manual_seed(0)
-    network = torch.nn.Linear(12, 12, dtype=torch.float32)  # a matrix product's bits depend on its batch
+    network = torch.nn.Linear(12, 12, dtype=torch.float32).to(device)  # a matrix product's bits depend on its batch
     schedule, made = vp_schedule(steps), 0
 
     def sample(shard: Shard) -> Tensor:
@@ -29,7 +38,7 @@ def run(directory: str, steps: int, save_as: Format = "safetensors", dies_after:
         if made == dies_after:
             os.kill(os.getpid(), signal.SIGKILL)
         made += 1
-        z = normal((shard.batch, 12), seed=SEED, sample_id=shard.first)
+        z = normal((shard.batch, 12), seed=SEED, sample_id=shard.first, device=device)
         samples = ddim_sample(lambda z, times: torch.tanh(network(z)), z, schedule)
         return samples if save_as == "safetensors" else samples.reshape(-1, 3, 2, 2)
 
@@ -45,8 +54,9 @@ if __name__ == "__main__":
 
         PartialState(cpu=True)
     elif "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo")
+        dist.init_process_group(os.environ.get("SHARDED_BY", "gloo"))
     directory, steps, written_as, *dies = sys.argv[1:]
-    run(directory, int(steps), cast(Format, written_as), int(dies[0]) if dies else None)
+    dies_after, device = int(dies[0]) if dies else None, os.environ.get("SHARDED_ON", "cpu")
+    run(directory, int(steps), cast(Format, written_as), dies_after, device)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -227,13 +227,21 @@ def test_gpu_check_to_its_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(gpu_check, "SIZES", (3_072,))
     monkeypatch.setattr(gpu_check, "GPU", QUICK)
     monkeypatch.setattr(gpu_check, "cold_cuda", lambda device: CLOCKS["wall"])
-    monkeypatch.setattr(gpu_check, "run_tests", lambda: ["no test is marked gpu"])
+    monkeypatch.setattr(gpu_check, "run_tests", lambda jobs: ["no test is marked gpu"])
     figures = tmp_path / "figures.json"
     result = CliRunner().invoke(gpu_check.main, ["--no-compile", "--json", str(figures)], catch_exceptions=False)
     assert result.exit_code == 1
     assert "FAILED: no test is marked gpu" in result.output
     assert len(json.loads(figures.read_text())["measurements"]) == 2 * len(CASES)
 
-    monkeypatch.setattr(gpu_check, "run_tests", list)
-    monkeypatch.setattr(gpu_check, "measure_all", lambda compile_too: [])
-    assert CliRunner().invoke(gpu_check.main, [], catch_exceptions=False).exit_code == 0
+    ahead: list[tuple[str, str, str, int]] = []
+    monkeypatch.setattr(gpu_check, "run_tests", lambda jobs: [])
+    monkeypatch.setattr(gpu_check, "compile_ahead", lambda rows, jobs: ahead.extend(rows))
+    monkeypatch.setattr(gpu_check, "measure_all", lambda rows, compile_too: [])
+    assert CliRunner().invoke(gpu_check.main, ["noise"], catch_exceptions=False).exit_code == 0
+    assert len(ahead) == 2 * len(FAMILIES["noise"])
+
+
+def test_gpu_check_compiles_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
+    assert gpu_check.compile_ahead([("multistep", "ddim_step", "float32", 3_072)], 1) == 1

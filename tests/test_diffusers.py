@@ -33,68 +33,25 @@ from tests.diffusers_cases import (
     DEFAULTS,
     STEPS,
     Case,
-    exactly,
-    in_float64,
+    assert_near_float64,
+    generator,
     name_of,
     network,
+    pair,
+    signature,
     start,
     trajectory,
 )
 
 
-def generator(seed: int = 5) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def pair(case: Case, **options: Any) -> tuple[Any, Any]:
-    """An original and its accelerated form, their timesteps set."""
-    cls, config, _ = case
-    original, ours = cls(**config), accelerate_scheduler(cls(**config), **options)
-    original.set_timesteps(STEPS)
-    ours.set_timesteps(STEPS)
-    return original, ours
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_no_further_from_float64_than_twice_the_original(case: Case, dtype: torch.dtype) -> None:
-    """All three take every step from the original's state, and the errors of a trajectory are added up."""
-    arguments = case[2]
-    original, ours = pair(case)
-    exact = in_float64(original)
-    x = start(original, dtype)
-    generators = [{"generator": generator()} if "generator" in signature(original) else {} for _ in range(3)]
-    original_error, our_error, scale = [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]
-    for k, t in enumerate(original.timesteps):
-        inputs = [s.scale_model_input(x, t) for s in (original, ours)]
-        exact.scale_model_input(x.double(), t)
-        torch.testing.assert_close(inputs[1], inputs[0])
-        output = network(inputs[0], k)
-        theirs, mine = (
-            s.step(output, t, x, return_dict=False, **arguments, **g)
-            for s, g in zip((original, ours), generators, strict=False)
-        )
-        # An integer tensor times a float would be float32.
-        at = t if t.is_floating_point() else t.item()
-        with exactly(exact, dtype):
-            truth = exact.step(output.double(), at, x.double(), return_dict=False, **arguments, **generators[2])
-        assert [r.dtype for r in mine] == [r.dtype for r in theirs]
-        for j, expected in enumerate(truth):
-            original_error[j] += (theirs[j].double() - expected).abs().max().item()
-            our_error[j] += (mine[j].double() - expected).abs().max().item()
-            scale[j] = max(scale[j], expected.abs().max().item())
-        x = theirs[0]
-    for theirs_, ours_, largest in zip(original_error, our_error, scale, strict=True):
-        assert ours_ <= 2 * theirs_ + STEPS * 1e-15 * largest
+    assert_near_float64(case, dtype, "cpu")
 
 
 def public(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
-def signature(scheduler: Any) -> list[tuple[str, Any]]:
-    parameters = inspect.signature(type(scheduler).step).parameters.values()
-    return [p.name for p in parameters]
 
 
 @pytest.mark.parametrize("case", DEFAULTS, ids=name_of)
