@@ -209,6 +209,26 @@ def test_results_larger_than_the_cache(dtype: torch.dtype, same_bits: Bits, thre
             assert out[0] == out[-1] == 7.0
 
 
+@pytest.mark.parametrize(("states", "network"), [(F32, F32), (F32, BF16), (BF16, BF16)])
+def test_denoised_samples_past_the_cache(states: torch.dtype, network: torch.dtype, same_bits: Bits) -> None:
+    """Samples that begin at the boundaries of cache lines and between them, and memory around them."""
+    shape = (3, 750_003)
+    z, eps, other = random(*shape, dtype=states), random(*shape, dtype=network), random(*shape, dtype=network, seed=5)
+    for guidance, extra in itertools.product(({}, {"guidance_scale": 2.0}), ({}, {"next_scale": 0.5, "seed": 3})):
+        output = (eps, other) if guidance else eps
+        numbers = {"x0_weight": 0.3, "clip": 1.0, "noise_weight": 0.1 if extra else 0.0, **guidance, **extra}
+        weights = ([1.1, -0.4], [0.2, 0.7])
+        agree("denoised_step", [z, output], {"x0_weights": weights[0], "weights": weights[1], **numbers}, same_bits)
+        expected = [x for x in bk.denoised_step([z, output], *weights, **numbers) if x is not None]
+        for offset in (0, 1):
+            memory = [torch.full((z.numel() + 34,), 7.0, dtype=states) for _ in expected]
+            places = [m[16 + offset :][: z.numel()].view(shape) for m in memory]
+            bk.denoised_step([z, output], *weights, **numbers, out=places)
+            for m, place, wanted in zip(memory, places, expected, strict=True):
+                same_bits(place, wanted)
+                assert bool((m[: 16 + offset] == 7.0).all() and (m[16 + offset + z.numel() :] == 7.0).all())
+
+
 def test_dimensions_that_do_not_merge() -> None:
     shape = (2,) * 11
     z = random(*shape)

@@ -60,6 +60,18 @@ BICM_HD Block load_block(const void* data, DType dtype, int64_t place) {
   return each_part([&](int i) { return halves_to_floats(reinterpret_cast<const Half*>(from + i * kLanes)); });
 }
 
+// Past the cache, to whole vectors' boundaries.
+inline void stream_block(const Block& x, float* data) {
+  BICM_UNROLL(4)
+  for (int i = 0; i < kBlockVectors; ++i) {
+#if defined(BICM_ISA_AVX512)
+    _mm512_stream_ps(data + i * kLanes, (__m512)x.part[i]);
+#else
+    _mm256_stream_ps(data + i * kLanes, (__m256)x.part[i]);
+#endif
+  }
+}
+
 // Rounds once.
 BICM_HD void store_block(const Block& x, void* data, DType dtype, int64_t place) {
   BICM_UNROLL(4)
@@ -76,26 +88,43 @@ BICM_HD void store_block(const Block& x, void* data, DType dtype, int64_t place)
   }
 }
 
-// A unit of a dense operand of 16 or 32 bits.
+// A unit of a dense operand of 16 or 32 bits. `streams`: is written past the cache, vector by vector.
 struct Run {
   void* data;
   DType dtype;
+  bool streams;
 };
 
 inline bool is_run(const Operand& x) { return x.dense && x.dtype != DType::float64; }
 
 inline Run run_of(const Operand& x, const Unit& unit) {
   const int64_t size = x.dtype == DType::float32 ? 4 : 2;
-  return {static_cast<char*>(x.data) + (unit.sample * x.batch_stride + unit.begin) * size, x.dtype};
+  return {static_cast<char*>(x.data) + (unit.sample * x.batch_stride + unit.begin) * size, x.dtype, false};
 }
 
-// What is written past the cache goes there in one burst from a buffer: stores among loads would leave with half a line.
+// What is written past the cache goes there as whole lines: from registers where they lie on lines, else in one burst
+// from a buffer, because stores among loads would leave with half a line.
 inline Run target_of(const Operand& x, const Unit& unit, void* buffer) {
-  return x.streams ? Run{buffer, x.dtype} : run_of(x, unit);
+  const Run run = run_of(x, unit);
+  if (!x.streams) return run;
+  if (x.dtype == DType::float32 && reinterpret_cast<uintptr_t>(run.data) % 64 == 0) return {run.data, run.dtype, true};
+  return {buffer, run.dtype, false};
+}
+
+// `kFloats`: all are known to be float32.
+template <bool kFloats>
+BICM_HD Block load_block(const Run& from, int64_t place) {
+  return load_block(from.data, kFloats ? DType::float32 : from.dtype, place);
+}
+
+template <bool kFloats>
+BICM_HD void store_block(const Block& x, const Run& to, int64_t place) {
+  if (to.streams) return stream_block(x, static_cast<float*>(to.data) + place);
+  store_block(x, to.data, kFloats ? DType::float32 : to.dtype, place);
 }
 
 inline void finish_run(const Operand& x, const Unit& unit, const Run& run, int64_t count) {
-  if (!x.streams) return;
+  if (!x.streams || run.streams) return;
   const int64_t size = x.dtype == DType::float32 ? 4 : 2;
   stream_bytes(static_cast<const unsigned char*>(run.data), static_cast<unsigned char*>(run_of(x, unit).data),
                count * size);

@@ -187,28 +187,39 @@ void denoised_unit(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
 
 #if defined(BICM_VECTOR)
 
-// A state of halves among dense operands is widened in registers: staging would write and read twice its bytes.
-bool in_registers(const Multistep& m) {
-  bool runs = is_run(m.out) && m.out.dtype != DType::float32 && (!m.guided || is_run(m.conditional));
-  for (int k = 0; k < m.terms; ++k) runs = runs && is_run(m.input[k]);
-  if (m.denoises) runs = runs && is_run(m.x0);
-  if (m.scales) runs = runs && is_run(m.next);
-  return runs;
+// What is folded in registers: dense operands of 32 and 16 bits, where another way would write and read buffers in the
+// first-level cache (twice the bytes of halves, guided outputs, results on their way past the cache).
+enum class Registers { no, floats, any };
+
+Registers in_registers(const Multistep& m) {
+  bool runs = true, floats = true;
+  const auto add = [&](const Operand& x) {
+    runs = runs && is_run(x);
+    floats = floats && x.dtype == DType::float32;
+  };
+  for (int k = 0; k < m.terms; ++k) add(m.input[k]);
+  add(m.out);
+  if (m.guided) add(m.conditional);
+  if (m.denoises) add(m.x0);
+  if (m.scales) add(m.next);
+  if (!runs || (floats && !m.guided && !m.denoises)) return Registers::no;
+  return floats ? Registers::floats : Registers::any;
 }
 
 // The same operations as in affine_unit and denoised_unit, for whole blocks. Returns how many elements it did.
-int64_t fold_runs(const Multistep& m, const Unit& unit, Buffers<float>& buffers) {
-  Run input[kMaxTerms], conditional = {};
+template <int K, bool kFloats>
+int64_t fold_terms_of_runs(const Multistep& m, const Unit& unit, Buffers<float>& buffers) {
+  Run input[K], conditional = {};
   const Run out = target_of(m.out, unit, buffers.out);
   const Run x0 = m.denoises ? target_of(m.x0, unit, buffers.x0) : out;
   const Run next = m.scales ? target_of(m.next, unit, buffers.next) : out;
-  for (int k = 0; k < m.terms; ++k) input[k] = run_of(m.input[k], unit);
+  for (int k = 0; k < K; ++k) input[k] = run_of(m.input[k], unit);
   if (m.guided) conditional = run_of(m.conditional, unit);
   const float guidance = m.guided ? load_number<float>(m.guidance_scale, unit.sample) : 0.0f;
   const float noise_weight = draw(m, unit, buffers);
   float weight[kMaxTerms], x0_weight[kMaxTerms] = {};
   form_weights(m, unit.sample, weight);
-  for (int k = 0; m.denoises && k < m.terms; ++k) x0_weight[k] = load_number<float>(m.x0_coefficient[k], unit.sample);
+  for (int k = 0; m.denoises && k < K; ++k) x0_weight[k] = load_number<float>(m.x0_coefficient[k], unit.sample);
   const float weight_of_x0 = m.denoises ? load_number<float>(m.x0_weight, unit.sample) : 0.0f;
   const float bound = m.clips ? load_number<float>(m.clip, unit.sample) : __builtin_inff();
   const float scale = m.scales ? next_scale<float>(m, unit.sample) : 1.0f;
@@ -216,10 +227,11 @@ int64_t fold_runs(const Multistep& m, const Unit& unit, Buffers<float>& buffers)
   int64_t i = 0;
   for (; i + kBlock <= unit.count; i += kBlock) {
     Block y = {}, clean = {};
-    for (int k = 0; k < m.terms; ++k) {
-      Block x = load_block(input[k].data, input[k].dtype, i);
-      if (m.guided && k == m.terms - 1) {
-        const Block c = load_block(conditional.data, conditional.dtype, i);
+    BICM_UNROLL(5)
+    for (int k = 0; k < K; ++k) {
+      Block x = load_block<kFloats>(input[k], i);
+      if (m.guided && k == K - 1) {
+        const Block c = load_block<kFloats>(conditional, i);
         x = each_part([&](int j) { return guide(x.part[j], c.part[j], Floats{} + guidance); });
       }
       const Block last = y, last_clean = clean;
@@ -236,11 +248,11 @@ int64_t fold_runs(const Multistep& m, const Unit& unit, Buffers<float>& buffers)
       y = each_part(
           [&](int j) { return y.part[j] + noise_weight * load_vector<Floats>(buffers.noise + i + j * kLanes); });
     }
-    if (m.denoises) store_block(clean, x0.data, x0.dtype, i);
-    store_block(y, out.data, out.dtype, i);
+    if (m.denoises) store_block<kFloats>(clean, x0, i);
+    store_block<kFloats>(y, out, i);
     if (!m.scales) continue;
     y = each_part([&](int j) { return scale * y.part[j]; });
-    store_block(y, next.data, next.dtype, i);
+    store_block<kFloats>(y, next, i);
   }
   finish_run(m.out, unit, out, i);
   if (m.denoises) finish_run(m.x0, unit, x0, i);
@@ -248,19 +260,35 @@ int64_t fold_runs(const Multistep& m, const Unit& unit, Buffers<float>& buffers)
   return i;
 }
 
+template <bool kFloats>
+int64_t fold_runs(const Multistep& m, const Unit& unit, Buffers<float>& buffers) {
+  switch (m.terms) {
+    case 1: return fold_terms_of_runs<1, kFloats>(m, unit, buffers);
+    case 2: return fold_terms_of_runs<2, kFloats>(m, unit, buffers);
+    case 3: return fold_terms_of_runs<3, kFloats>(m, unit, buffers);
+    case 4: return fold_terms_of_runs<4, kFloats>(m, unit, buffers);
+    default: return fold_terms_of_runs<5, kFloats>(m, unit, buffers);
+  }
+}
+
 // How much of a unit is done without staging it.
 template <class C>
-int64_t fold_in_registers(const Multistep& m, const Unit& unit, Buffers<C>& buffers, bool registers) {
-  if constexpr (Same<C, float>::value) return registers ? fold_runs(m, unit, buffers) : 0;
+int64_t fold_in_registers(const Multistep& m, const Unit& unit, Buffers<C>& buffers, Registers registers) {
+  if constexpr (Same<C, float>::value) {
+    if (registers == Registers::floats) return fold_runs<true>(m, unit, buffers);
+    if (registers == Registers::any) return fold_runs<false>(m, unit, buffers);
+  }
   return 0;
 }
 
 #else
 
-bool in_registers(const Multistep&) { return false; }
+enum class Registers { no };
+
+Registers in_registers(const Multistep&) { return Registers::no; }
 
 template <class C>
-int64_t fold_in_registers(const Multistep&, const Unit&, Buffers<C>&, bool) {
+int64_t fold_in_registers(const Multistep&, const Unit&, Buffers<C>&, Registers) {
   return 0;
 }
 
@@ -288,7 +316,7 @@ void run(const Multistep& m, int64_t begin, int64_t end) {
   bool staged = m.guided || m.denoises;
   for (int k = 0; k < m.terms; ++k) staged = staged || !is_compute_type<C>(m.input[k]);
   const int64_t width = m.draws || !staged ? kChunk : kChunk / 2;
-  const bool registers = in_registers(m);
+  const Registers registers = in_registers(m);
   for (int64_t i = begin; i < end; ++i) {
     const Unit unit = unit_at(m.layout, i);
     int64_t done = fold_in_registers(m, unit, buffers, registers);
