@@ -108,6 +108,27 @@ def test_churn_draws_from_the_noise_sampler_that_is_given(method: str, sampler: 
     assert torch.equal(quiet, sampler(denoiser, x, sigmas, disable=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_noise_that_nobody_gave_is_torch_s(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """The same numbers from the same generator, and the same ones after them."""
+    x = torch.zeros(3, 2, 4, 8, dtype=dtype).to(memory_format=layout)
+    sigmas = grid(4)
+    ends, following = [], []
+    for noise in ({}, {"noise_sampler": lambda *_: torch.randn_like(x)}):
+        torch.manual_seed(0)
+        ends.append(sample_euler(denoiser, x, sigmas, disable=True, s_churn=4.0, **noise))
+        following.append(torch.randn(3))
+    for given in ({}, {"randn_like": lambda z: torch.randn_like(z)}):
+        torch.manual_seed(0)
+        latents = x if layout is torch.contiguous_format else x[:, :, ::2]
+        options = {"num_steps": 4, "S_churn": 4.0, "dtype": torch.float32}
+        ends.append(edm_sampler(lambda z, sigma, labels: denoiser(z, sigma), latents, **options, **given))
+        following.append(torch.randn(3))
+    for i in (0, 2):
+        assert torch.equal(ends[i], ends[i + 1]) and ends[i].any() and torch.equal(following[i], following[i + 1])
+
+
 def test_signatures() -> None:
     churn = ["s_churn", "s_tmin", "s_tmax", "s_noise", "noise_sampler"]
     for sampler, more in ((sample_euler, churn), (sample_heun, churn), (sample_dpmpp_2m, [])):

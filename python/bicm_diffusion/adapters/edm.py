@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bicm_diffusion.adapters import noise
 from bicm_diffusion.adapters.k_diffusion import MOST_CHURN
 from bicm_kernels import affine_step
 
@@ -51,12 +52,13 @@ def edm_sampler(
     def denoised(x: Tensor, level: float) -> Tensor:
         return net(x, torch.full((), level, dtype=dtype, device=x.device), class_labels)
 
+    draw = noise.randn_like if randn_like is torch.randn_like else randn_like
     x = affine_step([latents.to(dtype)], [levels[0]])
     for level, below in pairwise(levels):
         lift = min(S_churn / num_steps, MOST_CHURN) if S_min <= level <= S_max else 0.0
         if lift > 0.0:
             raised = rounded(level * (1.0 + lift))
-            x = affine_step([x, randn_like(x)], [1.0, S_noise * math.sqrt(raised**2 - level**2)])
+            x = affine_step([x, draw(x)], [1.0, S_noise * math.sqrt(raised**2 - level**2)])
             level = raised
         first = denoised(x, level)
         ratio = below / level

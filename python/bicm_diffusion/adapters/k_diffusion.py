@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bicm_diffusion.adapters.noise import randn_like
 from bicm_kernels import affine_step, denoise, normal, scale_input
 
 Network = Callable[..., Tensor]
@@ -55,8 +56,8 @@ def sample_euler(run: _Run, i: int, x: Tensor, level: float, denoised: Tensor) -
     """Return a sample by Euler's method (EDM Alg. 2 without its second-order correction).
 
     x: (B, …), any floating dtype, at sigmas[0]; the result has its shape and dtype. s_churn, s_tmin, s_tmax, s_noise:
-    EDM's; noise comes from noise_sampler, by default torch.randn_like. disable hides the progress bar. The callback
-    takes {"x", "i", "sigma", "sigma_hat", "denoised"} before each update.
+    EDM's; noise comes from noise_sampler, by default that of torch.randn_like. disable hides the progress bar. The
+    callback takes {"x", "i", "sigma", "sigma_hat", "denoised"} before each update.
 
     >>> sample_euler(lambda x, sigma: 0 * x, torch.ones(1, 2), torch.tensor([2.0, 1.0, 0.0]), disable=True)
     tensor([[0., 0.]])
@@ -234,7 +235,7 @@ class _Run:
             return x, level
         raised = level * (1.0 + lift)
         if noise_sampler is None:
-            noise = torch.randn_like(x)
+            noise = randn_like(x)
         else:
             noise = noise_sampler(self.sigmas[i], self.sigmas[i + 1])
         return affine_step([x, noise], [1.0, deviation * math.sqrt(raised**2 - level**2)]), raised
