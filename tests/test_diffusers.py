@@ -104,6 +104,21 @@ def test_generators_draw_as_they_would_for_the_original(case: Case) -> None:
     assert all(torch.equal(g.get_state(), h.get_state()) for g, h in zip(*generators, strict=True))
 
 
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_another_number_of_generators_does_what_the_original_does(count: int) -> None:
+    case: Case = (LCMScheduler, {}, {})
+    ends: list[tuple[str, list[bytes]]] = []
+    for scheduler in pair(case):
+        generators, x = [generator(i) for i in range(count)], start(scheduler, torch.float32, (4, 4, 8, 8))
+        said = ""
+        try:
+            scheduler.step(x, scheduler.timesteps[0], x, generator=generators)
+        except IndexError as error:
+            said = str(error)
+        ends.append((said, [g.get_state().numpy().tobytes() for g in generators]))
+    assert ends[0] == ends[1] and bool(ends[0][0]) == (count == 3)
+
+
 @pytest.mark.parametrize("case", DEFAULTS, ids=name_of)
 def test_keyed_noise_of_a_sample_depends_on_its_own_generator_alone(case: Case) -> None:
     original, _ = pair(case)

@@ -80,6 +80,40 @@ def test_the_default_generator() -> None:
         assert torch.equal(after, torch.rand(3))
 
 
+@pytest.mark.parametrize("shape", [(3, 16), (3, 2, 333), (3, 5), (1, 64), (3, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_generator_for_each_sample(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    generators, twins = ([Generator().manual_seed(7 + i) for i in range(shape[0])] for _ in range(2))
+    for kind in (list, tuple):
+        noise = bk.generator_normal(shape, generator=kind(generators), dtype=dtype)
+        expected = [torch.randn((1, *shape[1:]), generator=twin, dtype=dtype) for twin in twins]
+        assert same(noise, torch.cat(expected))
+        for generator, twin in zip(generators, twins, strict=True):
+            assert torch.equal(generator.get_state(), twin.get_state())
+
+
+def test_a_generator_that_is_given_twice(twins: tuple[Generator, Generator]) -> None:
+    noise = bk.generator_normal((3, 40), generator=[twins[0]] * 3)
+    assert same(noise, torch.cat([torch.randn((1, 40), generator=twins[1]) for _ in range(3)]))
+
+
+@ours
+def test_generators_of_which_one_is_not_known_draw_nothing() -> None:
+    known, strange = Generator().manual_seed(1), Generator().manual_seed(2)
+    state = strange.get_state()
+    state.view(torch.int64)[1] = 1 << 32 | 300
+    strange.set_state(state)
+    before = known.get_state()
+    assert backend.lane.generator_normal((2, 64), [known, strange]) is None
+    assert torch.equal(known.get_state(), before)
+
+
+def test_another_number_of_generators() -> None:
+    for count, shape in ((2, (3, 16)), (4, (3, 16)), (0, (3, 16)), (1, ())):
+        with pytest.raises(ValueError, match=f"one for each of the samples of .*, got {count}"):
+            bk.generator_normal(shape, generator=[Generator()] * count)
+
+
 def test_a_state_that_was_kept(twins: tuple[Generator, Generator]) -> None:
     generator, twin = twins
     check(generator, twin, 100)
@@ -151,8 +185,9 @@ def test_plain_draws_take_it(taken: list[bool]) -> None:
     for given in ({}, {"dtype": torch.float32}, {"device": "cpu"}, {"device": torch.device("cpu")}):
         bk.generator_normal((16,), **given)
         bk.generator_normal([2, 3, 4], generator=Generator(), **given)
+        bk.generator_normal([2, 3, 6], generator=[Generator(), Generator()], **given)
         bk.generator_normal(torch.zeros(4, 4).shape, **given)
-    assert taken == [True] * 12
+    assert taken == [True] * 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

@@ -14,20 +14,21 @@ from bicm_kernels.ops.arguments import dynamo
 def generator_normal(
     shape: Sequence[int],
     *,
-    generator: Generator | None = None,
+    generator: Generator | list[Generator] | tuple[Generator, ...] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The numbers that ``torch.randn`` draws from this generator, which is left in the same state; faster on the CPU.
+    """The numbers that ``torch.randn`` draws from a generator, which is left in the same state; faster on the CPU.
 
     Args:
         shape: the result's shape.
-        generator: None is torch's default one.
+        generator: None is torch's default one; a list or tuple of shape[0] has one for each sample (1, *shape[1:]).
         dtype: torch's default, if None; float32 is what is faster, from 16 numbers on.
         device: where the result lies.
 
     Raises:
         RuntimeError, TypeError: what ``torch.randn`` raises.
+        ValueError: if there are not as many generators as samples.
 
     MT19937 (Matsumoto & Nishimura 1998) and Box-Muller, rounded as torch rounds them. That was compared with torch
     before the first draw; where the bits differ, and for whatever is not covered, this is ``torch.randn``.

@@ -11,9 +11,15 @@ from torch import Generator, Tensor
 def generator_normal(
     shape: Sequence[int],
     *,
-    generator: Generator | None = None,
+    generator: Generator | list[Generator] | tuple[Generator, ...] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """What torch.randn draws."""
-    return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+    """What torch.randn draws; from each of several generators a sample."""
+    if not isinstance(generator, list | tuple):
+        return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+    if not shape or len(generator) != shape[0]:
+        raise ValueError(f"generator: expected one for each of the samples of {tuple(shape)}, got {len(generator)}")
+    sample = (1, *shape[1:])
+    rows = [torch.randn(sample, generator=one, dtype=dtype, device=device) for one in generator]
+    return torch.cat(rows) if rows else torch.randn(shape, dtype=dtype, device=device)

@@ -48,14 +48,19 @@ int64_t count_of(const Few<int64_t, kMostDims>& shape, int64_t* sizes, int64_t* 
   return count;
 }
 
+bool none_left(const State& state) { return state.left == 1 && (state.next == 0 || state.next == kMersenneWords); }
+
+bool is_known(const State& state) {
+  const bool somewhere = state.next < kMersenneWords && state.left == kMersenneWords + 1 - static_cast<int>(state.next);
+  return state.seeded == 1 && (none_left(state) || somewhere);
+}
+
 // Advances the words behind a state and fills `out`; false, with nothing changed, for a state of another kind.
 bool advance(State& state, float* out, int64_t count) {
-  const bool none_left = state.left == 1 && (state.next == 0 || state.next == kMersenneWords);
-  const bool somewhere = state.next < kMersenneWords && state.left == kMersenneWords + 1 - static_cast<int>(state.next);
-  if (state.seeded != 1 || !(none_left || somewhere)) return false;
+  if (!is_known(state)) return false;
   Mersenne words;
   for (int i = 0; i < kMersenneWords; ++i) words.words[i] = static_cast<uint32_t>(state.words[i]);
-  words.next = none_left ? kMersenneWords : static_cast<int32_t>(state.next);
+  words.next = none_left(state) ? kMersenneWords : static_cast<int32_t>(state.next);
   if (!active_kernels().generator_normals(words, out, count)) return false;
   for (int i = 0; i < kMersenneWords; ++i) state.words[i] = words.words[i];
   state.next = static_cast<uint64_t>(words.next);
@@ -63,13 +68,30 @@ bool advance(State& state, float* out, int64_t count) {
   return true;
 }
 
-Asked state_of(const Generator& generator) {
-  Object tensor(found_.get_state(generator.object, nullptr));
+Asked state_of(PyObject* generator) {
+  Object tensor(found_.get_state(generator, nullptr));
   int64_t bytes = 0;
   void* const data = tensor.get() == nullptr ? nullptr : bytes_of(tensor.get(), bytes);
   STD_TORCH_CHECK(data != nullptr && bytes == sizeof(State), "bicm_kernels: a generator of another kind");
   return {std::move(tensor), static_cast<State*>(data)};
 }
+
+// Draws through here take turns, since each holds on to the interpreter from its last look at the state until it is set.
+// Torch's own do not: what one of them has drawn in the meantime would be drawn again, so ours is made anew.
+void draw(PyObject* generator, float* out, int64_t count) {
+  Asked asked, now = state_of(generator);  // both live until the end: freeing a tensor lets other threads in
+  std::pair<uint64_t, uint64_t> before;
+  do {
+    asked = std::move(now);
+    before = asked.state->place();
+    STD_TORCH_CHECK(advance(*asked.state, out, count), "bicm_kernels: a state of another kind");
+    now = state_of(generator);
+  } while (now.state->place() != before);
+  const Object done(found_.set_state(generator, asked.tensor.get()));
+  STD_TORCH_CHECK(done.get() != nullptr, "bicm_kernels: the generator does not take its state back");
+}
+
+bool is_generator(PyObject* object) { return reinterpret_cast<PyObject*>(Py_TYPE(object)) == found_.type; }
 
 }  // namespace
 
@@ -84,31 +106,31 @@ void open_generator() {
   PyErr_Clear();
 }
 
-bool read(PyObject* from, Generator& to) {
-  to.object = from == Py_None ? found_.usual : from;
-  const bool callable = found_.get_state != nullptr && found_.set_state != nullptr;
-  return callable && reinterpret_cast<PyObject*>(Py_TYPE(to.object)) == found_.type;
+bool read(PyObject* from, Generators& to) {
+  if (found_.get_state == nullptr || found_.set_state == nullptr) return false;
+  if (!PyList_Check(from) && !PyTuple_Check(from)) return is_generator(to.one = from == Py_None ? found_.usual : from);
+  to.each = Object(PySequence_Tuple(from));
+  if (to.each.get() == nullptr) return PyErr_Clear(), false;
+  for (int64_t i = 0; i < to.count(); ++i) {
+    if (!is_generator(to[i])) return false;
+  }
+  return true;
 }
 
-// Draws through here take turns, since each holds on to the interpreter from its last look at the state until it is set.
-// Torch's own do not: what one of them has drawn in the meantime would be drawn again, so ours is made anew.
-Object generator_normal(Few<int64_t, kMostDims> shape, Generator generator) {
+Object generator_normal(Few<int64_t, kMostDims> shape, Generators generators) {
   int64_t sizes[kMostDims], strides[kMostDims];
+  const int64_t drawers = generators.count();
   const int64_t count = count_of(shape, sizes, strides);
-  STD_TORCH_CHECK(count >= 16, "bicm_kernels: torch draws few numbers in another way");
+  STD_TORCH_CHECK(generators.one != nullptr || (shape.size() > 0 && sizes[0] == drawers),
+                  "bicm_kernels: a generator for each sample");
+  STD_TORCH_CHECK(count >= 16 * drawers, "bicm_kernels: torch draws few numbers in another way");
+  for (int64_t i = 0; drawers > 1 && i < drawers; ++i) {
+    STD_TORCH_CHECK(is_known(*state_of(generators[i]).state), "bicm_kernels: a state of another kind");
+  }
   const View view = {nullptr, sizes, strides, static_cast<int64_t>(shape.size()), DType::float32, kHost};
   Object result = like(Object(), view);
-  Asked asked, now = state_of(generator);  // both live until the end: freeing a tensor lets other threads in
-  std::pair<uint64_t, uint64_t> before;
-  do {
-    asked = std::move(now);
-    before = asked.state->place();
-    STD_TORCH_CHECK(advance(*asked.state, static_cast<float*>(result.view.data), count),
-                    "bicm_kernels: a state of another kind");
-    now = state_of(generator);
-  } while (now.state->place() != before);
-  const Object done(found_.set_state(generator.object, asked.tensor.get()));
-  STD_TORCH_CHECK(done.get() != nullptr, "bicm_kernels: the generator does not take its state back");
+  float* const data = static_cast<float*>(result.view.data);
+  for (int64_t i = 0; i < drawers; ++i) draw(generators[i], data + i * (count / drawers), count / drawers);
   return result;
 }
 

@@ -162,13 +162,13 @@ class Accelerated:
     def _drawn(self, like: Tensor, generator: Generators, dtype: torch.dtype | None = None) -> Tensor:
         """The noise that the original would draw."""
         shape, dtype = like.shape, dtype or like.dtype
-        if traced() or not like.is_cpu or not all_on_host(generator):
+        several = isinstance(generator, list) and len(generator) > 1
+        missing = several and len(generator) < shape[0]  # type: ignore[arg-type]
+        if traced() or not like.is_cpu or not all_on_host(generator) or missing:
             return randn_tensor(shape, generator=generator, device=like.device, dtype=dtype)
-        if not isinstance(generator, list) or len(generator) == 1:
-            one = generator[0] if isinstance(generator, list) else generator
-            return generator_normal(shape, generator=one, dtype=dtype)
-        sample = (1, *shape[1:])
-        return torch.cat([generator_normal(sample, generator=generator[i], dtype=dtype) for i in range(shape[0])])
+        if isinstance(generator, list):
+            generator = generator[: shape[0]] if several else generator[0]
+        return generator_normal(shape, generator=generator, dtype=dtype)
 
     def _key(self, generator: Generators, device: torch.device) -> tuple[Integer, Integer]:
         """The seed and sample id of keyed noise: those given, or the generators' own seeds without a draw."""
