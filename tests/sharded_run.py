@@ -1,10 +1,11 @@
 """A run for the tests of `bicm_diffusion.distributed`: python sharded_run.py DIRECTORY STEPS FORMAT [DIES_AFTER].
 
-SHARDED_BY names the process group's backend (gloo where it is not set), SHARDED_ON the device (cpu).
+SHARDED_BY names the group's backend (gloo where it is not set; fake carries nothing), SHARDED_ON the device (cpu).
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -54,7 +55,12 @@ if __name__ == "__main__":
 
         PartialState(cpu=True)
     elif "WORLD_SIZE" in os.environ:
-        dist.init_process_group(os.environ.get("SHARDED_BY", "gloo"))
+        group = os.environ.get("SHARDED_BY", "gloo")
+        if group == "nccl":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        store, rank, world = next(dist.rendezvous("env://"))
+        importlib.import_module("torch.testing._internal.distributed.fake_pg")  # registers itself
+        dist.init_process_group(group, store=store, rank=rank, world_size=world)
     directory, steps, written_as, *dies = sys.argv[1:]
     dies_after, device = int(dies[0]) if dies else None, os.environ.get("SHARDED_ON", "cpu")
     run(directory, int(steps), cast(Format, written_as), dies_after, device)

@@ -38,12 +38,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     return read_samples(directory)
 
 
-def launch(launcher: str, directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The run with two processes that talk by gloo."""
+def launch(launcher: str, directory: Path, *arguments: str, group: str = "gloo") -> subprocess.CompletedProcess[str]:
+    """The run with two processes."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "python"), *sys.path])
     return subprocess.run(
         [sys.executable, *LAUNCHERS[launcher], str(SCRIPT), str(directory), "3", *arguments],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "SHARDED_BY": group},
         capture_output=True,
         text=True,
         timeout=120,
@@ -73,6 +73,13 @@ def test_two_processes_make_what_one_makes_and_a_killed_run_goes_on(
     assert torch.equal(read_samples(tmp_path), expected)
     after = written_at(tmp_path)
     assert {name: after[name] for name in before} == before
+
+
+def test_what_is_said_does_not_need_the_group_s_own_backend(alone: torch.Tensor, tmp_path: Path) -> None:
+    """One like nccl, which carries nothing between hosts; this one carries nothing at all."""
+    finished = launch("torchrun", tmp_path, "safetensors", group="fake")
+    assert finished.returncode == 0, finished.stderr
+    assert torch.equal(read_samples(tmp_path), alone)
 
 
 def test_a_run_is_finished_by_another_world_size(alone: torch.Tensor, tmp_path: Path) -> None:

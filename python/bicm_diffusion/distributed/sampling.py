@@ -7,7 +7,8 @@ whoever makes it, it is written at once, and a restarted run makes only those ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +51,7 @@ def sample_shards(
     `normal(shape, seed=seed, sample_id=shard.first)`. batch: samples per call, the same on every process. settings:
     whatever else decides the samples (seed, steps, weights, torch and device type), as JSON; a run is continued only
     where count, batch, save_as and settings are those that it began with. Runs under torchrun or accelerate once the
-    default process group is there (gloo, nccl or any other), and alone without one. save_as: each batch is one
+    default process group is there (gloo, nccl or any other: what is said goes by gloo), and alone without one. save_as: each batch is one
     safetensors file, or with "png" one folder of images named by their ids (needs pillow), from samples
     (batch, C, H, W) with C = 1, 3 or 4, uint8 or floats in [-1, 1]. Either is complete or absent; a
     restart repeats none and loses none. progress: a bar on rank 0 (needs tqdm).
@@ -71,17 +72,18 @@ def sample_shards(
         raise ValueError(f"save_as: expected one of {', '.join(map(repr, FORMATS))}, got {save_as!r}")
     directory = Path(directory)
     rank, world = (dist.get_rank(), dist.get_world_size()) if _grouped() else (0, 1)
-    missing = _agree(Manifest(count, batch, dict(settings), save_as), directory, rank)
-    mine = missing[rank::world]
-    with _bar(len(missing), len(mine), batch, shown=progress and rank == 0) as tell:
-        for shard in mine:
-            samples = sample(shard)
-            if len(samples) != shard.batch:
-                raise ValueError(f"sample: expected {shard.batch} samples, got {len(samples)}")
-            write_shard(directory, shard.first, samples[: shard.kept], save_as)
-            tell()
-    if _grouped():
-        dist.barrier()
+    with _hosts() as hosts:
+        missing = _agree(Manifest(count, batch, dict(settings), save_as), directory, rank, hosts)
+        mine = missing[rank::world]
+        with _bar(len(missing), len(mine), batch, shown=progress and rank == 0) as tell:
+            for shard in mine:
+                samples = sample(shard)
+                if len(samples) != shard.batch:
+                    raise ValueError(f"sample: expected {shard.batch} samples, got {len(samples)}")
+                write_shard(directory, shard.first, samples[: shard.kept], save_as)
+                tell()
+        if hosts is not None:
+            dist.barrier(hosts)
 
 
 def shards_of(count: int, batch: int) -> list[Shard]:
@@ -93,7 +95,22 @@ def _grouped() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _agree(manifest: Manifest, directory: Path, rank: int) -> list[Shard]:
+@contextmanager
+def _hosts() -> Iterator[dist.ProcessGroup | None]:
+    """All processes, talking from host to host; None where there is one alone.
+
+    A group of GPUs alone would carry what is said here through whichever GPU is current, and give up on a process that
+    waits for the last batch.
+    """
+    hosts = dist.new_group(backend="gloo") if _grouped() else None
+    try:
+        yield hosts
+    finally:
+        if hosts is not None:
+            dist.destroy_process_group(hosts)
+
+
+def _agree(manifest: Manifest, directory: Path, rank: int, hosts: dist.ProcessGroup | None) -> list[Shard]:
     """What is missing, as rank 0 sees it before anybody writes; its refusal is everybody's."""
     decided: list[Any] = [None]
     if rank == 0:
@@ -105,8 +122,8 @@ def _agree(manifest: Manifest, directory: Path, rank: int) -> list[Shard]:
             decided = [[shard for shard in shards if (shard.first, shard.first + shard.kept) not in done]]
         except ValueError as error:
             decided = [str(error)]
-    if _grouped():
-        dist.broadcast_object_list(decided, src=0)
+    if hosts is not None:
+        dist.broadcast_object_list(decided, src=0, group=hosts)
     if isinstance(decided[0], str):
         raise ValueError(decided[0])
     missing: list[Shard] = decided[0]
