@@ -121,3 +121,11 @@ ROUND_TRIPS: dict[str, tuple[Any, Any]] = {
     "obelm": (exact(obelm_sample), lambda p: obelm_invert(model, p, SCHEDULE)),
     "edict": (exact(edict_sample), lambda p: edict_invert(model, p, SCHEDULE)),
 }
+
+LOOPS = FLOATS | EXACT
+
+
+def start(device: str) -> Tensor:
+    """Noise that integers of 32 fractional bits hold to the bit."""
+    noise = torch.randn(3, 4, 24, 24, generator=torch.Generator().manual_seed(0))
+    return (torch.round(noise * 2**20) / 2**20).to(device)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from calls import CALLS, DTYPES, EXACT, states
+from loops import LOOPS, ROUND_TRIPS, opened, start
 from torch import Tensor
 
 from bicm_kernels import backend
@@ -25,3 +26,21 @@ def test_every_call_runs(same_bits: Callable[[Tensor, Tensor], None], name: str)
                 same_bits(actual, wanted)
             else:
                 assert torch.allclose(actual.double(), wanted.double(), rtol=2e-2, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::bicm_diffusion.InexactInversionWarning")
+@pytest.mark.parametrize("name", LOOPS)
+def test_every_loop_runs(same_bits: Callable[[Tensor, Tensor], None], name: str) -> None:
+    results = opened(LOOPS[name](start("cpu")))
+    with backend.use("reference"):
+        expected = opened(LOOPS[name](start("cpu")))
+    for actual, wanted in zip(results, expected, strict=True):
+        same_bits(actual, wanted)
+
+
+@pytest.mark.parametrize("name", ROUND_TRIPS)
+def test_every_round_trip_ends_where_it_began(same_bits: Callable[[Tensor, Tensor], None], name: str) -> None:
+    there, back = ROUND_TRIPS[name]
+    pair = back(there(start("cpu")))
+    same_bits(pair.z, start("cpu"))
+    assert not pair.info.any()

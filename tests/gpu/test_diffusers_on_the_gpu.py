@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
 
+from diffusers import DDIMScheduler
+
 from tests.diffusers_cases import (
     CASES,
     DEFAULTS,
@@ -72,13 +74,14 @@ def test_generators_draw_as_they_would_for_the_original(gpu_backend: str, case: 
     original, ours = pair(case, "cuda")
     if "generator" not in signature(original):
         pytest.skip("draws nothing")
+    arguments = {"eta": 1.0} if case[0] is DDIMScheduler else {}
     x = start(original, torch.float32).cuda()
     ends, states = [], []
     for scheduler in (original, ours):
         generators = [generator(7, place), generator(8, place)]
-        ends.append(trajectory(scheduler, x, generator=generators))
+        ends.append(trajectory(scheduler, x, generator=generators, **arguments))
         states.append([g.get_state() for g in generators])
-    torch.testing.assert_close(ends[1], ends[0])
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-4 * ends[0].abs().max().item())
     assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from loops import EXACT, FLOATS, ROUND_TRIPS, opened
+from loops import FLOATS, LOOPS, ROUND_TRIPS, opened, start
 from torch import Tensor
 
 if not torch.cuda.is_available():
@@ -15,18 +15,11 @@ if not torch.cuda.is_available():
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::bicm_diffusion.InexactInversionWarning")]
 
 SameBits = Callable[[Tensor, Tensor], None]
-LOOPS = FLOATS | EXACT
-
-
-def start(device: str = "cuda") -> Tensor:
-    """Noise that integers of 32 fractional bits hold to the bit."""
-    noise = torch.randn(3, 4, 24, 24, generator=torch.Generator().manual_seed(0))
-    return (torch.round(noise * 2**20) / 2**20).to(device)
 
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_the_bits_of_the_cpu(gpu_backend: str, same_bits: SameBits, name: str) -> None:
-    results = opened(LOOPS[name](start()))
+    results = opened(LOOPS[name](start("cuda")))
     for actual, expected in zip(results, opened(LOOPS[name](start("cpu"))), strict=True):
         assert actual.is_cuda
         same_bits(actual.cpu(), expected)
@@ -35,14 +28,14 @@ def test_the_bits_of_the_cpu(gpu_backend: str, same_bits: SameBits, name: str) -
 @pytest.mark.parametrize("name", ROUND_TRIPS)
 def test_every_bit_returns(gpu_backend: str, same_bits: SameBits, name: str) -> None:
     there, back = ROUND_TRIPS[name]
-    pair = back(there(start()))
-    same_bits(pair.z, start())
+    pair = back(there(start("cuda")))
+    same_bits(pair.z, start("cuda"))
     assert not pair.info.any()
 
 
 @pytest.mark.parametrize("name", FLOATS)
 def test_nothing_waits(gpu_backend: str, name: str, request: pytest.FixtureRequest) -> None:
-    z = start()
+    z = start("cuda")
     FLOATS[name](z)
     request.getfixturevalue("no_synchronisation")
     FLOATS[name](z)
@@ -50,9 +43,9 @@ def test_nothing_waits(gpu_backend: str, name: str, request: pytest.FixtureReque
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_captured(gpu_backend: str, same_bits: SameBits, name: str) -> None:
-    z = start()
+    z = start("cuda")
     expected = [x.clone() for x in opened(LOOPS[name](z))]
-    other = start().flip(0)
+    other = start("cuda").flip(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -68,5 +61,5 @@ def test_captured(gpu_backend: str, same_bits: SameBits, name: str) -> None:
 def test_compiled(gpu_backend: str, same_bits: SameBits, name: str) -> None:
     torch.compiler.reset()
     fast = torch.compile(LOOPS[name], fullgraph=True)
-    for actual, expected in zip(opened(fast(start())), opened(LOOPS[name](start())), strict=True):
+    for actual, expected in zip(opened(fast(start("cuda"))), opened(LOOPS[name](start("cuda"))), strict=True):
         same_bits(actual.cpu(), expected.cpu())

@@ -51,9 +51,9 @@ def sample_shards(
     `normal(shape, seed=seed, sample_id=shard.first)`. batch: samples per call, the same on every process. settings:
     whatever else decides the samples (seed, steps, weights, torch and device type), as JSON; a run is continued only
     where count, batch, save_as and settings are those that it began with. Runs under torchrun or accelerate once the
-    default process group is there (gloo, nccl or any other: what is said goes by gloo), and alone without one. save_as: each batch is one
-    safetensors file, or with "png" one folder of images named by their ids (needs pillow), from samples
-    (batch, C, H, W) with C = 1, 3 or 4, uint8 or floats in [-1, 1]. Either is complete or absent; a
+    default process group is there (gloo, nccl or any other: what is said goes by gloo), and alone without one.
+    save_as: each batch is one safetensors file, or with "png" one folder of images named by their ids (needs pillow),
+    from samples (batch, C, H, W) with C = 1, 3 or 4, uint8 or floats in [-1, 1]. Either is complete or absent; a
     restart repeats none and loses none. progress: a bar on rank 0 (needs tqdm).
     Raises ValueError where count, batch or save_as is out of range, the directory holds another run, a result has not
     `batch` samples, or it cannot be written as images.
