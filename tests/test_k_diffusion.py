@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bicm_diffusion.adapters.consistency_models import (
     ConsistencyDenoiser,
@@ -106,6 +107,24 @@ def test_churn_draws_from_the_noise_sampler_that_is_given(method: str, sampler: 
     assert torch.equal(first, sampler(denoiser, x, sigmas, disable=True, s_churn=4.0)) and not torch.equal(first, mine)
     quiet = sampler(denoiser, x, sigmas, disable=True, s_churn=4.0, s_tmin=90.0)
     assert torch.equal(quiet, sampler(denoiser, x, sigmas, disable=True))
+
+
+def test_keyed_noise_asks_no_device_for_a_level() -> None:
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            reads.append(func is torch.ops.aten._local_scalar_dense.default)
+            return func(*args, **(kwargs or {}))
+
+    reads: list[bool] = []
+    x, sigmas = start(), grid()
+    for levels in (sigmas, sigmas.repeat_interleave(2)[::2], sigmas.flip(0).flip(0)[3:]):
+        noise = keyed_noise_sampler(x, levels, seed=3)
+        for i in range(len(levels)):
+            expected = normal(x.shape, seed=3, step=i, dtype=x.dtype)
+            with Reads():
+                assert torch.equal(noise(levels[i], levels[i]), expected)
+            assert reads and not any(reads)
+            assert torch.equal(noise(levels[i].clone(), levels[i]), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
