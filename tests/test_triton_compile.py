@@ -230,20 +230,20 @@ def test_quotients_and_roots_are_correctly_rounded() -> None:
 
 TARGETS = [*(GPUTarget("cuda", arch, 32) for arch in (80, 100, 120)), GPUTarget("hip", "gfx942", 64)]
 VARIANTS = {name: case[:2] for cases in (DENSE, LOSSES, RESIDENTS, EXACT) for name, case in cases.items()} | OTHERS
+#: Two numbers that the assembler of Triton 3.7.1 keeps on the stack, though it has registers: read once, before stores.
+ON_THE_STACK = {("consistency_loss vector float32 with gradient", 120): 8}
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
-@pytest.mark.parametrize("case", VARIANTS.values(), ids=VARIANTS)
-def test_every_variant_elsewhere(
-    case: tuple[str, Callable[[], object]], target: GPUTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_elsewhere(name: str, target: GPUTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if target.backend == "hip":
         monkeypatch.setattr(operands, "WARPS", 2)
-        check_amd(compiled(*case, target))
+        check_amd(compiled(*VARIANTS[name], target))
         return
-    binary = compiled(*case, target)
+    binary = compiled(*VARIANTS[name], target)
     check_arithmetic(binary)
-    check_resources(binary, tmp_path)
+    check_resources(binary, tmp_path, stack=ON_THE_STACK.get((name, target.arch), 0))
 
 
 def check_amd(binary: Any) -> None:

@@ -81,10 +81,11 @@ def check_arithmetic(binary: Any) -> None:
         assert not re.search(loose, ptx), loose
 
 
-def check_resources(binary: Any, folder: Path, registers: int = 128) -> None:
-    """Nothing spills, and enough threads fit on a multiprocessor."""
+def check_resources(binary: Any, folder: Path, registers: int = 128, stack: int = 0) -> None:
+    """Nothing spills but so many bytes, and enough threads fit on a multiprocessor."""
     used = resources(binary, folder)
-    assert used["STACK"] == used["LOCAL"] == 0
+    assert used["STACK"] <= stack
+    assert used["LOCAL"] == 0
     assert used["REG"] <= registers
 
 

@@ -22,12 +22,26 @@ Argument = tuple[object, int | None]
 
 
 @triton.jit
+def load_rows(pointer, stride, sample, present, other: tl.constexpr):
+    """What a tensor holds for each row of a tile, shaped as `sample`.
+
+    One row is loaded as a scalar: of a tensor of one element, Triton 3.7 has a thread load it for all its elements.
+    """
+    if sample.numel == 1:
+        value = tl.load(pointer + tl.sum(sample) * stride, mask=tl.max(present.to(tl.int32)) > 0, other=other)
+        result = tl.full(sample.shape, value, value.dtype)
+    else:
+        result = tl.load(pointer + sample * stride, mask=present, other=other)
+    return result
+
+
+@triton.jit
 def number(argument, sample, present, COMPUTE: tl.constexpr):
     """A number for each row of a tile, (ROWS, 1)."""
     if argument[1] is None:
         value = tl.full(sample.shape, argument[0], COMPUTE)
     else:
-        value = tl.load(argument[0] + sample * argument[1], mask=present, other=1).to(COMPUTE)
+        value = load_rows(argument[0], argument[1], sample, present, 1).to(COMPUTE)
     return value
 
 
@@ -37,7 +51,7 @@ def integer(value, tensor, sample, present):
     if tensor is None:
         result = tl.full(sample.shape, value, tl.int64)
     else:
-        result = tl.load(tensor[0] + sample * tensor[1], mask=present, other=0)
+        result = load_rows(tensor[0], tensor[1], sample, present, 0)
     return result
 
 

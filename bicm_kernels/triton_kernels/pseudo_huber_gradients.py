@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bicm_kernels.triton_kernels.keys import number
+from bicm_kernels.triton_kernels.keys import load_rows, number
 from bicm_kernels.triton_kernels.operands import load, locate, store
 from bicm_kernels.triton_kernels.pseudo_huber_kernels import (
     add_term,
@@ -122,7 +122,7 @@ def gradients(
     factor = number(upstream, sample, present, COMPUTE)
     total = None
     if not ELEMENTWISE:
-        total = tl.load(totals + sample, mask=present, other=1.0)
+        total = load_rows(totals, 1, sample, present, 1.0)
     factor, transition, power = factors(
         factor, total, batch, elements, c, weight, sample, present, ELEMENTWISE, REDUCTION, COMPUTE
     )
@@ -186,7 +186,7 @@ def resident(
             rounds += again
     factor, transition, power = factors(
         tl.full((1, 1), 1.0, COMPUTE),
-        total.reshape(1, 1),
+        tl.zeros((1, 1), tl.float64) + tl.sum(total, axis=0),
         batch,
         elements,
         c,

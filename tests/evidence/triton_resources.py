@@ -77,7 +77,7 @@ def _used(job: tuple[str, str]) -> Used:
 def of_triton() -> str:
     """Every variant that the tests compile, for every target: by kernel."""
     jobs = list(product(CASES, TARGETS))
-    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         found = dict(zip(jobs, pool.map(_used, jobs, chunksize=8), strict=True))
     kernels: dict[str, list[str]] = defaultdict(list)
     for name in CASES:
