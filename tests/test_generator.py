@@ -80,7 +80,7 @@ def test_the_default_generator() -> None:
         assert torch.equal(after, torch.rand(3))
 
 
-@pytest.mark.parametrize("shape", [(3, 16), (3, 2, 333), (3, 5), (1, 64), (3, 0)])
+@pytest.mark.parametrize("shape", [(3, 16), (3, 2, 333), (3, 5), (4, 6), (1, 64), (3, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_generator_for_each_sample(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     generators, twins = ([Generator().manual_seed(7 + i) for i in range(shape[0])] for _ in range(2))

@@ -35,6 +35,8 @@ def test_out(each_backend: str, name: str, dtype: torch.dtype, kind: str, same_b
         if several:
             targets.append((apart[0], tensors[0], apart[2]))
             targets.append((tensors[1], tensors[0], apart[2]))
+            for k in range(len(plain)):
+                targets.append(tuple(apart[i] if i == k else torch.zeros_like(x) for i, x in enumerate(plain)))
         for target in targets:
             inputs = [x.clone(memory_format=torch.preserve_format) for x in tensors]
             outs = tuple(
