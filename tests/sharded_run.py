@@ -9,6 +9,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 from typing import Literal, cast
 
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bicm_diffusion import ddim_sample, vp_schedule
-from bicm_diffusion.distributed import Shard, sample_shards
+from bicm_diffusion.distributed import Shard, read_samples, sample_shards
 from bicm_kernels import normal
 
 Format = Literal["safetensors", "png"]
@@ -39,6 +40,7 @@ def run(
         if made == dies_after:
             os.kill(os.getpid(), signal.SIGKILL)
         made += 1
+        time.sleep(0.1 * int(os.environ.get("RANK", "0")))  # the first process is done before the others
         z = normal((shard.batch, 12), seed=SEED, sample_id=shard.first, device=device)
         samples = ddim_sample(lambda z, times: torch.tanh(network(z)), z, schedule)
         return samples if save_as == "safetensors" else samples.reshape(-1, 3, 2, 2)
@@ -64,5 +66,6 @@ if __name__ == "__main__":
     directory, steps, written_as, *dies = sys.argv[1:]
     dies_after, device = int(dies[0]) if dies else None, os.environ.get("SHARDED_ON", "cpu")
     run(directory, int(steps), cast(Format, written_as), dies_after, device)
+    read_samples(directory)  # whoever returns finds them all
     if dist.is_initialized():
         dist.destroy_process_group()
