@@ -5,9 +5,7 @@ PyTorch's fake tensors have a device and no values: whatever would wait for a GP
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,15 +14,13 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
 
-from bicm_kernels import backend
-from tests.diffusers_cases import CASES, Case, name_of, pair
-
 pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
-
-sys.path.append(str(Path(__file__).with_name("gpu")))
 
 from calls import DTYPES, EXACT
 from loops import FLOATS, opened
+
+from bicm_kernels import backend
+from tests.diffusers_cases import CASES, Case, name_of, pair
 
 GPU = torch.device("cuda", 0)
 #: Without a GPU no derivative is recorded on its tensors, and no part of them is taken.
