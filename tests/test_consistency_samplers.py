@@ -18,7 +18,7 @@ from bicm_diffusion import (
     multistep_sample,
     slerp,
 )
-from bicm_diffusion.samplers.consistency import INVERSION, SAMPLING
+from bicm_diffusion.keys import CONSISTENCY_INVERSION, CONSISTENCY_SAMPLING
 from bicm_kernels import fold_in, normal
 
 DATA_STD = 0.7
@@ -66,7 +66,7 @@ def test_presets_take_the_papers_steps(name: str) -> None:
     for start, stop in pairwise([*schedule.levels, T_MIN]):
         expected, leaps = flow(expected, start, stop), leaps + 1
     for amount, level in schedule.zigzags:
-        fresh = normal(x.shape, seed=fold_in(seed, SAMPLING), step=leaps - 1, dtype=x.dtype)
+        fresh = normal(x.shape, seed=fold_in(seed, CONSISTENCY_SAMPLING), step=leaps - 1, dtype=x.dtype)
         expected = flow(flow(expected + amount * fresh, amount, level), level, T_MIN)
         leaps += 2
     seen: list[LeapInfo] = []
@@ -84,7 +84,7 @@ def test_multistep_replaces_the_noise_and_adds_none_at_the_end() -> None:
     x, seed = 80 * noise(4, 6), 3
     expected = flow(x, 80.0, T_MIN)
     for step, level in enumerate((5.0, 0.8)):
-        fresh = normal(x.shape, seed=fold_in(seed, SAMPLING), step=step, dtype=x.dtype)
+        fresh = normal(x.shape, seed=fold_in(seed, CONSISTENCY_SAMPLING), step=step, dtype=x.dtype)
         expected = flow(expected + math.sqrt(level**2 - T_MIN**2) * fresh, level, T_MIN)
     assert_close(multistep_sample(gaussian_model, x, ConsistencySchedule((80.0, 5.0, 0.8)), seed=seed), expected)
 
@@ -93,7 +93,7 @@ def test_multistep_replaces_the_noise_and_adds_none_at_the_end() -> None:
 def test_inversion_climbs_the_flow_and_sampling_returns(name: str) -> None:
     schedule, x, seed = INVERSIONS[name], noise(4, 6), 5
     low, high = schedule.levels[-1], schedule.levels[0]
-    noisy = x + low * normal(x.shape, seed=fold_in(seed, INVERSION), dtype=x.dtype)
+    noisy = x + low * normal(x.shape, seed=fold_in(seed, CONSISTENCY_INVERSION), dtype=x.dtype)
     latent = consistency_invert(gaussian_model, x, schedule, seed=seed)
     assert_close(latent, flow(noisy, low, high))
     back = consistency_sample(gaussian_model, latent, ConsistencySchedule((high,)))

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.adapters.noise import randn_like
-from bicm_kernels import affine_step, denoise, normal, scale_input
+from bicm_diffusion.keys import K_DIFFUSION
+from bicm_kernels import affine_step, denoise, fold_in, normal, scale_input
 
 Network = Callable[..., Tensor]
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
@@ -166,7 +167,9 @@ class EDMDenoiser:
 
 
 def keyed_noise_sampler(x: Tensor, sigmas: Tensor, seed: int | Tensor, sample_id: int | Tensor = 0) -> NoiseSampler:
-    """Return a noise sampler whose step i is bicm_kernels' noise of (seed, i, sample): the same bits in every batch.
+    """Return a noise sampler whose step i is noise keyed by (seed, i, sample): the same bits in every batch.
+
+    It is `bicm_kernels.normal` with the seed `fold_in(seed, bicm_diffusion.keys.K_DIFFUSION)`.
 
     x: the state that is sampled, for shape, dtype and device; sigmas: the grid that the sampler runs on.
 
@@ -174,6 +177,7 @@ def keyed_noise_sampler(x: Tensor, sigmas: Tensor, seed: int | Tensor, sample_id
     >>> keyed_noise_sampler(x, sigmas, seed=0)(sigmas[0], sigmas[1]).shape
     torch.Size([1, 2])
     """
+    key = fold_in(seed, K_DIFFUSION)
     index = {level: i for i, level in enumerate(sigmas.tolist())}
     spacing = sigmas.stride(0) * sigmas.element_size() if len(sigmas) > 1 else 0
 
@@ -187,7 +191,7 @@ def keyed_noise_sampler(x: Tensor, sigmas: Tensor, seed: int | Tensor, sample_id
 
     def sampler(sigma: Tensor, sigma_next: Tensor) -> Tensor:
         step = step_of(sigma)
-        return normal(x.shape, seed=seed, step=step, sample_id=sample_id, dtype=x.dtype, device=x.device)
+        return normal(x.shape, seed=key, step=step, sample_id=sample_id, dtype=x.dtype, device=x.device)
 
     return sampler
 

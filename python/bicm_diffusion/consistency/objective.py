@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from bicm_diffusion.consistency.grid import T_MIN, LevelTable, drawn, partner_probabilities
+from bicm_diffusion.keys import DROPOUT, LEVELS, PARTNERS
 from bicm_kernels import (
     affine_step,
     consistency_loss,
@@ -24,8 +25,6 @@ from bicm_kernels import (
     uniform,
 )
 
-# Purposes that draw beside the noise: each gets a key of its own from the run's seed.
-LEVELS, PARTNERS, DROPOUT = range(1, 4)
 TARGETS = ("shared", "direct")
 
 

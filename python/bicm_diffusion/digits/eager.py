@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.consistency.schedules import ConsistencySchedule
-from bicm_diffusion.samplers.consistency import INVERSION, SAMPLING
+from bicm_diffusion.keys import CONSISTENCY_INVERSION, CONSISTENCY_SAMPLING
 from bicm_kernels import fold_in, normal
 
 
@@ -27,7 +27,7 @@ def sample(
     extra_args: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Return samples at t_min by BCM's Alg. 2, 3 or 4, as the schedule says."""
-    key, evaluations = fold_in(seed, SAMPLING), 0
+    key, evaluations = fold_in(seed, CONSISTENCY_SAMPLING), 0
     t = schedule.levels[0]
     for u in (*schedule.levels[1:], schedule.t_min):
         x, t, evaluations = _leap(model, x, t, u, schedule, extra_args), u, evaluations + 1
@@ -50,7 +50,7 @@ def invert(
 ) -> Tensor:
     """Return clean samples taken up to the schedule's first level by BCM's Alg. 5."""
     t, *higher = reversed(schedule.levels)
-    x = x + t * normal(x.shape, seed=fold_in(seed, INVERSION), dtype=x.dtype)
+    x = x + t * normal(x.shape, seed=fold_in(seed, CONSISTENCY_INVERSION), dtype=x.dtype)
     for u in higher:
         x, t = _leap(model, x, t, u, schedule, extra_args), u
     return x

@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.consistency.schedules import ConsistencySchedule
+from bicm_diffusion.keys import CONSISTENCY_INVERSION, CONSISTENCY_SAMPLING
 from bicm_kernels import add_noise, denoise, fold_in, renoise, scale_input
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 ConsistencyModel: TypeAlias = Callable[..., Tensor]
-# The purposes of fresh noise: each has a key of its own, so that none repeats the noise that sampling starts from.
-SAMPLING, INVERSION = 101, 102
 
 
 class Leap(NamedTuple):
@@ -88,7 +87,7 @@ def consistency_sample(
     for noise, level in schedule.zigzags:
         leaps[-1] = leaps[-1]._replace(noise=noise, level=noise)
         leaps += [Leap(noise, level, 0.0, level), Leap(level, schedule.t_min, 0.0, schedule.t_min)]
-    return _follow(model, x, leaps, schedule, SAMPLING, **options)
+    return _follow(model, x, leaps, schedule, CONSISTENCY_SAMPLING, **options)
 
 
 @torch.no_grad()
@@ -114,7 +113,7 @@ def multistep_sample(
         Leap(level, end, math.sqrt(following**2 - end**2), following) for level, following in pairwise(schedule.levels)
     ]
     leaps.append(Leap(schedule.levels[-1], end, 0.0, end))
-    return _follow(model, x, leaps, schedule, SAMPLING, **options)
+    return _follow(model, x, leaps, schedule, CONSISTENCY_SAMPLING, **options)
 
 
 @torch.no_grad()
@@ -138,9 +137,9 @@ def consistency_invert(
     if schedule.zigzags or len(levels) < 2:
         raise ValueError(f"schedule: inversion needs at least two levels and no zigzags, got {schedule}")
     leaps = [Leap(low, high, 0.0, high) for low, high in pairwise(levels)]
-    seed = fold_in(options.get("seed", 0), INVERSION)
+    seed = fold_in(options.get("seed", 0), CONSISTENCY_INVERSION)
     x = add_noise(x, levels[0], seed=seed, sample_id=options.get("sample_id", 0))
-    return _follow(model, x, leaps, schedule, INVERSION, **options)
+    return _follow(model, x, leaps, schedule, CONSISTENCY_INVERSION, **options)
 
 
 def _follow(

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from bicm_diffusion.keys import CHURN
 from bicm_diffusion.samplers.ddim import down
 from bicm_diffusion.samplers.loop import Loop, Model, Options, Output, Row, transfer
 from bicm_diffusion.samplers.prediction import Level, Number, Prediction, folded, read
 from bicm_diffusion.schedules import Schedule
-from bicm_kernels import affine_step
+from bicm_kernels import affine_step, fold_in
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -44,7 +45,8 @@ def edm_sample(
     z: (B, …), any floating dtype; the result has its shape and dtype. solver: "heun" takes two evaluations of the model
     a step, one for a step to sigma = 0; "euler" one. On a schedule with alpha ≠ 1 they work in DDIM's variables.
     churn: S_churn, in [0, inf): where sigma_i is in churn_range, sigma rises by min(churn/N, √2 - 1) of itself before
-    the step, with noise of standard deviation churn_noise keyed by (seed, sample_id, i); needs alpha = 1 and times
+    the step, with noise of standard deviation churn_noise keyed by (seed, sample_id, i), apart
+    from that of `bicm_kernels.normal` with the same seed; needs alpha = 1 and times
     that are the sigmas, as `karras_schedule` makes them. options: those of every sampler, see `Options`.
     Raises ValueError where an argument is out of range, or churn comes without a seed.
 
@@ -57,12 +59,13 @@ def edm_sample(
     lifts = _lifts(schedule, churn, churn_range)
     if churn > 0 and seed is None:
         raise ValueError("seed: expected an int or an int64 tensor where churn draws noise, got None")
+    key = None if seed is None else fold_in(seed, CHURN)
     loop, scaled = Loop(model, z, schedule, **options), None
     steps = Steps(loop, solver == "heun", lifts)
     noise_rows = loop.rows(_churned, range(1, schedule.steps + 1), (0,), lifts, churn_noise)
     for i in loop.steps(range(schedule.steps, 0, -1)):
         if lifts[i] > 1.0:
-            z = affine_step([z], [1.0], noise_weight=noise_rows[i][0], seed=seed, step=i, sample_id=sample_id)
+            z = affine_step([z], [1.0], noise_weight=noise_rows[i][0], seed=key, step=i, sample_id=sample_id)
             scaled = None
         z, scaled, output = steps.step(i, z, scaled)
         loop.report(i - 1, z, output)

@@ -8,7 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from bicm_kernels import add_noise
+from bicm_diffusion.keys import SIGN
+from bicm_kernels import add_noise, fold_in
 
 Integer = int | Tensor
 
@@ -46,7 +47,8 @@ def sign_masked(
     x ← f(x')⊙M + x'⊙(1 - M), then for sigma_1 > … > sigma_{N-1}: x ← f(x + sigma_i·n)⊙M + x⊙(1 - M).
     x: x' (B, …), any floating dtype. sigmas: the noise levels to apply, falling, each ≥ 0; the paper's list of N runs
     to sigma_N, which it does not use. mask: bool, of the shape of x or broadcast to it: True is filled in, False is
-    kept to the bit; None fills in everything. The noise of level i has the key (seed, sample_id, i).
+    kept to the bit; None fills in everything. The noise of level i has the key (seed, sample_id, i), apart from that of
+    `bicm_kernels.normal` with the same seed.
     Raises TypeError for a mask that is not bool, and ValueError for levels that do not fall.
 
     >>> kept = torch.tensor([[True, False]])
@@ -57,9 +59,10 @@ def sign_masked(
         raise TypeError(f"mask: expected a bool tensor, got {mask.dtype}")
     if any(low >= high for high, low in pairwise(sigmas)) or any(sigma < 0 for sigma in sigmas):
         raise ValueError(f"sigmas: expected falling noise levels of at least 0, got {list(sigmas)}")
+    key = fold_in(seed, SIGN)
     x = _filled(model(x), x, mask)
     for i, sigma in enumerate(sigmas, start=1):
-        x = _filled(model(add_noise(x, sigma, seed=seed, step=i, sample_id=sample_id)), x, mask)
+        x = _filled(model(add_noise(x, sigma, seed=key, step=i, sample_id=sample_id)), x, mask)
     return x
 
 

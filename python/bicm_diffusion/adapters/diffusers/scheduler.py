@@ -18,6 +18,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
+from bicm_diffusion.keys import SCHEDULER
 from bicm_kernels import fold_in, generator_normal
 
 Number = float | Tensor
@@ -27,9 +28,6 @@ Generators = Generator | list[Generator] | None
 Noise = Literal["generator", "keyed"]
 
 traced = torch.compiler.is_compiling
-
-#: A generator's seed is folded with this word, so that keyed noise and what the generator itself draws stay apart.
-GENERATOR_NOISE = 0x5C4ED
 
 
 @dataclass
@@ -173,14 +171,14 @@ class Accelerated:
     def _key(self, generator: Generators, device: torch.device) -> tuple[Integer, Integer]:
         """The seed and sample id of keyed noise: those given, or the generators' own seeds without a draw."""
         if generator is None:
-            return self._seed, self._sample_id
+            return fold_in(self._seed, SCHEDULER), self._sample_id
         if isinstance(generator, Generator):
-            return fold_in(generator.initial_seed(), GENERATOR_NOISE), self._sample_id
+            return fold_in(generator.initial_seed(), SCHEDULER), self._sample_id
         if len(generator) == 1:
             return self._key(generator[0], device)
         given = (*(g.initial_seed() for g in generator), device)
         if not self._seeds or self._seeds[0] != given:
-            seeds = [fold_in(g.initial_seed(), GENERATOR_NOISE) for g in generator]
+            seeds = [fold_in(g.initial_seed(), SCHEDULER) for g in generator]
             self._seeds = given, torch.tensor(seeds, dtype=torch.int64, device=device)
         return self._seeds[1], 0
 

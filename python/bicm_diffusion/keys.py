@@ -1,0 +1,16 @@
+"""Purposes of keyed noise: every part of this package that draws folds the caller's seed with one of its own.
+
+The ops of `bicm_kernels` draw from the seed as it is given, and so does the noise of training pairs, which is
+`normal(x.shape, seed=seed, step=step, sample_id=sample_id)`. Everything else here draws from
+`fold_in(seed, PURPOSE)`, so that one seed serves latents, samplers and training without repeating a number.
+"""
+
+from __future__ import annotations
+
+#: Purposes count up from here; a program's own `fold_in(seed, n)` with a small n never meets one.
+RESERVED = 0x6269636D << 32
+
+# Training draws.
+LEVELS, PARTNERS, DROPOUT = (RESERVED + n for n in range(1, 4))
+# Fresh noise of samplers, of their forms for other libraries, and of accelerated schedulers.
+CONSISTENCY_SAMPLING, CONSISTENCY_INVERSION, CHURN, SIGN, K_DIFFUSION, SCHEDULER = (RESERVED + n for n in range(33, 39))
