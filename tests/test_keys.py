@@ -49,7 +49,7 @@ SAMPLERS: dict[str, Callable[[Tensor, Callable[..., Tensor], int], Tensor]] = {
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("seed", [0, 7])
 def test_fresh_noise_does_not_repeat_the_latents(name: str, seed: int) -> None:
-    latents = [bk.normal(SHAPE, seed=seed, step=step) for step in range(4)]
+    latents = [bk.normal(SHAPE, seed=seed, step=step) for step in range(8)]
     inputs: list[Tensor] = []
 
     def record(x: Tensor, *_: object) -> Tensor:

@@ -11,7 +11,8 @@ from closed_forms import Mixture, noise, ve_levels
 from torch import Tensor
 
 from bicm_diffusion import Preconditioned, ddim_sample, edm_sample, karras_schedule, vp_schedule
-from bicm_kernels import normal
+from bicm_diffusion.keys import CHURN
+from bicm_kernels import fold_in, normal
 
 MODEL = Mixture(0.5, 0.8, ve_levels)
 SCHEDULE = karras_schedule(12, sigma_min=0.02, sigma_max=20.0)
@@ -31,7 +32,7 @@ def plain(x: Tensor, *, heun: bool, churn: float = 0.0, churn_range: Any = (0.0,
         gamma = min(churn / count, math.sqrt(2) - 1) if churn_range[0] <= t <= churn_range[1] else 0.0
         t_hat = t + gamma * t
         if gamma > 0:
-            n = normal(x.shape, seed=seed, step=i).to(x.dtype)
+            n = normal(x.shape, seed=fold_in(seed, CHURN), step=i).to(x.dtype)
             x = x + math.sqrt(t_hat**2 - t**2) * churn_noise * n
         d = (x - denoised(x, t_hat)) / t_hat
         following = x + (t_next - t_hat) * d
