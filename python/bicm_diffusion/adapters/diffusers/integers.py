@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.scheduler import version_of
-from bicm_diffusion.samplers.exact import ExactPair
+from bicm_diffusion.samplers.states import ExactPair
 from bicm_kernels import (
     affine_step,
     exact_affine_inverse_step,
