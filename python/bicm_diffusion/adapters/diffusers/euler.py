@@ -18,7 +18,7 @@ from bicm_diffusion.adapters.diffusers.scheduler import (
     as_output,
     traced,
 )
-from bicm_diffusion.adapters.k_diffusion import MOST_CHURN
+from bicm_diffusion.adapters.k_diffusion import MOST_LIFT as MOST_CHURN
 from bicm_kernels import add_noise, affine_step, denoised_step
 
 
