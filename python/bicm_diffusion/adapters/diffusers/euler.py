@@ -13,7 +13,7 @@ from torch import Tensor
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
 from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, as_output, fused, single
 from bicm_diffusion.adapters.diffusers.tables import Row, Tables
-from bicm_diffusion.adapters.k_diffusion import MOST_CHURN
+from bicm_diffusion.adapters.k_diffusion import MOST_LIFT
 from bicm_kernels import add_noise, affine_step, denoised_step
 
 
@@ -141,7 +141,7 @@ class _EulerSteps(Sigmas):
         rounded = single if self.sigmas.dtype is torch.float32 else float
         if not rounded(low) <= tables.levels[index] <= rounded(high):
             return 0.0
-        return min(churn / (len(tables.levels) - 1), MOST_CHURN)
+        return min(churn / (len(tables.levels) - 1), MOST_LIFT)
 
     def _churned(
         self, state: Tensor, model_output: Tensor, deviation: float, index: int, generator: Generators
