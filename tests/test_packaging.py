@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_COMPILER = "installing without the native library"
@@ -217,6 +218,15 @@ def test_the_library_exports_only_the_module(wheel: Wheel, tmp_path: Path) -> No
     exported = [name for _, name in defined_symbols(library, "--dynamic")]
     assert [name for name in exported if "bicm" in name] == []
     assert "PyInit__C" in exported
+
+
+def test_every_torch_from_the_first_on_is_accepted() -> None:
+    found = re.findall(r'"(torch\b[^"]*)"', (ROOT / "pyproject.toml").read_text())
+    assert len(found) == 2  # to build with, and to run with
+    for requirement in found:
+        accepted = Requirement(requirement).specifier
+        assert not accepted.contains("2.12.1")
+        assert all(accepted.contains(version) for version in ("2.13.0", "2.13.0+cpu", "2.15.0", "3.0.0"))
 
 
 def matches(pattern: str, *roots: str) -> list[Path]:

@@ -82,10 +82,11 @@ def _check_alike(call: Mapping[str, Any], states: Sequence[str]) -> None:
 
     A meta tensor among others brings the dispatcher to a fake, whose result would be memory that nobody wrote.
     """
-    tensors = [(name, x) for name, value in call.items() for x in _opened(value) if not _left_out(name, x)]
-    shapes = [x.shape for name, x in tensors if name in states]
-    rows = [x.shape for name, x in tensors if name not in states and x.dim()]
+    tensors = [(name, x) for name, value in call.items() for x in _opened(value)]
     devices = {x.device for _, x in tensors if x.dim() or x.device.type != "cpu"}
+    shaped = [(name in states, x.shape) for name, x in tensors if not (name in _PLACEHOLDERS and x.shape == (0,))]
+    shapes = [shape for is_state, shape in shaped if is_state]
+    rows = [shape for is_state, shape in shaped if not is_state and shape]
     if len(devices) > 1 or any(shape != shapes[0] or not shape for shape in shapes):
         raise RuntimeError("bicm_kernels: tensors differ in shape or device")
     if any(row != (shapes or rows)[0][:1] for row in rows):
@@ -94,7 +95,3 @@ def _check_alike(call: Mapping[str, Any], states: Sequence[str]) -> None:
 
 def _opened(value: Any) -> list[Tensor]:
     return [x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, Tensor)]
-
-
-def _left_out(name: str, x: Tensor) -> bool:
-    return name in _PLACEHOLDERS and x.shape == (0,)
