@@ -77,8 +77,7 @@ def _filled(new: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _asked(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     output = model(x)
-    if not isinstance(output, Tensor) or output.shape != x.shape:
-        checks.check_output(output, x)
+    checks.check_output(output, x)
     return output
 
 
@@ -93,7 +92,8 @@ def _check_mask(mask: object, x: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         given = mask.dtype if isinstance(mask, Tensor) else checks.described(mask)
         raise TypeError(f"mask: expected a bool tensor, got {given}")
-    if torch.broadcast_shapes(mask.shape, x.shape) != x.shape:
+    fits = zip(reversed(mask.shape), reversed(x.shape), strict=False)
+    if mask.dim() > x.dim() or any(size not in (1, whole) for size, whole in fits):
         raise ValueError(f"mask: expected a shape that broadcasts to {tuple(x.shape)}, got {tuple(mask.shape)}")
 
 
