@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.adapters.noise import randn_like
+from bicm_diffusion.extras import extra
 from bicm_diffusion.keys import K_DIFFUSION
 from bicm_kernels import affine_step, denoise, fold_in, normal, scale_input
 
@@ -217,7 +218,8 @@ class _Run:
         indices = range(len(self.levels) - 1)
         if self.disable:
             return indices
-        from tqdm.auto import trange  # an optional dependency: samplers without a bar need only torch
+        with extra("diffusion", "or pass disable=True"):
+            from tqdm.auto import trange
 
         return trange(len(indices), disable=self.disable)
 

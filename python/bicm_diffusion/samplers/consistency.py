@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.consistency.schedules import ConsistencySchedule
+from bicm_diffusion.extras import extra
 from bicm_diffusion.keys import CONSISTENCY_INVERSION, CONSISTENCY_SAMPLING
 from bicm_kernels import add_noise, denoise, fold_in, renoise, scale_input
 
@@ -185,6 +186,7 @@ def _follow(
 def _shown(leaps: Sequence[Leap], progress: bool) -> Iterable[Leap]:
     if not progress:
         return leaps
-    from tqdm import tqdm  # an optional dependency: samplers without a bar need only torch
+    with extra("diffusion", "or pass progress=False"):
+        from tqdm import tqdm
 
     return tqdm(leaps, unit="leap")
