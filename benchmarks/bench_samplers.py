@@ -34,7 +34,7 @@ def silent(z: Tensor, times: Tensor) -> Tensor:
 
 def loop_of(schedule: Schedule, prediction: Prediction = "noise", guidance_scale: float | None = None) -> Loop:
     """A run of a sampler."""
-    return Loop(silent, torch.empty(1, 1), schedule, prediction=prediction, guidance_scale=guidance_scale)
+    return Loop("benchmark", silent, torch.empty(1, 1), schedule, prediction=prediction, guidance_scale=guidance_scale)
 
 
 PLAIN, GUIDED = loop_of(VP), loop_of(VP, guidance_scale=GUIDANCE)

@@ -26,7 +26,8 @@ from bicm_diffusion.adapters.k_diffusion import (
     sample_euler,
     sample_heun,
 )
-from bicm_kernels import normal
+from bicm_diffusion.keys import K_DIFFUSION
+from bicm_kernels import fold_in, normal
 
 DATA = 0.5
 
@@ -100,7 +101,9 @@ def test_churn_draws_from_the_noise_sampler_that_is_given(method: str, sampler: 
     noise = keyed_noise_sampler(x, sigmas, seed=3)
     mine = sampler(denoiser, x, sigmas, disable=True, s_churn=4.0, noise_sampler=noise)
     torch.testing.assert_close(mine, plain(method, x, sigmas, 4.0, noise), rtol=0, atol=1e-11)
-    torch.testing.assert_close(noise(sigmas[2], sigmas[3]), normal(x.shape, seed=3, step=2, dtype=x.dtype))
+    torch.testing.assert_close(
+        noise(sigmas[2], sigmas[3]), normal(x.shape, seed=fold_in(3, K_DIFFUSION), step=2, dtype=x.dtype)
+    )
     torch.manual_seed(0)
     first = sampler(denoiser, x, sigmas, disable=True, s_churn=4.0)
     torch.manual_seed(0)
@@ -120,7 +123,7 @@ def test_keyed_noise_asks_no_device_for_a_level() -> None:
     for levels in (sigmas, sigmas.repeat_interleave(2)[::2], sigmas.flip(0).flip(0)[3:]):
         noise = keyed_noise_sampler(x, levels, seed=3)
         for i in range(len(levels)):
-            expected = normal(x.shape, seed=3, step=i, dtype=x.dtype)
+            expected = normal(x.shape, seed=fold_in(3, K_DIFFUSION), step=i, dtype=x.dtype)
             with Reads():
                 assert torch.equal(noise(levels[i], levels[i]), expected)
             assert reads and not any(reads)

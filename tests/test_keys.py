@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ SAMPLERS: dict[str, Callable[[Tensor, Callable[..., Tensor], int], Tensor]] = {
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("seed", [0, 7])
 def test_fresh_noise_does_not_repeat_the_latents(name: str, seed: int) -> None:
-    latents = [bk.normal(SHAPE, seed=seed, step=step) for step in range(4)]
+    latents = [bk.normal(SHAPE, seed=seed, step=step) for step in range(8)]
     inputs: list[Tensor] = []
 
     def record(x: Tensor, *_: object) -> Tensor:
@@ -63,6 +64,12 @@ def test_fresh_noise_does_not_repeat_the_latents(name: str, seed: int) -> None:
     for x in noisy:
         for latent in latents:
             assert torch.corrcoef(torch.stack([x, latent.flatten()]))[0, 1].abs() < 0.1
+
+
+def test_every_purpose_stands_in_the_documentation() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "reproducibility.md").read_text()
+    purposes = [name for name in vars(keys) if name.isupper() and name != "RESERVED"]
+    assert [name for name in purposes if f"`{name}`" not in text] == []
 
 
 def test_purposes_differ_and_stay_clear_of_small_numbers() -> None:

@@ -23,6 +23,7 @@ from bicm_diffusion import (
     ddim_sample,
     edict_invert,
     edict_sample,
+    edm_invert,
     edm_sample,
     obelm_invert,
     obelm_sample,
@@ -39,6 +40,8 @@ TWO_STATES = {
     "bdia_edit": partial(bdia_edit, gamma=0.96, source={}, target={}),
     "edict_sample": edict_sample,
     "edict_invert": edict_invert,
+    "edict_sample leapfrog": partial(edict_sample, leapfrog=True),
+    "edict_invert leapfrog": partial(edict_invert, leapfrog=True),
     "obelm_sample": obelm_sample,
     "obelm_invert": obelm_invert,
 }
@@ -47,13 +50,18 @@ SAMPLERS: dict[str, Sampler] = {
     "ddim_invert": ddim_invert,
     "edm_sample euler": partial(edm_sample, solver="euler"),
     "edm_sample heun": edm_sample,
+    "edm_invert euler": partial(edm_invert, solver="euler"),
+    "edm_invert heun": edm_invert,
     **{f"{name} exact": sampler for name, sampler in TWO_STATES.items()},
     **{f"{name} floats": partial(sampler, exact=False) for name, sampler in TWO_STATES.items()},
 }
 MODEL = Mixture()
 
 each_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
-pytestmark = pytest.mark.filterwarnings("ignore::bicm_diffusion.InexactInversionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::bicm_diffusion.InexactInversionWarning"),
+    pytest.mark.filterwarnings("ignore::bicm_diffusion.RetraceWarning"),
+]
 
 
 def opened(result: Any) -> tuple[Tensor, ...]:
@@ -172,6 +180,10 @@ class Launches(TorchDispatchMode):
         ("obelm_sample floats", False, 5),
         ("edict_sample floats", True, 1 + 10),
         ("edict_invert floats", False, 1 + 10),
+        ("edict_sample leapfrog floats", True, 1 + 10),
+        ("edict_invert leapfrog floats", True, 1 + 10),
+        ("edm_invert heun", False, 9),
+        ("edm_invert heun", True, 1 + 9),
     ],
 )
 def test_one_launch_for_each_evaluation(name: str, raw: bool, launches: int) -> None:

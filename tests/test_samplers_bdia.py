@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from typing import Any
 
@@ -232,11 +233,40 @@ def test_floats_warn_of_what_they_are_expected_to_lose(recwarn: pytest.WarningsR
     bdia_invert(MODEL, z, schedule, gamma=0.96, exact=False)
     bdia_invert(MODEL, z, schedule, gamma=0.5)
     assert not recwarn.list
-    with pytest.warns(InexactInversionWarning, match=r"BDIA in torch.float32 over 30 steps .* loses about 4e\+03"):
+    with pytest.warns(InexactInversionWarning, match=r"BDIA in torch.float32 over 30 steps .* loses about 1e-01"):
         bdia_invert(MODEL, z, schedule, gamma=0.5, exact=False)
     with pytest.warns(InexactInversionWarning) as caught:
         bdia_invert(MODEL, z.bfloat16(), schedule, exact=False)
     assert caught[0].filename == __file__
+
+
+def expected_loss(call: Any) -> float:
+    """What a call warns of, in units of the states' size."""
+    with pytest.warns(InexactInversionWarning) as caught:
+        call()
+    found = re.search(r"loses about (\S+)", str(caught[0].message))
+    assert found
+    return float(found[1])
+
+
+@silent
+@pytest.mark.parametrize(("gamma", "steps"), [(0.9, 100), (0.9, 80), (0.5, 20), (0.5, 40)])
+def test_what_floats_are_expected_to_lose_is_what_they_lose(gamma: float, steps: int) -> None:
+    z, schedule, options = noise(64, 8, dtype=torch.float32), vp_schedule(steps), {"gamma": gamma, "exact": False}
+    pair = bdia_sample(MODEL, z, schedule, **options)
+    expected = expected_loss(lambda: bdia_invert(MODEL, pair, schedule, **options))
+    lost = (bdia_invert(MODEL, pair, schedule, **options).z - z).abs().max().item()
+    assert lost / 10 < expected < 10 * lost
+
+
+@pytest.mark.parametrize(("gamma", "steps"), [(0.9, 50), (0.96, 80)])
+def test_an_image_s_way_there_and_back_is_not_said_to_lose_what_a_retrace_from_noise_would(
+    gamma: float, steps: int, recwarn: pytest.WarningsRecorder
+) -> None:
+    x, schedule, options = noise(64, 8, dtype=torch.float32), vp_schedule(steps), {"gamma": gamma, "exact": False}
+    latent = bdia_invert(MODEL, x, schedule, **options)
+    assert not recwarn.list
+    assert (bdia_sample(MODEL, latent, schedule, **options).z - x).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(

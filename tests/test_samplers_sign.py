@@ -10,7 +10,8 @@ from closed_forms import noise
 from torch import Tensor
 
 from bicm_diffusion import sign_masked, sign_recursive
-from bicm_kernels import normal
+from bicm_diffusion.keys import SIGN
+from bicm_kernels import fold_in, normal
 
 
 def model(x: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def test_masked_is_the_algorithm(masked: bool) -> None:
     m = torch.ones_like(x) if mask is None else mask.to(x.dtype)
     expected = model(x) * m + x * (1 - m)
     for i, sigma in enumerate(sigmas, start=1):
-        n = normal(x.shape, seed=7, step=i).to(x.dtype)
+        n = normal(x.shape, seed=fold_in(7, SIGN), step=i).to(x.dtype)
         expected = model(expected + sigma * n) * m + expected * (1 - m)
     got = sign_masked(model, x, sigmas, mask=mask, seed=7)
     torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-14)

@@ -23,6 +23,7 @@ from bicm_diffusion import (
     ddim_sample,
     edict_invert,
     edict_sample,
+    edm_invert,
     edm_sample,
     karras_schedule,
     obelm_invert,
@@ -77,6 +78,10 @@ BODIES: dict[str, Body] = {
     "obelm_invert": exact(obelm_invert),
     "edict_sample": exact(edict_sample),
     "edict_invert": exact(edict_invert),
+    "edict_sample leapfrog": exact(edict_sample, leapfrog=True),
+    "edict_invert leapfrog floats": floats(edict_invert, leapfrog=True, prediction=Preconditioned()),
+    "edm_invert heun": lambda z, s: edm_invert(MODEL, z, s, prediction="v"),
+    "edm_invert euler": lambda z, s: edm_invert(MODEL, z, s, solver="euler"),
 }
 
 

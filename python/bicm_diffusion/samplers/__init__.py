@@ -1,23 +1,32 @@
 """Samplers and their inversions, one module per method; `loop.Options` documents the arguments that they share."""
 
 from bicm_diffusion.samplers.bdia import bdia_edit, bdia_invert, bdia_sample
-from bicm_diffusion.samplers.consistency import LeapInfo, consistency_invert, consistency_sample, multistep_sample
+from bicm_diffusion.samplers.consistency import (
+    LeapInfo,
+    LeapOptions,
+    consistency_invert,
+    consistency_sample,
+    multistep_sample,
+)
 from bicm_diffusion.samplers.ddim import ddim_invert, ddim_sample
-from bicm_diffusion.samplers.edict import ExactTwins, TwinPair, edict_invert, edict_sample
-from bicm_diffusion.samplers.edm import edm_sample
-from bicm_diffusion.samplers.exact import ExactPair, InexactInversionWarning, StatePair
+from bicm_diffusion.samplers.edict import edict_invert, edict_sample
+from bicm_diffusion.samplers.edm import edm_invert, edm_sample
 from bicm_diffusion.samplers.loop import Options, StepInfo
+from bicm_diffusion.samplers.notices import InexactInversionWarning, RetraceWarning
 from bicm_diffusion.samplers.obelm import obelm_invert, obelm_sample
 from bicm_diffusion.samplers.prediction import Preconditioned
 from bicm_diffusion.samplers.sign import sign_masked, sign_recursive
+from bicm_diffusion.samplers.states import ExactPair, ExactTwins, StatePair, TwinPair, load_pair, save_pair
 
 __all__ = [
     "ExactPair",
     "ExactTwins",
     "InexactInversionWarning",
     "LeapInfo",
+    "LeapOptions",
     "Options",
     "Preconditioned",
+    "RetraceWarning",
     "StatePair",
     "StepInfo",
     "TwinPair",
@@ -30,10 +39,13 @@ __all__ = [
     "ddim_sample",
     "edict_invert",
     "edict_sample",
+    "edm_invert",
     "edm_sample",
+    "load_pair",
     "multistep_sample",
     "obelm_invert",
     "obelm_sample",
+    "save_pair",
     "sign_masked",
     "sign_recursive",
 ]

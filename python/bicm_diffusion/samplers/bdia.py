@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from bicm_diffusion.samplers.checks import check_arguments
 from bicm_diffusion.samplers.edm import Steps
-from bicm_diffusion.samplers.exact import ExactPair, Factor, Ratio, StatePair, rational, rounded, value, warn_of_loss
+from bicm_diffusion.samplers.factors import Factor, Ratio, check_factor, rational, rounded, value
 from bicm_diffusion.samplers.loop import Loop, Model, Options, Output, Row, transfer
 from bicm_diffusion.samplers.pairs import DOWN, UP, Method, State, first_tensor, run
 from bicm_diffusion.samplers.prediction import Level, Number, Prediction, folded, read
+from bicm_diffusion.samplers.rounding import warn_of_bdia
+from bicm_diffusion.samplers.signature import sampler
+from bicm_diffusion.samplers.states import ExactPair, StatePair
 from bicm_diffusion.schedules import Schedule
 from bicm_kernels import affine_step
 
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
 Increments = Literal["euler", "heun"]
 
 
-@torch.no_grad()
+@sampler(Loop)
 def bdia_sample(
     model: Model,
     z: State,
@@ -49,13 +53,10 @@ def bdia_sample(
     >>> bdia_sample(lambda z, times: z, torch.ones(1, 2), vp_schedule(4)).z.shape
     torch.Size([1, 2])
     """
-    _check_gamma(gamma, lowest=0.0)
-    factor = rational("gamma", gamma) if exact else rounded(value(gamma), first_tensor(z).dtype)
-    method = _method(model, z, schedule, factor, increments, options)
-    return run(method, z, DOWN, exact)
+    return run(_method("bdia_sample", model, z, schedule, gamma, increments, exact, options), z, DOWN, exact)
 
 
-@torch.no_grad()
+@sampler(Loop)
 def bdia_invert(
     model: Model,
     z: State,
@@ -80,23 +81,17 @@ def bdia_invert(
     >>> bdia_invert(lambda z, times: z, torch.ones(1, 2), vp_schedule(4)).z.shape
     torch.Size([1, 2])
     """
-    _check_gamma(gamma, lowest=None)
-    if exact:
-        factor: Factor = rational("gamma", gamma)
-    else:
-        warn_of_loss("BDIA", schedule.steps, value(gamma) ** -schedule.steps, first_tensor(z).dtype)
-        # What the step multiplies by is 1/gamma: rounded before the other weights are made from it.
-        factor = 1.0 / rounded(1.0 / value(gamma), first_tensor(z).dtype)
-    method = _method(model, z, schedule, factor, increments, options)
-    if start_index not in (0, 1) or (start_index == 0 and schedule.clean):
-        raise ValueError(
-            f"start_index: expected 1, or 0 where sigma_0 > 0, got {start_index} (sigma_0 = {schedule.sigma[0]})"
-        )
+    method = _method("bdia_invert", model, z, schedule, gamma, increments, exact, options)
+    if start_index not in (0, 1) or start_index < schedule.lowest:
+        expected = "1, or 0 where sigma_0 > 0" if schedule.clean or schedule.asked else "1, as no time is known for 0"
+        raise ValueError(f"start_index: expected {expected}, got {start_index} (sigma_0 = {schedule.sigma[0]:.4g})")
     method.start_index = start_index
+    if not exact:
+        warn_of_bdia(schedule, method.gamma, method.dtype, alone=isinstance(z, Tensor))
     return run(method, z, UP, exact)
 
 
-@torch.no_grad()
+@sampler(Loop)
 def bdia_edit(
     model: Model,
     z: State,
@@ -124,6 +119,8 @@ def bdia_edit(
     True
     """
     shared = options.pop("extra_args", None) or {}
+    for name, arguments in (("extra_args", shared), ("source", source), ("target", target)):
+        check_arguments(name, arguments)
     up_options: Options = {**options, "extra_args": {**shared, **source}}
     down_options: Options = {**options, "extra_args": {**shared, **target}}
     step: dict[str, Any] = {"gamma": gamma, "increments": increments, "exact": exact}
@@ -131,29 +128,46 @@ def bdia_edit(
     return bdia_sample(model, latent, schedule, **step, **down_options)
 
 
-def _check_gamma(gamma: Factor, lowest: float | None) -> None:
-    factor = value(gamma)
-    if isinstance(factor, Tensor):
-        return
-    if not (factor > 0.0 or factor == lowest) or factor > 1.0:
-        raise ValueError(f"gamma: expected a value in {'(' if lowest is None else '['}0, 1], got {gamma}")
-
-
 def _method(
-    model: Model, z: State, schedule: Schedule, gamma: Factor, increments: Increments, options: Options
+    name: str,
+    model: Model,
+    z: State,
+    schedule: Schedule,
+    gamma: Factor,
+    increments: Increments,
+    exact: bool,
+    options: Options,
 ) -> _Euler:
+    first = first_tensor(z)
+    loop = Loop(name, model, first, schedule, **options)
+    inverse = name == "bdia_invert"
+    check_factor("gamma", gamma, lowest=None if inverse else 0.0, batch=len(first))
     if increments not in _METHODS:
         raise ValueError(f"increments: expected one of {', '.join(map(repr, _METHODS))}, got {increments!r}")
-    return _METHODS[increments](Loop(model, first_tensor(z), schedule, **options), gamma)
+    if exact:
+        return _METHODS[increments](loop, rational("gamma", gamma), first.dtype)
+    # What the inverse step multiplies by is 1/gamma: rounded before the other weights are made from it.
+    number = value(gamma)
+    factor = 1.0 / rounded(1.0 / number, first.dtype) if inverse else rounded(number, first.dtype)
+    return _METHODS[increments](loop, factor, first.dtype, number)
 
 
 class _Euler(Method):
     """BDIA-DDIM: Euler's increments in DDIM's variables."""
 
-    def __init__(self, loop: Loop, gamma: Factor) -> None:
+    name = "BDIA"
+    functions = ("bdia_sample", "bdia_invert")
+    increments: ClassVar[Increments] = "euler"
+
+    def __init__(self, loop: Loop, gamma: Factor, dtype: torch.dtype, given: Factor | None = None) -> None:
         super().__init__(loop)
+        self.dtype, self.given = dtype, gamma if given is None else given
         self.gamma, self.fraction = value(gamma), gamma if isinstance(gamma, tuple) else (1, 1)
         self.rows = loop.rows(euler_weights, range(1, loop.schedule.steps), (-1, 0, 1), self.gamma)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"gamma": self.given, "increments": self.increments}
 
     def ratio(self, _: int) -> tuple[Number, Ratio]:
         return self.gamma, self.fraction
@@ -166,9 +180,11 @@ class _Euler(Method):
 class _Heun(_Euler):
     """BDIA on EDM's sampler: Heun's increments on both sides, so that every gamma has order 2."""
 
-    def __init__(self, loop: Loop, gamma: Factor) -> None:
-        super().__init__(loop, gamma)
-        self.lowest = 2 if loop.schedule.clean else 1
+    increments = "heun"
+
+    def __init__(self, loop: Loop, gamma: Factor, dtype: torch.dtype, given: Factor | None = None) -> None:
+        super().__init__(loop, gamma, dtype, given)
+        self.lowest = loop.schedule.lowest + 1
         inner = range(self.lowest, loop.schedule.steps)
         self.predictor_rows = loop.rows(_predictors, inner, (-1, 0, 1))
         self.heun_rows = loop.rows(_heun, inner, (-1, 0, 1), self.gamma)

@@ -14,20 +14,27 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
 
-from bicm_diffusion.consistency.schedules import ConsistencySchedule
+from bicm_diffusion.consistency.schedules import PRESETS, ConsistencySchedule
 from bicm_diffusion.extras import extra
 from bicm_diffusion.keys import CONSISTENCY_INVERSION, CONSISTENCY_SAMPLING
-from bicm_kernels import add_noise, denoise, fold_in, renoise, scale_input
+from bicm_diffusion.samplers import checks
+from bicm_diffusion.samplers.signature import sampler
+from bicm_kernels import add_noise, denoise, denoised_step, fold_in, renoise, scale_input
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 ConsistencyModel: TypeAlias = Callable[..., Tensor]
+
+
+#: What a sampler adds between its leaps: new noise each time, the same every time, or that which x began as.
+Noise: TypeAlias = Literal["fresh", "fixed", "initial"]
+NOISES = ("fresh", "fixed", "initial")
 
 
 class Leap(NamedTuple):
@@ -67,46 +74,67 @@ class LeapOptions(TypedDict, total=False):
     progress: bool
 
 
-@torch.no_grad()
+def _options(
+    *,
+    seed: int = 0,
+    sample_id: int | Tensor = 0,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> None:
+    """What stands behind `**options`, for signatures."""
+
+
+@sampler(_options)
 def consistency_sample(
     model: ConsistencyModel,
     x: Tensor,
     schedule: ConsistencySchedule,
+    *,
+    noise: Noise = "fresh",
     **options: Unpack[LeapOptions],
 ) -> Tensor:
     """Return samples at t_min: down through the levels (BCM Alg. 2), then the zigzags, if any (Alg. 3 and 4).
 
     A zigzag (ε, t) adds noise of level ε to the sample, lets the model amplify it to t, and leaps back to t_min.
     One level and no zigzag is 1-step sampling. Takes one evaluation a level and two a zigzag.
+    noise: of the zigzags, "fresh" for each one (the default), "fixed", the same in all of them, or "initial", the one
+    that x is, x/T; the last two are the baselines of BCM fig. 3c.
+    Raises TypeError for arguments of another kind, and ValueError for an unknown noise.
 
     >>> from bicm_diffusion import ConsistencySchedule
     >>> consistency_sample(lambda x, t, u: x, 80 * torch.ones(1, 2), ConsistencySchedule((80.0, 1.2))).shape
     torch.Size([1, 2])
     """
+    _check(model, x, schedule, noise)
     stops = [*schedule.levels[1:], schedule.t_min]
     leaps = [Leap(start, stop, 0.0, stop) for start, stop in zip(schedule.levels, stops, strict=True)]
-    for noise, level in schedule.zigzags:
-        leaps[-1] = leaps[-1]._replace(noise=noise, level=noise)
-        leaps += [Leap(noise, level, 0.0, level), Leap(level, schedule.t_min, 0.0, schedule.t_min)]
-    return _follow(model, x, leaps, schedule, CONSISTENCY_SAMPLING, **options)
+    for amount, level in schedule.zigzags:
+        leaps[-1] = leaps[-1]._replace(noise=amount, level=amount)
+        leaps += [Leap(amount, level, 0.0, level), Leap(level, schedule.t_min, 0.0, schedule.t_min)]
+    return _follow(model, x, leaps, schedule, CONSISTENCY_SAMPLING, noise, **options)
 
 
-@torch.no_grad()
+@sampler(_options)
 def multistep_sample(
     model: ConsistencyModel,
     x: Tensor,
     schedule: ConsistencySchedule,
+    *,
+    noise: Noise = "fresh",
     **options: Unpack[LeapOptions],
 ) -> Tensor:
     """Return samples at t_min by CM's multistep sampling: x_τ = f(x, t, t_min) + √(τ² - t_min²)·n, level by level.
 
     Unlike a zigzag it replaces the noise, and with it what the noise decided. The last leap adds none.
-    Raises ValueError where the schedule has zigzags.
+    noise: as for `consistency_sample`; "initial" is BCM fig. 3c as it is.
+    Raises TypeError for arguments of another kind, and ValueError for an unknown noise or a schedule with zigzags.
 
     >>> from bicm_diffusion import ConsistencySchedule
     >>> multistep_sample(lambda x, t, u: x, 80 * torch.ones(1, 2), ConsistencySchedule((80.0, 1.2))).shape
     torch.Size([1, 2])
     """
+    _check(model, x, schedule, noise)
     if schedule.zigzags:
         raise ValueError(f"schedule: multistep sampling makes no zigzags, got {schedule.zigzags}")
     end = schedule.t_min
@@ -114,10 +142,10 @@ def multistep_sample(
         Leap(level, end, math.sqrt(following**2 - end**2), following) for level, following in pairwise(schedule.levels)
     ]
     leaps.append(Leap(schedule.levels[-1], end, 0.0, end))
-    return _follow(model, x, leaps, schedule, CONSISTENCY_SAMPLING, **options)
+    return _follow(model, x, leaps, schedule, CONSISTENCY_SAMPLING, noise, **options)
 
 
-@torch.no_grad()
+@sampler(_options)
 def consistency_invert(
     model: ConsistencyModel,
     x: Tensor,
@@ -128,19 +156,32 @@ def consistency_invert(
 
     Noise of the lowest level ε is added first, x_ε = x + ε·n; then every leap goes one level up. Takes one evaluation
     less than there are levels. Two images to interpolate between need different noise: another seed or sample_id.
-    Raises ValueError where the schedule has zigzags or fewer than two levels.
+    Raises TypeError for arguments of another kind, and ValueError where the schedule has zigzags or fewer than two
+    levels.
 
     >>> from bicm_diffusion import ConsistencySchedule
     >>> consistency_invert(lambda x, t, u: x, torch.ones(1, 2), ConsistencySchedule((80.0, 6.0, 0.07))).shape
     torch.Size([1, 2])
     """
+    _check(model, x, schedule, "fresh")
     levels = schedule.levels[::-1]
     if schedule.zigzags or len(levels) < 2:
         raise ValueError(f"schedule: inversion needs at least two levels and no zigzags, got {schedule}")
     leaps = [Leap(low, high, 0.0, high) for low, high in pairwise(levels)]
     seed = fold_in(options.get("seed", 0), CONSISTENCY_INVERSION)
     x = add_noise(x, levels[0], seed=seed, sample_id=options.get("sample_id", 0))
-    return _follow(model, x, leaps, schedule, CONSISTENCY_INVERSION, **options)
+    return _follow(model, x, leaps, schedule, CONSISTENCY_INVERSION, "fresh", **options)
+
+
+def _check(model: object, x: object, schedule: object, noise: object) -> None:
+    checks.check_model(model, "model(c_in(t)·x, t, u)")
+    checks.check_state("x", x)
+    if not isinstance(schedule, ConsistencySchedule):
+        known = isinstance(schedule, str) and schedule in PRESETS
+        made = f"PRESETS[{schedule!r}] is one" if known else "ConsistencySchedule(levels) makes one"
+        raise TypeError(f"schedule: expected a ConsistencySchedule, got {checks.described(schedule)}; {made}")
+    if noise not in NOISES:
+        raise ValueError(f"noise: expected one of {', '.join(map(repr, NOISES))}, got {noise!r}")
 
 
 def _follow(
@@ -149,6 +190,7 @@ def _follow(
     leaps: Sequence[Leap],
     schedule: ConsistencySchedule,
     purpose: int,
+    noise: Noise,
     *,
     seed: int = 0,
     sample_id: int | Tensor = 0,
@@ -156,14 +198,24 @@ def _follow(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
+    checks.check_arguments("extra_args", extra_args)
+    checks.check_callback(callback)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    key = fold_in(seed, purpose)
-    scaled = scale_input(x, leaps[0].start, sigma_data=schedule.sigma_data)
+    key, data, initial = fold_in(seed, purpose), schedule.sigma_data, x
+    # Where all zigzags share their noise, it is the first one's.
+    shared = next((step for step, leap in enumerate(leaps) if leap.noise), 0)
+    scaled = scale_input(x, leaps[0].start, sigma_data=data)
+    answer: type | None = None
     for step, leap in enumerate(_shown(leaps, progress)):
         t, u = (torch.full(x.shape[:1], level, dtype=dtype, device=x.device) for level in leap[:2])
         output = model(scaled, t, u, **(extra_args or {}))
+        if type(output) is not answer:
+            checks.check_output(output, x)
+            answer = type(output)
         if step == len(leaps) - 1:
-            x = denoise(x, output, leap.start, leap.stop, sigma_data=schedule.sigma_data)
+            x = denoise(x, output, leap.start, leap.stop, sigma_data=data)
+        elif noise == "initial" and leap.noise:
+            x, scaled = _with_initial(x, output, initial, leap, leap.noise / leaps[0].start, data)
         else:
             # The noise and the next evaluation's input come with the step; where no noise is due, none is drawn.
             x, scaled = renoise(
@@ -174,13 +226,26 @@ def _follow(
                 leap.noise,
                 next_sigma=leap.level,
                 seed=key,
-                step=step,
+                step=step if noise == "fresh" else shared,
                 sample_id=sample_id,
-                sigma_data=schedule.sigma_data,
+                sigma_data=data,
             )
         if callback is not None:
             callback(LeapInfo(leap, x, output))
     return x
+
+
+def _with_initial(
+    x: Tensor, output: Tensor, initial: Tensor, leap: Leap, weight: float, data: float
+) -> tuple[Tensor, Tensor]:
+    """The step of `renoise` with the initial state in place of drawn noise."""
+    t, u = leap.start, leap.stop
+    total = data * data + t * t
+    weights = [(data * data + t * u) / total, data * (t - u) / math.sqrt(total), weight]
+    scale = 1.0 / math.sqrt(data * data + leap.level * leap.level)
+    # The sum as x0, so that what follows it is the scaled input.
+    scaled, x, _ = denoised_step([x, output, initial], weights, [0.0, 0.0, 0.0], x0_weight=scale)
+    return x, scaled
 
 
 def _shown(leaps: Sequence[Leap], progress: bool) -> Iterable[Leap]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from bicm_diffusion.samplers.loop import Loop, Model, Options, Row, transfer
 from bicm_diffusion.samplers.prediction import Level, Prediction, folded, read
+from bicm_diffusion.samplers.signature import sampler
 from bicm_diffusion.schedules import Schedule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@torch.no_grad()
+@sampler(Loop)
 def ddim_sample(model: Model, z: Tensor, schedule: Schedule, **options: Unpack[Options]) -> Tensor:
     """Return z_0 from z = z_N by DDIM, z_{i-1} = a_i·z_i + b_i·eps(z_i, i) (BDIA eq. 6).
 
@@ -23,11 +23,12 @@ def ddim_sample(model: Model, z: Tensor, schedule: Schedule, **options: Unpack[O
     `schedule.times`; options: those of every sampler, see `Options`. Where alpha is 1 this is Euler's method.
     Raises ValueError for an unknown prediction.
 
+    >>> import torch
     >>> from bicm_diffusion import vp_schedule
     >>> ddim_sample(lambda z, times: z, torch.ones(1, 2), vp_schedule(4)).shape
     torch.Size([1, 2])
     """
-    loop, scaled = Loop(model, z, schedule, **options), None
+    loop, scaled = Loop("ddim_sample", model, z, schedule, **options), None
     rows = loop.rows(down, range(1, schedule.steps + 1), (-1, 0))
     for i in loop.steps(range(schedule.steps, 0, -1)):
         output = loop.evaluate(i, z, scaled)
@@ -36,7 +37,7 @@ def ddim_sample(model: Model, z: Tensor, schedule: Schedule, **options: Unpack[O
     return z
 
 
-@torch.no_grad()
+@sampler(Loop)
 def ddim_invert(model: Model, z: Tensor, schedule: Schedule, **options: Unpack[Options]) -> Tensor:
     """Return about z_N from z = z_0 by DDIM inversion, z_i = (z_{i-1} - b_i·eps(z_{i-1}, i))/a_i (BDIA eq. 8).
 
@@ -45,11 +46,12 @@ def ddim_invert(model: Model, z: Tensor, schedule: Schedule, **options: Unpack[O
     It is not exact: the noise in z_i is taken to be the noise in z_{i-1}.
     Raises ValueError for an unknown prediction.
 
+    >>> import torch
     >>> from bicm_diffusion import vp_schedule
     >>> ddim_invert(lambda z, times: z, torch.ones(1, 2), vp_schedule(4)).shape
     torch.Size([1, 2])
     """
-    loop, scaled = Loop(model, z, schedule, **options), None
+    loop, scaled = Loop("ddim_invert", model, z, schedule, **options), None
     rows = loop.rows(up, range(1, schedule.steps + 1), (-1, 0))
     for i in loop.steps(range(1, schedule.steps + 1)):
         output = loop.evaluate(i, z, scaled)

@@ -3,142 +3,175 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from bicm_diffusion.samplers.exact import ExactPair, Factor, Grid, Ratio, decode, rational, value, warn_of_loss
+from bicm_diffusion.samplers.exact import Grid
+from bicm_diffusion.samplers.factors import Factor, Ratio, check_factor, rational, value
 from bicm_diffusion.samplers.loop import Loop, Model, Options, Output, Row, transfer
+from bicm_diffusion.samplers.pairs import first_tensor, recorded
 from bicm_diffusion.samplers.prediction import Level, Number, Prediction, read
+from bicm_diffusion.samplers.record import Record
+from bicm_diffusion.samplers.rounding import warn_of_edict
+from bicm_diffusion.samplers.signature import sampler
+from bicm_diffusion.samplers.states import ExactTwins, TwinPair, decode
 from bicm_diffusion.schedules import Schedule
 from bicm_kernels import denoised_step
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-
-class TwinPair(NamedTuple):
-    """EDICT's two states of one index, either of which is an image or its noise."""
-
-    z: Tensor
-    y: Tensor
-
-
-@dataclass(frozen=True)
-class ExactTwins(ExactPair):
-    """EDICT's two states as integers, in units of alpha; the second of the pair is y."""
-
-    @property
-    def y(self) -> Tensor:
-        """The second state, (B, …) in `dtype`."""
-        return self.previous
-
-
 State = Tensor | TwinPair | ExactTwins
 
 
-@torch.no_grad()
+@sampler(Loop)
 def edict_sample(
-    model: Model, z: State, schedule: Schedule, *, p: Factor = 0.93, exact: bool = True, **options: Unpack[Options]
+    model: Model,
+    z: State,
+    schedule: Schedule,
+    *,
+    p: Factor = 0.93,
+    leapfrog: bool = False,
+    exact: bool = True,
+    **options: Unpack[Options],
 ) -> TwinPair | ExactTwins:
     """Return (z_0, y_0) by EDICT (BDIA eq. 9-12), from z_N = y_N or from the pair of `edict_invert`.
 
-    z: (B, …), any floating dtype. p in (0, 1], the weight of a state in its own mix; 0.93 is the authors'. Takes 2N
-    evaluations of the model. exact: integer states z/alpha and p the nearest n/m with m up to 1024, from which
-    `edict_invert` returns z_N to the bit; False keeps floats, a `TwinPair` whose way back rounds.
-    options: those of every sampler, see `Options`.
-    Raises ValueError where p is out of range, and OverflowError where an exact state left its range.
+    z: (B, …), any floating dtype. p in (0, 1], the weight of a state in its own mix; 0.93 is the authors'. leapfrog:
+    the states take turns in going first, z in step N, y in step N - 1 and so on, as in the authors' code; in the
+    equations z goes first always. Takes 2N evaluations of the model. exact: integer states z/alpha and p the nearest
+    n/m with m up to 1024, from which `edict_invert` returns z_N to the bit; False keeps floats, a `TwinPair` whose way
+    back rounds. options: those of every sampler, see `Options`.
+    Raises ValueError where p is out of range or a pair was made with something else, TypeError for arguments of
+    another kind, and OverflowError where an exact state left its range.
 
+    >>> import torch
     >>> from bicm_diffusion import vp_schedule
     >>> edict_sample(lambda z, times: z, torch.ones(1, 2), vp_schedule(4)).z.shape
     torch.Size([1, 2])
     """
-    return _run(model, z, schedule, p, exact, False, options)
+    return _run("edict_sample", model, z, schedule, p, leapfrog, exact, options)
 
 
-@torch.no_grad()
+@sampler(Loop)
 def edict_invert(
-    model: Model, z: State, schedule: Schedule, *, p: Factor = 0.93, exact: bool = True, **options: Unpack[Options]
+    model: Model,
+    z: State,
+    schedule: Schedule,
+    *,
+    p: Factor = 0.93,
+    leapfrog: bool = False,
+    exact: bool = True,
+    **options: Unpack[Options],
 ) -> TwinPair | ExactTwins:
     """Return (z_N, y_N) by EDICT's inversion (BDIA eq. 13-16), from z_0 = y_0 or from the pair of `edict_sample`.
 
-    z: (B, …), any floating dtype. p, exact and options: as for `edict_sample`, of whose pair this is the inverse, to
-    the bit where it is exact; in floats rounding grows like p^-2N, with a warning where that can be seen.
-    Raises ValueError and OverflowError as `edict_sample` does.
+    z: (B, …), any floating dtype. p, leapfrog, exact and options: as for `edict_sample`, of whose pair this is the
+    inverse, to the bit where it is exact; in floats rounding grows by up to p^-2 a step, with a warning where the loss
+    is expected to be seen.
+    Raises ValueError, TypeError and OverflowError as `edict_sample` does.
 
+    >>> import torch
     >>> from bicm_diffusion import vp_schedule
     >>> edict_invert(lambda z, times: z, torch.ones(1, 2), vp_schedule(4)).z.shape
     torch.Size([1, 2])
     """
-    mix = value(p)
-    if not exact and not isinstance(mix, Tensor) and mix > 0.0:
-        first = z if isinstance(z, Tensor) else z.z
-        warn_of_loss("EDICT", schedule.steps, mix ** (-2 * schedule.steps), first.dtype)
-    return _run(model, z, schedule, p, exact, True, options)
+    return _run("edict_invert", model, z, schedule, p, leapfrog, exact, options)
 
 
 def _run(
-    model: Model, z: State, schedule: Schedule, p: Factor, exact: bool, inverse: bool, options: Options
+    name: str, model: Model, z: State, schedule: Schedule, p: Factor, leapfrog: bool, exact: bool, options: Options
 ) -> TwinPair | ExactTwins:
-    mix = value(p)
-    if not isinstance(mix, Tensor) and not 0.0 < mix <= 1.0:
-        raise ValueError(f"p: expected a value in (0, 1], got {p}")
-    states = TwinPair(z, z) if isinstance(z, Tensor) else z
-    loop = Loop(model, states.z, schedule, **options)
-    if not exact:
-        walk = _invert_floats if inverse else _sample_floats
-        return walk(loop, TwinPair(states.z, states.y), mix)
-    return _run_integers(loop, states, rational("p", p), inverse)
+    first = first_tensor(z, TwinPair, ExactTwins)
+    loop = Loop(name, model, first, schedule, **options)
+    check_factor("p", p, lowest=None, batch=len(first))
+    inverse, mix = name == "edict_invert", value(p)
+    ratio = rational("p", p) if exact else (1, 1)
+    settings = {"p": ratio if exact else mix, "leapfrog": bool(leapfrog)}
+    record = recorded(loop, "EDICT", ("edict_sample", "edict_invert"), settings, z, inverse)
+    if exact:
+        return _run_integers(loop, TwinPair(z, z) if isinstance(z, Tensor) else z, ratio, leapfrog, inverse, record)
+    states = TwinPair(z, z) if isinstance(z, Tensor) else TwinPair(z.z, z.y)
+    if inverse:
+        warn_of_edict(schedule, mix, first.dtype, alone=isinstance(z, Tensor))
+    ends = (_invert_floats if inverse else _sample_floats)(loop, states, mix, leapfrog)
+    return TwinPair(*ends, record=record)
 
 
-def _sample_floats(loop: Loop, states: TwinPair, p: Number) -> TwinPair:
-    """Two launches a step: z_inter from (z, y), then z_{i-1} and y_{i-1} from (z_inter, y)."""
+def y_first(top: int, i: int, leapfrog: bool) -> bool:
+    """Whether y goes first in the step between the indices i - 1 and i, and z second."""
+    return leapfrog and (top - i) % 2 == 1
+
+
+def _sample_floats(loop: Loop, states: TwinPair, p: Number, leapfrog: bool) -> tuple[Tensor, Tensor]:
+    """Two launches a step: the first state's intermediate one, then both mixed from it and the second."""
     (z, y), scaled = states, None
     top = loop.schedule.steps
     inter_rows = loop.rows(down_weights, range(1, top + 1), (-1, 0))
-    mix_rows = loop.rows(mixed_weights, range(1, top + 1), (-1, 0), p)
+    mix_rows = {
+        order: loop.rows(formula, range(1, top + 1), (-1, 0), p)
+        for order, formula in (_MIXES if leapfrog else {(False, False): mixed_weights}).items()
+    }
     for i in loop.steps(range(top, 0, -1)):
-        output = loop.evaluate(i, y, scaled)
-        z_inter, scaled = loop.advance(*_seen(loop, 1, [z, y, output], inter_rows[i]), then=i)
-        output = loop.evaluate(i, z_inter, scaled)
-        row = mix_rows[i]
-        y, z, scaled = denoised_step(
-            [z_inter, y, output],
+        swapped, swaps_next = y_first(top, i, leapfrog), y_first(top, i - 1, leapfrog)
+        first, second = (y, z) if swapped else (z, y)
+        output = loop.evaluate(i, second, scaled)
+        inter, scaled = loop.advance(*_seen(loop, 1, [first, second, output], inter_rows[i]), then=i)
+        output = loop.evaluate(i, inter, scaled)
+        row = mix_rows[swapped, swaps_next][i]
+        # What the model is asked about next comes last, so that its scaled copy comes with it.
+        asked, other, scaled = denoised_step(
+            [inter, second, output],
             row[:3],
             row[3:6],
             x0_weight=row[6],
             next_scale=loop.input_scale(i - 1) if i > 1 else None,
             guidance_scale=loop.guidance_scale,
         )
+        z, y = (asked, other) if swaps_next else (other, asked)
         loop.report(i - 1, z, output)
-    return TwinPair(z, y)
+    return z, y
 
 
-def _invert_floats(loop: Loop, states: TwinPair, p: Number) -> TwinPair:
-    """Two launches a step: y_i from (z_{i-1}, y_{i-1}, z_inter), then z_i and the next z_inter from (z_inter, y_i)."""
+def _invert_floats(loop: Loop, states: TwinPair, p: Number, leapfrog: bool) -> tuple[Tensor, Tensor]:
+    """Two launches a step: the second state from the first one's intermediate one, then the first and the next such."""
     z, y = states
     top = loop.schedule.steps
     # z_inter = (z - (1 - p)·y_inter)/p with y_inter = (y - (1 - p)·z)/p
     of_z, of_y = 1.0 / p + (1.0 - p) * (1.0 - p) / (p * p), -(1.0 - p) / (p * p)
-    z_inter, scaled = loop.advance([z, y], (of_z, of_y), then=1, guided=False)
+    own, rest = 1.0 / p, -(1.0 - p) / p
+    # Weights of the state that went first and of the other one in what the next step is taken back from, by whether y
+    # went first in this step and in the next.
+    carried = {(False, False): (of_z, of_y), (False, True): (rest, own), (True, False): (of_y, of_z)}
+    swapped = y_first(top, 1, leapfrog)
+    inter, scaled = loop.advance([z, y], (rest, own) if swapped else (of_z, of_y), then=1, guided=False)
     rows = loop.rows(_up, range(1, top + 1), (-1, 0))
     for i in loop.steps(range(1, top + 1)):
-        of_y_inter, of_other, of_output = rows[i]
-        output = loop.evaluate(i, z_inter, scaled)
-        weights = (of_y_inter / p, -of_y_inter * (1.0 - p) / p, of_other, of_output)
-        y, scaled = loop.advance(*_seen(loop, 2, [y, z, z_inter, output], weights), then=i)
-        output = loop.evaluate(i, y, scaled)
-        z_inter, z, scaled = denoised_step(
-            [z_inter, y, output],
-            (of_y_inter, of_other, of_output),
-            (0.0, of_y, 0.0),
-            x0_weight=of_z,
+        of_inter, of_other, of_output = rows[i]
+        swaps_next = y_first(top, i + 1, leapfrog)
+        output = loop.evaluate(i, inter, scaled)
+        if swapped:
+            # z_inter = (z - (1 - p)·y_inter)/p, then z_i from it and the noise at y_inter
+            back = (of_inter / p, of_inter * rest + of_other, of_output)
+            second, scaled = loop.advance([z, inter, output], back, then=i)
+        else:
+            weights = (of_inter / p, -of_inter * (1.0 - p) / p, of_other, of_output)
+            second, scaled = loop.advance(*_seen(loop, 2, [y, z, inter, output], weights), then=i)
+        output = loop.evaluate(i, second, scaled)
+        of_first, of_second = carried[swapped, swaps_next]
+        inter, first, scaled = denoised_step(
+            [inter, second, output],
+            (of_inter, of_other, of_output),
+            (0.0, of_second, 0.0),
+            x0_weight=of_first,
             next_scale=loop.input_scale(i + 1) if i < top else None,
             guidance_scale=loop.guidance_scale,
         )
+        z, y = (second, first) if swapped else (first, second)
+        swapped = swaps_next
         loop.report(i, z, output)
-    return TwinPair(z, y)
+    return z, y
 
 
 def _seen(loop: Loop, other: int, tensors: list[Any], weights: Row) -> tuple[list[Any], Row]:
@@ -162,24 +195,44 @@ def mixed_weights(prediction: Prediction, below: Level, here: Level, p: Number) 
     return p + rest * other, rest * a, rest * output, p * other, p * a, p * output, rest
 
 
+def _mixed_to_z(prediction: Prediction, below: Level, here: Level, p: Number) -> Row:
+    """The same in y_{i-1} and in z_{i-1}, which the model is asked about next; y_{i-1} has no part in it."""
+    z_inter, y, output, y_inter, y_y, y_output, rest = mixed_weights(prediction, below, here, p)
+    return y_inter + rest * z_inter, y_y + rest * y, y_output + rest * output, z_inter, y, output, 0.0
+
+
+def _swapped(prediction: Prediction, below: Level, here: Level, p: Number) -> Row:
+    """Weights of y_inter, z_i and the output at y_inter in z_{i-1} and in y_{i-1}, there beside that of z_{i-1}."""
+    a, other, output = down_weights(prediction, below, here)
+    rest = 1.0 - p
+    return rest + p * other, p * a, p * output, p, 0.0, 0.0, rest
+
+
+#: By whether y goes first in this step, and in the next.
+_MIXES = {(False, True): _mixed_to_z, (True, False): _swapped}
+
+
 def _up(prediction: Prediction, below: Level, here: Level) -> Row:
     """Weights of a state, of the other one, and of the output there in the state's step back up."""
     a, other, output = down_weights(prediction, below, here)
     return 1.0 / a, -other / a, -output / a
 
 
-def _run_integers(loop: Loop, states: TwinPair | ExactTwins, p: Ratio, inverse: bool) -> ExactTwins:
+def _run_integers(
+    loop: Loop, states: TwinPair | ExactTwins, p: Ratio, leapfrog: bool, inverse: bool, record: Record
+) -> ExactTwins:
     top = loop.schedule.steps
     units = {i: unit for i, (unit,) in loop.rows(_unit, range(top + 1), (0,)).items()}
     start, end = (0, top) if inverse else (top, 0)
     if isinstance(states, ExactTwins):
-        grid, z, y = Grid(loop, states.q, states), states.q, states.previous_q
+        grid, z, y = Grid(loop, states.q, record, states), states.q, states.previous_q
     else:
-        grid = Grid(loop, states.z)
+        grid = Grid(loop, states.z, record)
         z, y = (grid.encode(x, units[start], max(start, 1)) for x in states)
+    grid.begin(z, y)
     moves = _Moves(grid, units, loop.rows(_drift, range(1, top + 1), (-1, 0)), p, inverse)
     for i in loop.steps(range(1, top + 1) if inverse else range(top, 0, -1)):
-        z, y, output = moves.undo(i, z, y) if inverse else moves.do(i, z, y)
+        z, y, output = (moves.undo if inverse else moves.do)(i, z, y, y_first(top, i, leapfrog))
         if loop.callback is not None:
             reached = i if inverse else i - 1
             loop.report(reached, decode(z, units[reached], grid.dtype), output)
@@ -196,18 +249,21 @@ class _Moves:
     p: Ratio
     inverse: bool
 
-    def do(self, i: int, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Output]:
-        z_inter, _ = self._drift(i, z, y, self.units[i])
-        y_inter, output = self._drift(i, y, z_inter, self.units[i - 1])
+    def do(self, i: int, z: Tensor, y: Tensor, swapped: bool) -> tuple[Tensor, Tensor, Output]:
+        first, second = (y, z) if swapped else (z, y)
+        first, _ = self._drift(i, first, second, self.units[i])
+        second, output = self._drift(i, second, first, self.units[i - 1])
+        z_inter, y_inter = (second, first) if swapped else (first, second)
         z = self._blend(i, z_inter, y_inter)
         return z, self._blend(i, y_inter, z), output
 
-    def undo(self, i: int, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Output]:
+    def undo(self, i: int, z: Tensor, y: Tensor, swapped: bool) -> tuple[Tensor, Tensor, Output]:
         y_inter = self._blend(i, y, z)
         z_inter = self._blend(i, z, y_inter)
-        y, _ = self._drift(i, y_inter, z_inter, self.units[i - 1])
-        z, output = self._drift(i, z_inter, y, self.units[i])
-        return z, y, output
+        first, second = (y_inter, z_inter) if swapped else (z_inter, y_inter)
+        second, _ = self._drift(i, second, first, self.units[i - 1])
+        first, output = self._drift(i, first, second, self.units[i])
+        return (second, first, output) if swapped else (first, second, output)
 
     def _drift(self, i: int, state: Tensor, other: Tensor, unit: Number) -> tuple[Tensor, Output]:
         """Add the noise at the other state, which stands in units of `unit`, to a state; or take it back."""

@@ -1,18 +1,19 @@
-"""EDM's samplers: Euler's and Heun's method, with noise added on the way where that is wanted."""
+"""EDM's samplers: Euler's and Heun's method, down with noise on the way where that is wanted, and up again."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
 from bicm_diffusion.keys import CHURN
-from bicm_diffusion.samplers.ddim import down
+from bicm_diffusion.samplers.checks import check_number
+from bicm_diffusion.samplers.ddim import down, up
 from bicm_diffusion.samplers.loop import Loop, Model, Options, Output, Row, transfer
 from bicm_diffusion.samplers.prediction import Level, Number, Prediction, folded, read
+from bicm_diffusion.samplers.signature import sampler
 from bicm_diffusion.schedules import Schedule
 from bicm_kernels import affine_step, fold_in
 
@@ -26,7 +27,7 @@ Solver = Literal["euler", "heun"]
 MOST_CHURN = math.sqrt(2.0)
 
 
-@torch.no_grad()
+@sampler(Loop)
 def edm_sample(
     model: Model,
     z: Tensor,
@@ -43,24 +44,25 @@ def edm_sample(
     """Return z_0 from z = z_N by EDM's sampler (Karras 2022, Alg. 1 and 2).
 
     z: (B, …), any floating dtype; the result has its shape and dtype. solver: "heun" takes two evaluations of the model
-    a step, one for a step to sigma = 0; "euler" one. On a schedule with alpha ≠ 1 they work in DDIM's variables.
+    a step, one for a step to a level that it cannot be asked about, as sigma = 0; "euler" one. On a schedule with
+    alpha ≠ 1 they work in DDIM's variables.
     churn: S_churn, in [0, inf): where sigma_i is in churn_range, sigma rises by min(churn/N, √2 - 1) of itself before
     the step, with noise of standard deviation churn_noise keyed by (seed, sample_id, i), apart
     from that of `bicm_kernels.normal` with the same seed; needs alpha = 1 and times
     that are the sigmas, as `karras_schedule` makes them. options: those of every sampler, see `Options`.
     Raises ValueError where an argument is out of range, or churn comes without a seed.
 
+    >>> import torch
     >>> from bicm_diffusion import karras_schedule
     >>> edm_sample(lambda z, times: z, torch.ones(1, 2), karras_schedule(4, sigma_max=3.0)).shape
     torch.Size([1, 2])
     """
-    if solver not in ("euler", "heun"):
-        raise ValueError(f"solver: expected 'euler' or 'heun', got {solver!r}")
+    loop, scaled = Loop("edm_sample", model, z, schedule, **options), None
+    _check_solver(solver)
     lifts = _lifts(schedule, churn, churn_range)
     if churn > 0 and seed is None:
         raise ValueError("seed: expected an int or an int64 tensor where churn draws noise, got None")
     key = None if seed is None else fold_in(seed, CHURN)
-    loop, scaled = Loop(model, z, schedule, **options), None
     steps = Steps(loop, solver == "heun", lifts)
     noise_rows = loop.rows(_churned, range(1, schedule.steps + 1), (0,), lifts, churn_noise)
     for i in loop.steps(range(schedule.steps, 0, -1)):
@@ -72,6 +74,45 @@ def edm_sample(
     return z
 
 
+@sampler(Loop)
+def edm_invert(
+    model: Model, z: Tensor, schedule: Schedule, *, solver: Solver = "heun", **options: Unpack[Options]
+) -> Tensor:
+    """Return about z_N from z = z_0 by EDM's sampler run upwards, the inversion that BCM compares with (figures 1, 10).
+
+    z_i = z_{i-1} + (sigma_i - sigma_{i-1})·(eps_{i-1} + eps_i)/2 where alpha is 1, in DDIM's variables elsewhere.
+    z: (B, …), any floating dtype; the result has its shape and dtype. solver: "heun" takes two evaluations of the model
+    a step, "euler" one. From a level that the model cannot be asked about, as sigma = 0, the first step is DDIM
+    inversion's, with eps(z_0, 1). options: those of every sampler, see `Options`.
+    It is not exact: `edm_sample` returns about z_0 from it, nearer than from `ddim_invert` by two orders of magnitude.
+    Raises ValueError for an unknown solver or prediction, and TypeError for arguments of another kind.
+
+    >>> import torch
+    >>> from bicm_diffusion import karras_schedule
+    >>> edm_invert(lambda z, times: z, torch.ones(1, 2), karras_schedule(4, sigma_max=3.0)).shape
+    torch.Size([1, 2])
+    """
+    loop, scaled = Loop("edm_invert", model, z, schedule, **options), None
+    _check_solver(solver)
+    top, lowest = schedule.steps, schedule.lowest
+    none, inner = (1.0,) * (top + 1), range(lowest, top)
+    first_rows = loop.rows(up, range(1, lowest + 1), (-1, 0))
+    euler_rows = loop.rows(_euler, inner, (1, 0), none)
+    heun_rows = loop.rows(_heun, inner, (1, 0), none) if solver == "heun" else {}
+    for i in loop.steps(range(top)):
+        above = i + 1 if i + 1 < top else None
+        output = loop.evaluate(max(i, lowest), z, scaled)
+        if i not in heun_rows:
+            row = euler_rows[i] if i in euler_rows else first_rows[i + 1]
+            z, scaled = loop.advance([z, output], row, then=above)
+        else:
+            predicted, scaled = loop.advance([z, output], euler_rows[i], then=i + 1)
+            output = loop.evaluate(i + 1, predicted, scaled)
+            z, scaled = loop.advance([z, predicted, output], heun_rows[i], then=above)
+        loop.report(i + 1, z, output)
+    return z
+
+
 class Steps:
     """The steps of a run: Euler's, and Heun's where a network can be asked about the level below."""
 
@@ -79,7 +120,7 @@ class Steps:
         top = loop.schedule.steps
         indices = indices or range(1, top + 1)
         self.loop, self.lifts = loop, lifts
-        self.lowest = (2 if loop.schedule.clean else 1) if heun else top + 1
+        self.lowest = loop.schedule.lowest + 1 if heun else top + 1
         self.euler_rows = loop.rows(_euler, indices, (-1, 0), lifts)
         self.heun_rows = loop.rows(_heun, range(max(indices.start, self.lowest), indices.stop), (-1, 0), lifts)
 
@@ -95,9 +136,15 @@ class Steps:
         return *loop.advance([z, predicted, below], self.heun_rows[i], then=following), output
 
 
-def _lifts(schedule: Schedule, churn: float, churn_range: tuple[float, float]) -> tuple[float, ...]:
+def _check_solver(solver: object) -> None:
+    if solver not in ("euler", "heun"):
+        raise ValueError(f"solver: expected 'euler' or 'heun', got {solver!r}")
+
+
+def _lifts(schedule: Schedule, churn: Any, churn_range: Any) -> tuple[float, ...]:
     """The factor by which each noise level rises before its step."""
     count = schedule.steps + 1
+    check_number("churn", churn)
     if not churn >= 0.0:
         raise ValueError(f"churn: expected a value of at least 0, got {churn}")
     if churn == 0.0:
@@ -106,18 +153,20 @@ def _lifts(schedule: Schedule, churn: float, churn_range: tuple[float, float]) -
         raise ValueError(
             "churn: expected a schedule with alpha = 1 whose times are its sigmas, as karras_schedule makes"
         )
+    if not isinstance(churn_range, tuple | list) or len(churn_range) != 2:
+        raise ValueError(f"churn_range: expected a pair of noise levels (low, high), got {churn_range!r}")
     low, high = churn_range
     lift = min(1.0 + churn / schedule.steps, MOST_CHURN)
     return tuple(lift if low <= sigma <= high else 1.0 for sigma in schedule.sigma)
 
 
 def _euler(prediction: Prediction, below: Level, here: Level, lift: Number) -> Row:
-    """Weights of z_i and the output there in Euler's z_{i-1}."""
+    """Weights of z_i and the output there in Euler's step to another level, as a rule the one below."""
     return down(prediction, below, _lifted(here, lift))
 
 
 def _heun(prediction: Prediction, below: Level, here: Level, lift: Number) -> Row:
-    """Weights of z_i, Euler's z_{i-1} and the output there in Heun's a·z + b·(eps + eps')/2."""
+    """Weights of z_i, Euler's state at the other level and the output there in Heun's a·z + b·(eps + eps')/2."""
     a, b = transfer(_lifted(here, lift), below)
     # b·eps/2 is half of what Euler's step added, so that the output at z_i is not read again.
     predicted, output = folded(read(prediction, below), 0.5, b / 2)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.extras import extra
+from bicm_diffusion.samplers import checks
 from bicm_diffusion.samplers.prediction import Level, Number, Preconditioned, Prediction, check_prediction
 from bicm_diffusion.schedules import Schedule
 from bicm_kernels import affine_step, denoised_step
@@ -64,6 +65,7 @@ class Loop:
 
     def __init__(
         self,
+        name: str,
         model: Model,
         z: Tensor,
         schedule: Schedule,
@@ -74,14 +76,21 @@ class Loop:
         callback: Callback | None = None,
         progress: bool = False,
     ) -> None:
+        checks.check_model(model)
+        checks.check_state("z", z)
+        checks.check_schedule(schedule)
         check_prediction(prediction)
-        self.model, self.schedule, self.prediction = model, schedule, prediction
+        checks.check_guidance(guidance_scale, len(z))
+        checks.check_arguments("extra_args", extra_args)
+        checks.check_callback(callback)
+        self.name, self.model, self.schedule, self.prediction = name, model, schedule, prediction
         self.guidance_scale, self.extra_args = guidance_scale, extra_args or {}
         self.callback, self.progress = callback, progress
         self.times_dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
         self.device = z.device
         self.table = schedule.table.to(z.device) if traced() else None
         self.times: tuple[Tensor, ...] = ()
+        self.answer: type | None = None
 
     def rows(
         self, formula: Callable[..., Row], indices: range, offsets: Sequence[int], *numbers: Number | Sequence[Number]
@@ -133,7 +142,11 @@ class Loop:
         if scaled is None:
             scale = self.input_scale(i, lift)
             scaled = z if scale is None else affine_step([z], [scale])
-        return self.model(scaled, times, **self.extra_args)
+        output = self.model(scaled, times, **self.extra_args)
+        if type(output) is not self.answer:  # looked into once: what a model returns does not change
+            checks.check_output(output, z, self.guidance_scale)
+            self.answer = type(output)
+        return output
 
     def _times(self, i: int, lift: float, z: Tensor) -> Tensor:
         if lift != 1.0 or not z.is_cpu:  # where copying a table from the host would wait, or break a capture

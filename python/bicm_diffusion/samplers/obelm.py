@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from bicm_diffusion.samplers.exact import ExactPair, Ratio, StatePair, value, warn_of_loss
+from bicm_diffusion.samplers.factors import Ratio, value
 from bicm_diffusion.samplers.loop import Loop, Model, Options, Output, Row, traced
 from bicm_diffusion.samplers.pairs import DOWN, UP, Method, State, first_tensor, run
 from bicm_diffusion.samplers.prediction import Level, Number, Prediction, Reading, folded, read
+from bicm_diffusion.samplers.rounding import warn_of_obelm
+from bicm_diffusion.samplers.signature import sampler
+from bicm_diffusion.samplers.states import ExactPair, StatePair
 from bicm_diffusion.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 MAX_NUMERATOR = 2**20
 
 
-@torch.no_grad()
+@sampler(Loop)
 def obelm_sample(
     model: Model, z: State, schedule: Schedule, *, exact: bool = True, **options: Unpack[Options]
 ) -> StatePair | ExactPair:
@@ -34,14 +36,15 @@ def obelm_sample(
     Raises ValueError where neighbouring intervals differ too much for an exact A or the states of a pair do not fit
     together, and OverflowError where an exact state left its range.
 
+    >>> import torch
     >>> from bicm_diffusion import vp_schedule
     >>> obelm_sample(lambda z, times: z, torch.ones(1, 2), vp_schedule(4)).z.shape
     torch.Size([1, 2])
     """
-    return run(_Obelm(Loop(model, first_tensor(z), schedule, **options), exact), z, DOWN, exact)
+    return run(_Obelm(Loop("obelm_sample", model, first_tensor(z), schedule, **options), exact), z, DOWN, exact)
 
 
-@torch.no_grad()
+@sampler(Loop)
 def obelm_invert(
     model: Model, z: State, schedule: Schedule, *, exact: bool = True, **options: Unpack[Options]
 ) -> StatePair | ExactPair:
@@ -52,18 +55,22 @@ def obelm_invert(
     (h_N/h_1)² in all: floats return only on grids that are nearly uniform in sigma/alpha, and warn elsewhere.
     Raises ValueError and OverflowError as `obelm_sample` does.
 
+    >>> import torch
     >>> from bicm_diffusion import vp_schedule
     >>> obelm_invert(lambda z, times: z, torch.ones(1, 2), vp_schedule(4)).z.shape
     torch.Size([1, 2])
     """
-    loop = Loop(model, first_tensor(z), schedule, **options)
-    if not exact and not traced():
-        widths = [schedule.width(i) for i in range(1, schedule.steps + 1)]
-        warn_of_loss("O-BELM", schedule.steps, (max(widths) / widths[0]) ** 2, first_tensor(z).dtype)
-    return run(_Obelm(loop, exact), z, UP, exact)
+    first = first_tensor(z)
+    method = _Obelm(Loop("obelm_invert", model, first, schedule, **options), exact)
+    if not exact:
+        warn_of_obelm(schedule, first.dtype, alone=isinstance(z, Tensor))
+    return run(method, z, UP, exact)
 
 
 class _Obelm(Method):
+    name = "O-BELM"
+    functions = ("obelm_sample", "obelm_invert")
+
     def __init__(self, loop: Loop, exact: bool) -> None:
         super().__init__(loop)
         inner, everywhere = range(1, loop.schedule.steps), range(loop.schedule.steps + 1)

@@ -6,16 +6,20 @@ floating point, or exactly, by taking back the same integer. A method works on s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from bicm_diffusion.samplers.checks import check_state
 from bicm_diffusion.samplers.ddim import down, up, up_from
-from bicm_diffusion.samplers.exact import ExactPair, Grid, Ratio, StatePair, decode
-from bicm_diffusion.samplers.loop import Loop, Output, Row
+from bicm_diffusion.samplers.exact import Grid
+from bicm_diffusion.samplers.factors import Ratio
+from bicm_diffusion.samplers.loop import Loop, Output, Row, traced
 from bicm_diffusion.samplers.prediction import Number
+from bicm_diffusion.samplers.record import Conditions, Record, notice_alone
+from bicm_diffusion.samplers.states import ExactPair, Pair, StatePair, decode
 
 State = Tensor | StatePair | ExactPair
 
@@ -23,11 +27,20 @@ State = Tensor | StatePair | ExactPair
 class Method:
     """What tells one method from another; their first steps, from one state alone, are DDIM's."""
 
+    #: As the record of a pair calls it.
+    name: ClassVar[str]
+    #: The function that leads on from noise, and the one that leads on from data.
+    functions: ClassVar[tuple[str, str]]
     #: The index that the model is told at z_0 alone.
     start_index = 1
 
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What a retrace must have in common with the run that made a pair, beside the schedule and the prediction."""
+        return {}
 
     def unit(self, _: int) -> Number:
         """The unit of a state at index i."""
@@ -76,21 +89,48 @@ UP = Direction(True, lambda top: (0, 1), lambda top: range(1, top), 1)
 
 def run(method: Method, z: State, direction: Direction, exact: bool) -> StatePair | ExactPair:
     """Run a method to the other end of its schedule, from one state or from a pair at this end."""
-    if not exact:
-        return _run_floats(method, z if isinstance(z, Tensor) else StatePair(z.z, z.previous), direction)
-    return _run_integers(method, z, direction)
+    record = recorded(method.loop, method.name, method.functions, method.settings, z, direction.inverse)
+    if exact:
+        return _run_integers(method, z, direction, record)
+    start = StatePair(z.z, z.previous) if isinstance(z, ExactPair) else z
+    return _run_floats(method, start, direction, record)
 
 
-def first_tensor(z: State) -> Tensor:
-    """Return a tensor with the dtype and device of the states; raise where a pair does not fit together."""
-    if isinstance(z, Tensor):
+def recorded(
+    loop: Loop, method: str, functions: tuple[str, str], settings: Mapping[str, Any], start: object, inverse: bool
+) -> Record:
+    """Return the record of a run; raise ValueError where it starts from a pair that it does not retrace.
+
+    functions: those that lead on from noise and from data.
+    """
+    conditions = None if traced() else Conditions(loop.guidance_scale, loop.extra_args)
+    settings = {"prediction": loop.prediction, **settings}
+    record = Record(method, loop.schedule, settings, loop.schedule.steps if inverse else 0, None, conditions)
+    if isinstance(start, Tensor):
+        notice_alone(start, record, loop.name)
+    elif isinstance(start, Pair) and start.record is not None:
+        record.check(start.record, loop.name, functions[not inverse])
+    return record
+
+
+def first_tensor(z: Any, floats: type[Pair] = StatePair, integers: type[ExactPair] = ExactPair) -> Tensor:
+    """Return a tensor with the dtype, device and batch of the states; raise where a pair does not fit together.
+
+    floats, integers: the kinds of pairs that the sampler takes.
+    """
+    if type(z) is integers:
+        return z.q.new_empty((len(z.q), 0), dtype=z.dtype)
+    if not isinstance(z, floats):
+        made = f" (made of two tensors by {floats.__name__}(*z))" if isinstance(z, tuple | list) and len(z) == 2 else ""
+        check_state("z", z, f"a tensor (B, …), a {floats.__name__}{made} or an {integers.__name__}")
         return z
-    if isinstance(z, ExactPair):
-        return z.q.new_empty((0,), dtype=z.dtype)
-    if z.z.shape != z.previous.shape or z.z.dtype != z.previous.dtype:
-        given = f"{tuple(z.z.shape)} {z.z.dtype} and {tuple(z.previous.shape)} {z.previous.dtype}"
-        raise ValueError(f"z: expected a pair of one shape and dtype, got {given}")
-    return z.z
+    first, second = z
+    check_state("z", first)
+    check_state("z", second)
+    if first.shape != second.shape or first.dtype != second.dtype or first.device != second.device:
+        given = " and ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in (first, second))
+        raise ValueError(f"z: expected a pair of one shape and dtype on one device, got {given}")
+    return first
 
 
 def _started(method: Method, z: Tensor | StatePair, direction: Direction) -> StatePair:
@@ -101,7 +141,7 @@ def _started(method: Method, z: Tensor | StatePair, direction: Direction) -> Sta
     return StatePair(z, second)
 
 
-def _run_floats(method: Method, z: Tensor | StatePair, direction: Direction) -> StatePair:
+def _run_floats(method: Method, z: Tensor | StatePair, direction: Direction, record: Record) -> StatePair:
     loop, scaled = method.loop, None
     last, current = _started(method, z, direction)
     walk = direction.walk(loop.schedule.steps)
@@ -113,7 +153,7 @@ def _run_floats(method: Method, z: Tensor | StatePair, direction: Direction) -> 
         following, scaled = loop.advance([last, current, *tensors], row, then=then)
         last, current = current, following
         loop.report(reached, current, output)
-    return StatePair(current, last)
+    return StatePair(current, last, record=record)
 
 
 def _in_floats(method: Method, i: int, weights: Row, inverse: bool) -> Row:
@@ -126,17 +166,18 @@ def _in_floats(method: Method, i: int, weights: Row, inverse: bool) -> Row:
     return ratio * below / above, *[w * below for w in weights]
 
 
-def _run_integers(method: Method, z: State, direction: Direction) -> ExactPair:
+def _run_integers(method: Method, z: State, direction: Direction, record: Record) -> ExactPair:
     loop = method.loop
     top = loop.schedule.steps
     if isinstance(z, ExactPair):
-        grid, last, current = Grid(loop, z.q, z), z.q, z.previous_q
+        grid, last, current = Grid(loop, z.q, record, z), z.q, z.previous_q
     else:
         states = _started(method, z, direction)
-        grid, marks = Grid(loop, states.z), direction.ends(top)
+        grid, marks = Grid(loop, states.z, record), direction.ends(top)
         last, current = (
             grid.encode(x, method.unit(i), max(marks)) for x, i in zip(states, direction.ends(top), strict=True)
         )
+    grid.begin(last, current)
     reached = direction.ends(top)[1]
     for i in loop.steps(direction.walk(top)):
         here = decode(current, method.unit(i), grid.dtype)

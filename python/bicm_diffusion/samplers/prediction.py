@@ -120,6 +120,6 @@ def folded(reading: Reading, of_state: Number, of_noise: Number) -> tuple[Number
 
 def check_prediction(prediction: Prediction) -> None:
     """Raise ValueError for a prediction that no model makes."""
-    if not isinstance(prediction, Preconditioned) and prediction not in _READINGS:
+    if not isinstance(prediction, Preconditioned) and not (isinstance(prediction, str) and prediction in _READINGS):
         names = ", ".join(map(repr, _READINGS))
         raise ValueError(f"prediction: expected {names} or a Preconditioned, got {prediction!r}")

@@ -9,30 +9,33 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.keys import SIGN
+from bicm_diffusion.samplers import checks
+from bicm_diffusion.samplers.signature import sampler
+from bicm_diffusion.schedules.schedule import check_steps
 from bicm_kernels import add_noise, fold_in
 
 Integer = int | Tensor
 
 
-@torch.no_grad()
+@sampler()
 def sign_recursive(model: Callable[[Tensor], Tensor], x: Tensor, *, steps: int = 1) -> Tensor:
     """Return f(f(… f(x))), the recursive sampler of SIGN (Alg. 2).
 
     model: called as `model(x)` with x (B, …), any floating dtype, and returns such a tensor; it takes no time. steps:
     the number of applications, at least 1. No host ever waits for convergence, so that the loop can be captured.
-    Raises ValueError where steps is out of range.
+    Raises ValueError where steps is out of range, and TypeError for arguments of another kind.
 
     >>> sign_recursive(torch.sign, torch.tensor([[0.3, -2.0]]), steps=2)
     tensor([[ 1., -1.]])
     """
-    if steps < 1:
-        raise ValueError(f"steps: expected an integer of at least 1, got {steps}")
+    _check(model, x)
+    check_steps(steps)
     for _ in range(steps):
-        x = model(x)
+        x = _asked(model, x)
     return x
 
 
-@torch.no_grad()
+@sampler()
 def sign_masked(
     model: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -49,22 +52,53 @@ def sign_masked(
     to sigma_N, which it does not use. mask: bool, of the shape of x or broadcast to it: True is filled in, False is
     kept to the bit; None fills in everything. The noise of level i has the key (seed, sample_id, i), apart from that of
     `bicm_kernels.normal` with the same seed.
-    Raises TypeError for a mask that is not bool, and ValueError for levels that do not fall.
+    Raises TypeError for a mask that is not bool or another argument of another kind, and ValueError for levels that do
+    not fall or a mask that does not broadcast.
 
     >>> kept = torch.tensor([[True, False]])
     >>> sign_masked(torch.sign, torch.tensor([[0.3, -2.0]]), [0.1], mask=kept, seed=0)
     tensor([[ 1., -2.]])
     """
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask: expected a bool tensor, got {mask.dtype}")
+    _check(model, x)
+    _check_mask(mask, x)
+    sigmas = _numbers(sigmas)
     if any(low >= high for high, low in pairwise(sigmas)) or any(sigma < 0 for sigma in sigmas):
-        raise ValueError(f"sigmas: expected falling noise levels of at least 0, got {list(sigmas)}")
+        raise ValueError(f"sigmas: expected falling noise levels of at least 0, got {sigmas}")
     key = fold_in(seed, SIGN)
-    x = _filled(model(x), x, mask)
+    x = _filled(_asked(model, x), x, mask)
     for i, sigma in enumerate(sigmas, start=1):
-        x = _filled(model(add_noise(x, sigma, seed=key, step=i, sample_id=sample_id)), x, mask)
+        x = _filled(_asked(model, add_noise(x, sigma, seed=key, step=i, sample_id=sample_id)), x, mask)
     return x
 
 
 def _filled(new: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     return new if mask is None else torch.where(mask, new, x)
+
+
+def _asked(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    output = model(x)
+    if not isinstance(output, Tensor) or output.shape != x.shape:
+        checks.check_output(output, x)
+    return output
+
+
+def _check(model: object, x: object) -> None:
+    checks.check_model(model, "model(x)")
+    checks.check_state("x", x)
+
+
+def _check_mask(mask: object, x: Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        given = mask.dtype if isinstance(mask, Tensor) else checks.described(mask)
+        raise TypeError(f"mask: expected a bool tensor, got {given}")
+    if torch.broadcast_shapes(mask.shape, x.shape) != x.shape:
+        raise ValueError(f"mask: expected a shape that broadcasts to {tuple(x.shape)}, got {tuple(mask.shape)}")
+
+
+def _numbers(sigmas: object) -> list[float]:
+    try:
+        return [float(sigma) for sigma in sigmas]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise TypeError(f"sigmas: expected noise levels, got {checks.described(sigmas)}") from None

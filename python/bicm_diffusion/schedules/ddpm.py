@@ -16,6 +16,8 @@ Spacing = Literal["leading", "linspace", "trailing"]
 
 COSINE_OFFSET = 0.008
 MAX_COSINE_BETA = 0.999
+#: How far a product of float32 numbers may lie from alpha bar.
+ROUNDING = 1e-6
 
 
 def _linear(count: int, start: float, end: float) -> Tensor:
@@ -119,8 +121,9 @@ def ddpm_schedule(
 ) -> Schedule:
     """Return the schedule of a DDPM-trained network: times are its training steps, alpha = sqrt(alpha bar).
 
-    Index 0 lies below the lowest training step visited: final_alpha_bar is alpha bar there, 1 for clean data (the
-    network is never asked about it; its time is -1). For spacing, betas and the rest see `ddpm_timesteps` and
+    Index 0 lies below the lowest training step visited: final_alpha_bar is alpha bar there, 1 for clean data. Where it
+    is that of a training step, 0 as in diffusers' set_alpha_to_one=False, that step is its time; elsewhere its time is
+    -1, and no sampler asks the network about it. For spacing, betas and the rest see `ddpm_timesteps` and
     `ddpm_alpha_bar`; the tables are float64.
     Raises ValueError for a value out of range.
 
@@ -135,4 +138,11 @@ def ddpm_schedule(
         raise ValueError(f"final_alpha_bar: expected a value in ({levels[1]}, 1], got {final_alpha_bar}")
     alpha = tuple(math.sqrt(x) for x in levels)
     sigma = tuple(math.sqrt(1 - x) for x in levels)
-    return Schedule((-1.0, *map(float, visited.tolist())), alpha, sigma)
+    final = _training_step(final_alpha_bar, table[: int(visited[0])])
+    return Schedule((float(final), *map(float, visited.tolist())), alpha, sigma, asked=final >= 0)
+
+
+def _training_step(alpha_bar: float, table: Tensor) -> int:
+    """The training step whose alpha bar this is, but for float32's rounding; -1 where it is none."""
+    found = ((table - alpha_bar).abs() < ROUNDING).nonzero().flatten().tolist()
+    return found[0] if found else -1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from itertools import pairwise
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +23,12 @@ class Schedule:
     leaves index 0, so a[0] and b[0] are NaN. table: times, alpha and sigma as one float64 tensor (3, N + 1),
     from which traced loops read, so that one graph serves every schedule of N steps. ratios: int64 (2, N + 1), for
     i = 1 … N - 1 the nearest fraction n/m, m ≤ 1024, of (h_i/h_{i+1})², h_i the width of interval i in sigma/alpha.
-    clean: whether index 0 is clean data, sigma_0 = 0, where no model is asked.
-    Raises ValueError unless the lengths agree, alpha > 0, sigma ≥ 0 and sigma/alpha grows with i.
+    asked: whether a model may be asked about index 0 where sigma_0 > 0; False where times[0] is no time that it knows.
+    clean: whether index 0 is clean data, sigma_0 = 0, where no model is asked. lowest: the lowest index that a model is
+    asked about, 0 or 1.
+    Any sequences of numbers become tuples of floats.
+    Raises TypeError for anything else, and ValueError unless the lengths agree, alpha > 0, sigma ≥ 0 and sigma/alpha
+    grows with i.
 
     >>> schedule = Schedule(times=(0.0, 1.0), alpha=(1.0, 0.6), sigma=(0.0, 0.8))
     >>> schedule.steps, round(schedule.a[1], 3), round(schedule.b[1], 3)
@@ -32,13 +38,17 @@ class Schedule:
     times: tuple[float, ...]
     alpha: tuple[float, ...]
     sigma: tuple[float, ...]
+    asked: bool = True
     a: tuple[float, ...] = field(init=False, repr=False)
     b: tuple[float, ...] = field(init=False, repr=False)
     table: Tensor = field(init=False, repr=False, compare=False)
     ratios: Tensor = field(init=False, repr=False, compare=False)
     clean: bool = field(init=False, repr=False, compare=False)
+    lowest: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name in ("times", "alpha", "sigma"):
+            object.__setattr__(self, name, _floats(name, getattr(self, name)))
         lengths = (len(self.times), len(self.alpha), len(self.sigma))
         if len(set(lengths)) != 1 or lengths[0] < 2:
             raise ValueError(f"times, alpha, sigma: expected one length of at least 2, got lengths {lengths}")
@@ -50,6 +60,7 @@ class Schedule:
         object.__setattr__(self, "b", b)
         object.__setattr__(self, "table", torch.tensor([self.times, alpha, sigma], dtype=torch.float64))
         object.__setattr__(self, "clean", sigma[0] == 0.0)
+        object.__setattr__(self, "lowest", 0 if self.asked and sigma[0] > 0.0 else 1)
         pairs = [(1, 1), *(nearest((self.width(i) / self.width(i + 1)) ** 2) for i in range(1, self.steps)), (1, 1)]
         object.__setattr__(self, "ratios", torch.tensor(pairs).T)
 
@@ -72,7 +83,7 @@ def to_ve(schedule: Schedule) -> Schedule:
     (0.0, 1.3333333333333335)
     """
     ratio = (s / a for a, s in zip(schedule.alpha, schedule.sigma, strict=True))
-    return Schedule(schedule.times, (1.0,) * (schedule.steps + 1), tuple(ratio))
+    return Schedule(schedule.times, (1.0,) * (schedule.steps + 1), tuple(ratio), schedule.asked)
 
 
 def to_vp(schedule: Schedule) -> Schedule:
@@ -86,14 +97,25 @@ def to_vp(schedule: Schedule) -> Schedule:
     norms = [math.hypot(a, s) for a, s in zip(schedule.alpha, schedule.sigma, strict=True)]
     alpha = tuple(a / norm for a, norm in zip(schedule.alpha, norms, strict=True))
     sigma = tuple(s / norm for s, norm in zip(schedule.sigma, norms, strict=True))
-    return Schedule(schedule.times, alpha, sigma)
+    return Schedule(schedule.times, alpha, sigma, schedule.asked)
 
 
-def check_steps(steps: int, most: int | None = None) -> None:
-    """Raise ValueError unless a number of steps is at least 1, and at most `most` where that is given."""
-    if steps < 1 or (most is not None and steps > most):
+def check_steps(steps: Any, most: int | None = None) -> None:
+    """Raise unless a number of steps is an integer of at least 1, and at most `most` where that is given."""
+    if not isinstance(steps, int | Integral):
+        raise TypeError(f"steps: expected an integer, got {steps!r} ({type(steps).__name__})")
+    if int(steps) < 1 or (most is not None and int(steps) > most):
         limit = "of at least 1" if most is None else f"in [1, {most}]"
         raise ValueError(f"steps: expected an integer {limit}, got {steps}")
+
+
+def _floats(name: str, numbers: object) -> tuple[float, ...]:
+    if isinstance(numbers, Tensor):
+        numbers = numbers.tolist()
+    try:
+        return tuple(map(float, numbers))  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected N + 1 numbers, got a {type(numbers).__name__}") from None
 
 
 def _check_levels(alpha: tuple[float, ...], sigma: tuple[float, ...]) -> None:

@@ -1,0 +1,130 @@
+"""What samplers are called with, checked under the names that their callers know; the good path pays almost nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bicm_diffusion.schedules import Schedule
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def described(value: object) -> str:
+    """What was given, short enough for an error message, and what makes a tensor of it where that is known."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    name = type(value).__name__
+    if isinstance(value, tuple | list):
+        kinds = sorted({type(x).__name__ for x in value})
+        return f"a {name} of {len(value)} ({', '.join(kinds)})" if kinds else f"an empty {name}"
+    if hasattr(value, "shape"):
+        return f"a {type(value).__module__}.{name} of shape {tuple(value.shape)}"
+    if value is None or isinstance(value, str | Real):
+        return f"{value!r} ({name})"
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
+def check_model(model: object, called: str = "model(z, times)") -> None:
+    """Raise TypeError unless a model can be called."""
+    if not callable(model):
+        raise TypeError(f"model: expected a function or module, called as {called}, got {described(model)}")
+
+
+def check_state(name: str, z: object, expected: str = "a tensor (B, …)") -> None:
+    """Raise unless z is a floating tensor with a batch dimension."""
+    if not isinstance(z, Tensor):
+        hint = "; its .z is a tensor" if isinstance(getattr(z, "z", None), Tensor) else ""
+        raise TypeError(f"{name}: expected {expected}, got {described(z)}{hint}")
+    if z.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {z.dtype}")
+    if z.dim() == 0:
+        raise ValueError(f"{name}: expected a batch dimension, (B, …), got a 0-d tensor")
+
+
+def check_schedule(schedule: object) -> None:
+    """Raise TypeError unless a schedule is a `Schedule`."""
+    if isinstance(schedule, Schedule):
+        return
+    made = "Schedule(times, alpha, sigma) makes one of any levels"
+    if isinstance(schedule, int):
+        made = f"vp_schedule({schedule}) makes one of {schedule} steps"
+    elif hasattr(schedule, "levels") and hasattr(schedule, "zigzags"):
+        made = "a ConsistencySchedule is for consistency_sample"
+    raise TypeError(f"schedule: expected a Schedule, got {described(schedule)}; {made}")
+
+
+def check_guidance(guidance_scale: object, batch: int) -> None:
+    """Raise unless a guidance scale is None, a number, or a tensor of one number for all or for each sample."""
+    if isinstance(guidance_scale, Tensor):
+        if not guidance_scale.is_floating_point():
+            raise TypeError(f"guidance_scale: expected a floating tensor, got {guidance_scale.dtype}")
+        if guidance_scale.dim() > 1 or (guidance_scale.dim() == 1 and len(guidance_scale) != batch):
+            shape = tuple(guidance_scale.shape)
+            raise ValueError(f"guidance_scale: expected a 0-d or a ({batch},) tensor, got shape {shape}")
+    elif guidance_scale is not None and not isinstance(guidance_scale, Real):
+        raise TypeError(f"guidance_scale: expected a number, a tensor or None, got {described(guidance_scale)}")
+
+
+def check_number(name: str, number: object) -> None:
+    """Raise TypeError unless a number is one."""
+    if not isinstance(number, Real):
+        raise TypeError(f"{name}: expected a number, got {described(number)}")
+
+
+def check_arguments(name: str, arguments: object) -> None:
+    """Raise TypeError unless keyword arguments of a model are a mapping from their names."""
+    if arguments is not None and not (isinstance(arguments, Mapping) and all(isinstance(k, str) for k in arguments)):
+        raise TypeError(f"{name}: expected a mapping from names to values, got {described(arguments)}")
+
+
+def check_callback(callback: object) -> None:
+    """Raise TypeError unless a callback can be called."""
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback: expected a function or None, got {described(callback)}")
+
+
+def check_output(output: object, z: Tensor, guidance_scale: object = None) -> None:
+    """Raise unless a model answered with a tensor like z, or under guidance with a pair of them."""
+    like = f"a tensor of shape {tuple(z.shape)}"
+    pair = isinstance(output, tuple | list) and len(output) == 2 and all(isinstance(x, Tensor) for x in output)
+    if guidance_scale is None:
+        if pair:
+            raise TypeError(
+                f"model: expected {like}, got a pair of tensors; guidance_scale=… combines a pair (uncond, cond)"
+            )
+        _check_tensor("model", output, z, like)
+        return
+    if not pair:
+        doubled = isinstance(output, Tensor) and output.dim() > 0 and len(output) == 2 * len(z) > 0
+        hint = "; output.chunk(2) makes a pair of a doubled batch" if doubled else _hint(output)
+        expected = f"a pair (uncond, cond) of tensors of shape {tuple(z.shape)}, because guidance_scale is given"
+        raise TypeError(f"model: expected {expected}, got {described(output)}{hint}")
+    for half in output:  # type: ignore[attr-defined]
+        _check_tensor("model", half, z, like)
+
+
+def _check_tensor(name: str, output: object, z: Tensor, like: str) -> None:
+    if not isinstance(output, Tensor):
+        raise TypeError(f"{name}: expected {like}, got {described(output)}{_hint(output)}")
+    if output.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {output.dtype}")
+    if output.shape != z.shape:
+        raise ValueError(f"{name}: expected {like}, as z has, got shape {tuple(output.shape)}")
+    if output.device != z.device:
+        raise ValueError(f"{name}: expected a tensor on {z.device}, where z is, got one on {output.device}")
+
+
+def _hint(output: Any) -> str:
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return "; return its first element"
+    if type(output).__module__.partition(".")[0] == "numpy":
+        return "; torch.from_numpy makes a tensor of it"
+    named = [
+        name for name in ("sample", *getattr(output, "__dict__", {})) if isinstance(getattr(output, name, None), Tensor)
+    ]
+    return f"; return its .{named[0]}" if named else ""

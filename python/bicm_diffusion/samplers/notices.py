@@ -1,0 +1,25 @@
+"""Warnings of samplers, which point at the line that called one."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+#: Frames of these packages are no user's.
+OURS = ("bicm_diffusion", "bicm_kernels", "torch")
+
+
+class InexactInversionWarning(UserWarning):
+    """A floating-point inversion is expected to lose what the eye sees; the exact one loses nothing."""
+
+
+class RetraceWarning(UserWarning):
+    """A trajectory is not being retraced, or did not come back to where it began."""
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the first frame outside this package."""
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in OURS:
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    warnings.warn(message, category, stacklevel=level)

@@ -1,0 +1,229 @@
+"""How a pair came about: what a retrace must have in common with the run that made it, and whether it came back."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bicm_diffusion.rational import nearest
+from bicm_diffusion.samplers.notices import RetraceWarning, warn
+from bicm_diffusion.schedules import Schedule
+
+Levels: TypeAlias = Schedule | Mapping[str, tuple[float, ...]]
+
+traced = torch.compiler.is_compiling
+
+#: Sums that a checksum holds for each sample.
+SUMS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """Guidance and the model's own arguments in a run; looked into only where a trajectory did not come back."""
+
+    guidance_scale: Any
+    extra_args: Mapping[str, Any]
+
+    def digest(self) -> str:
+        """Return what tells them from others, in another process too where they are tensors and plain values."""
+        found = hashlib.sha256()
+        _digest(found, [self.guidance_scale, sorted(self.extra_args.items())])
+        return found.hexdigest()
+
+
+def _digest(found: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        found.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _digest(found, part)
+    elif isinstance(value, Mapping):
+        _digest(found, sorted(value.items(), key=repr))
+    elif value is None or isinstance(value, str | bytes | int | float | complex):
+        found.update(repr(value).encode())
+    else:
+        found.update(f"{type(value).__qualname__}{id(value)}".encode())
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What made a pair, and where the pair stands.
+
+    method, settings (gamma, increments, prediction …) and levels: another run with the same ones retraces the pair.
+    index: where the pair stands, 0 (data) or N (noise). origin: checksums of the integers that the run began with,
+    None where it did not begin exact or was traced. conditions: of that run, or their digest.
+    """
+
+    method: str
+    levels: Levels
+    settings: Mapping[str, Any]
+    index: int
+    origin: Tensor | None = None
+    conditions: Conditions | str | None = None
+
+    @property
+    def steps(self) -> int:
+        """The number N of steps."""
+        if isinstance(self.levels, Schedule):
+            return self.levels.steps
+        return len(next(iter(self.levels.values()))) - 1
+
+    def check(self, made: Record, caller: str, back: str) -> None:
+        """Raise ValueError where a pair that was `made` so is not what this run, by `caller`, retraces.
+
+        back: the function that leads on from the other end.
+        """
+        if made.method != self.method:
+            raise ValueError(f"z: {caller} expected a pair of {self.method}, got one of {made.method}")
+        if made.steps != self.steps:
+            raise ValueError(f"schedule: expected {made.steps} steps, as the pair z was made in, got {self.steps}")
+        if made.index == self.index:
+            ends = {0: "data, index 0", self.steps: f"noise, index {self.steps}"}
+            start = ends[self.steps - self.index]
+            raise ValueError(f"z: {caller} starts from {start}, got a pair at {ends[self.index]}; {back} retraces it")
+        for name, value in self.settings.items():
+            if not _same(made.settings.get(name), value):
+                raise ValueError(
+                    f"{name}: expected {_shown(made.settings.get(name))}, which the pair z was made with, got "
+                    f"{_shown(value)} (guidance and conditions may differ)"
+                )
+        if made.levels is not self.levels and not traced():
+            _check_levels(made.table(), self.table())
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Record:
+        """Return the record with its checksums changed."""
+        return self if self.origin is None else replace(self, origin=change(self.origin))
+
+    def table(self) -> Mapping[str, tuple[float, ...]]:
+        """Return the levels by name."""
+        levels = self.levels
+        if not isinstance(levels, Schedule):
+            return levels
+        return {"alpha": levels.alpha, "sigma": levels.sigma, "times": levels.times}
+
+    def digest(self) -> str | None:
+        """Return what tells the conditions from others."""
+        known = self.conditions
+        return known.digest() if isinstance(known, Conditions) else known
+
+
+def _check_levels(made: Mapping[str, tuple[float, ...]], now: Mapping[str, tuple[float, ...]]) -> None:
+    for name, numbers in now.items():
+        for i, (was, is_now) in enumerate(zip_longest(made.get(name, ()), numbers)):
+            if was != is_now:
+                raise ValueError(
+                    f"schedule: expected {name}[{i}] = {was}, as where the pair z was made, got {is_now} "
+                    "(a pair is retraced on the levels that it was made on)"
+                )
+
+
+def _same(made: Any, now: Any) -> bool:
+    """Whether two settings are one; a fraction is the same as the float that it stands for."""
+    if made is now or (traced() and (_holds_tensors(made) or _holds_tensors(now))):
+        return True
+    ours, theirs = _numbers(now), _numbers(made)
+    if ours is None or theirs is None:
+        return bool(made == now)
+    if len(ours) != len(theirs):
+        shorter, longer = sorted((ours, theirs), key=len)
+        ours, theirs = (shorter * len(longer), longer) if len(shorter) == 1 else (ours, theirs)
+    return len(ours) == len(theirs) and all(map(_same_number, ours, theirs))
+
+
+def _same_number(made: Any, now: Any) -> bool:
+    if isinstance(made, tuple) == isinstance(now, tuple):
+        return bool(made == now)
+    fraction, number = (made, now) if isinstance(made, tuple) else (now, made)
+    return nearest(number) == nearest(fraction[0] / fraction[1])
+
+
+def _holds_tensors(factor: Any) -> bool:
+    return any(isinstance(x, Tensor) for x in (factor if isinstance(factor, tuple) else (factor,)))
+
+
+def _numbers(factor: Any) -> list[Any] | None:
+    """A factor as floats or fractions, one or one a sample; None where it is none."""
+    if isinstance(factor, float):
+        return [factor]
+    if isinstance(factor, Tensor):
+        return [float(x) for x in factor.double().flatten().tolist()]
+    if not isinstance(factor, tuple):
+        return None
+    n, m = torch.broadcast_tensors(*(torch.as_tensor(x).cpu().flatten() for x in factor))
+    return list(zip(n.tolist(), m.tolist(), strict=True))
+
+
+def _shown(value: Any) -> str:
+    numbers = _numbers(value)
+    if numbers is None:
+        return repr(value)
+    words = [f"{x[0]}/{x[1]} = {x[0] / x[1]:.6g}" if isinstance(x, tuple) else repr(x) for x in numbers]
+    return words[0] if len(words) == 1 else f"[{', '.join(words)}]"
+
+
+def checksum(*states: Tensor) -> Tensor:
+    """Return sums of integers (B, …) that tell nearly all states from others, (B, n) int64, exact on every device."""
+    return torch.cat([_sums(q.flatten(1)) for q in states], dim=1)
+
+
+def _sums(q: Tensor) -> Tensor:
+    width = q.shape[1]
+    if width < SUMS:
+        return q
+    whole = width // SUMS * SUMS
+    sums = q[:, :whole].reshape(len(q), SUMS, -1).sum(-1)
+    if whole < width:
+        sums[:, : width - whole] += q[:, whole:]
+    return sums
+
+
+def report_remainder(caller: str, start: Record, end: Record, *states: Tensor) -> None:
+    """Warn where a trajectory that was retraced did not come back, though nobody asked for another one.
+
+    start: of the pair that the retrace began with; end, states: of the pair that it led to. Reads the device once.
+    """
+    if start.origin is None:
+        return
+    wrong = (start.origin != checksum(*states)).any(1).nonzero().flatten().tolist()
+    if not wrong or (start.digest() is not None and start.digest() != end.digest()):
+        return
+    some = ", ".join(map(str, wrong[:4])) + (" …" if len(wrong) > 4 else "")
+    warn(
+        f"{caller}: {len(wrong)} of {len(states[0])} samples ({some}) did not come back to the integers that the "
+        "trajectory began with. Likely causes: another network or other conditions than on the way there (nothing is "
+        "wrong where that is meant), dropout or other randomness in it (model.eval() switches dropout off), a kernel "
+        "that is not deterministic (torch.use_deterministic_algorithms)",
+        RetraceWarning,
+    )
+
+
+_handed_out: dict[int, tuple[weakref.ref[Tensor], str, int]] = {}
+
+
+def hand_out(z: Tensor, record: Record | None) -> Tensor:
+    """Remember a tensor as a state of a pair, as long as it lives."""
+    if record is not None and not traced():
+        key = id(z)
+        _handed_out[key] = weakref.ref(z, lambda _: _handed_out.pop(key, None)), record.method, record.index
+    return z
+
+
+def notice_alone(z: Tensor, run: Record, caller: str) -> None:
+    """Warn where a run starts from one state of a pair that it would retrace."""
+    if traced():
+        return
+    reference, method, index = _handed_out.get(id(z), (None, "", 0))
+    if reference is not None and reference() is z and method == run.method and index == run.steps - run.index:
+        warn(
+            f"z: {caller} got one state of a pair and begins another trajectory with it; the pair itself, in place of "
+            "its .z, retraces the one that it comes from (z.clone() is a state without a past)",
+            RetraceWarning,
+        )

@@ -1,0 +1,57 @@
+"""What every sampler is wrapped in: no gradients, and options under their own names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def sampler(options: Callable[..., Any] | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator for samplers whose `**options`, if any, are the keyword arguments of `options`.
+
+    Their signature names every option, a misspelt one is a TypeError that says so, and no gradients are recorded.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = _opened(function, options)
+        names = signature.parameters.keys()
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not kwargs.keys() <= names:
+                raise TypeError(_unknown(function.__name__, signature, kwargs))
+            with torch.no_grad():
+                return function(*args, **kwargs)
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def _opened(function: Callable[..., Any], options: Callable[..., Any] | None) -> inspect.Signature:
+    """A function's signature with the options where it says `**options`."""
+    own = inspect.signature(function)
+    kinds = inspect.Parameter
+    parameters = [p for p in own.parameters.values() if p.kind is not kinds.VAR_KEYWORD]
+    if options is not None:
+        known = {p.name for p in parameters}
+        every = inspect.signature(options).parameters.values()
+        parameters += [p for p in every if p.kind is kinds.KEYWORD_ONLY and p.name not in known]
+    return own.replace(parameters=parameters)
+
+
+def _unknown(name: str, signature: inspect.Signature, given: dict[str, Any]) -> str:
+    taken = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    wrong = next(x for x in given if x not in signature.parameters)
+    near = get_close_matches(wrong, taken, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(taken)}"
+    return f"{name}() got an unexpected keyword argument {wrong!r}; {hint}"

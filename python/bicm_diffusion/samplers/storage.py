@@ -1,0 +1,107 @@
+"""Pairs as dictionaries of tensors alone, which every container of tensors keeps: safetensors, torch.save, NumPy's."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bicm_diffusion.samplers.prediction import Preconditioned
+from bicm_diffusion.samplers.record import Record
+from bicm_diffusion.schedules import Schedule
+
+VERSION = 1
+#: The names of what lies beside a pair's own tensors: words as bytes of JSON, levels, checksums.
+ABOUT, LEVELS, ORIGIN = "about", "levels", "origin"
+
+
+def pack(
+    kind: str, tensors: Mapping[str, Tensor], words: Mapping[str, Any], record: Record | None
+) -> dict[str, Tensor]:
+    """Return a pair's tensors, beside them all else that it holds."""
+    state = {name: x.detach().contiguous() for name, x in tensors.items()}
+    about: dict[str, Any] = {"version": VERSION, "kind": kind, **words}
+    if record is not None:
+        table = record.table()
+        about |= {
+            "method": record.method,
+            "index": record.index,
+            "settings": {name: _coded(value) for name, value in record.settings.items()},
+            "levels": list(table),
+            "asked": record.levels.asked if isinstance(record.levels, Schedule) else None,
+            "conditions": record.digest(),
+        }
+        state[LEVELS] = torch.tensor(list(table.values()), dtype=torch.float64)
+        if record.origin is not None:
+            state[ORIGIN] = record.origin
+    state[ABOUT] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+    return state
+
+
+def unpack(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], dict[str, Any], Record | None]:
+    """Return kind, tensors, words and record of a packed pair; raise ValueError where it is none."""
+    if ABOUT not in state:
+        raise ValueError(f"state: expected the state_dict of a pair, with {ABOUT!r} in it, got the names {[*state]}")
+    about = json.loads(bytes(state[ABOUT].tolist()))
+    if about["version"] != VERSION:
+        raise ValueError(f"state: expected version {VERSION} of a pair's state_dict, got {about['version']}")
+    tensors = {name: x for name, x in state.items() if name not in (ABOUT, LEVELS, ORIGIN)}
+    if LEVELS not in state:
+        return about["kind"], tensors, about, None
+    table = dict(zip(about["levels"], map(tuple, state[LEVELS].tolist()), strict=True))
+    levels = table if about["asked"] is None else Schedule(**table, asked=about["asked"])
+    settings = {name: _decoded(value) for name, value in about["settings"].items()}
+    record = Record(about["method"], levels, settings, about["index"], state.get(ORIGIN), about["conditions"])
+    return about["kind"], tensors, about, record
+
+
+def write(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write a packed pair as a safetensors file."""
+    seen: set[int] = set()
+    apart = {}
+    for name, x in state.items():
+        place = x.untyped_storage().data_ptr()  # a file holds no memory twice
+        apart[name] = x.clone() if place in seen else x
+        seen.add(place)
+    _safetensors().save_file(apart, path)
+
+
+def read(path: str | os.PathLike[str], device: str | torch.device) -> dict[str, Tensor]:
+    """Read a packed pair from a safetensors file."""
+    state: dict[str, Tensor] = _safetensors().load_file(path, device=str(device))
+    return state
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "a pair's file needs safetensors: pip install 'bicm-kernels[diffusion]'; torch.save(pair, …) does without"
+        ) from error
+    return safetensors.torch
+
+
+def _coded(value: Any) -> Any:
+    if isinstance(value, Preconditioned):
+        return asdict(value)
+    if isinstance(value, tuple):
+        return {"tuple": [_coded(x) for x in value]}
+    if isinstance(value, Tensor):
+        return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
+    return value
+
+
+def _decoded(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "tuple" in value:
+        return tuple(_decoded(x) for x in value["tuple"])
+    if "tensor" in value:
+        return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]))
+    return Preconditioned(**value)
