@@ -53,10 +53,22 @@ _draws_like_torch: bool | None = None
 
 def _native_cpu() -> str:
     if importlib.util.find_spec("bicm_kernels._C") is None:
-        raise ImportError("the native library was not built: install with a C++ compiler")
+        raise ImportError(_why_there_is_no_library())
     library = importlib.import_module("bicm_kernels._C")
     library.keep_memory(_kept_bytes)
     return f"C++, {library.instruction_set()}"
+
+
+def _why_there_is_no_library() -> str:
+    here = Path(__file__).resolve().parent
+    others = (Path(entry, "bicm_kernels").resolve() for entry in sys.path)
+    other = next((path for path in others if path != here and (path / "_C.abi3.so").is_file()), None)
+    if other is None:
+        return "the native library was not built: install with a C++ compiler"
+    return (
+        f"the native library was not built in {here}, which Python found before the installed {other}: leave the "
+        "working directory or change PYTHONPATH to use that one, or build this one with `pip install -e .`"
+    )
 
 
 def _lane() -> Any:

@@ -16,12 +16,17 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import Tensor
 
+from bicm_diffusion.distributed.formats import FORMATS
 from bicm_diffusion.distributed.manifest import Manifest, differences
 from bicm_diffusion.distributed.shards import Shard
 from bicm_diffusion.distributed.store import begin, write_shard
+from bicm_diffusion.extras import extra
 
 #: How long a process that is done waits for the others; gloo's own half an hour is less than a batch may take.
 PATIENCE = timedelta(days=365)
+
+#: What is told to every process.
+REFUSALS = (ValueError, TypeError, OSError, ImportError)
 
 
 def sample_shards(
@@ -47,7 +52,8 @@ def sample_shards(
     restart repeats none and loses none, and makes again, with a warning, what a full disk or a failing machine has cut
     short. progress: a bar on rank 0 (needs tqdm).
     Raises TypeError or ValueError, on every process, where count, batch, save_as or settings cannot be or differ
-    between processes, or the directory holds another run, or shards without a manifest; on its own process where a
+    between processes, or the directory holds another run, or shards without a manifest, and ImportError where
+    safetensors, pillow or tqdm is needed and missing; on its own process where a
     result has not `batch` samples or cannot be written as images.
 
     >>> import tempfile
@@ -61,7 +67,7 @@ def sample_shards(
     directory = Path(directory)
     rank, world = (dist.get_rank(), dist.get_world_size()) if _grouped() else (0, 1)
     with _hosts() as hosts:
-        asked = _attempt(lambda: Manifest(count, batch, settings, save_as))
+        asked = _attempt(lambda: _ready(Manifest(count, batch, settings, save_as), shown=progress and rank == 0))
         missing = _agree(asked, directory, rank, hosts)
     mine = missing[rank::world]
     with _hosts(PATIENCE) as hosts:
@@ -95,6 +101,14 @@ def _hosts(timeout: timedelta | None = None) -> Iterator[dist.ProcessGroup | Non
             dist.destroy_process_group(hosts)
 
 
+def _ready(asked: Manifest, *, shown: bool) -> Manifest:
+    """Return what is asked for once what it needs is imported, rather than after the first batch has been made."""
+    FORMATS[asked.save_as].library()
+    if shown:
+        _tqdm()
+    return asked
+
+
 def _agree(asked: Manifest | Exception, directory: Path, rank: int, hosts: dist.ProcessGroup | None) -> list[Shard]:
     """Return what is missing, as rank 0 sees it before anybody writes; its refusal is everybody's."""
     everyone: list[Manifest | Exception] = [asked]
@@ -114,7 +128,8 @@ def _common(everyone: list[Manifest | Exception]) -> Manifest:
     """Return what all ranks ask for; raises where a rank asks for what cannot be, or for something else than rank 0."""
     for rank, asked in enumerate(everyone):
         if isinstance(asked, Exception):
-            raise asked if len(everyone) == 1 else ValueError(f"rank {rank}: {asked}")
+            kind = next(kind for kind in REFUSALS if isinstance(asked, kind))
+            raise asked if len(everyone) == 1 else kind(f"rank {rank}: {asked}")
     first, *others = (asked for asked in everyone if isinstance(asked, Manifest))
     told = [(rank, differences(asked, first, "rank 0 has")) for rank, asked in enumerate(others, 1)]
     if differing := [f"rank {rank}: {difference}" for rank, difference in told if difference]:
@@ -126,8 +141,14 @@ def _attempt(function: Callable[[], Any]) -> Any:
     """Return the function's result, or the exception that every process is to raise: none may wait for another."""
     try:
         return function()
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except REFUSALS as error:
         return error
+
+
+def _tqdm() -> Any:
+    with extra("diffusion", "or pass progress=False"):
+        from tqdm import tqdm
+    return tqdm
 
 
 class _bar:  # noqa: N801
@@ -140,9 +161,7 @@ class _bar:  # noqa: N801
     def __enter__(self) -> Callable[[], object]:
         if not self.shown:
             return lambda: None
-        from tqdm import tqdm  # an optional dependency: sampling without a bar needs only torch
-
-        self.bar = tqdm(total=self.total, unit="sample")
+        self.bar = _tqdm()(total=self.total, unit="sample")
         return lambda: self.bar.update(round(self.share))
 
     def __exit__(self, *_: object) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from bicm_diffusion.adapters.arithmetic import joined, weighted_sum
 from bicm_diffusion.adapters.k_diffusion.noise import NoiseSampler
 from bicm_diffusion.adapters.noise import randn_like
+from bicm_diffusion.extras import extra
 
 Network = Callable[..., Tensor]
 Callback = Callable[[dict[str, Any]], object]
@@ -55,7 +56,8 @@ class Run:
         indices = range(len(self.levels) - 1)
         if self.disable:
             return indices
-        from tqdm.auto import trange  # an optional dependency: samplers without a bar need only torch
+        with extra("diffusion", "or pass disable=True"):
+            from tqdm.auto import trange
 
         return trange(len(indices), disable=self.disable)
 
