@@ -54,7 +54,9 @@ def split_calls(name: str, k: int, device: torch.device, here: Move, there: Move
     for data in (torch.device("cpu"), device):
         for place in places(call):
             alone, rest = (there, here) if data.type == "cpu" else (here, there)
-            moved = changed(call, lambda at, x, place=place, alone=alone, rest=rest: (alone if at == place else rest)(x))
+            moved = changed(
+                call, lambda at, x, place=place, alone=alone, rest=rest: (alone if at == place else rest)(x)
+            )
             yield f"{place}, the others on {data}", moved | ({"device": data} if name in DRAWING else {})
     yield "all there", changed(call, lambda _, x: there(x)) | ({"device": device} if name in DRAWING else {})
     numbers = changed(call, lambda _, x: there(x) if x.dim() else here(x))

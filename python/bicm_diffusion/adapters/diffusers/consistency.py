@@ -73,7 +73,7 @@ class ConsistencyModel(Sigmas):
             x0_weights.append(0.0)
             weights.append(deviation)
         following = index + 1
-        ahead = following in tables.rows and state.dtype.itemsize > 2 and not graph
+        ahead = not graph and following in tables.rows and state.dtype.itemsize > 2
         scale = tables.scales[following] if ahead and self._may_foresee(sample, model_output) else None
         out, _, scaled = denoised_step(
             tensors, x0_weights, weights, x0_weight=1.0, clip=tables.clip, next_scale=scale, **keyed

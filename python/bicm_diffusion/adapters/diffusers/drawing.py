@@ -106,8 +106,10 @@ class Drawing:
         if like.dtype not in FLOATING or sample.dtype not in FLOATING:
             raise TypeError(f"sample of {sample.dtype}, model output of {like.dtype}")
         shape, dtype = like.shape, dtype or like.dtype
-        if not shape or shape != sample.shape or like.device != sample.device or like.layout != sample.layout:
+        if not shape or shape != sample.shape or like.device != sample.device:
             raise ValueError("a sample and a model output of different shapes, or none")
+        if like.layout is not torch.strided or sample.layout is not torch.strided:
+            raise TypeError(f"sample of {sample.layout}, model output of {like.layout}")
         several = isinstance(generator, list) and len(generator) > 1
         if several and len(generator) < shape[0]:  # type: ignore[arg-type]
             raise ValueError(f"{len(generator)} generators for {shape[0]} samples")  # type: ignore[arg-type]

@@ -119,7 +119,7 @@ class _EulerSteps(Sigmas):
             row = self._weights(sigma, raised, tables.levels[index + 1])
         x0_sample, x0_output, of_sample, of_output = row
         following = index + 1
-        ahead = given is dtype and following in tables.rows and not graph and self._may_foresee(sample, model_output)
+        ahead = not graph and given is dtype and following in tables.rows and self._may_foresee(sample, model_output)
         out, x0, scaled = denoised_step(
             (state, model_output),
             (x0_sample, x0_output),
