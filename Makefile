@@ -46,7 +46,7 @@ evidence: native emulator ## the tables of docs/evidence.md, from the last `make
 
 # --- what the project does --------------------------------------------------------------------------------------------
 demo: native ## sample, invert and reconstruct handwritten digits; prints a table and writes a picture
-	$(BIN)/python -m bicm_diffusion.digits demo
+	$(BIN)/python -m bicm_diffusion.digits demo --output demo.png --consistency-output demo-consistency.png
 
 test: native emulator ## every test that needs no GPU
 	BICM_KERNELS_BACKEND=native $(PYTEST) --junitxml=build/results/tests.xml

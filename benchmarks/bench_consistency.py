@@ -47,7 +47,7 @@ class _Turns(nn.Module):
 
 def ours_bct(first: Tensor, other: Tensor, x: Tensor, *levels: Tensor, gradient: str = "forward") -> Tensor:
     """``bct_loss``; the numbers per sample serve as levels."""
-    return bct_loss(_Turns(first, other), x, Levels(*levels), seed=SEED, gradient=gradient).total
+    return bct_loss(_Turns(first, other), x, Levels(*levels), seed=SEED, step=0, gradient=gradient).total
 
 
 def bct(

@@ -28,6 +28,9 @@ from benchmarks.timing import EVENTS, GPU, cold_cuda
 from bicm_kernels import backend
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Where the tests that need a GPU are. Others may ask for what `make gpu-check` does not build.
+TESTS = "tests/gpu"
+PYTEST = (sys.executable, "-m", "pytest", TESTS, "-m", "gpu")
 DEVICE = "cuda"
 #: The largest one fills a fast GPU's memory system for longer than a launch takes.
 SIZES = (49_152, 786_432, 3_145_728, 50_331_648)
@@ -43,11 +46,11 @@ Row = tuple[str, str, str, int]
 
 def run_tests(jobs: int) -> list[str]:
     """Run the tests that are marked gpu; what is wrong with them."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", str(jobs), "--junitxml=build/results/gpu.xml"]
+    command = [*PYTEST, "-n", str(jobs), "--junitxml=build/results/gpu.xml"]
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
     if status == NO_TESTS_COLLECTED:
-        return ["no test is marked gpu: nothing was tested"]
-    return [f"pytest -m gpu failed with status {status}"] if status else []
+        return [f"no test of {TESTS} is marked gpu: nothing was tested"]
+    return [f"pytest {TESTS} -m gpu failed with status {status}"] if status else []
 
 
 def check_backend() -> list[str]:

@@ -18,6 +18,7 @@ from bicm_kernels.ops.reversible import (
     fixed_point_decode,
     fixed_point_encode,
 )
+from bicm_kernels.version import __version__ as __version__
 
 backend.start()
 

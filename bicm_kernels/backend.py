@@ -3,7 +3,10 @@
 Three implementations give the same bits: ``native`` (C++ on the CPU, CUDA on NVIDIA GPUs), ``triton`` (any GPU that
 Triton supports) and ``reference`` (plain PyTorch, slow). The environment variable ``BICM_KERNELS_BACKEND`` chooses:
 ``auto`` (the default) takes the first that is there, any other name forces that one and makes its absence an error.
-``BICM_KERNELS_ISA`` (scalar, avx2, avx512) forces an instruction set of the native CPU library.
+``BICM_KERNELS_ISA`` (scalar, avx2, avx512) forces an instruction set of the native CPU library,
+``BICM_KERNELS_KEPT_MEMORY`` bounds the memory that it keeps for results, in MiB (256; 0 keeps none), and
+``BICM_KERNELS_GENERATOR`` says who draws ``generator_normal``: ``native`` (the default: the native library where its
+bits are torch's) or ``torch``. They are read once, when the package is imported.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,10 +29,17 @@ from bicm_kernels import generator_check
 CPU_FAMILIES: tuple[str, ...] = ()
 
 CHOICES = ("auto", "native", "triton", "reference")
+DRAWERS = ("native", "torch")
 
 _choice = "auto"
+#: What named the choice, for messages.
+_chosen_by = "the backend auto"
 _running: dict[str, tuple[str, str]] = {}
-_registrations: list[torch.library.Library] = []
+#: Triton's kernels by the device they are registered for.
+_registrations: dict[str, torch.library.Library] = {}
+
+_kept_bytes = 256 << 20
+_drawer = "native"
 
 #: Whether CPU tensors go to the native library: what calls ask first.
 native_cpu = False
@@ -42,8 +53,22 @@ _draws_like_torch: bool | None = None
 
 def _native_cpu() -> str:
     if importlib.util.find_spec("bicm_kernels._C") is None:
-        raise ImportError("the native library was not built: install with a C++ compiler")
-    return f"C++, {importlib.import_module('bicm_kernels._C').instruction_set()}"
+        raise ImportError(_why_there_is_no_library())
+    library = importlib.import_module("bicm_kernels._C")
+    library.keep_memory(_kept_bytes)
+    return f"C++, {library.instruction_set()}"
+
+
+def _why_there_is_no_library() -> str:
+    here = Path(__file__).resolve().parent
+    others = (Path(entry, "bicm_kernels").resolve() for entry in sys.path)
+    other = next((path for path in others if path != here and (path / "_C.abi3.so").is_file()), None)
+    if other is None:
+        return "the native library was not built: install with a C++ compiler"
+    return (
+        f"the native library was not built in {here}, which Python found before the installed {other}: leave the "
+        "working directory or change PYTHONPATH to use that one, or build this one with `pip install -e .`"
+    )
 
 
 def _lane() -> Any:
@@ -54,7 +79,7 @@ def _lane() -> Any:
 def draws_like_torch() -> bool:
     """Whether the native library draws the numbers of torch's CPU generator; compared with torch once."""
     global _draws_like_torch
-    if lane is None:
+    if lane is None or _drawer == "torch":
         return False
     if _draws_like_torch is None:
         _draws_like_torch = lane.instruction_set() != "scalar" and generator_check.agree(lane.generator_normal)
@@ -72,8 +97,12 @@ def _native_cuda() -> str:
     return "CUDA C++"
 
 
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 def _triton(device_type: str) -> str:
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    interpreted = _interpreted()
     if device_type == "cpu" and not interpreted:
         raise ImportError("Triton has no CPU backend (TRITON_INTERPRET=1 interprets its kernels)")
     if importlib.util.find_spec("triton") is None:
@@ -82,10 +111,11 @@ def _triton(device_type: str) -> str:
     key = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}.get(device_type)
     if key is None:
         raise ImportError(f"Triton kernels are not registered for {device_type}")
-    library = torch.library.Library("bicm_kernels", "IMPL")
-    for name, function in kernels.OPS.items():
-        library.impl(name, function, key)
-    _registrations.append(library)
+    if device_type not in _registrations:
+        library = torch.library.Library("bicm_kernels", "IMPL")
+        for name, function in kernels.OPS.items():
+            library.impl(name, function, key)
+        _registrations[device_type] = library
     return "Triton, interpreted" if interpreted else "Triton"
 
 
@@ -102,6 +132,8 @@ def _implementations(device_type: str) -> dict[str, Callable[[], str]]:
 
 def _start(device_type: str) -> tuple[str, str]:
     """Choose the implementation for a device and make it ready."""
+    if device_type == "meta":  # tensors without memory: what an op returns there is the same for every implementation
+        return "native", "shapes and dtypes alone"
     failures: list[str] = []
     for name, prepare in _implementations(device_type).items():
         if _choice not in ("auto", name):
@@ -114,10 +146,16 @@ def _start(device_type: str) -> tuple[str, str]:
         if name == "reference" and failures:
             warnings.warn(
                 f"bicm_kernels runs its slow PyTorch reference on {device_type} ({'; '.join(failures)})",
-                stacklevel=4,
+                stacklevel=6,
             )
         return name, "; ".join([what, *failures])
-    raise ImportError(f"BICM_KERNELS_BACKEND={_choice} cannot run on {device_type}: {'; '.join(failures)}")
+    raise ImportError(f"{_chosen_by} cannot run on {device_type}: {'; '.join(failures)}")
+
+
+def _devices() -> list[str]:
+    """The kinds of devices that torch has here and kernels run on, the CPU first."""
+    modules = {name: getattr(torch, name, None) for name in ("cuda", "xpu")}
+    return ["cpu", *(name for name, module in modules.items() if module is not None and module.is_available())]
 
 
 def running(device_type: str) -> str:
@@ -134,52 +172,76 @@ def describe() -> str:
     >>> bicm_kernels.backend.describe().startswith("cpu: ")
     True
     """
-    devices = ["cpu"]
-    for name in ("cuda", "xpu"):
-        module = getattr(torch, name, None)
-        if module is not None and module.is_available():
-            devices.append(name)
-    lines = []
-    for device_type in devices:
+    return "\n".join(f"{device_type}: {_describe(device_type)}" for device_type in _devices())
+
+
+def _describe(device_type: str) -> str:
+    try:
         name = running(device_type)
-        what = _running[device_type][1]
-        if device_type == "cpu" and name == "native" and not draws_like_torch():
-            what += "; generator_normal is torch.randn"
-        lines.append(f"{device_type}: {name} ({what})")
-    return "\n".join(lines)
+    except ImportError as error:
+        return f"nothing ({error})"
+    what = _running[device_type][1]
+    if device_type == "cpu" and name == "native" and not draws_like_torch():
+        what += "; generator_normal is torch.randn"
+        what += " (BICM_KERNELS_GENERATOR=torch)" if _drawer == "torch" else ""
+    return f"{name} ({what})"
 
 
 def choose(name: str) -> None:
     """Choose the implementation from here on: ``auto``, ``native``, ``triton`` or ``reference``.
 
-    Raises ValueError for another name, ImportError where that implementation cannot run on the CPU.
+    Raises ValueError for another name, ImportError where that implementation cannot run on the CPU. On a machine with a
+    GPU ``triton`` has to run there alone, and ops on CPU tensors raise ImportError, unless ``TRITON_INTERPRET=1``.
+    A choice that raises leaves the one before.
     """
-    global _choice, native_cpu, lane
+    _choose(name, f"the backend {name}")
+
+
+def _choose(name: str, chosen_by: str) -> None:
+    global _choice, _chosen_by, _running, native_cpu, lane
     if name not in CHOICES:
         raise ValueError(f"the backend must be one of {', '.join(CHOICES)}, got {name!r}")
-    _choice = name
-    _running.clear()
-    for library in _registrations:
-        library._destroy()
-    _registrations.clear()
-    native_cpu, lane = False, None
-    # Triton belongs to GPUs: forcing it says nothing of CPU tensors, unless its kernels are interpreted.
-    if name != "triton" or os.environ.get("TRITON_INTERPRET", "0") == "1":
-        native_cpu = running("cpu") in ("native", "triton")
-        lane = _lane() if running("cpu") == "native" else None
+    before, registered = (_choice, _chosen_by, _running), set(_registrations)
+    _choice, _chosen_by, _running = name, chosen_by, {}
+    try:
+        native_cpu, lane = _make_ready()
+    except BaseException:
+        _choice, _chosen_by, _running = before
+        _unregister(set(_registrations) - registered)
+        raise
+    _unregister({device for device in _registrations if _running.get(device, ("",))[0] != "triton"})
+
+
+def _make_ready() -> tuple[bool, Any]:
+    """Start what the choice has to run on: the values of `native_cpu` and `lane`."""
+    gpus = _devices()[1:] if _choice == "triton" and not _interpreted() else []
+    for device_type in gpus:
+        running(device_type)
+    if gpus:
+        return False, None
+    name = running("cpu")
+    return name in ("native", "triton"), _lane() if name == "native" else None
+
+
+def _unregister(devices: set[str]) -> None:
+    for device_type in devices:
+        _registrations.pop(device_type)._destroy()
 
 
 def release_memory() -> int:
     """Give the memory that is kept for large results on the CPU back to the system; the number of bytes.
 
-    The native library keeps blocks of 64 KiB and more that results lay in, at most 256 MiB that nobody uses, because
-    the C library would page them anew in every step. Results in use are not touched.
+    The native library keeps blocks of 64 KiB and more that results lay in, because the C library would page them anew
+    in every step. At most 256 MiB lie unused, or as many MiB as ``BICM_KERNELS_KEPT_MEMORY`` says: with 0 nothing is
+    kept, and torch allocates every result. So it does in a library that was built for the address sanitizer. Results
+    in use are not touched.
 
     >>> import bicm_kernels
     >>> bicm_kernels.backend.release_memory() >= 0
     True
     """
-    return int(importlib.import_module("bicm_kernels._C").release_memory()) if running("cpu") == "native" else 0
+    library = sys.modules.get("bicm_kernels._C")
+    return 0 if library is None else int(library.release_memory())
 
 
 @contextmanager
@@ -190,14 +252,28 @@ def use(name: str) -> Iterator[None]:
     >>> with bicm_kernels.backend.use("reference"):
     ...     noise = bicm_kernels.normal((1, 2), seed=0)
     """
-    before = _choice
+    before = _choice, _chosen_by
     choose(name)
     try:
         yield
     finally:
-        choose(before)
+        _choose(*before)
+
+
+def _mebibytes(name: str, default: int) -> int:
+    """The bytes that a variable of the environment gives in MiB."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError(f"{name}: expected a whole number of MiB, got {text!r}")
+    return min(int(text), 2**40) << 20
 
 
 def start() -> None:
-    """Make the choice of the environment at import, after the schemas are defined."""
-    choose(os.environ.get("BICM_KERNELS_BACKEND", "auto"))
+    """Read the environment at import, after the schemas are defined, and make its choice."""
+    global _kept_bytes, _drawer
+    _kept_bytes = _mebibytes("BICM_KERNELS_KEPT_MEMORY", 256)
+    _drawer = os.environ.get("BICM_KERNELS_GENERATOR", "native")
+    if _drawer not in DRAWERS:
+        raise ValueError(f"BICM_KERNELS_GENERATOR: expected {' or '.join(DRAWERS)}, got {_drawer!r}")
+    name = os.environ.get("BICM_KERNELS_BACKEND", "auto")
+    _choose(name, f"BICM_KERNELS_BACKEND={name}")

@@ -1,11 +1,13 @@
 """A run for the tests of `bicm_diffusion.distributed`: python sharded_run.py DIRECTORY STEPS FORMAT [DIES_AFTER].
 
 SHARDED_BY names the group's backend (gloo where it is not set; fake carries nothing), SHARDED_ON the device (cpu).
+SHARDED_RANK_1 holds arguments of `sample_shards`, as JSON, that rank 1 alone gives.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 import sys
@@ -45,9 +47,11 @@ def run(
         samples = ddim_sample(lambda z, times: torch.tanh(network(z)), z, schedule)
         return samples if save_as == "safetensors" else samples.reshape(-1, 3, 2, 2)
 
-    settings = {"seed": SEED, "steps": steps}
+    asked = {"count": COUNT, "batch": BATCH, "settings": {"seed": SEED, "steps": steps}, "save_as": save_as}
+    if os.environ.get("RANK") == "1":
+        asked |= json.loads(os.environ.get("SHARDED_RANK_1", "{}"))
     with torch.no_grad():
-        sample_shards(sample, COUNT, directory, batch=BATCH, settings=settings, save_as=save_as, progress=False)
+        sample_shards(sample, directory=directory, progress=False, **asked)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,6 +121,155 @@ def test_use_and_choose() -> None:
     with pytest.raises(ValueError, match="got 'gpu'"), backend.use("gpu"):
         pass
     assert backend.describe() == before
+
+
+def test_triton_without_a_gpu_is_an_error(python: Python, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_devices", lambda: ["cpu"])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    before = backend.describe()
+    with pytest.raises(ImportError, match="the backend triton cannot run on cpu: triton: Triton has no CPU backend"):
+        backend.choose("triton")
+    with pytest.raises(ImportError, match="no CPU backend"), backend.use("triton"):
+        pass
+    assert backend.describe() == before
+    if not torch.cuda.is_available():
+        done = python(DESCRIBE, check=False, BICM_KERNELS_BACKEND="triton", TRITON_INTERPRET=None)
+        assert done.returncode != 0
+        assert "ImportError: BICM_KERNELS_BACKEND=triton cannot run on cpu" in done.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a GPU, as far as the choice can tell."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backend, "_devices", lambda: ["cpu", "cuda"])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def registered(name: str) -> bool:
+    """Whether Triton's kernel stands for CUDA tensors."""
+    return f"bicm_kernels/{name}/CUDA" in torch.library._impls
+
+
+@pytest.mark.usefixtures("gpu")
+def test_triton_with_a_gpu_leaves_the_cpu_without() -> None:
+    x = torch.ones(1, 4)
+    with backend.use("triton"):
+        assert backend.running("cuda") == "triton"
+        assert registered("ddim_step")
+        cpu, cuda = backend.describe().splitlines()
+        assert cpu.startswith("cpu: nothing (the backend triton cannot run on cpu: ")
+        assert cuda == "cuda: triton (Triton)"
+        with pytest.raises(ImportError, match="the backend triton cannot run on cpu"):
+            bk.ddim_step(x, x, a=1.0, b=0.5)
+        assert backend.release_memory() >= 0
+        with backend.use("triton"):  # the kernels that are there serve again
+            assert registered("ddim_step")
+        assert registered("ddim_step")
+    assert not registered("ddim_step")
+    assert torch.equal(bk.ddim_step(x, x, a=1.0, b=0.5), 1.5 * x)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_triton_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest))
+    before = backend.running("cpu")
+    with pytest.raises(ImportError, match="the backend triton cannot run on cuda: triton: Triton is not installed"):
+        backend.choose("triton")
+    assert backend.running("cpu") == before
+
+
+def not_built() -> str:
+    raise ImportError("the native library was not built")
+
+
+def unknown_instructions() -> str:
+    raise ValueError("no such instruction set")
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("fault", [not_built, unknown_instructions])
+@pytest.mark.parametrize("before", ["auto", "native", "reference", "triton"])
+def test_a_choice_that_fails_changes_nothing(
+    before: str, fault: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with backend.use(before):
+        described, running, lane = backend.describe(), dict(backend._running), backend.lane
+        kernels = registered("ddim_step")
+        assert kernels or before != "triton"
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "_native_cpu", fault)
+            for _ in range(2):
+                with pytest.raises((ImportError, ValueError), match=r"native library was not built|instruction set"):
+                    backend.choose("native")
+                with pytest.raises((ImportError, ValueError)), backend.use("native"):
+                    pass
+        assert backend.lane is lane
+        assert backend._running == running
+        assert backend.describe() == described
+        assert registered("ddim_step") is kernels
+        if before != "triton":
+            bk.ddim_step(torch.ones(1, 4), torch.ones(1, 4), a=1.0, b=0.5)
+
+
+INTERPRETED = """
+import torch, bicm_kernels as bk
+from bicm_kernels import backend
+backend.choose("triton")
+def missing():
+    raise ImportError("not built")
+backend._native_cpu, kept = missing, backend._native_cpu
+try:
+    backend.choose("native")
+except ImportError as error:
+    print(error)
+x = torch.ones(2, 4)
+print(backend.describe(), bk.ddim_step(x, x, a=1.0, b=0.5).unique().tolist())
+backend._native_cpu = kept
+backend.choose("native")
+print(backend.running("cpu"), bk.ddim_step(x, x, a=1.0, b=0.5).unique().tolist())
+"""
+
+
+def test_interpreted_triton_survives_a_choice_that_fails(python: Python) -> None:
+    pytest.importorskip("triton")
+    printed = python(INTERPRETED, TRITON_INTERPRET="1").stdout.splitlines()
+    assert printed == [
+        "the backend native cannot run on cpu: native: not built",
+        "cpu: triton (Triton, interpreted) [1.5]",
+        "native [1.5]",
+    ]
+
+
+# --- what the environment says once ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["", "-1", "1.5", "1e3", "64M", "²", " 8", "many"])
+def test_a_wrong_amount_of_memory_is_refused(python: Python, value: str) -> None:
+    done = python(DESCRIBE, check=False, BICM_KERNELS_KEPT_MEMORY=value)
+    assert done.returncode != 0
+    last = done.stderr.splitlines()[-1]
+    assert last == f"ValueError: BICM_KERNELS_KEPT_MEMORY: expected a whole number of MiB, got {value!r}"
+
+
+@pytest.mark.parametrize("value", ["", "auto", "Torch"])
+def test_an_unknown_generator_is_refused(python: Python, value: str) -> None:
+    done = python(DESCRIBE, check=False, BICM_KERNELS_GENERATOR=value)
+    assert done.returncode != 0
+    last = done.stderr.splitlines()[-1]
+    assert last == f"ValueError: BICM_KERNELS_GENERATOR: expected native or torch, got {value!r}"
+
+
+def test_the_contributors_are_told_every_variable() -> None:
+    told = (KERNELS.parent / "CONTRIBUTING.md").read_text()
+    read = {
+        name
+        for path in [*files(KERNELS), *(KERNELS.parent / "csrc").rglob("*.cpp"), KERNELS.parent / "setup.py"]
+        for name in re.findall(r'"(BICM_(?:KERNELS|CUDA)\w*)"', path.read_text())
+    }
+    assert {"BICM_KERNELS_KEPT_MEMORY", "BICM_KERNELS_GENERATOR", "BICM_KERNELS_ISA"} <= read
+    assert {name for name in read if f"`{name}" not in told} == set()
 
 
 def test_the_reference_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import time
 from pathlib import Path
 
@@ -217,6 +219,17 @@ def test_gpu_check_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(gpu_check.main, [])
     assert result.exit_code == 1
     assert "sees no GPU: nothing was checked" in result.output
+
+
+def test_gpu_check_collects_its_tests_in_a_fresh_clone() -> None:
+    """Without the emulator's module, which `make gpu-check` does not build."""
+    command = [*gpu_check.PYTEST, "--collect-only", "-o", "pythonpath=. python", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=gpu_check.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if torch.cuda.is_available() else gpu_check.NO_TESTS_COLLECTED), done.stdout
+    files = (gpu_check.ROOT / "tests").rglob("*.py")
+    marked = [path for path in files if re.search(r"pytest\.mark\.gpu\b", path.read_text())]
+    assert marked
+    assert all(path.parent == gpu_check.ROOT / gpu_check.TESTS for path in marked)
 
 
 def test_gpu_check_to_its_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

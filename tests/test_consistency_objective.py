@@ -118,7 +118,7 @@ def test_terms_and_gradients_are_the_formulas(target: str, dropout: float, c: fl
 
 def test_the_outer_network_is_frozen_and_passes_gradients_to_its_input() -> None:
     model, (x, levels) = network(), problem()
-    ours = gradients(bct_loss(model, x, levels, seed=5, c=0.1).trajectory, model)
+    ours = gradients(bct_loss(model, x, levels, seed=5, step=0, c=0.1).trajectory, model)
     thawed = gradients(plain_loss(model, x, levels, seed=5, step=0, c=0.1, thaw=True)["trajectory"], model)
     assert ours.abs().max() > 1e-3  # the only way to a parameter is through the outer network's input
     assert (ours - thawed).abs().max() > 1e-3 * ours.abs().max()
@@ -178,7 +178,7 @@ def test_all_evaluations_of_a_step_share_one_dropout_mask() -> None:
 def test_the_callers_random_state_is_left_alone() -> None:
     x, levels = problem()
     before = torch.get_rng_state()
-    bct_loss(network(dropout=0.5), x, levels, seed=5)
+    bct_loss(network(dropout=0.5), x, levels, seed=5, step=0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -204,7 +204,7 @@ def test_a_batch_may_be_split_over_machines() -> None:
 def test_extra_arguments_reach_every_evaluation() -> None:
     model, (x, levels) = network(), problem()
     plain, shifted = (
-        bct_loss(model, x, levels, seed=5, extra_args=extra_args) for extra_args in (None, {"shift": 0.5})
+        bct_loss(model, x, levels, seed=5, step=0, extra_args=extra_args) for extra_args in (None, {"shift": 0.5})
     )
     for term in TERMS:
         assert abs(getattr(plain, term).item() - getattr(shifted, term).item()) > 1e-3
@@ -213,7 +213,7 @@ def test_extra_arguments_reach_every_evaluation() -> None:
 def test_sigma_data_and_t_min_are_passed_on() -> None:
     model, (x, levels) = network(), problem()
     values = [
-        bct_loss(model, x, levels, seed=5, **options)
+        bct_loss(model, x, levels, seed=5, step=0, **options)
         for options in ({}, {"sigma_data": 0.8}, {"t_min": 0.01}, {"sigma_data": 0.5, "t_min": 0.002})
     ]
     for term in TERMS:
@@ -224,7 +224,7 @@ def test_sigma_data_and_t_min_are_passed_on() -> None:
 def test_another_target_is_refused() -> None:
     x, levels = problem()
     with pytest.raises(ValueError, match="target: expected one of shared, direct, got 'both'"):
-        bct_loss(network(), x, levels, seed=0, target="both")
+        bct_loss(network(), x, levels, seed=0, step=0, target="both")
 
 
 def test_the_exact_flow_has_no_trajectory_term() -> None:
@@ -239,7 +239,7 @@ def test_the_exact_flow_has_no_trajectory_term() -> None:
             return (ratio * s.sqrt() / (0.5 * (t - u)) * scaled * s.sqrt()).nan_to_num()
 
     x, levels = problem()
-    loss = bct_loss(Exact(), 0.5 * x, levels, seed=5)
+    loss = bct_loss(Exact(), 0.5 * x, levels, seed=5, step=0)
     assert loss.trajectory.item() < 1e-12 < loss.consistency.item()
 
 

@@ -9,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 from types import ModuleType
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -49,6 +50,7 @@ from bicm_diffusion.digits.consistency_training import (
 from bicm_diffusion.digits.data import SIDE, load_split
 from bicm_diffusion.digits.network import NO_LABEL
 from bicm_diffusion.digits.recognition import features, probabilities
+from bicm_diffusion.digits.training import WEIGHTS as DENOISER_WEIGHTS
 
 TINY = ConsistencyConfig(fine_channels=8, coarse_channels=8, embedding=16, coarse_blocks=1, groups=4)
 
@@ -236,6 +238,29 @@ def test_the_demo_draws_and_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert words in printed
 
 
+@pytest.mark.parametrize(("command", "name"), [("train-denoiser", "denoiser"), ("train", "consistency")])
+def test_training_leaves_the_weights_of_the_package_alone(
+    command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = WEIGHTS.parent
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+    result = CliRunner().invoke(main, [command, "--steps", "1", "--batch-size", "4", "--channels", "8", "8"])
+    assert result.exit_code == 0, result.output
+    assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()} == before
+    assert (tmp_path / "build" / "digits" / f"{name}.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["build"]
+
+
+@pytest.mark.parametrize("command", main.commands)
+def test_commands_write_under_build_unless_told_otherwise(command: str) -> None:
+    paths = {o.name: o.default for o in main.commands[command].params if isinstance(o.type, click.Path)}
+    written = {name: path for name, path in paths.items() if "weights" not in name}
+    for name, path in written.items():
+        assert path is None or path.parts[0] == "build", name
+    assert {path for name, path in paths.items() if name not in written} <= {WEIGHTS, DENOISER_WEIGHTS}
+
+
 def short_run(tmp_path: Path) -> list[str]:
     options = {"--steps": 3, "--batch-size": 4, "--output": tmp_path / "w.safetensors"}
     options |= {"--checkpoint": tmp_path / "c.pt"}
@@ -245,7 +270,7 @@ def short_run(tmp_path: Path) -> list[str]:
 def test_without_tensorboard_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     result = CliRunner().invoke(main, [*short_run(tmp_path), "--tensorboard", str(tmp_path / "log")])
-    assert result.exit_code == 1 and "pip install 'bicm-kernels[tensorboard]'" in result.output
+    assert result.exit_code == 1 and 'pip install "bicm-kernels[tensorboard]"' in result.output
     assert not (tmp_path / "w.safetensors").exists()
 
 

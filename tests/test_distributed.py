@@ -14,7 +14,7 @@ from PIL import Image
 
 from bicm_diffusion.distributed import Manifest, Shard, read_samples, sample_shards
 from bicm_diffusion.distributed.formats import to_pixels
-from bicm_diffusion.distributed.sampling import shards_of
+from bicm_diffusion.distributed.shards import shards_of
 from tests.sharded_run import COUNT, run
 
 SCRIPT = Path(__file__).with_name("sharded_run.py")

@@ -341,6 +341,32 @@ def test_every_instruction_set_gives_torchs_numbers(python: Python, instructions
     assert ("generator_normal is torch.randn" in described) == (instructions == "scalar")
 
 
+SWITCHED = """
+import torch, bicm_kernels as bk
+from bicm_kernels import backend
+print(backend.describe())
+lane = backend.lane
+class Spy:
+    instruction_set = staticmethod(lane.instruction_set)
+    def generator_normal(self, *arguments):
+        print("drawn")
+        return lane.generator_normal(*arguments)
+backend.lane = Spy()
+g, h = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+assert torch.equal(bk.generator_normal((625,), generator=g), torch.randn(625, generator=h))
+assert torch.equal(g.get_state(), h.get_state())
+"""
+
+
+@ours
+@pytest.mark.parametrize("drawer", [None, "native", "torch"])
+def test_the_environment_may_leave_it_to_torch(python: Python, drawer: str | None) -> None:
+    described, *drawn = python(SWITCHED, BICM_KERNELS_GENERATOR=drawer).stdout.splitlines()
+    switched = drawer == "torch"
+    assert ("; generator_normal is torch.randn (BICM_KERNELS_GENERATOR=torch)" in described) is switched
+    assert drawn == ([] if switched else ["drawn"])
+
+
 def test_torch_in_its_baseline(python: Python) -> None:
     """A torch that takes another way to the numbers: the comparison finds out, and they are torch's all the same."""
     described = python(SETS, ATEN_CPU_CAPABILITY="default").stdout.strip()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import os
 import pickle
+import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,9 @@ from bicm_kernels import backend
 
 pytestmark = pytest.mark.skipif(backend.running("cpu") != "native", reason="the native library keeps the memory")
 
+Python = Callable[..., "subprocess.CompletedProcess[str]"]
+
+CSRC = Path(bk.__file__).parents[1] / "csrc"
 LARGE = (2, 3, 128, 128)
 MIB = 2**20
 
@@ -121,6 +128,65 @@ def test_no_more_than_a_bound_is_kept() -> None:
     assert backend.release_memory() == size, "what is larger than all that may be kept takes no other's place"
 
 
+BOUNDED = """
+import torch, bicm_kernels as bk
+from bicm_kernels import backend
+MIB = 2**20
+
+def copy_of(x):
+    return bk.scale_input(x, 0.0, sigma_data=1.0)
+
+def in_graphs(x):
+    with torch.profiler.profile():
+        return copy_of(x)
+
+for op in (copy_of, in_graphs):
+    results = [op(torch.full((1, MIB), float(k))) for k in range(300)]
+    assert all(bool((result == k).all()) for k, result in enumerate(results))
+    resizable = results[0].untyped_storage().resizable()
+    results.clear()
+    larger = op(torch.ones(1, 70 * MIB))
+    del larger
+    print(resizable, backend.release_memory() // MIB)
+"""
+
+
+@pytest.mark.parametrize(
+    ("most", "kept"), [("0", "True 0"), ("3", "False 0"), ("5", "False 4"), ("64", "False 64"), (None, "False 256")]
+)
+def test_the_environment_bounds_what_is_kept(python: Python, most: str | None, kept: str) -> None:
+    assert python(BOUNDED, BICM_KERNELS_KEPT_MEMORY=most).stdout.splitlines() == [kept, kept]
+
+
+def test_any_number_is_a_bound(python: Python) -> None:
+    program = "from bicm_kernels import backend; print(backend.running('cpu'))"
+    assert python(program, BICM_KERNELS_KEPT_MEMORY="9" * 30).stdout.strip() == "native"
+
+
+SANITIZED = """
+#include "memory.h"
+int main() {
+  bicm::keep_at_most(int64_t{1} << 30);
+  return bicm::take_block(int64_t{1} << 20) == nullptr ? 0 : 1;
+}
+"""
+
+
+@pytest.mark.parametrize("sanitizer", [None, "address"])
+def test_a_build_for_the_sanitizer_leaves_memory_to_torch(tmp_path: Path, sanitizer: str | None) -> None:
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    (tmp_path / "program.cpp").write_text(SANITIZED)
+    sources = [str(tmp_path / "program.cpp"), str(CSRC / "torch" / "memory.cpp")]
+    flags = [f"-fsanitize={sanitizer}"] if sanitizer else []
+    command = [compiler, "-std=c++17", "-O1", "-pthread", *flags, f"-I{CSRC / 'torch'}", *sources]
+    subprocess.run([*command, "-o", str(tmp_path / "program")], check=True)
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([str(tmp_path / "program")], env=environment, check=False)
+    assert done.returncode == (0 if sanitizer else 1)
+
+
 @pytest.mark.parametrize(("before", "after", "again"), [(4, 1, False), (1, 4, False), (4, 3, True), (3, 4, False)])
 def test_a_block_serves_results_that_nearly_fill_it(before: int, after: int, again: bool) -> None:
     result = copy_of(torch.zeros(1, before * MIB))
@@ -203,7 +269,18 @@ def test_a_forked_process_goes_on() -> None:
 
 def test_the_reference_keeps_nothing() -> None:
     with backend.use("reference"):
+        result = copy_of(torch.randn(LARGE))
+        assert result.untyped_storage().resizable()
+        del result
         assert backend.release_memory() == 0
+
+
+def test_what_the_kernels_kept_is_given_back_under_another_backend() -> None:
+    result = copy_of(torch.randn(LARGE))
+    size = result.nbytes
+    del result
+    with backend.use("reference"):
+        assert backend.release_memory() == size
 
 
 def test_what_is_written_past_the_cache_has_blocks_of_its_own() -> None:

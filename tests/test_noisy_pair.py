@@ -43,7 +43,7 @@ def test_two_levels_of_one_noise(shape: tuple[int, ...], dtype: torch.dtype, sam
 def test_scaled_as_networks_take_them(dtype: torch.dtype, same_bits: Bits) -> None:
     """Without a rounding to a half between them, scaling inside is scaling afterwards."""
     x, levels = random(4, 3, 7, dtype=dtype), (torch.tensor([0.0, 0.1, 2.0, 80.0]), 0.5)
-    plain, scaled = bk.noisy_pair(x, *levels, seed=3), bk.noisy_pair(x, *levels, seed=3, sigma_data=0.7)
+    plain, scaled = bk.noisy_pair(x, *levels, seed=3, step=1), bk.noisy_pair(x, *levels, seed=3, step=1, sigma_data=0.7)
     for noisy, actual, level in zip(plain, scaled, levels, strict=True):
         same_bits(actual, bk.scale_input(noisy, level, sigma_data=0.7))
 
@@ -51,7 +51,7 @@ def test_scaled_as_networks_take_them(dtype: torch.dtype, same_bits: Bits) -> No
 @pytest.mark.parametrize("layout", [lambda x: x.transpose(1, 2), lambda x: x[:, ::2], lambda x: x[:, :1].expand_as(x)])
 def test_layouts(layout: Callable[[Tensor], Tensor], same_bits: Bits) -> None:
     x, x_hat = layout(random(4, 6, 5)), layout(random(4, 6, 5, seed=1))
-    ours, plain = (m.noisy_pair(x, 0.5, 2.0, seed=1, x_hat=x_hat, mask=MASK) for m in (bk, reference))
+    ours, plain = (m.noisy_pair(x, 0.5, 2.0, seed=1, step=2, x_hat=x_hat, mask=MASK) for m in (bk, reference))
     for actual, expected in zip(ours, plain, strict=True):
         same_bits(actual, expected)
         assert actual.stride() == torch.empty_like(x).stride()
@@ -59,10 +59,10 @@ def test_layouts(layout: Callable[[Tensor], Tensor], same_bits: Bits) -> None:
 
 def test_batch_invariance(same_bits: Bits) -> None:
     x, x_hat = random(4, 5000), random(4, 5000, seed=1)
-    whole = bk.noisy_pair(x, 0.5, 2.0, seed=1, x_hat=x_hat, mask=MASK)
+    whole = bk.noisy_pair(x, 0.5, 2.0, seed=1, step=2, x_hat=x_hat, mask=MASK)
     for b in range(4):
         one = slice(b, b + 1)
-        alone = bk.noisy_pair(x[one], 0.5, 2.0, seed=1, sample_id=b, x_hat=x_hat[one], mask=MASK[one])
+        alone = bk.noisy_pair(x[one], 0.5, 2.0, seed=1, step=2, sample_id=b, x_hat=x_hat[one], mask=MASK[one])
         for all_samples, sample in zip(whole, alone, strict=True):
             same_bits(all_samples[one], sample)
 
@@ -84,16 +84,6 @@ def test_gradients() -> None:
 
 def test_tracing(same_bits: Bits) -> None:
     x, x_hat = random(4, 3), random(4, 3, seed=1)
-    numbers = [torch.tensor(v, dtype=torch.float64) for v in (0.5, 2.0)]
-    key = [torch.tensor(k) for k in (1, 2, 3)]
-    for op in (torch.ops.bicm_kernels.noisy_pair, torch.ops.bicm_kernels.noisy_pair_tracked):
-        torch.library.opcheck(op.default, (x, *numbers, *key, None, None, None))
-        torch.library.opcheck(op.default, (x, *numbers, *key, None, None, numbers[0]))
-        torch.library.opcheck(
-            op.default,
-            (x.clone().requires_grad_(op.__name__.endswith("tracked")), *numbers, *key, x_hat, MASK, None),
-        )
-
     def body(x: Tensor, low: float, high: float, step: int) -> tuple[Tensor, Tensor]:
         return bk.noisy_pair(x, low, high, seed=1, step=step, x_hat=x_hat, mask=MASK)
 
@@ -120,4 +110,10 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 @pytest.mark.parametrize(("wrong", "error", "words"), WRONG)
 def test_errors(wrong: dict[str, Any], error: type[Exception], words: str, each_backend: str) -> None:
     with pytest.raises(error, match=words):
-        bk.noisy_pair(X, **{"sigma_low": 0.5, "sigma_high": 2.0, "seed": 0, **wrong})
+        bk.noisy_pair(X, **{"sigma_low": 0.5, "sigma_high": 2.0, "seed": 0, "step": 0, **wrong})
+
+
+@pytest.mark.parametrize("module", [bk, reference])
+def test_the_step_must_be_given(module: Any) -> None:
+    with pytest.raises(TypeError, match="step"):
+        module.noisy_pair(X, 0.5, 2.0, seed=0)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_COMPILER = "installing without the native library"
@@ -57,6 +58,7 @@ with warnings.catch_warnings(record=True) as caught:
             bits.update(result.contiguous().view(torch.uint8).numpy().tobytes())
     about = {"describe": str(backend.describe())}
 
+about |= {"versions": [bk.__version__, bicm_diffusion.__version__], "all": [str(w.message) for w in caught]}
 about |= {"bits": bits.hexdigest(), "kernels": bk.__file__, "diffusion": bicm_diffusion.__file__}
 about["warnings"] = [str(w.message) for w in caught if "reference" in str(w.message)]
 print(json.dumps(about))
@@ -98,8 +100,8 @@ def build_wheel(directory: Path, changes: Changes | None = None) -> Wheel:
     return Wheel(path, built.stdout + built.stderr)
 
 
-def run_installed(wheel: Wheel, directory: Path, changes: Changes | None = None) -> About:
-    """Install a wheel into a fresh environment that shares this one's dependencies, and run PROGRAM there."""
+def install(wheel: Wheel, directory: Path) -> Path:
+    """Install a wheel into a fresh environment that shares this one's dependencies; returns its interpreter."""
     venv.create(directory / "venv", with_pip=False)
     python = directory / "venv" / "bin" / "python"
     (site,) = (directory / "venv" / "lib").glob("python*/site-packages")
@@ -109,9 +111,22 @@ def run_installed(wheel: Wheel, directory: Path, changes: Changes | None = None)
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--ignore-installed"]
     installed = run([*pip, str(wheel.path)])
     assert installed.returncode == 0, installed.stdout + installed.stderr
+    return python
+
+
+def tell(python: Path, directory: Path, changes: Changes | None = None) -> About:
+    """Run PROGRAM in a directory."""
     ran = run([str(python), "-c", PROGRAM], directory, changes)
     assert ran.returncode == 0, ran.stderr
     about: About = json.loads(ran.stdout)
+    return about
+
+
+def run_installed(wheel: Wheel, directory: Path, changes: Changes | None = None) -> About:
+    """Install a wheel into a fresh environment and run PROGRAM there."""
+    python = install(wheel, directory)
+    about = tell(python, directory, changes)
+    (site,) = (directory / "venv" / "lib").glob("python*/site-packages")
     assert about["kernels"] == str(site / "bicm_kernels" / "__init__.py")
     assert about["diffusion"] == str(site / "bicm_diffusion" / "__init__.py")
     return about
@@ -154,7 +169,45 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Wheel) -> None:
 
 def test_the_installed_wheel_runs_native(native: About) -> None:
     assert str(native["describe"]).startswith("cpu: native")
-    assert native["warnings"] == []
+    assert native["all"] == []
+
+
+def test_both_packages_have_the_project_s_version(native: About, wheel: Wheel) -> None:
+    (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert wheel.path.name.startswith(f"bicm_kernels-{version}-")
+    assert native["versions"] == [version, version]
+    code = "import bicm_kernels, bicm_diffusion; print(bicm_kernels.__version__, bicm_diffusion.__version__)"
+    shown = run([sys.executable, "-c", code], changes={"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"})
+    assert shown.stdout.split() == [version, version], shown.stderr
+
+
+def test_a_source_tree_s_version_is_its_own(tmp_path: Path) -> None:
+    """Whatever is installed beside it."""
+    shutil.copytree(ROOT / "bicm_kernels", tmp_path / "bicm_kernels")
+    project = (ROOT / "pyproject.toml").read_text()
+    (tmp_path / "pyproject.toml").write_text(re.sub(r'(?m)^version = ".+"$', 'version = "7.8.9"', project))
+    code = "import bicm_kernels; print(bicm_kernels.__version__)"
+    shown = run([sys.executable, "-c", code], tmp_path, {"PYTHONPATH": str(tmp_path)})
+    assert shown.stdout.split() == ["7.8.9"], shown.stderr
+
+
+def test_a_clone_in_front_of_the_installed_package_is_told(wheel: Wheel, tmp_path: Path) -> None:
+    """In a clone's root, bicm_kernels would come from the clone and bicm_diffusion from the installation."""
+    python, clone = install(wheel, tmp_path), tmp_path / "clone"
+    shutil.copytree(ROOT / "bicm_kernels", clone / "bicm_kernels", ignore=shutil.ignore_patterns("*.so"))
+    shutil.copytree(ROOT / "python", clone / "python")
+    about = tell(python, clone)
+    assert about["kernels"] == str(clone / "bicm_kernels" / "__init__.py")
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    assert about["diffusion"] == str(site / "bicm_diffusion" / "__init__.py")
+    reference, mixed = sorted(about["all"], key=lambda message: "mixed" in message)
+    assert f"bicm_diffusion is {site / 'bicm_diffusion'}, but bicm_kernels is {clone / 'bicm_kernels'}" in mixed
+    assert "leave that directory" in mixed and "pip install -e ." in mixed
+    assert f"found before the installed {site / 'bicm_kernels'}" in reference and "compiler" not in reference
+    whole = tell(python, tmp_path, {"PYTHONPATH": f"{clone}:{clone / 'python'}"})
+    assert not [message for message in whole["all"] if "mixed" in message]
+    other = tell(python, tmp_path, {"PYTHONPATH": str(clone / "python")})
+    assert "mixed" in other["all"][0] and len(other["all"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -217,6 +270,15 @@ def test_the_library_exports_only_the_module(wheel: Wheel, tmp_path: Path) -> No
     exported = [name for _, name in defined_symbols(library, "--dynamic")]
     assert [name for name in exported if "bicm" in name] == []
     assert "PyInit__C" in exported
+
+
+def test_every_torch_from_the_first_on_is_accepted() -> None:
+    found = re.findall(r'"(torch\b[^"]*)"', (ROOT / "pyproject.toml").read_text())
+    assert len(found) == 2  # to build with, and to run with
+    for requirement in found:
+        accepted = Requirement(requirement).specifier
+        assert not accepted.contains("2.12.1")
+        assert all(accepted.contains(version) for version in ("2.13.0", "2.13.0+cpu", "2.15.0", "3.0.0"))
 
 
 def matches(pattern: str, *roots: str) -> list[Path]:

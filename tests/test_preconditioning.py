@@ -234,29 +234,6 @@ def test_gradients_keep_dtype_and_memory(same_bits: Bits) -> None:
 # --- tracing ----------------------------------------------------------------------------------------------------------
 
 
-def test_opcheck() -> None:
-    ops = torch.ops.bicm_kernels
-    x, F = random(2, 3, 5), random(2, 3, 5, seed=1)
-    t, sd = torch.rand(2), torch.tensor(0.5, dtype=F64)
-    key = [torch.tensor(k) for k in (1, 2, 3)]
-    calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (ops.scale_input.default, (x, 2.0, 0.5)),
-        (ops.scale_input.tensor, (x, t, sd)),
-        (ops.scale_input_tracked.default, (x.clone().requires_grad_(), t, sd)),
-        (ops.denoise.default, (x, F, 2.0, 1.0, 0.5, False, False)),
-        (ops.denoise.tensor, (x, F, t, t, sd, True, True)),
-        (
-            ops.denoise_tracked.default,
-            (x.clone().requires_grad_(), F.clone().requires_grad_(), t, t, sd, False, True),
-        ),
-        (ops.denoise_gradient.default, (x, t, t, sd, False, True, True, BF16)),
-        (ops.renoise.default, (x, F, 2.0, 1.0, 0.3, 0.3, 0.5, False, 1, 2, 3)),
-        (ops.renoise.tensor, (x, F, t, t, t, t, sd, False, *key)),
-    ]
-    for op, arguments in calls:
-        torch.library.opcheck(op, arguments)
-
-
 @pytest.mark.parametrize("tracked", [False, True])
 def test_compiles_once_for_changing_numbers(tracked: bool, same_bits: Bits) -> None:
     torch._dynamo.reset()

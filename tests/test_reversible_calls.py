@@ -81,22 +81,6 @@ def step_samples() -> dict[str, list[tuple[Any, ...]]]:
     return samples
 
 
-SAMPLES = step_samples()
-
-
-def test_every_overload_is_checked() -> None:
-    names = {x.partition("::")[2] for x in torch._C._dispatch_get_all_op_names() if x.startswith("bicm_kernels::")}
-    assert {x for x in names if x.startswith(("exact_", "bdia_exact", "fixed_point"))} == set(SAMPLES)
-
-
-@pytest.mark.parametrize("name", SAMPLES)
-def test_opcheck(name: str) -> None:
-    packet, _, overload = name.partition(".")
-    op = getattr(getattr(torch.ops.bicm_kernels, packet), overload or "default")
-    for *positional, keywords in SAMPLES[name]:
-        torch.library.opcheck(op, tuple(positional), keywords)
-
-
 # --- tracing ----------------------------------------------------------------------------------------------------------
 
 RATIOS = [(1, 1), (9, 10), (24, 25), (1, 2), (93, 100), (3, 2)]

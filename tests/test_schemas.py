@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_reversible_calls import step_samples as reversible_samples
 from test_tracing import state
 from torch import Tensor
 
@@ -106,46 +107,74 @@ def noise_samples() -> dict[str, list[tuple[Any, ...]]]:
     return samples
 
 
-SAMPLES = step_samples() | noise_samples()
-
-
-# Checked beside their values, in test_noisy_pair, test_preconditioning, test_pseudo_huber_derivatives and
-# test_reversible_calls.
-ELSEWHERE = [
-    "bdia_exact_inverse_step",
-    "bdia_exact_step",
-    "consistency_loss",
-    "denoise",
-    "denoise_gradient",
-    "exact_affine_inverse_step",
-    "exact_affine_step",
-    "fixed_point_decode",
-    "fixed_point_encode",
-    "noisy_pair",
-    "pseudo_huber",
-    "renoise",
-    "scale_input",
-    "consistency_loss_backward",
-    "consistency_loss_with_gradients",
-    "denoise_tracked",
-    "noisy_pair_tracked",
-    "pseudo_huber_backward",
-    "pseudo_huber_with_gradients",
-    "scale_gradients_",
-    "scale_input_tracked",
-]
-
-
-def test_every_overload_is_checked() -> None:
-    names = {
-        name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("bicm_kernels::")
+def pair_samples() -> dict[str, list[tuple[Any, ...]]]:
+    x, x_hat, mask = state(4, 3), state(4, 3, seed=1), torch.tensor([True, False, True, False])
+    key = (i(1), i(2), torch.arange(4))
+    return {
+        name: [
+            (x, d(0.5), d(2.0), *key, None, None, None, {}),
+            (x, torch.rand(4), d(2.0), *key, None, None, d(0.5), {}),
+            (x.clone().requires_grad_(tracked), d(0.5), d(2.0), *key, x_hat, mask, None, {}),
+        ]
+        for name, tracked in (("noisy_pair", False), ("noisy_pair_tracked", True))
     }
-    assert {name for name in names if name.partition(".")[0] not in ELSEWHERE} == set(SAMPLES)
+
+
+def preconditioning_samples() -> dict[str, list[tuple[Any, ...]]]:
+    x, F = state(2, 3, 5), state(2, 3, 5, seed=1)
+    t, deviation, key = torch.rand(2), d(0.5), (i(1), i(2), i(3))
+    tracked = [y.clone().requires_grad_() for y in (x, F)]
+    return {
+        "scale_input": [(x, 2.0, 0.5, {})],
+        "scale_input.tensor": [(x, t, deviation, {})],
+        "scale_input_tracked": [(tracked[0], t, deviation, {})],
+        "denoise": [(x, F, 2.0, 1.0, 0.5, False, False, {})],
+        "denoise.tensor": [(x, F, t, t, deviation, True, True, {})],
+        "denoise_tracked": [(*tracked, t, t, deviation, False, True, {})],
+        "denoise_gradient": [(x, t, t, deviation, False, True, True, torch.bfloat16, {})],
+        "renoise": [(x, F, 2.0, 1.0, 0.3, 0.3, 0.5, False, 1, 2, 3, {})],
+        "renoise.tensor": [(x, F, t, t, t, t, deviation, False, *key, {})],
+    }
+
+
+def loss_samples() -> dict[str, list[tuple[Any, ...]]]:
+    """Every kind and reduction is checked beside the values."""
+    pred, target, x = (state(3, 5, seed=k) for k in range(3))
+    t, c, sums = torch.linspace(1, 2, 3), d(0.3), torch.ones(3, dtype=F64)
+    distance, levels = (pred, target, t), (pred, target, x, t, t / 2, t)
+    numbers, tensors = (0.3, 0.5, 0.002), (c, d(0.5), d(0.002))
+    calls = {
+        "pseudo_huber": (*distance, 0.3, 0, 2),
+        "pseudo_huber.tensor": (*distance, c, 1, 2),
+        "consistency_loss": (*levels, *numbers, 0, 1, 0, 2),
+        "consistency_loss.tensor": (*levels, *tensors, 0, 1, 1, 2),
+    }
+    samples: dict[str, list[tuple[Any, ...]]] = {}
+    for name, call in calls.items():
+        packet, dot, overload = name.partition(".")
+        samples[name] = [(*call, {})]
+        samples[f"{packet}_backward{dot}{overload}"] = [(t, sums, 3, *call, {})]
+        samples[f"{packet}_with_gradients{dot}{overload}"] = [(1, *call, {})]
+    samples["scale_gradients_"] = [(t, [state(3, 5), state(3, 5, dtype=F64)], {})]
+    return samples
+
+
+SAMPLES = step_samples() | noise_samples() | pair_samples()
+SAMPLES |= preconditioning_samples() | loss_samples() | reversible_samples()
+
+
+def overload_of(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.bicm_kernels, packet), overload or "default")
+
+
+def test_every_overload_has_a_sample() -> None:
+    names = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "bicm_kernels::" in name}
+    assert {name for name in names if not name.partition(".")[0].endswith("_traced")} == set(SAMPLES)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name: str) -> None:
-    packet, _, overload = name.partition(".")
-    op = getattr(getattr(torch.ops.bicm_kernels, packet), overload or "default")
+    assert SAMPLES[name]
     for *positional, keywords in SAMPLES[name]:
-        torch.library.opcheck(op, tuple(positional), keywords)
+        torch.library.opcheck(overload_of(name), tuple(positional), keywords)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, wraps
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
@@ -17,12 +17,15 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from bicm_kernels import backend
+from bicm_kernels.reference import arithmetic
 
 Number = float | Tensor
 Integer = int | Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WORD = 2**32
+#: What the kernels' own checks of arguments begin with; errors of CUDA and of torch do not.
+REFUSED = "bicm_kernels: "
 
 compiling = torch.compiler.is_compiling
 #: Whether Dynamo reads the code, which knows nothing of the native library's own functions.
@@ -32,6 +35,13 @@ batched = torch._C._functorch.is_legacy_batchedtensor
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _Interpreter = torch._C._functorch.CInterpreter
 _modes = torch._C._len_torch_dispatch_stack
+#: Whether TorchScript traces.
+scripting = torch._C._is_tracing
+
+
+def unseen(first: Tensor) -> bool:
+    """Whether no kernel sees this call and checks it: it is traced, or its tensors have no memory."""
+    return compiling() or _modes() > 0 or first.is_meta
 
 
 def mapped() -> bool:
@@ -185,6 +195,13 @@ def describe(value: object) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
+def check_sequence(name: str, value: Any, instead: str = "[x]") -> None:
+    """Raise unless ``value`` is a sequence of tensors, and no tensor."""
+    arithmetic.check_sequence(name, value, instead)
+    if not hasattr(value, "__len__") or not hasattr(value, "__getitem__"):
+        raise TypeError(f"{name}: expected a sequence of tensors, got {describe(value)}")
+
+
 def check_state(name: str, x: object, first: Tensor | None = None, first_name: str = "") -> None:
     """Raise unless ``x`` is a floating (B, ...) tensor that agrees with the first one in shape and device."""
     if not isinstance(x, Tensor):
@@ -267,13 +284,36 @@ def check_noise(noise_weight: object, seed: object) -> None:
         raise ValueError(f"seed must be given where noise is drawn, got None and noise_weight={noise_weight!r}")
 
 
+def faithful(derivative: Callable[..., Any]) -> Callable[..., Any]:
+    """A derivative whose errors have the classes that torch has for them."""
+
+    @wraps(derivative)
+    def call(*args: Any) -> Any:
+        try:
+            return derivative(*args)
+        except RuntimeError as error:
+            fail(error)
+
+    return call
+
+
 def explain(error: Exception, check: Callable[[], None]) -> NoReturn:
     """Raise what the check has to say of a call that failed, or the error itself where the check finds nothing."""
     try:
         check()
     except (TypeError, ValueError) as better:
         raise better from None
-    _, kernel, reason = str(error).partition("bicm_kernels: ")
-    if kernel:
+    _, refused, reason = str(error).partition(REFUSED)
+    if refused:
         raise ValueError(reason.splitlines()[0]) from None
+    fail(error)
+
+
+def fail(error: Exception) -> NoReturn:
+    """Raise an error that is no argument's fault, as the class that torch has for it.
+
+    Whatever crosses the stable ABI arrives as a RuntimeError.
+    """
+    if type(error) is RuntimeError and "out of memory" in str(error):
+        raise torch.OutOfMemoryError(str(error)) from None
     raise error

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bicm_kernels.ops import arguments
-from bicm_kernels.ops.library import library
+from bicm_kernels.ops.library import define, library
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -19,12 +19,9 @@ _graph_is_retained: Callable[[], bool] = getattr(torch._C._autograd, "_get_curre
 _HALVES = (torch.float16, torch.bfloat16)
 _TWICE = b"""the loss kept its gradient and not its inputs: a second derivative needs gradient="backward\""""
 
-library.define("scale_gradients_(Tensor upstream, Tensor(a!)[] gradients) -> ()")
-
-
-@torch.library.register_fake("bicm_kernels::scale_gradients_", lib=library)
-def _fake_scale(upstream: Tensor, gradients: Sequence[Tensor]) -> None:
-    pass
+define(
+    "scale_gradients_(Tensor upstream, Tensor(a!)[] gradients) -> ()", ["gradients"], lambda upstream, gradients: None
+)
 
 
 def can_be_kept(inputs: Sequence[Tensor]) -> bool:

@@ -247,7 +247,10 @@ def denoised_step(
     key = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
     lists = arguments.weight_list("x0_weights", x0_weights), arguments.weight_list("weights", weights)
     values = (*lists, guidance, x0_weight, clip, noise_weight, next_scale)
-    outs = () if out is None else tuple(out)
+    outs: tuple[Tensor, ...] = ()
+    if out is not None:
+        arguments.check_sequence("out", out, "(out, x0)" if next_scale is None else "(out, x0, next)")
+        outs = tuple(out)
     if outs and len(outs) != (2 if next_scale is None else 3):
         raise ValueError(f"out must hold (out, x0), and next with next_scale, got {len(outs)} tensors")
     if outs and next_scale is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from bicm_kernels import reference
 from bicm_kernels.ops import arguments, outputs
 from bicm_kernels.ops.arguments import Number
-from bicm_kernels.ops.library import library
+from bicm_kernels.ops.library import define, without_lists
 
 Operand = Tensor | tuple[Tensor, Tensor]
 Values = tuple[Any, ...]
@@ -34,6 +34,7 @@ _DENOISED = (
     "Tensor? noise_weight, Tensor? next_scale, Tensor? seed, Tensor? step, Tensor? sample_id",
 )
 _ONE = ("Tensor", "Tensor(a!) out")
+_OUTS = ("out", "x0", "next")
 _THREE = ("(Tensor, Tensor, Tensor)", "Tensor(a!) out, Tensor(b!) x0, Tensor(c!) next")
 _SCHEMAS = {
     "ddim_step": (_FORM, _ONE),
@@ -44,40 +45,27 @@ _SCHEMAS = {
 }
 
 
-def _fake_one(tensors: list[Tensor], *rest: Any) -> Tensor:
-    _check_alike(tensors, rest)
+def _fake_one(tensors: list[Tensor], *_: Any) -> Tensor:
     return torch.empty_like(tensors[0])
 
 
 def _fake_three(tensors: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _check_alike(tensors, rest)
     first = tensors[0]
     scaled = torch.empty_like(first) if rest[6] is not None else first.new_empty((0,))
     return torch.empty_like(first), torch.empty_like(first), scaled
 
 
-def _fake_out(tensors: list[Tensor], *rest: Any, out: Tensor, **others: Tensor) -> None:
-    _check_alike([*tensors, out, *(x for x in others.values() if x.shape != (0,))], rest)
-
-
-def _check_alike(tensors: list[Tensor], rest: Values) -> None:
-    # A meta tensor among real ones brings the dispatcher here, and the result would be memory that nobody wrote.
-    device, shape = tensors[0].device, tensors[0].shape
-    alike = all(x.device == device and x.shape == shape for x in tensors)
-    numbers = [x for x in arguments.numbers(rest) if isinstance(x, Tensor)]
-    if not alike or (device.type != "meta" and any(x.device.type == "meta" for x in numbers)):
-        raise RuntimeError("bicm_kernels: tensors differ in shape or device")
+def _fake_out(tensors: list[Tensor], *_: Any, **outs: Tensor) -> None:
+    """Nothing: the outputs are there."""
 
 
 for _name, (_flavours, (_returns, _out)) in _SCHEMAS.items():
     for _overload, _arguments in zip(("", "tensor"), _flavours, strict=True):
         _returning = f"{_name}.{_overload}" if _overload else _name
         _writing = f"{_name}.{_overload}_out" if _overload else f"{_name}.out"
-        library.define(f"{_returning}(Tensor[] tensors, {_arguments}) -> {_returns}")
-        library.define(f"{_writing}(Tensor[] tensors, {_arguments}, *, {_out}) -> ()")
         _fake = _fake_one if _returns == "Tensor" else _fake_three
-        torch.library.register_fake(f"bicm_kernels::{_returning}", _fake, lib=library)
-        torch.library.register_fake(f"bicm_kernels::{_writing}", _fake_out, lib=library)
+        define(f"{_returning}(Tensor[] tensors, {_arguments}) -> {_returns}", ["tensors"], _fake)
+        define(f"{_writing}(Tensor[] tensors, {_arguments}, *, {_out}) -> ()", ["tensors", *_OUTS], _fake_out)
 
 
 @dataclass(frozen=True)
@@ -116,7 +104,6 @@ DENOISED_STEP = _noisy(
     "denoised_step",
     ("x0_weights", "weights", "guidance_scale", "x0_weight", "clip", "noise_weight", "next_scale"),
 )
-_OUTS = ("out", "x0", "next")
 _MAY_BE_NONE = ("clip", "next_scale")
 
 
@@ -124,6 +111,7 @@ def _check(
     step: _Step, operands: Sequence[Any], values: Values, guidance_scale: object, key: Key, outs: Sequence[Any]
 ) -> None:
     """Raise what is wrong with a step's arguments, if anything is."""
+    arguments.check_sequence("tensors", operands)
     names = step.operands or tuple(f"tensors[{k}]" for k in range(len(operands)))
     if not 1 <= len(operands) <= 5:
         raise ValueError(f"tensors must hold 1 to 5 tensors, got {len(operands)}")
@@ -159,7 +147,7 @@ def _check(
 
 def run(
     step: _Step,
-    operands: Sequence[Operand],
+    operands: Any,
     values: Values,
     guidance_scale: Number | None,
     key: Key = (),
@@ -170,6 +158,8 @@ def run(
     ``values`` are in the schema's order, lists of coefficients as lists; ``outs`` is empty or holds every result.
     """
     try:
+        if isinstance(operands, Tensor):
+            raise TypeError("one tensor for a sequence of them")
         last = operands[-1]
         paired = not isinstance(last, Tensor)
         if paired != (guidance_scale is not None):
@@ -180,10 +170,10 @@ def run(
         tensors: list[Any] = [*operands[:-1], *last] if paired else [*operands]
         op = getattr(_ops, step.name)
         tracked = arguments.requires_grad(*tensors, *arguments.numbers(values), *outs)
-        if arguments.compiling():
+        fallback = arguments.needs_reference(tensors[0], tracked=tracked)
+        if fallback or arguments.unseen(tensors[0]):
             _check(step, operands, values, guidance_scale, key, outs)
-        if arguments.needs_reference(tensors[0], tracked=tracked):
-            _check(step, operands, values, guidance_scale, key, outs)
+        if fallback:
             results = step.reference(operands, values, guidance_scale, key)
             return outputs.write(outs, results, tracked) if outs else results
         if arguments.plain(values) and arguments.plain(key):
@@ -192,6 +182,8 @@ def run(
             function = op.tensor_out if outs else op.tensor
             counters = arguments.key(key[0], key[1], key[2], tensors[0]) if key else ()
             full = (*arguments.coefficients(values), *counters)
+        if arguments.scripting():
+            function = without_lists(function)
         if not outs:
             return function(tensors, *full)
         function(tensors, *full, **dict(zip(_OUTS, outs, strict=False)))

@@ -10,16 +10,10 @@ from torch import Tensor
 from bicm_kernels import backend, reference
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.arguments import Integer, Number, dynamo
-from bicm_kernels.ops.library import library
+from bicm_kernels.ops.library import define, library
 
 #: The version of the mapping from keys to numbers. Stored vectors guard it; it changes only with a new major version.
 NOISE_VERSION = 1
-
-for _name in ("normal", "uniform"):
-    library.define(f"{_name}(Tensor(a!) out, SymInt seed, SymInt step, SymInt sample_id) -> ()")
-    library.define(f"{_name}.tensor(Tensor(a!) out, Tensor seed, Tensor step, Tensor sample_id) -> ()")
-library.define("fold_in(Tensor seed, Tensor data) -> Tensor")
-library.define("add_noise(Tensor x, Tensor sigma, Tensor scale, Tensor seed, Tensor step, Tensor sample_id) -> Tensor")
 
 _ops = torch.ops.bicm_kernels
 
@@ -30,16 +24,12 @@ def _check_draw(out: Tensor, seed: Integer, step: Integer, sample_id: Integer) -
 
 
 def _fake_draw(out: Tensor, seed: Integer, step: Integer, sample_id: Integer) -> None:
-    """Nothing: the public functions check while they are traced."""
+    """Nothing: the output is there."""
 
 
-for _name in ("normal", "normal.tensor", "uniform", "uniform.tensor"):
-    torch.library.register_fake(f"bicm_kernels::{_name}", _fake_draw, lib=library)
-
-
-@torch.library.register_fake("bicm_kernels::fold_in", lib=library)
-def _fake_fold_in(seed: Tensor, data: Tensor) -> Tensor:
-    return torch.empty_like(seed if seed.dim() >= data.dim() else data)
+for _name in ("normal", "uniform"):
+    define(f"{_name}(Tensor(a!) out, SymInt seed, SymInt step, SymInt sample_id) -> ()", ["out"], _fake_draw)
+    define(f"{_name}.tensor(Tensor(a!) out, Tensor seed, Tensor step, Tensor sample_id) -> ()", ["out"], _fake_draw)
 
 
 def _draw(
@@ -57,8 +47,10 @@ def _draw(
     out = torch.empty(shape, dtype=dtype, device=device)
     arguments.check_state("shape", out)
     arguments.check_vmap(seed)
-    if arguments.transformed() or backend.running(out.device.type) == "reference":
+    fallback = arguments.transformed() or backend.running(out.device.type) == "reference"
+    if fallback or arguments.unseen(out):
         _check_draw(out, seed, step, sample_id)
+    if fallback:
         draw = getattr(reference, name)
         return draw(out.shape, seed=seed, step=step, sample_id=sample_id, dtype=dtype, device=out.device)
     op = getattr(_ops, name)
@@ -129,10 +121,23 @@ def uniform(
     return _draw("uniform", shape, seed, step, sample_id, dtype, device)
 
 
+def _fake_fold_in(seed: Tensor, data: Tensor) -> Tensor:
+    shape = (seed if seed.dim() >= data.dim() else data).shape
+    return seed.new_empty(shape, device=_device_of(seed, data))
+
+
+define("fold_in(Tensor seed, Tensor data) -> Tensor", [], _fake_fold_in)
+
+
+def _device_of(seed: object, data: object) -> torch.device:
+    """Where a new seed lies: on the host only if both parts do."""
+    devices = [x.device for x in (seed, data) if isinstance(x, Tensor)]
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+
+
 def _check_fold_in(seed: object, data: object) -> None:
-    tensors = [x for x in (seed, data) if isinstance(x, Tensor)]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    batch = next((x.shape[0] for x in tensors if x.dim() == 1), 1)
+    device = _device_of(seed, data)
+    batch = next((x.shape[0] for x in (seed, data) if isinstance(x, Tensor) and x.dim() == 1), 1)
     arguments.check_integer("seed", seed, batch, device, -(2**63), 2**64)
     arguments.check_integer("data", data, batch, device, -(2**63), 2**64)
 
@@ -157,10 +162,9 @@ def fold_in(seed: Integer, data: Integer) -> Integer:
     both_numbers = not isinstance(seed, Tensor) and not isinstance(data, Tensor)
     if both_numbers and not arguments.compiling():
         return reference.fold_in_words(int(seed), int(data))
-    device = next((x.device for x in (seed, data) if isinstance(x, Tensor)), torch.device("cpu"))
-    if arguments.transformed() or backend.running(device.type) == "reference":
+    if arguments.transformed() or backend.running(_device_of(seed, data).type) == "reference":
         return reference.fold_in(arguments.integer(seed), data)
-    return _ops.fold_in.default(*(arguments.integer(x).to(device) for x in (seed, data)))
+    return _ops.fold_in.default(arguments.integer(seed), arguments.integer(data))
 
 
 def _check_add_noise(x: object, sigma: object, scale: object, seed: object, step: object, sample_id: object) -> None:
@@ -176,20 +180,19 @@ def _add_noise(x: Tensor, sigma: Tensor, scale: Tensor, seed: Tensor, step: Tens
     return _ops.affine_step.tensor([x], [scale], None, sigma, seed, step, sample_id)
 
 
+define(
+    "add_noise(Tensor x, Tensor sigma, Tensor scale, Tensor seed, Tensor step, Tensor sample_id) -> Tensor",
+    ["x"],
+    lambda x, *_: torch.empty_like(x),
+)
 library.impl("add_noise", _add_noise, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("bicm_kernels::add_noise", lib=library)
-def _fake_add_noise(x: Tensor, sigma: Tensor, scale: Tensor, seed: Tensor, step: Tensor, sample_id: Tensor) -> Tensor:
-    arguments.check_number("sigma", sigma, x)
-    arguments.check_number("scale", scale, x)
-    return torch.empty_like(x)
 
 
 def _save_scale(ctx: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[2])  # type: ignore[attr-defined]
 
 
+@arguments.faithful
 def _scale_gradient(ctx: object, gradient: Tensor) -> tuple[Tensor | None, ...]:
     (scale,) = ctx.saved_tensors  # type: ignore[attr-defined]
     if not arguments.plain_gradient(gradient):
@@ -232,15 +235,15 @@ def add_noise(
             return result
     arguments.check_vmap(seed)
     tracked = arguments.requires_grad(x, sigma, scale)
-    if arguments.compiling():
-        _check_add_noise(x, sigma, scale, seed, step, sample_id)
     try:
-        if arguments.needs_reference(x, tracked=arguments.requires_grad(sigma, scale)):
+        fallback = arguments.needs_reference(x, tracked=arguments.requires_grad(sigma, scale))
+        if fallback or arguments.unseen(x):
             _check_add_noise(x, sigma, scale, seed, step, sample_id)
+        if fallback:
             return reference.add_noise(x, sigma, scale=scale, seed=seed, step=step, sample_id=sample_id)
         numbers = [arguments.coefficient(value) for value in (sigma, scale)]
         key = arguments.key(seed, step, sample_id, x)
-        if tracked:
+        if tracked or arguments.scripting():
             return _ops.add_noise.default(x, *numbers, *key)
         return _ops.affine_step.tensor([x], [numbers[1]], None, numbers[0], *key)
     except (RuntimeError, TypeError, OverflowError, AttributeError, IndexError) as error:

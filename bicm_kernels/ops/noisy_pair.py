@@ -10,14 +10,12 @@ from torch import Tensor
 from bicm_kernels import reference
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.arguments import Integer, Number
-from bicm_kernels.ops.library import library
+from bicm_kernels.ops.library import define, library
 
 _PAIR = (
     "Tensor x, Tensor sigma_low, Tensor sigma_high, Tensor seed, Tensor step, Tensor sample_id, Tensor? x_hat, "
     "Tensor? mask, Tensor? sigma_data"
 )
-library.define(f"noisy_pair({_PAIR}) -> (Tensor, Tensor)")
-library.define(f"noisy_pair_tracked({_PAIR}) -> (Tensor, Tensor)")
 
 _ops = torch.ops.bicm_kernels
 
@@ -55,7 +53,7 @@ def _fake_noisy_pair(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 for _name in ("noisy_pair", "noisy_pair_tracked"):
-    torch.library.register_fake(f"bicm_kernels::{_name}", _fake_noisy_pair, lib=library)
+    define(f"{_name}({_PAIR}) -> (Tensor, Tensor)", ["x", "x_hat"], _fake_noisy_pair)
 
 library.impl("noisy_pair_tracked", lambda *args: _ops.noisy_pair.default(*args), "CompositeExplicitAutograd")
 
@@ -65,6 +63,7 @@ def _save_levels(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
     ctx.save_for_backward(low, high, mask, sigma_data)
 
 
+@arguments.faithful
 def _pair_gradient(ctx: Any, low: Tensor, high: Tensor) -> tuple[Tensor | None, ...]:
     sigma_low, sigma_high, mask, sigma_data = ctx.saved_tensors
     compute = torch.float64 if low.dtype == torch.float64 else torch.float32
@@ -100,7 +99,7 @@ def noisy_pair(
     sigma_high: Number,
     *,
     seed: Integer,
-    step: Integer = 0,
+    step: Integer,
     sample_id: Integer = 0,
     x_hat: Tensor | None = None,
     mask: Tensor | None = None,
@@ -111,7 +110,8 @@ def noisy_pair(
     Args:
         x: clean samples (B, ...), float16, bfloat16, float32 or float64, any strides.
         sigma_low, sigma_high: noise levels; float, 0-d or (B,) tensor. A level of exactly 0 adds nothing.
-        seed, step, sample_id: the noise's key, see ``normal``.
+        seed, step, sample_id: the noise's key, see ``normal``. Without another step, training would see one noise
+            again and again.
         x_hat: generated samples like x that take its place where ``mask`` is true (GC eq. 21, Alg. 1).
         mask: (B,) bool tensor.
         sigma_data: standard deviation of the data. Where it is given, both are multiplied by c_in of their level, as
@@ -126,7 +126,7 @@ def noisy_pair(
         TypeError, ValueError: an argument has another type, shape, device or range.
 
     >>> import torch, bicm_kernels as bk
-    >>> low, high = bk.noisy_pair(torch.zeros(2, 3), 1.0, 2.0, seed=1); torch.equal(2 * low, high)
+    >>> low, high = bk.noisy_pair(torch.zeros(2, 3), 1.0, 2.0, seed=1, step=0); torch.equal(2 * low, high)
     True
     """
     arguments.check_vmap(seed)
@@ -136,10 +136,10 @@ def noisy_pair(
         _check_noisy_pair(x, sigma_low, sigma_high, key, x_hat, mask, sigma_data)
 
     try:
-        if x_hat is not None or mask is not None or arguments.compiling():
+        fallback = arguments.needs_reference(x, tracked=arguments.requires_grad(sigma_low, sigma_high, sigma_data))
+        if fallback or x_hat is not None or mask is not None or arguments.unseen(x):
             check()
-        if arguments.needs_reference(x, tracked=arguments.requires_grad(sigma_low, sigma_high, sigma_data)):
-            check()
+        if fallback:
             return reference.noisy_pair(
                 x,
                 sigma_low,

@@ -13,6 +13,11 @@ from bicm_kernels.ops import arguments
 LARGE = 2**26  # bytes
 
 
+def has_memory(x: Tensor) -> bool:
+    """Whether a tensor lies somewhere: not where it is traced, nor a meta or fake tensor."""
+    return not arguments.compiling() and x.untyped_storage().device.type != "meta"
+
+
 def _elements(x: Tensor) -> tuple[int, int]:
     """The addresses of the first byte of a tensor and of the one after its last."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -81,8 +86,7 @@ def check_outs(outs: Mapping[str, Any], tensors: Mapping[str, Tensor], first: Te
     first_name = next(iter(tensors))
     for name, out in outs.items():
         check_out(name, out, first, first_name)
-        # A traced tensor has no memory yet: the kernel looks when the graph runs.
-        if arguments.compiling():
+        if not has_memory(out):  # the kernel looks when the graph runs
             continue
         if overlaps_itself(out):
             raise ValueError(f"{name} must not overlap itself, got strides {out.stride()}")

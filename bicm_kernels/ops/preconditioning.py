@@ -10,35 +10,11 @@ from torch import Tensor
 from bicm_kernels import backend, reference
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.arguments import Integer, Number, dynamo
-from bicm_kernels.ops.library import library
+from bicm_kernels.ops.library import define, library
 
 _ops = torch.ops.bicm_kernels
 
 PARAMETERIZATIONS = ("bcm", "cm", "edm")
-
-library.define("scale_input(Tensor x, float t, float sigma_data) -> Tensor")
-library.define("scale_input.tensor(Tensor x, Tensor? t, Tensor? sigma_data) -> Tensor")
-library.define("denoise(Tensor x, Tensor F, float t, float u, float sigma_data, bool cm, bool scaled) -> Tensor")
-library.define(
-    "denoise.tensor(Tensor x, Tensor F, Tensor? t, Tensor? u, Tensor? sigma_data, bool cm, bool scaled) -> Tensor"
-)
-library.define(
-    "denoise_gradient(Tensor gradient, Tensor? t, Tensor? u, Tensor? sigma_data, bool cm, bool scaled, bool in_F, "
-    "ScalarType dtype) -> Tensor"
-)
-library.define(
-    "renoise(Tensor x, Tensor F, float t, float u, float sigma, float next_sigma, float sigma_data, bool cm, "
-    "SymInt? seed, SymInt step, SymInt sample_id) -> (Tensor, Tensor)"
-)
-library.define(
-    "renoise.tensor(Tensor x, Tensor F, Tensor? t, Tensor? u, Tensor? sigma, Tensor? next_sigma, Tensor? sigma_data, "
-    "bool cm, Tensor? seed, Tensor? step, Tensor? sample_id) -> (Tensor, Tensor)"
-)
-# The same two with a derivative. They stand apart because carrying one doubles the cost of every call.
-library.define("scale_input_tracked(Tensor x, Tensor t, Tensor sigma_data) -> Tensor")
-library.define(
-    "denoise_tracked(Tensor x, Tensor F, Tensor t, Tensor u, Tensor sigma_data, bool cm, bool scaled) -> Tensor"
-)
 
 
 def _fake_like_first(x: Tensor, *_: Any) -> Tensor:
@@ -53,18 +29,27 @@ def _fake_gradient(gradient: Tensor, *rest: Any) -> Tensor:
     return gradient.new_empty(gradient.shape, dtype=rest[-1])
 
 
-for _name, _fake in {
-    "scale_input": _fake_like_first,
-    "scale_input.tensor": _fake_like_first,
-    "scale_input_tracked": _fake_like_first,
-    "denoise": _fake_like_first,
-    "denoise.tensor": _fake_like_first,
-    "denoise_tracked": _fake_like_first,
-    "denoise_gradient": _fake_gradient,
-    "renoise": _fake_two,
-    "renoise.tensor": _fake_two,
+_DENOISE = "bool cm, bool scaled"
+for _schema, _fake in {
+    "scale_input(Tensor x, float t, float sigma_data) -> Tensor": _fake_like_first,
+    "scale_input.tensor(Tensor x, Tensor? t, Tensor? sigma_data) -> Tensor": _fake_like_first,
+    f"denoise(Tensor x, Tensor F, float t, float u, float sigma_data, {_DENOISE}) -> Tensor": _fake_like_first,
+    f"denoise.tensor(Tensor x, Tensor F, Tensor? t, Tensor? u, Tensor? sigma_data, {_DENOISE}) -> Tensor": (
+        _fake_like_first
+    ),
+    f"denoise_gradient(Tensor gradient, Tensor? t, Tensor? u, Tensor? sigma_data, {_DENOISE}, bool in_F, "
+    "ScalarType dtype) -> Tensor": _fake_gradient,
+    "renoise(Tensor x, Tensor F, float t, float u, float sigma, float next_sigma, float sigma_data, bool cm, "
+    "SymInt? seed, SymInt step, SymInt sample_id) -> (Tensor, Tensor)": _fake_two,
+    "renoise.tensor(Tensor x, Tensor F, Tensor? t, Tensor? u, Tensor? sigma, Tensor? next_sigma, Tensor? sigma_data, "
+    "bool cm, Tensor? seed, Tensor? step, Tensor? sample_id) -> (Tensor, Tensor)": _fake_two,
+    # The same two with a derivative. They stand apart because carrying one doubles the cost of every call.
+    "scale_input_tracked(Tensor x, Tensor t, Tensor sigma_data) -> Tensor": _fake_like_first,
+    f"denoise_tracked(Tensor x, Tensor F, Tensor t, Tensor u, Tensor sigma_data, {_DENOISE}) -> Tensor": (
+        _fake_like_first
+    ),
 }.items():
-    torch.library.register_fake(f"bicm_kernels::{_name}", _fake, lib=library)
+    define(_schema, ["x", "F", "gradient"], _fake)
 
 library.impl("scale_input_tracked", lambda *args: _ops.scale_input.tensor(*args), "CompositeExplicitAutograd")
 library.impl("denoise_tracked", lambda *args: _ops.denoise.tensor(*args), "CompositeExplicitAutograd")
@@ -74,6 +59,7 @@ def _save_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
+@arguments.faithful
 def _input_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     t, sigma_data = ctx.saved_tensors
     step = _ops.scale_input.tensor if arguments.plain_gradient(gradient) else _reference_scale
@@ -90,6 +76,7 @@ def _save_denoise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.network_dtype, ctx.flags = F.dtype, flags
 
 
+@arguments.faithful
 def _denoise_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     t, u, sigma_data = ctx.saved_tensors
     plain = arguments.plain_gradient(gradient)
@@ -215,11 +202,11 @@ def _call(
     """An op without noise: its kernel, its tracked twin where a derivative is recorded, or its reference."""
     tensors, values = [*states.values()], tuple(numbers.values())
     try:
-        if arguments.compiling():
-            _check(states, numbers)
         tracked = arguments.requires_grad(*tensors)
-        if arguments.needs_reference(tensors[0], tracked=arguments.requires_grad(*values)):
+        fallback = arguments.needs_reference(tensors[0], tracked=arguments.requires_grad(*values))
+        if fallback or arguments.unseen(tensors[0]):
             _check(states, numbers)
+        if fallback:
             return plain_torch()
         if not tracked and arguments.plain(values):
             return getattr(_ops, name).default(*tensors, *values, *flags)
@@ -276,11 +263,10 @@ def renoise(
     arguments.check_vmap(seed)
     key = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
     try:
-        if arguments.compiling():
+        fallback = arguments.needs_reference(x, tracked=arguments.requires_grad(x, F, *values))
+        if fallback or arguments.unseen(x):
             _check(states, numbers, key)
-        tracked = arguments.requires_grad(x, F, *values)
-        if arguments.needs_reference(x, tracked=tracked):
-            _check(states, numbers, key)
+        if fallback:
             return reference.renoise(
                 x,
                 F,

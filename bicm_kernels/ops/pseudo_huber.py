@@ -85,7 +85,7 @@ def _run(
         fallback = arguments.needs_reference(
             tensors[0], tracked=arguments.requires_grad(*tensors[loss.inputs :], *numbers)
         )
-        if traced or fallback:
+        if fallback or arguments.unseen(tensors[0]):
             _check(loss, values, gradient)
         if fallback:
             return loss.reference(**dict(zip((*loss.tensors, *loss.options), values, strict=True)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from bicm_kernels import reference
 from bicm_kernels.ops import arguments, kept_gradient
 from bicm_kernels.ops.kept_gradient import Gradients, wanted_bits
-from bicm_kernels.ops.library import library
+from bicm_kernels.ops.library import define, library
 
 _Kernel = Callable[..., Any]
 
@@ -75,6 +75,7 @@ CONSISTENCY_LOSS = Loss(
 )
 
 
+@arguments.faithful
 def _gradients(
     loss: Loss, kernel: _Kernel, upstream: Tensor, sums: Tensor, needs: Sequence[bool], call: Sequence[Any]
 ) -> Gradients:
@@ -152,11 +153,13 @@ def _register(loss: Loss) -> None:
     fakes: tuple[_Kernel, ...] = (fake_value, fake_gradients, fake_both)
     for overload, number in (("", "float"), (".tensor", "Tensor")):
         schema, names = loss.schema(number), [loss.name + suffix for suffix in _SUFFIXES]
-        library.define(f"{names[0]}{overload}({schema}) -> (Tensor, Tensor)")
-        library.define(f"{names[1]}{overload}(Tensor upstream, Tensor sums, int needs, {schema}) -> Tensor[]")
-        library.define(f"{names[2]}{overload}(int needs, {schema}) -> (Tensor, Tensor[])")
-        for name, fake in zip(names, fakes, strict=True):
-            torch.library.register_fake(f"bicm_kernels::{name}{overload}", fake, lib=library)
+        signatures = (
+            f"({schema}) -> (Tensor, Tensor)",
+            f"(Tensor upstream, Tensor sums, int needs, {schema}) -> Tensor[]",
+            f"(int needs, {schema}) -> (Tensor, Tensor[])",
+        )
+        for name, signature, fake in zip(names, signatures, fakes, strict=True):
+            define(f"{name}{overload}{signature}", loss.tensors[: loss.inputs], fake)
         named = overload.lstrip(".") or "default"
         loss.kernels[named] = Kernels(*[getattr(getattr(_ops, name), named) for name in names])
     torch.library.register_autograd(

@@ -71,10 +71,10 @@ def fixed_point_encode(
 
     try:
         refuse_derivative(x)
-        if arguments.compiling():
+        fallback = arguments.needs_reference(x, tracked=False, family=FAMILY)
+        if fallback or arguments.unseen(x):
             check()
-        if arguments.needs_reference(x, tracked=False, family=FAMILY):
-            check()
+        if fallback:
             return reference.fixed_point_encode(
                 x, fraction_bits=fraction_bits, dtype=dtype, overflow=overflow, mark=mark
             )
@@ -116,10 +116,10 @@ def fixed_point_decode(q: Tensor, *, fraction_bits: int = 32, dtype: torch.dtype
         check_decode(q, fraction_bits, dtype)
 
     try:
-        if arguments.compiling():
+        fallback = arguments.needs_reference(q, tracked=False, family=FAMILY)
+        if fallback or arguments.unseen(q):
             check()
-        if arguments.needs_reference(q, tracked=False, family=FAMILY):
-            check()
+        if fallback:
             return reference.fixed_point_decode(q, fraction_bits=fraction_bits, dtype=dtype)
         return _ops.fixed_point_decode.default(q, fraction_bits, dtype)
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:

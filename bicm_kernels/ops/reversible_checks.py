@@ -92,7 +92,7 @@ def check_overflow(overflow: Any, mark: object, batch: int, device: torch.device
         raise ValueError(f"overflow must be on {device}, got {overflow.device}")
     if arguments.transformed():
         raise ValueError("overflow must not be given under a torch.func transform: what is noted there is lost to it")
-    if not arguments.compiling() and outputs.overlaps_itself(overflow):
+    if outputs.has_memory(overflow) and outputs.overlaps_itself(overflow):
         raise ValueError(f"overflow must not overlap itself, got strides {overflow.stride()}")
 
 
@@ -136,11 +136,12 @@ def check_outs(out: Any, call: Call, tensors: dict[str, Tensor], first: str) -> 
     """Raise unless (q_next, info) can take the results."""
     if arguments.transformed():
         raise ValueError("out must not be given under a torch.func transform: what is written there is lost to it")
+    arguments.check_sequence("out", out, "(q, info)")
     if not isinstance(out, tuple | list) or len(out) != 2:
         raise TypeError(f"out must be a pair of tensors for the state and the buffer, got {arguments.describe(out)}")
     check_fixed_point("out[0]", out[0], call.last, first)
     check_fixed_point("out[1]", out[1], call.info, "info")
-    if arguments.compiling():
+    if not outputs.has_memory(out[0]):
         return
     for k, x in enumerate(out):
         if outputs.overlaps_itself(x):
@@ -156,6 +157,7 @@ def check_step(first: str, operands: tuple[str, ...], coefficients: tuple[str, .
     """Raise what is wrong with a step's arguments, if anything is."""
     last = call.last
     check_fixed_point(first, last)
+    arguments.check_sequence("tensors", call.operands)
     names = operands or tuple(f"tensors[{k}]" for k in range(len(call.operands)))
     if not 1 <= len(names) <= 5:
         raise ValueError(f"tensors must hold 1 to 5 tensors, got {len(names)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from bicm_kernels import reference
 from bicm_kernels.ops import arguments
-from bicm_kernels.ops.library import library
+from bicm_kernels.ops.library import define, without_lists
 from bicm_kernels.ops.reversible_checks import Call, check_numbers, check_step, refuse_derivative
 
 Pair = tuple[Tensor, Tensor]
@@ -30,45 +29,31 @@ _STEPS = ("exact_affine_step", "exact_affine_inverse_step", "bdia_exact_step", "
 def _fake_step(
     tensors: list[Tensor], info: Tensor, coefficients: Any, guidance_scale: Any, n: Any, m: Any, fraction_bits: int
 ) -> Pair:
-    _check_alike(tensors, info)
     unit = n is None if n is None or isinstance(n, Tensor) else n == m
     return torch.empty_like(tensors[0]), info.new_empty((0,)) if unit else torch.empty_like(info)
 
 
-def _fake_step_out(tensors: list[Tensor], info: Tensor, *rest: Any, out: Tensor, **others: Tensor) -> None:
-    _check_alike([*tensors, out], info)
-
-
-def _check_alike(tensors: list[Tensor], info: Tensor) -> None:
-    # A meta tensor among real ones brings the dispatcher here, and the result would be memory that nobody wrote.
-    if any(x.device != info.device or x.shape != info.shape for x in tensors):
-        raise RuntimeError("bicm_kernels: tensors differ in shape or device")
+def _fake_out(*_: Any, **outs: Tensor) -> None:
+    """Nothing: the outputs are there."""
 
 
 def _fake_encode(x: Tensor, fraction_bits: int, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
-def _fake_encode_out(x: Tensor, fraction_bits: int, mark: Tensor, *, out: Tensor, overflow: Tensor) -> None:
-    _check_alike([x], out)
-
-
-def _define(schema: str, fake: Callable[..., Any]) -> None:
-    library.define(schema)
-    torch.library.register_fake(f"bicm_kernels::{schema.partition('(')[0]}", fake, lib=library)
-
-
+_STATES = ("tensors", "info", "x", "out", "info_out")
 for _name in _STEPS:
     _inputs = "Tensor[] tensors, Tensor info"
-    _define(f"{_name}({_inputs}, {_NUMBERS}) -> (Tensor, Tensor)", _fake_step)
-    _define(f"{_name}.tensor({_inputs}, {_TENSORS}) -> (Tensor, Tensor)", _fake_step)
-    _define(f"{_name}.out({_inputs}, {_NUMBERS}, SymInt mark, *, {_OUTS}) -> ()", _fake_step_out)
-    _define(f"{_name}.tensor_out({_inputs}, {_TENSORS}, Tensor mark, *, {_OUTS}) -> ()", _fake_step_out)
+    define(f"{_name}({_inputs}, {_NUMBERS}) -> (Tensor, Tensor)", _STATES, _fake_step)
+    define(f"{_name}.tensor({_inputs}, {_TENSORS}) -> (Tensor, Tensor)", _STATES, _fake_step)
+    define(f"{_name}.out({_inputs}, {_NUMBERS}, SymInt mark, *, {_OUTS}) -> ()", _STATES, _fake_out)
+    define(f"{_name}.tensor_out({_inputs}, {_TENSORS}, Tensor mark, *, {_OUTS}) -> ()", _STATES, _fake_out)
 for _name in ("fixed_point_encode", "fixed_point_decode"):
-    _define(f"{_name}(Tensor x, SymInt fraction_bits, ScalarType dtype) -> Tensor", _fake_encode)
-_define(
+    define(f"{_name}(Tensor x, SymInt fraction_bits, ScalarType dtype) -> Tensor", _STATES, _fake_encode)
+define(
     "fixed_point_encode.out(Tensor x, SymInt fraction_bits, Tensor mark, *, Tensor(a!) out, Tensor(b!) overflow) -> ()",
-    _fake_encode_out,
+    _STATES,
+    _fake_out,
 )
 
 
@@ -111,6 +96,8 @@ def run(step: ExactStep, call: Call) -> Pair:
         check_step(step.first, step.operands, step.coefficients, step.ratio, call)
 
     try:
+        if any(isinstance(x, Tensor) for x in (call.operands, call.ratio, call.out)):
+            raise TypeError("one tensor for a sequence of them")
         n, m = call.ratio
         unit = not isinstance(n, Tensor) and not isinstance(m, Tensor) and n == m
         last = call.operands[-1]
@@ -124,10 +111,10 @@ def run(step: ExactStep, call: Call) -> Pair:
         op = getattr(_ops, step.name)
         integers = (n, m, call.fraction_bits)
         refuse_derivative(*tensors, *arguments.numbers(values))
-        if arguments.compiling():
+        fallback = arguments.needs_reference(call.last, tracked=False, family=FAMILY)
+        if fallback or arguments.unseen(call.last):
             check()
-        if arguments.needs_reference(call.last, tracked=False, family=FAMILY):
-            check()
+        if fallback:
             return _keep(call, *step.reference(call))
         outs = _outputs(call, unit)
         if arguments.plain(values) and arguments.plain((*integers, call.mark)):
@@ -141,6 +128,8 @@ def run(step: ExactStep, call: Call) -> Pair:
             ratio = (None, None) if unit else (arguments.integer(n), arguments.integer(m))
             full = [call.info, *arguments.coefficients(values), *ratio, call.fraction_bits]
             marks = [arguments.integer(call.mark)]
+        if arguments.scripting():
+            overload = without_lists(overload)
         if outs is None:
             result, kept = overload(tensors, *full)
         else:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def check_sequence(name: str, value: Any, instead: str = "[x]") -> None:
+    """Raise where one tensor stands for a sequence of them: iterating over it would give its samples."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a sequence of tensors, got one tensor; write {instead}")
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

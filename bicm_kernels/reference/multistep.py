@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bicm_kernels.reference.arithmetic import compute_dtype, like_first, per_sample
+from bicm_kernels.reference.arithmetic import check_sequence, compute_dtype, like_first, per_sample
 from bicm_kernels.reference.noise import plus_noise
 
 Number = float | Tensor
@@ -29,6 +29,7 @@ def guide(operands: Sequence[Operand], guidance_scale: Number | None, compute: t
 
 def first_of(operands: Sequence[Operand]) -> Tensor:
     """The first state tensor, which gives the result its dtype and layout."""
+    check_sequence("tensors", operands)
     return operands[0] if isinstance(operands[0], Tensor) else operands[0][0]
 
 

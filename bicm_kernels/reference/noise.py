@@ -24,6 +24,7 @@ LOG = (
     "-0x1.055ec6p-2",
     "0x1.38c9dep-3",
 )
+ROOT_HALF = float.fromhex("0x1.6a09e6p-1")
 MINUS_TWO_LN2 = ("-0x1.63p+0", "0x1.bd0106p-12")
 SINE = ("0x1.921fb6p+0", "-0x1.4abc24p-1", "0x1.4680a0p-4", "-0x1.33183ap-8")
 COSINE = ("0x1p+0", "-0x1.3bd3ccp+0", "0x1.03c1b0p-2", "-0x1.55b2b6p-6", "0x1.d4f7eep-11")
@@ -104,10 +105,11 @@ def uniform_from_bits(bits: Tensor) -> Tensor:
 
 def minus_two_log(u: Tensor) -> Tensor:
     """-2 log(u) of normal float32 numbers, exactly 0 at 1."""
-    bits = u.view(torch.int32)
-    above = bits - 0x3F3504F3
-    f = (bits - (above & -0x800000)).view(torch.float32) - 1.0
-    e = (above >> 23).to(torch.float32)
+    # u = (1 + f) 2^e with 1 + f from sqrt(1/2) on. TorchScript cannot trace a view as integers, which would say it too.
+    mantissa, exponent = torch.frexp(u)
+    low = mantissa < ROOT_HALF
+    f = torch.where(low, mantissa + mantissa, mantissa) - 1.0
+    e = (exponent - low.to(torch.int32)).to(torch.float32)
     f2 = f * f
     tail = (f2 * (f * estrin(f, LOG)) + e * float.fromhex(MINUS_TWO_LN2[1])) + f2
     return (tail - (f + f)) + e * float.fromhex(MINUS_TWO_LN2[0])
@@ -181,7 +183,8 @@ def fold_in(seed: int | Tensor, data: int | Tensor) -> int | Tensor:
     """A new seed: the first two words of Philox at the counter (data low, data high, all ones, all ones)."""
     if not isinstance(seed, Tensor) and not isinstance(data, Tensor):
         return fold_in_words(seed, data)
-    device = next(x.device for x in (seed, data) if isinstance(x, Tensor))
+    devices = [x.device for x in (seed, data) if isinstance(x, Tensor)]
+    device = next((device for device in devices if device.type != "cpu"), devices[0])
     ones = torch.full((), MASK, dtype=torch.int64, device=device)
     low, high, _, _ = philox4x32([*words(data, device), ones, ones], words(seed, device))
     return ((high & 0x7FFFFFFF) << 32) | low

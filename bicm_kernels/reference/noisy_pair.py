@@ -16,7 +16,7 @@ def noisy_pair(
     sigma_high: float | Tensor,
     *,
     seed: int | Tensor,
-    step: int | Tensor = 0,
+    step: int | Tensor,
     sample_id: int | Tensor = 0,
     x_hat: Tensor | None = None,
     mask: Tensor | None = None,

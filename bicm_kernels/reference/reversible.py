@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bicm_kernels.reference.arithmetic import like_first, per_sample
+from bicm_kernels.reference.arithmetic import check_sequence, like_first, per_sample
 from bicm_kernels.reference.multistep import Number, Operand, fold, guide
 
 Integer = int | Tensor
@@ -177,6 +177,7 @@ def _affine_step(
     overflow: Tensor | None,
     mark: Integer,
 ) -> tuple[Tensor, Tensor]:
+    check_sequence("tensors", tensors)
     table = [per_sample(weight, last, F64) for weight in weights]
     increment = _affine(last, tensors, table, guidance_scale, fraction_bits)
     return _step(last, increment, info, ratio, inverse, overflow, mark)

@@ -1,7 +1,8 @@
 """Per-sample arguments: numbers in the compute type, and the key of a sample's noise.
 
-A number is (value, None) or (tensor, stride), the stride 0 for one number, or else from sample to sample. The
-integers of a key are passed beside their tensors, so that a new seed or step compiles nothing.
+A number is (value,) or (tensor, stride), the stride 0 for one number, or else from sample to sample. The integers of
+a key are passed beside their tensors, so that a new seed or step compiles nothing. Triton 3.6 can neither count nor
+compare with None a tuple that holds a None: kernels tell such forms by their length, or by a constant beside them.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -18,7 +19,7 @@ from torch import Tensor
 from bicm_kernels.triton_kernels import checks
 from bicm_kernels.triton_kernels.checks import Integer, Number
 
-Argument = tuple[object, int | None]
+Argument = tuple[object] | tuple[Tensor, int]
 
 
 @triton.jit
@@ -38,7 +39,7 @@ def load_rows(pointer, stride, sample, present, other: tl.constexpr):
 @triton.jit
 def number(argument, sample, present, COMPUTE: tl.constexpr):
     """A number for each row of a tile, (ROWS, 1)."""
-    if argument[1] is None:
+    if len(argument) == 1:
         value = tl.full(sample.shape, argument[0], COMPUTE)
     else:
         value = load_rows(argument[0], argument[1], sample, present, 1).to(COMPUTE)
@@ -64,7 +65,7 @@ def number_argument(value: Number, compute: torch.dtype, like: Tensor) -> Argume
         value = value.item()  # of the host, which kernels cannot read
     if compute == torch.float64:  # to Triton, a float is a float32
         return torch.full((), value, dtype=compute, device=like.device), 0
-    return value, None
+    return (value,)
 
 
 def integer_argument(value: Integer, device: torch.device) -> tuple[int, tuple[Tensor, int] | None]:

@@ -193,7 +193,8 @@ def launch_multistep(
         "clip": argument(clip),
         "next_scale": argument(next_scale),
     }
-    differ = any(x is not None and x[1] for x in (*weights, *x0_weights, *scalars.values()))
+    placed = [x for x in (*weights, *x0_weights, *scalars.values()) if x is not None and len(x) == 2]
+    differ = any(stride for _, stride in placed)
     noise_key = NO_KEY if key is None else make_key(*key, first)
     layout = lay_out([*outs, *tensors], per_sample=differ or key is not None, in_order=key is not None)
     written, read = layout.operands[: len(outs)], layout.operands[len(outs) :]

@@ -231,11 +231,11 @@ def noisy_pair(
 
 def fold_in(seed: Tensor, data: Tensor) -> Tensor:
     """New seeds from int64 tensors, 0-d or (B,)."""
-    shaped = seed if seed.dim() >= data.dim() else data
-    checks.require(shaped.dim() <= 1, "seed and data must be 0-d or (B,)")
+    shape = (seed if seed.dim() >= data.dim() else data).shape
+    checks.require(len(shape) <= 1, "seed and data must be 0-d or (B,)")
+    out = torch.empty(shape, dtype=torch.int64, device=data.device if seed.is_cpu else seed.device)
     for x in (seed, data):
-        checks.check_integer(x, shaped.reshape(-1))
-    out = torch.empty_like(shaped)
+        checks.check_integer(x, out.reshape(-1))
     if out.numel() == 0:
         return out
     parts = [integer_argument(x, out.device) for x in (seed, data)]

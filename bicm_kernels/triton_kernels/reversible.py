@@ -136,6 +136,7 @@ def launch_exact(
         mark=mark_value,
         mark_tensor=mark_tensor,
         TERMS=len(inputs) - (guidance is not None),
+        COUNT=len(coefficients),
         BDIA=bdia,
         INVERSE=inverse,
     )

@@ -193,6 +193,7 @@ def exact_step(
     mark: tl.int64,
     mark_tensor,
     TERMS: tl.constexpr,
+    COUNT: tl.constexpr,
     BDIA: tl.constexpr,
     INVERSE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -215,7 +216,7 @@ def exact_step(
         tiles += (x,)  # type: ignore[assignment]
     bits = (bits0, bits1, bits2, bits3, bits4)
     raw = ()
-    for k in tl.static_range(len(coefficients)):
+    for k in tl.static_range(COUNT):
         raw += (exact_number(bits[k], coefficients[k], sample, present),)  # type: ignore[assignment]
     if info is None:
         numerator = tl.full(sample.shape, 1, tl.int64)

@@ -33,7 +33,15 @@ static PyObject* instruction_set(PyObject*, PyObject*) {
 
 static PyObject* release_memory(PyObject*, PyObject*) { return PyLong_FromLongLong(bicm::release_blocks()); }
 
+static PyObject* keep_memory(PyObject*, PyObject* bytes) {
+  const int64_t most = PyLong_AsLongLong(bytes);
+  if (PyErr_Occurred() != nullptr) return nullptr;
+  bicm::keep_at_most(most);
+  Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {{"instruction_set", instruction_set, METH_NOARGS, "The instruction set in use."},
+                                {"keep_memory", keep_memory, METH_O, "Set how many unused bytes are kept at most."},
                                 {"release_memory", release_memory, METH_NOARGS, "Give kept memory to the system."},
                                 {nullptr, nullptr, 0, nullptr}};
 

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <atomic>
 #include <mutex>
 #include <new>
 
@@ -10,8 +11,16 @@ namespace {
 
 constexpr int64_t kPage = 4096, kHugePage = int64_t{2} << 20;
 
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized = true;
+#elif defined(__has_feature)
+constexpr bool kSanitized = __has_feature(address_sanitizer);
+#else
+constexpr bool kSanitized = false;
+#endif
+
 // At most so much lies here unused: the largest results of the steps that take turns, not all that ever were.
-constexpr int64_t kMostKept = int64_t{256} << 20;
+std::atomic<int64_t> most_kept{0};
 
 char* up_to(char* address, int64_t unit) {
   return address + (-reinterpret_cast<intptr_t>(address) & static_cast<intptr_t>(unit - 1));
@@ -59,11 +68,12 @@ class Kept {
 
   bool give(Block* block) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock.owns_lock() || block->capacity > kMostKept) return false;
+    const int64_t most = most_kept.load(std::memory_order_relaxed);
+    if (!lock.owns_lock() || block->capacity > most) return false;
     block->next = first_;
     first_ = block;
     bytes_ += block->capacity;
-    while (bytes_ > kMostKept) unmap(remove(last()));
+    while (bytes_ > most) unmap(remove(last()));
     return true;
   }
 
@@ -101,7 +111,13 @@ Kept& kept() {
 
 }  // namespace
 
+void keep_at_most(int64_t bytes) {
+  // The address sanitizer sees reads and writes outside of a result, or after its end, where torch allocated it alone.
+  most_kept.store(kSanitized ? 0 : bytes, std::memory_order_relaxed);
+}
+
 Block* take_block(int64_t bytes, bool streamed) {
+  if (most_kept.load(std::memory_order_relaxed) == 0) return nullptr;
   const int64_t capacity = (bytes + kPage - 1) / kPage * kPage;
   if (Block* const block = kept().take(capacity, streamed)) return block->streamed = streamed, block;
   void* const data = map(capacity);

@@ -11,6 +11,9 @@ namespace bicm {
 // Below this the C library's own lists serve as well.
 constexpr int64_t kKeptFrom = int64_t{64} << 10;
 
+// Sets how many bytes may lie unused. At first, with 0, and in a build for the address sanitizer there are no blocks.
+void keep_at_most(int64_t bytes);
+
 // A block of memory, owned by whoever took it until it is given back; nullptr where there is none.
 // `streamed`: last written past the cache. What is to be written past it, or not, had better find it as it needs it.
 struct Block {

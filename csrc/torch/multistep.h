@@ -293,16 +293,16 @@ void denoised_step_out(typename A::Tensors tensors, typename A::Coefficients x0_
 
 template <class Device, class A, class Library>
 void register_flavour(Library& library, const char* const* names) {
-  library.impl(names[0], TORCH_BOX((&form_step<Device, Form::affine, A>)));
-  library.impl(names[1], TORCH_BOX((&form_step_out<Device, Form::affine, A>)));
-  library.impl(names[2], TORCH_BOX((&form_step<Device, Form::bdia, A>)));
-  library.impl(names[3], TORCH_BOX((&form_step_out<Device, Form::bdia, A>)));
-  library.impl(names[4], TORCH_BOX((&form_step<Device, Form::bdia_inverse, A>)));
-  library.impl(names[5], TORCH_BOX((&form_step_out<Device, Form::bdia_inverse, A>)));
-  library.impl(names[6], TORCH_BOX((&affine_step<Device, A>)));
-  library.impl(names[7], TORCH_BOX((&affine_step_out<Device, A>)));
-  library.impl(names[8], TORCH_BOX((&denoised_step<Device, A>)));
-  library.impl(names[9], TORCH_BOX((&denoised_step_out<Device, A>)));
+  library.impl(names[0], BICM_BOX((&form_step<Device, Form::affine, A>)));
+  library.impl(names[1], BICM_BOX((&form_step_out<Device, Form::affine, A>)));
+  library.impl(names[2], BICM_BOX((&form_step<Device, Form::bdia, A>)));
+  library.impl(names[3], BICM_BOX((&form_step_out<Device, Form::bdia, A>)));
+  library.impl(names[4], BICM_BOX((&form_step<Device, Form::bdia_inverse, A>)));
+  library.impl(names[5], BICM_BOX((&form_step_out<Device, Form::bdia_inverse, A>)));
+  library.impl(names[6], BICM_BOX((&affine_step<Device, A>)));
+  library.impl(names[7], BICM_BOX((&affine_step_out<Device, A>)));
+  library.impl(names[8], BICM_BOX((&denoised_step<Device, A>)));
+  library.impl(names[9], BICM_BOX((&denoised_step_out<Device, A>)));
 }
 
 template <class Device>

@@ -34,14 +34,15 @@ void draw_tensors(Tensor out, Tensor seed, Tensor step, Tensor sample_id) {
   draw<Device, D>(out, KeyTensors{seed, step, sample_id});
 }
 
-// Seeds and data are both 0-d, or (B,), or one of each.
+// Seeds and data are both 0-d, or (B,), or one of each; one that is 0-d may lie on the host.
 template <class Device>
 Tensor fold_in_tensors(Tensor seed, Tensor data) {
   const Tensor& shaped = seed.dim() >= data.dim() ? seed : data;
+  const Tensor& placed = on_host(device_of(seed)) ? data : seed;
   const int64_t count = shaped.numel();
   STD_TORCH_CHECK(shaped.dim() <= 1 && (seed.dim() != data.dim() || seed.numel() == data.numel()),
                   "bicm_kernels: seed and data must be 0-d or (B,)");
-  Tensor out = torch::stable::new_empty(shaped, shaped.sizes());
+  Tensor out = empty_tensor(placed, shaped.dim(), count, torch_code(DType::int64));
   const int32_t device = device_of(out);
   Device::fold_in(integer_of(seed, count, device), integer_of(data, count, device), out);
   return out;
@@ -84,12 +85,12 @@ std::tuple<Tensor, Tensor> noisy_pair(Tensor x, Tensor sigma_low, Tensor sigma_h
 
 template <class Device>
 void register_noise(torch::stable::detail::StableLibrary& library) {
-  library.impl("normal", TORCH_BOX((&draw_numbers<Device, Distribution::normal>)));
-  library.impl("normal.tensor", TORCH_BOX((&draw_tensors<Device, Distribution::normal>)));
-  library.impl("uniform", TORCH_BOX((&draw_numbers<Device, Distribution::uniform>)));
-  library.impl("uniform.tensor", TORCH_BOX((&draw_tensors<Device, Distribution::uniform>)));
-  library.impl("fold_in", TORCH_BOX((&fold_in_tensors<Device>)));
-  library.impl("noisy_pair", TORCH_BOX((&noisy_pair<Device>)));
+  library.impl("normal", BICM_BOX((&draw_numbers<Device, Distribution::normal>)));
+  library.impl("normal.tensor", BICM_BOX((&draw_tensors<Device, Distribution::normal>)));
+  library.impl("uniform", BICM_BOX((&draw_numbers<Device, Distribution::uniform>)));
+  library.impl("uniform.tensor", BICM_BOX((&draw_tensors<Device, Distribution::uniform>)));
+  library.impl("fold_in", BICM_BOX((&fold_in_tensors<Device>)));
+  library.impl("noisy_pair", BICM_BOX((&noisy_pair<Device>)));
 }
 
 }  // namespace bicm

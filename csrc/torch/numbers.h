@@ -4,6 +4,7 @@
 #include <optional>
 #include <vector>
 
+#include "../core/keys.h"
 #include "tensors.h"
 
 namespace bicm {
@@ -15,14 +16,11 @@ inline Number number_of(double value) { return {value, nullptr, 0, DType::float6
 inline Number number_of(const View& view, int64_t batch, int32_t device) {
   STD_TORCH_CHECK(view.dim == 0 || (view.dim == 1 && view.sizes[0] == batch),
                   "bicm_kernels: a number must be 0-d or (B,)");
-  Number number = {0.0, view.data, view.dim == 0 ? 0 : view.strides[0], view.dtype};
-  if (view.device != device) {
-    STD_TORCH_CHECK(view.dim == 0 && on_host(view.device) && number.dtype == DType::float64,
-                    "bicm_kernels: a number must be on the tensors' device, or a 0-d float64 tensor on the CPU");
-    number.value = *static_cast<const double*>(number.data);
-    number.data = nullptr;
-  }
-  return number;
+  const Number number = {0.0, view.data, view.dim == 0 ? 0 : view.strides[0], view.dtype};
+  if (view.device == device) return number;
+  STD_TORCH_CHECK(view.dim == 0 && on_host(view.device),
+                  "bicm_kernels: a number must be on the tensors' device, or 0-d on the CPU");
+  return number_of(load_number<double>(number, 0));
 }
 
 inline Number number_of(const Tensor& tensor, int64_t batch, int32_t device) {

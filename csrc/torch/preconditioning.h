@@ -75,13 +75,13 @@ std::tuple<typename A::Tensor, typename A::Tensor> renoise(
 
 template <class Device>
 void register_preconditioning(torch::stable::detail::StableLibrary& library) {
-  library.impl("scale_input", TORCH_BOX((&scale_input<Device, NumberArguments>)));
-  library.impl("scale_input.tensor", TORCH_BOX((&scale_input<Device, TensorArguments>)));
-  library.impl("denoise", TORCH_BOX((&denoise<Device, NumberArguments>)));
-  library.impl("denoise.tensor", TORCH_BOX((&denoise<Device, TensorArguments>)));
-  library.impl("denoise_gradient", TORCH_BOX((&denoise_gradient<Device>)));
-  library.impl("renoise", TORCH_BOX((&renoise<Device, NumberArguments>)));
-  library.impl("renoise.tensor", TORCH_BOX((&renoise<Device, TensorArguments>)));
+  library.impl("scale_input", BICM_BOX((&scale_input<Device, NumberArguments>)));
+  library.impl("scale_input.tensor", BICM_BOX((&scale_input<Device, TensorArguments>)));
+  library.impl("denoise", BICM_BOX((&denoise<Device, NumberArguments>)));
+  library.impl("denoise.tensor", BICM_BOX((&denoise<Device, TensorArguments>)));
+  library.impl("denoise_gradient", BICM_BOX((&denoise_gradient<Device>)));
+  library.impl("renoise", BICM_BOX((&renoise<Device, NumberArguments>)));
+  library.impl("renoise.tensor", BICM_BOX((&renoise<Device, TensorArguments>)));
 }
 
 }  // namespace bicm

@@ -224,12 +224,12 @@ void scale_gradients(Tensor upstream, std::vector<Tensor> gradients) {
 
 template <class Device, class A, class Library>
 void register_losses(Library& library, const char* const* names) {
-  library.impl(names[0], TORCH_BOX((&pseudo_huber_loss<Device, A>)));
-  library.impl(names[1], TORCH_BOX((&pseudo_huber_backward<Device, A>)));
-  library.impl(names[2], TORCH_BOX((&pseudo_huber_with_gradients<Device, A>)));
-  library.impl(names[3], TORCH_BOX((&consistency_loss<Device, A>)));
-  library.impl(names[4], TORCH_BOX((&consistency_loss_backward<Device, A>)));
-  library.impl(names[5], TORCH_BOX((&consistency_loss_with_gradients<Device, A>)));
+  library.impl(names[0], BICM_BOX((&pseudo_huber_loss<Device, A>)));
+  library.impl(names[1], BICM_BOX((&pseudo_huber_backward<Device, A>)));
+  library.impl(names[2], BICM_BOX((&pseudo_huber_with_gradients<Device, A>)));
+  library.impl(names[3], BICM_BOX((&consistency_loss<Device, A>)));
+  library.impl(names[4], BICM_BOX((&consistency_loss_backward<Device, A>)));
+  library.impl(names[5], BICM_BOX((&consistency_loss_with_gradients<Device, A>)));
 }
 
 template <class Device>
@@ -242,7 +242,7 @@ void register_pseudo_huber(torch::stable::detail::StableLibrary& library) {
       "consistency_loss.tensor", "consistency_loss_backward.tensor", "consistency_loss_with_gradients.tensor"};
   register_losses<Device, LossNumbers>(library, numbers);
   register_losses<Device, LossTensors>(library, tensors);
-  library.impl("scale_gradients_", TORCH_BOX((&scale_gradients<Device>)));
+  library.impl("scale_gradients_", BICM_BOX((&scale_gradients<Device>)));
 }
 
 }  // namespace bicm

@@ -285,8 +285,8 @@ Tensor fixed_point_decode(Tensor x, int64_t fraction_bits, Dtype dtype) {
 
 template <class Device, class A, Increment I, bool Inverse, class Library>
 void register_exact_step(Library& library, const char* name, const char* out_name) {
-  library.impl(name, TORCH_BOX((&exact_step<Device, I, Inverse, A>)));
-  library.impl(out_name, TORCH_BOX((&exact_step_out<Device, I, Inverse, A>)));
+  library.impl(name, BICM_BOX((&exact_step<Device, I, Inverse, A>)));
+  library.impl(out_name, BICM_BOX((&exact_step_out<Device, I, Inverse, A>)));
 }
 
 template <class Device>
@@ -306,9 +306,9 @@ void register_reversible(torch::stable::detail::StableLibrary& library) {
                                                         "bdia_exact_inverse_step.out");
   register_exact_step<Device, ExactTensors, bdia, true>(library, "bdia_exact_inverse_step.tensor",
                                                         "bdia_exact_inverse_step.tensor_out");
-  library.impl("fixed_point_encode", TORCH_BOX((&fixed_point_encode<Device>)));
-  library.impl("fixed_point_encode.out", TORCH_BOX((&fixed_point_encode_out<Device>)));
-  library.impl("fixed_point_decode", TORCH_BOX((&fixed_point_decode<Device, Tensor, ScalarType>)));
+  library.impl("fixed_point_encode", BICM_BOX((&fixed_point_encode<Device>)));
+  library.impl("fixed_point_encode.out", BICM_BOX((&fixed_point_encode_out<Device>)));
+  library.impl("fixed_point_decode", BICM_BOX((&fixed_point_decode<Device, Tensor, ScalarType>)));
 }
 
 }  // namespace bicm

@@ -8,7 +8,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "../core/operands.h"
+#include "boxed.h"
 #include "memory.h"
+
+// Since torch 2.13, whose check says more where its headers are asked for no older ABI.
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
 
 namespace bicm {
 

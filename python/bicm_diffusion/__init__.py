@@ -1,5 +1,6 @@
 """Schedules, samplers and training objectives for diffusion models, built on the fused ops of `bicm_kernels`."""
 
+from bicm_diffusion import layout
 from bicm_diffusion.consistency import (
     PRESETS,
     BctLoss,
@@ -59,6 +60,9 @@ from bicm_diffusion.schedules import (
     vp_schedule,
     vp_time,
 )
+from bicm_kernels import __version__ as __version__
+
+layout.check()
 
 __all__ = [
     "PRESETS",

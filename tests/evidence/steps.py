@@ -137,7 +137,7 @@ def consistency(F: Tensor, target: Tensor, x: Tensor) -> Tensor:
 def bct() -> int:
     x, network, table_ = start(), Stub(), bicm_diffusion.LevelTable(bicm_diffusion.karras_levels(11))
     drawn = bicm_diffusion.draw_levels(table_, SHAPE[0], seed=0, step=0)
-    return launches(lambda: bicm_diffusion.bct_loss(network, x, drawn, seed=0).total.backward())
+    return launches(lambda: bicm_diffusion.bct_loss(network, x, drawn, seed=0, step=0).total.backward())
 
 
 DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {

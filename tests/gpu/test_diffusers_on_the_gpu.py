@@ -15,6 +15,7 @@ pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
 
 from diffusers import DDIMScheduler
 
+from bicm_kernels import backend
 from tests.diffusers_cases import (
     CASES,
     DEFAULTS,
@@ -90,7 +91,9 @@ def test_keyed_noise_is_the_cpu_s(gpu_backend: str, same_bits: SameBits, case: C
     ours, x = begun(case, noise="keyed", seed=3)
     there = pair(case, "cpu", noise="keyed", seed=3)[1]
     there.set_timesteps(STEPS)
-    same_bits(loop(ours, x).cpu(), loop(there, x.cpu()))
+    result = loop(ours, x).cpu()
+    with backend.use("native"):  # Triton, where it is forced, has no kernels for the CPU
+        same_bits(result, loop(there, x.cpu()))
 
 
 @pytest.mark.parametrize("case", DEFAULTS, ids=name_of)

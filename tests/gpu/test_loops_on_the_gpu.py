@@ -9,6 +9,8 @@ import torch
 from loops import FLOATS, LOOPS, ROUND_TRIPS, opened, start
 from torch import Tensor
 
+from bicm_kernels import backend
+
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
@@ -20,7 +22,9 @@ SameBits = Callable[[Tensor, Tensor], None]
 @pytest.mark.parametrize("name", LOOPS)
 def test_the_bits_of_the_cpu(gpu_backend: str, same_bits: SameBits, name: str) -> None:
     results = opened(LOOPS[name](start("cuda")))
-    for actual, expected in zip(results, opened(LOOPS[name](start("cpu"))), strict=True):
+    with backend.use("native"):  # Triton, where it is forced, has no kernels for the CPU
+        there = opened(LOOPS[name](start("cpu")))
+    for actual, expected in zip(results, there, strict=True):
         assert actual.is_cuda
         same_bits(actual.cpu(), expected)
 

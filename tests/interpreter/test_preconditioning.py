@@ -126,14 +126,14 @@ def test_the_public_functions_run_on_the_kernels() -> None:
         (gradient,) = torch.autograd.grad(y, F, torch.ones_like(y))
         scaled = bicm_kernels.scale_input(x, t)
         noisy = bicm_kernels.renoise(x, F.detach(), t, None, 0.7, seed=1)
-        pair = bicm_kernels.noisy_pair(x, 0.1, t, seed=3)
+        pair = bicm_kernels.noisy_pair(x, 0.1, t, seed=3, step=1)
     assert_same(y.detach(), expected)
     levels = (t, torch.tensor(0.002, dtype=F64), DATA)
     assert_same(gradient, reference.denoise_gradient(torch.ones_like(x), *levels, False, False, True, F32))
     assert_same(scaled, reference.scale_input(x, t))
     for results, wanted in (
         (noisy, reference.renoise(x, F.detach(), t, None, 0.7, seed=1)),
-        (pair, reference.noisy_pair(x, 0.1, t, seed=3)),
+        (pair, reference.noisy_pair(x, 0.1, t, seed=3, step=1)),
     ):
         for result, value in zip(results, wanted, strict=True):
             assert_same(result, value)

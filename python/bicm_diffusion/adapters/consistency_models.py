@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bicm_kernels import affine_step, denoise, scale_input
+from bicm_diffusion.adapters.arithmetic import promoted, weighted_sum
+from bicm_diffusion.adapters.preconditioning import Scalings, precondition
 
 
 class ConsistencyDenoiser:
     """`denoise(model, x_t, sigmas, **model_kwargs)`, as consistency models define it.
 
-    model(c_in·x_t, 1000·ln(σ + 1e-44)/4, **model_kwargs) returns F like x_t; sigmas (B,). Returns (F, denoised), the
-    second in the dtype of x_t: c_skip·x_t + c_out·F, with distillation the boundary condition at sigma_min (consistency
-    models, appendix C), without it EDM's.
+    model(c_in·x_t, 1000·ln(σ + 1e-44)/4, **model_kwargs) returns F like x_t; sigmas: 0-d, (B,) or with more dimensions
+    where levels differ within a sample. Returns (F, denoised), the second in the dtype to which x_t, sigmas and F
+    promote: c_skip·x_t + c_out·F, with distillation the boundary condition at sigma_min (consistency models, appendix
+    C), without it EDM's.
 
     >>> ConsistencyDenoiser().denoise(lambda x, t: x, torch.ones(1, 2), torch.ones(1))[1].shape
     torch.Size([1, 2])
@@ -26,28 +28,47 @@ class ConsistencyDenoiser:
     def __init__(self, sigma_data: float = 0.5, sigma_min: float = 0.002, distillation: bool = True) -> None:
         self.sigma_data, self.sigma_min, self.distillation = sigma_data, sigma_min, distillation
 
+    def get_scalings(self, sigma: Tensor) -> Scalings:
+        """Return EDM's c_skip, c_out and c_in at the levels sigma."""
+        return self._scalings(sigma, 0.0)
+
+    def get_scalings_for_boundary_condition(self, sigma: Tensor) -> Scalings:
+        """Return c_skip, c_out and c_in of a consistency model, whose c_out is 0 at sigma_min."""
+        return self._scalings(sigma, self.sigma_min)
+
+    def _scalings(self, sigma: Tensor, end: float) -> Scalings:
+        root, above = (sigma**2 + self.sigma_data**2) ** 0.5, sigma - end
+        return self.sigma_data**2 / (above**2 + self.sigma_data**2), above * self.sigma_data / root, 1 / root
+
     def denoise(
         self, model: Callable[..., Tensor], x_t: Tensor, sigmas: Tensor, **model_kwargs: Any
     ) -> tuple[Any, Any]:
         """Return (F, denoised) at the levels sigmas."""
-        sigmas = sigmas.reshape(-1).expand(x_t.shape[0]).contiguous()
-        times = 1000 * 0.25 * torch.log(sigmas + 1e-44)
-        output = model(scale_input(x_t, sigmas, sigma_data=self.sigma_data), times, **model_kwargs)
-        parameterization = "cm" if self.distillation else "edm"
-        denoised = denoise(
+        name = "get_scalings_for_boundary_condition" if self.distillation else "get_scalings"
+        return precondition(
+            lambda scaled: model(scaled, 1000 * 0.25 * torch.log(sigmas + 1e-44), **model_kwargs),
             x_t,
-            output,
             sigmas,
-            parameterization=parameterization,
+            getattr(self, name),
+            fused=getattr(type(self), name) is getattr(ConsistencyDenoiser, name),
             sigma_data=self.sigma_data,
             sigma_min=self.sigma_min,
+            parameterization="cm" if self.distillation else "edm",
         )
-        return output, denoised
 
 
 @torch.no_grad()
-def sample_onestep(distiller: Callable[..., Tensor], x: Tensor, sigmas: Tensor, *_: Any, **__: Any) -> Tensor:
+def sample_onestep(
+    distiller: Callable[..., Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    generator: Any = None,
+    progress: bool = False,
+    callback: Callable[[dict[str, Any]], object] | None = None,
+) -> Tensor:
     """Return distiller(x, sigmas[0]·1): one evaluation, from x at the highest level.
+
+    generator, progress and callback are taken and not read, as in the function that this stands for.
 
     >>> sample_onestep(lambda x, sigma: 0 * x, torch.ones(1, 2), torch.tensor([80.0, 0.0]))
     tensor([[0., 0.]])
@@ -71,9 +92,11 @@ def stochastic_iterative_sampler(
 ) -> Tensor:
     """Return a sample by multistep consistency sampling (consistency models Alg. 1).
 
-    distiller(x, t), t (B,), returns the denoised sample; ts: indices on the grid of `steps` levels from t_max to t_min,
-    the last one the level that the last evaluation is renoised to. generator.randn_like(x) draws the noise. sigmas is
-    taken and not read, as in the function that this stands for.
+    distiller(x, t), t (B,) in the dtype of x, returns the denoised sample; ts: indices on the grid of `steps` levels
+    from t_max to t_min, the last one the level that the last evaluation is renoised to. generator.randn_like(x) draws
+    the noise, in every step. sigmas and progress are taken and not read, as in the function that this stands for; the
+    callback, which that one does not read either, takes {"x", "i", "sigma", "denoised"} after each evaluation, and what
+    it writes to them does not count.
 
     >>> from types import SimpleNamespace
     >>> noise = SimpleNamespace(randn_like=torch.randn_like)
@@ -81,11 +104,14 @@ def stochastic_iterative_sampler(
     torch.Size([1, 2])
     """
     high, low = t_max ** (1 / rho), t_min ** (1 / rho)
-    levels = [(high + index / (steps - 1) * (low - high)) ** rho for index in ts]
+    levels = [(high + float(index) / (steps - 1) * (low - high)) ** rho for index in ts]
+    ones = x.new_ones([x.shape[0]])
     for i, (level, below) in enumerate(pairwise(levels)):
-        denoised = distiller(x, torch.full((x.shape[0],), level, dtype=x.dtype, device=x.device))
+        denoised = distiller(x, ones * level)
+        fresh = generator.randn_like(x)
+        below = min(max(below, t_min), t_max)
+        moved = weighted_sum(promoted(denoised, fresh), [1.0, max(below**2 - t_min**2, 0.0) ** 0.5])
         if callback is not None:
             callback({"x": x, "i": i, "sigma": level, "denoised": denoised})
-        below = min(max(below, t_min), t_max)
-        x = affine_step([denoised, generator.randn_like(x)], [1.0, max(below**2 - t_min**2, 0.0) ** 0.5])
+        x = moved
     return x

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.adapters import noise
-from bicm_diffusion.adapters.k_diffusion import MOST_CHURN
+from bicm_diffusion.adapters.arithmetic import broadcast, two_sums
+from bicm_diffusion.adapters.k_diffusion import MOST_LIFT
 from bicm_kernels import affine_step
 
 
-@torch.no_grad()
 def edm_sampler(
     net: Any,
     latents: Tensor,
@@ -30,51 +30,76 @@ def edm_sampler(
     S_max: float = float("inf"),
     S_noise: float = 1.0,
     dtype: torch.dtype = torch.float64,
+    skip_unused_noise: bool = False,
 ) -> Tensor:
     """Return a sample by EDM's stochastic Heun sampler (EDM Alg. 2).
 
-    net(x, sigma, class_labels) returns the denoised sample, with x in `dtype`; where net has sigma_min, sigma_max and
-    round_sigma, they bound and round the levels. latents: (B, …) standard normal. The state is float64 or float32, as
-    `dtype` says, and so is the result. Raises ValueError for another dtype.
+    net(x, sigma, class_labels) returns the denoised sample, with x and the 0-d sigma in `dtype`; where net has
+    sigma_min, sigma_max and round_sigma, they bound and round the levels, in float64. latents: (B, …) standard normal.
+    The state is float64 or float32, as `dtype` says, and so is the result. A step between equal levels leaves the state
+    as it is. Gradients are recorded as in EDM's function: call it under `torch.no_grad()` where none is wanted. Raises
+    ValueError for another dtype and for levels that churn would lower.
+
+    randn_like(x) is asked for noise in every step, as EDM asks it, also where churn does not act and the noise is
+    dropped; with skip_unused_noise only where it acts, which is faster and leaves another state of the generator.
 
     >>> edm_sampler(lambda x, sigma, labels: 0 * x, torch.ones(1, 2), num_steps=3).dtype
     torch.float64
     """
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
-    sigma_min = max(sigma_min, getattr(net, "sigma_min", 0.0))
-    sigma_max = min(sigma_max, getattr(net, "sigma_max", math.inf))
-    rounded = _rounding(net, latents.device)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    last = max(num_steps - 1, 1)
-    levels = [*(rounded((high + i / last * (low - high)) ** rho) for i in range(num_steps)), 0.0]
+    levels = _levels(net, latents.device, num_steps, sigma_min, sigma_max, rho)
+    raised = _raised(net, latents.device, levels, S_churn / num_steps, S_min, S_max)
+    draw = noise.randn_like if randn_like is torch.randn_like else randn_like
 
     def denoised(x: Tensor, level: float) -> Tensor:
         return net(x, torch.full((), level, dtype=dtype, device=x.device), class_labels)
 
-    draw = noise.randn_like if randn_like is torch.randn_like else randn_like
     x = affine_step([latents.to(dtype)], [levels[0]])
-    for level, below in pairwise(levels):
-        lift = min(S_churn / num_steps, MOST_CHURN) if S_min <= level <= S_max else 0.0
-        if lift > 0.0:
-            raised = rounded(level * (1.0 + lift))
-            x = affine_step([x, draw(x)], [1.0, S_noise * math.sqrt(raised**2 - level**2)])
-            level = raised
+    for (unraised, below), level in zip(pairwise([*levels, 0.0]), raised, strict=True):
+        if level != unraised or not skip_unused_noise:
+            fresh = draw(x)
+        if level != unraised:
+            weight = S_noise * math.sqrt(level**2 - unraised**2)
+            if fresh.dtype is not dtype:  # weighed in its own dtype, as torch does
+                fresh, weight = fresh * weight, 1.0
+            x = affine_step(broadcast(x, fresh), [1.0, weight])
         first = denoised(x, level)
-        ratio = below / level
-        predicted = affine_step([x, first], [ratio, 1.0 - ratio])
-        if below == 0.0:
-            x = predicted
+        if below == level:
+            if below > 0.0:
+                denoised(x, below)
             continue
+        if below == 0.0:
+            x = affine_step(broadcast(x, first), [0.0, 1.0])
+            continue
+        ratio, half = below / level, (below - level) / 2
+        # x + half·((x - first)/level + (predicted - second)/below). What is of the first evaluation is summed up before
+        # the second, which may write to its input and over what the first one returned.
+        predicted, halfway = two_sums(broadcast(x, first), [ratio, 1.0 - ratio], [1.0 + half / level, -half / level])
         second = denoised(predicted, below)
-        half = (below - level) / 2
-        weights = [1.0 + half / level, -half / level, half / below, -half / below]
-        x = affine_step([x, first, predicted, second], weights)
+        x = affine_step(broadcast(halfway, predicted, second), [1.0, half / below, -half / below])
     return x
 
 
-def _rounding(net: Any, device: torch.device) -> Callable[[float], float]:
-    function = getattr(net, "round_sigma", None)
-    if function is None:
-        return lambda sigma: sigma
-    return lambda sigma: float(function(torch.as_tensor(sigma, device=device)))
+def _levels(net: Any, device: torch.device, steps: int, low: float, high: float, rho: float) -> list[float]:
+    low, high = max(low, float(getattr(net, "sigma_min", 0.0))), min(high, float(getattr(net, "sigma_max", math.inf)))
+    last = max(steps - 1, 1)
+    low, high = low ** (1 / rho), high ** (1 / rho)
+    return _rounded(net, device, [(high + i / last * (low - high)) ** rho for i in range(steps)])
+
+
+def _raised(net: Any, device: torch.device, levels: list[float], lift: float, low: float, high: float) -> list[float]:
+    """The levels of the steps' first evaluations."""
+    lift = min(lift, MOST_LIFT)
+    raised = _rounded(net, device, [level + (lift if low <= level <= high else 0.0) * level for level in levels])
+    for level, above in zip(levels, raised, strict=True):
+        if above < level:
+            raise ValueError(f"S_churn: expected levels that rise, got {above} from {level}")
+    return raised
+
+
+def _rounded(net: Any, device: torch.device, levels: list[float]) -> list[float]:
+    """The levels that the network knows, asked for in float64 as EDM asks."""
+    if not hasattr(net, "round_sigma"):
+        return levels
+    return torch.as_tensor(net.round_sigma(torch.tensor(levels, dtype=torch.float64, device=device))).tolist()

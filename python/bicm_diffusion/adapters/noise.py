@@ -11,7 +11,7 @@ from bicm_kernels import generator_normal
 def randn_like(x: Tensor) -> Tensor:
     """Return the numbers of `torch.randn_like(x)`, from torch's default generator, which is left in the same state.
 
-    x: any shape, floating dtype, layout and device. Faster for contiguous float32 on the CPU.
+    x: any shape, floating or complex dtype, layout and device. Faster for contiguous float32 on the CPU.
 
     >>> _ = torch.manual_seed(0)
     >>> noise = randn_like(torch.ones(1, 32))

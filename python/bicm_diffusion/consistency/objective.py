@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 
+from bicm_diffusion.consistency.frozen import evaluate_frozen, refuse_data_parallel
 from bicm_diffusion.consistency.grid import T_MIN, LevelTable, drawn, partner_probabilities
+from bicm_diffusion.consistency.shared_draws import draws_alike
 from bicm_diffusion.keys import DROPOUT, LEVELS, PARTNERS
 from bicm_kernels import (
     affine_step,
@@ -71,9 +70,9 @@ def bct_loss(
     x: Tensor,
     levels: Levels,
     *,
-    seed: int,
-    step: int = 0,
-    sample_id: int = 0,
+    seed: int | Tensor,
+    step: int | Tensor,
+    sample_id: int | Tensor = 0,
     extra_args: Mapping[str, Any] | None = None,
     c: float | None = None,
     sigma_data: float = 0.5,
@@ -98,20 +97,18 @@ def bct_loss(
         two; "backward" has second derivatives.
     Raises ValueError for another target or gradient.
     """
+    refuse_data_parallel(network)
     if target not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     low, high, partner = (level.to(device=x.device, dtype=dtype) for level in levels)
     gap, leap = levels.high - levels.low, (levels.low - levels.partner).abs()
-    frozen = {name: parameter.detach() for name, parameter in network.named_parameters()}
     end = torch.full_like(low, t_min)
-    dropout = int(fold_in(_dropout_key(seed), step))
+    alike = draws_alike(_dropout_key(seed, step), x.device)
 
-    def evaluate(scaled: Tensor, t: Tensor, u: Tensor, *, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        with _seeded(dropout, x.device):
-            if parameters is None:
-                return network(scaled, t, u, **(extra_args or {}))
-            return functional_call(network, dict(parameters), (scaled, t, u), dict(extra_args or {}))
+    def evaluate(scaled: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        with alike():
+            return network(scaled, t, u, **(extra_args or {}))
 
     # Only c_in x_t is ever stored: what the network takes is all that the rest needs.
     noise: dict[str, Any] = {"seed": seed, "step": step, "sample_id": sample_id}
@@ -130,11 +127,22 @@ def bct_loss(
         with torch.no_grad():
             goal = denoise(x_partner, evaluate(x_partner, partner, end), partner, t_min, **scaled)
     moved, same = _Leap.apply(evaluate(x_low, low, partner), x_low, low, partner, sigma_data)
-    output = evaluate(same, partner, end, parameters=frozen)
+    with alike():
+        output = evaluate_frozen(network, (same, partner, end), extra_args or {})
     trajectory = consistency_loss(
         moved, output, partner, None, goal, weight=leap.reciprocal().to(x.device, dtype), **options
     )
     return BctLoss(consistency, trajectory)
+
+
+def _dropout_key(seed: int | Tensor, step: int | Tensor) -> int | Tensor:
+    folded = isinstance(seed, Tensor) or torch.compiler.is_compiling()
+    return fold_in(fold_in(seed, DROPOUT) if folded else _dropout_seed(seed), step)
+
+
+@lru_cache
+def _dropout_seed(seed: int) -> int:
+    return int(fold_in(seed, DROPOUT))
 
 
 class _Leap(torch.autograd.Function):
@@ -147,30 +155,15 @@ class _Leap(torch.autograd.Function):
         pairs = (one, zero), (zero, one)
         # c_in(u) c_skip and c_in(u) c_out.
         weights = [(c_in * denoise(*pair, t, u, sigma_data=sigma_data, scaled=True))[:, 0] for pair in pairs]
-        ctx.save_for_backward(weights[1])
-        ctx.dtype = F.dtype
+        ctx.save_for_backward(*weights)
+        ctx.dtypes = x.dtype, F.dtype
         moved = affine_step([x, F], weights)
         return moved, moved.view_as(moved)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return affine_step(gradients, [weight, weight]).to(ctx.dtype), None, None, None, None
-
-
-@lru_cache
-def _dropout_key(seed: int) -> int:
-    return int(fold_in(seed, DROPOUT))
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Run with torch's own generator seeded, and give it back as it was; torch.manual_seed formats a stack trace."""
-    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        generator.set_state(state)
+        x, F = (
+            affine_step(gradients, [weight, weight]).to(dtype) if needed else None
+            for weight, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1::-1], strict=True)
+        )
+        return F, x, None, None, None

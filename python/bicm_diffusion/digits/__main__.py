@@ -20,6 +20,8 @@ from bicm_diffusion.digits.network import NetworkConfig
 from bicm_diffusion.digits.tensorboard import scalar_log
 from bicm_diffusion.digits.training import WEIGHTS, TrainingConfig, evaluate, save_weights, train
 
+#: Where commands write unless they are told otherwise: never beside the code, which may be an installation.
+BUILD = Path("build/digits")
 RUN = TrainingConfig()
 NET = NetworkConfig()
 BCT = BctConfig()
@@ -55,10 +57,15 @@ def main() -> None:
 )
 @click.option("--seed", default=RUN.seed, help="Seed of everything random in the run.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads; another number may round differently.")
-@click.option("--output", default=WEIGHTS, type=click.Path(dir_okay=False, path_type=Path), help="Weights to write.")
+@click.option(
+    "--output",
+    default=BUILD / "denoiser.safetensors",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Weights to write.",
+)
 @click.option(
     "--checkpoint",
-    default=Path("build/digits/checkpoint.pt"),
+    default=BUILD / "checkpoint.pt",
     type=click.Path(dir_okay=False, path_type=Path),
     help="State of the run; where it exists, the run goes on from it.",
 )
@@ -139,11 +146,14 @@ def train_denoiser(
 @click.option("--seed", default=BCT.seed, help="Seed of everything random in the run.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads; another number may round differently.")
 @click.option(
-    "--output", default=BCM_WEIGHTS, type=click.Path(dir_okay=False, path_type=Path), help="Weights to write."
+    "--output",
+    default=BUILD / "consistency.safetensors",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Weights to write.",
 )
 @click.option(
     "--checkpoint",
-    default=Path("build/digits/consistency.pt"),
+    default=BUILD / "consistency.pt",
     type=click.Path(dir_okay=False, path_type=Path),
     help="State of the run; where it exists, the run goes on from it.",
 )
@@ -215,13 +225,13 @@ def train_consistency(
 @main.command()
 @click.option(
     "--output",
-    default=Path("demo.png"),
+    default=BUILD / "demo.png",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Picture to write.",
 )
 @click.option(
     "--consistency-output",
-    default=Path("demo-consistency.png"),
+    default=BUILD / "demo-consistency.png",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Picture of the consistency model to write.",
 )
@@ -277,7 +287,7 @@ def check(weights: Path, seed: int, tolerance: float) -> None:
 @main.command("edit")
 @click.option(
     "--output",
-    default=Path("edit.png"),
+    default=BUILD / "edit.png",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Picture to write.",
 )

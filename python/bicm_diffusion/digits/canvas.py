@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import matplotlib
+import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, LogNorm, Normalize
-from matplotlib.figure import Figure
 
 from bicm_diffusion.digits.data import CLASSES, SIDE
+from bicm_diffusion.extras import extra
+
+with extra("diffusion"):
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Colormap, LogNorm, Normalize
+    from matplotlib.figure import Figure
 
 INK, GREY, PAPER = "#1b1f24", "#667079", "#ffffff"
 CELL, GAP = 0.5, 0.06
@@ -50,7 +54,7 @@ class Canvas:
     def __init__(self, width: float, height: float, title: str, summary: str) -> None:
         self.width, self.height = width, height
         self.figure = Figure(figsize=(width, height), facecolor=PAPER, dpi=DPI)
-        FigureCanvasAgg(self.figure)
+        self.canvas = FigureCanvasAgg(self.figure)
         left = 0.55
         self.text(left, 0.35, title, size=22, weight="bold")
         self.text(left, 0.85, summary, size=11.5, colour=GREY)
@@ -83,6 +87,11 @@ class Canvas:
         """Write a line of text."""
         x, y = left / self.width, 1 - top / self.height
         self.figure.text(x, y, text, fontsize=size, fontweight=weight, color=colour, va="top")
+
+    def pixels(self) -> np.ndarray:
+        """Return what is drawn, (height, width, 4) uint8."""
+        self.canvas.draw()
+        return np.asarray(self.canvas.buffer_rgba())
 
     def _row(self, left: float, top: float, row: Row) -> None:
         self.text(left, top + (0.06 if row.note else 0.17), row.name, size=11, weight="bold")

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +27,7 @@ from bicm_diffusion.digits.consistency_measurements import (
     without_labels,
 )
 from bicm_diffusion.digits.consistency_network import ConsistencyNetwork
-from bicm_diffusion.digits.consistency_picture import ConsistencyPanels, compose, draw_picture, save_picture
+from bicm_diffusion.digits.consistency_picture import compose, draw_picture, save_picture
 from bicm_diffusion.digits.consistency_training import load_network
 from bicm_diffusion.digits.data import load_split
 
@@ -110,15 +109,8 @@ def compare(network: ConsistencyNetwork, *, seed: int) -> Agreement:
     fused, plain = (compose(network, seed=seed), compose(network, seed=seed, by=EAGER))
     pairs = zip(fused.tensors(), plain.tensors(), strict=True)
     images = max((a.double() - b.double()).abs().max().item() for a, b in pairs)
-    pictures = [_pixels(panels).astype(np.int16) for panels in (fused, plain)]
+    pictures = [draw_picture(panels).pixels().astype(np.int16) for panels in (fused, plain)]
     return Agreement(images, int(np.abs(pictures[0] - pictures[1]).max()))
-
-
-def _pixels(panels: ConsistencyPanels) -> np.ndarray:
-    canvas = draw_picture(panels).figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())
 
 
 def _cells(found: SampleFigures) -> tuple[str, str, str, str]:

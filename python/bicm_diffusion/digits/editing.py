@@ -16,6 +16,7 @@ from torch import Tensor
 from bicm_diffusion.digits.data import CLASSES, Digits
 from bicm_diffusion.digits.network import Denoiser
 from bicm_diffusion.digits.recognition import recognised
+from bicm_diffusion.extras import extra
 from bicm_diffusion.samplers import (
     InexactInversionWarning,
     bdia_invert,
@@ -146,10 +147,11 @@ def round_trip_table(
 
 def save_edits(edits: Sequence[Edit], digits: Digits, path: Path) -> None:
     """Draw the first ten digits, what each method makes of them and where it loses them; the ending is the format."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     from bicm_diffusion.digits.canvas import ERRORS, INK, Row
+
+    with extra("diffusion"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     rows = [Row(digits.images, "Real digits", "")]
     for done in edits:

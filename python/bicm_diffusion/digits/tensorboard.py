@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bicm_diffusion.extras import extra
+
 
 @contextmanager
 def scalar_log(directory: Path | None) -> Iterator[Callable[[str, float, int], object] | None]:
@@ -16,10 +18,7 @@ def scalar_log(directory: Path | None) -> Iterator[Callable[[str, float, int], o
     if directory is None:
         yield None
         return
-    try:
+    with extra("tensorboard", "or leave --tensorboard out"):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        message = "tensorboard is not installed: pip install 'bicm-kernels[tensorboard]', or leave --tensorboard out"
-        raise ImportError(message) from error
     with SummaryWriter(str(directory)) as writer:
         yield writer.add_scalar

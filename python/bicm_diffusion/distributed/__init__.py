@@ -1,6 +1,8 @@
 """Sampling across processes and machines: N samples that are the same bits for any world size, written as they come."""
 
-from bicm_diffusion.distributed.sampling import Shard, sample_shards
-from bicm_diffusion.distributed.store import Manifest, read_samples
+from bicm_diffusion.distributed.manifest import Manifest
+from bicm_diffusion.distributed.sampling import sample_shards
+from bicm_diffusion.distributed.shards import Shard
+from bicm_diffusion.distributed.store import read_samples
 
 __all__ = ["Manifest", "Shard", "read_samples", "sample_shards"]

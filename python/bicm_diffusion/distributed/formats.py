@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from bicm_diffusion.extras import extra
 
 #: Grey, RGB and RGBA.
 CHANNELS = (1, 3, 4)
 
 
+#: How a PNG file begins, and how it ends.
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
+
+
 class Format(NamedTuple):
-    """The ending of a shard's name, how samples from an id on are written to such a path, and how they are read."""
+    """The ending of a shard's name, and what is done with the samples first … stop - 1 at such a path.
+
+    library: what writes and reads, imported when it is needed. fault: why the shard is not whole, or None; a look at
+    headers and sizes that reads no samples.
+    """
 
     suffix: str
+    library: Callable[[], Any]
     write: Callable[[Path, int, Tensor], None]
-    read: Callable[[Path], Tensor]
+    fault: Callable[[Path, int, int], str | None]
+    read: Callable[[Path, int, int], Tensor]
 
 
 def to_pixels(samples: Tensor) -> Tensor:
@@ -43,34 +56,94 @@ def to_pixels(samples: Tensor) -> Tensor:
     return ((samples.cpu().double() + 1.0) * 127.5).round().clamp(0.0, 255.0).to(torch.uint8)
 
 
+def _safetensors() -> Any:
+    with extra("diffusion", 'or save images with save_as="png"'):
+        import safetensors.torch
+    return safetensors
+
+
+def _pillow() -> Any:
+    with extra("diffusion", 'or save tensors with save_as="safetensors"'):
+        import PIL.Image
+    return PIL.Image
+
+
+def write_tensors(path: Path, first: int, samples: Tensor) -> None:
+    """Write the file `path` with the samples as one tensor."""
+    _safetensors().torch.save_file({"samples": samples.contiguous().cpu()}, path)
+
+
+def fault_in_tensors(path: Path, first: int, stop: int) -> str | None:
+    """Return why a file has not the samples first … stop - 1, or None: its header, and the length that this tells."""
+    library = _safetensors()
+    if not path.is_file():
+        return "no file"
+    try:
+        with library.safe_open(path, framework="pt") as file:
+            shape = file.get_slice("samples").get_shape()
+    except library.SafetensorError as error:
+        return f"no whole safetensors file ({error})"
+    return None if shape[:1] == [stop - first] else f"expected {stop - first} samples, got shape {tuple(shape)}"
+
+
+def read_tensors(path: Path, first: int, stop: int) -> Tensor:
+    """Return a file's samples; raises ValueError naming the file where it is not whole."""
+    if fault := fault_in_tensors(path, first, stop):
+        raise ValueError(_unreadable(path, fault))
+    samples: Tensor = _safetensors().torch.load_file(path)["samples"]
+    return samples
+
+
 def write_images(path: Path, first: int, samples: Tensor) -> None:
     """Write the folder `path` with one image a sample, named by its id."""
-    from PIL import Image  # an optional dependency: tensors need only safetensors
-
+    library = _pillow()
     pixels = to_pixels(samples).permute(0, 2, 3, 1)
     path.mkdir()
     for i, image in enumerate(pixels):
-        Image.fromarray(image.squeeze(-1).contiguous().numpy()).save(path / f"{first + i:08d}.png")
+        library.fromarray(image.squeeze(-1).contiguous().numpy()).save(_image_path(path, first + i))
 
 
-def read_images(path: Path) -> Tensor:
-    """Return a folder's images, (B, C, H, W) uint8."""
-    import numpy as np
-    from PIL import Image
+def fault_in_images(path: Path, first: int, stop: int) -> str | None:
+    """Return why a folder has not the images first … stop - 1, or None: each file's beginning and end."""
+    for file in (_image_path(path, i) for i in range(first, stop)):
+        try:
+            with file.open("rb") as content:
+                start = content.read(len(PNG_START))
+                content.seek(-min(len(PNG_END), content.seek(0, os.SEEK_END)), os.SEEK_END)
+                if (start, content.read()) != (PNG_START, PNG_END):
+                    return f"{file.name} is no whole PNG file"
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            return f"{file.name}: {error.strerror}"
+    return None
 
-    images = []
-    for file in sorted(path.glob("*.png"), key=lambda file: int(file.stem)):
-        with Image.open(file) as image:
-            pixels = torch.from_numpy(np.array(image))
+
+def read_images(path: Path, first: int, stop: int) -> Tensor:
+    """Return a folder's images, (B, C, H, W) uint8; raises ValueError naming the file that is not as it should be."""
+    if fault := fault_in_images(path, first, stop):
+        raise ValueError(_unreadable(path, fault))
+    library, images = _pillow(), list[Tensor]()
+    for file in (_image_path(path, i) for i in range(first, stop)):
+        try:
+            with library.open(file) as image:
+                pixels = torch.from_numpy(np.array(image))
+        except (OSError, SyntaxError, ValueError) as error:  # a broken chunk is a SyntaxError
+            raise ValueError(_unreadable(path, f"{file.name}: {error}")) from error
         images.append(pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1))
+        if images[0].shape != images[-1].shape:
+            expected, got = (tuple(image.shape) for image in (images[0], images[-1]))
+            raise ValueError(_unreadable(path, f"{file.name}: expected an image {expected} as before, got {got}"))
     return torch.stack(images)
 
 
+def _image_path(folder: Path, sample_id: int) -> Path:
+    return folder / f"{sample_id:08d}.png"
+
+
+def _unreadable(path: Path, reason: str) -> str:
+    return f"{path} cannot be read: {reason}; remove it and run again, which makes it anew"
+
+
 FORMATS = {
-    "safetensors": Format(
-        ".safetensors",
-        lambda path, first, samples: save_file({"samples": samples.contiguous().cpu()}, path),
-        lambda path: load_file(path)["samples"],
-    ),
-    "png": Format("", write_images, read_images),
+    "safetensors": Format(".safetensors", _safetensors, write_tensors, fault_in_tensors, read_tensors),
+    "png": Format("", _pillow, write_images, fault_in_images, read_images),
 }

@@ -7,32 +7,26 @@ whoever makes it, it is written at once, and a restarted run makes only those ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bicm_diffusion.distributed.formats import FORMATS
-from bicm_diffusion.distributed.store import Manifest, clear_partial, write_shard, written
+from bicm_diffusion.distributed.manifest import Manifest, differences
+from bicm_diffusion.distributed.shards import Shard
+from bicm_diffusion.distributed.store import begin, write_shard
+from bicm_diffusion.extras import extra
 
+#: How long a process that is done waits for the others; gloo's own half an hour is less than a batch may take.
+PATIENCE = timedelta(days=365)
 
-@dataclass(frozen=True)
-class Shard:
-    """One batch to sample: the ids first … first + batch - 1, of which the first `kept` are wanted."""
-
-    first: int
-    batch: int
-    kept: int
-
-    @property
-    def sample_ids(self) -> Tensor:
-        """The ids (batch,), int64: `sample_id` of every keyed op."""
-        return torch.arange(self.first, self.first + self.batch)
+#: What is told to every process.
+REFUSALS = (ValueError, TypeError, OSError, ImportError)
 
 
 def sample_shards(
@@ -49,14 +43,18 @@ def sample_shards(
 
     sample(shard) returns samples (batch, …) that depend on nothing but the shard: draw noise with
     `normal(shape, seed=seed, sample_id=shard.first)`. batch: samples per call, the same on every process. settings:
-    whatever else decides the samples (seed, steps, weights, torch and device type), as JSON; a run is continued only
-    where count, batch, save_as and settings are those that it began with. Runs under torchrun or accelerate once the
-    default process group is there (gloo, nccl or any other: what is said goes by gloo), and alone without one.
+    whatever else decides the samples (seed, steps, weights, torch and device type), as `Manifest` takes it. A run is
+    continued only where count, batch, save_as and settings are those that it began with, and all processes must give
+    the same. Runs under torchrun or accelerate once the default process group is there (gloo, nccl or any other: what
+    is said goes by gloo), and alone without one.
     save_as: each batch is one safetensors file, or with "png" one folder of images named by their ids (needs pillow),
     from samples (batch, C, H, W) with C = 1, 3 or 4, uint8 or floats in [-1, 1]. Either is complete or absent; a
-    restart repeats none and loses none. progress: a bar on rank 0 (needs tqdm).
-    Raises ValueError where count, batch or save_as is out of range, the directory holds another run, a result has not
-    `batch` samples, or it cannot be written as images.
+    restart repeats none and loses none, and makes again, with a warning, what a full disk or a failing machine has cut
+    short. progress: a bar on rank 0 (needs tqdm).
+    Raises TypeError or ValueError, on every process, where count, batch, save_as or settings cannot be or differ
+    between processes, or the directory holds another run, or shards without a manifest, and ImportError where
+    safetensors, pillow or tqdm is needed and missing; on its own process where a
+    result has not `batch` samples or cannot be written as images.
 
     >>> import tempfile
     >>> from bicm_diffusion.distributed import read_samples
@@ -66,29 +64,22 @@ def sample_shards(
     ...     read_samples(directory).flatten()
     tensor([0., 1., 2.])
     """
-    if count < 1 or batch < 1:
-        raise ValueError(f"count, batch: expected integers of at least 1, got {count} and {batch}")
-    if save_as not in FORMATS:
-        raise ValueError(f"save_as: expected one of {', '.join(map(repr, FORMATS))}, got {save_as!r}")
     directory = Path(directory)
     rank, world = (dist.get_rank(), dist.get_world_size()) if _grouped() else (0, 1)
     with _hosts() as hosts:
-        missing = _agree(Manifest(count, batch, dict(settings), save_as), directory, rank, hosts)
-        mine = missing[rank::world]
-        with _bar(len(missing), len(mine), batch, shown=progress and rank == 0) as tell:
+        asked = _attempt(lambda: _ready(Manifest(count, batch, settings, save_as), shown=progress and rank == 0))
+        missing = _agree(asked, directory, rank, hosts)
+    mine = missing[rank::world]
+    with _hosts(PATIENCE) as hosts:
+        with _bar(missing, len(mine), shown=progress and rank == 0) as tell:
             for shard in mine:
                 samples = sample(shard)
                 if len(samples) != shard.batch:
                     raise ValueError(f"sample: expected {shard.batch} samples, got {len(samples)}")
-                write_shard(directory, shard.first, samples[: shard.kept], save_as)
+                write_shard(directory, shard, samples, save_as)
                 tell()
         if hosts is not None:
             dist.barrier(hosts)
-
-
-def shards_of(count: int, batch: int) -> list[Shard]:
-    """Cut `count` samples into batches, the last one padded."""
-    return [Shard(first, batch, min(batch, count - first)) for first in range(0, count, batch)]
 
 
 def _grouped() -> bool:
@@ -96,13 +87,13 @@ def _grouped() -> bool:
 
 
 @contextmanager
-def _hosts() -> Iterator[dist.ProcessGroup | None]:
+def _hosts(timeout: timedelta | None = None) -> Iterator[dist.ProcessGroup | None]:
     """All processes, talking from host to host; None where there is one alone.
 
     A group of GPUs alone would carry what is said here through whichever GPU is current, and give up on a process that
     waits for the last batch.
     """
-    hosts = dist.new_group(backend="gloo") if _grouped() else None
+    hosts = dist.new_group(backend="gloo", timeout=timeout) if _grouped() else None
     try:
         yield hosts
     finally:
@@ -110,40 +101,68 @@ def _hosts() -> Iterator[dist.ProcessGroup | None]:
             dist.destroy_process_group(hosts)
 
 
-def _agree(manifest: Manifest, directory: Path, rank: int, hosts: dist.ProcessGroup | None) -> list[Shard]:
-    """What is missing, as rank 0 sees it before anybody writes; its refusal is everybody's."""
-    decided: list[Any] = [None]
-    if rank == 0:
-        try:
-            manifest.claim(directory)
-            clear_partial(directory)
-            done = written(directory)
-            shards = shards_of(manifest.count, manifest.batch)
-            decided = [[shard for shard in shards if (shard.first, shard.first + shard.kept) not in done]]
-        except ValueError as error:
-            decided = [str(error)]
+def _ready(asked: Manifest, *, shown: bool) -> Manifest:
+    """Return what is asked for once what it needs is imported, rather than after the first batch has been made."""
+    FORMATS[asked.save_as].library()
+    if shown:
+        _tqdm()
+    return asked
+
+
+def _agree(asked: Manifest | Exception, directory: Path, rank: int, hosts: dist.ProcessGroup | None) -> list[Shard]:
+    """Return what is missing, as rank 0 sees it before anybody writes; its refusal is everybody's."""
+    everyone: list[Manifest | Exception] = [asked]
+    if hosts is not None:
+        everyone *= dist.get_world_size(hosts)
+        dist.gather_object(asked, everyone if rank == 0 else None, dst=0, group=hosts)
+    decided: list[Any] = [_attempt(lambda: begin(directory, _common(everyone))) if rank == 0 else None]
     if hosts is not None:
         dist.broadcast_object_list(decided, src=0, group=hosts)
-    if isinstance(decided[0], str):
-        raise ValueError(decided[0])
+    if isinstance(decided[0], Exception):
+        raise decided[0]
     missing: list[Shard] = decided[0]
     return missing
+
+
+def _common(everyone: list[Manifest | Exception]) -> Manifest:
+    """Return what all ranks ask for; raises where a rank asks for what cannot be, or for something else than rank 0."""
+    for rank, asked in enumerate(everyone):
+        if isinstance(asked, Exception):
+            kind = next(kind for kind in REFUSALS if isinstance(asked, kind))
+            raise asked if len(everyone) == 1 else kind(f"rank {rank}: {asked}")
+    first, *others = (asked for asked in everyone if isinstance(asked, Manifest))
+    told = [(rank, differences(asked, first, "rank 0 has")) for rank, asked in enumerate(others, 1)]
+    if differing := [f"rank {rank}: {difference}" for rank, difference in told if difference]:
+        raise ValueError(f"every rank must ask for the same samples; {'; '.join(differing)}")
+    return first
+
+
+def _attempt(function: Callable[[], Any]) -> Any:
+    """Return the function's result, or the exception that every process is to raise: none may wait for another."""
+    try:
+        return function()
+    except REFUSALS as error:
+        return error
+
+
+def _tqdm() -> Any:
+    with extra("diffusion", "or pass progress=False"):
+        from tqdm import tqdm
+    return tqdm
 
 
 class _bar:  # noqa: N801
     """A progress bar in samples, or nothing."""
 
-    def __init__(self, missing: int, mine: int, batch: int, *, shown: bool) -> None:
-        self.total, self.batch, self.shown = missing * batch, batch, shown
-        self.share = missing / mine if mine else 0.0
+    def __init__(self, missing: Sequence[Shard], mine: int, *, shown: bool) -> None:
+        self.total, self.shown = sum(shard.batch for shard in missing), shown
+        self.share = self.total / mine if mine else 0.0
 
     def __enter__(self) -> Callable[[], object]:
         if not self.shown:
             return lambda: None
-        from tqdm import tqdm  # an optional dependency: sampling without a bar needs only torch
-
-        self.bar = tqdm(total=self.total, unit="sample")
-        return lambda: self.bar.update(round(self.share * self.batch))
+        self.bar = _tqdm()(total=self.total, unit="sample")
+        return lambda: self.bar.update(round(self.share))
 
     def __exit__(self, *_: object) -> None:
         if self.shown:

@@ -1,117 +1,69 @@
-"""Shards on disk and the manifest beside them: what a run was asked for, and which samples it has written."""
+"""Shards on disk: written whole, looked at before a run goes on, and read."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from bicm_diffusion.distributed.atomic import clear_partial, remove_whole, write_whole
 from bicm_diffusion.distributed.formats import FORMATS
+from bicm_diffusion.distributed.manifest import Manifest, load_manifest
+from bicm_diffusion.distributed.shards import Shard, listed, shard_path, shards_in, shards_of
 
-MANIFEST = "manifest.json"
-_SHARD = re.compile(r"samples-(\d+)-(\d+)(?:\.safetensors)?")
+
+def write_shard(directory: Path, shard: Shard, samples: Tensor, save_as: str) -> None:
+    """Write the samples that are wanted of a shard, whole or not at all: a reader never sees half of it."""
+    kind = FORMATS[save_as]
+    path = shard_path(directory, shard.first, shard.stop, kind.suffix)
+    write_whole(path, lambda partial: kind.write(partial, shard.first, samples[: shard.kept]))
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What decides the samples: their number, the batch in which each is made, the files, the caller's settings."""
+def begin(directory: Path, manifest: Manifest) -> list[Shard]:
+    """Claim the directory and return the shards that are missing; what a kill or a full disk has broken is removed.
 
-    count: int
-    batch: int
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    save_as: str = "safetensors"
-    version: int = 1
-
-    def claim(self, directory: Path) -> None:
-        """Write the manifest, or make sure that the one that is there asks for the same samples.
-
-        Raises ValueError naming what differs; a run of other settings is never continued.
-        """
-        path = directory / MANIFEST
-        mine = json.loads(json.dumps(asdict(self)))
+    Warns of shards that are made again, and of files that are named as shards and belong to no range of this run.
+    Raises ValueError where the directory holds another run, or shards without a manifest.
+    """
+    manifest.claim(directory)
+    clear_partial(directory)
+    kind, missing, own = FORMATS[manifest.save_as], [], set()
+    for shard in shards_of(manifest.count, manifest.batch):
+        path = shard_path(directory, shard.first, shard.stop, kind.suffix)
+        own.add(path)
         if not path.exists():
-            directory.mkdir(parents=True, exist_ok=True)
-            _write(path, json.dumps(mine, indent=1) + "\n")
-            return
-        theirs = json.loads(path.read_text())
-        differing = sorted(k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k))
-        if differing:
-            told = "; ".join(f"{k}={mine.get(k)!r} where the run began with {theirs.get(k)!r}" for k in differing)
-            raise ValueError(f"{path} belongs to another run: {told}")
-
-
-def shard_path(directory: Path, first: int, stop: int, save_as: str) -> Path:
-    """Where samples first … stop - 1 belong."""
-    return directory / f"samples-{first:08d}-{stop:08d}{FORMATS[save_as].suffix}"
-
-
-def write_shard(directory: Path, first: int, samples: Tensor, save_as: str = "safetensors") -> None:
-    """Write the samples from `first` on, whole or not at all: a reader never sees half a file, or half a folder."""
-    path = shard_path(directory, first, first + len(samples), save_as)
-    partial = _partial(path)
-    FORMATS[save_as].write(partial, first, samples)
-    for written_file in [*partial.glob("*"), partial]:
-        _sync(written_file)
-    partial.replace(path)
-
-
-def clear_partial(directory: Path) -> None:
-    """Remove what a killed run had begun to write."""
-    for path in directory.glob("samples-*.partial"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def written(directory: Path) -> set[tuple[int, int]]:
-    """The ranges [first, stop) of samples that are on disk."""
-    matches = (_SHARD.fullmatch(path.name) for path in directory.iterdir())
-    return {(int(m[1]), int(m[2])) for m in matches if m is not None}
+            missing.append(shard)
+        elif fault := kind.fault(path, shard.first, shard.stop):
+            warnings.warn(f"{path} is made again: {fault}", stacklevel=4)
+            remove_whole(path)
+            missing.append(shard)
+    if foreign := [path for path in shards_in(directory) if path not in own]:
+        warnings.warn(f"{directory}: {listed(foreign)} of ranges that this run has not, left as they are", stacklevel=4)
+    return missing
 
 
 def read_samples(directory: Path | str) -> Tensor:
     """Return the samples of a finished run in order, (N, …); images as (N, C, H, W) uint8.
 
-    Raises ValueError where some are missing, with the first of them.
+    Raises FileNotFoundError where there is no manifest, and ValueError where samples are missing, with the first of
+    them, or where a file cannot be read, with its name.
 
     >>> read_samples("/nowhere")
     Traceback (most recent call last):
-    FileNotFoundError: ...
+    FileNotFoundError: /nowhere/manifest.json does not exist: /nowhere holds no run
     """
     directory = Path(directory)
-    manifest = Manifest(**json.loads((directory / MANIFEST).read_text()))
-    count, save_as = manifest.count, manifest.save_as
-    parts, reached = [], 0
-    for first, stop in sorted(written(directory)):
-        if first != reached:
-            break
-        parts.append(FORMATS[save_as].read(shard_path(directory, first, stop, save_as)))
-        reached = stop
-    if reached != count:
-        raise ValueError(f"{directory}: sample {reached} of {count} has not been written")
-    return torch.cat(parts) if parts else torch.empty(0)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = _partial(path)
-    partial.write_text(text)
-    _sync(partial)
-    partial.replace(path)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_suffix(f".{os.getpid()}.partial")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    manifest = load_manifest(directory)
+    kind, parts = FORMATS[manifest.save_as], list[Tensor]()
+    for shard in shards_of(manifest.count, manifest.batch):
+        path = shard_path(directory, shard.first, shard.stop, kind.suffix)
+        if not path.exists():
+            raise ValueError(f"{directory}: sample {shard.first} of {manifest.count} has not been written")
+        part = kind.read(path, shard.first, shard.stop)
+        if parts and (part.shape[1:], part.dtype) != (parts[0].shape[1:], parts[0].dtype):
+            expected, got = (f"{p.dtype} {tuple(p.shape[1:])}" for p in (parts[0], part))
+            raise ValueError(f"{path}: expected samples {expected} as in the first shard, got {got}")
+        parts.append(part)
+    return torch.cat(parts)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.consistency.schedules import PRESETS, ConsistencySchedule
+from bicm_diffusion.extras import extra
 from bicm_diffusion.keys import CONSISTENCY_INVERSION, CONSISTENCY_SAMPLING
 from bicm_diffusion.samplers import checks
 from bicm_diffusion.samplers.signature import sampler
@@ -250,6 +251,7 @@ def _with_initial(
 def _shown(leaps: Sequence[Leap], progress: bool) -> Iterable[Leap]:
     if not progress:
         return leaps
-    from tqdm import tqdm  # an optional dependency: samplers without a bar need only torch
+    with extra("diffusion", "or pass progress=False"):
+        from tqdm import tqdm
 
     return tqdm(leaps, unit="leap")

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, TypedDict
 import torch
 from torch import Tensor
 
+from bicm_diffusion.extras import extra
 from bicm_diffusion.samplers import checks
 from bicm_diffusion.samplers.prediction import Level, Number, Preconditioned, Prediction, check_prediction
 from bicm_diffusion.schedules import Schedule
@@ -179,7 +180,8 @@ class Loop:
         """Return the indices, with a progress bar where one is wanted."""
         if not self.progress:
             return indices
-        from tqdm import tqdm  # an optional dependency: samplers without a bar need only torch
+        with extra("diffusion", "or pass progress=False"):
+            from tqdm import tqdm
 
         return tqdm(indices, unit="step")
 

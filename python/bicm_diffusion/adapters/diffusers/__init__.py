@@ -1,7 +1,10 @@
 """Schedulers for diffusers: accelerated forms of its own, and BDIA-DDIM as one more. Needs the extra `[diffusers]`."""
 
-# Pipelines that are loaded look a component's base class up in the component's own module.
-from diffusers import SchedulerMixin as SchedulerMixin
+from bicm_diffusion.extras import extra
+
+with extra("diffusers"):
+    # Pipelines that are loaded look a component's base class up in the component's own module.
+    from diffusers import SchedulerMixin as SchedulerMixin
 
 from bicm_diffusion.adapters.diffusers.accelerate import accelerate_scheduler, accelerated_class
 from bicm_diffusion.adapters.diffusers.bdia import BDIADDIMScheduler

@@ -11,8 +11,9 @@ import diffusers
 from bicm_diffusion.adapters.diffusers.consistency import ConsistencyModel, LatentConsistencyModel
 from bicm_diffusion.adapters.diffusers.ddim import Ddim, DdimInverse
 from bicm_diffusion.adapters.diffusers.dpmsolver import DpmSolver, EdmDpmSolver
+from bicm_diffusion.adapters.diffusers.drawing import Integer, Noise, own_config
 from bicm_diffusion.adapters.diffusers.euler import EdmEuler, Euler
-from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, Integer, Noise
+from bicm_diffusion.adapters.diffusers.scheduler import Accelerated
 
 #: The diffusers classes that have an accelerated form.
 COVERED: dict[type[Any], type[Accelerated]] = {
@@ -60,27 +61,45 @@ def accelerated_class(cls: type[Any]) -> type[Any]:
 
 
 def accelerate_scheduler(
-    scheduler: Any, *, noise: Noise = "generator", seed: Integer = 0, sample_id: Integer = 0
+    scheduler: Any,
+    *,
+    noise: Noise | None = None,
+    seed: Integer | None = None,
+    sample_id: Integer | None = None,
+    foresee: bool | None = None,
 ) -> Any:
     """Return a scheduler of a subclass of the given one's class, with its configuration, state and outputs.
 
-    noise: "generator" draws as diffusers does, from the generators passed to `step` or from torch's; "keyed" makes
-    step k's noise in the kernel, a function of (seed, k, sample, element) alone, where k is the step's index (DDIM's:
-    the timestep). Then a list of generators gives each sample its own seed, without a draw and without a loop.
-    seed, sample_id: the noise's key where no generator is passed, see `bicm_kernels.normal`.
-    The given scheduler is left as it is. What no fused step covers, thresholding for one, runs the original step and
-    warns once. Raises TypeError for a scheduler without an accelerated form, ValueError for another kind of noise.
+    noise: "generator", the default, draws as diffusers does, from the generators passed to `step` or from torch's;
+    "keyed" makes step k's noise in the kernel, a function of (seed, k, sample, element) alone, where k is the step's
+    index (DDIM's: the timestep). Then a list of generators gives each sample its own seed, without a draw and without
+    a loop.
+    seed: of keyed noise where no generator is passed, see `bicm_kernels.normal`. None takes another one from torch's
+    default generator at every `set_timesteps`; a seed that is given makes every run's noise the same, which a second
+    run warns of.
+    sample_id: the first sample's, 0 by default.
+    foresee: whether a step may make the next evaluation's input, the default. False is for callers who write to the
+    sample between `step` and `scale_model_input` in ways that PyTorch does not count: through `x.data`, or NumPy.
+    What is None is as it was in a scheduler that is accelerated already. The given scheduler is left as it is. What no
+    fused step covers, thresholding for one, runs the original step and warns once; seed and sample_id without keyed
+    noise are ignored with a warning. Raises TypeError for a scheduler without an accelerated form, ValueError for
+    another kind of noise, either for a seed or sample_id that is none.
 
     >>> from diffusers import DDIMScheduler
     >>> isinstance(accelerate_scheduler(DDIMScheduler()), DDIMScheduler)
     True
     """
+    cls: Any = accelerated_class(type(scheduler))  # type: ignore[arg-type]
+    noise = noise or getattr(scheduler, "_noise", "generator")
     if noise not in ("generator", "keyed"):
         raise ValueError(f"noise: expected 'generator' or 'keyed', got {noise!r}")
-    cls: Any = accelerated_class(type(scheduler))  # type: ignore[arg-type]
     result = object.__new__(cls)
     for name, value in vars(scheduler).items():
         result.__dict__[name] = copy.copy(value) if isinstance(value, list) else value
-    result.__dict__.update(_noise=noise, _seed=seed, _sample_id=sample_id, _tables=None, _pending=None, _told=())
+    config = own_config(scheduler.config, keyed=noise == "keyed")
+    result.__dict__.update(_internal_dict=config, _noise=noise, _tables=None, _pending=None, _told=())
+    if foresee is not None:
+        result._foresight = result._foresees = foresee
+    result._set_key(seed, sample_id)
     result._prepare()
     return result

@@ -13,8 +13,9 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.ddim import PREDICTIONS, reading
+from bicm_diffusion.adapters.diffusers.drawing import traced
 from bicm_diffusion.adapters.diffusers.integers import Integers
-from bicm_diffusion.adapters.diffusers.scheduler import as_output, as_state, traced
+from bicm_diffusion.adapters.diffusers.scheduler import as_output, as_state
 from bicm_diffusion.rational import MAX_DENOMINATOR, nearest
 from bicm_kernels import denoised_step
 

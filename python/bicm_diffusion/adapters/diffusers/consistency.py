@@ -11,18 +11,10 @@ from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.ddim import PREDICTIONS, reading
+from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
 from bicm_diffusion.adapters.diffusers.euler import Sigmas, is_whole
-from bicm_diffusion.adapters.diffusers.scheduler import (
-    Accelerated,
-    Generators,
-    Row,
-    Tables,
-    as_output,
-    as_state,
-    is_double,
-    single,
-    traced,
-)
+from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, as_output, as_state, fused, is_double, single
+from bicm_diffusion.adapters.diffusers.tables import Row, Tables
 from bicm_kernels import add_noise, affine_step, denoised_step
 
 #: The standard deviation of the data that latent consistency models are written for.
@@ -30,8 +22,14 @@ LCM_SIGMA_DATA = 0.5
 
 
 class ConsistencyModel(Sigmas):
+    _options = ("sigma_data", "sigma_min", "sigma_max", "s_noise", "num_train_timesteps", "clip_denoised")
+
     def _scale(self, sigma: float) -> float:
         return 1.0 / math.sqrt(sigma * sigma + self.config.sigma_data**2)
+
+    def _fill(self, tables: Tables) -> None:
+        super()._fill(tables)
+        tables.clip = 1.0 if self.config.clip_denoised else None
 
     def _row(self, tables: Tables, index: int) -> Row:
         """c_skip, c_out and the deviation of fresh noise (consistency models, appendix C and algorithm 1)."""
@@ -43,6 +41,7 @@ class ConsistencyModel(Sigmas):
         fresh = config.s_noise * math.sqrt(level**2 - low**2)
         return data**2 / (passed**2 + data**2), passed * data / math.sqrt(sigma**2 + data**2), fresh
 
+    @fused
     def step(
         self,
         model_output: Tensor,
@@ -52,30 +51,32 @@ class ConsistencyModel(Sigmas):
         return_dict: bool = True,
     ) -> Any:
         graph = traced()
-        tables = self._ready(model_output, sample, graph)
+        tables = self._ready(graph)
         if tables is None or is_whole(timestep) or not self.is_scale_input_called:
-            return self._original.step(self, model_output, timestep, sample, generator, return_dict)
-        index, count = self._index(timestep), len(tables.rows)
-        if index >= count:
-            return self._original.step(self, model_output, timestep, sample, generator, return_dict)
-        row: Any = self._row_at(tables, index, sample) if graph else tables.rows[index]
+            return None
+        index = self._index(timestep)
+        if graph:
+            row: Any = self._row_at(tables, index, sample) if index < len(tables.rows) else None
+        else:
+            row = tables.rows.get(index)
+        if row is None:
+            return None
         c_skip, c_out, deviation = row
         state = as_state(sample, model_output)
         tensors, x0_weights, weights = [state, model_output], [c_skip, c_out], [0.0, 0.0]
         keyed: dict[str, Any] = {}
         if len(tables.timesteps) > 1 and self._noise == "keyed":
-            seed, sample_id = self._key(generator, sample.device)
+            seed, sample_id = self._key(generator, sample, index)
             keyed = {"noise_weight": deviation, "seed": seed, "step": index, "sample_id": sample_id}
         elif len(tables.timesteps) > 1:
-            tensors.append(self._drawn(model_output, generator))
+            tensors.append(self._drawn(model_output, sample, generator))
             x0_weights.append(0.0)
             weights.append(deviation)
         following = index + 1
-        ahead = following < count and state.dtype.itemsize > 2 and not graph and self._may_foresee(sample)
-        scale = tables.scales[following] if ahead else None
-        clip = 1.0 if self._internal_dict.clip_denoised else None
+        ahead = following in tables.rows and state.dtype.itemsize > 2 and not graph
+        scale = tables.scales[following] if ahead and self._may_foresee(sample, model_output) else None
         out, _, scaled = denoised_step(
-            tensors, x0_weights, weights, x0_weight=1.0, clip=clip, next_scale=scale, **keyed
+            tensors, x0_weights, weights, x0_weight=1.0, clip=tables.clip, next_scale=scale, **keyed
         )
         self._step_index = following
         if scaled is not None:
@@ -86,20 +87,8 @@ class ConsistencyModel(Sigmas):
 class LatentConsistencyModel(Accelerated):
     alphas_cumprod: Tensor
     final_alpha_cumprod: Tensor
-    num_inference_steps: int | None
-
-    def _sources(self) -> tuple[Any, ...]:
-        return self.alphas_cumprod, self.timesteps, self._internal_dict, self.final_alpha_cumprod
-
-    def _stale(self, tables: Tables) -> bool:
-        levels, timesteps, config, final = tables.sources
-        return (
-            levels is not self.alphas_cumprod
-            or timesteps is not self.timesteps
-            or config is not self._internal_dict
-            or final is not self.final_alpha_cumprod
-            or (tables.counts and levels._version != tables.version)
-        )
+    _sources = ("alphas_cumprod", "timesteps", "final_alpha_cumprod")
+    _options = ("prediction_type", "thresholding", "clip_sample", "clip_sample_range", "timestep_scaling")
 
     def _host_levels(self) -> list[float]:
         return self.alphas_cumprod.tolist()
@@ -113,6 +102,7 @@ class LatentConsistencyModel(Accelerated):
 
     def _fill(self, tables: Tables) -> None:
         self.sigma_data = LCM_SIGMA_DATA  # the original sets it in its first step
+        tables.clip = float(self.config.clip_sample_range) if self.config.clip_sample else None
         rows = [self._row(tables, index) for index in range(len(tables.timesteps))]
         tables.rows = {i: None if any(map(math.isnan, row)) else row for i, row in enumerate(rows)}
         tables.traced["rows"] = torch.tensor(rows, dtype=torch.float64)
@@ -122,18 +112,19 @@ class LatentConsistencyModel(Accelerated):
         """Weights of sample and output in x0, c_skip and c_out, then of the denoised sample and of fresh noise."""
         here = int(tables.timesteps[index])
         below = int(tables.timesteps[min(index + 1, len(tables.timesteps) - 1)])
-        if here >= len(tables.levels):
+        if max(here, below) >= len(tables.levels):
             return (math.nan,) * 6  # more timesteps than betas that were given: the original's error
         level = tables.levels[below] if below >= 0 else float(self.final_alpha_cumprod)
         scaled = here * self.config.timestep_scaling
         total = scaled**2 + LCM_SIGMA_DATA**2
         try:
             of_sample, of_output, *_ = reading(self.config.prediction_type, tables.levels[here])
-        except (ZeroDivisionError, OverflowError):
+        except (ZeroDivisionError, OverflowError, ValueError):
             return (math.nan,) * 6  # a level without signal: the original's infinities
         skip, out = LCM_SIGMA_DATA**2 / total, scaled / math.sqrt(total)
         return float(of_sample), float(of_output), skip, out, math.sqrt(level), math.sqrt(1.0 - level)
 
+    @fused
     def step(
         self,
         model_output: Tensor,
@@ -143,23 +134,23 @@ class LatentConsistencyModel(Accelerated):
         return_dict: bool = True,
     ) -> Any:
         graph = traced()
-        tables = None if self.num_inference_steps is None else self._ready(model_output, sample, graph)
+        tables = None if self.num_inference_steps is None else self._ready(graph)
+        if tables is None:
+            return None
+        index = self._index(timestep)
         row: Any = None
-        index = 0
-        if tables is not None:
-            index = self._index(timestep)
-            # The original looks alpha-bar up by the timestep it is given, whichever step it is.
-            if graph:
-                row = tables.row("rows", index, sample.device)
-            elif index in tables.rows and self._host_value(timestep, tables) == tables.timesteps[index]:
-                row = tables.rows[index]
+        # The original looks alpha-bar up by the timestep it is given, whichever step it is.
+        if graph:
+            row = tables.row("rows", index, sample.device)
+        elif index in tables.rows and self._host_value(timestep, tables) == tables.timesteps[index]:
+            row = tables.rows[index]
         if row is None:
-            return self._original.step(self, model_output, timestep, sample, generator, return_dict)
+            return None
         x0_sample, x0_output, skip, out, kept, deviation = row
         state, config = as_state(sample, model_output), self._internal_dict
         if config.clip_sample:
             denoised, _, _ = denoised_step(
-                [state, model_output], [x0_sample, x0_output], [skip, 0.0], x0_weight=out, clip=config.clip_sample_range
+                [state, model_output], [x0_sample, x0_output], [skip, 0.0], x0_weight=out, clip=tables.clip
             )
             following = self._renoised(denoised, None, (1.0, 0.0), index, (kept, deviation), model_output, generator)
         else:
@@ -198,7 +189,7 @@ class LatentConsistencyModel(Accelerated):
             last = state if output is None else affine_step(tensors, x0_weights)
             return last, last
         if self._noise == "keyed":
-            seed, sample_id = self._key(generator, state.device)
+            seed, sample_id = self._key(generator, like, index)
             if output is None:
                 renoised = add_noise(state, deviation, scale=kept, seed=seed, step=index, sample_id=sample_id)
                 return renoised, state
@@ -213,7 +204,7 @@ class LatentConsistencyModel(Accelerated):
                 sample_id=sample_id,
             )
             return result[0], result[1]
-        noise = self._drawn(like, generator, state.dtype)
+        noise = self._drawn(like, state, generator, state.dtype)
         if output is None:
             return affine_step([state, noise], [kept, deviation]), state
         result = denoised_step(

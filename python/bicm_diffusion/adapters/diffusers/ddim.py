@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput as DDIMInverseSchedulerOutput
 from torch import Tensor
 
-from bicm_diffusion.adapters.diffusers.scheduler import (
-    Accelerated,
-    Generators,
-    Number,
-    Row,
-    Tables,
-    as_output,
-    as_state,
-    root,
-    traced,
-    version_of,
-)
+from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
+from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, as_output, as_state, fused, root
+from bicm_diffusion.adapters.diffusers.tables import Number, Row, Tables
 from bicm_kernels import denoised_step
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -68,47 +59,19 @@ class _Alphas(Accelerated):
     """Schedulers that look up alpha-bar by the timestep itself."""
 
     alphas_cumprod: Tensor
-    num_inference_steps: int | None
-    _beyond: str
-
-    def _sources(self) -> tuple[Any, ...]:
-        return (
-            self.alphas_cumprod,
-            self.timesteps,
-            self._internal_dict,
-            getattr(self, self._beyond),
-            self.num_inference_steps,
-        )
-
-    def _stale(self, tables: Tables) -> bool:
-        levels, timesteps, config, beyond, steps = tables.sources
-        return (
-            levels is not self.alphas_cumprod
-            or timesteps is not self.timesteps
-            or config is not self._internal_dict
-            or beyond is not getattr(self, self._beyond)
-            or steps is not self.num_inference_steps
-            or (tables.counts and levels._version != tables.version)
-        )
+    #: The attribute that holds the level beyond the schedule's end.
+    _beyond: ClassVar[str]
+    _options: ClassVar[tuple[str, ...]] = ("num_train_timesteps", "prediction_type", "clip_sample", "clip_sample_range")
 
     def _fill(self, tables: Tables) -> None:
-        tables.clip = self.config.clip_sample_range if self.config.clip_sample else None
+        tables.clip = float(self.config.clip_sample_range) if self.config.clip_sample else None
         tables.gives_output = self.config.prediction_type == "sample"
+        tables.gap = self.config.num_train_timesteps // self.num_inference_steps if self.num_inference_steps else 0
 
     def _host_levels(self) -> list[float]:
-        # A thousand levels, which another number of steps does not change; the one beyond is found by -1.
-        tables = self._tables
-        if (
-            tables is not None
-            and tables.sources[0] is self.alphas_cumprod
-            and tables.version == version_of(self.alphas_cumprod)
-        ):
-            return [*tables.levels[:-1], float(getattr(self, self._beyond))]
         return [*self.alphas_cumprod.tolist(), float(getattr(self, self._beyond))]
 
     def _uncovered(self) -> str | None:
-        if self.config.get("thresholding", False):
-            return "thresholding"
         if self.config.prediction_type not in PREDICTIONS:
             return f"prediction_type={self.config.prediction_type!r}"
         return None
@@ -123,11 +86,12 @@ class _Alphas(Accelerated):
             both = torch.stack([timestep, other]).to(levels.device).clamp(min=-1) % len(levels)
             here, there = levels.index_select(0, both).unbind()
             return here, there
-        if not isinstance(timestep, int | Integral) or max(timestep, other) >= len(tables.levels) - 1:
+        whole = isinstance(timestep, int | Integral) and isinstance(other, int | Integral)
+        if not whole or max(timestep, other) >= len(tables.levels) - 1:
             return None
         return tables.levels[max(int(timestep), -1)], tables.levels[max(int(other), -1)]
 
-    def _ends(self, timestep: Any) -> tuple[Any, Any]:
+    def _ends(self, timestep: Any, tables: Tables) -> tuple[Any, Any]:
         """The timesteps of the state as it is and of the next one."""
         raise NotImplementedError
 
@@ -135,11 +99,12 @@ class _Alphas(Accelerated):
         self, tables: Tables, timestep: Any, sample: Tensor, graph: bool, eta: float = 0.0, rederives: bool = False
     ) -> Any:
         """A step's weights, or None where the original has to run."""
-        key, kept = (timestep, eta, rederives), not graph and type(timestep) is int
+        kept = not graph and type(timestep) is int and type(eta) in (float, int)
+        key = timestep, eta, bool(rederives)
         row = tables.rows.get(key) if kept else None
         if row is not None:
             return row
-        levels = self._levels_at(*self._ends(timestep), tables, sample)
+        levels = self._levels_at(*self._ends(timestep, tables), tables, sample)
         if levels is None or not (graph or timestep >= 0):
             return None
         row = self._row(levels, eta, rederives)
@@ -198,11 +163,21 @@ class _Alphas(Accelerated):
 
 class Ddim(_Alphas):
     _beyond = "final_alpha_cumprod"
+    _sources = ("alphas_cumprod", "timesteps", _beyond)
+    _options = (*_Alphas._options, "thresholding")
 
-    def _ends(self, timestep: Any) -> tuple[Any, Any]:
-        assert self.num_inference_steps is not None
-        return timestep, timestep - self.config.num_train_timesteps // self.num_inference_steps
+    def _uncovered(self) -> str | None:
+        return "thresholding" if self.config.thresholding else super()._uncovered()
 
+    def _ends(self, timestep: Any, tables: Tables) -> tuple[Any, Any]:
+        return timestep, timestep - tables.gap
+
+    def _row(self, levels: tuple[Number, Number], eta: float, rederives: bool) -> Any:
+        if not traced() and levels[1] < levels[0]:
+            return None  # a variance below zero: the original's NaN, whatever eta is
+        return super()._row(levels, eta, rederives)
+
+    @fused
     def step(
         self,
         model_output: Tensor,
@@ -215,29 +190,21 @@ class Ddim(_Alphas):
         return_dict: bool = True,
     ) -> Any:
         graph = traced()
-        tables = self._ready(model_output, sample, graph) if self.num_inference_steps else None
-        row, at = None, timestep
-        if tables is not None and not (variance_noise is not None and generator is not None and eta > 0):
-            at = timestep if graph else self._host_value(timestep, tables)  # type: ignore[assignment]
-            row = self._row_at(tables, at, sample, graph, eta, use_clipped_model_output)
-        if row is None or tables is None:
-            return self._original.step(
-                self,
-                model_output,
-                timestep,
-                sample,
-                eta,
-                use_clipped_model_output,
-                generator,
-                variance_noise,
-                return_dict,
-            )
+        tables = self._ready(graph) if self.num_inference_steps else None
+        if tables is None or (variance_noise is not None and generator is not None and eta > 0):
+            return None
+        at: Any = timestep if graph else self._host_value(timestep, tables)
+        row = self._row_at(tables, at, sample, graph, eta, use_clipped_model_output)
+        if row is None:
+            return None
         state = as_state(sample, model_output)
         if eta > 0 and self._noise == "keyed" and variance_noise is None:
-            seed, sample_id = self._key(generator, sample.device)
+            seed, sample_id = self._key(generator, sample, at)
             out, x0 = self._two(tables, state, model_output, row, seed=seed, step=at, sample_id=sample_id)
         elif eta > 0:
-            noise = self._drawn(model_output, generator) if variance_noise is None else variance_noise
+            noise = self._drawn(model_output, sample, generator) if variance_noise is None else variance_noise
+            if torch.promote_types(noise.dtype, state.dtype) != state.dtype:
+                return None
             out, x0 = self._two(tables, state, model_output, row, noise)
         else:
             out, x0 = self._two(tables, state, model_output, row)
@@ -247,26 +214,28 @@ class Ddim(_Alphas):
 class DdimInverse(_Alphas):
     initial_alpha_cumprod: Tensor
     _beyond = "initial_alpha_cumprod"
+    _sources = ("alphas_cumprod", "timesteps", _beyond)
 
     def _uncovered(self) -> str | None:
         if self.config.prediction_type == "sample" and float(self.initial_alpha_cumprod) == 1.0:
             return "prediction_type='sample' from a level without noise"  # infinite from the first step on
         return super()._uncovered()
 
-    def _ends(self, timestep: Any) -> tuple[Any, Any]:
+    def _ends(self, timestep: Any, tables: Tables) -> tuple[Any, Any]:
         # The state stands at the level below, whose alpha-bar the first step takes from beyond the schedule.
-        assert self.num_inference_steps is not None
-        return timestep - self.config.num_train_timesteps // self.num_inference_steps, timestep
+        below, most = timestep - tables.gap, self._internal_dict.num_train_timesteps - 1
+        return (below.clamp(max=most) if isinstance(below, Tensor) else min(below, most)), timestep
 
+    @fused
     def step(self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True) -> Any:
         graph = traced()
-        tables = self._ready(model_output, sample, graph) if self.num_inference_steps else None
-        row = None
-        if tables is not None:
-            at = timestep if graph else self._host_value(timestep, tables)
-            row = self._row_at(tables, at, sample, graph)
-        if row is None or tables is None:
-            return self._original.step(self, model_output, timestep, sample, return_dict)
+        tables = self._ready(graph) if self.num_inference_steps else None
+        if tables is None:
+            return None
+        at = timestep if graph else self._host_value(timestep, tables)
+        row = self._row_at(tables, at, sample, graph)
+        if row is None:
+            return None
         out, x0 = self._two(tables, as_state(sample, model_output), model_output, row)
         if not return_dict:
             return out, x0

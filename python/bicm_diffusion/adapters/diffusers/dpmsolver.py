@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
 from bicm_diffusion.adapters.diffusers.euler import Sigmas, edm_denoiser
-from bicm_diffusion.adapters.diffusers.scheduler import (
-    Generators,
-    Row,
-    Tables,
-    as_output,
-    as_state,
-    traced,
-)
+from bicm_diffusion.adapters.diffusers.scheduler import as_output, as_state, fused
+from bicm_diffusion.adapters.diffusers.tables import Row, Tables
 from bicm_kernels import affine_step, denoised_step
 
 Level = tuple[float, float]  # alpha and sigma of a level
@@ -31,6 +26,7 @@ NO_SIGNAL = 1e-15
 MOST_TERMS = 5
 
 ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++")
+SOLVERS = ("midpoint", "heun")
 
 
 def log_ratio(level: Level) -> float:
@@ -80,7 +76,16 @@ class _Solver(Sigmas):
 
     model_outputs: list[Tensor | None]
     lower_order_nums: int
-    num_inference_steps: int | None
+    _options: ClassVar[tuple[str, ...]] = (
+        "prediction_type",
+        "thresholding",
+        "algorithm_type",
+        "solver_order",
+        "solver_type",
+        "lower_order_final",
+        "euler_at_final",
+        "final_sigmas_type",
+    )
     #: Where the original draws its noise in float32, whatever the model's output is.
     _noise_dtype: torch.dtype | None = None
 
@@ -106,6 +111,8 @@ class _Solver(Sigmas):
             return "thresholding"
         if config.algorithm_type not in ALGORITHMS:
             return f"algorithm_type={config.algorithm_type!r}"
+        if config.solver_type not in SOLVERS:
+            return f"solver_type={config.solver_type!r}"
         if config.solver_order not in (1, 2, 3):
             return f"solver_order={config.solver_order!r}"
         if config.solver_order == 3 and config.algorithm_type not in self._third_orders:
@@ -126,7 +133,9 @@ class _Solver(Sigmas):
     def _fill(self, tables: Tables) -> None:
         if self._scales:
             self._fill_scales(tables)
-        count = len(tables.timesteps)
+        config, count = self.config, len(tables.timesteps)
+        tables.short = bool(config.lower_order_final) and count < 15
+        tables.ends_low = tables.short or bool(config.euler_at_final) or config.final_sigmas_type == "zero"
         if self.num_inference_steps is None or len(tables.levels) <= count:
             return
         for order in range(1, self.config.solver_order + 1):
@@ -146,14 +155,11 @@ class _Solver(Sigmas):
             signals = [self._level(sigma)[0] for sigma in tables.levels[:count]]
             tables.cancelling = next((index for index, alpha in enumerate(signals) if alpha >= LEAST_SIGNAL), count)
 
-    def _order(self, count: int, index: int) -> int:
-        config = self._internal_dict
-        short = config.lower_order_final and count < 15
-        last = index == count - 1 and (config.euler_at_final or short or config.final_sigmas_type == "zero")
-        if config.solver_order == 1 or self.lower_order_nums < 1 or last:
+    def _order(self, tables: Tables, index: int) -> int:
+        order, left = self._internal_dict.solver_order, len(tables.timesteps) - index
+        if order == 1 or self.lower_order_nums < 1 or (left == 1 and tables.ends_low):
             return 1
-        second = index == count - 2 and short
-        return 2 if config.solver_order == 2 or self.lower_order_nums < 2 or second else 3
+        return 2 if order == 2 or self.lower_order_nums < 2 or (left == 2 and tables.short) else 3
 
     def _solve(
         self,
@@ -165,17 +171,16 @@ class _Solver(Sigmas):
         return_dict: bool,
     ) -> Any:
         """The step, or None where the original has to run."""
-        if self.num_inference_steps is None:
-            return None
         graph = traced()
-        tables = self._ready(model_output, sample, graph)
-        if tables is None:
+        tables = self._ready(graph) if self.num_inference_steps is not None else None
+        if tables is None or len(self.model_outputs) != self._internal_dict.solver_order:
             return None
         index = self._index(timestep)
-        order = self._order(len(tables.timesteps), index)
+        order = self._order(tables, index)
         row: Any = tables.row(order, index, sample.device) if graph else tables.rows.get((order, index))
         history = self.model_outputs[:-order:-1] if order > 1 else []
-        if row is None or any(x is None or x.shape != sample.shape for x in history):
+        dtypes = sample.dtype, model_output.dtype
+        if row is None or any(x is None or x.dtype not in dtypes for x in history):
             return None
         x0_sample, x0_output, of_sample, of_output, before, earlier, deviation, near = row
         state = as_state(sample, model_output)
@@ -185,12 +190,14 @@ class _Solver(Sigmas):
         weights = [of_sample, of_output, before, earlier][: 2 + len(history)]
         keyed: dict[str, Any] = {}
         if noisy and self._noise == "keyed" and variance_noise is None:
-            seed, sample_id = self._key(generator, sample.device)
+            seed, sample_id = self._key(generator, sample, index)
             keyed = {"noise_weight": deviation, "seed": seed, "step": index, "sample_id": sample_id}
         elif noisy:
             drawn = variance_noise
             if drawn is None:
-                drawn = self._drawn(model_output, generator, self._noise_dtype or state.dtype)
+                if any(x.shape != sample.shape for x in history):  # type: ignore[union-attr]
+                    return None
+                drawn = self._drawn(model_output, sample, generator, self._noise_dtype or state.dtype)
             tensors.append(drawn.to(sample.device))
             weights.append(deviation)
         x0_weights = [x0_sample, x0_output, *[0.0] * (len(tensors) - 2)]
@@ -204,8 +211,8 @@ class _Solver(Sigmas):
             x0_weights = [*[0.0] * (len(tensors) - 1), near]
             weights = [*weights[: len(tensors) - 1], 0.0]
         following = index + 1
-        ahead = self._scales and following < len(tables.timesteps) and not graph and self._may_foresee(sample)
-        scale = tables.scales[following] if ahead and state.dtype.itemsize > 2 else None
+        ahead = self._scales and state.dtype.itemsize > 2 and following < len(tables.timesteps) and not graph
+        scale = tables.scales[following] if ahead and self._may_foresee(sample, model_output) else None
         out, x0, scaled = denoised_step(tensors, x0_weights, weights, x0_weight=0.0, next_scale=scale, **keyed)
         if scaled is not None:
             self._foresee(out, following, scaled)
@@ -215,12 +222,14 @@ class _Solver(Sigmas):
             out, x0 = out.to(model_output.dtype), model_output
         self.model_outputs[:-1] = self.model_outputs[1:]
         self.model_outputs[-1] = x0
-        self.lower_order_nums = min(self.lower_order_nums + 1, config.solver_order)
+        if self.lower_order_nums < config.solver_order:
+            self.lower_order_nums += 1
         self._step_index = following
         return as_output(graph, SchedulerOutput, out) if return_dict else (out,)
 
 
 class DpmSolver(_Solver):
+    _options = (*_Solver._options, "use_flow_sigmas", "variance_type")
     _noise_dtype = torch.float32
     _cancels = True
 
@@ -255,6 +264,7 @@ class DpmSolver(_Solver):
     def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return sample
 
+    @fused
     def step(
         self,
         model_output: Tensor,
@@ -268,13 +278,11 @@ class DpmSolver(_Solver):
         output = model_output
         if config.variance_type in ("learned", "learned_range") and config.prediction_type == "epsilon":
             output = model_output[:, :3]
-        result = self._solve(output, timestep, sample, generator, variance_noise, return_dict)
-        if result is not None:
-            return result
-        return self._original.step(self, model_output, timestep, sample, generator, variance_noise, return_dict)
+        return self._solve(output, timestep, sample, generator, variance_noise, return_dict)
 
 
 class EdmDpmSolver(_Solver):
+    _options = (*_Solver._options, "sigma_data")
     _third_orders = ("dpmsolver++",)
     _scales = True
 
@@ -293,6 +301,7 @@ class EdmDpmSolver(_Solver):
     def _reading(self, sigma: float) -> tuple[float, float]:
         return edm_denoiser(sigma, self.config.sigma_data, self.config.prediction_type)
 
+    @fused
     def step(
         self,
         model_output: Tensor,
@@ -301,7 +310,4 @@ class EdmDpmSolver(_Solver):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> Any:
-        result = self._solve(model_output, timestep, sample, generator, None, return_dict)
-        if result is not None:
-            return result
-        return self._original.step(self, model_output, timestep, sample, generator, return_dict)
+        return self._solve(model_output, timestep, sample, generator, None, return_dict)

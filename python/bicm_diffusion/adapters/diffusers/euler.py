@@ -10,15 +10,10 @@ from diffusers.schedulers.scheduling_edm_euler import EDMEulerSchedulerOutput
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from torch import Tensor
 
-from bicm_diffusion.adapters.diffusers.scheduler import (
-    Accelerated,
-    Generators,
-    Row,
-    Tables,
-    as_output,
-    traced,
-)
-from bicm_diffusion.adapters.k_diffusion import MOST_CHURN
+from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
+from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, as_output, fused, single
+from bicm_diffusion.adapters.diffusers.tables import Row, Tables
+from bicm_diffusion.adapters.k_diffusion import MOST_LIFT
 from bicm_kernels import add_noise, affine_step, denoised_step
 
 
@@ -63,19 +58,19 @@ class Sigmas(Accelerated):
         """A step's weights for a graph."""
         return tables.traced["rows"][index].to(sample.device).unbind()
 
-    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
-        foreseen = self._foreseen(sample)
-        if foreseen is not None:
-            self.is_scale_input_called = True
-            return foreseen
-        graph = traced()
-        tables = self._ready(sample, sample, graph)
-        if tables is None:
-            return self._original.scale_model_input(self, sample, timestep)
-        index = self._index(timestep)
+    @fused
+    def scale_model_input(self, sample: Tensor, timestep: Any) -> Any:
+        scaled = self._foreseen(sample)
+        if scaled is None:
+            graph = traced()
+            tables = self._ready(graph)
+            if tables is None:
+                return None
+            index = self._index(timestep)
+            scale = tables.traced["scales"][index].to(sample.device) if graph else tables.scales[index]
+            scaled = affine_step([sample], [scale])
         self.is_scale_input_called = True
-        scale = tables.traced["scales"][index].to(sample.device) if graph else tables.scales[index]
-        return affine_step([sample], [scale])
+        return scaled
 
 
 class _EulerSteps(Sigmas):
@@ -102,11 +97,15 @@ class _EulerSteps(Sigmas):
     ) -> Any:
         """The step, or None where the original has to run."""
         graph = traced()
-        tables = self._ready(model_output, sample, graph)
+        tables = self._ready(graph)
         if tables is None or is_whole(timestep) or not self.is_scale_input_called:
             return None
-        index, count = self._index(timestep), len(tables.rows)
-        if index >= count:
+        index = self._index(timestep)
+        if graph:
+            row: Any = self._row_at(tables, index, sample) if index < len(tables.rows) else None
+        else:
+            row = tables.rows.get(index)
+        if row is None:
             return None
         # The original computes in float32 whatever it is given; only a float64 output is kept as it is.
         given = model_output.dtype
@@ -117,12 +116,10 @@ class _EulerSteps(Sigmas):
             sigma = tables.levels[index]
             raised = sigma * (1.0 + lift)
             state = self._churned(state, model_output, churn[3] * math.sqrt(raised**2 - sigma**2), index, generator)
-            row: Any = self._weights(sigma, raised, tables.levels[index + 1])
-        else:
-            row = self._row_at(tables, index, sample) if graph else tables.rows[index]
+            row = self._weights(sigma, raised, tables.levels[index + 1])
         x0_sample, x0_output, of_sample, of_output = row
         following = index + 1
-        ahead = given is dtype and following < count and not graph and self._may_foresee(sample)
+        ahead = given is dtype and following in tables.rows and not graph and self._may_foresee(sample, model_output)
         out, x0, scaled = denoised_step(
             (state, model_output),
             (x0_sample, x0_output),
@@ -140,21 +137,24 @@ class _EulerSteps(Sigmas):
         return as_output(graph, self._output, out, "pred_original_sample", x0) if return_dict else (out, x0)
 
     def _lift(self, tables: Tables, index: int, churn: float, low: float, high: float) -> float:
-        if not low <= tables.levels[index] <= high:
+        # PyTorch compares a level with a number in the level's dtype.
+        rounded = single if self.sigmas.dtype is torch.float32 else float
+        if not rounded(low) <= tables.levels[index] <= rounded(high):
             return 0.0
-        return min(churn / (len(tables.levels) - 1), MOST_CHURN)
+        return min(churn / (len(tables.levels) - 1), MOST_LIFT)
 
     def _churned(
         self, state: Tensor, model_output: Tensor, deviation: float, index: int, generator: Generators
     ) -> Tensor:
         if self._noise == "keyed":
-            seed, sample_id = self._key(generator, state.device)
+            seed, sample_id = self._key(generator, state, index)
             return add_noise(state, deviation, seed=seed, step=index, sample_id=sample_id)
-        return affine_step([state, self._drawn(model_output, generator)], [1.0, deviation])
+        return affine_step([state, self._drawn(model_output, state, generator)], [1.0, deviation])
 
 
 class Euler(_EulerSteps):
     _output = EulerDiscreteSchedulerOutput
+    _options = ("prediction_type",)
 
     def _uncovered(self) -> str | None:
         prediction = self.config.prediction_type
@@ -178,6 +178,7 @@ class Euler(_EulerSteps):
         super()._fill(tables)
         tables.gives_output = self.config.prediction_type in ("sample", "original_sample")
 
+    @fused
     def step(
         self,
         model_output: Tensor,
@@ -190,16 +191,12 @@ class Euler(_EulerSteps):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> Any:
-        result = self._euler(model_output, timestep, sample, (s_churn, s_tmin, s_tmax, s_noise), generator, return_dict)
-        if result is not None:
-            return result
-        return self._original.step(
-            self, model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict
-        )
+        return self._euler(model_output, timestep, sample, (s_churn, s_tmin, s_tmax, s_noise), generator, return_dict)
 
 
 class EdmEuler(_EulerSteps):
     _output = EDMEulerSchedulerOutput
+    _options = ("prediction_type", "sigma_data")
 
     def _uncovered(self) -> str | None:
         prediction = self.config.prediction_type
@@ -213,6 +210,7 @@ class EdmEuler(_EulerSteps):
         ratio = (below - raised) / raised
         return kept, of_output, 1.0 + ratio * (1.0 - kept), -ratio * of_output
 
+    @fused
     def step(
         self,
         model_output: Tensor,
@@ -226,23 +224,6 @@ class EdmEuler(_EulerSteps):
         return_dict: bool = True,
         pred_original_sample: Tensor | None = None,
     ) -> Any:
-        result = None
-        if pred_original_sample is None:
-            result = self._euler(
-                model_output, timestep, sample, (s_churn, s_tmin, s_tmax, s_noise), generator, return_dict
-            )
-        if result is not None:
-            return result
-        return self._original.step(
-            self,
-            model_output,
-            timestep,
-            sample,
-            s_churn,
-            s_tmin,
-            s_tmax,
-            s_noise,
-            generator,
-            return_dict,
-            pred_original_sample,
-        )
+        if pred_original_sample is not None:
+            return None
+        return self._euler(model_output, timestep, sample, (s_churn, s_tmin, s_tmax, s_noise), generator, return_dict)

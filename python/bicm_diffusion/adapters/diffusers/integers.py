@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bicm_diffusion.adapters.diffusers.scheduler import version_of
+from bicm_diffusion.adapters.diffusers.tables import version_of
 from bicm_diffusion.samplers.states import ExactPair
 from bicm_kernels import (
     affine_step,
@@ -70,5 +70,5 @@ class Integers:
         """The caller's floats must be what these integers stand for."""
         same = sample is self.seen and version_of(sample) == self.version
         # Pipelines copy what a loop starts from: the first state is compared by its values.
-        if not same and not (self.version < 0 and sample.dtype == self.dtype and torch.equal(sample, self.seen)):
+        if not same and not (self.version == -1 and sample.dtype == self.dtype and torch.equal(sample, self.seen)):
             raise ValueError("sample: with exact=True, expected the state that the last step or turn_round returned")

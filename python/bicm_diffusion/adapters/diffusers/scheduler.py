@@ -1,4 +1,4 @@
-"""What every accelerated scheduler shares: tables made on the host, keys of noise, and the way back to the original.
+"""What every accelerated scheduler shares: tables made on the host, the next evaluation's input, the way back.
 
 An accelerated scheduler is a subclass of the diffusers class that it stands for, with the same name, configuration and
 state, and another `step`. Whatever its step does not cover goes to the original step, on the same state.
@@ -7,102 +7,125 @@ state, and another `step`. Whatever its step does not cover goes to the original
 from __future__ import annotations
 
 import struct
-import warnings
 import weakref
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from functools import wraps
 from math import sqrt
-from typing import Any, ClassVar, Literal
+from numbers import Real
+from operator import itemgetter
+from typing import Any, ClassVar
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
-from torch import Generator, Tensor
+from torch import Tensor
 
-from bicm_diffusion.keys import SCHEDULER
-from bicm_kernels import fold_in, generator_normal
+from bicm_diffusion.adapters.diffusers.drawing import Drawing, KeyedConfig, WrongKeyError, traced
+from bicm_diffusion.adapters.diffusers.tables import Number, Tables, unreadable, version_of
 
-Number = float | Tensor
-Integer = int | Tensor
-Row = tuple[Number, ...]
-Generators = Generator | list[Generator] | None
-Noise = Literal["generator", "keyed"]
-
-traced = torch.compiler.is_compiling
+#: Dtypes that the originals index or compute with otherwise than with the number that they hold.
+NARROW = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16))
 
 
-@dataclass
-class Tables:
-    """What a schedule comes to: the host's copy of its levels, and the rows of weights made from them so far."""
+def fused(attempt: Callable[..., Any]) -> Any:
+    """Let the original's method of the same name do what an attempt does not cover: there it returns None or raises.
 
-    sources: tuple[Any, ...]
-    version: int
-    reason: str | None
-    timesteps: list[float]
-    levels: list[float]
-    #: Where the first timestep lies in memory, and how many bytes further the next.
-    address: int
-    spacing: int
-    #: Whether PyTorch counts how often the first source was written to.
-    counts: bool
-    rows: dict[Any, Row | None] = field(default_factory=dict)
-    #: The same rows or levels as float64 tensors, for graphs, and at which steps the original has to run.
-    traced: dict[Any, Tensor] = field(default_factory=dict)
-    holes: dict[Any, list[int]] = field(default_factory=dict)
-    #: The scale of the model's input at each level.
-    scales: list[float] = field(default_factory=list)
-    #: Where x0 is clipped, if it is.
-    clip: float | None = None
-    #: Whether x0 is what the model predicts.
-    gives_output: bool = False
-    #: How many steps, from the first, predict x0 as a small difference of large terms.
-    cancelling: int = 0
+    An attempt raises before it changes anything that the original will read.
+    """
 
-    def row(self, name: Any, index: int, device: torch.device) -> Any:
-        """A step's weights for a graph, or None. A look-up among rows would bind the graph to the step."""
-        rows = self.traced[name]
-        if index >= len(rows) or any(index == hole for hole in self.holes.get(name, [])):
-            return None
-        return rows[index].to(device).unbind()
+    name = attempt.__name__
+
+    @wraps(attempt)
+    def method(self: Accelerated, *args: Any, **kwargs: Any) -> Any:
+        if traced():
+            result = attempt(self, *args, **kwargs)
+        else:
+            try:
+                result = attempt(self, *args, **kwargs)
+            except WrongKeyError:
+                raise
+            except Exception as error:
+                # Where the original raises, its error is the one that counts, and this one its context.
+                result = getattr(self._original, name)(self, *args, **kwargs)
+                self._say(f"a call that no kernel takes ({error})")
+        return getattr(self._original, name)(self, *args, **kwargs) if result is None else result
+
+    return method
 
 
-class Accelerated:
+class Accelerated(Drawing):
     """A scheduler whose step is one fused launch; mixed into a diffusers class by `accelerate_scheduler`."""
 
     _original: ClassVar[Any]
+    #: The attributes, and the options of the configuration, that a step's numbers come from.
+    _sources: ClassVar[tuple[str, ...]] = ("sigmas", "timesteps")
+    _options: ClassVar[tuple[str, ...]] = ()
+    _chosen: ClassVar[itemgetter[Any]]
     _tables: Tables | None = None
     _pending: tuple[Any, ...] | None = None
+    #: Whether the next evaluation's input may be made ahead, and whether there is a use for it in this run.
+    _foresight = True
     _foresees = True
-    _noise: Noise = "generator"
-    _seed: Integer = 0
-    _sample_id: Integer = 0
-    _seeds: tuple[Any, ...] = ()
-    _told: tuple[str, ...] = ()
 
     config: Any
     _internal_dict: Any
     timesteps: Tensor
     sigmas: Tensor
+    num_inference_steps: int | None
     begin_index: int | None
     _step_index: int | None
     _begin_index: int | None
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls._options:
+            cls._chosen = itemgetter(*cls._options)
+
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        self._original.set_timesteps(self, *args, **kwargs)
-        self._pending, self._foresees = None, True
+        if torch.is_inference_mode_enabled():
+            # PyTorch does not count writes to inference tensors.
+            with torch.inference_mode(False), torch.no_grad():
+                self._original.set_timesteps(self, *args, **kwargs)
+        else:
+            self._original.set_timesteps(self, *args, **kwargs)
+        self._pending, self._foresees = None, self._foresight
+        self._new_run()
         self._prepare()
 
-    def _sources(self) -> tuple[Any, ...]:
-        """What the tables are made from: other objects, or other contents, make them anew."""
-        return self.sigmas, self.timesteps, self._internal_dict
-
+    # --- tables -------------------------------------------------------------------------------------------------------
     def _stale(self, tables: Tables) -> bool:
-        levels, timesteps, config = tables.sources
-        return (
-            levels is not self.sigmas
-            or timesteps is not self.timesteps
-            or config is not self._internal_dict
-            or (tables.counts and levels._version != tables.version)
-        )
+        """Whether anything that the tables were made from is another object now, or was written to."""
+        own = self.__dict__
+        for name, source, version in tables.sources:
+            if own.get(name) is not source or (version is not None and source._version != version):  # type: ignore[union-attr]
+                return True
+        # Recording or not is a matter of gradients alone: without them the tables serve as they are.
+        if torch.is_grad_enabled() and tables.reason is None and any(_requires_grad(s) for _, s, _ in tables.sources):
+            return True
+        try:
+            # The originals read attributes of the configuration, which may differ from its items.
+            options = self._chosen(own["_internal_dict"].__dict__)
+            return bool(options != tables.options) or own.get("num_inference_steps") is not tables.steps
+        except Exception:  # an option that was deleted, or that is no number
+            return True
+
+    def _prepare(self) -> Tables:
+        own = self.__dict__
+        sources = tuple((name, own.get(name), version_of(own.get(name))) for name in self._sources)
+        tables = Tables(sources, (), own.get("num_inference_steps"))
+        try:
+            options = vars(own["_internal_dict"])
+            tables.options = self._chosen(options)
+            named = tuple((name, options[name]) for name in self._options)
+            tables.reason = unreadable(sources, named) or self._uncovered()
+            if tables.reason is None:
+                tables.read(self.timesteps, self._host_levels())
+                self._fill(tables)
+        except Exception as error:
+            tables.reason = f"a schedule or configuration that cannot be read ({error})"
+        if tables.reason is not None:
+            self._say(tables.reason)
+        self._tables = tables
+        return tables
 
     def _uncovered(self) -> str | None:
         """Why no step of this configuration can be fused, if it cannot."""
@@ -112,75 +135,18 @@ class Accelerated:
         return self.sigmas.tolist()
 
     def _fill(self, tables: Tables) -> None:
-        """Make what a graph will need, since nothing can be made while one is traced."""
+        """Make rows of weights, and what a graph will need, since nothing can be made while one is traced."""
 
-    def _prepare(self) -> Tables:
-        sources, reason = self._sources(), self._uncovered()
-        times = self.timesteps
-        tables = Tables(
-            sources,
-            version_of(sources[0]),
-            reason,
-            times.tolist(),
-            self._host_levels(),
-            address=times.data_ptr(),
-            spacing=times.stride(0) * times.element_size(),
-            counts=not sources[0].is_inference(),
-        )
-        if reason is None:
-            self._fill(tables)
-        else:
-            self._say(reason)
-        self._tables = tables
-        return tables
-
-    def _ready(self, model_output: Tensor, sample: Tensor, graph: bool) -> Tables | None:
+    def _ready(self, graph: bool) -> Tables | None:
         """The tables of the schedule as it is now; None sends a step to the original. graph: whether one is traced."""
         tables = self._tables
-        if graph:
-            return None if tables is None or tables.reason is not None else tables
-        if tables is None or self._stale(tables):
+        if not graph and (tables is None or self._stale(tables)):
             tables = self._prepare()
-        if tables.reason is not None:
-            return None
-        shape = sample.shape if isinstance(sample, Tensor) else ()
-        if not shape or (sample is not model_output and shape != model_output.shape):
-            self._say("a sample and a model output of different shapes")
-            return None
-        return tables
+        return None if tables is None or tables.reason is not None else tables
 
     def _say(self, reason: str) -> None:
-        if reason not in self._told:
-            self._told = (*self._told, reason)
-            warnings.warn(
-                f"{type(self).__name__}: {reason} is not accelerated, the original step runs", UserWarning, stacklevel=3
-            )
-
-    # --- noise --------------------------------------------------------------------------------------------------------
-    def _drawn(self, like: Tensor, generator: Generators, dtype: torch.dtype | None = None) -> Tensor:
-        """The noise that the original would draw."""
-        shape, dtype = like.shape, dtype or like.dtype
-        several = isinstance(generator, list) and len(generator) > 1
-        missing = several and len(generator) < shape[0]  # type: ignore[arg-type]
-        if traced() or not like.is_cpu or not all_on_host(generator) or missing:
-            return randn_tensor(shape, generator=generator, device=like.device, dtype=dtype)
-        if isinstance(generator, list):
-            generator = generator[: shape[0]] if several else generator[0]
-        return generator_normal(shape, generator=generator, dtype=dtype)
-
-    def _key(self, generator: Generators, device: torch.device) -> tuple[Integer, Integer]:
-        """The seed and sample id of keyed noise: those given, or the generators' own seeds without a draw."""
-        if generator is None:
-            return fold_in(self._seed, SCHEDULER), self._sample_id
-        if isinstance(generator, Generator):
-            return fold_in(generator.initial_seed(), SCHEDULER), self._sample_id
-        if len(generator) == 1:
-            return self._key(generator[0], device)
-        given = (*(g.initial_seed() for g in generator), device)
-        if not self._seeds or self._seeds[0] != given:
-            seeds = [fold_in(g.initial_seed(), SCHEDULER) for g in generator]
-            self._seeds = given, torch.tensor(seeds, dtype=torch.int64, device=device)
-        return self._seeds[1], 0
+        noise = ", with torch's noise" if self._noise == "keyed" else ""
+        self._warn_once(f"{type(self).__name__}: {reason} is not accelerated, the original step runs{noise}")
 
     # --- the index of a step ------------------------------------------------------------------------------------------
     def _index(self, timestep: Any) -> int:
@@ -197,30 +163,36 @@ class Accelerated:
             torch._assert_async(timestep == self.timesteps[0], "set_begin_index before a graph that starts elsewhere")
             self._step_index = 0
         else:
-            self._step_index = self._position(timestep)
+            position = self._position(timestep)
+            if position is None:
+                self._original._init_step_index(self, timestep)
+            else:
+                self._step_index = position
 
-    def _position(self, timestep: Any) -> int:
+    def _position(self, timestep: Any) -> int | None:
+        """Where a timestep is found among the scheduler's; None where the original has to search."""
         tables = self._tables
-        if tables is None or tables.sources[1] is not self.timesteps:
+        if tables is None or self._stale(tables):
             tables = self._prepare()
         value = self._host_value(timestep, tables)
-        first = tables.timesteps.index(value) if value in tables.timesteps else None
-        if first is None:
-            return self._original.index_for_timestep(self, timestep)
+        if value is None or tables.reason is not None or value not in tables.timesteps:
+            return None
+        first = tables.timesteps.index(value)
         # diffusers starts at the second of equal timesteps, so that a loop that starts half-way skips no level.
         again = value in tables.timesteps[first + 1 :]
         return tables.timesteps.index(value, first + 1) if again else first
 
-    def _host_value(self, timestep: Any, tables: Tables) -> float:
-        """A timestep as a number; an element of `timesteps` is told by where it lies, without asking its device."""
+    def _host_value(self, timestep: Any, tables: Tables) -> Any:
+        """A timestep as a number, None if it is no plain one."""
         if not isinstance(timestep, Tensor):
-            return timestep
-        if tables.spacing and timestep.dtype is tables.sources[1].dtype and timestep.dim() == 0:
-            # The tables keep the timesteps alive, so whatever lies at such an address is one of them.
-            position, rest = divmod(timestep.data_ptr() - tables.address, tables.spacing)
-            if rest == 0 and 0 <= position < len(tables.timesteps):
-                return tables.timesteps[position]
-        return timestep.item()
+            plain = isinstance(timestep, Real) and timestep is not True and timestep is not False
+            return timestep if plain and timestep == timestep else None
+        if timestep.dim():
+            return None
+        value = tables.at(timestep)
+        if value is None and timestep.dtype not in NARROW:
+            value = timestep.item()
+        return value if value == value else None  # NaN equals nothing, least of all itself
 
     # --- the next evaluation's input ----------------------------------------------------------------------------------
     def _foreseen(self, sample: Tensor) -> Tensor | None:
@@ -231,7 +203,9 @@ class Accelerated:
         self._pending = None
         made_for, version, at, scaled = pending
         unchanged = made_for() is sample and at == self._step_index and sample._version == version
-        if unchanged and tables is not None and not self._stale(tables):
+        # What was made ahead is no function of the sample that autograd knows.
+        recorded = torch.is_grad_enabled() and sample.requires_grad
+        if unchanged and not recorded and tables is not None and not self._stale(tables):
             return scaled
         self._foresees = False  # a caller who changes the sample first has no use for it
         return None
@@ -239,14 +213,32 @@ class Accelerated:
     def _foresee(self, sample: Tensor, index: int, scaled: Tensor) -> None:
         self._pending = weakref.ref(sample), sample._version, index, scaled
 
-    def _may_foresee(self, sample: Tensor) -> bool:
+    def _may_foresee(self, sample: Tensor, model_output: Tensor) -> bool:
+        if not self._foresees:
+            return False
+        if torch.is_grad_enabled():
+            return not (sample.requires_grad or model_output.requires_grad)
         # Inference tensors do not tell whether they were written to.
-        return self._foresees and not (sample.requires_grad or torch.is_inference_mode_enabled())
+        return not torch.is_inference_mode_enabled()
 
-    # --- copies -------------------------------------------------------------------------------------------------------
+    # --- configurations and copies ------------------------------------------------------------------------------------
+    def register_to_config(self, **kwargs: Any) -> None:
+        self._original.register_to_config(self, **kwargs)
+        if self._noise == "keyed":
+            self._internal_dict = KeyedConfig(self._internal_dict)
+
+    def save_config(self, *args: Any, **kwargs: Any) -> None:
+        if self._noise == "keyed":
+            self._warn_once(f"{type(self).__name__}: {KeyedConfig.lost('the file holds')}")
+        self._original.save_config(self, *args, **kwargs)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name not in ("_tables", "_pending", "_seeds")}
         return _restore, (self._original,), state
+
+
+def _requires_grad(source: Any) -> bool:
+    return isinstance(source, Tensor) and source.requires_grad
 
 
 def _restore(original: Any) -> Any:
@@ -271,17 +263,6 @@ def as_output(graph: bool, cls: Any, previous: Tensor, name: str = "", x0: Tenso
 
 
 _set_item = OrderedDict.__setitem__
-
-
-def all_on_host(generator: Generators) -> bool:
-    if isinstance(generator, list):
-        return all(g.device.type == "cpu" for g in generator) and bool(generator)
-    return generator is None or generator.device.type == "cpu"
-
-
-def version_of(levels: Tensor) -> int:
-    """How often a tensor was written to, where PyTorch counts that."""
-    return 0 if levels.is_inference() else levels._version
 
 
 def single(x: Number) -> Number:

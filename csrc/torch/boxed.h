@@ -1,0 +1,49 @@
+// How the dispatcher calls an op.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+#include <utility>
+
+// Since torch 2.13; absent from the oldest ABI that this library takes.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+namespace bicm {
+
+template <class T>
+void drop_undefined(T&) {}
+
+// TorchScript's optimised graphs hand an undefined tensor to an argument that is None.
+inline void drop_undefined(std::optional<torch::stable::Tensor>& tensor) {
+  if (tensor.has_value() && !tensor->defined()) tensor.reset();
+}
+
+// An error that torch's C functions return is a number, and what their headers throw names a line of theirs. The reason,
+// running out of memory for one, is kept by the thread.
+[[noreturn]] inline void rethrow(const std::runtime_error& error) {
+  const bool from_torch = std::strstr(error.what(), "API call failed") != nullptr;
+  if (!from_torch || torch_exception_get_what_without_backtrace == nullptr) throw error;
+  throw std::runtime_error(torch_exception_get_what_without_backtrace());
+}
+
+template <auto Op>
+struct Boxed;
+template <class Result, class... Arguments, Result (*Op)(Arguments...)>
+struct Boxed<Op> {
+  static Result call(Arguments... arguments) {
+    (drop_undefined(arguments), ...);
+    try {
+      return Op(std::move(arguments)...);
+    } catch (const std::runtime_error& error) {
+      rethrow(error);
+    }
+  }
+};
+
+}  // namespace bicm
+
+#define BICM_BOX(op) TORCH_BOX((&::bicm::Boxed<op>::call))

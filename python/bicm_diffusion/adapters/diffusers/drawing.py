@@ -1,0 +1,198 @@
+"""Where the noise of accelerated schedulers comes from: torch's generators, or keys."""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+from numbers import Integral
+from typing import Any, Literal
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Generator, Tensor
+
+from bicm_diffusion.adapters.diffusers.tables import version_of
+from bicm_diffusion.keys import SCHEDULER
+from bicm_kernels import fold_in, generator_normal
+
+Integer = int | Tensor
+Generators = Generator | list[Generator] | None
+Noise = Literal["generator", "keyed"]
+
+traced = torch.compiler.is_compiling
+
+FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
+
+class WrongKeyError(ValueError):
+    """A seed or sample id that does not fit the batch: no step that the original could take instead."""
+
+
+class KeyedConfig(FrozenDict):
+    """The configuration of a scheduler with keyed noise, which says that it does not hold the noise's key."""
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Like a dictionary's; `from_config`, and nothing else, begins by asking for this key."""
+        if key == "_use_default_values" and not self.__dict__.get("_warned", False):
+            self.__dict__["_warned"] = True
+            warnings.warn(self.lost("a configuration holds"), UserWarning, stacklevel=2)
+        return super().get(key, default)
+
+    @staticmethod
+    def lost(holder: str) -> str:
+        """What whoever makes a scheduler of a configuration should know."""
+        return (
+            f"{holder} neither noise='keyed' nor seed and sample_id: a scheduler that is made from it draws from "
+            "torch's generators; accelerate_scheduler(scheduler, noise='keyed', ...) gives it keyed noise again"
+        )
+
+
+def own_config(config: Any, keyed: bool) -> Any:
+    """A copy of a configuration, with the attributes that were set on it."""
+    copied = (KeyedConfig if keyed else FrozenDict)(config)
+    copied.__dict__.update((name, value) for name, value in vars(config).items() if name != "_warned")
+    return copied
+
+
+class Drawing:
+    """The noise of a scheduler's steps."""
+
+    _noise: Noise = "generator"
+    #: The seed that was given; None takes another one for every run.
+    _seed: Integer | None = None
+    _sample_id: Integer = 0
+    #: The key that a seed which is a number comes to.
+    _folded: int = 0
+    #: The steps whose noise was drawn from that key, and the state of seeds that are tensors.
+    _drew: set[Any] = set()  # noqa: RUF012 (replaced before it is written to)
+    _drew_at: tuple[int | None, ...] = ()
+    _seeds: tuple[Any, Tensor] | None = None
+    _told: tuple[str, ...] = ()
+
+    def _set_key(self, seed: Integer | None, sample_id: Integer | None) -> None:
+        """Take a seed and a sample id, or keep those there are."""
+        given = [name for name, value in (("seed", seed), ("sample_id", sample_id)) if value is not None]
+        if self._noise != "keyed":
+            if given:
+                text = f"{' and '.join(given)}: ignored with noise='generator', expected noise='keyed' beside"
+                warnings.warn(text, UserWarning, stacklevel=3)
+            return
+        if sample_id is not None:
+            self._sample_id = checked("sample_id", sample_id)
+        if seed is not None:
+            self._seed = seed
+            self._take_seed(seed)
+        elif "_folded" not in self.__dict__:
+            self._new_run()
+        if given:
+            self._drew = set()
+
+    def _new_run(self) -> None:
+        """Take another seed where none was given; torch's default generator is what `torch.manual_seed` governs."""
+        if self._noise == "keyed" and self._seed is None:
+            self._take_seed(int(torch.randint(2**63 - 1, (), device="cpu")))
+
+    def _take_seed(self, seed: Integer) -> None:
+        key = fold_in(seed, SCHEDULER)  # which checks it, too
+        self._drew, self._drew_at = set(), ()
+        self._folded = key if isinstance(key, int) else 0
+
+    # --- torch's ------------------------------------------------------------------------------------------------------
+    def _drawn(self, like: Tensor, sample: Tensor, generator: Generators, dtype: torch.dtype | None = None) -> Tensor:
+        """The noise that the original would draw. What a step will refuse is refused before anything is drawn."""
+        if traced():
+            return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype or like.dtype)
+        if like.dtype not in FLOATING or sample.dtype not in FLOATING:
+            raise TypeError(f"sample of {sample.dtype}, model output of {like.dtype}")
+        shape, dtype = like.shape, dtype or like.dtype
+        if not shape or shape != sample.shape or like.device != sample.device or like.layout != sample.layout:
+            raise ValueError("a sample and a model output of different shapes, or none")
+        several = isinstance(generator, list) and len(generator) > 1
+        if several and len(generator) < shape[0]:  # type: ignore[arg-type]
+            raise ValueError(f"{len(generator)} generators for {shape[0]} samples")  # type: ignore[arg-type]
+        if not like.is_cpu or not all_on_host(generator):
+            return randn_tensor(shape, generator=generator, device=like.device, dtype=dtype)
+        if isinstance(generator, list):
+            generator = generator[: shape[0]] if several else generator[0]
+        return generator_normal(shape, generator=generator, dtype=dtype)
+
+    # --- keyed --------------------------------------------------------------------------------------------------------
+    def _key(self, generator: Generators, sample: Tensor, step: Any) -> tuple[Integer, Integer]:
+        """The seed and sample id of keyed noise: those given, or the generators' own seeds without a draw."""
+        if generator is None:
+            return self._own_key(sample, step)
+        if isinstance(generator, Generator):
+            return folded(generator.initial_seed()), self._sample_id
+        if len(generator) == 1:
+            return folded(generator[0].initial_seed()), self._sample_id
+        given = tuple(g.initial_seed() for g in generator[: len(sample)]), sample.device
+        kept = self._seeds
+        if kept is None or kept[0] != given:
+            # Another thread may replace what is kept: what is returned is this call's own.
+            seeds = torch.tensor([folded(seed) for seed in given[0]], dtype=torch.int64, device=sample.device)
+            kept = self._seeds = given, seeds
+        return kept[1], 0
+
+    def _own_key(self, sample: Tensor, step: Any) -> tuple[Integer, Integer]:
+        seed, sample_id = self._seed, self._sample_id
+        if not traced():
+            self._note(step)
+        if not isinstance(seed, Tensor) and not isinstance(sample_id, Tensor):
+            return self._folded, sample_id
+        for name, value in (("seed", seed), ("sample_id", sample_id)):
+            if isinstance(value, Tensor) and value.dim() and value.shape != sample.shape[:1]:
+                expected = f"a 0-d or a ({sample.shape[0]},) tensor"
+                raise WrongKeyError(f"{name}: expected {expected}, got shape {tuple(value.shape)}")
+        return fold_in(seed, SCHEDULER) if isinstance(seed, Tensor) else self._folded, sample_id
+
+    def _note(self, step: Any) -> None:
+        """Say so, once, where a step's noise is drawn again."""
+        tensors = [x for x in (self._seed, self._sample_id) if isinstance(x, Tensor)]
+        if tensors:
+            at = tuple(version_of(x) for x in tensors)
+            if at != self._drew_at or None in at:  # moved on by the caller, or not known
+                self._drew, self._drew_at = set(), at
+        if step not in self._drew:
+            self._drew.add(step)
+            return
+        self._warn_once(
+            f"{type(self).__name__}: the keyed noise of step {step} is drawn again, and repeats; for other noise pass "
+            "generator= to step, give accelerate_scheduler another seed or sample_id, or leave its seed None and call "
+            "set_timesteps before every run"
+        )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._told:
+            self._told = (*self._told, message)
+            warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def checked(name: str, value: Integer) -> Integer:
+    """A sample id that a key can hold."""
+    whole = value.dtype == torch.int64 if isinstance(value, Tensor) else isinstance(value, Integral)
+    if not whole:
+        got = value.dtype if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name}: expected an int or an int64 tensor, got {got}")
+    if not isinstance(value, Tensor) and not 0 <= value < 2**32:
+        raise ValueError(f"{name}: expected a number in [0, 2**32), got {value}")
+    return value
+
+
+@lru_cache(1024)
+def _folded(seed: int) -> int:
+    result = fold_in(seed, SCHEDULER)
+    assert isinstance(result, int)
+    return result
+
+
+def folded(seed: int) -> Any:
+    """The key that a generator's seed comes to."""
+    return fold_in(seed, SCHEDULER) if traced() else _folded(seed)
+
+
+def all_on_host(generator: Generators) -> bool:
+    """Whether torch would draw on the CPU."""
+    if isinstance(generator, list):
+        return all(g.device.type == "cpu" for g in generator) and bool(generator)
+    return generator is None or generator.device.type == "cpu"

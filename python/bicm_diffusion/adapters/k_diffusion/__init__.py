@@ -1,0 +1,20 @@
+"""Samplers, denoisers and noise samplers that are called as k-diffusion's are."""
+
+from bicm_diffusion.adapters.k_diffusion.denoisers import Denoiser, EDMDenoiser
+from bicm_diffusion.adapters.k_diffusion.noise import NoiseSampler, default_noise_sampler, keyed_noise_sampler
+from bicm_diffusion.adapters.k_diffusion.run import MOST_LIFT, Callback, Network
+from bicm_diffusion.adapters.k_diffusion.samplers import sample_dpmpp_2m, sample_euler, sample_heun
+
+__all__ = [
+    "MOST_LIFT",
+    "Callback",
+    "Denoiser",
+    "EDMDenoiser",
+    "Network",
+    "NoiseSampler",
+    "default_noise_sampler",
+    "keyed_noise_sampler",
+    "sample_dpmpp_2m",
+    "sample_euler",
+    "sample_heun",
+]

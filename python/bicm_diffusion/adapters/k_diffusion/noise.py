@@ -1,0 +1,54 @@
+"""Noise samplers: `noise_sampler(sigma, sigma_next)` is the noise of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from bicm_diffusion.adapters.noise import randn_like
+from bicm_diffusion.keys import K_DIFFUSION
+from bicm_kernels import fold_in, normal
+
+NoiseSampler = Callable[[Tensor, Tensor], Tensor]
+
+
+def default_noise_sampler(x: Tensor) -> NoiseSampler:
+    """Return a noise sampler that draws `torch.randn_like(x)` from torch's default generator, whatever the levels.
+
+    >>> import torch
+    >>> default_noise_sampler(torch.ones(1, 2))(torch.tensor(2.0), torch.tensor(1.0)).shape
+    torch.Size([1, 2])
+    """
+    return lambda sigma, sigma_next: randn_like(x)
+
+
+def keyed_noise_sampler(x: Tensor, sigmas: Tensor, seed: int | Tensor, sample_id: int | Tensor = 0) -> NoiseSampler:
+    """Return a noise sampler whose step i is noise keyed by (seed, i, sample): the same bits in every batch.
+
+    It is `bicm_kernels.normal` with the seed `fold_in(seed, bicm_diffusion.keys.K_DIFFUSION)`.
+
+    x: the state that is sampled, for shape, dtype and device; sigmas: the grid that the sampler runs on.
+
+    >>> import torch
+    >>> x, sigmas = torch.ones(1, 2), torch.tensor([2.0, 1.0])
+    >>> keyed_noise_sampler(x, sigmas, seed=0)(sigmas[0], sigmas[1]).shape
+    torch.Size([1, 2])
+    """
+    key = fold_in(seed, K_DIFFUSION)
+    index = {level: i for i, level in enumerate(sigmas.tolist())}
+    spacing = sigmas.stride(0) * sigmas.element_size() if len(sigmas) > 1 else 0
+
+    def step_of(sigma: Tensor) -> int:
+        """A level's place, told by where it lies: to ask its device for the value would wait for it."""
+        if spacing and sigma.dtype is sigmas.dtype and sigma.device == sigmas.device:
+            place, rest = divmod(sigma.data_ptr() - sigmas.data_ptr(), spacing)
+            if rest == 0 and 0 <= place < len(sigmas):
+                return place
+        return index[sigma.item()]
+
+    def sampler(sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        step = step_of(sigma)
+        return normal(x.shape, seed=key, step=step, sample_id=sample_id, dtype=x.dtype, device=x.device)
+
+    return sampler

@@ -1,0 +1,149 @@
+"""A network evaluated with frozen parameters, through whose inputs gradients flow all the same."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils import _pytree as pytree
+
+# Where torch does not tell, every graph may be needed again.
+_graph_is_retained: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+_SHARDED = ("FSDPModule", "FullyShardedDataParallel")
+
+
+def refuse_data_parallel(network: nn.Module) -> None:
+    """Raise TypeError for `nn.DataParallel`, whose replicas on other devices do not share their dropout masks."""
+    if isinstance(network, DataParallel):
+        raise TypeError("network: expected a module on one device or in DistributedDataParallel, got DataParallel")
+
+
+def evaluate_frozen(network: nn.Module, inputs: tuple[Tensor, ...], extra_args: Mapping[str, Any]) -> Tensor:
+    """Return network(*inputs, **extra_args), whose gradient reaches the inputs and extra_args, not the parameters.
+
+    The gradient is taken with respect to the inputs alone, so that it holds whatever the network does with its
+    parameters. They are detached meanwhile, where nothing else manages them, which spares what their gradients would
+    need; gradient checkpoints that are recomputed in the backward pass find them detached again.
+    Raises RuntimeError in the backward pass of a network with reentrant checkpoints.
+
+    >>> network, x = nn.Linear(1, 1), torch.ones(1, 1, requires_grad=True)
+    >>> evaluate_frozen(network, (x,), {}).backward(); network.weight.grad is None, bool(x.grad == network.weight)
+    (True, True)
+    """
+    if isinstance(network, DistributedDataParallel):
+        network = network.module  # no parameter takes part: there is nothing for its reducer to wait for
+    if torch.compiler.is_compiling():
+        with _swapped(_parameters(network)):
+            return network(*inputs, **extra_args)
+    values, structure = pytree.tree_flatten((inputs, dict(extra_args)))
+    places = [k for k, value in enumerate(values) if isinstance(value, Tensor) and value.requires_grad]
+    if not (places and torch.is_grad_enabled()):
+        with torch.no_grad():
+            return network(*inputs, **extra_args)
+    sources = [values[k] for k in places]
+    leaves = [source.detach().requires_grad_() for source in sources]
+    for k, leaf in zip(places, leaves, strict=True):
+        values[k] = leaf
+    positional, named = pytree.tree_unflatten(values, structure)
+    with detached_parameters(network):
+        output = network(*positional, **named)
+    if not output.requires_grad:
+        return output
+    (result,) = _Isolated.apply(_Graph(network, (output,), tuple(leaves)), *sources)
+    return result
+
+
+@contextmanager
+def detached_parameters(network: nn.Module) -> Iterator[None]:
+    """Put detached tensors in the place of a network's parameters, but for those that something else manages."""
+    with _swapped([] if _is_sharded(network) else [slot for slot in _parameters(network) if _is_ordinary(*slot)]):
+        yield
+
+
+# A module's table of parameters and a name in it.
+_Slot = tuple[dict[str, Any], str]
+
+
+def _parameters(network: nn.Module) -> list[_Slot]:
+    """The places of the parameters that are trained; one that has several is met in each."""
+    tables = [module._parameters for module in network.modules()]
+    return [(table, name) for table in tables for name, x in table.items() if x is not None and x.requires_grad]
+
+
+def _is_ordinary(table: dict[str, Any], name: str) -> bool:
+    return type(table) is dict and type(table[name]) is nn.Parameter
+
+
+def _is_sharded(network: nn.Module) -> bool:
+    """Whether FSDP exchanges the parameters itself, before and after a module's forward and backward pass."""
+    library = sys.modules.get("torch.distributed.fsdp")
+    kinds = tuple(getattr(library, name) for name in _SHARDED if hasattr(library, name))
+    return bool(kinds) and any(isinstance(module, kinds) for module in network.modules())
+
+
+@contextmanager
+def _swapped(slots: Sequence[_Slot]) -> Iterator[None]:
+    before = [table[name] for table, name in slots]
+    for table, name in slots:
+        table[name] = table[name].detach()
+    try:
+        yield
+    finally:
+        for (table, name), x in zip(slots, before, strict=True):
+            table[name] = x
+
+
+@dataclass
+class _Graph:
+    """Tensors computed from leaves by a network's graph of its own, whose parameters are no part of the outer one."""
+
+    network: nn.Module
+    outputs: tuple[Tensor, ...]
+    leaves: tuple[Tensor, ...]
+    #: Whether gradients of it are recorded, which a later pass finds beside it and which lead through it, too.
+    shared: bool = False
+
+    def differentiate(self, upstream: Sequence[Tensor], *, again: bool) -> tuple[Tensor | None, ...]:
+        """Return the leaves' gradients; `again` records them, too."""
+        self.shared |= again
+        options: dict[str, Any] = {"retain_graph": self.shared or _graph_is_retained(), "create_graph": again}
+        try:
+            with detached_parameters(self.network):
+                return torch.autograd.grad(self.outputs, self.leaves, upstream, allow_unused=True, **options)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+        raise RuntimeError(
+            "network: expected gradient checkpoints with use_reentrant=False, got use_reentrant=True: a reentrant one "
+            "would add gradients to parameters that are frozen"
+        )
+
+
+class _Isolated(torch.autograd.Function):
+    """The outputs of a graph of their own, as functions of what its leaves stand for."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: _Graph, *sources: Tensor) -> tuple[Tensor, ...]:
+        ctx.graph = graph
+        ctx.save_for_backward(*sources)
+        return tuple(output.detach() for output in graph.outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        graph, sources = ctx.graph, ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return None, *graph.differentiate(upstream, again=False)
+        # The gradients depend on the frozen parameters as well, and must not lead to them either.
+        starts = tuple(x.detach().requires_grad_() for x in upstream)
+        found = list(graph.differentiate(starts, again=True))
+        places = [k for k, x in enumerate(found) if x is not None and x.requires_grad]
+        inner = _Graph(graph.network, tuple(found[k] for k in places), (*graph.leaves, *starts), shared=True)
+        for k, x in zip(places, _Isolated.apply(inner, *sources, *upstream) if places else (), strict=True):
+            found[k] = x
+        return None, *found

@@ -1,0 +1,233 @@
+"""Evaluations that draw alike from torch's generators: a step's share their dropout masks, eager and in a graph.
+
+Eager code seeds the generator of the device before each evaluation and gives it back as it was. A traced graph has no
+order among its random ops to rely on, so there each of them gets the generator's state and returns the next one: the
+numbers are the eager ones, whatever a compiler does with the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+_STATE_BYTES = {"cpu": torch.Generator().get_state().numel(), "cuda": 16}
+
+
+def draws_alike(key: int | Tensor, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """Return what makes contexts in which torch's own generator draws the same numbers, a function of the key alone.
+
+    key: int or 0-d int64 tensor. The caller's random state is left alone.
+    Raises RuntimeError in a traced graph for a random function that cannot be had there.
+
+    >>> alike = draws_alike(0, torch.device("cpu"))
+    >>> with alike(): first = torch.rand(2)
+    >>> with alike(): second = torch.rand(2)
+    >>> torch.equal(first, second)
+    True
+    """
+    if torch.compiler.is_compiling():
+        return lambda: _Draws(_seeded_state(key, device))
+    seed = int(key)
+    return lambda: _seeded(seed, device)
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Run with torch's own generator seeded, and give it back as it was; torch.manual_seed formats a stack trace."""
+    generator = _default_generator(device)
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+# --- in traced graphs -----------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("bicm_diffusion", "DEF")
+_library.define("seeded_state(Tensor seed, Device device) -> Tensor")
+_library.define("draw(Tensor state, Tensor like, str method, float[] numbers) -> (Tensor, Tensor)")
+_seeded_state = torch.ops.bicm_diffusion.seeded_state
+_FUSED_DROPOUT = "native_dropout"
+
+
+def _make_state(seed: Tensor, device: torch.device) -> Tensor:
+    """The state of a generator that was just seeded, uint8 on the CPU."""
+    return torch.Generator(device).manual_seed(int(seed)).get_state()
+
+
+def _draw(state: Tensor, like: Tensor, method: str, numbers: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """What `method` draws from a generator in `state` into a tensor like another, and the generator's next state."""
+    if method != _FUSED_DROPOUT:
+        generator = torch.Generator(like.device)
+        generator.set_state(state)
+        return getattr(torch.empty_like(like), method)(*numbers, generator=generator), generator.get_state()
+    generator = _default_generator(like.device)
+    before = generator.get_state()
+    generator.set_state(state)
+    try:
+        return torch.native_dropout(like, numbers[0], True)[1], generator.get_state()
+    finally:
+        generator.set_state(before)
+
+
+for _name, _function in {"seeded_state": _make_state, "draw": _draw}.items():
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("bicm_diffusion::seeded_state", lib=_library)
+def _fake_state(seed: Tensor, device: torch.device) -> Tensor:
+    return torch.empty(_STATE_BYTES[device.type], dtype=torch.uint8, device="cpu")
+
+
+@torch.library.register_fake("bicm_diffusion::draw", lib=_library)
+def _fake_draw(state: Tensor, like: Tensor, method: str, numbers: Sequence[float]) -> tuple[Tensor, Tensor]:
+    dtype = torch.bool if method == _FUSED_DROPOUT else like.dtype
+    return torch.empty_like(like, dtype=dtype), torch.empty_like(state)
+
+
+class _Draws(TorchFunctionMode):
+    """Torch's random functions, drawing from a generator whose state is a tensor of the graph."""
+
+    def __init__(self, state: Tensor) -> None:
+        super().__init__()
+        self.state = state
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        stand_in = _STAND_INS.get(func)
+        if stand_in is not None and kwargs.get("generator") is None:
+            return stand_in(self, *args, **kwargs)
+        if func in _REFUSED and _REFUSED[func](*args, **kwargs):
+            raise RuntimeError(
+                f"{func.__name__} draws random numbers that evaluations in one graph do not share: compile the network "
+                "instead of the loss, or let it draw by dropout, rand, randn, bernoulli_, uniform_ or normal_"
+            )
+        return func(*args, **kwargs)
+
+    def draw(self, like: Tensor, method: str, *numbers: float) -> Tensor:
+        drawn, self.state = torch.ops.bicm_diffusion.draw(self.state, like.detach(), method, numbers)
+        return drawn
+
+
+def _checkpoint(draws: _Draws, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A checkpoint's body is a graph of its own: the state goes in and comes out."""
+
+    def body(state: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        with _Draws(state) as inside:
+            return function(*args, **kwargs), inside.state
+
+    result, draws.state = checkpoint(body, draws.state, *args, **kwargs)
+    return result
+
+
+def _dropout(draws: _Draws, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not (training and 0 < p < 1):
+        return functional.dropout(input, p, training, inplace)
+    if input.is_cuda and not inplace:
+        return input * draws.draw(input, _FUSED_DROPOUT, p) * (1 / (1 - p))
+    return _masked(draws, input, input, p, inplace)
+
+
+def _feature_dropout(unbatched: int) -> Callable[..., Tensor]:
+    """Dropout of whole channels, of inputs without a batch where they have so many dimensions."""
+
+    def drop(draws: _Draws, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not (training and 0 < p < 1):
+            return functional.dropout(input, p, training, inplace)
+        rows = 1 if input.dim() == unbatched else 2
+        channels = input.new_empty([*input.shape[:rows], *[1] * (input.dim() - rows)])
+        return _masked(draws, input, channels, p, inplace)
+
+    return drop
+
+
+def _masked(draws: _Draws, input: Tensor, like: Tensor, p: float, inplace: bool) -> Tensor:
+    mask = draws.draw(like, "bernoulli_", 1 - p).div(1 - p)
+    return input.mul_(mask) if inplace else input * mask
+
+
+def _filled(method: str, empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def fill(draws: _Draws, *args: Any, **kwargs: Any) -> Tensor:
+        kwargs.pop("generator", None)
+        like = empty(*args, **kwargs)
+        return draws.draw(like, method, *_NUMBERS[method].values()).requires_grad_(like.requires_grad)
+
+    return fill
+
+
+def _in_place(method: str) -> Callable[..., Tensor]:
+    def fill(draws: _Draws, self: Tensor, *numbers: float, generator: None = None, **named: float) -> Tensor:
+        defaults = _NUMBERS[method]
+        given = defaults | dict(zip(defaults, numbers, strict=False)) | named
+        return self.copy_(draws.draw(self, method, *given.values()))
+
+    return fill
+
+
+#: Methods that fill a tensor with random numbers, and their arguments.
+_NUMBERS = {
+    "bernoulli_": {"p": 0.5},
+    "uniform_": {"from": 0.0, "to": 1.0},
+    "normal_": {"mean": 0.0, "std": 1.0},
+}
+_STAND_INS: dict[Any, Callable[..., Any]] = {
+    checkpoint: _checkpoint,
+    functional.dropout: _dropout,
+    torch.dropout: _dropout,
+    functional.dropout1d: _feature_dropout(2),
+    functional.dropout2d: _feature_dropout(-1),
+    functional.dropout3d: _feature_dropout(4),
+    torch.rand: _filled("uniform_", torch.empty),
+    torch.randn: _filled("normal_", torch.empty),
+    torch.rand_like: _filled("uniform_", torch.empty_like),
+    torch.randn_like: _filled("normal_", torch.empty_like),
+} | {getattr(Tensor, method): _in_place(method) for method in _NUMBERS}
+
+
+def _when_training(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> bool:
+    return training and p > 0
+
+
+# Whether a call of theirs draws.
+_REFUSED: dict[Any, Callable[..., bool]] = {
+    functional.alpha_dropout: _when_training,
+    functional.feature_alpha_dropout: _when_training,
+    functional.rrelu: lambda input, lower=0.0, upper=0.0, training=False, inplace=False: training,
+    functional.scaled_dot_product_attention: lambda q, k, v, mask=None, dropout_p=0.0, *_, **__: dropout_p > 0,
+    functional.multi_head_attention_forward: lambda *args, training=True, **_: training and args[10] > 0,
+} | dict.fromkeys(
+    (
+        functional.gumbel_softmax,
+        functional.fractional_max_pool2d,
+        functional.fractional_max_pool3d,
+        torch.bernoulli,
+        torch.binomial,
+        torch.multinomial,
+        torch.normal,
+        torch.poisson,
+        torch.randint,
+        torch.randint_like,
+        torch.randperm,
+        Tensor.bernoulli,
+        Tensor.cauchy_,
+        Tensor.exponential_,
+        Tensor.geometric_,
+        Tensor.log_normal_,
+        Tensor.multinomial,
+        Tensor.random_,
+    ),
+    lambda *args, **kwargs: True,
+)
