@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from bicm_kernels import fold_in, normal
 
 DATA_STD = 0.7
 T_MIN = 0.002
+KINDS = ("fresh", "fixed", "initial")
 SCHEDULES = {name: schedule for name, schedule in PRESETS.items() if "inver" not in name and "inter" not in name}
 INVERSIONS = {name: schedule for name, schedule in PRESETS.items() if name not in SCHEDULES}
 
@@ -112,6 +114,73 @@ def test_another_seed_changes_what_zigzags_add_and_nothing_else() -> None:
     for schedule, changes in ((PRESETS["cifar10-ancestral"], False), (PRESETS["cifar10-zigzag"], True)):
         first, second = (consistency_sample(gaussian_model, x, schedule, seed=seed) for seed in (1, 2))
         assert torch.equal(first, second) is not changes
+
+
+TWICE = ConsistencySchedule((80.0, 2.0), ((0.2, 0.8), (0.1, 0.5), (0.05, 0.3)))
+
+
+def zigzagged(x: Tensor, noises: list[Tensor]) -> Tensor:
+    """TWICE by the exact flow, with the noise that each zigzag adds."""
+    x = flow(x, 80.0, T_MIN)
+    for (amount, level), n in zip(TWICE.zigzags, noises, strict=True):
+        x = flow(flow(x + amount * n, amount, level), level, T_MIN)
+    return x
+
+
+def test_zigzags_may_share_their_noise() -> None:
+    """BCM fig. 3c: the noise that each iteration adds is fixed."""
+    x, seed = 80 * noise(4, 6), 11
+    drawn = [normal(x.shape, seed=fold_in(seed, CONSISTENCY_SAMPLING), step=k, dtype=x.dtype) for k in (1, 3, 5)]
+    ours = {kind: consistency_sample(gaussian_model, x, TWICE, seed=seed, noise=kind) for kind in KINDS}
+    assert_close(ours["fresh"], zigzagged(x, drawn))
+    assert_close(ours["fixed"], zigzagged(x, drawn[:1] * 3))
+    assert_close(ours["initial"], zigzagged(x, [x / 80.0] * 3))
+    assert torch.equal(ours["fresh"], consistency_sample(gaussian_model, x, TWICE, seed=seed))
+    once = PRESETS["cifar10-zigzag"]
+    fresh, fixed = (consistency_sample(gaussian_model, x, once, seed=seed, noise=kind) for kind in KINDS[:2])
+    assert torch.equal(fresh, fixed)
+
+
+def test_multistep_sampling_may_share_its_noise() -> None:
+    x, seed, levels = 80 * noise(4, 6), 3, (5.0, 0.8)
+    drawn = [normal(x.shape, seed=fold_in(seed, CONSISTENCY_SAMPLING), step=k, dtype=x.dtype) for k in (0, 1)]
+    for kind, noises in (("fresh", drawn), ("fixed", drawn[:1] * 2), ("initial", [x / 80.0] * 2)):
+        expected = flow(x, 80.0, T_MIN)
+        for level, n in zip(levels, noises, strict=True):
+            expected = flow(expected + math.sqrt(level**2 - T_MIN**2) * n, level, T_MIN)
+        got = multistep_sample(gaussian_model, x, ConsistencySchedule((80.0, *levels)), seed=seed, noise=kind)
+        assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["fixed", "initial"])
+def test_shared_noise_belongs_to_its_sample(kind: str, dtype: torch.dtype) -> None:
+    x = noise(7, 3, 5, dtype=dtype)
+    for sampler, schedule in ((consistency_sample, TWICE), (multistep_sample, ConsistencySchedule((80.0, 5.0, 0.8)))):
+        together = sampler(gaussian_model, x, schedule, seed=4, noise=kind)
+        alone = sampler(gaussian_model, x[4:5], schedule, seed=4, sample_id=4, noise=kind)
+        assert together.dtype == dtype and torch.equal(together[4:5], alone)
+
+
+def test_the_initial_noise_needs_no_launch_of_its_own() -> None:
+    scaled: list[Tensor] = []
+    states: list[Tensor] = []
+
+    def model(x: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        scaled.append(x)
+        return gaussian_model(x, t, u)
+
+    x = 80 * noise(2, 3)
+    consistency_sample(model, x, TWICE, noise="initial", callback=lambda info: states.append(info.x))
+    starts = [80.0, 2.0, 0.2, 0.8, 0.1, 0.5, 0.05, 0.3]
+    for seen, state, level in zip(scaled, [x, *states], starts, strict=False):
+        assert_close(seen, state / (0.25 + level**2) ** 0.5)
+
+
+def test_an_unknown_noise_is_named() -> None:
+    for sampler in (consistency_sample, multistep_sample):
+        with pytest.raises(ValueError, match="noise: expected one of 'fresh', 'fixed', 'initial', got 'same'"):
+            sampler(gaussian_model, noise(2, 3), ConsistencySchedule((80.0,)), noise="same")
 
 
 @pytest.mark.parametrize("sampler", [consistency_sample, multistep_sample, consistency_invert])
@@ -228,6 +297,24 @@ def test_slerp_computes_halves_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
-def test_slerp_names_what_differs() -> None:
-    with pytest.raises(ValueError, match="first, second: expected one shape"):
-        slerp(noise(2, 3), noise(2, 4), 0.5)
+X = torch.eye(2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((noise(2, 3), noise(2, 4), 0.5), ValueError, "first, second: expected one shape"),
+        ((X, X.double(), 0.5), ValueError, "first, second: expected one shape and dtype"),
+        ((X, X.to("meta"), 0.5), ValueError, "first, second: expected one shape and dtype on one device"),
+        ((X.long(), X.long(), 0.5), TypeError, r"first: expected float16, .* got torch\.int64"),
+        ((X, [1.0], 0.5), TypeError, r"second: expected a tensor \(B, …\), got a list of 1"),
+        ((X[0], X[1], 0.5), ValueError, r"first, second: expected batches \(B, …\), got shape \(2,\); x\[None\]"),
+        ((X, X, torch.ones(3)), ValueError, r"weight: expected a 0-d or a \(2,\) tensor, got shape \(3,\)"),
+        ((X, X, torch.ones(2, 1)), ValueError, r"weight: expected a 0-d or a \(2,\) tensor, got shape \(2, 1\)"),
+        ((X, X, "half"), TypeError, "weight: expected a number or a tensor, got 'half'"),
+        ((X, X, None), TypeError, "weight: expected a number or a tensor, got None"),
+    ],
+)
+def test_slerp_names_what_is_wrong(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        slerp(*arguments)

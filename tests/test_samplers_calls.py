@@ -146,7 +146,7 @@ def test_guidance_goes_with_a_pair(name: str) -> None:
             call(name, lambda z, *_: torch.cat([z, z]), guidance_scale=7.5, **options)
         with pytest.raises(ValueError, match=r"model: expected a tensor of shape \(2, 3\), .* got shape \(2, 2\)"):
             call(name, lambda z, *_: (z, z[:, :2]), guidance_scale=7.5, **options)
-        with pytest.raises(TypeError, match="guidance_scale: expected a number, a tensor or None, got 'high'"):
+        with pytest.raises(TypeError, match="guidance_scale: expected a number or a tensor, or None, got 'high'"):
             call(name, guidance_scale="high", **options)
         with pytest.raises(ValueError, match=r"guidance_scale: expected a 0-d or a \(2,\) tensor, got shape \(3,\)"):
             call(name, guidance_scale=torch.ones(3), **options)

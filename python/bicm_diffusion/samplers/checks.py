@@ -60,14 +60,19 @@ def check_schedule(schedule: object) -> None:
 
 def check_guidance(guidance_scale: object, batch: int) -> None:
     """Raise unless a guidance scale is None, a number, or a tensor of one number for all or for each sample."""
-    if isinstance(guidance_scale, Tensor):
-        if not guidance_scale.is_floating_point():
-            raise TypeError(f"guidance_scale: expected a floating tensor, got {guidance_scale.dtype}")
-        if guidance_scale.dim() > 1 or (guidance_scale.dim() == 1 and len(guidance_scale) != batch):
-            shape = tuple(guidance_scale.shape)
-            raise ValueError(f"guidance_scale: expected a 0-d or a ({batch},) tensor, got shape {shape}")
-    elif guidance_scale is not None and not isinstance(guidance_scale, Real):
-        raise TypeError(f"guidance_scale: expected a number, a tensor or None, got {described(guidance_scale)}")
+    if guidance_scale is not None:
+        check_per_sample("guidance_scale", guidance_scale, batch, ", or None")
+
+
+def check_per_sample(name: str, number: object, batch: int, other: str = "") -> None:
+    """Raise unless a number is one, or a floating tensor of one number for all or for each sample."""
+    if isinstance(number, Tensor):
+        if not number.is_floating_point():
+            raise TypeError(f"{name}: expected a floating tensor, got {number.dtype}")
+        if number.dim() > 1 or (number.dim() == 1 and len(number) != batch):
+            raise ValueError(f"{name}: expected a 0-d or a ({batch},) tensor, got shape {tuple(number.shape)}")
+    elif not isinstance(number, Real):
+        raise TypeError(f"{name}: expected a number or a tensor{other}, got {described(number)}")
 
 
 def check_number(name: str, number: object) -> None:
