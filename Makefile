@@ -46,7 +46,7 @@ evidence: native emulator ## the tables of docs/evidence.md, from the last `make
 
 # --- what the project does --------------------------------------------------------------------------------------------
 demo: native ## sample, invert and reconstruct handwritten digits; prints a table and writes a picture
-	$(BIN)/python -m bicm_diffusion.digits demo --output demo.png --consistency-output demo-consistency.png
+	$(BIN)/python -m examples.digits demo --output demo.png --consistency-output demo-consistency.png
 
 test: native emulator ## every test that needs no GPU
 	BICM_KERNELS_BACKEND=native $(PYTEST) --junitxml=build/results/tests.xml
@@ -82,7 +82,7 @@ gpu-check: native ## every test and benchmark that needs a GPU, in one table
 clean: ## remove what was built, keep .venv
 	rm -rf build dist *.egg-info bicm_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f .venv/.native
-	find bicm_kernels python tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find bicm_kernels python tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too
 	rm -rf .venv

@@ -2,8 +2,8 @@
 
 import importlib.util
 
-collect_ignore_glob = (
-    []
-    if importlib.util.find_spec("diffusers")
-    else ["python/bicm_diffusion/adapters/diffusers/*", "tests/diffusers_cases.py"]
-)
+NEEDS = {
+    "diffusers": ["python/bicm_diffusion/adapters/diffusers/*", "tests/diffusers_cases.py"],
+    "sklearn": ["examples/digits/*"],
+}
+collect_ignore_glob = [path for name, paths in NEEDS.items() if not importlib.util.find_spec(name) for path in paths]

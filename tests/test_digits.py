@@ -20,20 +20,20 @@ pytest.importorskip("safetensors", reason="the weights are read with safetensors
 from safetensors.torch import load_file
 
 from bicm_diffusion import bdia_sample, ddim_sample, vp_schedule
-from bicm_diffusion.digits.data import SIDE, load_split, one_per_class
-from bicm_diffusion.digits.measurements import METHODS, reconstruct, time_steps
-from bicm_diffusion.digits.network import NO_LABEL, Denoiser, GuidedModel, NetworkConfig
-from bicm_diffusion.digits.recognition import recognised
-from bicm_diffusion.digits.training import (
-    WEIGHTS,
+from examples.digits.checkpoints import load_weights
+from examples.digits.data import SIDE, load_split, one_per_class
+from examples.digits.denoising import DENOISING, WEIGHTS, evaluate, load_denoiser, stratified_times
+from examples.digits.measurements import METHODS, reconstruct, time_steps
+from examples.digits.network import NO_LABEL, Denoiser, GuidedModel, NetworkConfig
+from examples.digits.recognition import recognised
+from examples.digits.training import (
+    Run,
     TrainingConfig,
     batch_indices,
     dropped_labels,
-    evaluate,
-    load_denoiser,
-    read_metadata,
+    resume,
+    save_checkpoint,
     start,
-    stratified_times,
     train_step,
 )
 
@@ -103,12 +103,12 @@ def test_times_are_stratified_and_labels_drop_at_their_rate() -> None:
 
 
 def test_training_is_a_function_of_seed_and_step() -> None:
-    data, config = load_split().train, TrainingConfig(steps=5, batch_size=10)
+    data, run = load_split().train, Run(DENOISING, TrainingConfig(steps=5, batch_size=10), TINY)
     runs = []
     for seed_elsewhere in (1, 2):
         torch.manual_seed(seed_elsewhere)
-        state = start(config, TINY)
-        losses = [train_step(state, config, data) for _ in range(3)]
+        state = start(run)
+        losses = [train_step(state, run, data).total.item() for _ in range(3)]
         runs.append((losses, state.average.state_dict()))
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1].values(), runs[1][1].values(), strict=True))
@@ -133,12 +133,10 @@ def test_a_killed_run_resumes_to_the_same_bits(command: str, tmp_path: Path) -> 
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
-    from bicm_diffusion.digits.training import resume, save_checkpoint
-
-    config = TrainingConfig(steps=5)
-    save_checkpoint(tmp_path / "run.pt", start(config, TINY), config)
+    run, longer = (Run(DENOISING, TrainingConfig(steps=steps), TINY) for steps in (5, 6))
+    save_checkpoint(tmp_path / "run.pt", start(run), run)
     with pytest.raises(ValueError, match=r"checkpoint: .* was made with config .* expected"):
-        resume(tmp_path / "run.pt", TrainingConfig(steps=6), TINY)
+        resume(tmp_path / "run.pt", longer)
 
 
 def training_process(name: str, output: Path) -> subprocess.Popen[bytes]:
@@ -148,7 +146,7 @@ def training_process(name: str, output: Path) -> subprocess.Popen[bytes]:
     command = [
         sys.executable,
         "-m",
-        "bicm_diffusion.digits",
+        "examples.digits",
         name,
         "--channels",
         "8",
@@ -170,8 +168,8 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
 
 def test_weights_are_small_and_say_how_they_were_made() -> None:
     assert WEIGHTS.stat().st_size <= 3_000_000
-    notes = read_metadata()
-    assert notes["command"] == "python -m bicm_diffusion.digits train-denoiser"
+    _, notes = load_weights(WEIGHTS, "train-denoiser")
+    assert notes["command"].endswith("digits train-denoiser")
     assert int(notes["steps"]) == json.loads(notes["training"])["steps"]
     assert {"date", "network", "loss_train", "loss_held_out"} <= notes.keys()
 
@@ -223,7 +221,7 @@ def test_step_timings_are_positive_and_name_their_ops() -> None:
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the picture is drawn with matplotlib, an extra of this package")
-    from bicm_diffusion.digits.picture import Panels, save_picture
+    from examples.digits.picture import Panels, save_picture
 
     digits = one_per_class(load_split().held_out)
     results = [reconstruct(method, load_denoiser(), digits, vp_schedule(3), torch.float32) for method in METHODS[::2]]

@@ -20,9 +20,9 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn, an ext
 pytest.importorskip("safetensors", reason="the weights are read with safetensors, an extra of this package")
 
 from bicm_diffusion import ConsistencySchedule
-from bicm_diffusion.digits.__main__ import main
-from bicm_diffusion.digits.checkpoints import load_weights
-from bicm_diffusion.digits.consistency_measurements import (
+from examples.digits.__main__ import main
+from examples.digits.checkpoints import load_weights
+from examples.digits.consistency_measurements import (
     INVERSION,
     ONE_LEAP,
     SAMPLING,
@@ -36,21 +36,13 @@ from bicm_diffusion.digits.consistency_measurements import (
     time_sampling,
     without_labels,
 )
-from bicm_diffusion.digits.consistency_network import ConsistencyConfig, ConsistencyNetwork
-from bicm_diffusion.digits.consistency_training import (
-    WEIGHTS,
-    BctConfig,
-    level_table,
-    load_network,
-    resume,
-    save_checkpoint,
-    start,
-    train_step,
-)
-from bicm_diffusion.digits.data import SIDE, load_split
-from bicm_diffusion.digits.network import NO_LABEL
-from bicm_diffusion.digits.recognition import features, probabilities
-from bicm_diffusion.digits.training import WEIGHTS as DENOISER_WEIGHTS
+from examples.digits.consistency_network import ConsistencyConfig, ConsistencyNetwork
+from examples.digits.consistency_objective import CONSISTENCY, WEIGHTS, BctConfig, level_table, load_network
+from examples.digits.data import SIDE, load_split
+from examples.digits.denoising import WEIGHTS as DENOISER_WEIGHTS
+from examples.digits.network import NO_LABEL
+from examples.digits.recognition import features, probabilities
+from examples.digits.training import Run, resume, save_checkpoint, start, train_step
 
 TINY = ConsistencyConfig(fine_channels=8, coarse_channels=8, embedding=16, coarse_blocks=1, groups=4)
 
@@ -87,34 +79,34 @@ def test_the_answer_depends_on_both_levels_and_on_the_label() -> None:
 
 
 def test_training_is_a_function_of_seed_and_step() -> None:
-    data, config = load_split().train, BctConfig(steps=5, batch_size=10)
+    data, run = load_split().train, Run(CONSISTENCY, BctConfig(steps=5, batch_size=10), TINY)
     runs = []
     for seed_elsewhere in (1, 2):
         torch.manual_seed(seed_elsewhere)
-        state = start(config, TINY)
-        losses = [train_step(state, config, data).total.item() for _ in range(3)]
+        state = start(run)
+        losses = [train_step(state, run, data).total.item() for _ in range(3)]
         runs.append((losses, state.average.state_dict()))
     assert runs[0][0] == runs[1][0] and len(set(runs[0][0])) == 3
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1].values(), runs[1][1].values(), strict=True))
 
 
 def test_a_checkpoint_continues_to_the_same_bits(tmp_path: Path) -> None:
-    data, config = load_split().train, BctConfig(steps=6, batch_size=10)
-    whole, first = start(config, TINY), start(config, TINY)
+    data, run = load_split().train, Run(CONSISTENCY, BctConfig(steps=6, batch_size=10), TINY)
+    whole, first = start(run), start(run)
     for _ in range(6):
-        train_step(whole, config, data)
+        train_step(whole, run, data)
     for _ in range(2):
-        train_step(first, config, data)
-    save_checkpoint(tmp_path / "run.pt", first, config)
-    resumed = resume(tmp_path / "run.pt", config, TINY)
+        train_step(first, run, data)
+    save_checkpoint(tmp_path / "run.pt", first, run)
+    resumed = resume(tmp_path / "run.pt", run)
     assert resumed.step == 2
     for _ in range(4):
-        train_step(resumed, config, data)
+        train_step(resumed, run, data)
     for name in ("network", "average"):
         ours, theirs = (getattr(state, name).state_dict() for state in (resumed, whole))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     with pytest.raises(ValueError, match=r"checkpoint: .* was made with config .* expected"):
-        resume(tmp_path / "run.pt", BctConfig(steps=7, batch_size=10), TINY)
+        resume(tmp_path / "run.pt", Run(CONSISTENCY, BctConfig(steps=7, batch_size=10), TINY))
 
 
 def test_the_grid_grows_finer_during_a_run() -> None:
@@ -127,7 +119,7 @@ def test_the_grid_grows_finer_during_a_run() -> None:
 def test_weights_are_small_and_say_how_they_were_made() -> None:
     assert WEIGHTS.stat().st_size <= 3_000_000
     _, notes = load_weights(WEIGHTS, "train")
-    assert notes["command"].startswith("python -m bicm_diffusion.digits train")
+    assert notes["command"].endswith("digits train")
     assert int(notes["steps"]) == json.loads(notes["training"])["steps"]
     assert json.loads(notes["training"]) == vars(BctConfig())
     assert json.loads(notes["network"]) == vars(ConsistencyConfig())
@@ -206,7 +198,7 @@ def test_timings_are_positive() -> None:
 
 def test_eager_code_draws_the_same_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="the picture is drawn with matplotlib, an extra of this package")
-    from bicm_diffusion.digits import consistency_demo
+    from examples.digits import consistency_demo
 
     result = CliRunner().invoke(main, ["check"])
     assert result.exit_code == 0, result.output
@@ -219,7 +211,7 @@ def test_eager_code_draws_the_same_picture(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_demo_draws_and_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="the picture is drawn with matplotlib, an extra of this package")
-    from bicm_diffusion.digits import consistency_demo, consistency_measurements
+    from examples.digits import consistency_demo, consistency_measurements
 
     monkeypatch.setattr(consistency_measurements, "SETS", 1)
     monkeypatch.setattr(consistency_demo, "TIMED", {1: 1})

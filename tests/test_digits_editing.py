@@ -12,8 +12,9 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn, an ext
 pytest.importorskip("safetensors", reason="the weights are read with safetensors, an extra of this package")
 
 from bicm_diffusion import vp_schedule
-from bicm_diffusion.digits.data import Digits, load_split, one_per_class
-from bicm_diffusion.digits.editing import (
+from examples.digits.data import Digits, load_split, one_per_class
+from examples.digits.denoising import load_denoiser
+from examples.digits.editing import (
     DDIM,
     EDITORS,
     METHODS,
@@ -25,9 +26,8 @@ from bicm_diffusion.digits.editing import (
     save_edits,
     targets_of,
 )
-from bicm_diffusion.digits.network import Denoiser
-from bicm_diffusion.digits.recognition import recognised
-from bicm_diffusion.digits.training import load_denoiser
+from examples.digits.network import Denoiser
+from examples.digits.recognition import recognised
 
 SCHEDULE = vp_schedule(40)
 EXACT = [method for method in METHODS if method.has_exact_inverse]

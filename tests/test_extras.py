@@ -80,10 +80,10 @@ CALLS = {
     "images": ("PIL", "diffusion", f"from bicm_diffusion.distributed import *; import torch; {SHARDS}, save_as='png')"),
     "the bar of shards": ("tqdm", "diffusion", f"from bicm_diffusion.distributed import *; import torch; {SHARDS})"),
     **{
-        f"the digits, {module}": (module, "diffusion", "import runpy; runpy.run_module('bicm_diffusion.digits')")
+        f"the digits, {module}": (module, "diffusion", "import runpy; runpy.run_module('examples.digits')")
         for module in ("click", "rich", "safetensors", "sklearn", "tqdm")
     },
-    "the digits' pictures": ("matplotlib", "diffusion", "import bicm_diffusion.digits.demo"),
+    "the digits' pictures": ("matplotlib", "diffusion", "import examples.digits.demo"),
 }
 
 

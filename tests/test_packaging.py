@@ -160,11 +160,14 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Wheel) -> None:
     sources = {
         path.relative_to(root).as_posix()
         for root, package in ((ROOT, "bicm_kernels"), (ROOT / "python", "bicm_diffusion"))
-        for pattern in ("*.py", "*.safetensors")
-        for path in (root / package).rglob(pattern)
+        for path in (root / package).rglob("*.py")
     }
-    assert any(name.endswith(".safetensors") for name in sources)
-    assert {name for name in wheel.names if name.endswith((".py", ".safetensors"))} == sources
+    assert {name for name in wheel.names if name.endswith(".py")} == sources
+
+
+def test_the_wheel_holds_no_example(wheel: Wheel) -> None:
+    assert [name for name in wheel.names if "digits" in name or "example" in name] == []
+    assert [name for name in wheel.names if name.endswith((".safetensors", ".pt", ".png"))] == []
 
 
 def test_the_installed_wheel_runs_native(native: About) -> None:
@@ -286,7 +289,7 @@ def matches(pattern: str, *roots: str) -> list[Path]:
 
 
 def test_no_file_is_named_after_nothing() -> None:
-    files = matches("*", "csrc", "bicm_kernels", "python", "tests", "benchmarks")
+    files = matches("*", "csrc", "bicm_kernels", "python", "tests", "benchmarks", "examples")
     assert [path for path in files if re.fullmatch(r"_?(utils?|commons?|helpers?|misc)", path.stem)] == []
 
 
@@ -318,6 +321,13 @@ def imported_modules(path: Path, package: str) -> Iterator[str]:
             base = ".".join(package.split(".")[: -node.level + 1 or None]) if node.level else ""
             module = ".".join(filter(None, (base, node.module)))
             yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def test_no_package_imports_an_example() -> None:
+    for folder in (ROOT / "bicm_kernels", ROOT / "python"):
+        for path in folder.rglob("*.py"):
+            imported = [name.split(".")[0] for name in imported_modules(path, "")]
+            assert not {"examples", "benchmarks", "tests"} & set(imported), path
 
 
 @pytest.mark.parametrize("root", [ROOT, ROOT / "python"], ids=["bicm_kernels", "bicm_diffusion"])

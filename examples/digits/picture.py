@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from bicm_diffusion.digits.canvas import DPI, ERRORS, LABEL_WIDTH, NOISE, PAPER, Canvas, Row
-from bicm_diffusion.digits.data import CLASSES
-from bicm_diffusion.digits.measurements import GUIDANCE_SCALE, Reconstruction
+from examples.digits.canvas import DPI, ERRORS, LABEL_WIDTH, NOISE, PAPER, Canvas, Row
+from examples.digits.data import CLASSES
+from examples.digits.measurements import GUIDANCE_SCALE, Reconstruction
 
 WIDTH, HEIGHT = 17.2, 8.1
 LEFT, MIDDLE = 0.55, 9.05

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -39,6 +42,17 @@ def load_weights(path: Path, command: str) -> tuple[dict[str, Tensor], dict[str,
         raise FileNotFoundError(f"path: {path} does not exist; {command} makes it")
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())  # noqa: SIM118
+
+
+def load_network(path: Path, command: str, make: Callable[[dict[str, Any]], Network], *, dtype: torch.dtype) -> Network:
+    """Return a trained network, ready for evaluation, computing in `dtype`; make(its configuration) builds it.
+
+    Raises FileNotFoundError, which names the command, where there is no such file.
+    """
+    tensors, metadata = load_weights(path, command)
+    network = make(json.loads(metadata["network"]))
+    network.load_state_dict(tensors)
+    return network.requires_grad_(False).eval().to(dtype)
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bicm_diffusion.digits.canvas import DPI, NOISE, PAPER, Canvas, Row
-from bicm_diffusion.digits.consistency_measurements import (
+from examples.digits.canvas import DPI, NOISE, PAPER, Canvas, Row
+from examples.digits.consistency_measurements import (
     FUSED,
     INTERPOLATION,
     INVERSION,
@@ -22,9 +22,9 @@ from bicm_diffusion.digits.consistency_measurements import (
     squared_error,
     to_noise,
 )
-from bicm_diffusion.digits.consistency_network import ConsistencyNetwork
-from bicm_diffusion.digits.data import CLASSES, Digits, load_split, one_per_class
-from bicm_diffusion.digits.network import NO_LABEL
+from examples.digits.consistency_network import ConsistencyNetwork
+from examples.digits.data import CLASSES, Digits, load_split, one_per_class
+from examples.digits.network import NO_LABEL
 
 WIDTH, HEIGHT = 17.2, 8.75
 LEFT, MIDDLE = 0.55, 9.05

@@ -8,9 +8,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bicm_diffusion.digits.data import CLASSES, Digits, load_split, one_per_class
-from bicm_diffusion.digits.editing import EDITORS, edit, edit_table, round_trip_table, save_edits, targets_of
-from bicm_diffusion.digits.measurements import (
+from bicm_diffusion.schedules import Schedule, vp_schedule
+from bicm_kernels import normal
+from examples.digits.data import CLASSES, Digits, load_split, one_per_class
+from examples.digits.denoising import load_denoiser
+from examples.digits.editing import EDITORS, edit, edit_table, round_trip_table, save_edits, targets_of
+from examples.digits.measurements import (
     GUIDANCE_SCALE,
     METHODS,
     Reconstruction,
@@ -19,11 +22,8 @@ from bicm_diffusion.digits.measurements import (
     reconstruct,
     time_steps,
 )
-from bicm_diffusion.digits.picture import Panels, save_picture
-from bicm_diffusion.digits.recognition import recognised
-from bicm_diffusion.digits.training import load_denoiser
-from bicm_diffusion.schedules import Schedule, vp_schedule
-from bicm_kernels import normal
+from examples.digits.picture import Panels, save_picture
+from examples.digits.recognition import recognised
 
 IMAGES_PER_CLASS = 3
 SAMPLES_PER_CLASS = 8

@@ -13,7 +13,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.svm import SVC
 from torch import Tensor
 
-from bicm_diffusion.digits.data import load_split
+from examples.digits.data import load_split
 
 
 def recognised(images: Tensor, labels: Tensor) -> np.ndarray:
@@ -21,7 +21,7 @@ def recognised(images: Tensor, labels: Tensor) -> np.ndarray:
 
     images: (B, 1, 8, 8), clipped to [-1, 1] first; labels: (B,) int64 in [0, 10).
 
-    >>> from bicm_diffusion.digits.data import one_per_class
+    >>> from examples.digits.data import one_per_class
     >>> bool((recognised(*one_per_class(load_split().held_out)) > 0.5).all())
     True
     """

@@ -13,9 +13,6 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from bicm_diffusion.digits.data import CLASSES, Digits
-from bicm_diffusion.digits.network import Denoiser
-from bicm_diffusion.digits.recognition import recognised
 from bicm_diffusion.extras import extra
 from bicm_diffusion.samplers import (
     InexactInversionWarning,
@@ -29,6 +26,9 @@ from bicm_diffusion.samplers import (
     obelm_sample,
 )
 from bicm_diffusion.schedules import Schedule
+from examples.digits.data import CLASSES, Digits
+from examples.digits.network import Denoiser
+from examples.digits.recognition import recognised
 
 #: What each class becomes: a digit of some likeness.
 TARGETS = (8, 7, 3, 8, 9, 6, 0, 1, 3, 4)
@@ -147,7 +147,7 @@ def round_trip_table(
 
 def save_edits(edits: Sequence[Edit], digits: Digits, path: Path) -> None:
     """Draw the first ten digits, what each method makes of them and where it loses them; the ending is the format."""
-    from bicm_diffusion.digits.canvas import ERRORS, INK, Row
+    from examples.digits.canvas import ERRORS, INK, Row
 
     with extra("diffusion"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.consistency.schedules import ConsistencySchedule
-from bicm_diffusion.digits import eager
-from bicm_diffusion.digits.consistency_network import ConsistencyNetwork
-from bicm_diffusion.digits.data import CLASSES, SIDE, Digits, load_split
-from bicm_diffusion.digits.measurements import medians
-from bicm_diffusion.digits.network import NO_LABEL
-from bicm_diffusion.digits.recognition import features, probabilities
 from bicm_diffusion.interpolation import slerp
 from bicm_diffusion.samplers.consistency import consistency_invert, consistency_sample
 from bicm_kernels import fold_in, normal
+from examples.digits import eager
+from examples.digits.consistency_network import ConsistencyNetwork
+from examples.digits.data import CLASSES, SIDE, Digits, load_split
+from examples.digits.measurements import medians
+from examples.digits.network import NO_LABEL
+from examples.digits.recognition import features, probabilities
 
 T_MAX = 20.0
 CONFIDENT = 0.9

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bicm_diffusion.digits.data import CLASSES, SIDE
 from bicm_diffusion.extras import extra
+from examples.digits.data import CLASSES, SIDE
 
 with extra("diffusion"):
     import matplotlib

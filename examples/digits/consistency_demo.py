@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bicm_diffusion.digits.consistency_measurements import (
+from examples.digits.consistency_measurements import (
     EAGER,
     INVERSION,
     ONE_LEAP,
@@ -26,10 +26,10 @@ from bicm_diffusion.digits.consistency_measurements import (
     to_noise,
     without_labels,
 )
-from bicm_diffusion.digits.consistency_network import ConsistencyNetwork
-from bicm_diffusion.digits.consistency_picture import compose, draw_picture, save_picture
-from bicm_diffusion.digits.consistency_training import load_network
-from bicm_diffusion.digits.data import load_split
+from examples.digits.consistency_network import ConsistencyNetwork
+from examples.digits.consistency_objective import load_network
+from examples.digits.consistency_picture import compose, draw_picture, save_picture
+from examples.digits.data import load_split
 
 TIMED = {1: 30, 100: 6}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bicm_diffusion.digits.data import CLASSES
+from examples.digits.data import CLASSES
 
 NO_LABEL = CLASSES
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bicm_diffusion.digits.data import Digits
-from bicm_diffusion.digits.network import Denoiser, GuidedModel
 from bicm_diffusion.samplers import InexactInversionWarning, bdia_invert, bdia_sample, ddim_invert, ddim_sample
 from bicm_diffusion.schedules import Schedule
 from bicm_kernels import bdia_inverse_step, bdia_step, ddim_step
+from examples.digits.data import Digits
+from examples.digits.network import Denoiser, GuidedModel
 
 GUIDANCE_SCALE = 1.5
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bicm_diffusion.digits.data import CLASSES
-from bicm_diffusion.digits.network import Attention, ResidualBlock, zeroed
+from examples.digits.data import CLASSES
+from examples.digits.network import Attention, ResidualBlock, zeroed
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,236 @@
+"""Commands of the digits example: `python -m examples.digits train-denoiser`, `… train`, `… demo` and `… edit`."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+from rich.console import Console
+
+from examples.digits.consistency_network import ConsistencyConfig
+from examples.digits.consistency_objective import CONSISTENCY, BctConfig
+from examples.digits.consistency_objective import WEIGHTS as BCM_WEIGHTS
+from examples.digits.denoising import DENOISING, WEIGHTS
+from examples.digits.network import NetworkConfig
+from examples.digits.tensorboard import scalar_log
+from examples.digits.training import Run, TrainingConfig, save_weights, train
+
+#: Where commands write unless they are told otherwise: never over the weights that come with the code.
+BUILD = Path("build/digits")
+FILE = click.Path(dir_okay=False, path_type=Path)
+SHARE = click.FloatRange(0, 1, max_open=True)
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+@click.group(context_settings={"show_default": True, "max_content_width": 110})
+def main() -> None:
+    """Handwritten digits: train a small noise predictor, sample from it, and invert real images with it."""
+
+
+def training_options(
+    run: TrainingConfig, network: NetworkConfig | ConsistencyConfig, *, output: str, checkpoint: str
+) -> Callable[[Command], Command]:
+    """Give a command the options that every run has, with the defaults of its configurations."""
+    widths = (network.fine_channels, network.coarse_channels)
+    options = (
+        click.option("--steps", default=run.steps, type=click.IntRange(1), help="Optimizer steps."),
+        click.option("--batch-size", default=run.batch_size, type=click.IntRange(1, 1500), help="Images per step."),
+        click.option("--learning-rate", default=run.learning_rate, help="Peak learning rate of AdamW (cosine decay)."),
+        click.option("--ema", default=run.ema, type=SHARE, help="Decay of the averaged weights."),
+        click.option("--dropout", default=network.dropout, type=SHARE, help="Dropout in the network."),
+        click.option(
+            "--label-drop",
+            default=run.label_drop,
+            type=click.FloatRange(0, 1),
+            help="Share of images shown without a label.",
+        ),
+        click.option("--channels", default=widths, type=(int, int), help="Widths at 8×8 and 4×4."),
+        click.option("--seed", default=run.seed, help="Seed of everything random in the run."),
+        click.option(
+            "--threads", default=1, type=click.IntRange(1), help="CPU threads; another number may round differently."
+        ),
+        click.option("--output", default=BUILD / output, type=FILE, help="Weights to write."),
+        click.option(
+            "--checkpoint",
+            default=BUILD / checkpoint,
+            type=FILE,
+            help="State of the run; where it exists, the run goes on from it.",
+        ),
+        click.option("--checkpoint-every", default=200, type=click.IntRange(1), help="Steps between checkpoints."),
+        click.option("--restart", is_flag=True, help="Ignore an existing checkpoint."),
+        click.option(
+            "--tensorboard",
+            default=None,
+            type=click.Path(file_okay=False, path_type=Path),
+            help="Directory for TensorBoard; needs the extra of that name.",
+        ),
+    )
+
+    def give(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return give
+
+
+@main.command("train-denoiser")
+@training_options(TrainingConfig(), NetworkConfig(), output="denoiser.safetensors", checkpoint="checkpoint.pt")
+def train_denoiser(channels: tuple[int, int], dropout: float, **options: Any) -> None:
+    """Train the noise predictor by denoising score matching and write its averaged weights.
+
+    The run is a function of its options: killed at any moment and started again with the same options, it
+    ends with the same bits.
+    """
+    files, config = _parted(options)
+    network = NetworkConfig(fine_channels=channels[0], coarse_channels=channels[1], dropout=dropout)
+    _train(Run(DENOISING, TrainingConfig(**config), network), **files)
+
+
+@main.command("train")
+@training_options(BctConfig(), ConsistencyConfig(), output="consistency.safetensors", checkpoint="consistency.pt")
+@click.option("--t-max", default=BctConfig.t_max, type=click.FloatRange(1.0), help="Highest noise level.")
+def train_consistency(channels: tuple[int, int], dropout: float, **options: Any) -> None:
+    """Train the bidirectional consistency model and write its averaged weights.
+
+    The run is a function of its options: killed at any moment and started again with the same options, it
+    ends with the same bits.
+    """
+    files, config = _parted(options)
+    network = ConsistencyConfig(fine_channels=channels[0], coarse_channels=channels[1], dropout=dropout)
+    _train(Run(CONSISTENCY, BctConfig(**config), network), **files)
+
+
+def _parted(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part where a run writes and how it is carried out from what decides its bits."""
+    files = ("threads", "output", "checkpoint", "checkpoint_every", "restart", "tensorboard")
+    return {name: options.pop(name) for name in files}, options
+
+
+def _train(
+    run: Run[Any, Any],
+    *,
+    threads: int,
+    output: Path,
+    checkpoint: Path,
+    checkpoint_every: int,
+    restart: bool,
+    tensorboard: Path | None,
+) -> None:
+    """Carry a run out to its end and write its weights, with what they were made of and how good they are."""
+    torch.set_num_threads(threads)
+    if restart:
+        checkpoint.unlink(missing_ok=True)
+    try:
+        with scalar_log(tensorboard) as log:
+            state = train(run, checkpoint=checkpoint, checkpoint_every=checkpoint_every, log=log)
+    except ValueError as error:
+        raise click.ClickException(f"{error}; use --restart or another --checkpoint") from error
+    except ImportError as error:
+        raise click.ClickException(str(error)) from error
+    figures = {name: f"{value:.5f}" for name, value in run.objective.figures(state.average).items()}
+    notes = {
+        "command": command_line(sys.argv[1:]),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "threads": str(threads),
+        "torch": torch.__version__,
+        **figures,
+    }
+    save_weights(output, state, run, notes)
+    told = ", ".join(f"{name} {value}" for name, value in figures.items())
+    Console(highlight=False, soft_wrap=True).print(
+        f"{output}: {output.stat().st_size / 1e6:.2f} MB, {state.step} steps, {told}"
+    )
+
+
+@main.command()
+@click.option(
+    "--output",
+    default=BUILD / "demo.png",
+    type=FILE,
+    help="Picture to write.",
+)
+@click.option(
+    "--consistency-output",
+    default=BUILD / "demo-consistency.png",
+    type=FILE,
+    help="Picture of the consistency model to write.",
+)
+@click.option("--weights", default=WEIGHTS, type=FILE, help="Weights to load.")
+@click.option(
+    "--consistency-weights",
+    default=BCM_WEIGHTS,
+    type=FILE,
+    help="Weights of the consistency model.",
+)
+@click.option("--steps", default=50, type=click.IntRange(2), help="Steps between data and noise.")
+@click.option("--seed", default=0, help="Seed of the noise that samples start from.")
+@click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
+def demo(
+    output: Path,
+    consistency_output: Path,
+    weights: Path,
+    consistency_weights: Path,
+    steps: int,
+    seed: int,
+    threads: int,
+) -> None:
+    """Sample digits, invert real ones to noise and back, draw two pictures and print what was measured."""
+    # Plotting is slow to import, and training does without.
+    from examples.digits.consistency_demo import run_consistency_demo
+    from examples.digits.demo import run_demo
+
+    # Layers this small gain nothing from a second thread, and on a busy machine the two wait for each other.
+    torch.set_num_threads(threads)
+    console = Console(highlight=False)
+    run_demo(output, weights=weights, steps=steps, seed=seed, console=console)
+    run_consistency_demo(consistency_output, weights=consistency_weights, seed=seed, console=console)
+
+
+@main.command()
+@click.option("--weights", default=BCM_WEIGHTS, type=FILE, help="Weights to load.")
+@click.option("--seed", default=0, help="Seed of the noise.")
+@click.option("--tolerance", default=1e-3, help="Difference allowed between images, where paper is -1 and ink 1.")
+def check(weights: Path, seed: int, tolerance: float) -> None:
+    """Draw the consistency model's picture from plain eager code too and compare both."""
+    from examples.digits.consistency_demo import compare
+    from examples.digits.consistency_objective import load_network
+
+    torch.set_num_threads(1)
+    found = compare(load_network(weights), seed=seed)
+    click.echo(f"fused and eager: images at most {found.images:.1e} apart, pictures {found.picture} of 255 grey levels")
+    if found.images > tolerance or found.picture > 1:
+        raise click.ClickException(f"expected at most {tolerance} and 1")
+
+
+@main.command("edit")
+@click.option(
+    "--output",
+    default=BUILD / "edit.png",
+    type=FILE,
+    help="Picture to write.",
+)
+@click.option("--weights", default=WEIGHTS, type=FILE, help="Weights to load.")
+@click.option("--steps", default=50, type=click.IntRange(2), help="Steps between data and noise.")
+@click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
+def edit_digits(output: Path, weights: Path, steps: int, threads: int) -> None:
+    """Give real digits another class by every method, draw what became of them and print what round trips lose."""
+    from examples.digits.demo import real_digits, run_edits
+
+    torch.set_num_threads(threads)
+    run_edits(real_digits(), output, weights=weights, steps=steps, console=Console(highlight=False))
+
+
+def command_line(arguments: list[str]) -> str:
+    """Return the command that was typed, as anyone can type it again."""
+    return " ".join(["python -m examples.digits", *arguments])
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m examples.digits")
