@@ -1,4 +1,4 @@
-"""The BCT loss of networks that checkpoint, share, tie, parametrize or compile their parts: the gradients stay right."""
+"""The BCT loss of networks that checkpoint, share, tie, parametrize or compile parts: the gradients stay right."""
 
 from __future__ import annotations
 
@@ -483,7 +483,7 @@ def test_compiled_networks(part: str, wrap: str | None) -> None:
 
 
 def test_data_parallel_is_refused() -> None:
-    with pytest.raises(TypeError, match="network: expected .*DistributedDataParallel, got DataParallel"):
+    with pytest.raises(TypeError, match=r"network: expected .*DistributedDataParallel, got DataParallel"):
         bct_loss(nn.DataParallel(build(Network)), *problem(), seed=5, step=3)
 
 

@@ -5,6 +5,9 @@ order among its random ops to rely on, so there each of them gets the generator'
 numbers are the eager ones, whatever a compiler does with the graph.
 """
 
+# Arguments are named as torch.nn.functional names them.
+# ruff: noqa: A002, A006
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
