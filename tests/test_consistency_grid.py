@@ -40,10 +40,27 @@ def test_curriculum_doubles_at_equal_intervals_up_to_s1() -> None:
     assert changes == list(range(1000, 8000, 1000))
 
 
+@pytest.mark.parametrize(
+    ("s0", "s1", "steps", "stages"),
+    [
+        # K' = floor(3000 / (log2(5) + 1)) = floor(3000 / 3.3219) = 903.
+        (20, 100, 3000, {0: 21, 902: 21, 903: 41, 1805: 41, 1806: 81, 2708: 81, 2709: 101, 2999: 101}),
+        # K' = 400,000 / (log2(128) + 1) = 50,000.
+        (10, 1280, 400_000, {0: 11, 49_999: 11, 50_000: 21, 349_999: 641, 350_000: 1281, 399_999: 1281}),
+        (10, 25, 100, {0: 11, 49: 11, 50: 21, 99: 21}),  # floor(25/10) is a power of two, 25/10 is not
+        (10, 70, 1000, {0: 11, 262: 21, 524: 41, 786: 71, 999: 71}),  # K' = floor(1000 / (log2(7) + 1)) = 262
+        (7, 7, 10, {0: 8, 9: 8}),
+        (1, 1024, 5, {0: 2, 1: 3, 2: 5, 3: 9, 4: 17}),  # an interval is one step at least
+    ],
+)
+def test_curriculum_by_hand(s0: int, s1: int, steps: int, stages: dict[int, int]) -> None:
+    assert {k: discretization(k, steps, s0=s0, s1=s1) for k in stages} == stages
+
+
 @given(st.integers(1, 10_000), st.integers(1, 100), st.integers(0, 2000), st.floats(0, 1))
 def test_curriculum_is_the_formula(steps: int, s0: int, more: int, share: float) -> None:
     s1, k = s0 + more, int(share * (steps - 1))
-    interval = max(1, math.floor(steps / (math.floor(math.log2(s1 // s0)) + 1)))
+    interval = max(1, math.floor(steps / (math.log(s1 // s0) / math.log(2) + 1) + 1e-9))
     assert discretization(k, steps, s0=s0, s1=s1) == min(s0 * 2 ** (k // interval), s1) + 1
 
 

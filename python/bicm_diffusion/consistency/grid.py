@@ -37,8 +37,9 @@ def karras_levels(count: int, *, t_min: float = T_MIN, t_max: float = T_MAX, rho
 def discretization(step: int, steps: int, *, s0: int = 10, s1: int = 1280) -> int:
     """Return N(k), the number of levels at step k = `step` of a run of K = `steps` steps (BCM eq. 13).
 
-    It starts at s0 + 1 and doubles its intervals until there are s1, which it surely reaches where s1/s0 is
-    a power of two. Raises ValueError unless 0 <= step, 1 <= steps and 1 <= s0 <= s1.
+    N(k) = min(s0·2^⌊k/K'⌋, s1) + 1, K' = max(1, ⌊K/(log2⌊s1/s0⌋ + 1)⌋) with a real logarithm. It starts at s0 + 1 and
+    ends at s1 + 1, unless ⌊s1/s0⌋ is a power of two and s1/s0 is not (10 to 25 ends at 21).
+    Raises ValueError unless 0 <= step, 1 <= steps and 1 <= s0 <= s1.
 
     >>> [discretization(k, 8000) for k in (0, 1000, 7999)]
     [11, 21, 1281]
@@ -47,9 +48,8 @@ def discretization(step: int, steps: int, *, s0: int = 10, s1: int = 1280) -> in
         raise ValueError(f"step, steps: expected step >= 0 and steps >= 1, got {step} and {steps}")
     if not 1 <= s0 <= s1:
         raise ValueError(f"s0, s1: expected 1 <= s0 <= s1, got {s0} and {s1}")
-    doublings = (s1 // s0).bit_length() - 1
-    interval = max(1, steps // (doublings + 1))
-    return min(s0 << min(step // interval, doublings + 1), s1) + 1
+    interval = max(1, math.floor(steps / (math.log2(s1 // s0) + 1)))
+    return min(s0 << min(step // interval, s1.bit_length()), s1) + 1
 
 
 def level_probabilities(levels: Tensor, *, p_mean: float = P_MEAN, p_std: float = P_STD) -> Tensor:
