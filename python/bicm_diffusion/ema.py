@@ -19,7 +19,8 @@ def update_average(
     decay: in [0, 1].
     buffers: floating buffers are averaged as parameters are, others copied; False leaves them alone.
     Both modules have as many parameters and buffers, of the same shapes. Each of the average keeps its dtype and
-    device, whatever the network's are; halves are averaged in float32 and rounded. Raises ValueError for modules that differ.
+    device, whatever the network's are; halves are averaged in float32 and rounded.
+    Raises ValueError for modules that differ and a decay out of range.
 
     >>> average, network = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     >>> update_average(average, network, decay=0.0); torch.equal(average.weight, network.weight)
