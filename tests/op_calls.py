@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_leaves, tree_map_with_path
 
 import bicm_kernels as bk
 
@@ -134,5 +135,22 @@ def given(name: str) -> set[str]:
         parameter
         for call in CALLS[name]
         for parameter, value in call.items()
-        if any(isinstance(x, Tensor) for x in torch.utils._pytree.tree_leaves(value))
+        if any(isinstance(x, Tensor) for x in tree_leaves(value))
     }
+
+
+def changed(call: Any, move: Callable[[str, Tensor], Tensor]) -> Any:
+    """A call with other tensors; ``move`` is told where each one stands."""
+    return tree_map_with_path(lambda path, x: move(keystr(path), x) if isinstance(x, Tensor) else x, call)
+
+
+def with_host_numbers(call: Any, dtype: torch.dtype, move: Callable[[Tensor], Tensor]) -> Any:
+    """A call whose numbers are 0-d tensors on the CPU, floating ones of a dtype, and whose other tensors are moved."""
+
+    def place(at: str, x: Tensor) -> Tensor:
+        if x.dim() > 1 or "overflow" in at or "mask" in at:
+            return move(x)
+        number = x.flatten()[0].clone()
+        return number.to(dtype) if x.is_floating_point() else number
+
+    return changed(call, place)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_calls import CALLS, EVERY, WITHOUT, given, op_of, opened, takes_tensors
+from op_calls import CALLS, EVERY, WITHOUT, changed, given, op_of, opened, takes_tensors, with_host_numbers
 from test_schemas import SAMPLES, overload_of
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -16,6 +16,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_leaves, tree_map_with
 
 import bicm_kernels as bk
 from bicm_kernels import backend
+from bicm_kernels.ops.arguments import FLOATING
 
 META, GPU = torch.device("meta"), torch.device("cuda", 0)
 #: What draws into a new tensor, whose device it is told.
@@ -29,10 +30,6 @@ def places(call: Any) -> list[str]:
     found: list[str] = []
     tree_map_with_path(lambda path, x: found.append(keystr(path)) if isinstance(x, Tensor) else None, call)
     return found
-
-
-def changed(call: Any, move: Callable[[str, Tensor], Tensor]) -> Any:
-    return tree_map_with_path(lambda path, x: move(keystr(path), x) if isinstance(x, Tensor) else x, call)
 
 
 def devices(call: Any) -> set[torch.device]:
@@ -63,54 +60,49 @@ def split_calls(name: str, k: int, device: torch.device, here: Move, there: Move
     yield "numbers here", numbers | ({"device": device} if name in DRAWING else {})
 
 
-def check(name: str, k: int, device: torch.device, here: Move, there: Move) -> None:
-    expected = opened(op_of(name)(**changed(CALLS[name][k], lambda _, x: x.clone())))
-    refused = taken = 0
+def check(name: str, k: int, device: torch.device, here: Move, there: Move, expected: list[Tensor]) -> None:
+    """Every split call is refused, or gives results of the expected form where its tensors lie."""
+    assert expected
     for what, call in split_calls(name, k, device, here, there):
         found = devices(call) | ({call["device"]} if name in DRAWING else set())
         if len(found) > 1:
-            refused += 1
             with pytest.raises(ValueError, match=f"cpu|{device.type}|device"):
                 raise AssertionError(f"{what}: {op_of(name)(**call)}")
             continue
-        taken += 1
         for actual, wanted in zip(opened(op_of(name)(**call)), expected, strict=True):
-            assert actual.device == (found.pop() if len(found) == 1 else actual.device), what
+            assert {actual.device} == (found or {torch.device("cpu")}), what
             assert (actual.shape, actual.dtype, actual.stride()) == (wanted.shape, wanted.dtype, wanted.stride()), what
-            found = {actual.device}
-    assert taken and (refused or len(places(CALLS[name][k])) < 2)
+
+
+def results(name: str, k: int) -> list[Tensor]:
+    return opened(op_of(name)(**changed(CALLS[name][k], lambda _, x: x.clone())))
 
 
 @pytest.mark.parametrize(("name", "k"), EVERY)
 def test_meta_tensors(each_backend: str, name: str, k: int) -> None:
-    check(name, k, META, torch.clone, lambda x: x.to("meta"))
+    check(name, k, META, torch.clone, lambda x: x.to("meta"), results(name, k))
+
+
+def on_the_gpu(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=GPU)
 
 
 @pytest.mark.parametrize(("name", "k"), EVERY)
 def test_fake_tensors(name: str, k: int) -> None:
     """A GPU that is not there: whatever asks for a value, or waits, raises."""
-    with backend.use("auto"):
-        mode = FakeTensorMode()
-        real = opened(op_of(name)(**changed(CALLS[name][k], lambda _, x: x.clone())))
-
-        def there(x: Tensor) -> Tensor:
-            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=GPU)
-
-        assert real
-        with mode:
-            check_fake(name, k, mode.from_tensor, there, real)
+    expected = results(name, k)
+    with backend.use("auto"), FakeTensorMode() as mode:
+        check(name, k, GPU, mode.from_tensor, on_the_gpu, expected)
 
 
-def check_fake(name: str, k: int, here: Move, there: Move, expected: list[Tensor]) -> None:
-    for what, call in split_calls(name, k, GPU, here, there):
-        found = devices(call) | ({call["device"]} if name in DRAWING else set())
-        if len(found) > 1:
-            with pytest.raises(ValueError, match=r"cpu|cuda|device"):
-                raise AssertionError(f"{what}: {op_of(name)(**call)}")
-            continue
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize(("name", "k"), [case for case in EVERY if case[0] != "fold_in"])
+def test_numbers_on_the_cpu_beside_a_gpu(name: str, k: int, dtype: torch.dtype) -> None:
+    expected = opened(op_of(name)(**with_host_numbers(CALLS[name][k], dtype, torch.clone)))
+    with backend.use("auto"), FakeTensorMode(allow_non_fake_inputs=True):
+        call = with_host_numbers(CALLS[name][k], dtype, on_the_gpu) | ({"device": GPU} if name in DRAWING else {})
         for actual, wanted in zip(opened(op_of(name)(**call)), expected, strict=True):
-            assert {actual.device} == (found or {actual.device}), what
-            assert (actual.shape, actual.dtype, actual.stride()) == (wanted.shape, wanted.dtype, wanted.stride()), what
+            assert (actual.device, actual.shape, actual.dtype) == (GPU, wanted.shape, wanted.dtype)
 
 
 @pytest.mark.parametrize(("name", "k"), EVERY)
@@ -136,5 +128,5 @@ def test_every_overload(name: str) -> None:
             with pytest.raises(RuntimeError, match="bicm_kernels: "):
                 raise AssertionError(f"{place}: {overload_of(name)(*args, **named)}")
         args, named = changed(call, lambda _, x: x.detach().to("meta"))
-        results = overload_of(name)(*args, **named)
-        assert all(x.is_meta for x in tree_leaves(results) if isinstance(x, Tensor))
+        made = overload_of(name)(*args, **named)
+        assert all(x.is_meta for x in tree_leaves(made) if isinstance(x, Tensor))

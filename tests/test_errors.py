@@ -9,6 +9,7 @@ import torch
 from wrong_calls import BDIA, IDS, WIDE, Wrong, X, affine, check_messages, ddim, denoised, noisy, normal
 
 import bicm_kernels as bk
+from bicm_kernels import reference
 
 TENSORS: dict[str, Wrong] = {
     "not a tensor": (lambda: ddim(z=[1.0, 2.0]), TypeError, ("z must be a tensor", "[1.0, 2.0] (list)")),
@@ -174,7 +175,86 @@ GUIDANCE: dict[str, Wrong] = {
 }
 
 
-@pytest.mark.parametrize("table", [TENSORS, NUMBERS, GUIDANCE], ids=["tensors", "numbers", "guidance"])
+Q = torch.zeros(2, 3, dtype=torch.int64)
+ONE_TENSOR = "tensors: expected a sequence of tensors, got one tensor; write [x]"
+STACK, STACKED_STATES = torch.zeros(2, 2, 3), torch.zeros(2, 2, 3, dtype=torch.int64)
+
+
+def exact(tensors: Any = (X,), inverse: bool = False, **changes: Any) -> Any:
+    op = bk.exact_affine_inverse_step if inverse else bk.exact_affine_step
+    return op(Q, tensors, [1.0] * len(tensors), Q, **changes)
+
+
+def bdia_exact(**changes: Any) -> Any:
+    return bk.bdia_exact_step(Q, Q, X, Q, **{**BDIA, **changes})
+
+
+SEQUENCES: dict[str, Wrong] = {
+    "affine": (lambda: affine(X, [1.0, 1.0]), TypeError, (ONE_TENSOR,)),
+    "affine, as many samples as weights": (lambda: affine(STACK, [1.0, 1.0]), TypeError, (ONE_TENSOR,)),
+    "affine, guided": (lambda: affine(STACK, [1.0], guidance_scale=2.0), TypeError, (ONE_TENSOR,)),
+    "affine, tensor weights": (lambda: affine(STACK, torch.ones(2)), TypeError, (ONE_TENSOR,)),
+    "affine, out": (lambda: affine(STACK, [1.0, 1.0], out=X.clone()), TypeError, (ONE_TENSOR,)),
+    "affine, noise": (lambda: affine(STACK, [1.0, 1.0], noise_weight=1.0, seed=1), TypeError, (ONE_TENSOR,)),
+    "affine, grad": (lambda: affine(STACK.clone().requires_grad_(), [1.0, 1.0]), TypeError, (ONE_TENSOR,)),
+    "affine, a parameter": (lambda: affine(torch.nn.Parameter(STACK), [1.0, 1.0]), TypeError, (ONE_TENSOR,)),
+    "affine, a number": (
+        lambda: affine(1.0, [1.0]),
+        TypeError,
+        ("tensors: expected a sequence of tensors", "1.0 (float)"),
+    ),
+    "denoised": (
+        lambda: denoised(STACK, x0_weights=[1.0, 1.0], weights=[1.0, 1.0]),
+        TypeError,
+        (ONE_TENSOR,),
+    ),
+    "denoised, out": (
+        lambda: denoised(out=STACK),
+        TypeError,
+        ("out: expected a sequence of tensors, got one tensor; write (out, x0)",),
+    ),
+    "denoised, three outs": (
+        lambda: denoised(next_scale=1.0, out=torch.zeros(3, 2, 3)),
+        TypeError,
+        ("out: expected a sequence of tensors, got one tensor; write (out, x0, next)",),
+    ),
+    "exact": (lambda: exact(STACK), TypeError, (ONE_TENSOR,)),
+    "exact, states": (lambda: exact(STACKED_STATES), TypeError, (ONE_TENSOR,)),
+    "exact, inverse": (lambda: exact(STACK, inverse=True), TypeError, (ONE_TENSOR,)),
+    "exact, out": (
+        lambda: exact(ratio=(1, 2), out=STACKED_STATES),
+        TypeError,
+        ("out: expected a sequence of tensors, got one tensor; write (q, info)",),
+    ),
+    "exact, ratio": (lambda: exact(ratio=torch.tensor([9, 10])), TypeError, ("ratio must be a pair (n, m)",)),
+    "bdia, gamma": (lambda: bdia_exact(gamma=torch.tensor([9, 10])), TypeError, ("gamma must be a pair (n, m)",)),
+    "bdia, out": (lambda: bdia_exact(out=STACKED_STATES), TypeError, ("out: expected a sequence of tensors",)),
+}
+
+
+def test_a_tensor_is_no_sequence_for_the_reference_either() -> None:
+    one = [1.0, 1.0]
+    for call in (
+        lambda: reference.affine_step(STACK, one),  # type: ignore[arg-type]
+        lambda: reference.denoised_step(STACK, one, one, x0_weight=1.0),  # type: ignore[arg-type]
+        lambda: reference.exact_affine_step(Q, STACK, one, Q),  # type: ignore[arg-type]
+        lambda: reference.exact_affine_inverse_step(Q, STACK, one, Q),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match=r"tensors: expected a sequence of tensors, got one tensor; write \[x\]"):
+            call()
+
+
+def test_weights_may_be_one_tensor(each_backend: str) -> None:
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    weights = torch.tensor([[0.5, 2.0], [0.25, 1.0]])
+    assert torch.equal(affine([x, y], weights[:, 0]), affine([x, y], [0.5, 0.25]))
+    assert torch.equal(affine([x, y], weights), affine([x, y], [weights[0], weights[1]]))
+
+
+TABLES = {"tensors": TENSORS, "numbers": NUMBERS, "guidance": GUIDANCE, "sequences": SEQUENCES}
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_wrong_calls(each_backend: str, table: dict[str, Wrong]) -> None:
     check_messages(table)
 

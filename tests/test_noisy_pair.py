@@ -70,7 +70,7 @@ def test_batch_invariance(same_bits: Bits) -> None:
 def test_gradients() -> None:
     x, x_hat = (random(4, 3, dtype=torch.float64, seed=k).requires_grad_() for k in range(2))
     low, high = (torch.tensor(v, dtype=torch.float64).requires_grad_() for v in (0.5, 2.0))
-    key: dict[str, Any] = {"seed": 1}
+    key: dict[str, Any] = {"seed": 1, "step": 2}
     check = torch.autograd.gradcheck
     assert check(lambda x: bk.noisy_pair(x, 0.5, 2.0, **key), (x,), check_batched_grad=True)
     assert check(lambda x, y: bk.noisy_pair(x, 0.5, 2.0, x_hat=y, mask=MASK, **key), (x, x_hat))

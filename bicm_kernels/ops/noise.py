@@ -164,7 +164,10 @@ def fold_in(seed: Integer, data: Integer) -> Integer:
         return reference.fold_in_words(int(seed), int(data))
     if arguments.transformed() or backend.running(_device_of(seed, data).type) == "reference":
         return reference.fold_in(arguments.integer(seed), data)
-    return _ops.fold_in.default(arguments.integer(seed), arguments.integer(data))
+    try:
+        return _ops.fold_in.default(arguments.integer(seed), arguments.integer(data))
+    except RuntimeError as error:
+        arguments.fail(error)
 
 
 def _check_add_noise(x: object, sigma: object, scale: object, seed: object, step: object, sample_id: object) -> None:

@@ -69,7 +69,9 @@ def _pair_gradient(ctx: Any, low: Tensor, high: Tensor) -> tuple[Tensor | None, 
     compute = torch.float64 if low.dtype == torch.float64 else torch.float32
     one = torch.ones((), dtype=torch.float64)
     plain = arguments.plain_gradient(low) and arguments.plain_gradient(high)
-    scales = [one, one] if sigma_data is None else [_scale(sigma, sigma_data, low) for sigma in (sigma_low, sigma_high)]
+    scales = (
+        [one, one] if sigma_data is None else [_scale(sigma, sigma_data, compute) for sigma in (sigma_low, sigma_high)]
+    )
 
     def summed(chosen: Tensor | None) -> Tensor:
         weights = scales if chosen is None else [chosen.to(compute) * scale for scale in scales]
@@ -82,10 +84,9 @@ def _pair_gradient(ctx: Any, low: Tensor, high: Tensor) -> tuple[Tensor | None, 
     return x, *[None] * 5, x_hat, None, None
 
 
-def _scale(sigma: Tensor, sigma_data: Tensor, like: Tensor) -> Tensor:
-    """c_in as the forward pass formed it, 0-d or (B,)."""
-    compute = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return reference.c_in(sigma.to(like.device, compute), sigma_data.to(like.device, compute))
+def _scale(sigma: Tensor, sigma_data: Tensor, compute: torch.dtype) -> Tensor:
+    """c_in as the forward pass formed it, 0-d or (B,): on the host where both numbers are, so that nothing waits."""
+    return reference.c_in(sigma.to(compute), sigma_data.to(compute))
 
 
 torch.library.register_autograd(

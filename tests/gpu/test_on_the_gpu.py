@@ -17,6 +17,8 @@ import bicm_kernels as bk
 from bicm_diffusion import vp_schedule
 from bicm_diffusion.samplers import bdia_invert, bdia_sample
 from bicm_kernels import backend
+from tests.op_calls import CALLS as OP_CALLS
+from tests.op_calls import EVERY, op_of, opened, with_host_numbers
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -110,6 +112,31 @@ def test_nothing_waits(gpu_backend: str, no_synchronisation: None) -> None:
     bk.renoise(z, eps, a, 0.1, a, seed=1, step=step)
     bk.noisy_pair(z, a, 2.0, seed=1, step=step)
     bk.consistency_loss(z, eps.requires_grad_(), a, 0.1, z, weight=a).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("name", "k"), EVERY)
+def test_numbers_on_the_cpu(
+    gpu_backend: str, same_bits: SameBits, request: pytest.FixtureRequest, name: str, k: int, dtype: torch.dtype
+) -> None:
+    """As schedulers have them, `alphas_cumprod[t]`: nothing is copied, nothing waits."""
+
+    def run(device: str) -> list[Tensor]:
+        call = with_host_numbers(OP_CALLS[name][k], dtype, lambda x: x.to(device, copy=True))
+        return opened(op_of(name)(**call, **({"device": device} if name in ("normal", "uniform") else {})))
+
+    with backend.use("native"):
+        expected = run("cpu")
+    run("cuda")
+    call = with_host_numbers(OP_CALLS[name][k], dtype, lambda x: x.to("cuda"))
+    request.getfixturevalue("no_synchronisation")
+    results = opened(op_of(name)(**call, **({"device": "cuda"} if name in ("normal", "uniform") else {})))
+    torch.cuda.set_sync_debug_mode("default")
+    for actual, wanted in zip(results, expected, strict=True):
+        if name in ("pseudo_huber", "consistency_loss"):
+            close(actual.cpu(), wanted)
+        else:
+            same_bits(actual.cpu(), wanted)
 
 
 def loop(z: Tensor, step: Tensor, steps: int) -> Tensor:
