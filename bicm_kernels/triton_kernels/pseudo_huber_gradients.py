@@ -7,37 +7,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bicm_kernels.triton_kernels.hypotenuse import nonzero, slope_anywhere
+from bicm_kernels.triton_kernels.kept_sums import norm_with, scaled_back
 from bicm_kernels.triton_kernels.keys import load_rows, number
 from bicm_kernels.triton_kernels.operands import load, locate, store
-from bicm_kernels.triton_kernels.pseudo_huber_kernels import (
-    add_term,
-    conclude,
-    denoising_weights,
-    distance,
-    nonzero,
-    residual,
-    scaled_back,
-)
-from bicm_kernels.triton_kernels.rounding import divide, root
-
-
-@triton.jit
-def norm(total, c):
-    """sqrt(total + c^2) times a power of two, and that power: float32 whatever the size of a float64 sum."""
-    high = total.to(c.dtype)
-    if c.dtype == tl.float32:
-        large = (high > 1.2676506002282294e30) | (c > 1125899906842624.0)  # 2^100, 2^50
-        small = (high < 7.888609052210118e-31) & (c < 8.881784197001252e-16)  # 2^-100, 2^-50
-        shift = tl.where(large, -192, tl.where(small & (total > 0.0), 192, 0)).to(tl.int64) << 52
-        bits = total.to(tl.int64, bitcast=True)
-        # A float64 sum of float32 squares is far from the ends of its range; 0 and what is not finite stay.
-        moved = (bits + shift).to(tl.float64, bitcast=True).to(tl.float32)
-        high = tl.where((total > 0.0) & (total < float("inf")), moved, high)
-        power = tl.where(large, 1.262177448353619e-29, tl.where(small, 7.922816251426434e28, 1.0))
-    else:
-        power = tl.full(c.shape, 1.0, c.dtype)
-    scaled = c * power
-    return root(high + scaled * scaled), power
+from bicm_kernels.triton_kernels.pseudo_huber_kernels import add_term, conclude, denoising_weights, residual, term_of
+from bicm_kernels.triton_kernels.rounding import divide
 
 
 @triton.jit
@@ -63,7 +38,7 @@ def factors(
     if ELEMENTWISE:
         factor = divide(factor, tl.full(factor.shape, elements, COMPUTE))
     else:
-        length, power = norm(total, transition)
+        length, power = norm_with(total, transition)
         factor = divide(factor, nonzero(length))
     return factor, transition, power
 
@@ -74,7 +49,7 @@ def store_gradients(
 ):
     """The derivatives in prediction, target and x, those that are not None, from a tile's residuals."""
     if ELEMENTWISE:
-        r = divide(r, nonzero(root(r * r + transition * transition)))
+        r = slope_anywhere(r, transition)
     else:
         r *= power
     if outs[0] is not None:
@@ -166,6 +141,7 @@ def resident(
         element = step * COLUMNS + columns
         r = residual(prediction, target, x, weights, sizes, sample, element, element < elements, COMPUTE)
         residuals = residuals + (r,)  # type: ignore[assignment]  # noqa: RUF005 (Triton reads no star)
+    transition = number(c, sample, sample >= 0, COMPUTE)
     scale = tl.full((), 1.0, COMPUTE)
     total = tl.zeros((1,), tl.float64)
     rounds = 1
@@ -173,17 +149,11 @@ def resident(
         high = tl.zeros((1, COLUMNS), COMPUTE)
         low = tl.zeros((1, COLUMNS), COMPUTE)
         for step in tl.static_range(STEPS):
-            r = residuals[step] * scale
-            term = r * r
-            if ELEMENTWISE:
-                term = distance(term, number(c, sample, sample >= 0, COMPUTE))
-            high, low = add_term(high, low, term)
+            high, low = add_term(high, low, term_of(residuals[step], transition, scale, ELEMENTWISE))
         low = tl.where(low == low, low, 0.0)
         total = tl.sum(high.to(tl.float64), axis=1) + tl.sum(low, axis=1).to(tl.float64)
-        rounds -= 1
-        if not ELEMENTWISE and COMPUTE.primitive_bitwidth == 32:
-            total, scale, again = scaled_back(total, scale)
-            rounds += again
+        total, scale, again = scaled_back(total, scale, transition, ELEMENTWISE)
+        rounds += again - 1
     factor, transition, power = factors(
         tl.full((1, 1), 1.0, COMPUTE),
         tl.zeros((1, 1), tl.float64) + tl.sum(total, axis=0),
