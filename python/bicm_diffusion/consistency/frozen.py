@@ -15,13 +15,25 @@ from torch.utils import _pytree as pytree
 
 # Where torch does not tell, every graph may be needed again.
 _graph_is_retained: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-_SHARDED = ("FSDPModule", "FullyShardedDataParallel")
 
 
-def refuse_data_parallel(network: nn.Module) -> None:
-    """Raise TypeError for `nn.DataParallel`, whose replicas on other devices do not share their dropout masks."""
-    if isinstance(network, DataParallel):
-        raise TypeError("network: expected a module on one device or in DistributedDataParallel, got DataParallel")
+def check_network(network: nn.Module) -> None:
+    """Raise TypeError for wrappers that cannot evaluate a network several times before one backward pass.
+
+    `nn.DataParallel` has replicas whose dropout masks differ; FSDP1 frees parameters that the passes still need.
+    """
+    refused = (DataParallel,) if torch.compiler.is_compiling() else (DataParallel, *_of_fsdp("FullyShardedDataParallel"))
+    for module in network.modules():
+        if isinstance(module, refused):
+            wrapper = type(module).__name__
+            other = "DistributedDataParallel" if isinstance(module, DataParallel) else "torch.distributed.fsdp.fully_shard"
+            raise TypeError(f"network: expected a plain module or one in {other}, got {wrapper}")
+
+
+def _of_fsdp(name: str) -> tuple[type, ...]:
+    """A class of FSDP, which takes long to import: where nobody did, no network is of it."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), name, None)
+    return () if kind is None else (kind,)
 
 
 def evaluate_frozen(network: nn.Module, inputs: tuple[Tensor, ...], extra_args: Mapping[str, Any]) -> Tensor:
@@ -36,10 +48,9 @@ def evaluate_frozen(network: nn.Module, inputs: tuple[Tensor, ...], extra_args: 
     >>> evaluate_frozen(network, (x,), {}).backward(); network.weight.grad is None, bool(x.grad == network.weight)
     (True, True)
     """
-    if isinstance(network, DistributedDataParallel):
-        network = network.module  # no parameter takes part: there is nothing for its reducer to wait for
+    network = _without_reducer(network)
     if torch.compiler.is_compiling():
-        with _swapped(_parameters(network)):
+        with _swapped(_parameters([*network.modules()])):
             return network(*inputs, **extra_args)
     values, structure = pytree.tree_flatten((inputs, dict(extra_args)))
     places = [k for k, value in enumerate(values) if isinstance(value, Tensor) and value.requires_grad]
@@ -59,10 +70,22 @@ def evaluate_frozen(network: nn.Module, inputs: tuple[Tensor, ...], extra_args: 
     return result
 
 
+def _without_reducer(network: nn.Module) -> nn.Module:
+    """The module in DistributedDataParallel, whose reducer may wait for gradients of an evaluation that has none."""
+    wrapper = getattr(network, "_orig_mod", network)
+    if not isinstance(wrapper, DistributedDataParallel):
+        return network
+    waits = wrapper.static_graph or wrapper.find_unused_parameters
+    return wrapper.module if waits or wrapper is network else network
+
+
 @contextmanager
 def detached_parameters(network: nn.Module) -> Iterator[None]:
     """Put detached tensors in the place of a network's parameters, but for those that something else manages."""
-    with _swapped([] if _is_sharded(network) else [slot for slot in _parameters(network) if _is_ordinary(*slot)]):
+    modules = [*network.modules()]
+    # FSDP exchanges the parameters itself, before and after a module's forward and backward pass.
+    sharded = any(isinstance(module, kind) for kind in _of_fsdp("FSDPModule") for module in modules)
+    with _swapped([] if sharded else [slot for slot in _parameters(modules) if _is_ordinary(*slot)]):
         yield
 
 
@@ -70,21 +93,14 @@ def detached_parameters(network: nn.Module) -> Iterator[None]:
 _Slot = tuple[dict[str, Any], str]
 
 
-def _parameters(network: nn.Module) -> list[_Slot]:
+def _parameters(modules: Sequence[nn.Module]) -> list[_Slot]:
     """The places of the parameters that are trained; one that has several is met in each."""
-    tables = [module._parameters for module in network.modules()]
+    tables = [table for module in modules if (table := module._parameters)]
     return [(table, name) for table in tables for name, x in table.items() if x is not None and x.requires_grad]
 
 
 def _is_ordinary(table: dict[str, Any], name: str) -> bool:
     return type(table) is dict and type(table[name]) is nn.Parameter
-
-
-def _is_sharded(network: nn.Module) -> bool:
-    """Whether FSDP exchanges the parameters itself, before and after a module's forward and backward pass."""
-    library = sys.modules.get("torch.distributed.fsdp")
-    kinds = tuple(getattr(library, name) for name in _SHARDED if hasattr(library, name))
-    return bool(kinds) and any(isinstance(module, kinds) for module in network.modules())
 
 
 @contextmanager

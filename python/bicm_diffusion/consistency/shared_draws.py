@@ -126,8 +126,10 @@ def _checkpoint(draws: _Draws, function: Callable[..., Any], *args: Any, **kwarg
     """A checkpoint's body is a graph of its own: the state goes in and comes out."""
 
     def body(state: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        with _Draws(state) as inside:
-            return function(*args, **kwargs), inside.state
+        inside = _Draws(state)
+        with inside:
+            result = function(*args, **kwargs)
+        return result, inside.state
 
     result, draws.state = checkpoint(body, draws.state, *args, **kwargs)
     return result
