@@ -6,12 +6,13 @@ Another build or another processor may take another way, so the native library d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Generator, Tensor
 
 Draw = Callable[[Sequence[int], Generator], Tensor | None]
+Skip = Callable[[int, Generator], bool | None]
 
 #: Sizes that end in blocks and between them, within the generator's 624 words and beyond them.
 SIZES = (16, 17, 31, 100, 600, 625, 2048, 5000)
@@ -56,6 +57,20 @@ def agree(draw: Draw) -> bool | None:
             ours, theirs = draw((size,), generator), torch.randn(size, generator=twin, dtype=torch.float32)
             if ours is None or not torch.equal(ours.view(torch.int32), theirs.view(torch.int32)):
                 return False
+            if not torch.equal(generator.get_state(), twin.get_state()):
+                return False
+    return True
+
+
+def agree_on_words(skip: Skip, words: Mapping[torch.dtype, int]) -> bool | None:
+    """Whether torch.randn takes so many words for a number of each dtype; None where nothing can be told now."""
+    generator = Generator().manual_seed(0)
+    twin = generator.clone_state()
+    for dtype, each in words.items():
+        for size in SIZES:
+            if skip(each * (size + (16 if size % 16 else 0)), generator) is None:
+                return None
+            torch.randn(size, generator=twin, dtype=dtype)
             if not torch.equal(generator.get_state(), twin.get_state()):
                 return False
     return True

@@ -14,8 +14,11 @@ def generator_normal(
     generator: Generator | list[Generator] | tuple[Generator, ...] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    dropped: bool = False,
 ) -> Tensor:
-    """What torch.randn draws; from each of several generators a sample."""
+    """What torch.randn draws; from each of several generators a sample. Nothing of it where it is dropped."""
+    if dropped:
+        return generator_normal(shape, generator=generator, dtype=dtype, device=device).new_empty(0)
     if not isinstance(generator, list | tuple):
         return torch.randn(shape, generator=generator, dtype=dtype, device=device)
     if not shape or len(generator) != shape[0]:

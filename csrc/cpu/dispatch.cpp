@@ -16,6 +16,7 @@
   void reversible(const Reversible&, int64_t, int64_t);                  \
   void fixed_point_decode(const FixedPointDecode&, int64_t, int64_t);    \
   bool generator_normals(Mersenne&, float*, int64_t);                    \
+  bool generator_skip(Mersenne&, int64_t);                               \
   void log_all(const float*, float*, int64_t);                           \
   void cos_sin_all(const float*, float*, float*, int64_t);               \
   void philox_all(int64_t, const uint32_t*, uint32_t*, int64_t);         \
@@ -34,6 +35,7 @@
    bicm::isa::reversible,                 \
    bicm::isa::fixed_point_decode,         \
    bicm::isa::generator_normals,          \
+   bicm::isa::generator_skip,             \
    bicm::isa::log_all,                    \
    bicm::isa::cos_sin_all,                \
    bicm::isa::philox_all}

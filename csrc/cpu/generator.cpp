@@ -103,9 +103,16 @@ bool generator_normals(Mersenne& state, float* out, int64_t count) {
   return true;
 }
 
+bool generator_skip(Mersenne& state, int64_t count) {
+  for (; count > kMersenneWords - state.next; renew(state)) count -= kMersenneWords - state.next;
+  state.next += static_cast<int32_t>(count);
+  return true;
+}
+
 #else
 
 bool generator_normals(Mersenne&, float*, int64_t) { return false; }
+bool generator_skip(Mersenne&, int64_t) { return false; }
 
 #endif
 

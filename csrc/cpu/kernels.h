@@ -28,6 +28,7 @@ struct Kernels {
   void (*fixed_point_decode)(const FixedPointDecode&, int64_t begin, int64_t end);
   // As torch.randn draws them, 16 numbers or more; false where the instruction set has nothing for it.
   bool (*generator_normals)(Mersenne& state, float* out, int64_t count);
+  bool (*generator_skip)(Mersenne& state, int64_t count);  // of words, which nobody gets
   void (*log)(const float* u, float* out, int64_t count);
   void (*cos_sin)(const float* u, float* cosine, float* sine, int64_t count);
   void (*philox)(int64_t seed, const uint32_t* counters, uint32_t* words, int64_t count);  // four words per counter

@@ -55,13 +55,14 @@ bool is_known(const State& state) {
   return state.seeded == 1 && (none_left(state) || somewhere);
 }
 
-// Advances the words behind a state and fills `out`; false, with nothing changed, for a state of another kind.
-bool advance(State& state, float* out, int64_t count) {
+// Lets `use` take words from a state; false, with nothing changed, for a state of another kind.
+template <class Use>
+bool advance(State& state, Use use) {
   if (!is_known(state)) return false;
   Mersenne words;
   for (int i = 0; i < kMersenneWords; ++i) words.words[i] = static_cast<uint32_t>(state.words[i]);
   words.next = none_left(state) ? kMersenneWords : static_cast<int32_t>(state.next);
-  if (!active_kernels().generator_normals(words, out, count)) return false;
+  if (!use(words)) return false;
   for (int i = 0; i < kMersenneWords; ++i) state.words[i] = words.words[i];
   state.next = static_cast<uint64_t>(words.next);
   state.left = kMersenneWords + 1 - words.next;
@@ -78,13 +79,14 @@ Asked state_of(PyObject* generator) {
 
 // Draws through here take turns, since each holds on to the interpreter from its last look at the state until it is set.
 // Torch's own do not: what one of them has drawn in the meantime would be drawn again, so ours is made anew.
-void draw(PyObject* generator, float* out, int64_t count) {
+template <class Use>
+void take(PyObject* generator, Use use) {
   Asked asked, now = state_of(generator);  // both live until the end: freeing a tensor lets other threads in
   std::pair<uint64_t, uint64_t> before;
   do {
     asked = std::move(now);
     before = asked.state->place();
-    STD_TORCH_CHECK(advance(*asked.state, out, count), "bicm_kernels: a state of another kind");
+    STD_TORCH_CHECK(advance(*asked.state, use), "bicm_kernels: a state of another kind");
     now = state_of(generator);
   } while (now.state->place() != before);
   const Object done(found_.set_state(generator, asked.tensor.get()));
@@ -130,8 +132,18 @@ Object generator_normal(Few<int64_t, kMostDims> shape, Generators generators) {
   const View view = {nullptr, sizes, strides, static_cast<int64_t>(shape.size()), DType::float32, kHost};
   Object result = like(Object(), view);
   float* const data = static_cast<float*>(result.view.data);
-  for (int64_t i = 0; i < drawers; ++i) draw(generators[i], data + i * (count / drawers), count / drawers);
+  const int64_t each = count / drawers;
+  for (int64_t i = 0; i < drawers; ++i) {
+    take(generators[i],
+         [&](Mersenne& words) { return active_kernels().generator_normals(words, data + i * each, each); });
+  }
   return result;
+}
+
+bool generator_skip(int64_t count, Generators generators) {
+  STD_TORCH_CHECK(generators.one != nullptr && count >= 0, "bicm_kernels: one generator");
+  take(generators.one, [&](Mersenne& words) { return active_kernels().generator_skip(words, count); });
+  return true;
 }
 
 }  // namespace bicm

@@ -24,4 +24,7 @@ constexpr size_t kMostDims = 8;
 // that is not known.
 Object generator_normal(Few<int64_t, kMostDims> shape, Generators generators);
 
+// Drops `count` words of a generator; throws, with nothing dropped, where its state is of another kind.
+bool generator_skip(int64_t count, Generators generator);
+
 }  // namespace bicm

@@ -95,6 +95,8 @@ PyObject* returned(Object result) {
   Py_RETURN_NONE;
 }
 
+PyObject* returned(bool result) { return PyBool_FromLong(result); }
+
 template <class... Results>
 PyObject* returned(std::tuple<Results...> results) {
   PyObject* tuple = PyTuple_New(sizeof...(Results));
@@ -207,6 +209,7 @@ bool add_lane(PyObject* module) {
       method<&exact_step<Increment::bdia, false>>("bdia_exact_step"),
       method<&exact_step<Increment::bdia, true>>("bdia_exact_inverse_step"),
       method<&generator_normal>("generator_normal"),
+      method<&generator_skip>("generator_skip"),
       method<&fixed_point_decode<Lane, Object, DType>>("fixed_point_decode"),
       {nullptr, nullptr, 0, nullptr},
   };

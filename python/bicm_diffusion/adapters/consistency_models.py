@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bicm_diffusion.adapters.arithmetic import promoted, weighted_sum
+from bicm_diffusion.adapters.arithmetic import filled, promoted, weighted_sum
 from bicm_diffusion.adapters.preconditioning import Scalings, precondition
 
 
@@ -105,12 +105,12 @@ def stochastic_iterative_sampler(
     """
     high, low = t_max ** (1 / rho), t_min ** (1 / rho)
     levels = [(high + float(index) / (steps - 1) * (low - high)) ** rho for index in ts]
-    ones = x.new_ones([x.shape[0]])
+    batch, dtype = x.shape[:1], x.dtype
     for i, (level, below) in enumerate(pairwise(levels)):
-        denoised = distiller(x, ones * level)
+        denoised = distiller(x, filled(x, batch, level, dtype))
         fresh = generator.randn_like(x)
         below = min(max(below, t_min), t_max)
-        moved = weighted_sum(promoted(denoised, fresh), [1.0, max(below**2 - t_min**2, 0.0) ** 0.5])
+        moved = weighted_sum([promoted(denoised, fresh), fresh], [1.0, max(below**2 - t_min**2, 0.0) ** 0.5])
         if callback is not None:
             callback({"x": x, "i": i, "sigma": level, "denoised": denoised})
         x = moved

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.adapters import noise
-from bicm_diffusion.adapters.arithmetic import broadcast, two_sums
+from bicm_diffusion.adapters.arithmetic import copy, two_sums, weighted_sum
 from bicm_diffusion.adapters.k_diffusion import MOST_LIFT
 from bicm_kernels import affine_step
 
@@ -50,34 +50,37 @@ def edm_sampler(
         raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
     levels = _levels(net, latents.device, num_steps, sigma_min, sigma_max, rho)
     raised = _raised(net, latents.device, levels, S_churn / num_steps, S_min, S_max)
-    draw = noise.randn_like if randn_like is torch.randn_like else randn_like
+    own = randn_like is torch.randn_like
+    draw, drop = (noise.randn_like, noise.skip_randn_like) if own else (randn_like, randn_like)
 
     def denoised(x: Tensor, level: float) -> Tensor:
         return net(x, torch.full((), level, dtype=dtype, device=x.device), class_labels)
 
     x = affine_step([latents.to(dtype)], [levels[0]])
     for (unraised, below), level in zip(pairwise([*levels, 0.0]), raised, strict=True):
-        if level != unraised or not skip_unused_noise:
+        if level == unraised:
+            if not skip_unused_noise:
+                drop(x)
+        else:
             fresh = draw(x)
-        if level != unraised:
             weight = S_noise * math.sqrt(level**2 - unraised**2)
             if fresh.dtype is not dtype:  # weighed in its own dtype, as torch does
                 fresh, weight = fresh * weight, 1.0
-            x = affine_step(broadcast(x, fresh), [1.0, weight])
+            x = weighted_sum([x, fresh], [1.0, weight])
         first = denoised(x, level)
         if below == level:
             if below > 0.0:
-                denoised(x, below)
+                denoised(copy(x), below)
             continue
         if below == 0.0:
-            x = affine_step(broadcast(x, first), [0.0, 1.0])
+            x = weighted_sum([x, first], [0.0, 1.0])
             continue
         ratio, half = below / level, (below - level) / 2
         # x + half·((x - first)/level + (predicted - second)/below). What is of the first evaluation is summed up before
         # the second, which may write to its input and over what the first one returned.
-        predicted, halfway = two_sums(broadcast(x, first), [ratio, 1.0 - ratio], [1.0 + half / level, -half / level])
+        predicted, halfway = two_sums([x, first], [ratio, 1.0 - ratio], [1.0 + half / level, -half / level])
         second = denoised(predicted, below)
-        x = affine_step(broadcast(halfway, predicted, second), [1.0, half / below, -half / below])
+        x = weighted_sum([halfway, predicted, second], [1.0, half / below, -half / below])
     return x
 
 

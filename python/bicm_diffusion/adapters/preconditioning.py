@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bicm_diffusion.adapters.arithmetic import broadcast
 from bicm_kernels import denoise, scale_input
 
 Scalings = tuple[Tensor, Tensor, Tensor]
@@ -23,21 +22,25 @@ def column(sigma: Tensor, x: Tensor) -> Tensor:
 
 def per_sample(sigma: Tensor, x: Tensor) -> Tensor | None:
     """Return sigma as the ops take it, 0-d or (B,); None where it differs within a sample or adds samples."""
+    if sigma.shape == x.shape[:1] and sigma.is_floating_point() and x.is_floating_point():
+        return sigma
     if sigma.dim() > x.dim() or x.is_complex():
         return None
+    if not sigma.is_floating_point():
+        sigma = sigma.to(torch.get_default_dtype())
     if sigma.numel() == 1:
         return sigma.reshape(())
     return sigma.reshape(-1) if sigma.shape[0] == x.shape[0] == sigma.numel() else None
 
 
-def result_dtype(x: Tensor, *others: Tensor) -> torch.dtype:
-    """Return the dtype of a product of tensors that all have dimensions; whole numbers among the others are floats."""
+def promoted(x: Tensor, *others: Tensor) -> Tensor:
+    """Return x in the dtype of its product with others that have dimensions, as floats where they are whole numbers."""
     dtype = x.dtype
     for other in others:
         if other.dtype is not dtype:
             floating = other.is_floating_point() or other.is_complex()
             dtype = torch.promote_types(dtype, other.dtype if floating else torch.get_default_dtype())
-    return dtype
+    return x if dtype is x.dtype else x.to(dtype)
 
 
 def precondition(
@@ -60,7 +63,10 @@ def precondition(
         c_skip, c_out, c_in = (column(c, x) for c in scalings(sigma))
         output = network(c_in * x)
         return output, c_skip * x + c_out * output
-    x = x.to(result_dtype(x, sigma))
+    x = promoted(x, sigma)
     output = network(scale_input(x, level, sigma_data=sigma_data))
-    state, target = broadcast(x.to(result_dtype(x, output)), output)
-    return output, denoise(state, target, level, sigma_data=sigma_data, **options)
+    if output.shape != x.shape:
+        x, target = torch.broadcast_tensors(x, output)
+    else:
+        target = output
+    return output, denoise(promoted(x, output), target, level, sigma_data=sigma_data, **options)

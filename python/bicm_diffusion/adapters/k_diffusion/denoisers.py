@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bicm_diffusion.adapters.k_diffusion.run import Network
-from bicm_diffusion.adapters.preconditioning import Scalings, column, per_sample, precondition, result_dtype
+from bicm_diffusion.adapters.preconditioning import Scalings, column, per_sample, precondition, promoted
 from bicm_kernels import affine_step, denoise, scale_input
 
 Weighting = Callable[[Tensor], Tensor]
@@ -103,7 +103,7 @@ class Denoiser(nn.Module):
             c_skip, c_out, c_in = (column(c, x) for c in self.get_scalings(sigma))
             noisy = x + noise * column(sigma, x)
             return noisy * c_in, (x - c_skip * noisy) / c_out
-        x = x.to(result_dtype(x, noise, sigma))
+        x = promoted(x, noise, sigma)
         # (x − c_skip·(x + σ·n))/c_out without its difference, which loses digits where σ is small.
         root = (level**2 + self.sigma_data**2) ** 0.5
         scaled = affine_step([x, noise], [1 / root, level / root])

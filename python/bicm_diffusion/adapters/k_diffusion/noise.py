@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -36,19 +37,25 @@ def keyed_noise_sampler(x: Tensor, sigmas: Tensor, seed: int | Tensor, sample_id
     torch.Size([1, 2])
     """
     key = fold_in(seed, K_DIFFUSION)
-    index = {level: i for i, level in enumerate(sigmas.tolist())}
+    grid = sigmas.tolist()
+    index = {level: i for i, level in enumerate(grid)}
+    pairs = {pair: i for i, pair in enumerate(pairwise(grid))}
     spacing = sigmas.stride(0) * sigmas.element_size() if len(sigmas) > 1 else 0
 
-    def step_of(sigma: Tensor) -> int:
+    def step_of(sigma: Tensor, sigma_next: Tensor) -> int:
         """A level's place, told by where it lies: to ask its device for the value would wait for it."""
         if spacing and sigma.dtype is sigmas.dtype and sigma.device == sigmas.device:
             place, rest = divmod(sigma.data_ptr() - sigmas.data_ptr(), spacing)
             if rest == 0 and 0 <= place < len(sigmas):
                 return place
-        return index[sigma.item()]
+        level = sigma.item()
+        step = pairs.get((level, sigma_next.item()), index.get(level))  # neighbours tell equal levels apart
+        if step is None:
+            raise ValueError(f"sigma: expected a level of the grid, got {level}")
+        return step
 
     def sampler(sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        step = step_of(sigma)
+        step = step_of(sigma, sigma_next)
         return normal(x.shape, seed=key, step=step, sample_id=sample_id, dtype=x.dtype, device=x.device)
 
     return sampler

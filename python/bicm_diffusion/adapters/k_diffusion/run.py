@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bicm_diffusion.adapters.arithmetic import joined, weighted_sum
+from bicm_diffusion.adapters.arithmetic import copy, filled, weighted_sum
 from bicm_diffusion.adapters.k_diffusion.noise import NoiseSampler
-from bicm_diffusion.adapters.noise import randn_like
+from bicm_diffusion.adapters.noise import randn_like, skip_randn_like
 
 Network = Callable[..., Tensor]
 Callback = Callable[[dict[str, Any]], object]
@@ -45,7 +45,8 @@ class Run:
     ) -> None:
         self.model, self.sigmas, self.extra_args, self.callback = model, sigmas, extra_args or {}, callback
         self.disable = disable
-        self.ones = x.new_ones([x.shape[0]])
+        self.batch = x.shape[:1]
+        self.dtype = x.dtype if x.is_floating_point() or x.is_complex() else torch.get_default_dtype()
         self.levels: list[float] = sigmas.tolist()
         if 0.0 in self.levels[:-1]:
             _check(self.levels)
@@ -61,11 +62,17 @@ class Run:
 
     def ask(self, x: Tensor, level: float) -> Tensor:
         """The denoised sample. The network sees its level in the dtype that the state had at first."""
-        return self.model(x, self.ones * level, **self.extra_args)
+        return self.model(x, filled(x, self.batch, level, self.dtype), **self.extra_args)
 
-    def show(self, i: int, x: Tensor, denoised: Tensor, sigma_hat: Tensor) -> None:
+    def show(self, i: int, x: Tensor, denoised: Tensor) -> None:
+        """Call the callback, if there is one."""
         if self.callback is not None:
-            self.callback({"x": x, "i": i, "sigma": self.sigmas[i], "sigma_hat": sigma_hat, "denoised": denoised})
+            sigma, sigma_hat = self.sigmas[i], self.sigma_hat(i)
+            self.callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma_hat, "denoised": denoised})
+
+    def sigma_hat(self, i: int) -> Tensor:
+        """The level of the evaluation that a step begins with."""
+        return self.sigmas[i]
 
 
 class ChurnedRun(Run):
@@ -76,7 +83,7 @@ class ChurnedRun(Run):
         self.churn, self.raised = churn, self.levels
         self.lifts = [0.0] * len(self.levels)
         # k-diffusion's state takes the dtype of sigmas and of denoised samples, which shows in the numbers it draws.
-        self.drawn = self.ones.dtype
+        self.drawn = self.dtype
         self.beside = self.sigmas.dtype if self.sigmas.is_floating_point() else torch.get_default_dtype()
         if churn.strength != 0.0:
             lift = min(float(churn.strength) / max(len(self.levels) - 1, 1), MOST_LIFT)
@@ -96,30 +103,36 @@ class ChurnedRun(Run):
     def churned(self, x: Tensor, i: int) -> tuple[Tensor, float]:
         """The state and its level before step i, raised where churn acts.
 
-        Torch's own noise is drawn where it does not act too, as k-diffusion draws it.
+        Torch's generator moves on where it does not act too, as k-diffusion's draws there move it.
         """
-        level, raised, acts = self.levels[i], self.raised[i], self.lifts[i] > 0.0
+        level, raised = self.levels[i], self.raised[i]
         deviation, noise_sampler = self.churn.deviation, self.churn.noise_sampler
-        if noise_sampler is None:
-            noise = randn_like(x if x.dtype is self.drawn else torch.empty_like(x, dtype=self.drawn))
-        elif acts:
-            noise = noise_sampler(self.sigmas[i], self.sigmas[i + 1])
-        if not acts:
+        if self.lifts[i] <= 0.0:
+            if noise_sampler is None:
+                skip_randn_like(x, self.drawn)
             return x, raised
+        if noise_sampler is None:
+            noise = randn_like(x, self.drawn)
+        else:
+            noise = noise_sampler(self.sigmas[i], self.sigmas[i + 1])
         if isinstance(deviation, Tensor):
             noise, deviation = noise * deviation, 1.0
-        return weighted_sum(joined(x, noise), [1.0, deviation * math.sqrt(raised**2 - level**2)]), raised
+        return weighted_sum([x, noise], [1.0, deviation * math.sqrt(raised**2 - level**2)]), raised
 
-    def told(self, i: int, x: Tensor, denoised: Tensor, *moved: Tensor) -> Sequence[Tensor]:
-        """What the step has made of x already, after the callback: what that writes to x is added to it.
+    def before(self, x: Tensor) -> Tensor | None:
+        """A copy of the state, where a callback may write to it."""
+        return None if self.callback is None else copy(x)
 
-        With a callback that writes nothing, the bits are those without one.
-        """
-        if self.callback is None:
-            return moved
-        before = x.clone()
-        self.show(i, x, denoised, self.sigmas[i] * (self.lifts[i] + 1.0))
-        return [weighted_sum(joined(x, before, result), [1.0, -1.0, 1.0]) for result in moved]
+    def sigma_hat(self, i: int) -> Tensor:
+        return self.sigmas[i] * (self.lifts[i] + 1.0)
+
+
+def shifted(moved: Tensor, x: Tensor, before: Tensor | None) -> Tensor:
+    """What a step has made of x before a callback, after it: what that wrote to x is added.
+
+    With a callback that writes nothing, the bits are those without one.
+    """
+    return moved if before is None else weighted_sum([x, before, moved], [1.0, -1.0, 1.0])
 
 
 def _check(levels: list[float]) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bicm_diffusion.adapters.arithmetic import joined, two_sums, weighted_sum
+from bicm_diffusion.adapters.arithmetic import copy, joined, two_sums, weighted_sum
 from bicm_diffusion.adapters.k_diffusion.noise import NoiseSampler
-from bicm_diffusion.adapters.k_diffusion.run import Callback, Churn, ChurnedRun, Network, Run
+from bicm_diffusion.adapters.k_diffusion.run import Callback, Churn, ChurnedRun, Network, Run, shifted
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -52,13 +52,14 @@ def _sampler(advance: Callable[[ChurnedRun, int, Tensor, float, Tensor], Tensor]
 def sample_euler(run: ChurnedRun, i: int, x: Tensor, level: float, denoised: Tensor) -> Tensor:
     """Return a sample by Euler's method (EDM Alg. 2 without its second-order correction).
 
-    x: (B, …), any floating or complex dtype, at sigmas[0]; the result has its shape and dtype, or those to which the
-    denoised samples broadcast and promote it. A step between equal sigmas leaves x as it is. disable hides the progress
-    bar. The callback takes {"x", "i", "sigma", "sigma_hat", "denoised"} before each update; what it writes to x counts.
+    x: (B, …), any floating or complex dtype, at sigmas[0]; the result has its shape, or one that the denoised samples
+    broadcast to, and its dtype, which the network's sigma has too. A step between equal sigmas leaves x as it is.
+    disable hides the progress bar. The callback takes {"x", "i", "sigma", "sigma_hat", "denoised"} before each update;
+    what it writes to x counts. Raises ValueError where sigmas rise from 0.
 
-    s_churn, s_tmin, s_tmax, s_noise: EDM's. Noise is `torch.randn_like(x)`, drawn in every step as k-diffusion draws
-    it, also where churn does not act; a noise_sampler(sigma, sigma_next) is asked only where it acts
-    (`default_noise_sampler(x)` draws with torch too). Raises ValueError where sigmas rise from 0.
+    s_churn, s_tmin, s_tmax, s_noise: EDM's. Noise is `torch.randn_like(x)`, and torch's generator is left as k-diffusion
+    leaves it, which draws in every step, also where churn does not act. A noise_sampler(sigma, sigma_next) is asked
+    only where it acts; `default_noise_sampler(x)` is one that draws with torch.
 
     >>> sample_euler(lambda x, sigma: 0 * x, torch.ones(1, 2), torch.tensor([2.0, 1.0, 0.0]), disable=True)
     tensor([[0., 0.]])
@@ -78,33 +79,35 @@ def sample_heun(run: ChurnedRun, i: int, x: Tensor, level: float, denoised: Tens
         return _euler(run, i, x, level, denoised)
     if below == level:
         x = _euler(run, i, x, level, denoised)
-        run.ask(x.clone(), below)
+        run.ask(copy(x), below)
         return x
     # x + half·((x - denoised)/level + (predicted - again)/below). The second evaluation may write to its input and over
     # what the first one returned: the first one's share is summed up before or, where the sum would be rounded to a
     # half, kept.
-    ratio, half = below / level, (below - level) / 2
+    ratio, half, before = below / level, (below - level) / 2, run.before(x)
     first, second = [1.0 + half / level, -half / level], [half / below, -half / below]
-    state, target = joined(x, denoised)
-    if state.dtype in HALVES:
-        kept = target.clone()
-        predicted = weighted_sum([state, target], [ratio, 1.0 - ratio])
-        (predicted,) = run.told(i, x, denoised, predicted)
-        return weighted_sum(joined(state, kept, predicted, run.ask(predicted, below)), first + second)
-    predicted, halfway = two_sums([state, target], [ratio, 1.0 - ratio], first)
-    predicted, halfway = run.told(i, x, denoised, predicted, halfway)
-    return weighted_sum(joined(halfway, predicted, run.ask(predicted, below)), [1.0, *second])
+    if x.dtype in HALVES:
+        predicted, kept = weighted_sum([x, denoised], [ratio, 1.0 - ratio]), copy(joined(x, denoised)[1])
+    else:
+        predicted, halfway = two_sums([x, denoised], [ratio, 1.0 - ratio], first)
+    run.show(i, x, denoised)
+    predicted = shifted(predicted, x, before)
+    again = run.ask(predicted, below)
+    if x.dtype in HALVES:
+        state = x if before is None else before
+        return shifted(weighted_sum([state, kept, predicted, again], first + second), x, before)
+    return shifted(weighted_sum([halfway, predicted, again], [1.0, *second]), x, before)
 
 
 def _euler(run: ChurnedRun, i: int, x: Tensor, level: float, denoised: Tensor) -> Tensor:
-    below = run.levels[i + 1]
-    state, target = joined(x, denoised)
+    below, before = run.levels[i + 1], run.before(x)
     if below == level:
-        moved = state.clone()
+        moved = copy(joined(x, denoised)[0])
     else:
         ratio = below / level
-        moved = weighted_sum([state, target], [ratio, 1.0 - ratio])
-    return run.told(i, x, denoised, moved)[0]
+        moved = weighted_sum([x, denoised], [ratio, 1.0 - ratio])
+    run.show(i, x, denoised)
+    return shifted(moved, x, before)
 
 
 @torch.no_grad()
@@ -126,18 +129,18 @@ def sample_dpmpp_2m(
     for i in run.steps():
         level, below = run.levels[i], run.levels[i + 1]
         denoised = run.ask(x, level)
-        run.show(i, x, denoised, sigmas[i])
+        run.show(i, x, denoised)
         if below == level:
-            x = joined(x, denoised)[0].clone()
+            x = copy(joined(x, denoised)[0])
             continue
         ratio = below / level
         if before is None or below == 0.0:
-            x = weighted_sum(joined(x, denoised), [ratio, 1.0 - ratio])
+            x = weighted_sum([x, denoised], [ratio, 1.0 - ratio])
         else:
             # Half the inverse of the last step's share of this one, both measured in -ln sigma.
             slope = math.log(level / below) / (2.0 * math.log(above / level))
             gain = 1.0 - ratio
             weights = [ratio, gain * (1.0 + slope), -gain * slope]
-            x = weighted_sum(joined(x, denoised, before), weights)
+            x = weighted_sum([x, denoised, before], weights)
         before, above = denoised, level
     return x
