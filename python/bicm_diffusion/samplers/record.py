@@ -76,27 +76,38 @@ class Record:
             return self.levels.steps
         return len(next(iter(self.levels.values()))) - 1
 
-    def check(self, made: Record, caller: str, back: str) -> None:
+    def check(
+        self,
+        made: Record,
+        caller: str,
+        back: str,
+        *,
+        pair: str = "z",
+        steps: str = "schedule",
+        levels: str = "schedule",
+    ) -> None:
         """Raise ValueError where a pair that was `made` so is not what this run, by `caller`, retraces.
 
-        back: the function that leads on from the other end.
+        back: the function that leads on from the other end. pair, steps, levels: what the caller calls them.
         """
         if made.method != self.method:
-            raise ValueError(f"z: {caller} expected a pair of {self.method}, got one of {made.method}")
+            raise ValueError(f"{pair}: {caller} expected a pair of {self.method}, got one of {made.method}")
         if made.steps != self.steps:
-            raise ValueError(f"schedule: expected {made.steps} steps, as the pair z was made in, got {self.steps}")
+            raise ValueError(f"{steps}: expected {made.steps} steps, as the pair {pair} was made in, got {self.steps}")
         if made.index == self.index:
             ends = {0: "data, index 0", self.steps: f"noise, index {self.steps}"}
             start = ends[self.steps - self.index]
-            raise ValueError(f"z: {caller} starts from {start}, got a pair at {ends[self.index]}; {back} retraces it")
+            raise ValueError(
+                f"{pair}: {caller} starts from {start}, got a pair at {ends[self.index]}; {back} retraces it"
+            )
         for name, value in self.settings.items():
             if not _same(made.settings.get(name), value):
                 raise ValueError(
-                    f"{name}: expected {_shown(made.settings.get(name))}, which the pair z was made with, got "
+                    f"{name}: expected {_shown(made.settings.get(name))}, which the pair {pair} was made with, got "
                     f"{_shown(value)} (guidance and conditions may differ)"
                 )
         if made.levels is not self.levels and not traced():
-            _check_levels(made.table(), self.table())
+            _check_levels(levels, pair, made.table(), self.table())
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Record:
         """Return the record with its checksums changed."""
@@ -115,12 +126,14 @@ class Record:
         return known.digest() if isinstance(known, Conditions) else known
 
 
-def _check_levels(made: Mapping[str, tuple[float, ...]], now: Mapping[str, tuple[float, ...]]) -> None:
+def _check_levels(
+    label: str, pair: str, made: Mapping[str, tuple[float, ...]], now: Mapping[str, tuple[float, ...]]
+) -> None:
     for name, numbers in now.items():
         for i, (was, is_now) in enumerate(zip_longest(made.get(name, ()), numbers)):
             if was != is_now:
                 raise ValueError(
-                    f"schedule: expected {name}[{i}] = {was}, as where the pair z was made, got {is_now} "
+                    f"{label}: expected {name}[{i}] = {was}, as where the pair {pair} was made, got {is_now} "
                     "(a pair is retraced on the levels that it was made on)"
                 )
 
