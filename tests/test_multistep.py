@@ -233,13 +233,10 @@ def test_dimensions_that_do_not_merge() -> None:
     shape = (2,) * 11
     z = random(*shape)
     backwards = z.permute(0, *range(10, 0, -1))
-    expected = 2 * z + backwards
-    try:
-        actual = bk.ddim_step(z, backwards, a=2.0, b=1.0)
-    except ValueError as error:
-        assert "more than 8 dimensions" in str(error)  # noqa: PT017
-    else:
-        assert torch.equal(actual, expected)
+    with pytest.raises(ValueError, match="more than 8 dimensions"):
+        bk.ddim_step(z, backwards, a=2.0, b=1.0)
+    with bk.backend.use("reference"):
+        assert torch.equal(bk.ddim_step(z, backwards, a=2.0, b=1.0), 2 * z + backwards)
     assert torch.equal(bk.ddim_step(z, z, a=2.0, b=1.0), 3 * z)
 
 

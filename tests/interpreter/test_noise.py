@@ -105,7 +105,11 @@ def test_a_batch_is_its_samples() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,)], ids=str)
 def test_nothing_to_draw(shape: tuple[int, ...]) -> None:
-    OPS["normal"](torch.empty(shape), 2, 0, 0)
+    memory = torch.full((4, 4), 7.0)
+    out = memory[tuple(slice(size) for size in shape)] if len(shape) == 2 else memory[0, :0]
+    assert out.shape == shape
+    assert OPS["normal"](out, 2, 0, 0) is None
+    assert (memory == 7.0).all()
 
 
 def test_indices_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
