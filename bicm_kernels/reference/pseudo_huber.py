@@ -49,8 +49,8 @@ def _float64_distances(r: Tensor, c: Tensor, vector: bool) -> Tensor:
     size = r.detach().abs()
     if vector:
         size = size.amax(1, keepdim=True)
-    # The first for squares; the second so that an incoming gradient times a residual is in range, too; the third so that
-    # small terms keep their digits until they are added up.
+    # The first for squares; the second so that an incoming gradient times a residual is in range, too; the third so
+    # that small terms keep their digits until they are added up.
     power, outer = _power(torch.maximum(size, c.detach()), 600), _power(size, 100)
     lifted = torch.where(outer > 1, 2.0**200, torch.ones_like(outer))
     infinite, plain = size.isinf(), (power == 1) & (outer == 1)

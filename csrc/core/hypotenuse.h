@@ -23,7 +23,7 @@ struct Range<float> {
   static constexpr float largest = 0x1.fffffep127f;
   static constexpr float least = 0x1p-63f, most = 0x1p63f;  // numbers whose squares, and sums of two, are normal
   static constexpr float faint = 0x1p-50f;                  // from here on c^2 hides what squares below least^2 lose
-  static constexpr float common = 0x1p50f;                  // up to here c^2 is nothing beside a square near the largest
+  static constexpr float common = 0x1p50f;  // up to here c^2 is nothing beside a square near the largest
   static constexpr float grow = 0x1p96f, shrink = 0x1p-66f;
 };
 template <>

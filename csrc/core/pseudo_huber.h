@@ -146,9 +146,7 @@ BICM_HD int exponent_for_float(double x) {
   const int exponent = static_cast<int>(bit_cast<uint64_t>(x) >> 52 & 0x7FFu) - 1023;
   return exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
 }
-BICM_HD double float_power(int exponent) {
-  return bit_cast<double>(static_cast<uint64_t>(1023 + exponent) << 52);
-}
+BICM_HD double float_power(int exponent) { return bit_cast<double>(static_cast<uint64_t>(1023 + exponent) << 52); }
 
 template <class C>
 BICM_HD Slope slope_of(const PseudoHuber& p, int64_t sample, double sum, const Preconditioning<C>& weights) {
@@ -165,9 +163,9 @@ BICM_HD Slope slope_of(const PseudoHuber& p, int64_t sample, double sum, const P
     power = norm.inverse;
   }
   if (sizeof(C) == sizeof(double)) return {factor, power};
-  const bool lost = outside_float(factor) ||
-                    (p.denoises && (outside_float(factor * static_cast<double>(weights.c_out)) ||
-                                    outside_float(factor * static_cast<double>(weights.c_skip))));
+  const bool lost =
+      outside_float(factor) || (p.denoises && (outside_float(factor * static_cast<double>(weights.c_out)) ||
+                                               outside_float(factor * static_cast<double>(weights.c_skip))));
   if (!lost) return {factor, 1.0};
   const int exponent = exponent_for_float(factor);
   return {factor * float_power(-exponent), float_power(exponent)};
@@ -229,7 +227,8 @@ BICM_HD double keep_sum(const PseudoHuber& p, double sum, C scale) {
   const double unit = grows ? (little ? 1.0 / kLittle : inverse) : (little ? kLittle : grown);
   if (sizeof(C) < sizeof(double)) return squares ? sum * unit * unit : sum * unit;
   if (!squares) return keep_distances(sum, unit);
-  return grows ? keep_norm(root(sum) * (inverse / kSmallUnit), kSmallUnit) : keep_norm(root(sum) * (grown / kLargeUnit), kLargeUnit);
+  return grows ? keep_norm(root(sum) * (inverse / kSmallUnit), kSmallUnit)
+               : keep_norm(root(sum) * (grown / kLargeUnit), kLargeUnit);
 }
 
 template <class C>

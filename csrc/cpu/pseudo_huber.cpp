@@ -202,8 +202,8 @@ double sum_units(const PseudoHuber& p, int64_t first, int64_t last, const Factor
   double total = 0.0;
   for (int64_t i = first; i < last; ++i) {
     const Unit unit = unit_at(p.layout, i);
-    total = total + (at_once ? sum_and_differentiate_unit(p, unit, f, scale, buffers)
-                             : sum_unit(p, unit, f, scale, buffers));
+    total = total +
+            (at_once ? sum_and_differentiate_unit(p, unit, f, scale, buffers) : sum_unit(p, unit, f, scale, buffers));
   }
   return total;
 }

@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(kThreads, 3) gradient_kernel(const __grid_cons
   for (int64_t sample = blockIdx.y; sample < p.layout.batch; sample += gridDim.y) {
     const Factors<C> f = factors_of<C>(p, sample, threadIdx.x == 0 ? number_at<double>(p.sums, sample) : 0.0);
     if (f.anywhere) {
-      store_gradients_anywhere<Memory, Denoises>(p, f, sample, first_group() * G, p.layout.elements,
-                                                 group_stride() * G, aligned);
+      store_gradients_anywhere<Memory, Denoises>(p, f, sample, first_group() * G, p.layout.elements, group_stride() * G,
+                                                 aligned);
       continue;
     }
     for (int64_t begin = first_group() * G; begin < p.layout.elements; begin += group_stride() * G) {
