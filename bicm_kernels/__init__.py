@@ -18,12 +18,13 @@ from bicm_kernels.ops.reversible import (
     fixed_point_decode,
     fixed_point_encode,
 )
-from bicm_kernels.version import __version__ as __version__
+from bicm_kernels.version import __version__
 
 backend.start()
 
 __all__ = [
     "NOISE_VERSION",
+    "__version__",
     "add_noise",
     "affine_step",
     "backend",

@@ -60,7 +60,7 @@ from bicm_diffusion.schedules import (
     vp_schedule,
     vp_time,
 )
-from bicm_kernels import __version__ as __version__
+from bicm_kernels import __version__
 
 layout.check()
 
@@ -82,6 +82,7 @@ __all__ = [
     "StatePair",
     "StepInfo",
     "TwinPair",
+    "__version__",
     "bct_loss",
     "bdia_edit",
     "bdia_invert",
