@@ -207,7 +207,11 @@ WRONG: dict[str, Wrong] = {
         ("overflow must not overlap itself", "(0,)"),
     ),
     "mark": (lambda: bdia(overflow=Q[:, 0].clone(), mark=0), ValueError, ("mark must be in [1, 2**63)", "0")),
-    "out is one": (lambda: bdia(out=Q.clone()), TypeError, ("out must be a pair",)),
+    "out is one": (
+        lambda: bdia(out=Q.clone()),
+        TypeError,
+        ("out: expected a sequence of tensors, got one tensor", "(q, info)"),
+    ),
     "out's dtype": (
         lambda: bdia(out=(Q.int(), INFO.clone())),
         TypeError,

@@ -24,8 +24,15 @@ from .document import table
 SHAPE = (2, 4, 8, 8)
 
 
-#: What launches nothing.
-ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")
+#: What launches nothing: allocations, and a question about dtypes.
+NO_LAUNCHES = (
+    "aten::empty",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::new_empty",
+    "aten::new_empty_strided",
+    "aten::promote_types",
+)
 
 
 class Counter(TorchDispatchMode):
@@ -39,7 +46,7 @@ class Counter(TorchDispatchMode):
         result = op(*args, **(kwargs or {}))
         views = any(x.alias_info is not None and not x.alias_info.is_write for x in op._schema.returns)
         wide = any(isinstance(x, Tensor) and x.dim() for x in tree_leaves((args, kwargs, result)))
-        self.count += not views and op._schema.name not in ALLOCATIONS and (wide or self.scalars)
+        self.count += not views and op._schema.name not in NO_LAUNCHES and (wide or self.scalars)
         return result
 
 
