@@ -135,7 +135,7 @@ def test_keyed_noise_asks_no_device_for_a_level() -> None:
 def test_noise_that_nobody_gave_is_torch_s(dtype: torch.dtype, layout: torch.memory_format) -> None:
     """The same numbers from the same generator, and the same ones after them."""
     x = torch.zeros(3, 2, 4, 8, dtype=dtype).to(memory_format=layout)
-    sigmas = grid(4)
+    sigmas = grid(4, dtype)
     ends, following = [], []
     for noise in ({}, {"noise_sampler": lambda *_: torch.randn_like(x)}):
         torch.manual_seed(0)
@@ -149,6 +149,22 @@ def test_noise_that_nobody_gave_is_torch_s(dtype: torch.dtype, layout: torch.mem
         following.append(torch.randn(3))
     for i in (0, 2):
         assert torch.equal(ends[i], ends[i + 1]) and ends[i].any() and torch.equal(following[i], following[i + 1])
+
+
+def test_noise_is_drawn_in_the_dtype_that_float64_levels_give_the_state() -> None:
+    """k-diffusion divides by its level, so that a float32 state beside float64 sigmas is float64 from step one on."""
+    x, sigmas = torch.zeros(3, 2, 4, 8), grid(4)
+    dtypes = iter([torch.float32] + [torch.float64] * 3)
+
+    def noise(*_: Tensor) -> Tensor:
+        return torch.randn(x.shape, dtype=next(dtypes))
+
+    ends = []
+    for given in ({}, {"noise_sampler": noise}):
+        torch.manual_seed(0)
+        ends.append(sample_euler(denoiser, x, sigmas, disable=True, s_churn=4.0, **given))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-6, atol=1e-6)
+    assert ends[0].any()
 
 
 def test_signatures() -> None:
