@@ -76,9 +76,8 @@ def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     """The calls that the lane beside the dispatcher is asked for, and whether it takes them."""
-    from ways import Spy
-
     from bicm_kernels import backend
+    from tests.support.ways import Spy
 
     calls: list[tuple[str, bool]] = []
     monkeypatch.setattr(backend, "lane", Spy(calls))

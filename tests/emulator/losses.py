@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,3 +129,9 @@ def consistency(shape: Shape, state: str = "float32", network: str = "float32", 
         Tensor.of(values(2, shape), state),
         **options,
     )
+
+
+CHUNK = bicm_emulator.SUM_CHUNK
+SIZES = (1, 7, 8, 33, 1025, CHUNK, CHUNK + 1, 3 * CHUNK + 77)
+MAKERS: dict[str, Callable[..., Loss]] = {"pseudo_huber": pseudo_huber, "consistency": consistency}
+KINDS = {"vector": None, "elementwise": 0.3}

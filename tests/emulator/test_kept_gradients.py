@@ -6,10 +6,9 @@ import bicm_emulator
 import numpy as np
 import pytest
 
-from .losses import Loss
+from .losses import CHUNK, KINDS, MAKERS, SIZES, Loss
 from .problems import PAIRS, values
 from .tensors import INPUT_LAYOUTS, Tensor, same_bits
-from .test_losses import CHUNK, KINDS, MAKERS, SIZES
 
 UNIT = 1024 * 64  # what the CPU sums by itself
 WIDE = [("float32", "float32"), ("float64", "float64"), ("bfloat16", "float32")]

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import bicm_emulator
 import numpy as np
 import pytest
 
-from .losses import TIMES, Loss, consistency, pseudo_huber
+from .losses import CHUNK, KINDS, MAKERS, SIZES, TIMES, Loss, consistency, pseudo_huber
 from .problems import PAIRS, values
 from .tensors import DTYPES, INPUT_LAYOUTS, Tensor, far, same_bits
-
-CHUNK = bicm_emulator.SUM_CHUNK
-SIZES = (1, 7, 8, 33, 1025, CHUNK, CHUNK + 1, 3 * CHUNK + 77)
-MAKERS: dict[str, Callable[..., Loss]] = {"pseudo_huber": pseudo_huber, "consistency": consistency}
-KINDS = {"vector": None, "elementwise": 0.3}
 
 
 def accuracy(compute: np.dtype) -> float:

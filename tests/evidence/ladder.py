@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "build" / "results"
 FAMILIES = ("noise", "multistep", "preconditioning", "pseudo_huber", "reversible")
 #: Files that many families share.
-SHARED = tuple(f"tests/test_{name}.py" for name in ("tracing", "derivatives", "errors", "schemas"))
-COMPILED = ("tests/test_triton_compile.py", "tests/test_cuda_code.py")
+SHARED = tuple(f"tests/kernels/test_{name}.py" for name in ("tracing", "derivatives", "errors", "schemas"))
+COMPILED = ("tests/build/test_triton_compile.py", "tests/build/test_cuda_code.py")
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ EMULATED = {
     "pseudo_huber": ("test_losses.py", "test_kept_gradients.py"),
     "reversible": ("test_reversible.py",),
 }
-IN_FLOAT64 = of_each("tests/test_NAME.py") | {"multistep": ("tests/test_multistep_accuracy.py",)}
+IN_FLOAT64 = of_each("tests/kernels/test_NAME.py") | {"multistep": ("tests/kernels/test_multistep_accuracy.py",)}
 RUNGS = (
     Rung("1 the formula in float64, closed forms", IN_FLOAT64),
-    Rung("2 CPU kernels (scalar, AVX2, AVX-512)", of_each("tests/test_NAME.py", *SHARED)),
+    Rung("2 CPU kernels (scalar, AVX2, AVX-512)", of_each("tests/kernels/test_NAME.py", *SHARED)),
     Rung("3 Triton in the interpreter", of_each("tests/interpreter/test_NAME.py")),
     Rung(
         "4 CUDA on the host emulator, sanitizers",

@@ -21,8 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from bicm_kernels.triton_kernels import operands
-from tests.triton_cases import DENSE, EXACT, LOSSES, OTHERS, RESIDENTS
-from tests.triton_compilation import accesses, compiled, resources
+from tests.support.triton_cases import DENSE, EXACT, LOSSES, OTHERS, RESIDENTS
+from tests.support.triton_compilation import accesses, compiled, resources
 
 from .document import table
 from .resources import span

@@ -16,7 +16,7 @@ pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
 from diffusers import DDIMScheduler
 
 from bicm_kernels import backend
-from tests.diffusers_cases import (
+from tests.support.diffusers_cases import (
     CASES,
     DEFAULTS,
     Case,

@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from bicm_diffusion.distributed import read_samples
-from tests.sharded_run import run
+from tests.support.sharded_run import run
 
 pytestmark = pytest.mark.gpu
 
@@ -27,7 +27,7 @@ def test_any_group_makes_what_one_process_makes_and_goes_on_after_a_kill(
 ) -> None:
     run(str(tmp_path / "alone"), 3, device="cuda")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(ROOT / "tests" / "sharded_run.py"), str(tmp_path / "shards"), "3", "safetensors"]
+    command += [str(ROOT / "tests" / "support" / "sharded_run.py"), str(tmp_path / "shards"), "3", "safetensors"]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python"), *sys.path]),

@@ -20,7 +20,7 @@ from calls import DTYPES, EXACT
 from loops import FLOATS, opened
 
 from bicm_kernels import backend
-from tests.diffusers_cases import CASES, Case, name_of, pair
+from tests.support.diffusers_cases import CASES, Case, name_of, pair
 
 GPU = torch.device("cuda", 0)
 #: Without a GPU no derivative is recorded on its tensors, and no part of them is taken.

@@ -17,8 +17,8 @@ import bicm_kernels as bk
 from bicm_diffusion import vp_schedule
 from bicm_diffusion.samplers import bdia_invert, bdia_sample
 from bicm_kernels import backend
-from tests.op_calls import CALLS as OP_CALLS
-from tests.op_calls import EVERY, op_of, opened, with_host_numbers
+from tests.support.calls import CALLS as OP_CALLS
+from tests.support.calls import EVERY, op_of, opened, with_host_numbers
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)

@@ -1,0 +1,67 @@
+"""Accelerated diffusers schedulers under `torch.compile`: a loop in one graph, and one step's graph for all steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
+
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from bicm_diffusion.adapters.diffusers import accelerate_scheduler
+from tests.support.diffusers_cases import CLASSES, start
+
+STEPS = 20
+#: torch.compile gives up at the ninth graph of a function.
+MOST_GRAPHS = 8
+
+
+def three(cls: type[Any], **config: Any) -> tuple[Any, Any, Tensor]:
+    """Two accelerated schedulers of one kind, their timesteps set, and a state to begin with."""
+    eager, compiled = (accelerate_scheduler(cls(**config), noise="keyed", seed=3) for _ in range(2))
+    for scheduler in (eager, compiled):
+        scheduler.set_timesteps(STEPS)
+    torch.compiler.reset()
+    return eager, compiled, start(eager, torch.float32, (2, 4, 8, 8))
+
+
+def loop(scheduler: Any, x: Tensor, step: Callable[..., Any]) -> Tensor:
+    for t in scheduler.timesteps:
+        x = step(torch.tanh(scheduler.scale_model_input(x, t)), t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_twenty_steps_are_one_graph(cls: type[Any]) -> None:
+    eager, compiled, x = three(cls)
+    counter = CompileCounterWithBackend("eager")
+    whole = torch.compile(lambda z: loop(compiled, z, compiled.step), fullgraph=True, backend=counter)
+    assert torch.equal(whole(x), loop(eager, x, eager.step)) and counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        *((cls, {}) for cls in CLASSES),
+        (DPMSolverMultistepScheduler, {"solver_order": 3, "algorithm_type": "sde-dpmsolver++"}),
+    ],
+    ids=lambda x: x.__name__ if isinstance(x, type) else "-".join(map(str, x.values())),
+)
+def test_a_compiled_step_serves_every_step(cls: type[Any], config: dict[str, Any]) -> None:
+    """Few graphs are made: for the first steps, for any other one and for the last."""
+    eager, compiled, x = three(cls, **config)
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(compiled.step, fullgraph=True, backend=counter)
+    assert torch.equal(loop(compiled, x, step), loop(eager, x, eager.step)) and counter.frame_count <= MOST_GRAPHS
+
+
+def test_a_step_compiled_by_inductor() -> None:
+    eager, compiled, x = three(DDIMScheduler)
+    step = torch.compile(compiled.step, fullgraph=True)
+    assert torch.equal(loop(compiled, x, step), loop(eager, x, eager.step))

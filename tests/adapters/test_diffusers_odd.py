@@ -1,0 +1,446 @@
+"""Calls that no kernel takes: one warning, then the original's step on the same state, or the original's error."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
+
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+)
+
+from tests.support.diffusers_cases import CLASSES
+from tests.support.diffusers_observed import SHAPE, accepts, both, label
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Plain(Tensor):
+    """A subclass that changes nothing."""
+
+
+class Counting(Tensor):
+    """A subclass that looks at every call."""
+
+    calls = 0
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        cls.calls += 1
+        return super().__torch_function__(function, types, arguments, options or {})
+
+
+def seen(x: Any) -> Any:
+    """What a result is, in a form that can be compared."""
+    if isinstance(x, Tensor):
+        values = x.detach()
+        if x.device.type == "meta":
+            values = torch.zeros(0)
+        elif x.layout is not torch.strided:
+            values = values.to_dense()
+        values = values.as_subclass(Tensor).resolve_conj().resolve_neg()
+        if values.dtype.itemsize == 1 and values.is_floating_point():
+            values = values.float()
+        return type(x), x.dtype, x.layout, tuple(x.shape), x.device.type, x.requires_grad, values
+    return type(x), x
+
+
+def outcome(scheduler: Any, run: Callable[[Any], Any]) -> tuple[list[Any], list[str]]:
+    """What a call comes to, the state it leaves behind, and what was warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.manual_seed(0)
+        try:
+            results = [seen(x) for x in run(scheduler)]
+        except Exception as error:
+            results = [type(error)]
+        kept = getattr(scheduler, "model_outputs", None) or []
+        state = [seen(x) if isinstance(x, Tensor) else type(x) for x in kept]
+        index = getattr(scheduler, "step_index", None)
+    told = [str(w.message) for w in caught if "is not accelerated" in str(w.message)]
+    drawn = torch.get_rng_state()
+    return [results, state, index if isinstance(index, int | None) else "other", drawn], told
+
+
+def same(expected: Any, got: Any, near: float = 1e-4) -> None:
+    if isinstance(expected, list | tuple):
+        assert isinstance(got, list | tuple) and len(got) == len(expected), (got, expected)
+        for a, b in zip(expected, got, strict=True):
+            same(a, b, near)
+    elif isinstance(expected, Tensor):
+        wide = torch.complex128 if expected.is_complex() else torch.float64
+        torch.testing.assert_close(got.to(wide), expected.to(wide), rtol=near, atol=near, equal_nan=True)
+    else:
+        assert got == expected, (got, expected)
+
+
+def alike(schedulers: tuple[Any, Any], run: Callable[[Any], Any], near: float = 1e-4) -> list[str]:
+    """Both do the same, and what is told is told once; returned."""
+    (theirs, _), (ours, told) = (outcome(scheduler, run) for scheduler in schedulers)
+    same(theirs, ours, near)
+    assert len(told) == len(set(told))
+    return told
+
+
+def arguments_of(scheduler: Any) -> dict[str, Any]:
+    return {"eta": 0.5} if accepts(scheduler.step, "eta") else {}
+
+
+def two_steps(
+    kind: Callable[[Tensor, Tensor], tuple[Any, Any]], odd_from: int = 0, scales: bool = True, **arguments: Any
+) -> Callable[[Any], Any]:
+    """A loop of three steps whose samples and outputs are odd ones from some step on."""
+
+    def run(scheduler: Any) -> Any:
+        results: list[Any] = []
+        x: Any = torch.linspace(-2.0, 2.0, torch.Size(SHAPE).numel()).reshape(SHAPE)
+        for k, t in enumerate(scheduler.timesteps[:3]):
+            sample, output = kind(x.detach().clone(), torch.tanh(x.detach() + k)) if k >= odd_from else (x, 0.1 * x)
+            if scales:
+                results.append(scheduler.scale_model_input(sample, t))
+            step = scheduler.step(output, t, sample, return_dict=False, **arguments_of(scheduler), **arguments)
+            results += step
+            x = step[0]
+            if not isinstance(x, Tensor) or x.shape != SHAPE or not (x.is_floating_point() and x.is_cpu):
+                break
+            if x.layout is not torch.strided:
+                break
+            x = x.detach().as_subclass(Tensor).float()
+        return results
+
+    return run
+
+
+KINDS: dict[str, Callable[[Tensor, Tensor], tuple[Any, Any]]] = {
+    "complex": lambda x, y: (x.to(torch.complex64), y.to(torch.complex64)),
+    "complex sample": lambda x, y: (x.to(torch.complex64), y),
+    "complex output": lambda x, y: (x, y.to(torch.complex128)),
+    "conjugate": lambda x, y: ((x + 1j * y).conj(), (y + 1j * x).conj()),
+    "integers": lambda x, y: ((10 * x).long(), (10 * y).long()),
+    "integer sample": lambda x, y: ((10 * x).int(), y),
+    "integer output": lambda x, y: (x, (10 * y).long()),
+    "bytes": lambda x, y: (x.abs().to(torch.uint8), y.abs().to(torch.uint8)),
+    "booleans": lambda x, y: (x > 0, y > 0),
+    "boolean output": lambda x, y: (x, y > 0),
+    "float8": lambda x, y: (x.to(torch.float8_e4m3fn), y.to(torch.float8_e4m3fn)),
+    "float8 output": lambda x, y: (x, y.to(torch.float8_e5m2)),
+    "sparse": lambda x, y: (x.to_sparse(), y.to_sparse()),
+    "sparse output": lambda x, y: (x, y.to_sparse()),
+    "sparse rows": lambda x, y: (x.reshape(6, -1).to_sparse_csr(), y.reshape(6, -1).to_sparse_csr()),
+    "no dimension": lambda x, y: (x.sum(), y.sum()),
+    "one dimension": lambda x, y: (x.flatten(), y.flatten()),
+    "a number": lambda x, y: (1.5, 0.5),
+    "a number as output": lambda x, y: (x, 0.5),
+    "NumPy": lambda x, y: (x.numpy(), y.numpy()),
+    "NumPy output": lambda x, y: (x, y.numpy()),
+    "lists": lambda x, y: (x.tolist(), y.tolist()),
+    "a tuple as output": lambda x, y: (x, (y,)),
+    "tuples": lambda x, y: ((x,), (y,)),
+    "None as output": lambda x, y: (x, None),
+    "None as sample": lambda x, y: (None, y),
+    "one sample for many outputs": lambda x, y: (x[:1], y),
+    "one output for many samples": lambda x, y: (x, y[:1]),
+    "an output without a batch": lambda x, y: (x, y[0]),
+    "an output of one channel": lambda x, y: (x, y[:, :1]),
+    "an output of more channels": lambda x, y: (x, torch.cat([y, y], 1)),
+    "an output of no dimension": lambda x, y: (x, y.mean()),
+    "nothing": lambda x, y: (x[:0], y[:0]),
+    "expanded": lambda x, y: (x[:1].expand(SHAPE), y[:1].expand(SHAPE)),
+    "transposed": lambda x, y: (x.transpose(2, 3), y.transpose(2, 3)),
+    "channels last": lambda x, y: (x.to(memory_format=torch.channels_last), y),
+    "every second": lambda x, y: (x.repeat(1, 1, 1, 2)[..., ::2], y),
+    "negated view": lambda x, y: ((x + 1j * y).conj().imag, y),
+    "requires grad": lambda x, y: (x.requires_grad_(), y),
+    "output requires grad": lambda x, y: (x, y.requires_grad_()),
+    "a parameter": lambda x, y: (nn.Parameter(x), nn.Parameter(y)),
+    "a subclass": lambda x, y: (x.as_subclass(Plain), y.as_subclass(Plain)),
+    "a subclass as output": lambda x, y: (x, y.as_subclass(Plain)),
+    "an overriding subclass": lambda x, y: (x.as_subclass(Counting), y.as_subclass(Counting)),
+    "an overriding output": lambda x, y: (x, y.as_subclass(Counting)),
+    "meta": lambda x, y: (x.to("meta"), y.to("meta")),
+    "meta output": lambda x, y: (x, y.to("meta")),
+    "double": lambda x, y: (x.double(), y.double()),
+    "double sample": lambda x, y: (x.double(), y),
+    "double output": lambda x, y: (x, y.double()),
+    "half": lambda x, y: (x.half(), y.half()),
+    "not a number": lambda x, y: (x, y * float("nan")),
+    "one tensor": lambda x, y: (x, x),
+}
+CONFIGS: tuple[tuple[type[Any], dict[str, Any]], ...] = (
+    *((cls, {}) for cls in CLASSES),
+    (DDIMScheduler, {"clip_sample": False, "prediction_type": "v_prediction"}),
+    (LCMScheduler, {"clip_sample": True}),
+    (EulerDiscreteScheduler, {"prediction_type": "sample"}),
+    (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}),
+    (DPMSolverMultistepScheduler, {"prediction_type": "sample"}),
+    (DPMSolverMultistepScheduler, {"variance_type": "learned"}),
+    (EDMDPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("cls", "config"), CONFIGS, ids=label)
+def test_odd_samples_and_outputs(cls: type[Any], config: dict[str, Any], name: str) -> None:
+    for odd_from in (0, 2):
+        for scales in (True, False):
+            # Halves are rounded once here, and after every operation there.
+            near = 0.05 if "hal" in name else 1e-4
+            told = alike(both(cls, config), two_steps(KINDS[name], odd_from, scales), near)
+            assert len(told) <= 2  # the input and the step are calls of their own
+
+
+@pytest.mark.parametrize("name", ["complex", "integers", "requires grad", "half", "meta", "a tuple as output", "NumPy"])
+@pytest.mark.parametrize("cls", [EulerDiscreteScheduler, EDMEulerScheduler], ids=label)
+def test_odd_samples_with_churn(cls: type[Any], name: str) -> None:
+    alike(both(cls, {}), two_steps(KINDS[name], s_churn=2.0), 0.05 if name == "half" else 1e-4)
+
+
+@pytest.mark.parametrize("name", ["complex", "integer sample", "one output for many samples"])
+@pytest.mark.parametrize("cls", CLASSES, ids=label)
+def test_what_runs_the_original_is_told_once(cls: type[Any], name: str) -> None:
+    """In one loop, and in the next."""
+    _, ours = both(cls, {})
+    _, told = outcome(ours, two_steps(KINDS[name]))
+    ours.set_timesteps(6)
+    _, again = outcome(ours, two_steps(KINDS[name]))
+    assert not again and all("the original step runs" in text for text in told)
+
+
+# --- timesteps --------------------------------------------------------------------------------------------------------
+TIMES: dict[str, Callable[[Any], Any]] = {
+    "int": lambda t: int(t),
+    "float": lambda t: float(t),
+    "bool": lambda t: True,
+    "str": lambda t: "one",
+    "None": lambda t: None,
+    "complex": lambda t: complex(t),
+    "np.int64": lambda t: np.int64(t),
+    "np.int16": lambda t: np.int16(t),
+    "np.float64": lambda t: np.float64(t),
+    "np.float32": lambda t: np.float32(t),
+    "np.array": lambda t: np.array(t.item()),
+    "np.array of one": lambda t: np.array([t.item()]),
+    "copy": lambda t: t.clone(),
+    "int32": lambda t: t.to(torch.int32),
+    "int16": lambda t: t.to(torch.int16),
+    "uint8": lambda t: t.to(torch.uint8),
+    "bool tensor": lambda t: t.to(torch.bool),
+    "float16": lambda t: t.to(torch.float16),
+    "float32": lambda t: t.to(torch.float32),
+    "float64": lambda t: t.to(torch.float64),
+    "complex64": lambda t: t.to(torch.complex64),
+    "one in a batch": lambda t: t.reshape(1),
+    "a batch": lambda t: t.expand(SHAPE[0]),
+    "as many as columns": lambda t: t.expand(SHAPE[-1]),
+    "nothing": lambda t: torch.zeros(0, dtype=t.dtype),
+    "list": lambda t: [t.item()],
+    "not a number": lambda t: float("nan"),
+    "negative": lambda t: -abs(int(t)) - 1,
+    "negative tensor": lambda t: -t - 1,
+    "beyond": lambda t: 10**6,
+    "another": lambda t: float(t) - 1.25,
+}
+
+
+@pytest.mark.parametrize("name", TIMES)
+@pytest.mark.parametrize(
+    "cls", [cls for cls in CLASSES if cls not in (LCMScheduler, CMStochasticIterativeScheduler)], ids=label
+)
+def test_odd_timesteps(cls: type[Any], name: str) -> None:
+    def run(scheduler: Any, scaled: bool) -> Any:
+        results: list[Any] = []
+        x = torch.linspace(-2.0, 2.0, torch.Size(SHAPE).numel()).reshape(SHAPE)
+        for k, t in enumerate(scheduler.timesteps[2:5]):
+            at = TIMES[name](t)
+            if k == 0 or scaled:
+                results.append(scheduler.scale_model_input(x, at if scaled else t))
+            step = scheduler.step(torch.tanh(x), at, x, return_dict=False, **arguments_of(scheduler))
+            results += step
+            x = step[0] if tuple(step[0].shape) == SHAPE else x
+        return results
+
+    for scaled in (True, False):
+        alike(both(cls, {}), partial(run, scaled=scaled))
+
+
+def _as_list(x: Tensor) -> Any:
+    return x.tolist()
+
+
+SCHEDULES: dict[str, Callable[[Tensor], Any]] = {
+    "list": _as_list,
+    "tuple": lambda x: tuple(x.tolist()),
+    "NumPy": lambda x: x.numpy(),
+    "list of tensors": lambda x: list(x),
+    "another dtype": lambda x: x.double() if x.is_floating_point() else x.int(),
+    "column": lambda x: x.reshape(-1, 1),
+    "every second": lambda x: x.repeat_interleave(2)[::2],
+    "reversed": lambda x: x.flip(0),
+    "one": lambda x: x[:1],
+    "none": lambda x: x[:0],
+    "more": lambda x: torch.cat([x, x]),
+    "complex": lambda x: x.to(torch.complex64),
+    "a parameter": lambda x: nn.Parameter(x.float()),
+    "None": lambda x: None,
+    "a number": lambda x: 3,
+}
+
+
+def _loop(given: Any, begins: bool, as_given: bool) -> Callable[[Any], Any]:
+    def run(scheduler: Any) -> Any:
+        results: list[Any] = []
+        if begins and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        x = torch.linspace(-2.0, 2.0, torch.Size(SHAPE).numel()).reshape(SHAPE)
+        for t in (scheduler.timesteps if as_given else given)[:4]:
+            results.append(scheduler.scale_model_input(x, t))
+            step = scheduler.step(torch.tanh(x), t, x, return_dict=False, **arguments_of(scheduler))
+            results += step
+            x = step[0]
+        return results
+
+    return run
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("name", ["timesteps", "sigmas", "alphas_cumprod"])
+@pytest.mark.parametrize("cls", CLASSES, ids=label)
+def test_odd_schedules(cls: type[Any], name: str, kind: str) -> None:
+    for begins in (True, False):
+        for as_given in (True, False):
+            schedulers = both(cls, {})
+            if name not in vars(schedulers[0]):
+                continue
+            given = schedulers[0].timesteps.clone()
+            for scheduler in schedulers:
+                setattr(scheduler, name, SCHEDULES[kind](getattr(scheduler, name)))
+            told = alike(schedulers, _loop(given, begins, as_given))
+            assert len(told) <= 1
+
+
+def test_timesteps_of_numpy_and_lists_say_so() -> None:
+    for cls in CLASSES:
+        for kind in ("list", "NumPy"):
+            original, ours = both(cls, {})
+            given = original.timesteps.clone()
+            for scheduler in (original, ours):
+                scheduler.timesteps = SCHEDULES[kind](scheduler.timesteps)
+            told = alike((original, ours), _loop(given, True, False))
+            assert len(told) == 1 and "timesteps as" in told[0], told
+
+
+# --- other arguments --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["s_tmin", "s_tmax"])
+@pytest.mark.parametrize("cls", [EulerDiscreteScheduler, EDMEulerScheduler], ids=label)
+def test_bounds_of_churn_at_a_level(cls: type[Any], name: str) -> None:
+    """A bound that is a level, written in decimal: PyTorch compares in the level's dtype."""
+    for dtype in (torch.float32, torch.float64):
+        schedulers = both(cls, {})
+        for scheduler in schedulers:
+            scheduler.sigmas = scheduler.sigmas.to(dtype)
+            scheduler.sigmas[1:3] = torch.tensor([1.1, 0.7], dtype=torch.float64)
+        for bound in (1.1, 0.7):
+
+            def run(scheduler: Any, bound: float = bound) -> Any:
+                x = torch.ones(SHAPE)
+                scheduler._step_index = None
+                for t in scheduler.timesteps[:4]:
+                    scheduler.scale_model_input(x, t)
+                    x = scheduler.step(torch.tanh(x), t, x, s_churn=2.0, **{name: bound}).prev_sample
+                    yield x
+
+            alike(schedulers, run)
+
+
+GENERATORS: dict[str, Callable[[], Any]] = {
+    "list": lambda: [torch.Generator().manual_seed(k) for k in range(SHAPE[0])],
+    "list of one": lambda: [torch.Generator().manual_seed(1)],
+    "long list": lambda: [torch.Generator().manual_seed(k) for k in range(5)],
+    "empty list": list,
+    "tuple": lambda: tuple(torch.Generator().manual_seed(k) for k in range(SHAPE[0])),
+    "list of None": lambda: [None] * SHAPE[0],
+    "seed": lambda: 5,
+    "str": lambda: "five",
+}
+DRAWING = [cls for cls in CLASSES if accepts(cls.step, "generator")]
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+@pytest.mark.parametrize("cls", DRAWING, ids=label)
+def test_odd_generators(cls: type[Any], kind: str) -> None:
+    solver = cls in (DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler)
+    churn = {"s_churn": 2.0} if accepts(cls.step, "s_churn") else {}
+
+    def run(scheduler: Any) -> Any:
+        x = torch.linspace(-2.0, 2.0, torch.Size(SHAPE).numel()).reshape(SHAPE)
+        generator = GENERATORS[kind]()
+        for t in scheduler.timesteps[:3]:
+            scheduler.scale_model_input(x, t)
+            arguments = {**arguments_of(scheduler), **churn}
+            x = scheduler.step(torch.tanh(x), t, x, generator=generator, **arguments).prev_sample
+            yield x
+        if isinstance(generator, list):
+            for each in generator:
+                yield each.get_state()
+
+    alike(both(cls, {"algorithm_type": "sde-dpmsolver++"} if solver else {}), run)
+
+
+def test_a_given_x0_with_odd_tensors() -> None:
+    x = torch.ones(SHAPE)
+
+    def run(scheduler: Any) -> Any:
+        t = scheduler.timesteps[0]
+        scheduler.scale_model_input(x, t)
+        return scheduler.step(x, t, x, pred_original_sample=x.to(torch.complex64), return_dict=False)
+
+    assert not alike(both(EDMEulerScheduler, {}), run)
+
+
+# --- past the end, and arguments that do not fit ----------------------------------------------------------------------
+def _error(call: Callable[[], Any]) -> tuple[type[Exception], str] | None:
+    try:
+        call()
+    except Exception as error:
+        return type(error), str(error)
+    return None
+
+
+@pytest.mark.parametrize(("cls", "config"), CONFIGS, ids=label)
+def test_errors_past_the_end_read_as_the_original_s(cls: type[Any], config: dict[str, Any]) -> None:
+    x = torch.ones(SHAPE)
+    said: list[list[Any]] = []
+    for scheduler in both(cls, config):
+        times = scheduler.timesteps
+        said.append([])
+        for k in range(len(times) + 3):
+            t = times[min(k, len(times) - 1)]
+            said[-1] += [
+                _error(partial(scheduler.scale_model_input, x, t)),
+                _error(partial(scheduler.step, 0.1 * x, t, x)),
+                getattr(scheduler, "step_index", None),
+            ]
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("name", ["a tuple as output", "None as sample"])
+def test_no_warning_goes_with_the_original_s_error(name: str) -> None:
+    for cls in CLASSES:
+        _, ours = both(cls, {})
+        results, told = outcome(ours, two_steps(KINDS[name], scales=False))
+        assert isinstance(results[0][0], type) and not told

@@ -1,0 +1,122 @@
+"""Without the extras: what imports all the same, and what an ImportError says to install."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from bicm_diffusion.extras import extra
+
+ROOT = Path(__file__).resolve().parents[2]
+EXTRAS = ("PIL", "click", "diffusers", "matplotlib", "rich", "safetensors", "sklearn", "tensorboard", "tqdm")
+
+BLOCK = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def run(code: str, *blocked: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process that cannot import some packages."""
+    paths = [str(ROOT), str(ROOT / "python"), *(path for path in sys.path if path)]
+    program = f"{BLOCK.format(blocked=set(blocked))}\nsys.path[:0] = {paths!r}\n{textwrap.dedent(code)}"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=200)
+
+
+def test_the_packages_import_and_sample_without_extras() -> None:
+    ran = run(
+        """
+        import torch, bicm_diffusion, bicm_diffusion.distributed
+        from bicm_diffusion.adapters import consistency_models, edm, k_diffusion
+        print(bicm_diffusion.ddim_sample(lambda z, times: z, torch.ones(2, 3), bicm_diffusion.vp_schedule(4)).shape)
+        """,
+        *EXTRAS,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "torch.Size([2, 3])" in ran.stdout
+
+
+SHARDS = "sample_shards(lambda shard: torch.ones(shard.batch, 1, 2, 2), 2, sys.argv[0] + '.d', batch=2, settings={}"
+CALLS = {
+    "a sampler's bar": (
+        "tqdm",
+        "diffusion",
+        """
+        import torch, bicm_diffusion
+        bicm_diffusion.ddim_sample(lambda z, t: z, torch.ones(2, 3), bicm_diffusion.vp_schedule(4), progress=True)
+        """,
+    ),
+    "a consistency sampler's bar": (
+        "tqdm",
+        "diffusion",
+        """
+        import torch, bicm_diffusion
+        down = bicm_diffusion.ConsistencySchedule((80.0,))
+        bicm_diffusion.consistency_sample(lambda x, t, u: x, torch.ones(2, 3), down, progress=True)
+        """,
+    ),
+    "k-diffusion's bar": (
+        "tqdm",
+        "diffusion",
+        """
+        import torch
+        from bicm_diffusion.adapters.k_diffusion import sample_euler
+        sample_euler(lambda x, sigma: x, torch.ones(2, 3), torch.tensor([1.0, 0.0]))
+        """,
+    ),
+    "diffusers": ("diffusers", "diffusers", "import bicm_diffusion.adapters.diffusers"),
+    "a diffusers scheduler": ("diffusers", "diffusers", "import bicm_diffusion.adapters.diffusers.bdia"),
+    "shards": ("safetensors", "diffusion", f"from bicm_diffusion.distributed import *; import torch; {SHARDS})"),
+    "images": ("PIL", "diffusion", f"from bicm_diffusion.distributed import *; import torch; {SHARDS}, save_as='png')"),
+    "the bar of shards": ("tqdm", "diffusion", f"from bicm_diffusion.distributed import *; import torch; {SHARDS})"),
+    **{
+        f"the digits, {module}": (module, "diffusion", "import runpy; runpy.run_module('examples.digits')")
+        for module in ("click", "rich", "safetensors", "sklearn", "tqdm")
+    },
+    "the digits' pictures": ("matplotlib", "diffusion", "import examples.digits.demo"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_missing_package_names_its_extra(call: str) -> None:
+    module, name, code = CALLS[call]
+    ran = run(code, module)
+    assert ran.returncode == 1
+    error = ran.stderr.strip().splitlines()[-1]
+    assert error.startswith(f"ModuleNotFoundError: No module named '{module}")
+    assert f'pip install "bicm-kernels[{name}]"' in error
+
+
+def test_shards_ask_for_their_library_before_the_first_batch(tmp_path: Path) -> None:
+    code = """
+    from bicm_diffusion.distributed import sample_shards
+    def sample(shard):
+        print("made")
+    sample_shards(sample, 2, {directory!r}, batch=2, settings={{}}, save_as={save_as!r}, progress={progress})
+    """
+    for module, save_as, progress in (("safetensors", "safetensors", 0), ("PIL", "png", 0), ("tqdm", "png", 1)):
+        directory = tmp_path / module
+        ran = run(code.format(directory=str(directory), save_as=save_as, progress=progress), module)
+        assert ran.returncode == 1 and "made" not in ran.stdout and not directory.exists()
+
+
+def test_an_error_that_names_no_module_keeps_its_type_and_cause() -> None:
+    old = ImportError("cannot import name 'X' from 'diffusers'")
+    with (
+        pytest.raises(
+            ImportError, match=r"cannot import name 'X'.*: pip install \"bicm-kernels\[diffusers\]\""
+        ) as found,
+        extra("diffusers"),
+    ):
+        raise old
+    assert type(found.value) is ImportError and found.value.__cause__ is old

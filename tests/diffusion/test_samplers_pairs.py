@@ -1,0 +1,206 @@
+"""Pairs travel: to other devices and dtypes, through pickles, files and processes, and go on with every bit."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bicm_diffusion
+from bicm_diffusion import (
+    ExactPair,
+    ExactTwins,
+    Preconditioned,
+    RetraceWarning,
+    StatePair,
+    TwinPair,
+    bdia_invert,
+    bdia_sample,
+    edict_invert,
+    edict_sample,
+    load_pair,
+    obelm_invert,
+    obelm_sample,
+    save_pair,
+    vp_schedule,
+)
+from tests.support.closed_forms import network, noise
+
+MODEL = network(6)
+SCHEDULE = vp_schedule(10, final_time=0.01)
+Z = noise(4, 6, dtype=torch.float32)
+WAYS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "bdia": (bdia_sample, bdia_invert, {"gamma": 0.9}),
+    "bdia, per sample": (bdia_sample, bdia_invert, {"gamma": torch.tensor([0.9, 0.8, 1.0, 0.96])}),
+    "bdia, fractions per sample": (
+        bdia_sample,
+        bdia_invert,
+        {"gamma": (torch.tensor([9, 1, 1, 1]), torch.tensor([10, 1, 2, 1])), "increments": "heun"},
+    ),
+    "obelm": (obelm_sample, obelm_invert, {"prediction": Preconditioned("bcm", sigma_data=0.6)}),
+    "edict": (edict_sample, edict_invert, {"leapfrog": True, "prediction": "v"}),
+}
+CASES = [(name, exact) for name in WAYS for exact in (True, False) if exact or "fractions" not in name]
+each_case = pytest.mark.parametrize(("name", "exact"), CASES)
+pytestmark = pytest.mark.filterwarnings("ignore::bicm_diffusion.InexactInversionWarning")
+
+
+def through_torch(pair: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(pair, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def through_a_state_dict(pair: Any) -> Any:
+    state = pair.state_dict()
+    assert all(isinstance(x, Tensor) for x in state.values())
+    return StatePair.from_state_dict(through_torch(dict(state)))
+
+
+def through_a_file(pair: Any) -> Any:
+    pytest.importorskip("safetensors")
+    with tempfile.TemporaryDirectory() as directory:
+        save_pair(pair, Path(directory) / "pair.safetensors")
+        return load_pair(Path(directory) / "pair.safetensors")
+
+
+TRAVELS: dict[str, Callable[[Any], Any]] = {
+    "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "torch.load(weights_only=True)": through_torch,
+    "state_dict": through_a_state_dict,
+    "safetensors": through_a_file,
+    "to(device)": lambda pair: pair.to("cpu"),
+    "detach": lambda pair: pair.detach(),
+}
+
+
+@each_case
+@pytest.mark.parametrize("travel", TRAVELS)
+def test_a_pair_that_travelled_goes_on_with_the_same_bits(name: str, exact: bool, travel: str) -> None:
+    sample, invert, options = WAYS[name]
+    pair = sample(MODEL, Z, SCHEDULE, exact=exact, **options)
+    arrived = TRAVELS[travel](pair)
+    assert type(arrived) is type(pair)
+    for one, other in zip(arrived, pair, strict=True):
+        assert torch.equal(one, other) and one.dtype == other.dtype
+    there, here = (invert(MODEL, x, SCHEDULE, exact=exact, **options) for x in (arrived, pair))
+    assert torch.equal(there.z, here.z)
+    if exact:
+        assert torch.equal(there.info, here.info) and not there.info.any()
+    with pytest.raises(ValueError, match="schedule: expected 10 steps"):
+        invert(MODEL, arrived, vp_schedule(20), exact=exact, **options)
+
+
+@each_case
+def test_another_dtype_is_one_of_the_states(name: str, exact: bool) -> None:
+    sample, invert, options = WAYS[name]
+    pair = sample(MODEL, Z, SCHEDULE, exact=exact, **options)
+    for half in (pair.to(torch.float16), pair.to("cpu", torch.float16), pair.to(device="cpu", dtype=torch.float16)):
+        assert half.z.dtype == torch.float16 and all(x.dtype == torch.float16 for x in half)
+        assert torch.equal(half.z, pair.z.half())
+        if exact:
+            assert torch.equal(half.q, pair.q)
+    with pytest.raises(TypeError, match=r"dtype: expected a floating dtype, got torch\.int32"):
+        pair.to(torch.int32)
+    if exact:
+        assert invert(MODEL, half.to(torch.float32), SCHEDULE, **options).q.dtype == torch.int64
+
+
+def test_a_meta_device_takes_every_tensor_along() -> None:
+    for exact in (True, False):
+        pair = bdia_sample(MODEL, Z, SCHEDULE, exact=exact).to("meta")
+        assert all(x.is_meta for x in vars(pair).values() if isinstance(x, Tensor))
+        assert pair.record.origin is None or pair.record.origin.is_meta
+
+
+@pytest.mark.parametrize("travel", ["pickle", "safetensors", "torch.load(weights_only=True)"])
+def test_conditions_travel_as_a_digest(travel: str) -> None:
+    def model(z: Tensor, times: Tensor, label: Tensor, word: str) -> Tensor:
+        return torch.nn.functional.dropout(MODEL(z, times) + label, 0.1)
+
+    one: dict[str, Any] = {"label": torch.tensor(0.5), "word": "a"}
+    pair = TRAVELS[travel](bdia_sample(model, Z, SCHEDULE, extra_args=one))
+    assert isinstance(pair.record.conditions, str)
+    with pytest.warns(RetraceWarning, match="did not come back"):
+        bdia_invert(model, pair, SCHEDULE, extra_args={"word": "a", "label": torch.tensor(0.5)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bdia_invert(model, pair, SCHEDULE, extra_args={"label": torch.tensor(0.6), "word": "a"})
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, "tests")
+import torch
+from tests.support.closed_forms import network, noise
+from bicm_diffusion import bdia_invert, load_pair, vp_schedule
+
+pair = load_pair(sys.argv[1])
+torch.save(bdia_invert(network(6), pair, vp_schedule(10, final_time=0.01), gamma=0.9).z, sys.argv[2])
+"""
+
+
+def test_a_pair_goes_on_in_another_process(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    x = (Z * 2**20).round() / 2**20
+    save_pair(bdia_sample(MODEL, x, SCHEDULE, gamma=0.9), tmp_path / "pair")
+    paths = [str(tmp_path / "pair"), str(tmp_path / "z")]
+    root = Path(__file__).resolve().parents[2]
+    environment = {"PYTHONPATH": f"{root}:{root / 'python'}", "PATH": ""}
+    subprocess.run([sys.executable, "-c", PROGRAM, *paths], check=True, cwd=root, env=environment)
+    assert torch.equal(torch.load(paths[1], weights_only=True), x)
+
+
+def test_pairs_made_by_hand_travel_too() -> None:
+    for pair in (StatePair(Z, Z), TwinPair(Z, Z)):
+        for travel in TRAVELS.values():
+            arrived = travel(pair)
+            assert arrived.record is None and torch.equal(arrived.z, Z)
+    exact = bdia_sample(MODEL, Z, SCHEDULE)
+    plain = ExactPair(exact.q, exact.previous_q, exact.info, exact.overflow, 1.0, 1.0, torch.float32)
+    for travel in TRAVELS.values():
+        assert torch.equal(bdia_invert(MODEL, travel(plain), SCHEDULE).z, bdia_invert(MODEL, exact, SCHEDULE).z)
+
+
+def test_pairs_of_traced_loops_travel() -> None:
+    fast: Callable[..., Any] = torch.compile(
+        lambda z: edict_sample(MODEL, z, SCHEDULE), fullgraph=True, backend="eager"
+    )
+    pair = fast(Z)
+    assert isinstance(pair, ExactTwins)
+    expected = edict_invert(MODEL, pair, SCHEDULE).z
+    for travel in TRAVELS.values():
+        assert torch.equal(edict_invert(MODEL, travel(pair), SCHEDULE).z, expected)
+    torch._dynamo.reset()
+
+
+def test_what_is_no_pair_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"state: expected the state_dict of a pair, .* got the names \['z'\]"):
+        StatePair.from_state_dict({"z": Z})
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    pair = bdia_sample(MODEL, Z, SCHEDULE)
+    with pytest.raises(ImportError, match=r"bicm-kernels\[diffusion\]"):
+        save_pair(pair, tmp_path / "pair")
+
+
+def test_pairs_unpack_and_are_told_by_identity() -> None:
+    pair = bdia_sample(MODEL, Z, SCHEDULE, exact=False)
+    z, previous = pair
+    assert z is pair.z and previous is pair.previous
+    assert pair == pair and pair != copy.copy(pair) and len({pair, copy.copy(pair)}) == 2
+    assert {"load_pair", "save_pair"} <= set(bicm_diffusion.__all__)

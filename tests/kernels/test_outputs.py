@@ -1,0 +1,215 @@
+"""Outputs that the caller gives: written exactly, over an input exactly or apart from all, or refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import bicm_kernels as bk
+from bicm_kernels.ops import outputs
+from tests.support.multistep_calls import ARGUMENTS, OPS, as_tensors, call, operands
+from tests.support.tensors import BF16, F32, F64, LAYOUTS, Bits, random
+from tests.support.wrong_calls import WIDE, Wrong, X, affine, check_messages, ddim, denoised
+
+MEMORY = torch.zeros(64)
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+@pytest.mark.parametrize("kind", ["floats", "per sample"])
+def test_out(each_backend: str, name: str, dtype: torch.dtype, kind: str, same_bits: Bits) -> None:
+    numbers = OPS[name][1] if kind == "floats" else as_tensors(OPS[name][1], ARGUMENTS["per sample"])
+    for layout in ("contiguous", "channels_last", "sliced", "transposed"):
+        tensors = [LAYOUTS[layout](x) for x in operands(name, (4, 3, 9, 14), dtype, dtype)]
+        plain = call(name, tensors, numbers)
+        several = len(plain) > 1
+        apart = tuple(LAYOUTS["cut out"](torch.zeros_like(x)) for x in plain)
+        targets = [apart]
+        for k in range(len(tensors)):
+            targets.append((tensors[k], *apart[1:]))
+        if several:
+            targets.append((apart[0], tensors[0], apart[2]))
+            targets.append((tensors[1], tensors[0], apart[2]))
+            for k in range(len(plain)):
+                targets.append(tuple(apart[i] if i == k else torch.zeros_like(x) for i, x in enumerate(plain)))
+        for target in targets:
+            inputs = [x.clone(memory_format=torch.preserve_format) for x in tensors]
+            outs = tuple(
+                inputs[places[0]] if (places := [i for i, x in enumerate(tensors) if x is y]) else y for y in target
+            )
+            results = call(name, inputs, {**numbers, "out": outs if several else outs[0]})
+            for result, out, expected in zip(results, outs, plain, strict=True):
+                assert result is out
+                same_bits(out, expected)
+
+
+def test_out_of_a_step_without_next(same_bits: Bits) -> None:
+    x = random(2, 30)
+    expected = bk.denoised_step([x], [0.5], [0.25], x0_weight=1.0, clip=0.3)
+    outs = (torch.empty_like(x), x)
+    results = bk.denoised_step([x], [0.5], [0.25], x0_weight=1.0, clip=0.3, out=outs)
+    assert len(results) == 3
+    assert results[2] is None
+    for actual, wanted in zip(outs, expected[:2], strict=True):
+        same_bits(actual, wanted)
+
+
+def test_out_of_an_empty_batch(each_backend: str) -> None:
+    z, outs = torch.empty(0, 3), tuple(torch.empty(0, 3) for _ in range(3))
+    assert bk.ddim_step(z, z, a=1.0, b=0.5, out=outs[0]) is outs[0]
+    results = bk.denoised_step([z], [1.0], [1.0], x0_weight=0.5, next_scale=2.0, out=outs)
+    assert all(result is out for result, out in zip(results, outs, strict=True))
+
+
+def test_out_may_interleave_with_an_input(each_backend: str, same_bits: Bits) -> None:
+    memory = random(4, 6, 10, 2)
+    slices = {
+        "columns": (memory[..., 0], memory[..., 1]),
+        "rows": (memory[:, ::2], memory[:, 1::2]),
+        "halves of samples": (memory[:, :3], memory[:, 3:]),
+        "samples": (memory[::2], memory[1::2]),
+        "corners": (memory[:, :, :5], memory[:, :, 5:]),
+    }
+    for z, out in slices.values():
+        expected = bk.ddim_step(z.clone(), z.clone(), a=1.5, b=0.25)
+        before = z.clone()
+        bk.ddim_step(z, z, a=1.5, b=0.25, out=out)
+        same_bits(out.contiguous(), expected.contiguous())
+        same_bits(z, before)
+
+
+def test_out_keeps_its_own_layout(each_backend: str, same_bits: Bits) -> None:
+    z = random(2, 3, 8, 9)
+    for layout in ("channels_last", "transposed", "sliced", "samples last"):
+        out = LAYOUTS[layout](torch.zeros_like(z))
+        bk.ddim_step(z, z, a=1.5, b=0.25, out=out)
+        same_bits(out, bk.ddim_step(z, z, a=1.5, b=0.25))
+
+
+def view(offset: int, *strides: int) -> Tensor:
+    return MEMORY.as_strided((2, 3), strides, offset)
+
+
+OUTS: dict[str, Wrong] = {
+    "not a tensor": (lambda: ddim(out=1.0), TypeError, ("out must be a tensor", "1.0 (float)")),
+    "shape": (lambda: ddim(out=WIDE), ValueError, ("out must have the shape of z, (2, 3), got (2, 4)",)),
+    "dtype": (
+        lambda: ddim(out=X.double()),
+        TypeError,
+        ("out must have the dtype of z, torch.float32, got torch.float64",),
+    ),
+    "dtype of the network": (
+        lambda: ddim(eps=X.half(), out=X.half()),
+        TypeError,
+        ("out", "torch.float32", "torch.float16"),
+    ),
+    "integers": (lambda: ddim(out=X.int()), TypeError, ("out must be float16", "torch.int32")),
+    "device": (
+        lambda: ddim(out=X.to("meta")),
+        ValueError,
+        ("out must be on the device of z, cpu, got meta",),
+    ),
+    "affine": (lambda: affine(out=WIDE), ValueError, ("out must have the shape of tensors[0]",)),
+    "itself": (
+        lambda: ddim(out=torch.zeros(1, 3).expand(2, 3)),
+        ValueError,
+        ("out must not overlap itself",),
+    ),
+    "itself, finely": (
+        lambda: ddim(out=view(0, 2, 1)),
+        ValueError,
+        ("out must not overlap itself", "(2, 1)"),
+    ),
+    "shifted": (
+        lambda: ddim(view(0, 3, 1), out=view(1, 3, 1)),
+        ValueError,
+        ("out must be exactly z or lie apart",),
+    ),
+    "transposed": (lambda: ddim(view(0, 3, 1), out=view(0, 1, 2)), ValueError, ("out must be exactly z",)),
+    "prediction": (
+        lambda: ddim(eps=view(0, 8, 1), out=view(2, 8, 1)),
+        ValueError,
+        ("out must be exactly eps",),
+    ),
+    "other width": (
+        lambda: ddim(eps=MEMORY[:3].view(torch.bfloat16).view(2, 3), out=MEMORY[:6].view(2, 3)),
+        ValueError,
+        ("out must be exactly eps",),
+    ),
+    "one out for two": (lambda: denoised(out=(X,)), ValueError, ("out must hold (out, x0)", "1")),
+    "two outs for three": (
+        lambda: denoised(next_scale=1.0, out=(X, X)),
+        ValueError,
+        ("out must hold (out, x0), and next", "2"),
+    ),
+    "three outs for two": (lambda: denoised(out=(X, X, X)), ValueError, ("out must hold (out, x0)", "3")),
+    "x0": (
+        lambda: denoised(out=(X, WIDE)),
+        ValueError,
+        ("x0 must have the shape of tensors[0], (2, 3), got (2, 4)",),
+    ),
+    "next": (
+        lambda: denoised(next_scale=1.0, out=(X, X.clone(), X.double())),
+        TypeError,
+        ("next must have the dtype of tensors[0]", "torch.float64"),
+    ),
+    "empty next": (
+        lambda: denoised(next_scale=1.0, out=(X, X.clone(), torch.empty(0))),
+        ValueError,
+        ("next must have the shape of tensors[0], (2, 3), got (0,)",),
+    ),
+    "outs share": (
+        lambda: denoised(out=(view(0, 3, 1),) * 2),
+        ValueError,
+        ("out", "x0", "must not share memory"),
+    ),
+    "outs overlap": (
+        lambda: denoised(out=(view(0, 3, 1), view(2, 3, 1))),
+        ValueError,
+        ("must not share memory",),
+    ),
+}
+
+
+def test_wrong_outputs(each_backend: str) -> None:
+    check_messages(OUTS)
+
+
+def test_nothing_is_written_by_a_wrong_call(each_backend: str) -> None:
+    out = torch.full((2, 3), 7.0)
+    for changes in ({"eps": WIDE}, {"a": torch.ones(3)}, {"eps": (X, X)}, {"b": "1"}):
+        with pytest.raises((TypeError, ValueError)):
+            ddim(**changes, out=out)
+    assert (out == 7).all()
+
+
+def interleaved() -> tuple[Tensor, Tensor]:
+    """A state, and a place for the result between its rows, in another order."""
+    memory = random(8, 8)
+    return memory[:4, :4], memory[:4, 4:].T
+
+
+def test_an_output_interleaved_in_another_order_is_refused_by_the_kernels() -> None:
+    z, out = interleaved()
+    before = out.clone()
+    with pytest.raises(ValueError, match="out overlaps a tensor"):
+        ddim(z, z, out=out)
+    assert torch.equal(out, before)
+
+
+def test_an_output_interleaved_in_another_order_is_right_in_the_reference(same_bits: Bits) -> None:
+    z, out = interleaved()
+    expected = ddim(z.clone(), z.clone())
+    with bk.backend.use("reference"):
+        assert ddim(z, z, out=out) is out
+    same_bits(out.contiguous(), expected)
+
+
+def test_large_tensors_are_explained_without_their_size_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "_bytes", None)
+    memory = torch.zeros(2**24 + 64)
+    with pytest.raises(ValueError, match="out must be exactly z or lie apart"):
+        ddim(memory[:-3].view(1, -1), memory[3:].view(1, -1).clone(), out=memory[3:].view(1, -1))
+    with bk.backend.use("reference"):
+        ddim(memory.view(2, -1), memory.view(2, -1), out=torch.empty(2, 2**23 + 32))

@@ -1,0 +1,86 @@
+"""The losses: a sample's bits do not depend on its batch, the threads or the instruction set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bicm_kernels as bk
+from tests.support.loss_calls import EVERY_KIND
+from tests.support.tensors import BF16, F32, Bits, Threads, random
+
+
+@pytest.mark.parametrize("options", EVERY_KIND[::3])
+@pytest.mark.parametrize("shape", [(300, 64), (9, 5000), (3, 150_000), (5, 2, 50, 60)])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_sample_does_not_depend_on_its_batch(
+    options: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype, same_bits: Bits, threads: Threads
+) -> None:
+    batch = shape[0]
+    tensors = [random(*shape, dtype=dtype, seed=k) for k in range(3)]
+    t, weight = torch.linspace(0.1, 80, batch), torch.linspace(0.5, 2, batch)
+
+    def part(begin: int, end: int) -> list[Tensor]:
+        inputs = [x[begin:end].detach().requires_grad_() for x in tensors]
+        more = {**options, "reduction": "none", "weight": weight[begin:end]}
+        value = bk.consistency_loss(*inputs[:2], t[begin:end], t[begin:end] / 2, inputs[2], **more)
+        plain = bk.pseudo_huber(*inputs[:2], **more)
+        return [value.detach(), plain.detach(), *torch.autograd.grad((value + plain).sum(), inputs)]
+
+    whole = part(0, batch)
+    for count in (1, 2, 3):
+        with threads(count):
+            for actual, expected in zip(part(0, batch), whole, strict=True):
+                same_bits(actual, expected)
+    for begin, end in [(0, 1), (batch - 1, batch), (batch // 2, batch // 2 + 1), (1, batch)]:
+        for actual, expected in zip(part(begin, end), whole, strict=True):
+            same_bits(actual, expected[begin:end])
+
+
+DIGEST = """
+import hashlib, itertools, torch, bicm_kernels as bk
+def digest_all():
+    digest = hashlib.sha256()
+    def add(*tensors):
+        for x in tensors:
+            digest.update(x.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for dtype, shape in itertools.product(dtypes, [(1, 1), (3, 67), (5, 1025), (2, 140_003), (1000, 3, 32, 32)]):
+        if len(shape) == 4 and dtype != torch.float32:
+            continue
+        x, F, target = (bk.normal(shape, seed=k, dtype=dtype).requires_grad_() for k in range(3))
+        t = torch.linspace(0.1, 80, shape[0])
+        for options in ({}, {"c": 0.0}, {"kind": "elementwise", "c": 0.03}):
+            value = bk.pseudo_huber(F, target, weight=t, **options)
+            add(value, *torch.autograd.grad(value, [F]))
+            value = bk.consistency_loss(x, F, t, t / 2, target, reduction="none", **options)
+            add(value, *torch.autograd.grad(value.sum(), [x, F, target]))
+            value = bk.consistency_loss(x, F, t, None, target, parameterization="cm", **options)
+            add(value, *torch.autograd.grad(value, [F]))
+    return digest.hexdigest()
+"""
+
+
+@pytest.fixture(scope="module")
+def best_digest() -> str:
+    space: dict[str, Any] = {}
+    exec(DIGEST, space)
+    return str(space["digest_all"]())
+
+
+@pytest.mark.parametrize("instructions", ["scalar", "avx2", "avx512"])
+def test_instruction_sets_and_threads_give_one_digest(python: Any, best_digest: str, instructions: str) -> None:
+    order = ("scalar", "avx2", "avx512")
+    capability = {"DEFAULT": "scalar", "AVX2": "avx2", "AVX512": "avx512"}[torch.backends.cpu.get_cpu_capability()]
+    if order.index(instructions) > order.index(capability):
+        pytest.skip(f"this processor has no {instructions}")
+    program = (
+        DIGEST
+        + "print(bk.backend.describe())\nfor n in (1, 2):\n    torch.set_num_threads(n)\n    print(digest_all())\n"
+    )
+    described, one, two = python(program, BICM_KERNELS_ISA=instructions).stdout.splitlines()
+    assert described.startswith(f"cpu: native (C++, {instructions}")
+    assert one == two == best_digest

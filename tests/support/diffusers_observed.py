@@ -1,0 +1,116 @@
+"""What a loop over a diffusers scheduler lets its caller see, and whether two schedulers let the same be seen."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bicm_diffusion.adapters.diffusers import accelerate_scheduler
+from tests.support.diffusers_cases import network
+
+SHAPE = (2, 3, 6, 6)
+#: Steps are chaotic where x0 is a hundredfold of a difference: the errors of each are held by `test_diffusers.py`.
+NEAR = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
+
+#: Called with the scheduler, the step and what comes next, "input" or "step".
+Edit = Callable[[Any, int, str], None]
+
+
+class Heard(logging.Handler):
+    """What diffusers logs meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def __enter__(self) -> Heard:
+        logging.getLogger("diffusers").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("diffusers").removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def accepts(function: Any, *names: str) -> bool:
+    return {*names} <= {*inspect.signature(function).parameters}
+
+
+def observed(
+    scheduler: Any,
+    *,
+    start: int = 0,
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+    return_dict: bool = True,
+    scales: bool = True,
+    as_number: bool = False,
+    edit: Edit | None = None,
+    **arguments: Any,
+) -> Iterator[Any]:
+    """All that a loop lets its caller see; an error is seen by its type."""
+    generator = torch.Generator().manual_seed(0)
+    takes_generator = accepts(scheduler.step, "generator")
+    with Heard() as heard:
+        try:
+            x = torch.randn(SHAPE, generator=generator).to(dtypes[0]) * float(scheduler.init_noise_sigma)
+            yield scheduler.timesteps
+            if start:
+                noise = torch.randn(SHAPE, generator=generator).to(dtypes[0])
+                x = scheduler.add_noise(x / 9, noise, scheduler.timesteps[start].expand(len(x)))
+            if takes_generator:
+                arguments = {"generator": torch.Generator().manual_seed(4), **arguments}
+            for k, t in enumerate(scheduler.timesteps[start:]):
+                at = t.item() if as_number else t
+                if edit is not None:
+                    edit(scheduler, k, "input")
+                scaled = scheduler.scale_model_input(x, at) if scales else x
+                output = network(scaled, k).to(dtypes[1])
+                if edit is not None:
+                    edit(scheduler, k, "step")
+                result = scheduler.step(output, at, x, return_dict=return_dict, **arguments)
+                yield scaled
+                yield type(result)
+                yield from result if isinstance(result, tuple) else result.values()
+                yield [getattr(scheduler, name, None) for name in ("step_index", "begin_index", "lower_order_nums")]
+                x = result[0]
+        except Exception as error:
+            yield type(error)
+    yield heard.messages
+
+
+def agree(original: Any, ours: Any, **how: Any) -> None:
+    """Both schedulers' loops let the same be seen."""
+    largest = 1.0
+    near = max(NEAR[dtype] for dtype in how.get("dtypes", (torch.float32,)))
+    for expected, seen in zip(observed(original, **how), observed(ours, **how), strict=True):
+        if not isinstance(expected, Tensor):
+            assert seen == expected, (seen, expected)
+            continue
+        assert isinstance(seen, Tensor), (seen, expected)
+        assert (seen.dtype, seen.shape) == (expected.dtype, expected.shape), (seen.dtype, expected.dtype)
+        finite = expected.isfinite()
+        assert torch.equal(seen.isfinite(), finite), (seen, expected)
+        largest = max(largest, expected[finite].abs().max().item() if finite.any() else 0.0)
+        torch.testing.assert_close(seen[finite].double(), expected[finite].double(), rtol=0.0, atol=near * largest)
+
+
+def both(cls: type[Any], config: Mapping[str, Any], steps: int | None = 6, **timesteps: Any) -> tuple[Any, Any]:
+    """An original and its accelerated form."""
+    pair = cls(**config), accelerate_scheduler(cls(**config))
+    for scheduler in pair:
+        if steps is not None or timesteps:
+            scheduler.set_timesteps(steps, **timesteps)
+    return pair
+
+
+def label(x: Any) -> str:
+    if isinstance(x, dict):
+        return "-".join(f"{name}={value}" for name, value in x.items())[:60]
+    return x.__name__.removesuffix("Scheduler") if isinstance(x, type) else str(x)
