@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def promoted(x: Tensor, other: Tensor) -> Sequence[Tensor]:
     return broadcast(x.to(torch.result_type(x, other)), other)
 
 
-def joined(x: Tensor, *others: Tensor | float) -> Sequence[Tensor]:
+def joined(x: Tensor, *others: Any) -> Sequence[Tensor]:
     """Return the tensors in one shape; x keeps its dtype, unless it is whole, or real where another is complex.
 
     Others may be numbers too, and 0-d tensors on any device.

@@ -117,6 +117,7 @@ class StatePair(Pair):
 
     def __post_init__(self) -> None:
         hand_out(self.z, self.record)
+        hand_out(self.previous, self.record, inner=True)
 
     def __iter__(self) -> Iterator[Tensor]:
         """Unpack into z and previous."""
@@ -165,7 +166,8 @@ class ExactPair(Pair):
     @property
     def previous(self) -> Tensor:
         """The state beside it, (B, …) in `dtype`."""
-        return decode(self.previous_q, self.previous_unit, torch.float64).to(self.dtype)
+        state = decode(self.previous_q, self.previous_unit, torch.float64).to(self.dtype)
+        return hand_out(state, self.record, inner=True)
 
     def __iter__(self) -> Iterator[Tensor]:
         """Unpack into z and previous, as a pair of floats unpacks."""
