@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bicm_diffusion import Levels, LevelTable, bct_loss, draw_levels, karras_levels, update_average
+from bicm_diffusion import Levels, LevelTable, bct_loss, draw_levels, karras_sigmas, update_average
 from bicm_diffusion.consistency.objective import DROPOUT
 from bicm_kernels import fold_in, normal
 
@@ -47,7 +47,7 @@ def network(*, dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> Netw
 
 def problem(dtype: torch.dtype = torch.float64, key: int = 7) -> tuple[Tensor, Levels]:
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(key), dtype=torch.float64).to(dtype)
-    return x, draw_levels(LevelTable(karras_levels(21)), SHAPE[0], seed=key, step=3)
+    return x, draw_levels(LevelTable(karras_sigmas(21)), SHAPE[0], seed=key, step=3)
 
 
 def broadcast(t: Tensor) -> Tensor:

@@ -51,8 +51,8 @@ class BctLoss:
 def draw_levels(table: LevelTable, batch: int, *, seed: int, step: int, sample_id: int = 0) -> Levels:
     """Return the levels of a batch: n ~ p(n), n' ~ p̃(n'|n), keyed by (seed, sample, step).
 
-    >>> from bicm_diffusion.consistency.grid import karras_levels
-    >>> levels = draw_levels(LevelTable(karras_levels(11)), 4, seed=0, step=0)
+    >>> from bicm_diffusion import karras_sigmas
+    >>> levels = draw_levels(LevelTable(karras_sigmas(11)), 4, seed=0, step=0)
     >>> bool((levels.low < levels.high).all() and (levels.low != levels.partner).all())
     True
     """
