@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bicm_diffusion.described import described
+
 T_MIN = 0.002
 P_MEAN = -1.1
 P_STD = 2.0
@@ -73,7 +75,7 @@ class LevelTable:
     """N levels and the odds of each as the lower end of a pair: what one stage of training draws from.
 
     levels: (N,) float64, increasing, N >= 2: those of `karras_sigmas` in the papers. probabilities: (N-1,), made from
-    them. Raises ValueError for fewer levels.
+    them. Raises TypeError for no tensor, and ValueError for fewer levels or levels that do not increase.
 
     >>> from bicm_diffusion import karras_sigmas
     >>> LevelTable(karras_sigmas(11)).probabilities.shape
@@ -86,7 +88,11 @@ class LevelTable:
     probabilities: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.levels, Tensor):
+            raise TypeError(f"levels: expected a tensor (N,), as karras_sigmas(N) makes, got {described(self.levels)}")
         if self.levels.dim() != 1 or len(self.levels) < 2:
             raise ValueError(f"levels: expected (N,) with N >= 2, got shape {tuple(self.levels.shape)}")
+        if not bool((self.levels.diff() > 0).all() and self.levels[0] >= 0):
+            raise ValueError(f"levels: expected increasing levels of at least 0, got {self.levels.tolist()[:4]} …")
         odds = level_probabilities(self.levels, p_mean=self.p_mean, p_std=self.p_std)
         object.__setattr__(self, "probabilities", odds)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from bicm_diffusion.described import described
 from bicm_diffusion.samplers.prediction import Number
 from bicm_diffusion.samplers.record import Record, hand_out
 from bicm_diffusion.samplers.storage import pack, read, unpack, write
@@ -232,8 +233,10 @@ def decode(q: Tensor, unit: Number, dtype: torch.dtype) -> Tensor:
 def save_pair(pair: Pair, path: str | os.PathLike[str]) -> None:
     """Write a pair to a safetensors file, from which `load_pair` returns it with every bit and its record.
 
-    Raises ImportError where safetensors is missing.
+    Raises ImportError where safetensors is missing, and TypeError for what is no pair.
     """
+    if not isinstance(pair, Pair):
+        raise TypeError(f"pair: expected a pair, got {described(pair)}")
     write(pair.state_dict(), path)
 
 

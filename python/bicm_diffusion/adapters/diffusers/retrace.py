@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bicm_diffusion.samplers.checks import described
+from bicm_diffusion.described import described
 from bicm_diffusion.samplers.record import Record, is_inner, notice_alone, same_values
 from bicm_diffusion.samplers.states import ExactPair, Pair, StatePair
 
