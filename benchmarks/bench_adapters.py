@@ -27,7 +27,7 @@ from benchmarks.measurement import threads
 from benchmarks.timing import CLOCKS, QUICK, Call, Effort, interleave
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler
 from bicm_diffusion.adapters.diffusers.accelerate import COVERED
-from bicm_kernels import generator_normal
+from bicm_kernels import torch_randn
 
 STEPS = 20
 SHAPES: tuple[Shape, ...] = ((1, 4, 64, 64), (16, 4, 128, 128))
@@ -73,7 +73,7 @@ def measure(name: str, quick: bool, clock: str) -> list[Row]:
         calls = {key: steps_of(scheduler, shape) for key, scheduler in contestants.items()}
         times = interleave(calls, effort, CLOCKS[clock])
         # Apart, because they empty the cache.
-        draws = {"torch's draw": partial(torch.randn, shape), "our draw": partial(generator_normal, shape)}
+        draws = {"torch's draw": partial(torch.randn, shape), "our draw": partial(torch_randn, shape)}
         times |= interleave(draws, effort, CLOCKS[clock])
         return "×".join(map(str, shape)) + label, {key: t.median * 1e6 for key, t in times.items()}
 

@@ -4,7 +4,7 @@ Every op is one kernel launch and gives the same bits on every backend; ``backen
 """
 
 from bicm_kernels import backend, reference
-from bicm_kernels.ops.generator import generator_normal
+from bicm_kernels.ops.generator import torch_randn
 from bicm_kernels.ops.multistep import affine_step, bdia_inverse_step, bdia_step, ddim_step, denoised_step
 from bicm_kernels.ops.noise import NOISE_VERSION, add_noise, fold_in, normal, uniform
 from bicm_kernels.ops.noisy_pair import noisy_pair
@@ -41,12 +41,12 @@ __all__ = [
     "fixed_point_decode",
     "fixed_point_encode",
     "fold_in",
-    "generator_normal",
     "noisy_pair",
     "normal",
     "pseudo_huber",
     "reference",
     "renoise",
     "scale_input",
+    "torch_randn",
     "uniform",
 ]

@@ -5,7 +5,7 @@ Triton supports) and ``reference`` (plain PyTorch, slow). The environment variab
 ``auto`` (the default) takes the first that is there, any other name forces that one and makes its absence an error.
 ``BICM_KERNELS_ISA`` (scalar, avx2, avx512) forces an instruction set of the native CPU library,
 ``BICM_KERNELS_KEPT_MEMORY`` bounds the memory that it keeps for results, in MiB (256; 0 keeps none), and
-``BICM_KERNELS_GENERATOR`` says who draws ``generator_normal``: ``native`` (the default: the native library where its
+``BICM_KERNELS_GENERATOR`` says who draws ``torch_randn``: ``native`` (the default: the native library where its
 bits are torch's) or ``torch``. They are read once, when the package is imported.
 """
 
@@ -182,7 +182,7 @@ def _describe(device_type: str) -> str:
         return f"nothing ({error})"
     what = _running[device_type][1]
     if device_type == "cpu" and name == "native" and not draws_like_torch():
-        what += "; generator_normal is torch.randn"
+        what += "; torch_randn is torch.randn"
         what += " (BICM_KERNELS_GENERATOR=torch)" if _drawer == "torch" else ""
     return f"{name} ({what})"
 

@@ -32,7 +32,7 @@ def edit(
     options = {"num_inference_steps": steps, "output_type": "latent", **options}
     pipeline.scheduler.turn_round()  # the next call leads from data to noise
     pipeline(latents=latents, **source, **options)
-    inner = pipeline.scheduler.turn_round()  # and the next one back, from here
+    inner = pipeline.scheduler.turn_round(edit=True)  # and the next one back, from here, with other conditions
     return pipeline(latents=inner, **target, **options).images
 
 

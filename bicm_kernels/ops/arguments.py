@@ -195,7 +195,13 @@ def describe(value: object) -> str:
     """What was given, in a form short enough for an error message."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+    kind, text = type(value).__name__, repr(value)
+    if len(text) <= 60 and "tensor(" not in text and "array(" not in text:
+        return f"{text} ({kind})"
+    if isinstance(value, list | tuple):
+        return f"a {kind} of {len(value)} ({', '.join(sorted({type(x).__name__ for x in value}))})"
+    shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+    return f"a {kind}{shape}"
 
 
 def check_sequence(name: str, value: Any, instead: str = "[x]") -> None:

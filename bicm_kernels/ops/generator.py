@@ -11,7 +11,7 @@ from bicm_kernels import backend, reference
 from bicm_kernels.ops.arguments import dynamo
 
 
-def generator_normal(
+def torch_randn(
     shape: Sequence[int],
     *,
     generator: Generator | list[Generator] | tuple[Generator, ...] | None = None,
@@ -34,7 +34,7 @@ def generator_normal(
     before the first draw; where the bits differ, and for whatever is not covered, this is ``torch.randn``.
 
     >>> import torch, bicm_kernels as bk
-    >>> noise = bk.generator_normal((4, 8), generator=torch.Generator().manual_seed(0))
+    >>> noise = bk.torch_randn((4, 8), generator=torch.Generator().manual_seed(0))
     >>> torch.equal(noise, torch.randn((4, 8), generator=torch.Generator().manual_seed(0)))
     True
     """
@@ -44,4 +44,4 @@ def generator_normal(
         noise = backend.lane.generator_normal(shape, generator)
         if noise is not None:
             return noise
-    return reference.generator_normal(shape, generator=generator, dtype=dtype, device=device)
+    return reference.torch_randn(shape, generator=generator, dtype=dtype, device=device)

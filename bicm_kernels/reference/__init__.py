@@ -5,7 +5,7 @@ formulas, differentiable, and slow; ``design``: halves are computed in float32 a
 separate operations, and a float32 root is taken through float64, because torch's own is not correctly rounded.
 """
 
-from bicm_kernels.reference.generator import generator_normal
+from bicm_kernels.reference.generator import torch_randn
 from bicm_kernels.reference.multistep import (
     affine_step,
     bdia_inverse_step,
@@ -52,12 +52,12 @@ __all__ = [
     "fixed_point_encode",
     "fold_in",
     "fold_in_words",
-    "generator_normal",
     "noisy_pair",
     "normal",
     "philox4x32",
     "pseudo_huber",
     "renoise",
     "scale_input",
+    "torch_randn",
     "uniform",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 
-def generator_normal(
+def torch_randn(
     shape: Sequence[int],
     *,
     generator: Generator | list[Generator] | tuple[Generator, ...] | None = None,

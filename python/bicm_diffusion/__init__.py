@@ -10,7 +10,6 @@ from bicm_diffusion.consistency import (
     bct_loss,
     discretization,
     draw_levels,
-    karras_levels,
     level_probabilities,
     partner_probabilities,
 )
@@ -100,7 +99,6 @@ __all__ = [
     "edict_sample",
     "edm_invert",
     "edm_sample",
-    "karras_levels",
     "karras_schedule",
     "karras_sigmas",
     "level_probabilities",

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from bicm_diffusion.described import described
+from bicm_diffusion.samplers.checks import check_number
+
 
 @torch.no_grad()
 def update_average(
@@ -20,12 +23,16 @@ def update_average(
     buffers: floating buffers are averaged as parameters are, others copied; False leaves them alone.
     Both modules have as many parameters and buffers, of the same shapes. Each of the average keeps its dtype and
     device, whatever the network's are; halves are averaged in float32 and rounded.
-    Raises ValueError for modules that differ and a decay out of range.
+    Raises TypeError for what is no module, and ValueError for modules that differ and a decay out of range.
 
     >>> average, network = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     >>> update_average(average, network, decay=0.0); torch.equal(average.weight, network.weight)
     True
     """
+    for name, module in (("average", average), ("network", network)):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name}: expected a module, got {described(module)}")
+    check_number("decay", decay)
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay: expected a value in [0, 1], got {decay}")
     weight = 1 - (decay if step is None else min(decay, (1 + step) / (10 + step)))

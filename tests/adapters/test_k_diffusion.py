@@ -52,8 +52,10 @@ def start(dtype: torch.dtype = torch.float64) -> Tensor:
     return 80 * torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
 
 
-def plain(method: str, x: Tensor, sigmas: Tensor, churn: float = 0.0, noise: Any = None) -> Tensor:
-    """The three methods as their papers write them."""
+def plain(
+    method: str, x: Tensor, sigmas: Tensor, churn: float = 0.0, noise: Any = None, written: float = 0.0
+) -> Tensor:
+    """The three methods as their papers write them; k-diffusion's callbacks may add to the state they are shown."""
     before = None
     for i in range(len(sigmas) - 1):
         level, below = sigmas[i], sigmas[i + 1]
@@ -63,6 +65,7 @@ def plain(method: str, x: Tensor, sigmas: Tensor, churn: float = 0.0, noise: Any
             level = raised
         denoised = denoiser(x, level.expand(len(x)))
         slope = (x - denoised) / level
+        x = x + written
         if method == "euler" or (method == "heun" and below == 0):
             x = x + (below - level) * slope
         elif method == "heun":
@@ -80,9 +83,12 @@ def plain(method: str, x: Tensor, sigmas: Tensor, churn: float = 0.0, noise: Any
     return x
 
 
-@pytest.mark.parametrize(
+METHODS = pytest.mark.parametrize(
     ("method", "sampler"), [("euler", sample_euler), ("heun", sample_heun), ("dpmpp_2m", sample_dpmpp_2m)]
 )
+
+
+@METHODS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_each_method_is_the_paper_s(method: str, sampler: Any, dtype: torch.dtype) -> None:
     truth = plain(method, start(), grid())
@@ -93,6 +99,42 @@ def test_each_method_is_the_paper_s(method: str, sampler: Any, dtype: torch.dtyp
         return
     theirs = plain(method, start(dtype), grid(dtype=dtype))
     assert (mine - truth).abs().max() <= 2 * (theirs - truth).abs().max()
+
+
+@METHODS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_what_a_callback_writes_to_the_state_is_added_to_it(method: str, sampler: Any, dtype: torch.dtype) -> None:
+    sigmas, shown = grid(4, torch.float64 if dtype == torch.float64 else torch.float32), []
+
+    def write(info: dict[str, Any]) -> None:
+        shown.append(info["x"].add_(0.5))
+
+    truth = plain(method, start(), grid(4), written=0.5)
+    theirs = plain(method, start(dtype), grid(4, dtype), written=0.5)
+    mine = sampler(denoiser, start(dtype), sigmas, callback=write, disable=True)
+    assert len(shown) == 4
+    if dtype == torch.float64:
+        torch.testing.assert_close(mine, truth, rtol=0, atol=1e-12)
+        return
+    assert (mine - truth).abs().max() <= 2 * (theirs - truth).abs().max()
+
+
+def test_a_whole_state_becomes_a_float() -> None:
+    x, sigmas = start().round().long(), grid(4)
+    mine = sample_dpmpp_2m(denoiser, x, sigmas, disable=True)
+    assert mine.dtype == torch.float32
+    assert torch.equal(mine, sample_dpmpp_2m(denoiser, x.float(), sigmas, disable=True))
+
+
+@METHODS
+def test_a_complex_denoised_sample_makes_a_half_complex(method: str, sampler: Any) -> None:
+    def network(x: Tensor, sigma: Tensor) -> Tensor:
+        return denoiser(x.to(torch.complex64), sigma, 0.5j)
+
+    x, sigmas = start(torch.float16), torch.tensor([8.0, 4.0, 2.0, 0.0])
+    mine = sampler(network, x, sigmas, disable=True)
+    assert mine.dtype == torch.complex64
+    assert torch.equal(mine, sampler(network, x.to(torch.complex64), sigmas, disable=True))
 
 
 @pytest.mark.parametrize(("method", "sampler"), [("euler", sample_euler), ("heun", sample_heun)])
@@ -128,6 +170,10 @@ def test_keyed_noise_asks_no_device_for_a_level() -> None:
                 assert torch.equal(noise(levels[i], levels[i]), expected)
             assert reads and not any(reads)
             assert torch.equal(noise(levels[i].clone(), levels[i]), expected)
+        with pytest.raises(
+            ValueError, match="sigma: expected a level of the grid that the sampler was made for, got 7"
+        ):
+            noise(torch.tensor(7.0), levels[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -192,6 +238,22 @@ def test_k_diffusion_s_preconditioning() -> None:
     torch.testing.assert_close(c_skip, 1 / (1 + column(sigma, x) ** 2))
 
 
+def test_the_denoiser_takes_whole_levels_and_complex_networks() -> None:
+    x, whole = start(), torch.tensor([1, 2, 70])
+    shift = torch.tensor(0.5j)
+    for network in (lambda z, level: torch.tanh(z), lambda z, level: torch.tanh(z) + shift):
+        one = Denoiser(network)
+        for sigma in (whole, whole.double()):
+            c_skip, c_out, c_in = (column(c, x) for c in one.get_scalings(whole.double()))
+            F = network(c_in * x, sigma)
+            torch.testing.assert_close(one(x, sigma), c_skip * x + c_out * F, rtol=0, atol=1e-5)
+            noisy = x + column(whole, x) * x.flip(0)
+            error = network(c_in * noisy, sigma) - (x - c_skip * noisy) / c_out
+            torch.testing.assert_close(
+                one.loss(x, x.flip(0), sigma), (error**2).flatten(1).mean(1), rtol=1e-4, atol=1e-5
+            )
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_edm_preconditioning(dtype: torch.dtype) -> None:
     x, sigma = start(dtype), torch.tensor([0.1, 2.0, 70.0], dtype=dtype)
@@ -224,6 +286,38 @@ def test_edm_sampler(dtype: torch.dtype, churn: float) -> None:
     torch.testing.assert_close(mine.double(), truth, rtol=0, atol=1e-11 if dtype == torch.float64 else 1e-3)
     with pytest.raises(ValueError, match="dtype: expected"):
         edm_sampler(denoiser, latents, dtype=torch.float16)
+
+
+def test_edm_sampler_takes_a_number_for_noise() -> None:
+    def network(x: Tensor, sigma: Tensor, labels: Any) -> Tensor:
+        return denoiser(x, sigma)
+
+    ends = [
+        edm_sampler(network, start() / 80, num_steps=6, S_churn=20, randn_like=noise)
+        for noise in (lambda x: 0.25, lambda x: torch.full_like(x, 0.25))
+    ]
+    assert torch.equal(*ends)
+
+
+def test_edm_networks_may_write_to_the_second_input_of_a_step_without_length() -> None:
+    class Coarse:
+        sigma_min, sigma_max = 0.0, math.inf
+
+        def __init__(self, writes: bool) -> None:
+            self.writes, self.levels = writes, [0.0]
+
+        def round_sigma(self, sigma: Tensor) -> Tensor:
+            return (sigma / 20).ceil() * 20  # neighbouring levels become equal
+
+        def __call__(self, x: Tensor, sigma: Tensor, labels: Any) -> Tensor:
+            denoised, second = denoiser(x, sigma), len(self.levels) % 2 == 0
+            if self.writes and second and self.levels[-1] == sigma:
+                x.zero_()
+            self.levels.append(float(sigma))
+            return denoised
+
+    ends = [edm_sampler(Coarse(writes), start() / 80, num_steps=4) for writes in (False, True)]
+    assert torch.equal(*ends) and ends[0].any()
 
 
 @pytest.mark.parametrize("distillation", [True, False])

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, lognorm
 from torch import Tensor
 
+from bicm_diffusion import karras_sigmas
 from bicm_diffusion.consistency import (
     LevelTable,
     discretization,
     draw_levels,
-    karras_levels,
     level_probabilities,
     partner_probabilities,
 )
@@ -23,7 +23,7 @@ from bicm_diffusion.consistency.grid import P_MEAN, P_STD, drawn
 
 
 def test_levels_are_karras() -> None:
-    levels = karras_levels(1281)
+    levels = karras_sigmas(1281)
     assert levels.dtype == torch.float64 and levels.shape == (1281,)
     assert levels[0] == 0.002 and levels[-1] == 80.0
     n = 400
@@ -67,7 +67,7 @@ def test_curriculum_is_the_formula(steps: int, s0: int, more: int, share: float)
 @pytest.mark.parametrize("count", [11, 161, 1281])
 @pytest.mark.parametrize(("p_mean", "p_std"), [(P_MEAN, P_STD), (-0.8, 1.6)])
 def test_odds_are_bins_of_the_lognormal(count: int, p_mean: float, p_std: float) -> None:
-    levels = karras_levels(count)
+    levels = karras_sigmas(count)
     bins = torch.from_numpy(lognorm(s=p_std, scale=math.exp(p_mean)).cdf(levels.numpy())).diff()
     odds = level_probabilities(levels, p_mean=p_mean, p_std=p_std)
     assert odds.dtype == torch.float64
@@ -81,7 +81,7 @@ def test_a_level_of_zero_takes_all_the_mass_below() -> None:
 
 
 def test_partner_odds_leave_n_out_and_keep_the_ratios() -> None:
-    odds = level_probabilities(karras_levels(11))
+    odds = level_probabilities(karras_sigmas(11))
     n = torch.arange(10)
     rows = partner_probabilities(odds, n)
     assert (rows[n, n] == 0).all()
@@ -92,7 +92,7 @@ def test_partner_odds_leave_n_out_and_keep_the_ratios() -> None:
 
 
 def test_draws_follow_the_odds() -> None:
-    table, count = LevelTable(karras_levels(11)), 100_000
+    table, count = LevelTable(karras_sigmas(11)), 100_000
     levels = draw_levels(table, count, seed=3, step=5)
     n = torch.searchsorted(table.levels, levels.low)
     partner = torch.searchsorted(table.levels, levels.partner)
@@ -108,7 +108,7 @@ def test_draws_follow_the_odds() -> None:
 
 @given(st.integers(2, 300), st.integers(0, 2**32 - 1))
 def test_draws_at_the_ends_stay_in_the_table(count: int, seed: int) -> None:
-    odds = level_probabilities(karras_levels(count + 1))
+    odds = level_probabilities(karras_sigmas(count + 1))
     n = torch.tensor([0, count - 1, seed % count])
     ends = torch.tensor([2.0**-33, 1.0], dtype=torch.float64)
     for end in ends:
@@ -119,7 +119,7 @@ def test_draws_at_the_ends_stay_in_the_table(count: int, seed: int) -> None:
 
 @pytest.mark.parametrize("batch", [1, 7])
 def test_a_sample_draws_the_same_levels_in_any_batch(batch: int) -> None:
-    table = LevelTable(karras_levels(321))
+    table = LevelTable(karras_sigmas(321))
     whole = draw_levels(table, 64, seed=1, step=9)
     part = draw_levels(table, batch, seed=1, step=9, sample_id=20)
     for all_levels, some in zip(whole, part, strict=True):
@@ -127,7 +127,7 @@ def test_a_sample_draws_the_same_levels_in_any_batch(batch: int) -> None:
 
 
 def test_levels_and_partners_have_keys_of_their_own() -> None:
-    table = LevelTable(karras_levels(1281))
+    table = LevelTable(karras_sigmas(1281))
     first, again, other_step, other_seed = (
         draw_levels(table, 500, seed=seed, step=step) for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0))
     )
@@ -145,9 +145,9 @@ def test_levels_and_partners_have_keys_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("call", "name"),
     [
-        (lambda: karras_levels(1), "count"),
-        (lambda: karras_levels(5, t_min=1.0, t_max=0.5), "t_min"),
-        (lambda: karras_levels(5, rho=0.0), "rho"),
+        (lambda: LevelTable(karras_sigmas(1)), "levels"),
+        (lambda: karras_sigmas(5, sigma_min=1.0, sigma_max=0.5), "sigma_min"),
+        (lambda: karras_sigmas(5, rho=0.0), "rho"),
         (lambda: discretization(-1, 10), "step"),
         (lambda: discretization(0, 10, s0=20, s1=10), "s0"),
     ],

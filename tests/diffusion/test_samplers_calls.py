@@ -281,6 +281,19 @@ def test_a_prediction_is_one_of_the_known(name: str, prediction: Any) -> None:
         call(name, prediction=prediction)
 
 
+@pytest.mark.filterwarnings("ignore::bicm_diffusion.InexactInversionWarning")
+@pytest.mark.parametrize("name", [*STEPPING, "bdia_edit"])
+def test_noise_is_called_epsilon_too(name: str) -> None:
+    for options in kinds(name):
+        plain, named = call(name, **options), call(name, prediction="epsilon", **options)
+        first, second = ((x, x) if isinstance(x, Tensor) else tuple(x) for x in (plain, named))
+        assert all(map(torch.equal, first, second))
+        if name in TWO_STATES and name.endswith("sample"):
+            back = name.replace("sample", "invert")
+            for pair, prediction in ((named, "noise"), (plain, "epsilon")):
+                call(back, z=pair, prediction=prediction, **options)
+
+
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize(
     ("factor", "error", "message"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from bicm_diffusion import (
     TwinPair,
     edict_invert,
     edict_sample,
+    vp_alpha_sigma,
     vp_schedule,
 )
 from tests.support.closed_forms import Mixture, network, noise
@@ -156,3 +158,18 @@ def test_wrong_calls_are_named() -> None:
     with pytest.warns(InexactInversionWarning, match="EDICT in torch.bfloat16") as caught:
         edict_invert(MODEL, noise(2, 3, dtype=torch.bfloat16), SCHEDULE, exact=False)
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("steps", [4, 10])
+def test_a_smooth_network_loses_at_most_what_floats_warn_of(steps: int) -> None:
+    schedule, z = vp_schedule(steps), noise(64, 16, dtype=torch.float32)
+
+    def model(state: Tensor, times: Tensor) -> Tensor:
+        alpha, sigma = vp_alpha_sigma(times.double())
+        return state * (sigma / (alpha**2 + sigma**2)).to(state.dtype)[:, None]
+
+    with pytest.warns(InexactInversionWarning) as caught:
+        latent = edict_invert(model, z, schedule, exact=False)
+    found = re.search(r"loses at most about (\S+) of the states' size", str(caught[0].message))
+    lost = (edict_sample(model, latent, schedule, exact=False).z - z).square().mean().sqrt().item()
+    assert found and float(found[1]) / 10 < lost <= float(found[1])

@@ -177,6 +177,17 @@ def test_one_state_in_place_of_the_pair_is_noticed(name: str, exact: bool) -> No
             back(MODEL, pair.z.clamp(-1, 1), SCHEDULE, exact=exact)
 
 
+@each_kind
+@pytest.mark.parametrize("name", ["bdia", "obelm"])
+def test_the_inner_state_in_place_of_the_pair_is_refused(name: str, exact: bool) -> None:
+    for there, back in both_ways(name):
+        inner = there(MODEL, Z, SCHEDULE, exact=exact).previous
+        for function in (there, back):
+            with pytest.raises(ValueError, match=r"z: \w+ got the inner state of a pair, .* in place of its .z"):
+                function(MODEL, inner, SCHEDULE, exact=exact)
+            assert function(MODEL, inner.clone(), SCHEDULE, exact=exact).z.isfinite().all()
+
+
 def test_an_image_may_be_inverted_by_another_method() -> None:
     image = bdia_sample(MODEL, Z, SCHEDULE).z
     with warnings.catch_warnings():

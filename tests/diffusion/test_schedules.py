@@ -78,6 +78,8 @@ def test_karras_middle_by_hand() -> None:
     middle = ((0.002 ** (1 / 7) + 80 ** (1 / 7)) / 2) ** 7
     assert karras_sigmas(3)[1].item() == pytest.approx(middle, rel=1e-14)
     assert karras_sigmas(1).tolist() == [80.0]
+    assert karras_sigmas(3, sigma_min=0.0, sigma_max=1.0, rho=1.0).tolist() == [0.0, 0.5, 1.0]
+    assert karras_schedule(2, sigma_min=0.0, final_sigma=None).sigma[0] == 0.0
 
 
 def test_karras_schedule_counts_steps_with_and_without_an_end() -> None:

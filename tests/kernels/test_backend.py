@@ -382,7 +382,7 @@ def test_instruction_sets_and_threads_give_one_digest(python: Python, best_diges
     if order.index(instructions) > order.index(capability):
         pytest.skip(f"this processor has no {instructions}")
     described, one, two = python(DIGEST, BICM_KERNELS_ISA=instructions).stdout.splitlines()
-    drawn = "; generator_normal is torch.randn" if instructions == "scalar" else ""
+    drawn = "; torch_randn is torch.randn" if instructions == "scalar" else ""
     assert described == f"cpu: native (C++, {instructions}{drawn})"
     assert one == two == best_digest
 
@@ -462,7 +462,7 @@ def test_public_names_exist() -> None:
     expected = (
         "affine_step denoised_step ddim_step bdia_step bdia_inverse_step normal uniform fold_in add_noise noisy_pair "
         "scale_input denoise renoise pseudo_huber consistency_loss fixed_point_encode fixed_point_decode "
-        "exact_affine_step exact_affine_inverse_step bdia_exact_step bdia_exact_inverse_step generator_normal"
+        "exact_affine_step exact_affine_inverse_step bdia_exact_step bdia_exact_inverse_step torch_randn"
     )
     assert {name for name, _ in public_functions()} == set(expected.split())
     for module in pkgutil.walk_packages([str(KERNELS / "reference"), str(KERNELS / "ops")]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from tests.support.wrong_calls import BDIA, IDS, WIDE, Wrong, X, affine, check_m
 
 TENSORS: dict[str, Wrong] = {
     "not a tensor": (lambda: ddim(z=[1.0, 2.0]), TypeError, ("z must be a tensor", "[1.0, 2.0] (list)")),
-    "array": (lambda: ddim(eps=X.numpy()), TypeError, ("eps", "tensor", "ndarray")),
+    "array": (lambda: ddim(eps=X.numpy()), TypeError, ("eps", "tensor", "a ndarray of shape (2, 3)")),
+    "list of tensors": (lambda: ddim(z=[X, X]), TypeError, ("z must be a tensor, got a list of 2 (Tensor)",)),
+    "object of tensors": (lambda: ddim(z=SimpleNamespace(sample=X)), TypeError, ("got a SimpleNamespace",)),
     "nothing": (lambda: ddim(eps=None), TypeError, ("eps", "None")),
     "integer state": (
         lambda: ddim(z=X.int()),

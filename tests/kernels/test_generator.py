@@ -39,7 +39,7 @@ def fresh() -> Iterator[None]:
 
 
 def check(generator: Generator, twin: Generator, *shape: int) -> None:
-    noise = bk.generator_normal(shape, generator=generator)
+    noise = bk.torch_randn(shape, generator=generator)
     assert same(noise, torch.randn(shape, generator=twin)), shape
     assert torch.equal(generator.get_state(), twin.get_state()), shape
 
@@ -74,7 +74,7 @@ def test_torchs_own_draws_in_between(twins: tuple[Generator, Generator]) -> None
 def test_the_default_generator() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        noise, after = [bk.generator_normal((4, 50)) for _ in range(3)], torch.rand(3)
+        noise, after = [bk.torch_randn((4, 50)) for _ in range(3)], torch.rand(3)
         torch.manual_seed(5)
         assert all(same(x, torch.randn(4, 50)) for x in noise)
         assert torch.equal(after, torch.rand(3))
@@ -85,7 +85,7 @@ def test_the_default_generator() -> None:
 def test_a_generator_for_each_sample(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     generators, twins = ([Generator().manual_seed(7 + i) for i in range(shape[0])] for _ in range(2))
     for kind in (list, tuple):
-        noise = bk.generator_normal(shape, generator=kind(generators), dtype=dtype)
+        noise = bk.torch_randn(shape, generator=kind(generators), dtype=dtype)
         expected = [torch.randn((1, *shape[1:]), generator=twin, dtype=dtype) for twin in twins]
         assert same(noise, torch.cat(expected))
         for generator, twin in zip(generators, twins, strict=True):
@@ -93,7 +93,7 @@ def test_a_generator_for_each_sample(shape: tuple[int, ...], dtype: torch.dtype)
 
 
 def test_a_generator_that_is_given_twice(twins: tuple[Generator, Generator]) -> None:
-    noise = bk.generator_normal((3, 40), generator=[twins[0]] * 3)
+    noise = bk.torch_randn((3, 40), generator=[twins[0]] * 3)
     assert same(noise, torch.cat([torch.randn((1, 40), generator=twins[1]) for _ in range(3)]))
 
 
@@ -111,18 +111,18 @@ def test_generators_of_which_one_is_not_known_draw_nothing() -> None:
 def test_another_number_of_generators() -> None:
     for count, shape in ((2, (3, 16)), (4, (3, 16)), (0, (3, 16)), (1, ())):
         with pytest.raises(ValueError, match=f"one for each of the samples of .*, got {count}"):
-            bk.generator_normal(shape, generator=[Generator()] * count)
+            bk.torch_randn(shape, generator=[Generator()] * count)
 
 
 def test_a_state_that_was_kept(twins: tuple[Generator, Generator]) -> None:
     generator, twin = twins
     check(generator, twin, 100)
     state = generator.get_state()
-    before = bk.generator_normal((1000,), generator=generator)
+    before = bk.torch_randn((1000,), generator=generator)
     copied = generator.clone_state()
     generator.set_state(state)
-    assert same(before, bk.generator_normal((1000,), generator=generator))
-    assert same(torch.randn(50, generator=copied), bk.generator_normal((50,), generator=generator))
+    assert same(before, bk.torch_randn((1000,), generator=generator))
+    assert same(torch.randn(50, generator=copied), bk.torch_randn((50,), generator=generator))
 
 
 @ours
@@ -142,7 +142,7 @@ def test_threads_share_the_default_generator() -> None:
 
     def draw() -> None:
         for _ in range(40):
-            drawn.append(bk.generator_normal((1024,)))
+            drawn.append(bk.torch_randn((1024,)))
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(9)
@@ -183,22 +183,22 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @ours
 def test_plain_draws_take_it(taken: list[bool]) -> None:
     for given in ({}, {"dtype": torch.float32}, {"device": "cpu"}, {"device": torch.device("cpu")}):
-        bk.generator_normal((16,), **given)
-        bk.generator_normal([2, 3, 4], generator=Generator(), **given)
-        bk.generator_normal([2, 3, 6], generator=[Generator(), Generator()], **given)
-        bk.generator_normal(torch.zeros(4, 4).shape, **given)
+        bk.torch_randn((16,), **given)
+        bk.torch_randn([2, 3, 4], generator=Generator(), **given)
+        bk.torch_randn([2, 3, 6], generator=[Generator(), Generator()], **given)
+        bk.torch_randn(torch.zeros(4, 4).shape, **given)
     assert taken == [True] * 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_other_dtypes(dtype: torch.dtype, taken: list[bool], twins: tuple[Generator, Generator]) -> None:
     assert same(
-        bk.generator_normal((64,), generator=twins[0], dtype=dtype),
+        bk.torch_randn((64,), generator=twins[0], dtype=dtype),
         torch.randn(64, generator=twins[1], dtype=dtype),
     )
     torch.set_default_dtype(torch.float64)
     try:
-        assert bk.generator_normal((64,)).dtype == torch.float64
+        assert bk.torch_randn((64,)).dtype == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
     assert True not in taken
@@ -206,21 +206,21 @@ def test_other_dtypes(dtype: torch.dtype, taken: list[bool], twins: tuple[Genera
 
 def test_calls_that_somebody_watches(taken: list[bool]) -> None:
     with FakeTensorMode():
-        assert type(bk.generator_normal((64,))).__name__ == "FakeTensor"
+        assert type(bk.torch_randn((64,))).__name__ == "FakeTensor"
     with torch.device("meta"):
-        assert bk.generator_normal((64,)).is_meta
-    assert bk.generator_normal((64,), device="meta").is_meta
+        assert bk.torch_randn((64,)).is_meta
+    assert bk.torch_randn((64,), device="meta").is_meta
     with torch.profiler.profile() as profile:
-        bk.generator_normal((64,))
+        bk.torch_randn((64,))
     assert any(event.name == "aten::randn" for event in profile.events())
-    rows = torch.vmap(lambda x: x + bk.generator_normal((64,)), randomness="different")(torch.zeros(2, 64))
+    rows = torch.vmap(lambda x: x + bk.torch_randn((64,)), randomness="different")(torch.zeros(2, 64))
     assert not torch.equal(rows[0], rows[1])
     assert True not in taken
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_compiled_code_draws_as_torch_does() -> None:
-    compiled = torch.compile(lambda x: x + bk.generator_normal((64,)), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(lambda x: x + bk.torch_randn((64,)), backend="aot_eager", fullgraph=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         drawn = compiled(torch.zeros(64))
@@ -240,7 +240,7 @@ def test_compiled_code_draws_as_torch_does() -> None:
 )
 def test_errors_are_torchs(shape: Sequence[Any], given: dict[str, Any], message: str) -> None:
     with pytest.raises((RuntimeError, TypeError), match=message):
-        bk.generator_normal(shape, **given)
+        bk.torch_randn(shape, **given)
 
 
 # --- the comparison -------------------------------------------------------------------------------------------------
@@ -284,16 +284,16 @@ def test_a_fault_gives_torchs_numbers(
     monkeypatch.setattr(backend, "lane", Faulty)
     check(*twins, 5000)
     assert not backend.draws_like_torch()
-    assert "generator_normal is torch.randn" in backend.describe()
+    assert "torch_randn is torch.randn" in backend.describe()
 
 
 @ours
 @pytest.mark.usefixtures("fresh")
 def test_a_first_draw_that_is_watched_decides_nothing() -> None:
     with FakeTensorMode():
-        bk.generator_normal((64,))
+        bk.torch_randn((64,))
     assert backend._draws_like_torch is None
-    bk.generator_normal((64,))
+    bk.torch_randn((64,))
     assert backend._draws_like_torch
 
 
@@ -326,7 +326,7 @@ print(bk.backend.describe())
 for size in (16, 17, 625, 5000, 16384):
     g, h = torch.Generator().manual_seed(size), torch.Generator().manual_seed(size)
     for _ in range(3):
-        assert torch.equal(bk.generator_normal((size,), generator=g), torch.randn(size, generator=h))
+        assert torch.equal(bk.torch_randn((size,), generator=g), torch.randn(size, generator=h))
     assert torch.equal(g.get_state(), h.get_state())
 """
 
@@ -338,7 +338,7 @@ def test_every_instruction_set_gives_torchs_numbers(python: Python, instructions
     if order.index(instructions) > order.index(capability):
         pytest.skip(f"this processor has no {instructions}")
     described = python(SETS, BICM_KERNELS_ISA=instructions).stdout.strip()
-    assert ("generator_normal is torch.randn" in described) == (instructions == "scalar")
+    assert ("torch_randn is torch.randn" in described) == (instructions == "scalar")
 
 
 SWITCHED = """
@@ -353,7 +353,7 @@ class Spy:
         return lane.generator_normal(*arguments)
 backend.lane = Spy()
 g, h = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
-assert torch.equal(bk.generator_normal((625,), generator=g), torch.randn(625, generator=h))
+assert torch.equal(bk.torch_randn((625,), generator=g), torch.randn(625, generator=h))
 assert torch.equal(g.get_state(), h.get_state())
 """
 
@@ -363,14 +363,14 @@ assert torch.equal(g.get_state(), h.get_state())
 def test_the_environment_may_leave_it_to_torch(python: Python, drawer: str | None) -> None:
     described, *drawn = python(SWITCHED, BICM_KERNELS_GENERATOR=drawer).stdout.splitlines()
     switched = drawer == "torch"
-    assert ("; generator_normal is torch.randn (BICM_KERNELS_GENERATOR=torch)" in described) is switched
+    assert ("; torch_randn is torch.randn (BICM_KERNELS_GENERATOR=torch)" in described) is switched
     assert drawn == ([] if switched else ["drawn"])
 
 
 def test_torch_in_its_baseline(python: Python) -> None:
     """A torch that takes another way to the numbers: the comparison finds out, and they are torch's all the same."""
     described = python(SETS, ATEN_CPU_CAPABILITY="default").stdout.strip()
-    assert described.endswith("; generator_normal is torch.randn)")
+    assert described.endswith("; torch_randn is torch.randn)")
 
 
 def test_the_reference_is_torch(twins: tuple[Generator, Generator]) -> None:

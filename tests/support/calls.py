@@ -108,7 +108,7 @@ for _name, _first in (("bdia_exact_step", "q_last"), ("bdia_exact_inverse_step",
     CALLS[_name] = [{**_call, "out": EXACT_OUT}, {_first: whole(), "q": whole(1), "eps": Y, **BDIA, "info": whole(5)}]
 
 #: Ops that take no tensor.
-WITHOUT = ("generator_normal",)
+WITHOUT = ("torch_randn",)
 
 EVERY = [(name, k) for name, calls in CALLS.items() for k in range(len(calls))]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,19 +25,23 @@ def promoted(x: Tensor, other: Tensor) -> Sequence[Tensor]:
     return broadcast(x.to(torch.result_type(x, other)), other)
 
 
-def joined(x: Tensor, *others: Tensor) -> Sequence[Tensor]:
-    """Return the tensors in one shape; x keeps its dtype, unless one that is not real meets one that is.
+def joined(x: Tensor, *others: Any) -> Sequence[Tensor]:
+    """Return the tensors in one shape; x keeps its dtype, unless it is whole, or real where another is complex.
 
     Others may be numbers too, and 0-d tensors on any device.
     """
+    if not (x.is_floating_point() or x.is_complex()):
+        x = x.to(torch.get_default_dtype())
     for other in others:
         if type(other) is not Tensor or other.shape != x.shape or other.is_complex() != x.is_complex():
             break
     else:
         return x, *others
-    tensors = [torch.as_tensor(other) for other in others]
+    tensors = [
+        torch.tensor(other, dtype=x.dtype) if isinstance(other, float) else torch.as_tensor(other) for other in others
+    ]
     if not x.is_complex() and any(other.is_complex() for other in tensors):
-        x = x.to(x.dtype.to_complex())
+        x = x.to(torch.promote_types(x.dtype, torch.complex64))  # few functions take complex halves
     return broadcast(x, *(other if other.dim() else other.to(x.device) for other in tensors))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.adapters import noise
-from bicm_diffusion.adapters.arithmetic import broadcast, two_sums
+from bicm_diffusion.adapters.arithmetic import joined, two_sums
 from bicm_diffusion.adapters.k_diffusion import MOST_LIFT
 from bicm_kernels import affine_step
 
@@ -61,23 +61,23 @@ def edm_sampler(
             fresh = draw(x)
         if level != unraised:
             weight = S_noise * math.sqrt(level**2 - unraised**2)
-            if fresh.dtype is not dtype:  # weighed in its own dtype, as torch does
+            if getattr(fresh, "dtype", dtype) is not dtype:  # weighed in its own dtype, as torch does
                 fresh, weight = fresh * weight, 1.0
-            x = affine_step(broadcast(x, fresh), [1.0, weight])
+            x = affine_step(joined(x, fresh), [1.0, weight])
         first = denoised(x, level)
         if below == level:
             if below > 0.0:
-                denoised(x, below)
+                denoised(x.clone(), below)  # which may write to its input
             continue
         if below == 0.0:
-            x = affine_step(broadcast(x, first), [0.0, 1.0])
+            x = affine_step(joined(x, first), [0.0, 1.0])
             continue
         ratio, half = below / level, (below - level) / 2
         # x + half·((x - first)/level + (predicted - second)/below). What is of the first evaluation is summed up before
         # the second, which may write to its input and over what the first one returned.
-        predicted, halfway = two_sums(broadcast(x, first), [ratio, 1.0 - ratio], [1.0 + half / level, -half / level])
+        predicted, halfway = two_sums(joined(x, first), [ratio, 1.0 - ratio], [1.0 + half / level, -half / level])
         second = denoised(predicted, below)
-        x = affine_step(broadcast(halfway, predicted, second), [1.0, half / below, -half / below])
+        x = affine_step(joined(halfway, predicted, second), [1.0, half / below, -half / below])
     return x
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bicm_kernels import generator_normal
+from bicm_kernels import torch_randn
 
 
 def randn_like(x: Tensor) -> Tensor:
@@ -21,4 +21,4 @@ def randn_like(x: Tensor) -> Tensor:
     """
     if not x.is_contiguous():
         return torch.randn_like(x)  # drawn in the order of memory
-    return generator_normal(x.shape, dtype=x.dtype, device=x.device)
+    return torch_randn(x.shape, dtype=x.dtype, device=x.device)

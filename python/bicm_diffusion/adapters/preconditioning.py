@@ -21,9 +21,12 @@ def column(sigma: Tensor, x: Tensor) -> Tensor:
     return sigma.reshape(*sigma.shape, *[1] * (x.dim() - sigma.dim()))
 
 
-def per_sample(sigma: Tensor, x: Tensor) -> Tensor | None:
-    """Return sigma as the ops take it, 0-d or (B,); None where it differs within a sample or adds samples."""
-    if sigma.dim() > x.dim() or x.is_complex():
+def per_sample(sigma: Tensor, x: Tensor, *others: Tensor) -> Tensor | None:
+    """Return sigma as the ops take it, 0-d or (B,); None where it differs within a sample or adds samples.
+
+    None, too, where one of the tensors is complex or whole, which the ops do not take.
+    """
+    if sigma.dim() > x.dim() or not all(tensor.is_floating_point() for tensor in (sigma, x, *others)):
         return None
     if sigma.numel() == 1:
         return sigma.reshape(())
@@ -62,5 +65,8 @@ def precondition(
         return output, c_skip * x + c_out * output
     x = x.to(result_dtype(x, sigma))
     output = network(scale_input(x, level, sigma_data=sigma_data))
+    if not output.is_floating_point():
+        c_skip, c_out, _ = (column(c, x) for c in scalings(sigma))
+        return output, c_skip * x + c_out * output
     state, target = broadcast(x.to(result_dtype(x, output)), output)
     return output, denoise(state, target, level, sigma_data=sigma_data, **options)

@@ -3,7 +3,6 @@
 from bicm_diffusion.consistency.grid import (
     LevelTable,
     discretization,
-    karras_levels,
     level_probabilities,
     partner_probabilities,
 )
@@ -19,7 +18,6 @@ __all__ = [
     "bct_loss",
     "discretization",
     "draw_levels",
-    "karras_levels",
     "level_probabilities",
     "partner_probabilities",
 ]

@@ -8,30 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bicm_diffusion.schedules.karras import power_grid
+from bicm_diffusion.described import described
 
 T_MIN = 0.002
-T_MAX = 80.0
 P_MEAN = -1.1
 P_STD = 2.0
-
-
-def karras_levels(count: int, *, t_min: float = T_MIN, t_max: float = T_MAX, rho: float = 7.0) -> Tensor:
-    """Return the noise levels t_1 = t_min < … < t_N = t_max, (N,) float64 (BCM eq. 14).
-
-    count: N >= 2. 0 <= t_min < t_max; rho > 0 crowds the levels towards t_min.
-    Raises ValueError for a value out of range.
-
-    >>> karras_levels(3, t_min=0.0, t_max=1.0, rho=1.0)
-    tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
-    """
-    if count < 2:
-        raise ValueError(f"count: expected an integer of at least 2, got {count}")
-    if not 0.0 <= t_min < t_max < math.inf:
-        raise ValueError(f"t_min, t_max: expected 0 <= t_min < t_max, got {t_min} and {t_max}")
-    if not 0.0 < rho < math.inf:
-        raise ValueError(f"rho: expected a positive value, got {rho}")
-    return power_grid(count, t_min, t_max, rho)
 
 
 def discretization(step: int, steps: int, *, s0: int = 10, s1: int = 1280) -> int:
@@ -57,7 +38,8 @@ def level_probabilities(levels: Tensor, *, p_mean: float = P_MEAN, p_std: float 
 
     levels: (N,) float64, increasing; 0 is allowed first. The mass outside the levels is spread in proportion.
 
-    >>> round(level_probabilities(karras_levels(11)).sum().item(), 12)
+    >>> from bicm_diffusion import karras_sigmas
+    >>> round(level_probabilities(karras_sigmas(11)).sum().item(), 12)
     1.0
     """
     edges = torch.special.erf((levels.double().log() - p_mean) / (math.sqrt(2.0) * p_std))
@@ -92,9 +74,11 @@ def drawn(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 class LevelTable:
     """N levels and the odds of each as the lower end of a pair: what one stage of training draws from.
 
-    levels: (N,) float64, increasing. probabilities: (N-1,), made from them.
+    levels: (N,) float64, increasing, N >= 2: those of `karras_sigmas` in the papers. probabilities: (N-1,), made from
+    them. Raises TypeError for no tensor, and ValueError for fewer levels or levels that do not increase.
 
-    >>> LevelTable(karras_levels(11)).probabilities.shape
+    >>> from bicm_diffusion import karras_sigmas
+    >>> LevelTable(karras_sigmas(11)).probabilities.shape
     torch.Size([10])
     """
 
@@ -104,5 +88,11 @@ class LevelTable:
     probabilities: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.levels, Tensor):
+            raise TypeError(f"levels: expected a tensor (N,), as karras_sigmas(N) makes, got {described(self.levels)}")
+        if self.levels.dim() != 1 or len(self.levels) < 2:
+            raise ValueError(f"levels: expected (N,) with N >= 2, got shape {tuple(self.levels.shape)}")
+        if not bool((self.levels.diff() > 0).all() and self.levels[0] >= 0):
+            raise ValueError(f"levels: expected increasing levels of at least 0, got {self.levels.tolist()[:4]} …")
         odds = level_probabilities(self.levels, p_mean=self.p_mean, p_std=self.p_std)
         object.__setattr__(self, "probabilities", odds)

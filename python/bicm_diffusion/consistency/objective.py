@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from bicm_diffusion.consistency.frozen import evaluate_frozen, refuse_data_parallel
 from bicm_diffusion.consistency.grid import T_MIN, LevelTable, drawn, partner_probabilities
 from bicm_diffusion.consistency.shared_draws import draws_alike
+from bicm_diffusion.described import described
 from bicm_diffusion.keys import DROPOUT, LEVELS, PARTNERS
+from bicm_diffusion.samplers.checks import check_arguments, check_integer, check_model, check_output, check_state
 from bicm_kernels import (
     affine_step,
     consistency_loss,
@@ -51,11 +53,18 @@ class BctLoss:
 def draw_levels(table: LevelTable, batch: int, *, seed: int, step: int, sample_id: int = 0) -> Levels:
     """Return the levels of a batch: n ~ p(n), n' ~ p̃(n'|n), keyed by (seed, sample, step).
 
-    >>> from bicm_diffusion.consistency.grid import karras_levels
-    >>> levels = draw_levels(LevelTable(karras_levels(11)), 4, seed=0, step=0)
+    Raises TypeError for no `LevelTable`.
+
+    >>> from bicm_diffusion import karras_sigmas
+    >>> levels = draw_levels(LevelTable(karras_sigmas(11)), 4, seed=0, step=0)
     >>> bool((levels.low < levels.high).all() and (levels.low != levels.partner).all())
     True
     """
+    if not isinstance(table, LevelTable):
+        raise TypeError(
+            f"table: expected a LevelTable, got {described(table)}; LevelTable(karras_sigmas(N)) makes one of N levels"
+        )
+    check_integer("batch", batch)
     first, second = (
         uniform((batch, 1), seed=fold_in(seed, purpose), step=step, sample_id=sample_id, dtype=torch.float64)[:, 0]
         for purpose in (LEVELS, PARTNERS)
@@ -95,9 +104,13 @@ def bct_loss(
         term's target is sg f(x_n', t_n', t_min).
     gradient: "forward" or "backward", see `bicm_kernels.pseudo_huber`: the same bits for an upstream of a power of
         two; "backward" has second derivatives.
-    Raises ValueError for another target or gradient.
+    Raises TypeError for arguments of another kind, and ValueError for another target, gradient or shape.
     """
+    check_model(network, "network(c_in(t)·x, t, u)", "network")
     refuse_data_parallel(network)
+    check_state("x", x)
+    levels = _checked_levels(levels, x)
+    check_arguments("extra_args", extra_args)
     if target not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -108,7 +121,9 @@ def bct_loss(
 
     def evaluate(scaled: Tensor, t: Tensor, u: Tensor) -> Tensor:
         with alike():
-            return network(scaled, t, u, **(extra_args or {}))
+            output = network(scaled, t, u, **(extra_args or {}))
+        check_output(output, x, name="network")
+        return output
 
     # Only c_in x_t is ever stored: what the network takes is all that the rest needs.
     noise: dict[str, Any] = {"seed": seed, "step": step, "sample_id": sample_id}
@@ -133,6 +148,15 @@ def bct_loss(
         moved, output, partner, None, goal, weight=leap.reciprocal().to(x.device, dtype), **options
     )
     return BctLoss(consistency, trajectory)
+
+
+def _checked_levels(levels: object, x: Tensor) -> Levels:
+    if not (isinstance(levels, tuple) and len(levels) == 3 and all(isinstance(level, Tensor) for level in levels)):
+        raise TypeError(f"levels: expected Levels, as draw_levels returns them, got {described(levels)}")
+    for name, level in zip(Levels._fields, levels, strict=True):
+        if level.shape != x.shape[:1]:
+            raise ValueError(f"levels: expected {name} of shape ({len(x)},), as x has, got {tuple(level.shape)}")
+    return Levels(*levels)
 
 
 def _dropout_key(seed: int | Tensor, step: int | Tensor) -> int | Tensor:

@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bicm_diffusion.described import described
 from bicm_diffusion.schedules import Schedule
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def described(value: object) -> str:
-    """What was given, short enough for an error message, and what makes a tensor of it where that is known."""
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    name = type(value).__name__
-    if isinstance(value, tuple | list):
-        kinds = sorted({type(x).__name__ for x in value})
-        return f"a {name} of {len(value)} ({', '.join(kinds)})" if kinds else f"an empty {name}"
-    if hasattr(value, "shape"):
-        return f"a {type(value).__module__}.{name} of shape {tuple(value.shape)}"
-    if value is None or isinstance(value, str | Real):
-        return f"{value!r} ({name})"
-    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
-
-
-def check_model(model: object, called: str = "model(z, times)") -> None:
+def check_model(model: object, called: str = "model(z, times)", name: str = "model") -> None:
     """Raise TypeError unless a model can be called."""
     if not callable(model):
-        raise TypeError(f"model: expected a function or module, called as {called}, got {described(model)}")
+        raise TypeError(f"{name}: expected a function or module, called as {called}, got {described(model)}")
 
 
 def check_state(name: str, z: object, expected: str = "a tensor (B, …)") -> None:
@@ -75,6 +61,12 @@ def check_per_sample(name: str, number: object, batch: int, other: str = "") -> 
         raise TypeError(f"{name}: expected a number or a tensor{other}, got {described(number)}")
 
 
+def check_integer(name: str, number: object) -> None:
+    """Raise TypeError unless a number is an integer."""
+    if not isinstance(number, Integral):
+        raise TypeError(f"{name}: expected an integer, got {described(number)}")
+
+
 def check_number(name: str, number: object) -> None:
     """Raise TypeError unless a number is one."""
     if not isinstance(number, Real):
@@ -93,16 +85,19 @@ def check_callback(callback: object) -> None:
         raise TypeError(f"callback: expected a function or None, got {described(callback)}")
 
 
-def check_output(output: object, z: Tensor, guidance_scale: object = None) -> None:
-    """Raise unless a model answered with a tensor like z, or under guidance with a pair of them."""
+def check_output(output: object, z: Tensor, guidance_scale: object = None, *, name: str = "model") -> None:
+    """Raise unless a model answered with a tensor like z, or under guidance with a pair of them.
+
+    name: what the caller calls the model.
+    """
     like = f"a tensor of shape {tuple(z.shape)}"
     pair = isinstance(output, tuple | list) and len(output) == 2 and all(isinstance(x, Tensor) for x in output)
     if guidance_scale is None:
-        if pair:
+        if pair and name == "model":
             raise TypeError(
                 f"model: expected {like}, got a pair of tensors; guidance_scale=… combines a pair (uncond, cond)"
             )
-        _check_tensor("model", output, z, like)
+        _check_tensor(name, output, z, like)
         return
     if not pair:
         doubled = isinstance(output, Tensor) and output.dim() > 0 and len(output) == 2 * len(z) > 0
@@ -119,9 +114,9 @@ def _check_tensor(name: str, output: object, z: Tensor, like: str) -> None:
     if output.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {output.dtype}")
     if output.shape != z.shape:
-        raise ValueError(f"{name}: expected {like}, as z has, got shape {tuple(output.shape)}")
+        raise ValueError(f"{name}: expected {like}, as its input has, got shape {tuple(output.shape)}")
     if output.device != z.device:
-        raise ValueError(f"{name}: expected a tensor on {z.device}, where z is, got one on {output.device}")
+        raise ValueError(f"{name}: expected a tensor on {z.device}, where its input is, got one on {output.device}")
 
 
 def _hint(output: Any) -> str:

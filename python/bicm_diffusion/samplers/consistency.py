@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.consistency.schedules import PRESETS, ConsistencySchedule
+from bicm_diffusion.described import described
 from bicm_diffusion.extras import extra
 from bicm_diffusion.keys import CONSISTENCY_INVERSION, CONSISTENCY_SAMPLING
 from bicm_diffusion.samplers import checks
@@ -179,7 +180,7 @@ def _check(model: object, x: object, schedule: object, noise: object) -> None:
     if not isinstance(schedule, ConsistencySchedule):
         known = isinstance(schedule, str) and schedule in PRESETS
         made = f"PRESETS[{schedule!r}] is one" if known else "ConsistencySchedule(levels) makes one"
-        raise TypeError(f"schedule: expected a ConsistencySchedule, got {checks.described(schedule)}; {made}")
+        raise TypeError(f"schedule: expected a ConsistencySchedule, got {described(schedule)}; {made}")
     if noise not in NOISES:
         raise ValueError(f"noise: expected one of {', '.join(map(repr, NOISES))}, got {noise!r}")
 

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from bicm_diffusion.described import described
 from bicm_diffusion.rational import MAX_DENOMINATOR, nearest
-from bicm_diffusion.samplers.checks import described
 from bicm_diffusion.samplers.prediction import Number
 
 Integer: TypeAlias = int | Tensor

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bicm_diffusion.extras import extra
 from bicm_diffusion.samplers import checks
-from bicm_diffusion.samplers.prediction import Level, Number, Preconditioned, Prediction, check_prediction
+from bicm_diffusion.samplers.prediction import Level, Number, Preconditioned, Prediction, known_prediction
 from bicm_diffusion.schedules import Schedule
 from bicm_kernels import affine_step, denoised_step
 
@@ -45,7 +45,7 @@ class Options(TypedDict, total=False):
 
     model, the samplers' first argument, is called as `model(z, times, **extra_args)` with z (B, …) and times (B,),
     float64 for a float64 state and float32 otherwise; it returns its prediction (B, …).
-    prediction: what the model predicts: "noise" (the default), "v", "x0", or a `Preconditioned`.
+    prediction: what the model predicts: "noise" (the default; "epsilon" is the same), "v", "x0", or a `Preconditioned`.
     guidance_scale: the model returns a pair (uncond, cond), and uncond + guidance_scale·(cond - uncond) is formed
         inside the step op; a float or (B,).
     extra_args: keyword arguments of the model.
@@ -79,7 +79,7 @@ class Loop:
         checks.check_model(model)
         checks.check_state("z", z)
         checks.check_schedule(schedule)
-        check_prediction(prediction)
+        prediction = known_prediction(prediction)
         checks.check_guidance(guidance_scale, len(z))
         checks.check_arguments("extra_args", extra_args)
         checks.check_callback(callback)

@@ -61,7 +61,7 @@ class Preconditioned:
         return 1.0 / ((self.sigma_data**2 + t * t) ** 0.5 * level.alpha)
 
 
-Prediction: TypeAlias = Literal["noise", "v", "x0"] | Preconditioned
+Prediction: TypeAlias = Literal["noise", "epsilon", "v", "x0"] | Preconditioned
 
 
 # 1 - c_skip and c_out, from t, sigma_data and the time u that the network maps to; 1 - c_skip is written out, because
@@ -118,8 +118,17 @@ def folded(reading: Reading, of_state: Number, of_noise: Number) -> tuple[Number
     return (of_state if reading.of_state is None else of_state + of_noise * reading.of_state), output
 
 
-def check_prediction(prediction: Prediction) -> None:
-    """Raise ValueError for a prediction that no model makes."""
-    if not isinstance(prediction, Preconditioned) and not (isinstance(prediction, str) and prediction in _READINGS):
-        names = ", ".join(map(repr, _READINGS))
-        raise ValueError(f"prediction: expected {names} or a Preconditioned, got {prediction!r}")
+def known_prediction(prediction: Prediction) -> Prediction:
+    """Return a prediction by the one name that pairs record; "epsilon" is "noise".
+
+    Raises ValueError for a prediction that no model makes.
+    """
+    if isinstance(prediction, Preconditioned):
+        return prediction
+    if isinstance(prediction, str):
+        if prediction == "epsilon":
+            return "noise"
+        if prediction in _READINGS:
+            return prediction
+    names = ", ".join(map(repr, ("noise", "epsilon", *list(_READINGS)[1:])))
+    raise ValueError(f"prediction: expected {names} or a Preconditioned, got {prediction!r}")

@@ -76,27 +76,38 @@ class Record:
             return self.levels.steps
         return len(next(iter(self.levels.values()))) - 1
 
-    def check(self, made: Record, caller: str, back: str) -> None:
+    def check(
+        self,
+        made: Record,
+        caller: str,
+        back: str,
+        *,
+        pair: str = "z",
+        steps: str = "schedule",
+        levels: str = "schedule",
+    ) -> None:
         """Raise ValueError where a pair that was `made` so is not what this run, by `caller`, retraces.
 
-        back: the function that leads on from the other end.
+        back: the function that leads on from the other end. pair, steps, levels: what the caller calls them.
         """
         if made.method != self.method:
-            raise ValueError(f"z: {caller} expected a pair of {self.method}, got one of {made.method}")
+            raise ValueError(f"{pair}: {caller} expected a pair of {self.method}, got one of {made.method}")
         if made.steps != self.steps:
-            raise ValueError(f"schedule: expected {made.steps} steps, as the pair z was made in, got {self.steps}")
+            raise ValueError(f"{steps}: expected {made.steps} steps, as the pair {pair} was made in, got {self.steps}")
         if made.index == self.index:
             ends = {0: "data, index 0", self.steps: f"noise, index {self.steps}"}
             start = ends[self.steps - self.index]
-            raise ValueError(f"z: {caller} starts from {start}, got a pair at {ends[self.index]}; {back} retraces it")
+            raise ValueError(
+                f"{pair}: {caller} starts from {start}, got a pair at {ends[self.index]}; {back} retraces it"
+            )
         for name, value in self.settings.items():
             if not _same(made.settings.get(name), value):
                 raise ValueError(
-                    f"{name}: expected {_shown(made.settings.get(name))}, which the pair z was made with, got "
+                    f"{name}: expected {_shown(made.settings.get(name))}, which the pair {pair} was made with, got "
                     f"{_shown(value)} (guidance and conditions may differ)"
                 )
         if made.levels is not self.levels and not traced():
-            _check_levels(made.table(), self.table())
+            _check_levels(levels, pair, made.table(), self.table())
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Record:
         """Return the record with its checksums changed."""
@@ -115,12 +126,14 @@ class Record:
         return known.digest() if isinstance(known, Conditions) else known
 
 
-def _check_levels(made: Mapping[str, tuple[float, ...]], now: Mapping[str, tuple[float, ...]]) -> None:
+def _check_levels(
+    label: str, pair: str, made: Mapping[str, tuple[float, ...]], now: Mapping[str, tuple[float, ...]]
+) -> None:
     for name, numbers in now.items():
         for i, (was, is_now) in enumerate(zip_longest(made.get(name, ()), numbers)):
             if was != is_now:
                 raise ValueError(
-                    f"schedule: expected {name}[{i}] = {was}, as where the pair z was made, got {is_now} "
+                    f"{label}: expected {name}[{i}] = {was}, as where the pair {pair} was made, got {is_now} "
                     "(a pair is retraced on the levels that it was made on)"
                 )
 
@@ -205,25 +218,59 @@ def report_remainder(caller: str, start: Record, end: Record, *states: Tensor) -
     )
 
 
-_handed_out: dict[int, tuple[weakref.ref[Tensor], str, int]] = {}
+@dataclass(frozen=True, eq=False)
+class _HandedOut:
+    """A state of a pair that a caller holds."""
+
+    reference: weakref.ref[Tensor]
+    method: str
+    index: int
+    inner: bool
 
 
-def hand_out(z: Tensor, record: Record | None) -> Tensor:
-    """Remember a tensor as a state of a pair, as long as it lives."""
+_handed_out: dict[int, _HandedOut] = {}
+
+
+def hand_out(z: Tensor, record: Record | None, *, inner: bool = False) -> Tensor:
+    """Remember a tensor as a state of a pair, as long as it lives; inner: the one beside where the pair stands."""
     if record is not None and not traced():
         key = id(z)
-        _handed_out[key] = weakref.ref(z, lambda _: _handed_out.pop(key, None)), record.method, record.index
+        reference = weakref.ref(z, lambda _: _handed_out.pop(key, None))
+        _handed_out[key] = _HandedOut(reference, record.method, record.index, inner)
     return z
 
 
-def notice_alone(z: Tensor, run: Record, caller: str) -> None:
-    """Warn where a run starts from one state of a pair that it would retrace."""
+def is_inner(z: Tensor, method: str) -> bool:
+    """Whether a tensor, or one that it is a copy of, is the inner state of a pair of a method, and still held."""
     if traced():
+        return False
+    held = [one.reference() for one in list(_handed_out.values()) if one.inner and one.method == method]
+    return any(x is z or (x is not None and same_values(x, z)) for x in held)
+
+
+def same_values(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are alike in shape, dtype, device and every value; reads the device."""
+    return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and torch.equal(x, y)
+
+
+def notice_alone(
+    z: Tensor, run: Record, caller: str, *, name: str = "z", advice: str = "the pair itself, in place of its .z,"
+) -> None:
+    """Warn where a run starts from one state of a pair that it would retrace; raise ValueError for its inner state.
+
+    name: what the caller calls z. advice: what retraces the trajectory.
+    """
+    known = None if traced() else _handed_out.get(id(z))
+    if known is None or known.reference() is not z or known.method != run.method:
         return
-    reference, method, index = _handed_out.get(id(z), (None, "", 0))
-    if reference is not None and reference() is z and method == run.method and index == run.steps - run.index:
+    if known.inner:
+        raise ValueError(
+            f"{name}: {caller} got the inner state of a pair, from which no trajectory begins; {advice} retraces the "
+            f"one that it comes from ({name}.clone() is a state without a past)"
+        )
+    if known.index == run.steps - run.index:
         warn(
-            f"z: {caller} got one state of a pair and begins another trajectory with it; the pair itself, in place of "
-            "its .z, retraces the one that it comes from (z.clone() is a state without a past)",
+            f"{name}: {caller} got one state of a pair and begins another trajectory with it; {advice} retraces the "
+            f"one that it comes from ({name}.clone() is a state without a past)",
             RetraceWarning,
         )

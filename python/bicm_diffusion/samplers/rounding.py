@@ -54,8 +54,8 @@ def _warn(method: str, maps: Maps, schedule: Schedule, factor: float, dtype: tor
         return
     trip = "an image's way to noise and back" if alone else "a retrace to the noise"
     warn(
-        f"{method} in {dtype} over {schedule.steps} steps with exact=False: {trip} loses about {loss:.0e} of the "
-        "states' size, more with a network that is not smooth; exact=True loses nothing",
+        f"{method} in {dtype} over {schedule.steps} steps with exact=False: {trip} loses at most about {loss:.0e} "
+        "of the states' size with a smooth network, more with another; exact=True loses nothing",
         InexactInversionWarning,
     )
 

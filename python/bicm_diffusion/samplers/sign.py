@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from bicm_diffusion.described import described
 from bicm_diffusion.keys import SIGN
 from bicm_diffusion.samplers import checks
 from bicm_diffusion.samplers.signature import sampler
@@ -90,7 +91,7 @@ def _check_mask(mask: object, x: Tensor) -> None:
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        given = mask.dtype if isinstance(mask, Tensor) else checks.described(mask)
+        given = mask.dtype if isinstance(mask, Tensor) else described(mask)
         raise TypeError(f"mask: expected a bool tensor, got {given}")
     fits = zip(reversed(mask.shape), reversed(x.shape), strict=False)
     if mask.dim() > x.dim() or any(size not in (1, whole) for size, whole in fits):
@@ -101,4 +102,4 @@ def _numbers(sigmas: object) -> list[float]:
     try:
         return [float(sigma) for sigma in sigmas]  # type: ignore[attr-defined]
     except (TypeError, ValueError):
-        raise TypeError(f"sigmas: expected noise levels, got {checks.described(sigmas)}") from None
+        raise TypeError(f"sigmas: expected noise levels, got {described(sigmas)}") from None

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from bicm_diffusion.described import described
 from bicm_diffusion.samplers.prediction import Number
 from bicm_diffusion.samplers.record import Record, hand_out
 from bicm_diffusion.samplers.storage import pack, read, unpack, write
@@ -117,6 +118,7 @@ class StatePair(Pair):
 
     def __post_init__(self) -> None:
         hand_out(self.z, self.record)
+        hand_out(self.previous, self.record, inner=True)
 
     def __iter__(self) -> Iterator[Tensor]:
         """Unpack into z and previous."""
@@ -165,7 +167,8 @@ class ExactPair(Pair):
     @property
     def previous(self) -> Tensor:
         """The state beside it, (B, …) in `dtype`."""
-        return decode(self.previous_q, self.previous_unit, torch.float64).to(self.dtype)
+        state = decode(self.previous_q, self.previous_unit, torch.float64).to(self.dtype)
+        return hand_out(state, self.record, inner=True)
 
     def __iter__(self) -> Iterator[Tensor]:
         """Unpack into z and previous, as a pair of floats unpacks."""
@@ -230,8 +233,10 @@ def decode(q: Tensor, unit: Number, dtype: torch.dtype) -> Tensor:
 def save_pair(pair: Pair, path: str | os.PathLike[str]) -> None:
     """Write a pair to a safetensors file, from which `load_pair` returns it with every bit and its record.
 
-    Raises ImportError where safetensors is missing.
+    Raises ImportError where safetensors is missing, and TypeError for what is no pair.
     """
+    if not isinstance(pair, Pair):
+        raise TypeError(f"pair: expected a pair, got {described(pair)}")
     write(pair.state_dict(), path)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,16 +26,17 @@ def karras_sigmas(steps: int, *, sigma_min: float = 0.002, sigma_max: float = 80
     """Return EDM's grid of noise levels (steps,), float64, ascending from sigma_min to sigma_max.
 
     sigma_i = (sigma_min^(1/rho) + i/(steps - 1)·(sigma_max^(1/rho) - sigma_min^(1/rho)))^rho, i = 0 … steps - 1;
-    both ends are exact, and one step is sigma_max alone. rho = 7 is EDM's, 1 is uniform.
-    Raises ValueError unless steps ≥ 1, 0 < sigma_min < sigma_max and rho > 0.
+    both ends are exact, and one step is sigma_max alone. rho = 7 is EDM's and consistency training's (BCM eq. 14), 1 is
+    uniform.
+    Raises ValueError unless steps ≥ 1, 0 ≤ sigma_min < sigma_max and rho > 0, all finite.
 
     >>> karras_sigmas(3, sigma_min=1.0, sigma_max=16.0, rho=2.0)
     tensor([ 1.0000,  6.2500, 16.0000], dtype=torch.float64)
     """
     check_steps(steps)
-    if not 0.0 < sigma_min < sigma_max:
-        raise ValueError(f"sigma_min, sigma_max: expected 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
-    if not rho > 0.0:
+    if not 0.0 <= sigma_min < sigma_max < math.inf:
+        raise ValueError(f"sigma_min, sigma_max: expected 0 <= sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    if not 0.0 < rho < math.inf:
         raise ValueError(f"rho: expected a value above 0, got {rho}")
     return power_grid(steps, sigma_min, sigma_max, rho)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bicm_diffusion.described import described
 from bicm_diffusion.rational import nearest
 
 
@@ -48,7 +49,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("times", "alpha", "sigma"):
-            object.__setattr__(self, name, _floats(name, getattr(self, name)))
+            object.__setattr__(self, name, as_floats(name, getattr(self, name)))
         lengths = (len(self.times), len(self.alpha), len(self.sigma))
         if len(set(lengths)) != 1 or lengths[0] < 2:
             raise ValueError(f"times, alpha, sigma: expected one length of at least 2, got lengths {lengths}")
@@ -77,11 +78,12 @@ class Schedule:
 def to_ve(schedule: Schedule) -> Schedule:
     """Return the variance-exploding form of a schedule: alpha = 1, sigma = sigma_i/alpha_i, the times kept.
 
-    A state follows by z_ve = z/alpha_i; the two forms describe one trajectory.
+    A state follows by z_ve = z/alpha_i; the two forms describe one trajectory. Raises TypeError for no `Schedule`.
 
     >>> to_ve(Schedule(times=(0.0, 1.0), alpha=(1.0, 0.6), sigma=(0.0, 0.8))).sigma
     (0.0, 1.3333333333333335)
     """
+    _check_schedule(schedule)
     ratio = (s / a for a, s in zip(schedule.alpha, schedule.sigma, strict=True))
     return Schedule(schedule.times, (1.0,) * (schedule.steps + 1), tuple(ratio), schedule.asked)
 
@@ -90,10 +92,12 @@ def to_vp(schedule: Schedule) -> Schedule:
     """Return the variance-preserving form of a schedule: alpha² + sigma² = 1 at equal sigma/alpha, the times kept.
 
     A state follows by z_vp = z/sqrt(alpha_i² + sigma_i²); the two forms describe one trajectory.
+    Raises TypeError for no `Schedule`.
 
     >>> to_vp(Schedule(times=(0.0, 1.0), alpha=(1.0, 1.0), sigma=(0.0, 0.75))).alpha
     (1.0, 0.8)
     """
+    _check_schedule(schedule)
     norms = [math.hypot(a, s) for a, s in zip(schedule.alpha, schedule.sigma, strict=True)]
     alpha = tuple(a / norm for a, norm in zip(schedule.alpha, norms, strict=True))
     sigma = tuple(s / norm for s, norm in zip(schedule.sigma, norms, strict=True))
@@ -103,19 +107,25 @@ def to_vp(schedule: Schedule) -> Schedule:
 def check_steps(steps: Any, most: int | None = None) -> None:
     """Raise unless a number of steps is an integer of at least 1, and at most `most` where that is given."""
     if not isinstance(steps, int | Integral):
-        raise TypeError(f"steps: expected an integer, got {steps!r} ({type(steps).__name__})")
+        raise TypeError(f"steps: expected an integer, got {described(steps)}")
     if int(steps) < 1 or (most is not None and int(steps) > most):
         limit = "of at least 1" if most is None else f"in [1, {most}]"
         raise ValueError(f"steps: expected an integer {limit}, got {steps}")
 
 
-def _floats(name: str, numbers: object) -> tuple[float, ...]:
+def _check_schedule(schedule: object) -> None:
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule: expected a Schedule, got {described(schedule)}")
+
+
+def as_floats(name: str, numbers: object, expected: str = "N + 1 numbers") -> tuple[float, ...]:
+    """Return a sequence of numbers, a tensor too, as a tuple of floats; raise TypeError for anything else."""
     if isinstance(numbers, Tensor):
         numbers = numbers.tolist()
     try:
         return tuple(map(float, numbers))  # type: ignore[call-overload]
     except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected N + 1 numbers, got a {type(numbers).__name__}") from None
+        raise TypeError(f"{name}: expected {expected}, got {described(numbers)}") from None
 
 
 def _check_levels(alpha: tuple[float, ...], sigma: tuple[float, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,12 @@ from torch import Tensor
 from bicm_diffusion.adapters.diffusers.ddim import PREDICTIONS, reading
 from bicm_diffusion.adapters.diffusers.drawing import traced
 from bicm_diffusion.adapters.diffusers.integers import Integers
+from bicm_diffusion.adapters.diffusers.retrace import METHOD, check_no_pair, check_pair, check_start
 from bicm_diffusion.adapters.diffusers.scheduler import as_output, as_state
+from bicm_diffusion.adapters.diffusers.tables import version_of
 from bicm_diffusion.rational import MAX_DENOMINATOR, nearest
+from bicm_diffusion.samplers.record import Record, hand_out, report_remainder
+from bicm_diffusion.samplers.states import ExactPair, StatePair
 from bicm_kernels import denoised_step
 
 
@@ -26,8 +31,9 @@ class BDIADDIMScheduler(DDIMScheduler):
     gamma in [0, 1]: 1 is time-symmetric, 0 is DDIM; inversion needs gamma > 0. exact: the states are integers, gamma is
     the nearest fraction with a denominator up to 1024, and a trajectory that is retraced returns every bit, given a
     network that returns the same bits twice. The other arguments are DDIMScheduler's; predicted samples are never
-    clipped, since a clipped step has no inverse. `step` keeps the state that it was given, `last_sample`: a trajectory
-    is retraced after `turn_round()`, or from any `(sample, last_sample)` by `set_timesteps(..., last_sample=...)`.
+    clipped, since a clipped step has no inverse. After a loop `pair` holds what the trajectory is retraced from: by
+    `turn_round()` here, by `turn_round(pair)` in another scheduler or process, with as many steps and the same
+    configuration. `set_timesteps(..., last_sample=...)` takes the other state of a pair as a tensor.
     Raises ValueError for a gamma or a prediction type out of range.
 
     >>> scheduler = BDIADDIMScheduler(gamma=0.96)
@@ -44,7 +50,18 @@ class BDIADDIMScheduler(DDIMScheduler):
     #: The state that the last step reached.
     _reached: Tensor | None = None
     _integers: Integers | None = None
+    #: What the loop since `set_timesteps` is, whether it began at its first step, and what made the pair it retraces.
+    _record: Record | None = None
+    _whole = False
+    _made: Record | None = None
+    #: A pair that the next loop retraces, its inner state as `turn_round` returned it, and whether it was asked for.
+    _next: StatePair | ExactPair | None = None
+    _inner: Tensor | None = None
     _turned = False
+    _edit = False
+    #: The tensors that `set_timesteps` made or read, with their versions.
+    _given: tuple[tuple[str, Tensor, int | None], ...] = ()
+    _configured: tuple[float, str] | None = None
     _begin_index: int | None = None
     _at: int | None = None
     _inverse = False
@@ -70,8 +87,7 @@ class BDIADDIMScheduler(DDIMScheduler):
     ) -> None:
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma: expected a value in [0, 1], got {gamma}")
-        self._ratio = nearest(gamma) if exact else None
-        if self._ratio is not None and not self._ratio[0]:
+        if exact and not nearest(gamma)[0]:
             raise ValueError(f"gamma: with exact=True, expected at least 1/{MAX_DENOMINATOR}, got {gamma}")
         if prediction_type not in PREDICTIONS:
             raise ValueError(f"prediction_type: expected one of {', '.join(PREDICTIONS)}, got {prediction_type!r}")
@@ -87,6 +103,7 @@ class BDIADDIMScheduler(DDIMScheduler):
             prediction_type=prediction_type,
             timestep_spacing=timestep_spacing,
         )
+        self._ratio: tuple[int, int] | None = None
         self._levels: list[float] = []
         self._indices: list[int] = []
         self._times: list[int] = []
@@ -105,12 +122,35 @@ class BDIADDIMScheduler(DDIMScheduler):
         """Set the step that the next loop starts at."""
         self._begin_index = begin_index
 
-    def turn_round(self) -> Tensor | None:
+    @property
+    def pair(self) -> StatePair | ExactPair:
+        """The two states that the last loop led to: an `ExactPair` with exact=True, else a `StatePair`.
+
+        It can be saved (`save_pair`, `torch.save`) and given to another scheduler's `turn_round`.
+        Raises ValueError before the end of a loop, OverflowError where integer states left their range.
+        """
+        if self._next is not None:
+            return self._next
+        left = None if self._at is None else len(self._indices) - self._at
+        if left != 0 or self._record is None or self._reached is None or self.last_sample is None:
+            given = "no loop was run" if left is None else f"{left} steps are left"
+            raise ValueError(f"pair: expected the end of a loop, {given}")
+        if self._integers is None:
+            return StatePair(self._reached, self.last_sample, record=self._record)
+        origin = self._integers.origin if self._whole else None
+        pair = self._integers.pair(replace(self._record, origin=origin))
+        pair.check()
+        return pair
+
+    def turn_round(self, pair: StatePair | ExactPair | None = None, *, edit: bool = False) -> Tensor | None:
         """Let the next `set_timesteps` lead the other way, as pipelines call it; return what its loop starts from.
 
         After a loop that is the state before the last one, (B, …), from which the trajectory is retraced in N - 1
-        steps. Before any loop it is None: the next one leads from data to noise.
-        Raises ValueError in the middle of a loop, OverflowError where integer states left their range.
+        steps. Before any loop it is None: the next one leads from data to noise. pair: another scheduler's `pair`, of
+        another process too, to go on from in place of this one's. edit: the way back has other conditions, so that no
+        warning is due where it leads elsewhere.
+        Raises ValueError in the middle of a loop or for a pair of another configuration, TypeError for another kind of
+        pair, OverflowError where integer states left their range.
 
         >>> scheduler, image = BDIADDIMScheduler(exact=True), torch.full((1, 2), 0.25)
         >>> def loop(x):
@@ -123,15 +163,24 @@ class BDIADDIMScheduler(DDIMScheduler):
         >>> torch.equal(loop(scheduler.turn_round()), image)
         True
         """
-        if self._at is not None and self._at < len(self._indices):
+        if pair is not None:
+            check_pair(pair, self.config.exact, self._settings())
+        elif self._at is not None and self._at < len(self._indices):
             raise ValueError(f"turn_round: expected the end of a loop, {len(self._indices) - self._at} steps are left")
-        if self._integers is None:
+        elif self._at is None and self._next is None:
             self._turned = True
-            return self.last_sample
-        if not self._turned:
-            self._integers.turn_round()
-        self._turned = True
-        return self._integers.seen
+            return None
+        elif self._turned and self._next is not None:
+            self._edit = edit
+            return self._inner
+        taken = self.pair if pair is None else pair
+        self._edit = edit
+        self._next, self._inner, self._turned = taken, taken.previous, True
+        return self._inner
+
+    def _settings(self) -> dict[str, Any]:
+        gamma = nearest(self.config.gamma) if self.config.exact else float(self.config.gamma)
+        return {"gamma": gamma, "prediction_type": self.config.prediction_type}
 
     def set_timesteps(
         self,
@@ -145,20 +194,43 @@ class BDIADDIMScheduler(DDIMScheduler):
 
         last_sample: the other state of a pair, to retrace its trajectory: `timesteps` then holds the N - 1 evaluations
         that are left, the first of them at the pair's inner state. Neither is needed after `turn_round`.
-        Raises ValueError where inverse meets gamma = 0.
+        Raises ValueError where inverse meets gamma = 0, or where a pair was made with other steps or another
+        configuration.
         """
+        check_no_pair("last_sample", last_sample)
         turned = self._turned and inverse is None and last_sample is None
+        pair, made = self._next if turned else None, None
+        if pair is not None:
+            made, last_sample = pair.record, pair.z
+        elif last_sample is not None and last_sample is self._reached:
+            if self._at != len(self._indices):
+                raise ValueError(
+                    "last_sample: expected a state that a loop ended in, got one from the middle of a loop"
+                )
+            made = self._record
         if turned:
-            inverse, last_sample = not self._inverse, self._reached
-        self._turned, self._integers = False, self._integers if turned else None
+            inverse = made is None or made.index == 0
         if inverse and self.config.gamma == 0.0:
             raise ValueError("inverse: expected gamma > 0 in the configuration, got 0")
+        if made is not None and made.steps != num_inference_steps:
+            raise ValueError(
+                f"num_inference_steps: expected {made.steps}, as the pair was made in, got {num_inference_steps}"
+            )
         super().set_timesteps(num_inference_steps, device)  # type: ignore[misc, unused-ignore]
         self._times = self.timesteps.tolist()
         count = len(self._times)
         # Index N is the noisiest level and 0 the data, as in the paper.
-        alphas = [self.final_alpha_cumprod.item(), *(self.alphas_cumprod[t].item() for t in reversed(self._times))]
-        self._levels, self._inverse = alphas, bool(inverse)
+        self._levels = [self.final_alpha_cumprod.item(), *(self.alphas_cumprod[t].item() for t in self._times[::-1])]
+        if self._record is not None and self._reached is not None and self._at == len(self._indices):
+            hand_out(self._reached, self._record)
+        self._record = self._recorded(bool(inverse))
+        if made is not None:
+            self._record.check(made, "set_timesteps", "turn_round", pair="pair", levels="scheduler")
+        self._ratio = nearest(self.config.gamma) if self.config.exact else None
+        self._integers, self._made = None, None if self._edit else made
+        if isinstance(pair, ExactPair) and self._ratio is not None and self._inner is not None:
+            self._integers = Integers.turned(pair, self._ratio, self._inner)
+        self._turned, self._edit, self._next, self._inner, self._inverse = False, False, None, None, bool(inverse)
         self._begin_index, self._at, self.last_sample, self._reached = None, None, last_sample, None
         if inverse:
             self._indices = [*range(1 if last_sample is not None else 0, count)]
@@ -167,6 +239,14 @@ class BDIADDIMScheduler(DDIMScheduler):
         # The data level has no timestep: the model is asked there about the first one above it.
         self._times = [self._times[count - max(i, 1)] for i in self._indices]
         self.timesteps = torch.tensor(self._times, dtype=torch.int64).to(device)
+        given = {"timesteps": self.timesteps, "alphas_cumprod": self.alphas_cumprod}
+        self._given = tuple((name, x, version_of(x)) for name, x in given.items())
+        self._configured = self.config.gamma, self.config.prediction_type
+
+    def _recorded(self, inverse: bool) -> Record:
+        times = tuple(float(t) for t in reversed(self._times))
+        levels = {"alphas_cumprod": tuple(self._levels), "timesteps": (times[0], *times)}
+        return Record(METHOD, levels, self._settings(), len(times) if inverse else 0)
 
     def step(
         self,
@@ -183,14 +263,26 @@ class BDIADDIMScheduler(DDIMScheduler):
 
         model_output, sample: (B, …); the result has the sample's dtype. Deterministic: eta must be 0; clipped outputs,
         generator and variance_noise have no part in it. Without a `last_sample` the first step is DDIM's.
-        Raises ValueError where eta is not 0 or timesteps were not set.
+        Raises ValueError where eta is not 0, timesteps were not set or changed since, or a loop starts from a state
+        that it cannot start from, TypeError for a pair in place of a sample. Warns (`RetraceWarning`) where a pair of
+        integers was retraced and did not come back to what its trajectory began with.
         """
         if eta:
             raise ValueError(f"eta: expected 0, since BDIA is deterministic, got {eta}")
+        check_no_pair("sample", sample)
         if not self._indices:
             raise ValueError("timesteps: expected a call of set_timesteps before the first step")
+        if not traced():
+            self._check_given()
         if self._at is None:
             self._at = self._first(timestep)
+            self._whole = self._at == 0
+            if self._record is not None and not traced():
+                check_start(sample, self.last_sample, self._record)
+        if self._at >= len(self._indices):
+            raise ValueError(
+                f"timesteps: expected at most {len(self._indices)} steps, got one more; set_timesteps first"
+            )
         i = self._indices[self._at]
         x0_sample, x0_output, eps_sample, eps_output = (
             float(x) for x in reading(self.config.prediction_type, self._levels[max(i, 1)])
@@ -216,9 +308,27 @@ class BDIADDIMScheduler(DDIMScheduler):
             out, x0, _ = denoised_step(tensors, [x0_sample, x0_output, 0.0][:count], weights[:count], x0_weight=0.0)
         self.last_sample, self._reached = sample, out
         self._at += 1
+        if self._at == len(self._indices) and self._made is not None and not traced():
+            self._report(self._made)
         if not return_dict:
             return out, x0
         return as_output(traced(), DDIMSchedulerOutput, out, "pred_original_sample", x0)
+
+    def _check_given(self) -> None:
+        """Raise where what the loop's weights were made of is no longer what it was: no pair could say what made it."""
+        if self._record is not None and self._configured != (self.config.gamma, self.config.prediction_type):
+            raise ValueError(
+                "config: expected gamma and prediction_type as at set_timesteps, but they were changed since"
+            )
+        for name, x, version in self._given:
+            if getattr(self, name) is not x or version_of(x) != version:
+                raise ValueError(f"{name}: expected what set_timesteps made or read, but it was changed since")
+
+    def _report(self, made: Record) -> None:
+        """Warn where a pair was retraced and integers are left that its trajectory did not begin with."""
+        integers = self._integers
+        if integers is not None and integers.last_q is not None and self._record is not None:
+            report_remainder(METHOD, made, self._record, integers.q, integers.last_q)
 
     def _first(self, timestep: Any) -> int:
         if self._begin_index is not None:

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from bicm_diffusion.adapters.diffusers.tables import version_of
 from bicm_diffusion.keys import SCHEDULER
-from bicm_kernels import fold_in, generator_normal
+from bicm_kernels import fold_in, torch_randn
 
 Integer = int | Tensor
 Generators = Generator | list[Generator] | None
@@ -117,7 +117,7 @@ class Drawing:
             return randn_tensor(shape, generator=generator, device=like.device, dtype=dtype)
         if isinstance(generator, list):
             generator = generator[: shape[0]] if several else generator[0]
-        return generator_normal(shape, generator=generator, dtype=dtype)
+        return torch_randn(shape, generator=generator, dtype=dtype)
 
     # --- keyed --------------------------------------------------------------------------------------------------------
     def _key(self, generator: Generators, sample: Tensor, step: Any) -> tuple[Integer, Integer]:

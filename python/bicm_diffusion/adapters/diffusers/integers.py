@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.tables import version_of
+from bicm_diffusion.samplers.record import Record, checksum
 from bicm_diffusion.samplers.states import ExactPair
 from bicm_kernels import (
     affine_step,
@@ -26,6 +27,19 @@ class Integers:
         self.last_q = None if last is None else self._encoded(last)
         self.info = torch.zeros_like(self.q)
         self.seen, self.version = sample, version_of(sample)
+        #: Checksums of the two states that the loop began with.
+        self.origin = None if self.last_q is None else checksum(self.last_q, self.q)
+
+    @classmethod
+    def turned(cls, pair: ExactPair, ratio: tuple[int, int], inner: Tensor) -> Integers:
+        """Return the states of a pair in the order in which they retrace its trajectory; inner: what a caller holds."""
+        states = cls.__new__(cls)
+        states.ratio, states.dtype = ratio, pair.dtype
+        states.overflow, states.info = pair.overflow.clone(), pair.info
+        states.q, states.last_q = pair.previous_q, pair.q
+        states.seen, states.version = inner, -1
+        states.origin = checksum(pair.q, pair.previous_q)
+        return states
 
     def step(
         self,
@@ -52,16 +66,16 @@ class Integers:
         )
         x0 = affine_step([sample, output], x0_weights)
         self.last_q, self.q = self.q, following
+        if last is None:
+            self.origin = checksum(self.last_q, self.q)
         self.seen = fixed_point_decode(following, dtype=self.dtype)
         self.version = version_of(self.seen)
         return self.seen, x0
 
-    def turn_round(self) -> None:
-        """Change the two states' places: the trajectory is then retraced."""
+    def pair(self, record: Record) -> ExactPair:
+        """Return the states that the last step led to."""
         assert self.last_q is not None
-        ExactPair(self.q, self.last_q, self.info, self.overflow, 1.0, 1.0, self.dtype).check()
-        self.q, self.last_q = self.last_q, self.q
-        self.seen, self.version = fixed_point_decode(self.q, dtype=self.dtype), -1
+        return ExactPair(self.q, self.last_q, self.info, self.overflow, 1.0, 1.0, self.dtype, record=record)
 
     def _encoded(self, x: Tensor) -> Tensor:
         return fixed_point_encode(x, overflow=self.overflow)

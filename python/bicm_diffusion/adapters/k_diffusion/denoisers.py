@@ -98,7 +98,7 @@ class Denoiser(nn.Module):
 
     def _problem(self, x: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The network's input and the output that it should have."""
-        level = per_sample(sigma, x) if self._fused and noise.shape == x.shape else None
+        level = per_sample(sigma, x, noise) if self._fused and noise.shape == x.shape else None
         if level is None:
             c_skip, c_out, c_in = (column(c, x) for c in self.get_scalings(sigma))
             noisy = x + noise * column(sigma, x)

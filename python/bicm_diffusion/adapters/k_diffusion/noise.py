@@ -28,7 +28,8 @@ def keyed_noise_sampler(x: Tensor, sigmas: Tensor, seed: int | Tensor, sample_id
 
     It is `bicm_kernels.normal` with the seed `fold_in(seed, bicm_diffusion.keys.K_DIFFUSION)`.
 
-    x: the state that is sampled, for shape, dtype and device; sigmas: the grid that the sampler runs on.
+    x: the state that is sampled, for shape, dtype and device; sigmas: the grid that the sampler runs on. The noise
+    sampler raises ValueError for a level that is not on it.
 
     >>> import torch
     >>> x, sigmas = torch.ones(1, 2), torch.tensor([2.0, 1.0])
@@ -45,7 +46,10 @@ def keyed_noise_sampler(x: Tensor, sigmas: Tensor, seed: int | Tensor, sample_id
             place, rest = divmod(sigma.data_ptr() - sigmas.data_ptr(), spacing)
             if rest == 0 and 0 <= place < len(sigmas):
                 return place
-        return index[sigma.item()]
+        level = sigma.item()
+        if level not in index:
+            raise ValueError(f"sigma: expected a level of the grid that the sampler was made for, got {level}")
+        return index[level]
 
     def sampler(sigma: Tensor, sigma_next: Tensor) -> Tensor:
         step = step_of(sigma)

@@ -121,7 +121,12 @@ class ChurnedRun(Run):
             return moved
         before = x.clone()
         self.show(i, x, denoised, self.sigmas[i] * (self.lifts[i] + 1.0))
-        return [weighted_sum(joined(x, before, result), [1.0, -1.0, 1.0]) for result in moved]
+        return [shifted(result, x, before) for result in moved]
+
+
+def shifted(moved: Tensor, x: Tensor, before: Tensor) -> Tensor:
+    """What a step has made of x, with what was added to x since it was copied."""
+    return weighted_sum(joined(x, before, moved), [1.0, -1.0, 1.0])
 
 
 def _check(levels: list[float]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bicm_diffusion.adapters.arithmetic import joined, two_sums, weighted_sum
 from bicm_diffusion.adapters.k_diffusion.noise import NoiseSampler
-from bicm_diffusion.adapters.k_diffusion.run import Callback, Churn, ChurnedRun, Network, Run
+from bicm_diffusion.adapters.k_diffusion.run import Callback, Churn, ChurnedRun, Network, Run, shifted
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -52,9 +52,10 @@ def _sampler(advance: Callable[[ChurnedRun, int, Tensor, float, Tensor], Tensor]
 def sample_euler(run: ChurnedRun, i: int, x: Tensor, level: float, denoised: Tensor) -> Tensor:
     """Return a sample by Euler's method (EDM Alg. 2 without its second-order correction).
 
-    x: (B, …), any floating or complex dtype, at sigmas[0]; the result has its shape and dtype, or those to which the
-    denoised samples broadcast and promote it. A step between equal sigmas leaves x as it is. disable hides the progress
-    bar. The callback takes {"x", "i", "sigma", "sigma_hat", "denoised"} before each update; what it writes to x counts.
+    x: (B, …), any floating or complex dtype, at sigmas[0]; the result has its shape, or one that the denoised
+    samples broadcast to, and its dtype, complex where they are. A step between equal sigmas leaves x as it is. disable
+    hides the progress bar. The callback takes {"x", "i", "sigma", "sigma_hat", "denoised"} before each update; what it
+    writes to x counts.
 
     s_churn, s_tmin, s_tmax, s_noise: EDM's. Noise is `torch.randn_like(x)`, drawn in every step as k-diffusion draws
     it, also where churn does not act; a noise_sampler(sigma, sigma_next) is asked only where it acts
@@ -87,10 +88,11 @@ def sample_heun(run: ChurnedRun, i: int, x: Tensor, level: float, denoised: Tens
     first, second = [1.0 + half / level, -half / level], [half / below, -half / below]
     state, target = joined(x, denoised)
     if state.dtype in HALVES:
-        kept = target.clone()
+        kept = state if run.callback is None else state.clone(), target.clone()
         predicted = weighted_sum([state, target], [ratio, 1.0 - ratio])
         (predicted,) = run.told(i, x, denoised, predicted)
-        return weighted_sum(joined(state, kept, predicted, run.ask(predicted, below)), first + second)
+        moved = weighted_sum(joined(*kept, predicted, run.ask(predicted, below)), first + second)
+        return moved if run.callback is None else shifted(moved, x, kept[0])
     predicted, halfway = two_sums([state, target], [ratio, 1.0 - ratio], first)
     predicted, halfway = run.told(i, x, denoised, predicted, halfway)
     return weighted_sum(joined(halfway, predicted, run.ask(predicted, below)), [1.0, *second])
