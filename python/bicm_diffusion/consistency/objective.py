@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bicm_diffusion.consistency.frozen import evaluate_frozen, refuse_data_parallel
+from bicm_diffusion.consistency.frozen import check_network, evaluate_frozen
 from bicm_diffusion.consistency.grid import T_MIN, LevelTable, drawn, partner_probabilities
 from bicm_diffusion.consistency.shared_draws import draws_alike
 from bicm_diffusion.keys import DROPOUT, LEVELS, PARTNERS
@@ -95,9 +95,10 @@ def bct_loss(
         term's target is sg f(x_n', t_n', t_min).
     gradient: "forward" or "backward", see `bicm_kernels.pseudo_huber`: the same bits for an upstream of a power of
         two; "backward" has second derivatives.
-    Raises ValueError for another target or gradient.
+    Raises ValueError for another target or gradient, and TypeError for a network in DataParallel, in FSDP1, or with a
+    DistributedDataParallel inside that notes which parameters are used.
     """
-    refuse_data_parallel(network)
+    check_network(network)
     if target not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
