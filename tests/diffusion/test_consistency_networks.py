@@ -480,11 +480,6 @@ def test_compiled_networks(part: str, wrap: str | None) -> None:
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
-def test_data_parallel_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"network: expected .*DistributedDataParallel, got DataParallel"):
-        bct_loss(nn.DataParallel(build(Network)), *problem(), seed=5, step=3)
-
-
 def test_a_step_must_be_given() -> None:
     with pytest.raises(TypeError, match="step"):
         bct_loss(build(Network), *problem(), seed=5)

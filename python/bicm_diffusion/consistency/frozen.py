@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +14,33 @@ from torch.utils import _pytree as pytree
 
 # Where torch does not tell, every graph may be needed again.
 _graph_is_retained: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-_SHARDED = ("FSDPModule", "FullyShardedDataParallel")
 
 
-def refuse_data_parallel(network: nn.Module) -> None:
-    """Raise TypeError for `nn.DataParallel`, whose replicas on other devices do not share their dropout masks."""
-    if isinstance(network, DataParallel):
-        raise TypeError("network: expected a module on one device or in DistributedDataParallel, got DataParallel")
+def check_network(network: nn.Module) -> None:
+    """Raise TypeError for wrappers that cannot evaluate a network several times before one backward pass.
+
+    Replicas of `nn.DataParallel` do not share their dropout masks; FSDP1 frees parameters that are still needed; and a
+    DistributedDataParallel that notes which parameters a pass uses is right only where it is the network itself, so
+    that the frozen evaluation can go past it.
+    """
+    wrapper = getattr(network, "_orig_mod", network)
+    for module in network.modules():
+        if isinstance(module, DataParallel):
+            raise TypeError("network: expected a plain module or one in DistributedDataParallel, got DataParallel")
+        if type(module).__name__ == "FullyShardedDataParallel":  # importing the class takes seconds
+            raise TypeError(
+                "network: expected a plain module or one in torch.distributed.fsdp.fully_shard, got "
+                "FullyShardedDataParallel"
+            )
+        if isinstance(module, DistributedDataParallel) and module is not wrapper and _notes_what_is_used(module):
+            raise TypeError(
+                "network: expected a DistributedDataParallel with static_graph or find_unused_parameters to be the "
+                f"network itself, got one inside {type(wrapper).__name__}: wrap the whole network"
+            )
+
+
+def _notes_what_is_used(wrapper: DistributedDataParallel) -> bool:
+    return bool(wrapper.static_graph or wrapper.find_unused_parameters)
 
 
 def evaluate_frozen(network: nn.Module, inputs: tuple[Tensor, ...], extra_args: Mapping[str, Any]) -> Tensor:
@@ -36,8 +55,7 @@ def evaluate_frozen(network: nn.Module, inputs: tuple[Tensor, ...], extra_args: 
     >>> evaluate_frozen(network, (x,), {}).backward(); network.weight.grad is None, bool(x.grad == network.weight)
     (True, True)
     """
-    if isinstance(network, DistributedDataParallel):
-        network = network.module  # no parameter takes part: there is nothing for its reducer to wait for
+    network = _without_reducer(network)
     if torch.compiler.is_compiling():
         with _swapped(_parameters(network)):
             return network(*inputs, **extra_args)
@@ -59,10 +77,21 @@ def evaluate_frozen(network: nn.Module, inputs: tuple[Tensor, ...], extra_args: 
     return result
 
 
+def _without_reducer(network: nn.Module) -> nn.Module:
+    """The module in DistributedDataParallel, whose reducer may wait for gradients of an evaluation that has none."""
+    wrapper = getattr(network, "_orig_mod", network)
+    if not isinstance(wrapper, DistributedDataParallel):
+        return network
+    return wrapper.module if wrapper is network or _notes_what_is_used(wrapper) else network
+
+
 @contextmanager
 def detached_parameters(network: nn.Module) -> Iterator[None]:
     """Put detached tensors in the place of a network's parameters, but for those that something else manages."""
-    with _swapped([] if _is_sharded(network) else [slot for slot in _parameters(network) if _is_ordinary(*slot)]):
+    # FSDP exchanges the parameters itself, before and after a module's forward and backward pass.
+    kinds = {base.__name__ for kind in {type(module) for module in network.modules()} for base in kind.__mro__}
+    sharded = "FSDPModule" in kinds
+    with _swapped([] if sharded else [slot for slot in _parameters(network) if _is_ordinary(*slot)]):
         yield
 
 
@@ -78,13 +107,6 @@ def _parameters(network: nn.Module) -> list[_Slot]:
 
 def _is_ordinary(table: dict[str, Any], name: str) -> bool:
     return type(table) is dict and type(table[name]) is nn.Parameter
-
-
-def _is_sharded(network: nn.Module) -> bool:
-    """Whether FSDP exchanges the parameters itself, before and after a module's forward and backward pass."""
-    library = sys.modules.get("torch.distributed.fsdp")
-    kinds = tuple(getattr(library, name) for name in _SHARDED if hasattr(library, name))
-    return bool(kinds) and any(isinstance(module, kinds) for module in network.modules())
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bicm_diffusion.consistency.frozen import evaluate_frozen, refuse_data_parallel
+from bicm_diffusion.consistency.frozen import check_network, evaluate_frozen
 from bicm_diffusion.consistency.grid import T_MIN, LevelTable, drawn, partner_probabilities
 from bicm_diffusion.consistency.shared_draws import draws_alike
 from bicm_diffusion.described import described
@@ -104,10 +104,11 @@ def bct_loss(
         term's target is sg f(x_n', t_n', t_min).
     gradient: "forward" or "backward", see `bicm_kernels.pseudo_huber`: the same bits for an upstream of a power of
         two; "backward" has second derivatives.
-    Raises TypeError for arguments of another kind, and ValueError for another target, gradient or shape.
+    Raises TypeError for arguments of another kind and for a network in DataParallel, in FSDP1, or with a
+    DistributedDataParallel inside that notes which parameters are used; ValueError for another target, gradient or shape.
     """
     check_model(network, "network(c_in(t)·x, t, u)", "network")
-    refuse_data_parallel(network)
+    check_network(network)
     check_state("x", x)
     levels = _checked_levels(levels, x)
     check_arguments("extra_args", extra_args)

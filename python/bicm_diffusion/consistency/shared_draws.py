@@ -10,6 +10,7 @@ numbers are the eager ones, whatever a compiler does with the graph.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -36,6 +37,7 @@ def draws_alike(key: int | Tensor, device: torch.device) -> Callable[[], Abstrac
     True
     """
     if torch.compiler.is_compiling():
+        _show_to_modes()
         return lambda: _Draws(_seeded_state(key, device))
     seed = int(key)
     return lambda: _seeded(seed, device)
@@ -101,6 +103,19 @@ def _fake_draw(state: Tensor, like: Tensor, method: str, numbers: Sequence[float
     return torch.empty_like(like, dtype=dtype), torch.empty_like(state)
 
 
+def _show_to_modes() -> None:
+    """Have dynamo ask modes for every function that is known here; called while it traces.
+
+    torch.compile in 2.13 takes `rand_like` and some others straight into the graph, where their numbers would not be
+    shared. Its list of what modes see is private: where it has gone, nothing is added, and a test tells.
+    """
+    listed: set[Any] = getattr(sys.modules.get("torch._dynamo.variables.torch"), "get_overridable_functions", set)()
+    listed.update(_STAND_INS, _REFUSED)
+
+
+_show_to_modes._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class _Draws(TorchFunctionMode):
     """Torch's random functions, drawing from a generator whose state is a tensor of the graph."""
 
@@ -129,8 +144,10 @@ def _checkpoint(draws: _Draws, function: Callable[..., Any], *args: Any, **kwarg
     """A checkpoint's body is a graph of its own: the state goes in and comes out."""
 
     def body(state: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        with _Draws(state) as inside:
-            return function(*args, **kwargs), inside.state
+        inside = _Draws(state)
+        with inside:
+            result = function(*args, **kwargs)
+        return result, inside.state
 
     result, draws.state = checkpoint(body, draws.state, *args, **kwargs)
     return result
@@ -138,10 +155,14 @@ def _checkpoint(draws: _Draws, function: Callable[..., Any], *args: Any, **kwarg
 
 def _dropout(draws: _Draws, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     if not (training and 0 < p < 1):
-        return functional.dropout(input, p, training, inplace)
+        return _without_draws(input, p, training, inplace)
     if input.is_cuda and not inplace:
         return input * draws.draw(input, _FUSED_DROPOUT, p) * (1 / (1 - p))
     return _masked(draws, input, input, p, inplace)
+
+
+def _torch_dropout(inplace: bool) -> Callable[..., Tensor]:
+    return lambda draws, input, p, train: _dropout(draws, input, p, train, inplace)
 
 
 def _feature_dropout(unbatched: int) -> Callable[..., Tensor]:
@@ -149,12 +170,20 @@ def _feature_dropout(unbatched: int) -> Callable[..., Tensor]:
 
     def drop(draws: _Draws, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not (training and 0 < p < 1):
-            return functional.dropout(input, p, training, inplace)
+            return _without_draws(input, p, training, inplace)
         rows = 1 if input.dim() == unbatched else 2
         channels = input.new_empty([*input.shape[:rows], *[1] * (input.dim() - rows)])
         return _masked(draws, input, channels, p, inplace)
 
     return drop
+
+
+def _without_draws(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
+    """Dropout of nothing or, as eager code has it, of everything: a graph's would draw for that."""
+    if not (training and p == 1):
+        return functional.dropout(input, p, training, inplace)
+    zero = input.new_zeros(())
+    return input.mul_(zero) if inplace else input * zero
 
 
 def _masked(draws: _Draws, input: Tensor, like: Tensor, p: float, inplace: bool) -> Tensor:
@@ -189,7 +218,8 @@ _NUMBERS = {
 _STAND_INS: dict[Any, Callable[..., Any]] = {
     checkpoint: _checkpoint,
     functional.dropout: _dropout,
-    torch.dropout: _dropout,
+    torch.dropout: _torch_dropout(False),
+    torch.dropout_: _torch_dropout(True),
     functional.dropout1d: _feature_dropout(2),
     functional.dropout2d: _feature_dropout(-1),
     functional.dropout3d: _feature_dropout(4),
@@ -204,33 +234,54 @@ def _when_training(input: Tensor, p: float = 0.5, training: bool = False, inplac
     return training and p > 0
 
 
+def _in_training(input: Tensor, p: float, train: bool) -> bool:
+    return train and p > 0
+
+
+def _rrelu(input: Tensor, lower: float = 0.0, upper: float = 0.0, training: bool = False, *_: Any, **__: Any) -> bool:
+    return training
+
+
+_DRAW_IN_TRAINING: tuple[Any, ...] = (
+    torch.alpha_dropout,
+    torch.alpha_dropout_,
+    torch.feature_alpha_dropout,
+    torch.feature_alpha_dropout_,
+    torch.feature_dropout,
+    torch.feature_dropout_,
+    torch.native_dropout,
+)
+_ALWAYS_DRAW: tuple[Any, ...] = (
+    functional.gumbel_softmax,
+    functional.fractional_max_pool2d,
+    functional.fractional_max_pool3d,
+    torch.bernoulli,
+    torch.binomial,
+    torch.multinomial,
+    torch.normal,
+    torch.poisson,
+    torch.randint,
+    torch.randint_like,
+    torch.randperm,
+    Tensor.bernoulli,
+    Tensor.cauchy_,
+    Tensor.exponential_,
+    Tensor.geometric_,
+    Tensor.log_normal_,
+    Tensor.multinomial,
+    Tensor.random_,
+)
 # Whether a call of theirs draws.
-_REFUSED: dict[Any, Callable[..., bool]] = {
-    functional.alpha_dropout: _when_training,
-    functional.feature_alpha_dropout: _when_training,
-    functional.rrelu: lambda input, lower=0.0, upper=0.0, training=False, inplace=False: training,
-    functional.scaled_dot_product_attention: lambda q, k, v, mask=None, dropout_p=0.0, *_, **__: dropout_p > 0,
-    functional.multi_head_attention_forward: lambda *args, training=True, **_: training and args[10] > 0,
-} | dict.fromkeys(
-    (
-        functional.gumbel_softmax,
-        functional.fractional_max_pool2d,
-        functional.fractional_max_pool3d,
-        torch.bernoulli,
-        torch.binomial,
-        torch.multinomial,
-        torch.normal,
-        torch.poisson,
-        torch.randint,
-        torch.randint_like,
-        torch.randperm,
-        Tensor.bernoulli,
-        Tensor.cauchy_,
-        Tensor.exponential_,
-        Tensor.geometric_,
-        Tensor.log_normal_,
-        Tensor.multinomial,
-        Tensor.random_,
-    ),
-    lambda *args, **kwargs: True,
+_REFUSED: dict[Any, Callable[..., bool]] = (
+    {
+        functional.alpha_dropout: _when_training,
+        functional.feature_alpha_dropout: _when_training,
+        functional.rrelu: _rrelu,
+        torch.rrelu: _rrelu,
+        torch.rrelu_: _rrelu,
+        functional.scaled_dot_product_attention: lambda q, k, v, mask=None, dropout_p=0.0, *_, **__: dropout_p > 0,
+        functional.multi_head_attention_forward: lambda *args, training=True, **_: training and args[10] > 0,
+    }
+    | dict.fromkeys(_DRAW_IN_TRAINING, _in_training)
+    | dict.fromkeys(_ALWAYS_DRAW, lambda *args, **kwargs: True)
 )
