@@ -25,9 +25,6 @@ import torch
 
 from bicm_kernels import generator_check
 
-#: What has no kernel but the native CPU one yet; elsewhere its reference runs.
-CPU_FAMILIES: tuple[str, ...] = ()
-
 CHOICES = ("auto", "native", "triton", "reference")
 DRAWERS = ("native", "torch")
 

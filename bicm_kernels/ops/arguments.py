@@ -24,6 +24,8 @@ Integer = int | Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WORD = 2**32
+#: What a call may fail with that was wrong: then `explain` says what.
+FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, OverflowError)
 #: What the kernels' own checks of arguments begin with; errors of CUDA and of torch do not.
 REFUSED = "bicm_kernels: "
 
@@ -63,11 +65,9 @@ def requires_grad(*values: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
 
 
-def needs_reference(first: Tensor, *, tracked: bool, family: str = "") -> bool:
+def needs_reference(first: Tensor, *, tracked: bool) -> bool:
     """Whether the differentiable PyTorch reference must do the work."""
-    running = backend.running(first.device.type)
-    compiled = running == "native" and first.is_cpu if family in backend.CPU_FAMILIES else running != "reference"
-    return tracked or transformed() or not compiled
+    return backend.running(first.device.type) == "reference" or tracked or transformed()
 
 
 def plain_gradient(gradient: Tensor) -> bool:
@@ -279,12 +279,12 @@ def check_key(seed: object, step: object, sample_id: object, batch: int, device:
         raise ValueError(f"sample_id must be left at 0 where seed holds one seed per sample, got {describe(sample_id)}")
 
 
-def check_noise(noise_weight: object, seed: object) -> None:
+def check_noise(name: str, weight: object, seed: object, *, optional: bool) -> None:
     """Raise where noise is weighted but not keyed, or would repeat under ``torch.vmap``."""
     if seed is not None:
         check_vmap(seed)
-    elif isinstance(noise_weight, Tensor) or noise_weight != 0:
-        raise ValueError(f"seed must be given where noise is drawn, got None and noise_weight={noise_weight!r}")
+    elif not optional or isinstance(weight, Tensor) or weight != 0:
+        raise ValueError(f"seed must be given where noise is drawn, got None and {name}={weight!r}")
 
 
 def faithful(derivative: Callable[..., Any]) -> Callable[..., Any]:

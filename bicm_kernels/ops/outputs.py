@@ -73,9 +73,8 @@ def write(outs: Sequence[Tensor], results: Any, tracked: bool) -> Any:
     if tracked:
         raise ValueError("out must not be given where a tensor requires grad: what is written there has no derivative")
     results = (results,) if isinstance(results, Tensor) else results
-    for out, result in zip(outs, results, strict=True):
-        if result is not None:
-            out.copy_(result)
+    for out, result in zip(outs, results, strict=False):  # what was not asked for is None, and last
+        out.copy_(result)
     return tuple(outs) if len(outs) > 1 else outs[0]
 
 

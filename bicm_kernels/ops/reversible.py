@@ -71,7 +71,7 @@ def fixed_point_encode(
 
     try:
         refuse_derivative(x)
-        fallback = arguments.needs_reference(x, tracked=False, family=FAMILY)
+        fallback = arguments.needs_reference(x, tracked=False)
         if fallback or arguments.unseen(x):
             check()
         if fallback:
@@ -116,7 +116,7 @@ def fixed_point_decode(q: Tensor, *, fraction_bits: int = 32, dtype: torch.dtype
         check_decode(q, fraction_bits, dtype)
 
     try:
-        fallback = arguments.needs_reference(q, tracked=False, family=FAMILY)
+        fallback = arguments.needs_reference(q, tracked=False)
         if fallback or arguments.unseen(q):
             check()
         if fallback:

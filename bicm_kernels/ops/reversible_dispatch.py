@@ -111,7 +111,7 @@ def run(step: ExactStep, call: Call) -> Pair:
         op = getattr(_ops, step.name)
         integers = (n, m, call.fraction_bits)
         refuse_derivative(*tensors, *arguments.numbers(values))
-        fallback = arguments.needs_reference(call.last, tracked=False, family=FAMILY)
+        fallback = arguments.needs_reference(call.last, tracked=False)
         if fallback or arguments.unseen(call.last):
             check()
         if fallback:

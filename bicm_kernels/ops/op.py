@@ -1,0 +1,277 @@
+"""An op as one row of a table: its schemas, what it returns without values, its checks, its reference and its call.
+
+A row names the arguments; everything that an op needs beside its kernels is derived from it. A public function is a
+signature, a docstring and a call of its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bicm_kernels import backend, reference
+from bicm_kernels.ops import arguments, outputs
+from bicm_kernels.ops.arguments import dynamo
+from bicm_kernels.ops.library import define, library, without_lists
+
+_KEY = ("seed", "step", "sample_id")
+#: Every op comes with numbers, for eager calls, and with tensors: for traced graphs, where a number would be compiled
+#: in, and for per-sample arguments. The types of a number, a list of numbers and a key's integers.
+_NUMBERS = ("float", "float[]", ("SymInt?", "SymInt", "SymInt"))
+_TENSORS = ("Tensor?", "Tensor[]", ("Tensor?",) * 3)
+
+Call = Sequence[Any]
+
+
+@dataclass(eq=False)
+class Op:
+    """An op that makes tensors like its first one.
+
+    A call holds its arguments in the schema's order: the tensors (of a guided op, in one sequence), coefficients in a
+    sequence or the weights' sequences, guidance_scale of a guided op, numbers, flags, and the key of the noise.
+    """
+
+    name: str
+    #: Empty: a sequence of 1 to 5, each with a weight of every kind in ``weights``.
+    tensors: tuple[str, ...] = ()
+    #: The last tensor may be a pair, and the op writes to tensors that the caller gives.
+    guided: bool = False
+    #: Numbers that a schema takes in one list.
+    coefficients: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    #: With "?": may be None.
+    numbers: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    #: The number that weighs keyed noise; only where there are weights may the key be left out.
+    noise: str = ""
+    outs: tuple[str, ...] = ("out",)
+    #: A result is empty where the number is None that is named here.
+    needs: dict[str, str] = field(default_factory=dict)
+    #: Has a twin of tensors that records the derivative in the tensors; else the reference does.
+    differentiable: bool = False
+    #: The twin, where it is another op.
+    tracked: Callable[..., Any] | None = None
+    #: The reference, called with the arguments by name; by default the one of this name.
+    plain: Callable[..., Any] | None = None
+    #: The schemas' name: another op's, where this one is a form of it.
+    schema: str = ""
+
+    def __post_init__(self) -> None:
+        self.optional = {number[:-1] for number in self.numbers if number.endswith("?")}
+        self.numbers = tuple(number.rstrip("?") for number in self.numbers)
+        self.lists = self.weights or (("coefficients",) if self.coefficients else ())
+        # Where the parts of a call begin and end.
+        self.first_number = 1 if self.guided else len(self.tensors)
+        self.first_flag = self.first_number + len(self.lists) + self.guided + len(self.numbers)
+        self.first_key = self.first_flag + len(self.flags)
+        self.guidance_at = self.first_number + len(self.lists)
+        self.noise_at = self.guidance_at + self.guided + self.numbers.index(self.noise) if self.noise else -1
+        if not self.schema:
+            self.schema = self.name
+            self.define()
+        packet = getattr(torch.ops.bicm_kernels, self.schema)
+        self.default, self.tensor = packet.default, packet.tensor
+        if self.guided:
+            self.out, self.tensor_out = packet.out, packet.tensor_out
+        if self.differentiable:
+            self.tracked = getattr(torch.ops.bicm_kernels, f"{self.name}_tracked").default
+
+    # What torch is told.
+
+    def parameters(self, types: tuple[str, str, tuple[str, ...]]) -> list[str]:
+        """The schema's arguments, of one flavour."""
+        number, numbers, key = types
+        found = ["Tensor[] tensors"] if self.guided else [f"Tensor {name}" for name in self.tensors]
+        found += [f"{numbers} {name}" for name in self.lists]
+        found += [f"{number} guidance_scale"] if self.guided else []
+        for name in self.numbers:
+            found.append(f"{number}{'?' if name in self.optional and not number.endswith('?') else ''} {name}")
+        found += [f"bool {name}" for name in self.flags]
+        return found + [f"{kind} {name}" for kind, name in zip(key, _KEY, strict=True) if self.noise]
+
+    def extra(self, types: tuple[str, str, tuple[str, ...]]) -> list[str]:
+        """Arguments that only an op with outputs takes."""
+        return []
+
+    def define(self) -> None:
+        """Define the schemas, with numbers and with tensors, that return and that write."""
+        states = ["tensors"] if self.guided else [*self.tensors]
+        returns = "Tensor" if len(self.outs) == 1 else f"({', '.join(['Tensor'] * len(self.outs))})"
+        outs = ", ".join(f"Tensor({chr(ord('a') + k)}!) {name}" for k, name in enumerate(self.outs))
+        for overload, types in (("", _NUMBERS), ("tensor", _TENSORS)):
+            given = self.parameters(types)
+            define(f"{self.name}{'.' * bool(overload)}{overload}({', '.join(given)}) -> {returns}", states, self.fake)
+            if self.guided:
+                writing = ".".join([self.name, "_".join([*overload.split(), "out"])])
+                given += [*self.extra(types), "*", outs]
+                define(f"{writing}({', '.join(given)}) -> ()", [*states, *self.outs], _write_nothing)
+        if self.differentiable:
+            twin = f"{self.name}_tracked"
+            define(f"{twin}({', '.join(self.parameters(_TENSORS))}) -> {returns}", states, self.fake)
+            library.impl(twin, lambda *call: self.tensor(*call), "CompositeExplicitAutograd")
+
+    def differentiate(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+        """Give the differentiable twin its derivative."""
+        name = f"bicm_kernels::{self.name}_tracked"
+        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
+
+    def fake(self, *call: Any) -> Any:
+        """What the op returns for tensors without values."""
+        first = call[0][0] if self.guided else call[0]
+        numbers = dict(zip(self.numbers, call[self.first_flag - len(self.numbers) :], strict=False))
+        empty = {name for name, number in self.needs.items() if numbers[number] is None}
+        results = tuple(first.new_empty((0,)) if name in empty else torch.empty_like(first) for name in self.outs)
+        return results if len(results) > 1 else results[0]
+
+    # How it is called.
+
+    def __call__(self, *call: Any, outs: Sequence[Tensor] = ()) -> Any:
+        """Run the kernel, beside the dispatcher where it can be; a reference where something asks for it."""
+        if not outs and backend.lane is not None and not dynamo():
+            result = getattr(backend.lane, self.schema)(*call)
+            if result is not None:
+                return result
+        return self.run(call, outs)
+
+    def run(self, call: Call, outs: Sequence[Tensor]) -> Any:
+        """The way through the dispatcher."""
+        if self.weights:
+            lists = map(arguments.weight_list, self.weights, call[1:])
+            call = (call[0], *lists, *call[self.guidance_at :])
+        if self.noise:
+            arguments.check_noise(self.noise, call[self.noise_at], call[self.first_key], optional=bool(self.weights))
+        try:
+            tensors, full = self.spread(call)
+            tracked = arguments.requires_grad(*tensors, *outs)
+            numbers = arguments.numbers(full[self.first_number :])
+            untracked = arguments.requires_grad(*numbers) or (tracked and self.tracked is None)
+            fallback = arguments.needs_reference(tensors[0], tracked=untracked)
+            if fallback or arguments.unseen(tensors[0]):
+                self.check(call, outs)
+            if fallback:
+                results = self.reference(call)
+                return outputs.write(outs, results, untracked) if outs else results
+            return self.launch(*self.flavour(full, numbers, tensors[0], tracked, bool(outs)), outs)
+        except arguments.FAILURES as error:
+            arguments.explain(error, lambda: self.check(call, outs))
+
+    def spread(self, call: Call) -> tuple[list[Tensor], list[Any]]:
+        """The tensors of a call, and the arguments as the schema takes them; TypeError for what no kernel can tell."""
+        full = [*call]
+        if self.noise and type(full[self.first_key]) is int:
+            full[self.first_key] = arguments.signed(full[self.first_key])
+        if not self.guided:
+            return full[: self.first_number], full
+        operands, guidance = call[0], call[self.guidance_at]
+        if isinstance(operands, Tensor):
+            raise TypeError("one tensor for a sequence of them")
+        last = operands[-1]
+        paired = not isinstance(last, Tensor)
+        if paired != (guidance is not None):
+            raise TypeError("guidance_scale and a pair of predictions go together")
+        if self.weights and len(full[1]) != len(operands):  # a kernel takes one tensor more than weights for a pair
+            raise TypeError("as many weights as tensors")
+        full[0] = tensors = [*operands[:-1], *last] if paired else [*operands]
+        return tensors, full
+
+    def flavour(self, full: list[Any], numbers: Call, first: Tensor, tracked: bool, writes: bool) -> tuple[Any, Call]:
+        """The overload that takes a call, and its arguments."""
+        if not tracked and arguments.plain(numbers):
+            function = self.out if writes else self.default
+            if self.guided and full[self.guidance_at] is None:
+                full[self.guidance_at] = 0.0
+        else:
+            values = arguments.coefficients(full[self.first_number : self.first_flag])
+            key = arguments.key(*full[self.first_key :], first) if self.noise else ()
+            full = [*full[: self.first_number], *values, *full[self.first_flag : self.first_key], *key]
+            if tracked:
+                return self.tracked, full
+            function = self.tensor_out if writes else self.tensor
+        return without_lists(function) if self.guided and arguments.scripting() else function, full
+
+    def launch(self, function: Callable[..., Any], full: Call, outs: Sequence[Tensor]) -> Any:
+        """Call an overload; the results."""
+        if not outs:
+            return function(*full)
+        unused = [outs[0].new_empty((0,))] * (len(self.outs) - len(outs))
+        function(*full, **dict(zip(self.outs, (*outs, *unused), strict=True)))
+        return tuple(outs) if len(outs) > 1 else outs[0]
+
+    def reference(self, call: Call) -> Any:
+        """The result of a call in plain PyTorch."""
+        named = dict(zip(self.tensors, call[0] if self.guided and self.tensors else call, strict=False))
+        if not self.tensors:
+            named["tensors"] = call[0]
+        named |= dict(zip(self.coefficients, call[1], strict=True)) if self.coefficients else {}
+        rest = (*self.weights, *["guidance_scale"][: self.guided], *self.numbers, *self.flags, *_KEY)
+        at = self.first_number + bool(self.coefficients)
+        named |= dict(zip(rest, call[at:], strict=False))
+        return (self.plain or getattr(reference, self.name))(**named)
+
+    # What was wrong with a call.
+
+    def check(self, call: Call, outs: Sequence[Any]) -> None:
+        """Raise what is wrong with the arguments, if anything is."""
+        tensors = self.check_tensors(call)
+        first = next(iter(tensors.values()))
+        for name, value in self.labelled(call):
+            if value is not None or name not in self.optional:
+                arguments.check_number(name, value, first)
+        if self.noise and call[self.first_key] is not None:
+            arguments.check_key(*call[self.first_key :], first.shape[0], first.device)
+        empty = {name for name, number in self.needs.items() if dict(self.labelled(call))[number] is None}
+        given = {name: out for name, out in zip(self.outs, outs, strict=False) if name not in empty}
+        outputs.check_outs(given, tensors, first)
+
+    def check_tensors(self, call: Call) -> dict[str, Any]:
+        """The tensors by name, pairs opened, after a look at each."""
+        operands = call[0] if self.guided else call[: self.first_number]
+        arguments.check_sequence("tensors", operands)
+        names = self.tensors or tuple(f"tensors[{k}]" for k in range(len(operands)))
+        if not 1 <= len(operands) <= 5:
+            raise ValueError(f"tensors must hold 1 to 5 tensors, got {len(operands)}")
+        found: dict[str, Any] = {}
+        for name, operand in zip(names, operands, strict=True):
+            pair = self.guided and isinstance(operand, tuple | list) and name == names[-1]
+            for k, x in enumerate(operand if pair else [operand]):
+                self.check_tensor(name, x, next(iter(found.values()), None), names[0])
+                found[f"{name}[{k}]" if pair else name] = x
+        self.check_guidance(call, names[-1], operands[-1], len(found) - len(operands))
+        return found
+
+    def check_tensor(self, name: str, x: object, first: Tensor | None, first_name: str) -> None:
+        """Raise unless a tensor is what the op takes in its place."""
+        arguments.check_state(name, x, first, first_name)
+
+    def check_guidance(self, call: Call, name: str, last: object, pairs: int) -> None:
+        """Raise unless a pair and its scale come together."""
+        guidance = call[self.guidance_at] if self.guided else None
+        if pairs not in (0, 1) or bool(pairs) != (guidance is not None):
+            raise ValueError(
+                f"guidance_scale goes with a pair (eps_uncond, eps_cond) as {name}, "
+                f"got guidance_scale={guidance!r} and {arguments.describe(last)}"
+            )
+
+    def labelled(self, call: Call) -> list[tuple[str, Any]]:
+        """Every number of a call and its name."""
+        values = iter(call[self.first_number : self.first_flag])
+        found = []
+        if self.coefficients:
+            found += zip(self.coefficients, next(values), strict=True)
+        for name in self.weights:
+            weights = next(values)
+            if len(weights) != len(call[0]):
+                raise ValueError(f"{name} must be as many as the tensors, {len(call[0])}, got {len(weights)}")
+            found += [(f"{name}[{k}]", weight) for k, weight in enumerate(weights)]
+        if self.guided:
+            guidance = next(values)
+            found += [("guidance_scale", guidance)] if guidance is not None else []
+        return [*found, *zip(self.numbers, values, strict=True)]
+
+
+def _write_nothing(*_: Any, **outs: Tensor) -> None:
+    """What an op does that writes, for tensors without values: the outputs are there."""
