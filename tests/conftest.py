@@ -75,13 +75,13 @@ def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
-    """The calls that the lane beside the dispatcher is asked for, and whether it takes them."""
+    """The calls that the direct one beside the dispatcher is asked for, and whether it takes them."""
     from ways import Spy
 
     from bicm_kernels import backend
 
     calls: list[tuple[str, bool]] = []
-    monkeypatch.setattr(backend, "lane", Spy(calls))
+    monkeypatch.setattr(backend, "direct", Spy(calls))
     return calls
 
 

@@ -56,7 +56,7 @@ def ddim_step(
     >>> bk.ddim_step(torch.ones(1, 2), torch.ones(1, 2), a=2.0, b=0.5)
     tensor([[2.5000, 2.5000]])
     """
-    return DDIM_STEP((z, eps), [a, b], guidance_scale, outs=() if out is None else (out,))
+    return DDIM_STEP.call((z, eps), (a, b), guidance_scale, outs=None if out is None else (out,))
 
 
 def bdia_step(
@@ -94,8 +94,8 @@ def bdia_step(
     >>> x = torch.ones(1, 2); bk.bdia_step(x, x, x, a=1.0, b=0.5, a_last=1.0, b_last=0.5)
     tensor([[2., 2.]])
     """
-    coefficients = [a, b, a_last, b_last, gamma]
-    return BDIA_STEP((z_last, z, eps), coefficients, guidance_scale, outs=() if out is None else (out,))
+    coefficients = (a, b, a_last, b_last, gamma)
+    return BDIA_STEP.call((z_last, z, eps), coefficients, guidance_scale, outs=None if out is None else (out,))
 
 
 def bdia_inverse_step(
@@ -130,8 +130,8 @@ def bdia_inverse_step(
     >>> x = torch.ones(1, 2); bk.bdia_inverse_step(2 * x, x, x, a=1.0, b=0.5, a_last=1.0, b_last=0.5)
     tensor([[1., 1.]])
     """
-    coefficients = [a, b, a_last, b_last, gamma]
-    return BDIA_INVERSE_STEP((z_next, z, eps), coefficients, guidance_scale, outs=() if out is None else (out,))
+    coefficients = (a, b, a_last, b_last, gamma)
+    return BDIA_INVERSE_STEP.call((z_next, z, eps), coefficients, guidance_scale, outs=None if out is None else (out,))
 
 
 def affine_step(
@@ -166,8 +166,8 @@ def affine_step(
     >>> bk.affine_step([torch.ones(1, 2), torch.ones(1, 2)], [2.0, 0.5])
     tensor([[2.5000, 2.5000]])
     """
-    outs = () if out is None else (out,)
-    return AFFINE_STEP(tensors, weights, guidance_scale, noise_weight, seed, step, sample_id, outs=outs)
+    outs = None if out is None else (out,)
+    return AFFINE_STEP.call(tensors, weights, guidance_scale, noise_weight, seed, step, sample_id, outs=outs)
 
 
 def denoised_step(
@@ -210,13 +210,23 @@ def denoised_step(
     >>> bk.denoised_step([torch.full((1, 1), 3.0)], [1.0], [0.5], x0_weight=0.5, clip=1.0)[:2]
     (tensor([[2.]]), tensor([[1.]]))
     """
-    outs: tuple[Tensor, ...] = ()
+    outs: tuple[Tensor, ...] | None = None
     if out is not None:
         arguments.check_sequence("out", out, "(out, x0)" if next_scale is None else "(out, x0, next)")
         outs = tuple(out)
         if len(outs) != (2 if next_scale is None else 3):
             raise ValueError(f"out must hold (out, x0), and next with next_scale, got {len(outs)} tensors")
-    numbers = (x0_weight, clip, noise_weight, next_scale)
-    key = (seed, step, sample_id)
-    results = DENOISED_STEP(tensors, x0_weights, weights, guidance_scale, *numbers, *key, outs=outs)
-    return (*results[:2], None if next_scale is None else results[2])
+    return DENOISED_STEP.call(
+        tensors,
+        x0_weights,
+        weights,
+        guidance_scale,
+        x0_weight,
+        clip,
+        noise_weight,
+        next_scale,
+        seed,
+        step,
+        sample_id,
+        outs=outs,
+    )

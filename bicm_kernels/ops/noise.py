@@ -12,6 +12,7 @@ from bicm_kernels.ops import arguments
 from bicm_kernels.ops.arguments import Integer, Number
 from bicm_kernels.ops.library import define, library
 from bicm_kernels.ops.op import Op
+from bicm_kernels.torch_internals import transformed
 
 #: The version of the mapping from keys to numbers. Stored vectors guard it; it changes only with a new major version.
 NOISE_VERSION = 1
@@ -48,7 +49,7 @@ def _draw(
     out = torch.empty(shape, dtype=dtype, device=device)
     arguments.check_state("shape", out)
     arguments.check_vmap(seed)
-    fallback = arguments.transformed() or backend.running(out.device.type) == "reference"
+    fallback = transformed() or backend.running(out.device.type) == "reference"
     if fallback or arguments.unseen(out):
         _check_draw(out, seed, step, sample_id)
     if fallback:
@@ -163,7 +164,7 @@ def fold_in(seed: Integer, data: Integer) -> Integer:
     both_numbers = not isinstance(seed, Tensor) and not isinstance(data, Tensor)
     if both_numbers and not arguments.compiling():
         return reference.fold_in_words(int(seed), int(data))
-    if arguments.transformed() or backend.running(_device_of(seed, data).type) == "reference":
+    if transformed() or backend.running(_device_of(seed, data).type) == "reference":
         return reference.fold_in(arguments.integer(seed), data)
     try:
         return _ops.fold_in.default(arguments.integer(seed), arguments.integer(data))
@@ -237,4 +238,4 @@ def add_noise(
     >>> x = torch.zeros(2, 3); torch.equal(bk.add_noise(x, 2.0, seed=1), 2 * bk.normal((2, 3), seed=1))
     True
     """
-    return ADD_NOISE((x,), [scale], None, sigma, seed, step, sample_id)
+    return ADD_NOISE.call((x,), (scale,), None, sigma, seed, step, sample_id)

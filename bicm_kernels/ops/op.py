@@ -17,14 +17,35 @@ from bicm_kernels import backend, reference
 from bicm_kernels.ops import arguments, outputs
 from bicm_kernels.ops.arguments import dynamo
 from bicm_kernels.ops.library import define, library, without_lists
+from bicm_kernels.torch_internals import bare, implementations
 
 _KEY = ("seed", "step", "sample_id")
 #: Every op comes with numbers, for eager calls, and with tensors: for traced graphs, where a number would be compiled
 #: in, and for per-sample arguments. The types of a number, a list of numbers and a key's integers.
-_NUMBERS = ("float", "float[]", ("SymInt?", "SymInt", "SymInt"))
-_TENSORS = ("Tensor?", "Tensor[]", ("Tensor?",) * 3)
+_NUMBERS: Types = ("float", "float[]", ("SymInt?", "SymInt", "SymInt"))
+_TENSORS: Types = ("Tensor?", "Tensor[]", ("Tensor?",) * 3)
+
+#: What an overload with numbers takes as it is.
+PLAIN = frozenset((float, int, bool, type(None)))
 
 Call = Sequence[Any]
+Types = tuple[str, str, tuple[str, ...]]
+
+
+#: Which ops somebody registered other implementations of, and how many implementations there were at the last look.
+_replaced: set[str] = set()
+_implementations = -1
+#: What the package itself registers from Python: shapes without values, Triton kernels.
+_OURS = ("Meta", "CUDA", "XPU")
+
+
+def _look_for_others() -> None:
+    global _implementations
+    _implementations = len(implementations)
+    _replaced.clear()
+    for library_name, name, key in (entry.split("/") for entry in implementations if entry.count("/") == 2):
+        if library_name == "bicm_kernels" and key not in _OURS:
+            _replaced.add(name.partition(".")[0])
 
 
 @dataclass(eq=False)
@@ -36,12 +57,12 @@ class Op:
     """
 
     name: str
-    #: Empty: a sequence of 1 to 5, each with a weight of every kind in ``weights``.
     tensors: tuple[str, ...] = ()
     #: The last tensor may be a pair, and the op writes to tensors that the caller gives.
     guided: bool = False
     #: Numbers that a schema takes in one list.
     coefficients: tuple[str, ...] = ()
+    #: After the tensors with names come 1 to 5 without, each with a weight of every kind.
     weights: tuple[str, ...] = ()
     #: With "?": may be None.
     numbers: tuple[str, ...] = ()
@@ -49,6 +70,8 @@ class Op:
     #: The number that weighs keyed noise; only where there are weights may the key be left out.
     noise: str = ""
     outs: tuple[str, ...] = ("out",)
+    #: How many of these are returned, where it is not all.
+    results: int = 0
     #: A result is empty where the number is None that is named here.
     needs: dict[str, str] = field(default_factory=dict)
     #: Has a twin of tensors that records the derivative in the tensors; else the reference does.
@@ -61,6 +84,7 @@ class Op:
     schema: str = ""
 
     def __post_init__(self) -> None:
+        self.results = self.results or len(self.outs)
         self.optional = {number[:-1] for number in self.numbers if number.endswith("?")}
         self.numbers = tuple(number.rstrip("?") for number in self.numbers)
         self.lists = self.weights or (("coefficients",) if self.coefficients else ())
@@ -74,7 +98,9 @@ class Op:
             self.schema = self.name
             self.define()
         packet = getattr(torch.ops.bicm_kernels, self.schema)
-        self.default, self.tensor = packet.default, packet.tensor
+        self.default: Any = packet.default
+        self.tensor: Any = getattr(packet, "tensor", None)
+        self.bare = bare(self.default)
         if self.guided:
             self.out, self.tensor_out = packet.out, packet.tensor_out
         if self.differentiable:
@@ -82,7 +108,7 @@ class Op:
 
     # What torch is told.
 
-    def parameters(self, types: tuple[str, str, tuple[str, ...]]) -> list[str]:
+    def parameters(self, types: Types) -> list[str]:
         """The schema's arguments, of one flavour."""
         number, numbers, key = types
         found = ["Tensor[] tensors"] if self.guided else [f"Tensor {name}" for name in self.tensors]
@@ -93,25 +119,32 @@ class Op:
         found += [f"bool {name}" for name in self.flags]
         return found + [f"{kind} {name}" for kind, name in zip(key, _KEY, strict=True) if self.noise]
 
-    def extra(self, types: tuple[str, str, tuple[str, ...]]) -> list[str]:
+    def states(self) -> tuple[str, ...]:
+        """The arguments that are tensors of one shape, (B, ...)."""
+        return (*(("tensors",) if self.guided else self.tensors), *self.outs)
+
+    def extra(self, types: Types) -> list[str]:
         """Arguments that only an op with outputs takes."""
         return []
 
     def define(self) -> None:
         """Define the schemas, with numbers and with tensors, that return and that write."""
-        states = ["tensors"] if self.guided else [*self.tensors]
-        returns = "Tensor" if len(self.outs) == 1 else f"({', '.join(['Tensor'] * len(self.outs))})"
+        returns = "Tensor" if self.results == 1 else f"({', '.join(['Tensor'] * self.results)})"
         outs = ", ".join(f"Tensor({chr(ord('a') + k)}!) {name}" for k, name in enumerate(self.outs))
         for overload, types in (("", _NUMBERS), ("tensor", _TENSORS)):
             given = self.parameters(types)
-            define(f"{self.name}{'.' * bool(overload)}{overload}({', '.join(given)}) -> {returns}", states, self.fake)
+            define(
+                f"{self.name}{'.' * bool(overload)}{overload}({', '.join(given)}) -> {returns}",
+                self.states(),
+                self.fake,
+            )
             if self.guided:
                 writing = ".".join([self.name, "_".join([*overload.split(), "out"])])
                 given += [*self.extra(types), "*", outs]
-                define(f"{writing}({', '.join(given)}) -> ()", [*states, *self.outs], _write_nothing)
+                define(f"{writing}({', '.join(given)}) -> ()", self.states(), write_nothing)
         if self.differentiable:
             twin = f"{self.name}_tracked"
-            define(f"{twin}({', '.join(self.parameters(_TENSORS))}) -> {returns}", states, self.fake)
+            define(f"{twin}({', '.join(self.parameters(_TENSORS))}) -> {returns}", self.states(), self.fake)
             library.impl(twin, lambda *call: self.tensor(*call), "CompositeExplicitAutograd")
 
     def differentiate(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
@@ -129,15 +162,19 @@ class Op:
 
     # How it is called.
 
-    def __call__(self, *call: Any, outs: Sequence[Tensor] = ()) -> Any:
+    def call(self, *call: Any, outs: Any = None) -> Any:
         """Run the kernel, beside the dispatcher where it can be; a reference where something asks for it."""
-        if not outs and backend.lane is not None and not dynamo():
-            result = getattr(backend.lane, self.schema)(*call)
-            if result is not None:
-                return result
+        direct = backend.direct
+        if direct is not None and outs is None and not dynamo():
+            if len(implementations) != _implementations:
+                _look_for_others()
+            if (name := self.schema) not in _replaced:
+                result = getattr(direct, name)(*call)
+                if result is not None:
+                    return result
         return self.run(call, outs)
 
-    def run(self, call: Call, outs: Sequence[Tensor]) -> Any:
+    def run(self, call: Call, outs: Sequence[Tensor] | None) -> Any:
         """The way through the dispatcher."""
         if self.weights:
             lists = map(arguments.weight_list, self.weights, call[1:])
@@ -146,24 +183,30 @@ class Op:
             arguments.check_noise(self.noise, call[self.noise_at], call[self.first_key], optional=bool(self.weights))
         try:
             tensors, full = self.spread(call)
-            tracked = arguments.requires_grad(*tensors, *outs)
+            first = tensors[0]
+            if outs is None and self.simple(full) and arguments.quiet(first, tensors):
+                return self.asked_for(call, self.bare(*full))
+            tracked = arguments.requires_grad(*tensors, *(outs or ()))
             numbers = arguments.numbers(full[self.first_number :])
             untracked = arguments.requires_grad(*numbers) or (tracked and self.tracked is None)
-            fallback = arguments.needs_reference(tensors[0], tracked=untracked)
-            if fallback or arguments.unseen(tensors[0]):
+            fallback = arguments.needs_reference(first, tracked=untracked)
+            if fallback or arguments.unseen(first):
                 self.check(call, outs)
             if fallback:
                 results = self.reference(call)
-                return outputs.write(outs, results, untracked) if outs else results
-            return self.launch(*self.flavour(full, numbers, tensors[0], tracked, bool(outs)), outs)
+                if outs is None:
+                    return results
+                outputs.write(outs, results, untracked)
+                return self.given(outs)
+            return self.asked_for(call, self.launch(*self.flavour(call, full, tracked, outs), outs))
         except arguments.FAILURES as error:
             arguments.explain(error, lambda: self.check(call, outs))
 
     def spread(self, call: Call) -> tuple[list[Tensor], list[Any]]:
         """The tensors of a call, and the arguments as the schema takes them; TypeError for what no kernel can tell."""
         full = [*call]
-        if self.noise and type(full[self.first_key]) is int:
-            full[self.first_key] = arguments.signed(full[self.first_key])
+        if self.noise:
+            full[self.first_key :] = map(arguments.counter, full[self.first_key :])
         if not self.guided:
             return full[: self.first_number], full
         operands, guidance = call[0], call[self.guidance_at]
@@ -173,48 +216,75 @@ class Op:
         paired = not isinstance(last, Tensor)
         if paired != (guidance is not None):
             raise TypeError("guidance_scale and a pair of predictions go together")
-        if self.weights and len(full[1]) != len(operands):  # a kernel takes one tensor more than weights for a pair
+        if self.weights and len(full[1]) != len(operands) - len(self.tensors):  # a pair has one weight, and two tensors
             raise TypeError("as many weights as tensors")
         full[0] = tensors = [*operands[:-1], *last] if paired else [*operands]
+        if not paired:
+            full[self.guidance_at] = 0.0
         return tensors, full
 
-    def flavour(self, full: list[Any], numbers: Call, first: Tensor, tracked: bool, writes: bool) -> tuple[Any, Call]:
+    def simple(self, full: Call) -> bool:
+        """Whether all that is no tensor is a plain Python number, the usual call."""
+        numbers = self.first_number
+        for values in full[numbers : self.guidance_at]:
+            if not PLAIN.issuperset(map(type, values)):
+                return False
+        return PLAIN.issuperset(map(type, full[self.guidance_at :]))
+
+    def flavour(self, call: Call, full: list[Any], tracked: bool, outs: Any) -> tuple[Any, Call]:
         """The overload that takes a call, and its arguments."""
-        if not tracked and arguments.plain(numbers):
-            function = self.out if writes else self.default
-            if self.guided and full[self.guidance_at] is None:
-                full[self.guidance_at] = 0.0
+        if not tracked and arguments.plain(full[self.first_number :]):
+            function = self.default if outs is None else self.out
         else:
             values = arguments.coefficients(full[self.first_number : self.first_flag])
-            key = arguments.key(*full[self.first_key :], first) if self.noise else ()
+            if self.guided and call[self.guidance_at] is None:
+                values[len(self.lists)] = None
+            first = call[0][0] if self.guided else call[0]
+            seed, step, sample_id = full[self.first_key :] or (None, 0, 0)
+            key = arguments.key(seed, step, sample_id, first) if self.noise else ()
             full = [*full[: self.first_number], *values, *full[self.first_flag : self.first_key], *key]
             if tracked:
                 return self.tracked, full
-            function = self.tensor_out if writes else self.tensor
+            function = self.tensor if outs is None else self.tensor_out
         return without_lists(function) if self.guided and arguments.scripting() else function, full
 
-    def launch(self, function: Callable[..., Any], full: Call, outs: Sequence[Tensor]) -> Any:
+    def asked_for(self, call: Call, results: Any) -> Any:
+        """The results, None for one that its number did not ask for."""
+        if not self.needs:
+            return results
+        numbers = dict(zip(self.numbers, call[self.first_flag - len(self.numbers) :], strict=False))
+        wanted = [name not in self.needs or numbers[self.needs[name]] is not None for name in self.outs]
+        return tuple(x if want else None for x, want in zip(results, wanted, strict=True))
+
+    def launch(self, function: Callable[..., Any], full: Call, outs: Sequence[Tensor] | None) -> Any:
         """Call an overload; the results."""
-        if not outs:
+        if outs is None:
             return function(*full)
         unused = [outs[0].new_empty((0,))] * (len(self.outs) - len(outs))
         function(*full, **dict(zip(self.outs, (*outs, *unused), strict=True)))
-        return tuple(outs) if len(outs) > 1 else outs[0]
+        return self.given(outs)
+
+    def given(self, outs: Sequence[Tensor]) -> Any:
+        """The results of a call that wrote them."""
+        return (*outs, *[None] * (len(self.outs) - len(outs))) if len(self.outs) > 1 else outs[0]
 
     def reference(self, call: Call) -> Any:
         """The result of a call in plain PyTorch."""
-        named = dict(zip(self.tensors, call[0] if self.guided and self.tensors else call, strict=False))
-        if not self.tensors:
-            named["tensors"] = call[0]
+        return (self.plain or getattr(reference, self.name))(**self.named(call))
+
+    def named(self, call: Call) -> dict[str, Any]:
+        """The arguments of a call by the names that the reference has for them."""
+        named = dict(zip(self.tensors, call[0] if self.guided else call, strict=False))
+        if self.weights:
+            named["tensors"] = call[0][len(self.tensors) :]
         named |= dict(zip(self.coefficients, call[1], strict=True)) if self.coefficients else {}
         rest = (*self.weights, *["guidance_scale"][: self.guided], *self.numbers, *self.flags, *_KEY)
         at = self.first_number + bool(self.coefficients)
-        named |= dict(zip(rest, call[at:], strict=False))
-        return (self.plain or getattr(reference, self.name))(**named)
+        return named | dict(zip(rest, call[at:], strict=False))
 
     # What was wrong with a call.
 
-    def check(self, call: Call, outs: Sequence[Any]) -> None:
+    def check(self, call: Call, outs: Any) -> None:
         """Raise what is wrong with the arguments, if anything is."""
         tensors = self.check_tensors(call)
         first = next(iter(tensors.values()))
@@ -222,18 +292,20 @@ class Op:
             if value is not None or name not in self.optional:
                 arguments.check_number(name, value, first)
         if self.noise and call[self.first_key] is not None:
-            arguments.check_key(*call[self.first_key :], first.shape[0], first.device)
+            seed, step, sample_id = call[self.first_key :]
+            arguments.check_key(seed, step, sample_id, first.shape[0], first.device)
         empty = {name for name, number in self.needs.items() if dict(self.labelled(call))[number] is None}
-        given = {name: out for name, out in zip(self.outs, outs, strict=False) if name not in empty}
+        given = {name: out for name, out in zip(self.outs, outs or (), strict=False) if name not in empty}
         outputs.check_outs(given, tensors, first)
 
     def check_tensors(self, call: Call) -> dict[str, Any]:
         """The tensors by name, pairs opened, after a look at each."""
         operands = call[0] if self.guided else call[: self.first_number]
         arguments.check_sequence("tensors", operands)
-        names = self.tensors or tuple(f"tensors[{k}]" for k in range(len(operands)))
-        if not 1 <= len(operands) <= 5:
-            raise ValueError(f"tensors must hold 1 to 5 tensors, got {len(operands)}")
+        unnamed = len(operands) - len(self.tensors)
+        names = (*self.tensors, *[f"tensors[{k}]" for k in range(unnamed)])
+        if self.weights and not 1 <= unnamed <= 5:
+            raise ValueError(f"tensors must hold 1 to 5 tensors, got {unnamed}")
         found: dict[str, Any] = {}
         for name, operand in zip(names, operands, strict=True):
             pair = self.guided and isinstance(operand, tuple | list) and name == names[-1]
@@ -259,13 +331,14 @@ class Op:
     def labelled(self, call: Call) -> list[tuple[str, Any]]:
         """Every number of a call and its name."""
         values = iter(call[self.first_number : self.first_flag])
-        found = []
+        found: list[tuple[str, Any]] = []
         if self.coefficients:
             found += zip(self.coefficients, next(values), strict=True)
         for name in self.weights:
             weights = next(values)
-            if len(weights) != len(call[0]):
-                raise ValueError(f"{name} must be as many as the tensors, {len(call[0])}, got {len(weights)}")
+            unnamed = len(call[0]) - len(self.tensors)
+            if len(weights) != unnamed:
+                raise ValueError(f"{name} must be as many as the tensors, {unnamed}, got {len(weights)}")
             found += [(f"{name}[{k}]", weight) for k, weight in enumerate(weights)]
         if self.guided:
             guidance = next(values)
@@ -273,5 +346,5 @@ class Op:
         return [*found, *zip(self.numbers, values, strict=True)]
 
 
-def _write_nothing(*_: Any, **outs: Tensor) -> None:
+def write_nothing(*_: Any, **outs: Tensor) -> None:
     """What an op does that writes, for tensors without values: the outputs are there."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from bicm_kernels import reference
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.arguments import Integer, Number
-from bicm_kernels.ops.library import define, library
+from bicm_kernels.ops.library import define
 from bicm_kernels.ops.op import Op
 
 _ops = torch.ops.bicm_kernels
@@ -119,7 +119,7 @@ def scale_input(x: Tensor, t: Number, *, sigma_data: float = 0.5) -> Tensor:
     >>> bk.scale_input(torch.ones(1, 2), 0.0)
     tensor([[2., 2.]])
     """
-    return SCALE_INPUT(x, t, sigma_data)
+    return SCALE_INPUT.call(x, t, sigma_data)
 
 
 def denoise(
@@ -157,7 +157,7 @@ def denoise(
     tensor([[1., 1.]])
     """
     target = _target(parameterization, u, sigma_min)
-    return DENOISE(x, F, t, target, sigma_data, parameterization == "cm", scaled)
+    return DENOISE.call(x, F, t, target, sigma_data, parameterization == "cm", scaled)
 
 
 def renoise(
@@ -195,4 +195,4 @@ def renoise(
     """
     following = sigma if next_sigma is None else next_sigma
     target, cm = _target(parameterization, u, sigma_min), parameterization == "cm"
-    return RENOISE(x, F, t, target, sigma, following, sigma_data, cm, seed, step, sample_id)
+    return RENOISE.call(x, F, t, target, sigma, following, sigma_data, cm, seed, step, sample_id)
