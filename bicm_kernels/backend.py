@@ -6,7 +6,8 @@ Triton supports) and ``reference`` (plain PyTorch, slow). The environment variab
 ``BICM_KERNELS_ISA`` (scalar, avx2, avx512) forces an instruction set of the native CPU library,
 ``BICM_KERNELS_KEPT_MEMORY`` bounds the memory that it keeps for results, in MiB (256; 0 keeps none), and
 ``BICM_KERNELS_GENERATOR`` says who draws ``torch_randn``: ``native`` (the default: the native library where its
-bits are torch's) or ``torch``. They are read once, when the package is imported.
+bits are torch's) or ``torch``. ``BICM_KERNELS_DIRECT=0`` sends every call on the CPU through torch's dispatcher. They
+are read once, when the package is imported.
 """
 
 from __future__ import annotations
@@ -23,10 +24,7 @@ from typing import Any
 
 import torch
 
-from bicm_kernels import generator_check
-
-#: What has no kernel but the native CPU one yet; elsewhere its reference runs.
-CPU_FAMILIES: tuple[str, ...] = ()
+from bicm_kernels import generator_check, torch_internals
 
 CHOICES = ("auto", "native", "triton", "reference")
 DRAWERS = ("native", "torch")
@@ -41,12 +39,16 @@ _registrations: dict[str, torch.library.Library] = {}
 _kept_bytes = 256 << 20
 _drawer = "native"
 
-#: Whether CPU tensors go to the native library: what calls ask first.
-native_cpu = False
+#: Whether kernels run on CPU tensors, native or interpreted: what calls ask first.
+cpu_is_compiled = False
 
-#: The native library's own functions for CPU tensors, which the step ops try first: beside the dispatcher, they return
-#: None for every call that is not plain. None where another implementation runs.
-lane: Any = None
+#: The native library's own functions for CPU tensors, beside the dispatcher: they return None for every call that is
+#: not plain. None where another implementation runs.
+library: Any = None
+#: The same for the ops, which try them first; None where ``BICM_KERNELS_DIRECT=0`` says so.
+direct: Any = None
+
+_goes_direct = True
 
 _draws_like_torch: bool | None = None
 
@@ -71,7 +73,7 @@ def _why_there_is_no_library() -> str:
     )
 
 
-def _lane() -> Any:
+def _functions() -> Any:
     library = importlib.import_module("bicm_kernels._C")
     return library if hasattr(library, "ddim_step") else None
 
@@ -79,10 +81,10 @@ def _lane() -> Any:
 def draws_like_torch() -> bool:
     """Whether the native library draws the numbers of torch's CPU generator; compared with torch once."""
     global _draws_like_torch
-    if lane is None or _drawer == "torch":
+    if library is None or _drawer == "torch":
         return False
     if _draws_like_torch is None:
-        _draws_like_torch = lane.instruction_set() != "scalar" and generator_check.agree(lane.generator_normal)
+        _draws_like_torch = library.instruction_set() != "scalar" and generator_check.agree(library.generator_normal)
     return bool(_draws_like_torch)
 
 
@@ -198,13 +200,14 @@ def choose(name: str) -> None:
 
 
 def _choose(name: str, chosen_by: str) -> None:
-    global _choice, _chosen_by, _running, native_cpu, lane
+    global _choice, _chosen_by, _running, cpu_is_compiled, library, direct
     if name not in CHOICES:
         raise ValueError(f"the backend must be one of {', '.join(CHOICES)}, got {name!r}")
     before, registered = (_choice, _chosen_by, _running), set(_registrations)
     _choice, _chosen_by, _running = name, chosen_by, {}
     try:
-        native_cpu, lane = _make_ready()
+        cpu_is_compiled, library = _make_ready()
+        direct = library if _goes_direct else None
     except BaseException:
         _choice, _chosen_by, _running = before
         _unregister(set(_registrations) - registered)
@@ -213,19 +216,19 @@ def _choose(name: str, chosen_by: str) -> None:
 
 
 def _make_ready() -> tuple[bool, Any]:
-    """Start what the choice has to run on: the values of `native_cpu` and `lane`."""
+    """Start what the choice has to run on: the values of `cpu_is_compiled` and `library`."""
     gpus = _devices()[1:] if _choice == "triton" and not _interpreted() else []
     for device_type in gpus:
         running(device_type)
     if gpus:
         return False, None
     name = running("cpu")
-    return name in ("native", "triton"), _lane() if name == "native" else None
+    return name in ("native", "triton"), _functions() if name == "native" else None
 
 
 def _unregister(devices: set[str]) -> None:
     for device_type in devices:
-        _registrations.pop(device_type)._destroy()
+        torch_internals.unregister(_registrations.pop(device_type))
 
 
 def release_memory() -> int:
@@ -270,10 +273,14 @@ def _mebibytes(name: str, default: int) -> int:
 
 def start() -> None:
     """Read the environment at import, after the schemas are defined, and make its choice."""
-    global _kept_bytes, _drawer
+    global _kept_bytes, _drawer, _goes_direct
     _kept_bytes = _mebibytes("BICM_KERNELS_KEPT_MEMORY", 256)
     _drawer = os.environ.get("BICM_KERNELS_GENERATOR", "native")
     if _drawer not in DRAWERS:
         raise ValueError(f"BICM_KERNELS_GENERATOR: expected {' or '.join(DRAWERS)}, got {_drawer!r}")
+    switch = os.environ.get("BICM_KERNELS_DIRECT", "1")
+    if switch not in ("0", "1"):
+        raise ValueError(f"BICM_KERNELS_DIRECT: expected 0 or 1, got {switch!r}")
+    _goes_direct = switch == "1"
     name = os.environ.get("BICM_KERNELS_BACKEND", "auto")
     _choose(name, f"BICM_KERNELS_BACKEND={name}")

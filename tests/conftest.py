@@ -75,12 +75,12 @@ def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
-    """The calls that the lane beside the dispatcher is asked for, and whether it takes them."""
+    """The calls that `direct` is asked for beside the dispatcher, and whether it takes them."""
     from bicm_kernels import backend
     from tests.support.ways import Spy
 
     calls: list[tuple[str, bool]] = []
-    monkeypatch.setattr(backend, "lane", Spy(calls))
+    monkeypatch.setattr(backend, "direct", Spy(calls))
     return calls
 
 

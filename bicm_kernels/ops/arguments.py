@@ -13,103 +13,92 @@ from numbers import Integral, Real
 from typing import Any, NoReturn
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from bicm_kernels import backend
 from bicm_kernels.reference import arithmetic
+from bicm_kernels.torch_internals import (
+    differs_between_slices,
+    dispatch_modes,
+    inside_vmap,
+    is_batched_gradient,
+    is_tracing,
+    transformed,
+    transforms_alone,
+    undisturbed,
+)
 
 Number = float | Tensor
 Integer = int | Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WORD = 2**32
+#: What a call may fail with that was wrong: then `explain` says what.
+FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, OverflowError)
 #: What the kernels' own checks of arguments begin with; errors of CUDA and of torch do not.
 REFUSED = "bicm_kernels: "
 
 compiling = torch.compiler.is_compiling
 #: Whether Dynamo reads the code, which knows nothing of the native library's own functions.
 dynamo = torch.compiler.is_dynamo_compiling
-#: Whether a gradient stands for many, by ``is_grads_batched=True``.
-batched = torch._C._functorch.is_legacy_batchedtensor
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-_Interpreter = torch._C._functorch.CInterpreter
-_modes = torch._C._len_torch_dispatch_stack
 
 
 def scripting() -> bool:
     """Whether TorchScript traces; Dynamo, which cannot trace the question, never asks it."""
-    return not dynamo() and torch._C._is_tracing()
+    return not dynamo() and is_tracing()
 
 
 def unseen(first: Tensor) -> bool:
     """Whether no kernel sees this call and checks it: it is traced, or its tensors have no memory."""
-    return compiling() or _modes() > 0 or first.is_meta
+    return compiling() or dispatch_modes() > 0 or first.is_meta
 
 
-def mapped() -> bool:
-    """Whether a torch.func transform is active."""
-    # isinstance, because Dynamo holds the None of an empty stack for an object that is not None.
-    return isinstance(_functorch_level(), _Interpreter)
-
-
-def transformed() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is active, which a kernel cannot take part in."""
-    return isinstance(_functorch_level(), _Interpreter) or forward_ad._current_level >= 0
+def quiet(first: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether a kernel runs for a tensor's device, and nobody traces, watches, transforms or differentiates."""
+    if dynamo() or not undisturbed():
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    if first.is_cpu:
+        return backend.cpu_is_compiled
+    return not first.is_meta and backend.running(first.device.type) != "reference"
 
 
 def requires_grad(*values: object) -> bool:
     """Whether autograd would record an operation on any of these values."""
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
+    if torch.is_grad_enabled():
+        for x in values:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
 
 
-def needs_reference(first: Tensor, *, tracked: bool, family: str = "") -> bool:
+def needs_reference(first: Tensor, *, tracked: bool) -> bool:
     """Whether the differentiable PyTorch reference must do the work."""
-    running = backend.running(first.device.type)
-    compiled = running == "native" and first.is_cpu if family in backend.CPU_FAMILIES else running != "reference"
-    return tracked or transformed() or not compiled
+    return backend.running(first.device.type) == "reference" or tracked or transformed()
 
 
 def plain_gradient(gradient: Tensor) -> bool:
     """Whether a kernel may compute a derivative: nothing differentiates or maps the derivative itself."""
-    return not (batched(gradient) or requires_grad(gradient) or transformed())
+    return not (is_batched_gradient(gradient) or requires_grad(gradient) or transformed())
 
 
 def check_vmap(seed: object) -> None:
     """Raise under ``torch.vmap`` unless seeds are per sample: every slice would draw the same noise."""
-    if not mapped() or not _inside_vmap():
+    if not transforms_alone() or not inside_vmap():
         return
-    if not isinstance(seed, Tensor) or (seed.dim() == 0 and not _differs_between_slices(seed)):
+    if not isinstance(seed, Tensor) or (seed.dim() == 0 and not differs_between_slices(seed)):
         raise ValueError(
             f"seed must hold one seed per sample, a (B,) int64 tensor, under torch.vmap, got {describe(seed)}: "
             "each slice would repeat the same noise"
         )
 
 
-def _differs_between_slices(x: Tensor) -> bool:
-    """Whether ``torch.vmap`` maps over a tensor, which other transforms may have wrapped since."""
-    functorch = torch._C._functorch
-    # Dynamo cannot look below the innermost transform: a graph of vmap over grad raises.
-    while not compiling() and functorch.is_gradtrackingtensor(x):
-        x = functorch.get_unwrapped(x)
-    return functorch.is_batchedtensor(x)
-
-
-def _inside_vmap() -> bool:
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
-
-
-# torch.compiler.assume_constant_result, without the second that importing Dynamo takes: the stack is what it is while a
-# graph is traced, and Dynamo guards a graph with it.
-_inside_vmap._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def numbers(values: Sequence[Any]) -> list[Any]:
     """The numbers of a step, lists of coefficients opened."""
     flat: list[Any] = []
     for value in values:
-        if isinstance(value, list):
+        if isinstance(value, list | tuple):
             flat += value
         else:
             flat.append(value)
@@ -126,7 +115,18 @@ def weight_list(name: str, weights: Sequence[Any]) -> list[Any]:
 
 def plain(values: Sequence[Any]) -> bool:
     """Whether a call holds Python numbers alone and is not traced: then they pass as they are."""
-    return not compiling() and not any(isinstance(value, Tensor) for value in numbers(values))
+    return not compiling() and no_tensors(values)
+
+
+def no_tensors(values: Sequence[Any]) -> bool:
+    """Whether there are Python numbers alone."""
+    for value in values:
+        kind = type(value)
+        if kind is float or kind is int or value is None:
+            continue
+        if isinstance(value, Tensor) or (kind in (list, tuple) and not no_tensors(value)):
+            return False
+    return True
 
 
 # Making a tensor of a number takes longer than a small kernel, and nobody writes to these: they are kept. An inference
@@ -149,7 +149,7 @@ def coefficient(value: Number) -> Tensor:
         return value
     if compiling():
         return torch.ones((), dtype=torch.float64) * value
-    if _modes():  # such a mode would leave its own kind of tensor behind
+    if dispatch_modes() > 0:  # such a mode would leave its own kind of tensor behind
         return torch.tensor(value, dtype=torch.float64, device="cpu")
     return _kept_float(value, math.copysign(1.0, value))  # 0.0 and -0.0 are equal
 
@@ -157,7 +157,11 @@ def coefficient(value: Number) -> Tensor:
 def coefficients(values: Sequence[Any]) -> list[Any]:
     """The values of a step as tensors: lists element by element, None as it is."""
     return [
-        [coefficient(x) for x in value] if isinstance(value, list) else None if value is None else coefficient(value)
+        [coefficient(x) for x in value]
+        if isinstance(value, list | tuple)
+        else None
+        if value is None
+        else coefficient(value)
         for value in values
     ]
 
@@ -167,6 +171,13 @@ def signed(seed: int) -> int:
     return seed - 2**64 if 2**63 <= seed < 2**64 else seed
 
 
+def counter(value: Any) -> Any:
+    """An integer of a key as schemas take it: NumPy's as Python's, seeds signed; whatever else as it is."""
+    if type(value) is int:
+        return signed(value)
+    return signed(int(value)) if isinstance(value, Integral) else value
+
+
 def integer(value: Integer) -> Tensor:
     """An int as a 0-d int64 tensor; tensors as they are."""
     if isinstance(value, Tensor):
@@ -174,7 +185,7 @@ def integer(value: Integer) -> Tensor:
     if compiling():
         return torch.full((), signed(value), dtype=torch.int64)  # it must stay symbolic
     value = int(value)  # arithmetic on NumPy's integers overflows
-    return torch.tensor(signed(value), dtype=torch.int64, device="cpu") if _modes() else _kept_integer(value)
+    return torch.tensor(signed(value), dtype=torch.int64, device="cpu") if dispatch_modes() else _kept_integer(value)
 
 
 def key(seed: Integer | None, step: Integer, sample_id: Integer, like: Tensor) -> tuple[Tensor | None, ...]:
@@ -184,7 +195,7 @@ def key(seed: Integer | None, step: Integer, sample_id: Integer, like: Tensor) -
     batch = like.shape[0]
     plain = type(seed) is type(step) is type(sample_id) is int and -(2**63) <= seed < 2**64
     if plain and 0 <= step < WORD and 0 <= sample_id <= WORD - batch:
-        if not (compiling() or _modes()):
+        if not (compiling() or dispatch_modes()):
             return _kept_integer(seed), _kept_integer(step), _kept_integer(sample_id)
     else:
         check_key(seed, step, sample_id, batch, like.device)
@@ -285,12 +296,12 @@ def check_key(seed: object, step: object, sample_id: object, batch: int, device:
         raise ValueError(f"sample_id must be left at 0 where seed holds one seed per sample, got {describe(sample_id)}")
 
 
-def check_noise(noise_weight: object, seed: object) -> None:
+def check_noise(name: str, weight: object, seed: object, *, optional: bool) -> None:
     """Raise where noise is weighted but not keyed, or would repeat under ``torch.vmap``."""
     if seed is not None:
         check_vmap(seed)
-    elif isinstance(noise_weight, Tensor) or noise_weight != 0:
-        raise ValueError(f"seed must be given where noise is drawn, got None and noise_weight={noise_weight!r}")
+    elif not optional or isinstance(weight, Tensor) or weight != 0:
+        raise ValueError(f"seed must be given where noise is drawn, got None and {name}={weight!r}")
 
 
 def faithful(derivative: Callable[..., Any]) -> Callable[..., Any]:

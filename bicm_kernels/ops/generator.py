@@ -41,7 +41,7 @@ def torch_randn(
     single = (torch.get_default_dtype() if dtype is None else dtype) is torch.float32
     on_host = device is None or getattr(device, "type", device) == "cpu"
     if single and on_host and not dynamo() and backend.draws_like_torch():
-        noise = backend.lane.generator_normal(shape, generator)
+        noise = backend.library.generator_normal(shape, generator)
         if noise is not None:
             return noise
     return reference.torch_randn(shape, generator=generator, dtype=dtype, device=device)

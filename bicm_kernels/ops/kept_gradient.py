@@ -10,12 +10,11 @@ from torch import Tensor
 
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.library import define, library
+from bicm_kernels.torch_internals import is_batched_gradient, keeps_graph, refusing, transformed
 
 Gradients = tuple[Tensor | None, ...]
 
 _ops = torch.ops.bicm_kernels
-# Where torch does not tell, every graph may be needed again.
-_graph_is_retained: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 _HALVES = (torch.float16, torch.bfloat16)
 _TWICE = b"""the loss kept its gradient and not its inputs: a second derivative needs gradient="backward\""""
 
@@ -46,8 +45,8 @@ def scaled(upstream: Tensor, kept: Sequence[Tensor]) -> Sequence[Tensor]:
     On the CPU one number is looked at here; elsewhere the kernel looks, and leaves at once where it is 1.
     """
     # Tracers hand in tensors of types of their own, which have no value to look at.
-    plain = type(upstream) is Tensor and not (arguments.compiling() or arguments.batched(upstream))
-    if not plain or arguments.transformed() or _graph_is_retained():
+    plain = type(upstream) is Tensor and not (arguments.compiling() or is_batched_gradient(upstream))
+    if not plain or transformed() or keeps_graph():
         return _products(upstream, kept)
     if not (upstream.is_cpu and upstream.dim() == 0 and upstream.item() == 1.0):
         _ops.scale_gradients_.default(upstream, kept)
@@ -59,9 +58,7 @@ def differentiate(upstream: Tensor, kept: Sequence[Tensor], needs: Sequence[bool
     with torch.no_grad():
         results = scaled(upstream, kept)
     if torch.is_grad_enabled() and results:
-        refuse = torch._C._functions.DelayedError(_TWICE, len(results))
-        refused: Any = refuse(*[x.detach().requires_grad_() for x in results])
-        results = refused if isinstance(refused, tuple) else (refused,)
+        results = refusing(_TWICE, [*results])
     found = iter(results)
     return tuple(next(found) if need else None for need in needs)
 

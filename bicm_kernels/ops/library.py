@@ -26,7 +26,8 @@ def define(schema: str, states: Sequence[str], fake: Callable[..., Any]) -> None
     """
     library.define(schema)
     name, _, signature = schema.partition("(")
-    names = [argument.name for argument in torch._C.parse_schema(f"bicm_kernels::{schema}").arguments]
+    given = signature.partition(") ->")[0].split(", ")
+    names = [argument.split()[-1] for argument in given if argument != "*"]
 
     @functools.wraps(fake)
     def checked(*positional: Any, **keywords: Any) -> Any:

@@ -6,17 +6,25 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from bicm_kernels import backend
 from bicm_kernels.ops import arguments
-from bicm_kernels.ops.arguments import Integer, Number, dynamo
-from bicm_kernels.ops.multistep_dispatch import (
-    AFFINE_STEP,
-    BDIA_INVERSE_STEP,
-    BDIA_STEP,
-    DDIM_STEP,
-    DENOISED_STEP,
-    Operand,
-    run,
+from bicm_kernels.ops.arguments import Integer, Number
+from bicm_kernels.ops.op import Op
+
+Operand = Tensor | tuple[Tensor, Tensor]
+
+_BDIA = ("a", "b", "a_last", "b_last", "gamma")
+DDIM_STEP = Op("ddim_step", ("z", "eps"), guided=True, coefficients=("a", "b"))
+BDIA_STEP = Op("bdia_step", ("z_last", "z", "eps"), guided=True, coefficients=_BDIA)
+BDIA_INVERSE_STEP = Op("bdia_inverse_step", ("z_next", "z", "eps"), guided=True, coefficients=_BDIA)
+AFFINE_STEP = Op("affine_step", guided=True, weights=("weights",), numbers=("noise_weight",), noise="noise_weight")
+DENOISED_STEP = Op(
+    "denoised_step",
+    guided=True,
+    weights=("x0_weights", "weights"),
+    numbers=("x0_weight", "clip?", "noise_weight", "next_scale?"),
+    noise="noise_weight",
+    outs=("out", "x0", "next"),
+    needs={"next": "next_scale"},
 )
 
 
@@ -48,12 +56,7 @@ def ddim_step(
     >>> bk.ddim_step(torch.ones(1, 2), torch.ones(1, 2), a=2.0, b=0.5)
     tensor([[2.5000, 2.5000]])
     """
-    if out is None and not dynamo() and backend.lane is not None:
-        result = backend.lane.ddim_step((z, eps), (a, b), guidance_scale)
-        if result is not None:
-            return result
-    guidance = 0.0 if guidance_scale is None else guidance_scale
-    return run(DDIM_STEP, (z, eps), ([a, b], guidance), guidance_scale, (), () if out is None else (out,))
+    return DDIM_STEP.call((z, eps), (a, b), guidance_scale, outs=None if out is None else (out,))
 
 
 def bdia_step(
@@ -91,13 +94,8 @@ def bdia_step(
     >>> x = torch.ones(1, 2); bk.bdia_step(x, x, x, a=1.0, b=0.5, a_last=1.0, b_last=0.5)
     tensor([[2., 2.]])
     """
-    if out is None and not dynamo() and backend.lane is not None:
-        result = backend.lane.bdia_step((z_last, z, eps), (a, b, a_last, b_last, gamma), guidance_scale)
-        if result is not None:
-            return result
-    guidance = 0.0 if guidance_scale is None else guidance_scale
-    values = ([a, b, a_last, b_last, gamma], guidance)
-    return run(BDIA_STEP, (z_last, z, eps), values, guidance_scale, (), () if out is None else (out,))
+    coefficients = (a, b, a_last, b_last, gamma)
+    return BDIA_STEP.call((z_last, z, eps), coefficients, guidance_scale, outs=None if out is None else (out,))
 
 
 def bdia_inverse_step(
@@ -132,13 +130,8 @@ def bdia_inverse_step(
     >>> x = torch.ones(1, 2); bk.bdia_inverse_step(2 * x, x, x, a=1.0, b=0.5, a_last=1.0, b_last=0.5)
     tensor([[1., 1.]])
     """
-    if out is None and not dynamo() and backend.lane is not None:
-        result = backend.lane.bdia_inverse_step((z_next, z, eps), (a, b, a_last, b_last, gamma), guidance_scale)
-        if result is not None:
-            return result
-    guidance = 0.0 if guidance_scale is None else guidance_scale
-    values = ([a, b, a_last, b_last, gamma], guidance)
-    return run(BDIA_INVERSE_STEP, (z_next, z, eps), values, guidance_scale, (), () if out is None else (out,))
+    coefficients = (a, b, a_last, b_last, gamma)
+    return BDIA_INVERSE_STEP.call((z_next, z, eps), coefficients, guidance_scale, outs=None if out is None else (out,))
 
 
 def affine_step(
@@ -173,16 +166,8 @@ def affine_step(
     >>> bk.affine_step([torch.ones(1, 2), torch.ones(1, 2)], [2.0, 0.5])
     tensor([[2.5000, 2.5000]])
     """
-    if out is None and not dynamo() and backend.lane is not None:
-        result = backend.lane.affine_step(tensors, weights, guidance_scale, noise_weight, seed, step, sample_id)
-        if result is not None:
-            return result
-    guidance = 0.0 if guidance_scale is None else guidance_scale
-    arguments.check_noise(noise_weight, seed)
-    key = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
-    values = (arguments.weight_list("weights", weights), guidance, noise_weight)
-    outs = () if out is None else (out,)
-    return run(AFFINE_STEP, tensors, values, guidance_scale, key, outs)
+    outs = None if out is None else (out,)
+    return AFFINE_STEP.call(tensors, weights, guidance_scale, noise_weight, seed, step, sample_id, outs=outs)
 
 
 def denoised_step(
@@ -225,35 +210,23 @@ def denoised_step(
     >>> bk.denoised_step([torch.full((1, 1), 3.0)], [1.0], [0.5], x0_weight=0.5, clip=1.0)[:2]
     (tensor([[2.]]), tensor([[1.]]))
     """
-    if out is None and not dynamo() and backend.lane is not None:
-        # Each argument by itself: packing them first would take as long as handing them over.
-        results = backend.lane.denoised_step(
-            tensors,
-            x0_weights,
-            weights,
-            guidance_scale,
-            x0_weight,
-            clip,
-            noise_weight,
-            next_scale,
-            seed,
-            step,
-            sample_id,
-        )
-        if results is not None:
-            return results
-    guidance = 0.0 if guidance_scale is None else guidance_scale
-    arguments.check_noise(noise_weight, seed)
-    key = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
-    lists = arguments.weight_list("x0_weights", x0_weights), arguments.weight_list("weights", weights)
-    values = (*lists, guidance, x0_weight, clip, noise_weight, next_scale)
-    outs: tuple[Tensor, ...] = ()
+    outs: tuple[Tensor, ...] | None = None
     if out is not None:
         arguments.check_sequence("out", out, "(out, x0)" if next_scale is None else "(out, x0, next)")
         outs = tuple(out)
-    if outs and len(outs) != (2 if next_scale is None else 3):
-        raise ValueError(f"out must hold (out, x0), and next with next_scale, got {len(outs)} tensors")
-    if outs and next_scale is None:
-        outs = (*outs, outs[0].new_empty((0,)))
-    results = run(DENOISED_STEP, tensors, values, guidance_scale, key, outs)
-    return (*results[:2], None if next_scale is None else results[2])
+        if len(outs) != (2 if next_scale is None else 3):
+            raise ValueError(f"out must hold (out, x0), and next with next_scale, got {len(outs)} tensors")
+    return DENOISED_STEP.call(
+        tensors,
+        x0_weights,
+        weights,
+        guidance_scale,
+        x0_weight,
+        clip,
+        noise_weight,
+        next_scale,
+        seed,
+        step,
+        sample_id,
+        outs=outs,
+    )

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from bicm_kernels import backend, reference
 from bicm_kernels.ops import arguments
-from bicm_kernels.ops.arguments import Integer, Number, dynamo
+from bicm_kernels.ops.arguments import Integer, Number
 from bicm_kernels.ops.library import define, library
+from bicm_kernels.ops.op import Op
+from bicm_kernels.torch_internals import transformed
 
 #: The version of the mapping from keys to numbers. Stored vectors guard it; it changes only with a new major version.
 NOISE_VERSION = 1
@@ -47,7 +49,7 @@ def _draw(
     out = torch.empty(shape, dtype=dtype, device=device)
     arguments.check_state("shape", out)
     arguments.check_vmap(seed)
-    fallback = arguments.transformed() or backend.running(out.device.type) == "reference"
+    fallback = transformed() or backend.running(out.device.type) == "reference"
     if fallback or arguments.unseen(out):
         _check_draw(out, seed, step, sample_id)
     if fallback:
@@ -162,20 +164,12 @@ def fold_in(seed: Integer, data: Integer) -> Integer:
     both_numbers = not isinstance(seed, Tensor) and not isinstance(data, Tensor)
     if both_numbers and not arguments.compiling():
         return reference.fold_in_words(int(seed), int(data))
-    if arguments.transformed() or backend.running(_device_of(seed, data).type) == "reference":
+    if transformed() or backend.running(_device_of(seed, data).type) == "reference":
         return reference.fold_in(arguments.integer(seed), data)
     try:
         return _ops.fold_in.default(arguments.integer(seed), arguments.integer(data))
     except RuntimeError as error:
         arguments.fail(error)
-
-
-def _check_add_noise(x: object, sigma: object, scale: object, seed: object, step: object, sample_id: object) -> None:
-    arguments.check_state("x", x)
-    assert isinstance(x, Tensor)
-    arguments.check_number("sigma", sigma, x)
-    arguments.check_number("scale", scale, x)
-    arguments.check_key(seed, step, sample_id, x.shape[0], x.device)
 
 
 def _add_noise(x: Tensor, sigma: Tensor, scale: Tensor, seed: Tensor, step: Tensor, sample_id: Tensor) -> Tensor:
@@ -205,6 +199,18 @@ def _scale_gradient(ctx: object, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd("bicm_kernels::add_noise", _scale_gradient, setup_context=_save_scale, lib=library)
 
+ADD_NOISE = Op(
+    "add_noise",
+    ("x",),
+    guided=True,
+    coefficients=("scale",),
+    numbers=("sigma",),
+    noise="sigma",
+    schema="affine_step",
+    plain=lambda guidance_scale, **named: reference.add_noise(**named),
+    tracked=lambda tensors, scales, _, sigma, *key: _ops.add_noise.default(tensors[0], sigma, scales[0], *key),
+)
+
 
 def add_noise(
     x: Tensor,
@@ -232,22 +238,4 @@ def add_noise(
     >>> x = torch.zeros(2, 3); torch.equal(bk.add_noise(x, 2.0, seed=1), 2 * bk.normal((2, 3), seed=1))
     True
     """
-    if not dynamo() and backend.lane is not None:
-        result = backend.lane.affine_step((x,), (scale,), None, sigma, seed, step, sample_id)
-        if result is not None:
-            return result
-    arguments.check_vmap(seed)
-    tracked = arguments.requires_grad(x, sigma, scale)
-    try:
-        fallback = arguments.needs_reference(x, tracked=arguments.requires_grad(sigma, scale))
-        if fallback or arguments.unseen(x):
-            _check_add_noise(x, sigma, scale, seed, step, sample_id)
-        if fallback:
-            return reference.add_noise(x, sigma, scale=scale, seed=seed, step=step, sample_id=sample_id)
-        numbers = [arguments.coefficient(value) for value in (sigma, scale)]
-        key = arguments.key(seed, step, sample_id, x)
-        if tracked or arguments.scripting():
-            return _ops.add_noise.default(x, *numbers, *key)
-        return _ops.affine_step.tensor([x], [numbers[1]], None, numbers[0], *key)
-    except (RuntimeError, TypeError, OverflowError, AttributeError, IndexError) as error:
-        arguments.explain(error, lambda: _check_add_noise(x, sigma, scale, seed, step, sample_id))
+    return ADD_NOISE.call((x,), (scale,), None, sigma, seed, step, sample_id)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bicm_kernels.ops import arguments
+from bicm_kernels.torch_internals import transforms_alone
 
 LARGE = 2**26  # bytes
 
@@ -68,20 +69,18 @@ def same_place(x: Tensor, y: Tensor) -> bool:
     return x.data_ptr() == y.data_ptr() and x.dtype == y.dtype and x.stride() == y.stride()
 
 
-def write(outs: Sequence[Tensor], results: Any, tracked: bool) -> Any:
+def write(outs: Sequence[Tensor], results: Any, tracked: bool) -> None:
     """Copy the results of a reference into the caller's outputs, which carry no derivative."""
     if tracked:
         raise ValueError("out must not be given where a tensor requires grad: what is written there has no derivative")
     results = (results,) if isinstance(results, Tensor) else results
-    for out, result in zip(outs, results, strict=True):
-        if result is not None:
-            out.copy_(result)
-    return tuple(outs) if len(outs) > 1 else outs[0]
+    for out, result in zip(outs, results, strict=False):  # what was not asked for is None, and last
+        out.copy_(result)
 
 
 def check_outs(outs: Mapping[str, Any], tensors: Mapping[str, Tensor], first: Tensor) -> None:
     """Raise unless the outputs can take the results: like the first tensor, and no overlap but an exact one."""
-    if outs and arguments.mapped():
+    if outs and transforms_alone():
         raise ValueError("out must not be given under a torch.func transform: what is written there is lost to it")
     first_name = next(iter(tensors))
     for name, out in outs.items():

@@ -7,52 +7,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bicm_kernels import backend, reference
+from bicm_kernels import reference
 from bicm_kernels.ops import arguments
-from bicm_kernels.ops.arguments import Integer, Number, dynamo
-from bicm_kernels.ops.library import define, library
+from bicm_kernels.ops.arguments import Integer, Number
+from bicm_kernels.ops.library import define
+from bicm_kernels.ops.op import Op
 
 _ops = torch.ops.bicm_kernels
 
 PARAMETERIZATIONS = ("bcm", "cm", "edm")
 
 
-def _fake_like_first(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x)
+def _plain_denoise(*, u: Any, cm: bool, **named: Any) -> Tensor:
+    return reference.denoise(u=None if cm else u, sigma_min=u, parameterization="cm" if cm else "bcm", **named)
 
 
-def _fake_two(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x)
+def _plain_renoise(*, u: Any, cm: bool, **named: Any) -> tuple[Tensor, Tensor]:
+    return reference.renoise(u=None if cm else u, sigma_min=u, parameterization="cm" if cm else "bcm", **named)
 
 
-def _fake_gradient(gradient: Tensor, *rest: Any) -> Tensor:
-    return gradient.new_empty(gradient.shape, dtype=rest[-1])
-
-
-_DENOISE = "bool cm, bool scaled"
-for _schema, _fake in {
-    "scale_input(Tensor x, float t, float sigma_data) -> Tensor": _fake_like_first,
-    "scale_input.tensor(Tensor x, Tensor? t, Tensor? sigma_data) -> Tensor": _fake_like_first,
-    f"denoise(Tensor x, Tensor F, float t, float u, float sigma_data, {_DENOISE}) -> Tensor": _fake_like_first,
-    f"denoise.tensor(Tensor x, Tensor F, Tensor? t, Tensor? u, Tensor? sigma_data, {_DENOISE}) -> Tensor": (
-        _fake_like_first
-    ),
-    f"denoise_gradient(Tensor gradient, Tensor? t, Tensor? u, Tensor? sigma_data, {_DENOISE}, bool in_F, "
-    "ScalarType dtype) -> Tensor": _fake_gradient,
-    "renoise(Tensor x, Tensor F, float t, float u, float sigma, float next_sigma, float sigma_data, bool cm, "
-    "SymInt? seed, SymInt step, SymInt sample_id) -> (Tensor, Tensor)": _fake_two,
-    "renoise.tensor(Tensor x, Tensor F, Tensor? t, Tensor? u, Tensor? sigma, Tensor? next_sigma, Tensor? sigma_data, "
-    "bool cm, Tensor? seed, Tensor? step, Tensor? sample_id) -> (Tensor, Tensor)": _fake_two,
-    # The same two with a derivative. They stand apart because carrying one doubles the cost of every call.
-    "scale_input_tracked(Tensor x, Tensor t, Tensor sigma_data) -> Tensor": _fake_like_first,
-    f"denoise_tracked(Tensor x, Tensor F, Tensor t, Tensor u, Tensor sigma_data, {_DENOISE}) -> Tensor": (
-        _fake_like_first
-    ),
-}.items():
-    define(_schema, ["x", "F", "gradient"], _fake)
-
-library.impl("scale_input_tracked", lambda *args: _ops.scale_input.tensor(*args), "CompositeExplicitAutograd")
-library.impl("denoise_tracked", lambda *args: _ops.denoise.tensor(*args), "CompositeExplicitAutograd")
+# Those with a derivative stand apart because carrying one doubles the cost of every call.
+SCALE_INPUT = Op("scale_input", ("x",), numbers=("t", "sigma_data"), differentiable=True)
+DENOISE = Op(
+    "denoise",
+    ("x", "F"),
+    numbers=("t", "u", "sigma_data"),
+    flags=("cm", "scaled"),
+    differentiable=True,
+    plain=_plain_denoise,
+)
+RENOISE = Op(
+    "renoise",
+    ("x", "F"),
+    numbers=("t", "u", "sigma", "next_sigma", "sigma_data"),
+    flags=("cm",),
+    noise="sigma",
+    outs=("x_s", "scaled"),
+    plain=_plain_renoise,
+)
+define(
+    "denoise_gradient(Tensor gradient, Tensor? t, Tensor? u, Tensor? sigma_data, bool cm, bool scaled, bool in_F, "
+    "ScalarType dtype) -> Tensor",
+    ["gradient"],
+    lambda gradient, *rest: gradient.new_empty(gradient.shape, dtype=rest[-1]),
+)
 
 
 def _save_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -88,12 +86,8 @@ def _denoise_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return *gradients, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "bicm_kernels::scale_input_tracked", _input_gradient, setup_context=_save_input, lib=library
-)
-torch.library.register_autograd(
-    "bicm_kernels::denoise_tracked", _denoise_gradient, setup_context=_save_denoise, lib=library
-)
+DENOISE.differentiate(_denoise_gradient, _save_denoise)
+SCALE_INPUT.differentiate(_input_gradient, _save_input)
 
 
 def _target(parameterization: str, u: Number | None, sigma_min: float) -> Number:
@@ -105,18 +99,6 @@ def _target(parameterization: str, u: Number | None, sigma_min: float) -> Number
     if parameterization == "edm":
         return 0.0
     return sigma_min if u is None else u
-
-
-def _check(states: dict[str, Any], numbers: dict[str, Any], key: tuple[Any, ...] = ()) -> None:
-    """Raise what is wrong with the arguments, if anything is."""
-    first_name, first = next(iter(states.items()))
-    arguments.check_state(first_name, first)
-    for name, x in states.items():
-        arguments.check_state(name, x, first, first_name)
-    for name, number in numbers.items():
-        arguments.check_number(name, number, first)
-    if key:
-        arguments.check_key(key[0], key[1], key[2], first.shape[0], first.device)
 
 
 def scale_input(x: Tensor, t: Number, *, sigma_data: float = 0.5) -> Tensor:
@@ -137,12 +119,7 @@ def scale_input(x: Tensor, t: Number, *, sigma_data: float = 0.5) -> Tensor:
     >>> bk.scale_input(torch.ones(1, 2), 0.0)
     tensor([[2., 2.]])
     """
-    if not dynamo() and backend.lane is not None:
-        result = backend.lane.scale_input(x, t, sigma_data)
-        if result is not None:
-            return result
-    numbers = {"t": t, "sigma_data": sigma_data}
-    return _call("scale_input", {"x": x}, numbers, lambda: reference.scale_input(x, t, sigma_data=sigma_data))
+    return SCALE_INPUT.call(x, t, sigma_data)
 
 
 def denoise(
@@ -180,41 +157,7 @@ def denoise(
     tensor([[1., 1.]])
     """
     target = _target(parameterization, u, sigma_min)
-    if not dynamo() and backend.lane is not None:
-        result = backend.lane.denoise(x, F, t, target, sigma_data, parameterization == "cm", scaled)
-        if result is not None:
-            return result
-    numbers = {"t": t, "u": target, "sigma_data": sigma_data}
-    return _call(
-        "denoise",
-        {"x": x, "F": F},
-        numbers,
-        lambda: reference.denoise(
-            x, F, t, u, parameterization=parameterization, sigma_data=sigma_data, sigma_min=sigma_min, scaled=scaled
-        ),
-        (parameterization == "cm", scaled),
-    )
-
-
-def _call(
-    name: str, states: dict[str, Any], numbers: dict[str, Any], plain_torch: Any, flags: tuple[bool, ...] = ()
-) -> Any:
-    """An op without noise: its kernel, its tracked twin where a derivative is recorded, or its reference."""
-    tensors, values = [*states.values()], tuple(numbers.values())
-    try:
-        tracked = arguments.requires_grad(*tensors)
-        fallback = arguments.needs_reference(tensors[0], tracked=arguments.requires_grad(*values))
-        if fallback or arguments.unseen(tensors[0]):
-            _check(states, numbers)
-        if fallback:
-            return plain_torch()
-        if not tracked and arguments.plain(values):
-            return getattr(_ops, name).default(*tensors, *values, *flags)
-        table = [arguments.coefficient(value) for value in values]
-        op = getattr(_ops, f"{name}_tracked").default if tracked else getattr(_ops, name).tensor
-        return op(*tensors, *table, *flags)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        arguments.explain(error, lambda: _check(states, numbers))
+    return DENOISE.call(x, F, t, target, sigma_data, parameterization == "cm", scaled)
 
 
 def renoise(
@@ -251,39 +194,5 @@ def renoise(
     tensor([[2., 2.]])
     """
     following = sigma if next_sigma is None else next_sigma
-    target = _target(parameterization, u, sigma_min)
-    cm = parameterization == "cm"
-    if not dynamo() and backend.lane is not None:
-        results = backend.lane.renoise(x, F, t, target, sigma, following, sigma_data, cm, seed, step, sample_id)
-        if results is not None:
-            return results
-    states = {"x": x, "F": F}
-    numbers = {"t": t, "u": target, "sigma": sigma, "next_sigma": following, "sigma_data": sigma_data}
-    values = tuple(numbers.values())
-    arguments.check_vmap(seed)
-    key = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
-    try:
-        fallback = arguments.needs_reference(x, tracked=arguments.requires_grad(x, F, *values))
-        if fallback or arguments.unseen(x):
-            _check(states, numbers, key)
-        if fallback:
-            return reference.renoise(
-                x,
-                F,
-                t,
-                u,
-                sigma,
-                next_sigma=next_sigma,
-                seed=seed,
-                step=step,
-                sample_id=sample_id,
-                parameterization=parameterization,
-                sigma_data=sigma_data,
-                sigma_min=sigma_min,
-            )
-        if arguments.plain(values) and arguments.plain(key):
-            return _ops.renoise.default(x, F, *values, cm, *key)
-        table = [arguments.coefficient(value) for value in values]
-        return _ops.renoise.tensor(x, F, *table, cm, *arguments.key(*key, x))
-    except (RuntimeError, TypeError, AttributeError, OverflowError, IndexError) as error:
-        arguments.explain(error, lambda: _check(states, numbers, key))
+    target, cm = _target(parameterization, u, sigma_min), parameterization == "cm"
+    return RENOISE.call(x, F, t, target, sigma, following, sigma_data, cm, seed, step, sample_id)

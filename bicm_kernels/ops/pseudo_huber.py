@@ -16,6 +16,7 @@ from bicm_kernels.ops import arguments
 from bicm_kernels.ops.arguments import Number
 from bicm_kernels.ops.kept_gradient import Kept, can_be_kept, wanted_bits
 from bicm_kernels.ops.pseudo_huber_dispatch import CODES, CONSISTENCY_LOSS, MAY_BE_NONE, PSEUDO_HUBER, Loss, Tracked
+from bicm_kernels.torch_internals import apply_of, transformed
 
 _PARAMETERIZATION, _SCALED, _KIND, _REDUCTION = CODES.values()
 #: Whether the gradient is formed with the value.
@@ -49,7 +50,7 @@ def _check(loss: Loss, call: Sequence[Any], gradient: object) -> None:
 
 def _quick(loss: Loss, tensors: tuple[Any, ...], options: tuple[Any, ...], keeps: bool) -> Tensor | None:
     """The loss of an eager call on the CPU whose numbers need no conversion; None where a call is another or wrong."""
-    if arguments.transformed() or not tensors[0].is_cpu:
+    if transformed() or not tensors[0].is_cpu:
         return None
     tracked = False
     for place, x in enumerate(tensors):
@@ -66,8 +67,8 @@ def _quick(loss: Loss, tensors: tuple[Any, ...], options: tuple[Any, ...], keeps
 
 
 # Without the detour through Function.apply, which looks for the transforms that were ruled out before.
-_apply = super(torch.autograd.Function, Tracked).apply
-_apply_kept = super(torch.autograd.Function, Kept).apply
+_apply = apply_of(Tracked)
+_apply_kept = apply_of(Kept)
 
 
 def _run(
@@ -106,7 +107,7 @@ def _run(
         # Copies, because nothing would notice if they were overwritten before the backward pass.
         numbers = tuple(x.clone() if isinstance(x, Tensor) else x for x in numbers)
         return Tracked.apply((loss, kernels, (*numbers, *codes)), *tensors)
-    except (RuntimeError, TypeError, AttributeError, KeyError, OverflowError) as error:
+    except arguments.FAILURES as error:
         arguments.explain(error, lambda: _check(loss, values, gradient))
 
 
@@ -156,12 +157,12 @@ def pseudo_huber(
     tensor(5.)
     """
     tensors = (pred, target, weight)
-    if backend.native_cpu and not arguments.compiling() and (c is None or type(c) is float):
+    if backend.cpu_is_compiled and not arguments.compiling() and (c is None or type(c) is float):
         try:
             loss = _quick(PSEUDO_HUBER, tensors, (c, _KIND[kind], _REDUCTION[reduction]), _GRADIENT[gradient])
             if loss is not None:
                 return loss
-        except (RuntimeError, TypeError, AttributeError, KeyError):
+        except arguments.FAILURES:
             pass  # the long way says why
     return _run(PSEUDO_HUBER, tensors, (c,), (kind, reduction), gradient)
 
@@ -212,13 +213,13 @@ def consistency_loss(
     tensor(5.)
     """
     tensors = (F, target, x, t, u, weight)
-    if backend.native_cpu and not arguments.compiling() and (c is None or type(c) is float):
+    if backend.cpu_is_compiled and not arguments.compiling() and (c is None or type(c) is float):
         try:
             found = (_PARAMETERIZATION[parameterization], _SCALED[scaled], _KIND[kind], _REDUCTION[reduction])
             loss = _quick(CONSISTENCY_LOSS, tensors, (c, sigma_data, sigma_min, *found), _GRADIENT[gradient])
             if loss is not None:
                 return loss
-        except (RuntimeError, TypeError, AttributeError, KeyError):
+        except arguments.FAILURES:
             pass  # the long way says why
     codes = (parameterization, scaled, kind, reduction)
     return _run(CONSISTENCY_LOSS, tensors, (c, sigma_data, sigma_min), codes, gradient)

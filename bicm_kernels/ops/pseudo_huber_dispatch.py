@@ -13,6 +13,7 @@ from bicm_kernels import reference
 from bicm_kernels.ops import arguments, kept_gradient
 from bicm_kernels.ops.kept_gradient import Gradients, wanted_bits
 from bicm_kernels.ops.library import define, library
+from bicm_kernels.torch_internals import is_batched_gradient, transformed
 
 _Kernel = Callable[..., Any]
 
@@ -80,7 +81,7 @@ def _gradients(
     loss: Loss, kernel: _Kernel, upstream: Tensor, sums: Tensor, needs: Sequence[bool], call: Sequence[Any]
 ) -> Gradients:
     """The derivatives that are needed, in one pass; through the reference where they are differentiated themselves."""
-    if torch.is_grad_enabled() or arguments.batched(upstream) or arguments.transformed():
+    if torch.is_grad_enabled() or is_batched_gradient(upstream) or transformed():
         results = _reference_gradients(loss, upstream, needs, call)
     else:
         results = kernel(upstream, sums, wanted_bits(needs), *call)

@@ -17,18 +17,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bicm_kernels import backend, reference
+from bicm_kernels import reference
 from bicm_kernels.ops import arguments
-from bicm_kernels.ops.arguments import Integer, Number, dynamo
-from bicm_kernels.ops.reversible_checks import Call, check_decode, check_encode, refuse_derivative
+from bicm_kernels.ops.arguments import Integer, Number
+from bicm_kernels.ops.reversible_checks import check_encode, refuse_derivative
 from bicm_kernels.ops.reversible_dispatch import (
     AFFINE_INVERSE_STEP,
     AFFINE_STEP,
     BDIA_INVERSE_STEP,
     BDIA_STEP,
-    FAMILY,
+    DECODE,
     Pair,
-    run,
 )
 
 Operand = Tensor | tuple[Tensor, Tensor]
@@ -71,7 +70,7 @@ def fixed_point_encode(
 
     try:
         refuse_derivative(x)
-        fallback = arguments.needs_reference(x, tracked=False, family=FAMILY)
+        fallback = arguments.needs_reference(x, tracked=False)
         if fallback or arguments.unseen(x):
             check()
         if fallback:
@@ -84,7 +83,7 @@ def fixed_point_encode(
         out = torch.empty_like(x, dtype=dtype)
         _ops.fixed_point_encode.out(x, fraction_bits, arguments.integer(mark), out=out, overflow=overflow)
         return out
-    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
+    except arguments.FAILURES as error:
         arguments.explain(error, check)
 
 
@@ -107,23 +106,7 @@ def fixed_point_decode(q: Tensor, *, fraction_bits: int = 32, dtype: torch.dtype
     >>> bk.fixed_point_decode(torch.tensor([[24, -2]]), fraction_bits=4)
     tensor([[ 1.5000, -0.1250]])
     """
-    if not dynamo() and backend.lane is not None:
-        result = backend.lane.fixed_point_decode(q, fraction_bits, dtype)
-        if result is not None:
-            return result
-
-    def check() -> None:
-        check_decode(q, fraction_bits, dtype)
-
-    try:
-        fallback = arguments.needs_reference(q, tracked=False, family=FAMILY)
-        if fallback or arguments.unseen(q):
-            check()
-        if fallback:
-            return reference.fixed_point_decode(q, fraction_bits=fraction_bits, dtype=dtype)
-        return _ops.fixed_point_decode.default(q, fraction_bits, dtype)
-    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
-        arguments.explain(error, check)
+    return DECODE.call(q, fraction_bits, dtype)
 
 
 def exact_affine_step(
@@ -175,15 +158,9 @@ def exact_affine_step(
     >>> bk.exact_affine_inverse_step(q_next, [x], [0.5], info, ratio=(2, 3), fraction_bits=1)
     (tensor([[ 7, -7]]), tensor([[0, 0]]))
     """
-    if out is None and not dynamo() and backend.lane is not None:
-        results = backend.lane.exact_affine_step(
-            q_last, tensors, info, weights, guidance_scale, ratio, fraction_bits, overflow, mark
-        )
-        if results is not None:
-            return results[0], info if results[1] is None else results[1]
-    table = arguments.weight_list("weights", weights)
-    call = Call(q_last, tensors, table, info, ratio, fraction_bits, guidance_scale, overflow, mark, out)
-    return run(AFFINE_STEP, call)
+    return AFFINE_STEP.call(
+        q_last, tensors, info, weights, guidance_scale, ratio, fraction_bits, overflow, mark, outs=out
+    )
 
 
 def exact_affine_inverse_step(
@@ -221,15 +198,9 @@ def exact_affine_inverse_step(
     >>> bk.exact_affine_inverse_step(q, [x], [1.0], 0 * q, fraction_bits=2)
     (tensor([[2]]), tensor([[0]]))
     """
-    if out is None and not dynamo() and backend.lane is not None:
-        results = backend.lane.exact_affine_inverse_step(
-            q_next, tensors, info, weights, guidance_scale, ratio, fraction_bits, overflow, mark
-        )
-        if results is not None:
-            return results[0], info if results[1] is None else results[1]
-    table = arguments.weight_list("weights", weights)
-    call = Call(q_next, tensors, table, info, ratio, fraction_bits, guidance_scale, overflow, mark, out)
-    return run(AFFINE_INVERSE_STEP, call)
+    return AFFINE_INVERSE_STEP.call(
+        q_next, tensors, info, weights, guidance_scale, ratio, fraction_bits, overflow, mark, outs=out
+    )
 
 
 def bdia_exact_step(
@@ -275,15 +246,10 @@ def bdia_exact_step(
     >>> bk.bdia_exact_step(q, q, eps, 0 * q, a=1.0, b=0.5, a_last=1.0, b_last=0.5, fraction_bits=3)
     (tensor([[16]]), tensor([[0]]))
     """
-    coefficients = [a, b, a_last, b_last]
-    if out is None and not dynamo() and backend.lane is not None:
-        results = backend.lane.bdia_exact_step(
-            q_last, (q, eps), info, coefficients, guidance_scale, gamma, fraction_bits, overflow, mark
-        )
-        if results is not None:
-            return results[0], info if results[1] is None else results[1]
-    call = Call(q_last, (q, eps), coefficients, info, gamma, fraction_bits, guidance_scale, overflow, mark, out)
-    return run(BDIA_STEP, call)
+    coefficients = (a, b, a_last, b_last)
+    return BDIA_STEP.call(
+        q_last, (q, eps), info, coefficients, guidance_scale, gamma, fraction_bits, overflow, mark, outs=out
+    )
 
 
 def bdia_exact_inverse_step(
@@ -325,12 +291,7 @@ def bdia_exact_inverse_step(
     >>> bk.bdia_exact_inverse_step(2 * q, q, eps, 0 * q, a=1.0, b=0.5, a_last=1.0, b_last=0.5, fraction_bits=3)
     (tensor([[8]]), tensor([[0]]))
     """
-    coefficients = [a, b, a_last, b_last]
-    if out is None and not dynamo() and backend.lane is not None:
-        results = backend.lane.bdia_exact_inverse_step(
-            q_next, (q, eps), info, coefficients, guidance_scale, gamma, fraction_bits, overflow, mark
-        )
-        if results is not None:
-            return results[0], info if results[1] is None else results[1]
-    call = Call(q_next, (q, eps), coefficients, info, gamma, fraction_bits, guidance_scale, overflow, mark, out)
-    return run(BDIA_INVERSE_STEP, call)
+    coefficients = (a, b, a_last, b_last)
+    return BDIA_INVERSE_STEP.call(
+        q_next, (q, eps), info, coefficients, guidance_scale, gamma, fraction_bits, overflow, mark, outs=out
+    )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,26 +10,11 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from bicm_kernels.ops import arguments, outputs
+from bicm_kernels.torch_internals import forward_level, transformed
 
 #: Places after the binary point at most, by the dtype of the state.
 FRACTION_BITS = {torch.int64: 62, torch.int32: 30}
 MAX_RATIO = 2**20
-
-
-@dataclass
-class Call:
-    """The arguments of a step as they were given; ``operands`` without the first state."""
-
-    last: Tensor
-    operands: Sequence[Any]
-    coefficients: list[Any]
-    info: Tensor
-    ratio: Any
-    fraction_bits: int
-    guidance_scale: Any
-    overflow: Tensor | None
-    mark: Any
-    out: Any
 
 
 def refuse_derivative(*values: object) -> None:
@@ -38,7 +22,7 @@ def refuse_derivative(*values: object) -> None:
     for x in values:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             continue
-        tangent = forward_ad.unpack_dual(x).tangent if forward_ad._current_level >= 0 else None
+        tangent = forward_ad.unpack_dual(x).tangent if forward_level() >= 0 else None
         if tangent is not None or arguments.requires_grad(x):
             raise ValueError(
                 "a tensor that requires grad was given, but fixed-point states are integers and have no derivative: "
@@ -90,7 +74,7 @@ def check_overflow(overflow: Any, mark: object, batch: int, device: torch.device
         raise ValueError(f"overflow must be a ({batch},) tensor, got shape {tuple(overflow.shape)}")
     if overflow.device != device:
         raise ValueError(f"overflow must be on {device}, got {overflow.device}")
-    if arguments.transformed():
+    if transformed():
         raise ValueError("overflow must not be given under a torch.func transform: what is noted there is lost to it")
     if outputs.has_memory(overflow) and outputs.overlaps_itself(overflow):
         raise ValueError(f"overflow must not overlap itself, got strides {overflow.stride()}")
@@ -125,22 +109,16 @@ def check_ratio(name: str, ratio: Any, last: Tensor) -> None:
         raise ValueError(f"{name} must be (1, 1) for int32 states: other ratios need int64, got {ratio!r}")
 
 
-def check_numbers(ratio: str, call: Call) -> None:
-    """Raise unless the integers beside the tensors are in range."""
-    check_ratio(ratio, call.ratio, call.last)
-    check_fraction_bits(call.fraction_bits, call.last.dtype)
-    arguments.check_integer("mark", call.mark, call.last.shape[0], call.last.device, 1, 2**63)
-
-
-def check_outs(out: Any, call: Call, tensors: dict[str, Tensor], first: str) -> None:
+def check_outs(out: Any, tensors: Mapping[str, Tensor]) -> None:
     """Raise unless (q_next, info) can take the results."""
-    if arguments.transformed():
+    if transformed():
         raise ValueError("out must not be given under a torch.func transform: what is written there is lost to it")
     arguments.check_sequence("out", out, "(q, info)")
     if not isinstance(out, tuple | list) or len(out) != 2:
         raise TypeError(f"out must be a pair of tensors for the state and the buffer, got {arguments.describe(out)}")
-    check_fixed_point("out[0]", out[0], call.last, first)
-    check_fixed_point("out[1]", out[1], call.info, "info")
+    first = next(iter(tensors))
+    check_fixed_point("out[0]", out[0], tensors[first], first)
+    check_fixed_point("out[1]", out[1], tensors["info"], "info")
     if not outputs.has_memory(out[0]):
         return
     for k, x in enumerate(out):
@@ -153,47 +131,8 @@ def check_outs(out: Any, call: Call, tensors: dict[str, Tensor], first: str) -> 
         raise ValueError("out[0] and out[1] must not share memory")
 
 
-def check_step(first: str, operands: tuple[str, ...], coefficients: tuple[str, ...], ratio: str, call: Call) -> None:
-    """Raise what is wrong with a step's arguments, if anything is."""
-    last = call.last
-    check_fixed_point(first, last)
-    arguments.check_sequence("tensors", call.operands)
-    names = operands or tuple(f"tensors[{k}]" for k in range(len(call.operands)))
-    if not 1 <= len(names) <= 5:
-        raise ValueError(f"tensors must hold 1 to 5 tensors, got {len(names)}")
-    tensors = {first: last}
-    for name, operand in zip(names, call.operands, strict=True):
-        pair = isinstance(operand, tuple | list) and name == names[-1]
-        for k, x in enumerate(operand if pair else [operand]):
-            _check_operand(f"{name}[{k}]" if pair else name, x, last, first, name if operands else "")
-            tensors[f"{name}[{k}]" if pair else name] = x
-    guided = len(tensors) - len(names) - 1
-    if guided not in (0, 1) or bool(guided) != (call.guidance_scale is not None):
-        raise ValueError(
-            f"guidance_scale goes with a pair (eps_uncond, eps_cond) as {names[-1]}, "
-            f"got guidance_scale={call.guidance_scale!r} and {arguments.describe(call.operands[-1])}"
-        )
-    if not isinstance(call.info, Tensor) or call.info.dtype != torch.int64:
-        raise TypeError(f"info must be an int64 tensor, got {arguments.describe(call.info)}")
-    check_like("info", call.info, last, first)
-    if not coefficients and len(call.coefficients) != len(names):
-        raise ValueError(f"weights must be as many as the tensors, {len(names)}, got {len(call.coefficients)}")
-    labels = coefficients or [f"weights[{k}]" for k in range(len(names))]
-    for name, number in zip(labels, call.coefficients, strict=True):
-        arguments.check_number(name, number, last)
-    if guided:
-        arguments.check_number("guidance_scale", call.guidance_scale, last)
-    check_ratio(ratio, call.ratio, last)
-    check_fraction_bits(call.fraction_bits, last.dtype)
-    check_overflow(call.overflow, call.mark, last.shape[0], last.device)
-    if call.out is not None:
-        check_outs(call.out, call, tensors | {"info": call.info}, first)
-
-
-def _check_operand(name: str, x: Any, last: Tensor, first: str, role: str) -> None:
-    """Raise unless ``x`` can be weighed: a network's output, a state in floating point, or a fixed-point state."""
-    fixed = isinstance(x, Tensor) and x.dtype in FRACTION_BITS
-    if role == "q" or (fixed and role != "eps"):
-        check_fixed_point(name, x, last, first)
-    else:
-        arguments.check_state(name, x, last, first)
+def check_info(info: object, first: Tensor, first_name: str) -> None:
+    """Raise unless ``info`` is a buffer for the state."""
+    if not isinstance(info, Tensor) or info.dtype != torch.int64:
+        raise TypeError(f"info must be an int64 tensor, got {arguments.describe(info)}")
+    check_like("info", info, first, first_name)

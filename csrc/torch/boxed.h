@@ -7,6 +7,7 @@
 #include <cstring>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 // Since torch 2.13; absent from the oldest ABI that this library takes.
@@ -47,3 +48,24 @@ struct Boxed<Op> {
 }  // namespace bicm
 
 #define BICM_BOX(op) TORCH_BOX((&::bicm::Boxed<op>::call))
+
+namespace bicm {
+
+using Library = torch::stable::detail::StableLibrary;
+
+// An op in both flavours. Op::run<A> returns its results.
+template <class Op, class Numbers, class Tensors>
+void register_op(Library& library, const std::string& name) {
+  library.impl(name.c_str(), BICM_BOX((&Op::template run<Numbers>)));
+  library.impl((name + ".tensor").c_str(), BICM_BOX((&Op::template run<Tensors>)));
+}
+
+// The same for one that also writes into tensors that the caller gives: Op::run<A, Outs...>, called with them last.
+template <class Op, class Numbers, class Tensors, class... Outs>
+void register_writing(Library& library, const std::string& name) {
+  register_op<Op, Numbers, Tensors>(library, name);
+  library.impl((name + ".out").c_str(), BICM_BOX((&Op::template run<Numbers, Outs...>)));
+  library.impl((name + ".tensor_out").c_str(), BICM_BOX((&Op::template run<Tensors, Outs...>)));
+}
+
+}  // namespace bicm

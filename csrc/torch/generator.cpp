@@ -1,21 +1,12 @@
 #include "generator.h"
 
 #include "cpu.h"
+#include "torch_abi.h"
 
 namespace bicm {
 namespace {
 
-// What Generator.get_state() holds: how many words are left until the next 624 are made (one, where none is), and which
-// one is next. Behind the words stands the other half of a pair of normal numbers, which only draws of few numbers use.
-struct State {
-  uint64_t seed;
-  int32_t left, seeded;
-  uint64_t next, words[kMersenneWords];
-  unsigned char others[40];
-
-  // The last word tells one set of words from the next.
-  std::pair<uint64_t, uint64_t> place() const { return {next, words[kMersenneWords - 1]}; }
-};
+using State = abi::GeneratorState;
 
 struct Asked {
   Object tensor;
@@ -95,6 +86,18 @@ bool is_generator(PyObject* object) { return reinterpret_cast<PyObject*>(Py_TYPE
 
 }  // namespace
 
+// Whether states look as expected, by that of a generator with a seed of our own.
+static bool knows_states() {
+  constexpr int kSeed = 20240817;
+  const Object fresh(PyObject_CallNoArgs(reinterpret_cast<PyObject*>(found_.type)));
+  const Object seeded(fresh.get() == nullptr ? nullptr : PyObject_CallMethod(fresh.get(), "manual_seed", "i", kSeed));
+  if (seeded.get() == nullptr) return false;
+  const Object state(found_.get_state(fresh.get(), nullptr));
+  int64_t bytes = 0;
+  void* const data = state.get() == nullptr ? nullptr : bytes_of(state.get(), bytes);
+  return data != nullptr && bytes == sizeof(State) && abi::is_freshly_seeded(*static_cast<const State*>(data), kSeed);
+}
+
 void open_generator() {
   PyObject* torch = PyImport_ImportModule("torch");
   PyObject* usual = torch == nullptr ? nullptr : PyObject_GetAttrString(torch, "default_generator");
@@ -102,6 +105,7 @@ void open_generator() {
     found_ = {reinterpret_cast<PyObject*>(Py_TYPE(usual)), usual, method_of(usual, "get_state", METH_NOARGS),
               method_of(usual, "set_state", METH_O)};
   }
+  if (found_.get_state != nullptr && !knows_states()) found_.get_state = nullptr;
   Py_XDECREF(torch);
   PyErr_Clear();
 }

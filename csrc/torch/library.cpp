@@ -5,7 +5,7 @@
 #include <string>
 
 #include "cpu.h"
-#include "lane.h"
+#include "direct.h"
 
 namespace bicm {
 
@@ -50,7 +50,7 @@ static struct PyModuleDef module = {
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   PyObject* created = PyModule_Create(&module);
-  if (created == nullptr || bicm::add_lane(created)) return created;
+  if (created == nullptr || bicm::add_direct(created)) return created;
   Py_DECREF(created);
   return nullptr;
 }

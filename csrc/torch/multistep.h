@@ -33,7 +33,7 @@ struct TensorArguments {
   using Counter = std::optional<Tensor>;
 };
 
-// Only the lane's memory is kept apart by how it is written.
+// Only memory that is handed to Python directly is kept apart by how it is written.
 inline Tensor like(const Tensor& first, const View& view, bool) { return like(first, view); }
 
 // The inputs of a step, checked against the first; the problem's operands point at them.
@@ -103,6 +103,20 @@ class Step {
         STD_TORCH_CHECK(!same && may_alias(storage_[out], storage_[in]), "bicm_kernels: out overlaps a tensor");
       }
     }
+  }
+
+  // Runs the step; its one result, made here or given.
+  template <class Device>
+  Tensor finish(Device device, Operand& operand) {
+    Tensor result = output(operand);
+    run(device);
+    return result;
+  }
+  template <class Device>
+  void finish(Device device, Operand& operand, const Tensor& given) {
+    output(operand, given);
+    check_overlap();
+    run(device);
   }
 
   template <class Device>
@@ -185,49 +199,29 @@ void prepare(Step<A>& step, const typename A::Coefficients& coefficients, const 
   step.m.guidance_scale = given(step, guidance_scale);
 }
 
-template <class Device, Form F, class A>
-typename A::Tensor form_step(typename A::Tensors tensors, typename A::Coefficients coefficients,
-                             typename A::Guidance guidance_scale) {
-  Step<A> step(tensors, terms_of<F>(coefficients));
-  prepare<F, A>(step, coefficients, guidance_scale);
-  auto out = step.output(step.m.out);
-  step.run(Device());
-  return out;
-}
+template <class Device, Form F>
+struct FormStep {
+  template <class A, class... Outs>
+  static auto run(typename A::Tensors tensors, typename A::Coefficients coefficients,
+                  typename A::Guidance guidance_scale, Outs... outs) {
+    Step<A> step(tensors, terms_of<F>(coefficients));
+    prepare<F, A>(step, coefficients, guidance_scale);
+    return step.finish(Device(), step.m.out, outs...);
+  }
+};
 
-template <class Device, Form F, class A>
-void form_step_out(typename A::Tensors tensors, typename A::Coefficients coefficients,
-                   typename A::Guidance guidance_scale, Tensor out) {
-  Step<A> step(tensors, terms_of<F>(coefficients));
-  prepare<F, A>(step, coefficients, guidance_scale);
-  step.output(step.m.out, out);
-  step.check_overlap();
-  step.run(Device());
-}
-
-template <class Device, class A>
-typename A::Tensor affine_step(typename A::Tensors tensors, typename A::Coefficients weights,
-                               typename A::Guidance guidance_scale, typename A::Coefficient noise_weight,
-                               typename A::Seed seed, typename A::Counter at, typename A::Counter sample_id) {
-  Step<A> step(tensors, terms_of<Form::affine>(weights));
-  prepare<Form::affine, A>(step, weights, guidance_scale);
-  draw_noise(step, noise_weight, seed, at, sample_id);
-  auto out = step.output(step.m.out);
-  step.run(Device());
-  return out;
-}
-
-template <class Device, class A>
-void affine_step_out(typename A::Tensors tensors, typename A::Coefficients weights, typename A::Guidance guidance_scale,
-                     typename A::Coefficient noise_weight, typename A::Seed seed, typename A::Counter at,
-                     typename A::Counter sample_id, Tensor out) {
-  Step<A> step(tensors, terms_of<Form::affine>(weights));
-  prepare<Form::affine, A>(step, weights, guidance_scale);
-  draw_noise(step, noise_weight, seed, at, sample_id);
-  step.output(step.m.out, out);
-  step.check_overlap();
-  step.run(Device());
-}
+template <class Device>
+struct AffineStep {
+  template <class A, class... Outs>
+  static auto run(typename A::Tensors tensors, typename A::Coefficients weights, typename A::Guidance guidance_scale,
+                  typename A::Coefficient noise_weight, typename A::Seed seed, typename A::Counter at,
+                  typename A::Counter sample_id, Outs... outs) {
+    Step<A> step(tensors, terms_of<Form::affine>(weights));
+    prepare<Form::affine, A>(step, weights, guidance_scale);
+    draw_noise(step, noise_weight, seed, at, sample_id);
+    return step.finish(Device(), step.m.out, outs...);
+  }
+};
 
 template <class A>
 using Three = std::tuple<typename A::Tensor, typename A::Tensor, typename A::Tensor>;
@@ -239,83 +233,60 @@ inline Tensor nothing_like(const Tensor& first) {
   return empty_tensor(first, 1, 0, dtype);
 }
 
-template <class A>
-void prepare_denoised(Step<A>& step, const typename A::Coefficients& x0_weights,
-                      const typename A::Coefficients& weights, const typename A::Guidance& guidance_scale,
-                      const typename A::Coefficient& x0_weight, const typename A::Maybe& clip,
-                      const typename A::Coefficient& noise_weight, const typename A::Maybe& next_scale,
-                      const typename A::Seed& seed, const typename A::Counter& at,
-                      const typename A::Counter& sample_id) {
-  STD_TORCH_CHECK(x0_weights.size() == weights.size(), "bicm_kernels: as many x0_weights as weights");
-  prepare<Form::affine, A>(step, weights, guidance_scale);
-  Multistep& m = step.m;
-  m.denoises = true;
-  step.weights(x0_weights, m.x0_coefficient);
-  m.x0_weight = given(step, x0_weight);
-  m.clips = clip.has_value();
-  m.clip = given(step, clip);
-  m.scales = next_scale.has_value();
-  m.next_scale = given(step, next_scale);
-  draw_noise(step, noise_weight, seed, at, sample_id);
-}
+template <class Device>
+struct DenoisedStep {
+  template <class A, class... Outs>
+  static auto run(typename A::Tensors tensors, typename A::Coefficients x0_weights, typename A::Coefficients weights,
+                  typename A::Guidance guidance_scale, typename A::Coefficient x0_weight, typename A::Maybe clip,
+                  typename A::Coefficient noise_weight, typename A::Maybe next_scale, typename A::Seed seed,
+                  typename A::Counter at, typename A::Counter sample_id, Outs... outs) {
+    Step<A> step(tensors, terms_of<Form::affine>(weights));
+    STD_TORCH_CHECK(x0_weights.size() == weights.size(), "bicm_kernels: as many x0_weights as weights");
+    prepare<Form::affine, A>(step, weights, guidance_scale);
+    Multistep& m = step.m;
+    m.denoises = true;
+    step.weights(x0_weights, m.x0_coefficient);
+    m.x0_weight = given(step, x0_weight);
+    m.clips = clip.has_value();
+    m.clip = given(step, clip);
+    m.scales = next_scale.has_value();
+    m.next_scale = given(step, next_scale);
+    draw_noise(step, noise_weight, seed, at, sample_id);
+    return finish(step, outs...);
+  }
 
-template <class Device, class A>
-Three<A> denoised_step(typename A::Tensors tensors, typename A::Coefficients x0_weights,
-                       typename A::Coefficients weights, typename A::Guidance guidance_scale,
-                       typename A::Coefficient x0_weight, typename A::Maybe clip, typename A::Coefficient noise_weight,
-                       typename A::Maybe next_scale, typename A::Seed seed, typename A::Counter at,
-                       typename A::Counter sample_id) {
-  Step<A> step(tensors, terms_of<Form::affine>(weights));
-  prepare_denoised<A>(step, x0_weights, weights, guidance_scale, x0_weight, clip, noise_weight, next_scale, seed, at,
-                      sample_id);
-  auto out = step.output(step.m.out);
-  auto x0 = step.output(step.m.x0);
-  auto next = step.m.scales ? step.output(step.m.next) : nothing_like(tensors[0]);
-  step.run(Device());
-  return {out, x0, next};
-}
+ private:
+  template <class A>
+  static Three<A> finish(Step<A>& step) {
+    auto out = step.output(step.m.out);
+    auto x0 = step.output(step.m.x0);
+    auto next = step.m.scales ? step.output(step.m.next) : nothing_like(step.tensors()[0]);
+    step.run(Device());
+    return {out, x0, next};
+  }
 
-template <class Device, class A>
-void denoised_step_out(typename A::Tensors tensors, typename A::Coefficients x0_weights,
-                       typename A::Coefficients weights, typename A::Guidance guidance_scale,
-                       typename A::Coefficient x0_weight, typename A::Maybe clip, typename A::Coefficient noise_weight,
-                       typename A::Maybe next_scale, typename A::Seed seed, typename A::Counter at,
-                       typename A::Counter sample_id, Tensor out, Tensor x0, Tensor next) {
-  Step<A> step(tensors, terms_of<Form::affine>(weights));
-  prepare_denoised<A>(step, x0_weights, weights, guidance_scale, x0_weight, clip, noise_weight, next_scale, seed, at,
-                      sample_id);
-  step.output(step.m.out, out);
-  step.output(step.m.x0, x0);
-  if (step.m.scales) step.output(step.m.next, next);
-  step.check_overlap();
-  step.run(Device());
-}
+  template <class A>
+  static void finish(Step<A>& step, const Tensor& out, const Tensor& x0, const Tensor& next) {
+    step.output(step.m.out, out);
+    step.output(step.m.x0, x0);
+    if (step.m.scales) step.output(step.m.next, next);
+    step.check_overlap();
+    step.run(Device());
+  }
+};
 
-template <class Device, class A, class Library>
-void register_flavour(Library& library, const char* const* names) {
-  library.impl(names[0], BICM_BOX((&form_step<Device, Form::affine, A>)));
-  library.impl(names[1], BICM_BOX((&form_step_out<Device, Form::affine, A>)));
-  library.impl(names[2], BICM_BOX((&form_step<Device, Form::bdia, A>)));
-  library.impl(names[3], BICM_BOX((&form_step_out<Device, Form::bdia, A>)));
-  library.impl(names[4], BICM_BOX((&form_step<Device, Form::bdia_inverse, A>)));
-  library.impl(names[5], BICM_BOX((&form_step_out<Device, Form::bdia_inverse, A>)));
-  library.impl(names[6], BICM_BOX((&affine_step<Device, A>)));
-  library.impl(names[7], BICM_BOX((&affine_step_out<Device, A>)));
-  library.impl(names[8], BICM_BOX((&denoised_step<Device, A>)));
-  library.impl(names[9], BICM_BOX((&denoised_step_out<Device, A>)));
+template <class Op, class... Outs>
+void register_step(Library& library, const char* name) {
+  register_writing<Op, NumberArguments, TensorArguments, Outs...>(library, name);
 }
 
 template <class Device>
-void register_multistep(torch::stable::detail::StableLibrary& library) {
-  static const char* const numbers[] = {"ddim_step",         "ddim_step.out",         "bdia_step",   "bdia_step.out",
-                                        "bdia_inverse_step", "bdia_inverse_step.out", "affine_step", "affine_step.out",
-                                        "denoised_step",     "denoised_step.out"};
-  static const char* const tensors[] = {
-      "ddim_step.tensor",         "ddim_step.tensor_out",         "bdia_step.tensor",   "bdia_step.tensor_out",
-      "bdia_inverse_step.tensor", "bdia_inverse_step.tensor_out", "affine_step.tensor", "affine_step.tensor_out",
-      "denoised_step.tensor",     "denoised_step.tensor_out"};
-  register_flavour<Device, NumberArguments>(library, numbers);
-  register_flavour<Device, TensorArguments>(library, tensors);
+void register_multistep(Library& library) {
+  register_step<FormStep<Device, Form::affine>, Tensor>(library, "ddim_step");
+  register_step<FormStep<Device, Form::bdia>, Tensor>(library, "bdia_step");
+  register_step<FormStep<Device, Form::bdia_inverse>, Tensor>(library, "bdia_inverse_step");
+  register_step<AffineStep<Device>, Tensor>(library, "affine_step");
+  register_step<DenoisedStep<Device>, Tensor, Tensor, Tensor>(library, "denoised_step");
 }
 
 }  // namespace bicm

@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> noisy_pair(Tensor x, Tensor sigma_low, Tensor sigma_h
 }
 
 template <class Device>
-void register_noise(torch::stable::detail::StableLibrary& library) {
+void register_noise(Library& library) {
   library.impl("normal", BICM_BOX((&draw_numbers<Device, Distribution::normal>)));
   library.impl("normal.tensor", BICM_BOX((&draw_tensors<Device, Distribution::normal>)));
   library.impl("uniform", BICM_BOX((&draw_numbers<Device, Distribution::uniform>)));

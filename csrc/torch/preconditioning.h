@@ -15,28 +15,34 @@ void precondition(Step<A>& step, const typename A::Coefficient& t, const typenam
   step.m.coefficient[2] = given(step, sigma_data);
 }
 
-template <class Device, class A>
-typename A::Tensor scale_input(typename A::Tensor x, typename A::Coefficient t, typename A::Coefficient sigma_data) {
-  const typename A::Tensors tensors = {x};
-  Step<A> step(tensors, 1);
-  step.m.form = Form::input;
-  step.m.coefficient[0] = given(step, t);
-  step.m.coefficient[1] = given(step, sigma_data);
-  auto out = step.output(step.m.out);
-  step.run(Device());
-  return out;
-}
+template <class Device>
+struct ScaleInput {
+  template <class A>
+  static typename A::Tensor run(typename A::Tensor x, typename A::Coefficient t, typename A::Coefficient sigma_data) {
+    const typename A::Tensors tensors = {x};
+    Step<A> step(tensors, 1);
+    step.m.form = Form::input;
+    step.m.coefficient[0] = given(step, t);
+    step.m.coefficient[1] = given(step, sigma_data);
+    auto out = step.output(step.m.out);
+    step.run(Device());
+    return out;
+  }
+};
 
-template <class Device, class A>
-typename A::Tensor denoise(typename A::Tensor x, typename A::Tensor F, typename A::Coefficient t,
-                           typename A::Coefficient u, typename A::Coefficient sigma_data, bool cm, bool scaled) {
-  const typename A::Tensors tensors = {x, F};
-  Step<A> step(tensors, 2);
-  precondition<A>(step, t, u, sigma_data, cm, scaled);
-  auto out = step.output(step.m.out);
-  step.run(Device());
-  return out;
-}
+template <class Device>
+struct Denoise {
+  template <class A>
+  static typename A::Tensor run(typename A::Tensor x, typename A::Tensor F, typename A::Coefficient t,
+                                typename A::Coefficient u, typename A::Coefficient sigma_data, bool cm, bool scaled) {
+    const typename A::Tensors tensors = {x, F};
+    Step<A> step(tensors, 2);
+    precondition<A>(step, t, u, sigma_data, cm, scaled);
+    auto out = step.output(step.m.out);
+    step.run(Device());
+    return out;
+  }
+};
 
 // The gradient of denoise in x (c_skip times the incoming one) or in F (c_out times it), in that tensor's dtype.
 template <class Device>
@@ -56,32 +62,32 @@ Tensor denoise_gradient(Tensor gradient, std::optional<Tensor> t, std::optional<
   return out;
 }
 
-template <class Device, class A>
-std::tuple<typename A::Tensor, typename A::Tensor> renoise(
-    typename A::Tensor x, typename A::Tensor F, typename A::Coefficient t, typename A::Coefficient u,
-    typename A::Coefficient sigma, typename A::Coefficient next_sigma, typename A::Coefficient sigma_data, bool cm,
-    typename A::Seed seed, typename A::Counter at, typename A::Counter sample_id) {
-  const typename A::Tensors tensors = {x, F};
-  Step<A> step(tensors, 2);
-  precondition<A>(step, t, u, sigma_data, cm, false);
-  draw_noise(step, sigma, seed, at, sample_id);
-  step.m.scales = step.m.next_scale_is_sigma = true;
-  step.m.next_scale = given(step, next_sigma);
-  auto out = step.output(step.m.out);
-  auto next = step.output(step.m.next);
-  step.run(Device());
-  return {out, next};
-}
+template <class Device>
+struct Renoise {
+  template <class A>
+  static std::tuple<typename A::Tensor, typename A::Tensor> run(
+      typename A::Tensor x, typename A::Tensor F, typename A::Coefficient t, typename A::Coefficient u,
+      typename A::Coefficient sigma, typename A::Coefficient next_sigma, typename A::Coefficient sigma_data, bool cm,
+      typename A::Seed seed, typename A::Counter at, typename A::Counter sample_id) {
+    const typename A::Tensors tensors = {x, F};
+    Step<A> step(tensors, 2);
+    precondition<A>(step, t, u, sigma_data, cm, false);
+    draw_noise(step, sigma, seed, at, sample_id);
+    step.m.scales = step.m.next_scale_is_sigma = true;
+    step.m.next_scale = given(step, next_sigma);
+    auto out = step.output(step.m.out);
+    auto next = step.output(step.m.next);
+    step.run(Device());
+    return {out, next};
+  }
+};
 
 template <class Device>
-void register_preconditioning(torch::stable::detail::StableLibrary& library) {
-  library.impl("scale_input", BICM_BOX((&scale_input<Device, NumberArguments>)));
-  library.impl("scale_input.tensor", BICM_BOX((&scale_input<Device, TensorArguments>)));
-  library.impl("denoise", BICM_BOX((&denoise<Device, NumberArguments>)));
-  library.impl("denoise.tensor", BICM_BOX((&denoise<Device, TensorArguments>)));
+void register_preconditioning(Library& library) {
+  register_op<ScaleInput<Device>, NumberArguments, TensorArguments>(library, "scale_input");
+  register_op<Denoise<Device>, NumberArguments, TensorArguments>(library, "denoise");
+  register_op<Renoise<Device>, NumberArguments, TensorArguments>(library, "renoise");
   library.impl("denoise_gradient", BICM_BOX((&denoise_gradient<Device>)));
-  library.impl("renoise", BICM_BOX((&renoise<Device, NumberArguments>)));
-  library.impl("renoise.tensor", BICM_BOX((&renoise<Device, TensorArguments>)));
 }
 
 }  // namespace bicm

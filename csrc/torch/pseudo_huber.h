@@ -13,11 +13,14 @@ using MaybeTensor = std::optional<Tensor>;
 // A loss's arguments, checked; the problem's operands point at them.
 class Loss {
  public:
-  Loss(const Tensor& prediction, const Tensor& target, const Tensor* x) : inputs_{&prediction, &target, x} {
+  // Keeps pointers to them.
+  void inputs(const Tensor& prediction, const Tensor& target, const Tensor* x = nullptr) {
+    const Tensor* const given[] = {&prediction, &target, x};
     Operand* const operands[] = {&p.prediction, &p.target, &p.x};
     p.denoises = x != nullptr;
     count_ = p.denoises ? 3 : 2;
     for (int i = 0; i < count_; ++i) {
+      inputs_[i] = given[i];
       const View& view = views_[i] = view_of(*inputs_[i]);
       const bool agrees = view.dim > 0 && same_sizes(view, views_[0]) && view.device == views_[0].device;
       STD_TORCH_CHECK(agrees, "bicm_kernels: tensors differ in shape or device");
@@ -130,7 +133,7 @@ class Loss {
   // Memory order may be followed: a sum's partition depends on the sample alone.
   void merge_all() { merge(pointers_, operands_, used_, false, true, p.layout); }
 
-  const Tensor* inputs_[kLossInputs];
+  const Tensor* inputs_[kLossInputs] = {};
   View views_[kLossInputs], outputs_[kLossInputs];
   const View* pointers_[2 * kLossInputs];
   Operand* operands_[2 * kLossInputs];
@@ -147,64 +150,51 @@ struct LossTensors {
   using Maybe = std::optional<Tensor>;
 };
 
-template <class Device, class A>
-std::tuple<Tensor, Tensor> pseudo_huber_loss(Tensor pred, Tensor target, MaybeTensor weight, typename A::Maybe c,
-                                             int64_t distance, int64_t reduction) {
-  Loss loss(pred, target, nullptr);
+template <class A>
+void pseudo_huber_of(Loss& loss, const Tensor& pred, const Tensor& target, const MaybeTensor& weight,
+                     const typename A::Maybe& c, const int64_t& distance, const int64_t& reduction) {
+  loss.inputs(pred, target);
   loss.distance(weight, c, distance, reduction);
-  return loss.value<Device>();
 }
 
-template <class Device, class A>
-std::tuple<Tensor, std::vector<Tensor>> pseudo_huber_with_gradients(int64_t needs, Tensor pred, Tensor target,
-                                                                    MaybeTensor weight, typename A::Maybe c,
-                                                                    int64_t distance, int64_t reduction) {
-  Loss loss(pred, target, nullptr);
-  loss.distance(weight, c, distance, reduction);
-  return loss.value_and_gradients<Device>(needs);
-}
-
-template <class Device, class A>
-std::vector<Tensor> pseudo_huber_backward(Tensor upstream, Tensor sums, int64_t needs, Tensor pred, Tensor target,
-                                          MaybeTensor weight, typename A::Maybe c, int64_t distance,
-                                          int64_t reduction) {
-  Loss loss(pred, target, nullptr);
-  loss.distance(weight, c, distance, reduction);
-  return loss.gradients<Device>(upstream, sums, needs);
-}
-
-template <class Device, class A>
-std::tuple<Tensor, Tensor> consistency_loss(Tensor F, Tensor target, Tensor x, Tensor t, MaybeTensor u,
-                                            MaybeTensor weight, typename A::Maybe c, typename A::Numeric sigma_data,
-                                            typename A::Numeric sigma_min, int64_t parameterization, int64_t scaled,
-                                            int64_t distance, int64_t reduction) {
-  Loss loss(F, target, &x);
+template <class A>
+void consistency_of(Loss& loss, const Tensor& F, const Tensor& target, const Tensor& x, const Tensor& t,
+                    const MaybeTensor& u, const MaybeTensor& weight, const typename A::Maybe& c,
+                    const typename A::Numeric& sigma_data, const typename A::Numeric& sigma_min,
+                    const int64_t& parameterization, const int64_t& scaled, const int64_t& distance,
+                    const int64_t& reduction) {
+  loss.inputs(F, target, &x);
   loss.denoising(t, u, sigma_data, sigma_min, parameterization, scaled);
   loss.distance(weight, c, distance, reduction);
-  return loss.value<Device>();
 }
 
-template <class Device, class A>
-std::tuple<Tensor, std::vector<Tensor>> consistency_loss_with_gradients(
-    int64_t needs, Tensor F, Tensor target, Tensor x, Tensor t, MaybeTensor u, MaybeTensor weight, typename A::Maybe c,
-    typename A::Numeric sigma_data, typename A::Numeric sigma_min, int64_t parameterization, int64_t scaled,
-    int64_t distance, int64_t reduction) {
-  Loss loss(F, target, &x);
-  loss.denoising(t, u, sigma_data, sigma_min, parameterization, scaled);
-  loss.distance(weight, c, distance, reduction);
-  return loss.value_and_gradients<Device>(needs);
-}
+// The three ops of a loss: its value, its derivative, and both at once. Read takes the arguments that they share.
+template <class Device, auto Read>
+struct LossOps;
+template <class Device, class... Arguments, void (*Read)(Loss&, const Arguments&...)>
+struct LossOps<Device, Read> {
+  static std::tuple<Tensor, Tensor> value(Arguments... arguments) {
+    Loss loss;
+    Read(loss, arguments...);
+    return loss.value<Device>();
+  }
+  static std::tuple<Tensor, std::vector<Tensor>> with_gradients(int64_t needs, Arguments... arguments) {
+    Loss loss;
+    Read(loss, arguments...);
+    return loss.value_and_gradients<Device>(needs);
+  }
+  static std::vector<Tensor> backward(Tensor upstream, Tensor sums, int64_t needs, Arguments... arguments) {
+    Loss loss;
+    Read(loss, arguments...);
+    return loss.gradients<Device>(upstream, sums, needs);
+  }
+};
 
-template <class Device, class A>
-std::vector<Tensor> consistency_loss_backward(Tensor upstream, Tensor sums, int64_t needs, Tensor F, Tensor target,
-                                              Tensor x, Tensor t, MaybeTensor u, MaybeTensor weight,
-                                              typename A::Maybe c, typename A::Numeric sigma_data,
-                                              typename A::Numeric sigma_min, int64_t parameterization, int64_t scaled,
-                                              int64_t distance, int64_t reduction) {
-  Loss loss(F, target, &x);
-  loss.denoising(t, u, sigma_data, sigma_min, parameterization, scaled);
-  loss.distance(weight, c, distance, reduction);
-  return loss.gradients<Device>(upstream, sums, needs);
+template <class Ops>
+void register_loss(Library& library, const std::string& name, const std::string& overload) {
+  library.impl((name + overload).c_str(), BICM_BOX((&Ops::value)));
+  library.impl((name + "_backward" + overload).c_str(), BICM_BOX((&Ops::backward)));
+  library.impl((name + "_with_gradients" + overload).c_str(), BICM_BOX((&Ops::with_gradients)));
 }
 
 // Gradients that were formed for an upstream of 1, multiplied in place by what it is; none is touched where it is 1.
@@ -222,26 +212,12 @@ void scale_gradients(Tensor upstream, std::vector<Tensor> gradients) {
   }
 }
 
-template <class Device, class A, class Library>
-void register_losses(Library& library, const char* const* names) {
-  library.impl(names[0], BICM_BOX((&pseudo_huber_loss<Device, A>)));
-  library.impl(names[1], BICM_BOX((&pseudo_huber_backward<Device, A>)));
-  library.impl(names[2], BICM_BOX((&pseudo_huber_with_gradients<Device, A>)));
-  library.impl(names[3], BICM_BOX((&consistency_loss<Device, A>)));
-  library.impl(names[4], BICM_BOX((&consistency_loss_backward<Device, A>)));
-  library.impl(names[5], BICM_BOX((&consistency_loss_with_gradients<Device, A>)));
-}
-
 template <class Device>
-void register_pseudo_huber(torch::stable::detail::StableLibrary& library) {
-  static const char* const numbers[] = {
-      "pseudo_huber",     "pseudo_huber_backward",     "pseudo_huber_with_gradients",
-      "consistency_loss", "consistency_loss_backward", "consistency_loss_with_gradients"};
-  static const char* const tensors[] = {
-      "pseudo_huber.tensor",     "pseudo_huber_backward.tensor",     "pseudo_huber_with_gradients.tensor",
-      "consistency_loss.tensor", "consistency_loss_backward.tensor", "consistency_loss_with_gradients.tensor"};
-  register_losses<Device, LossNumbers>(library, numbers);
-  register_losses<Device, LossTensors>(library, tensors);
+void register_pseudo_huber(Library& library) {
+  register_loss<LossOps<Device, &pseudo_huber_of<LossNumbers>>>(library, "pseudo_huber", "");
+  register_loss<LossOps<Device, &pseudo_huber_of<LossTensors>>>(library, "pseudo_huber", ".tensor");
+  register_loss<LossOps<Device, &consistency_of<LossNumbers>>>(library, "consistency_loss", "");
+  register_loss<LossOps<Device, &consistency_of<LossTensors>>>(library, "consistency_loss", ".tensor");
   library.impl("scale_gradients_", BICM_BOX((&scale_gradients<Device>)));
 }
 

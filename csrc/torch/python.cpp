@@ -4,40 +4,26 @@
 #include <array>
 #include <string>
 
+#include "torch_abi.h"
+
+// Since torch 1.9, and no part of its stable ABI: whether anybody records what operations run (at::hasCallbacks).
+namespace at {
+__attribute__((weak)) bool hasCallbacks();
+}
+
 namespace bicm {
 namespace {
 
-// DLPack 1: what is asked for here of the table behind torch.Tensor.__dlpack_c_exchange_api__.
-struct ExchangedTensor {
-  void* data;
-  int32_t device_type, device_index, dim;
-  uint8_t kind, bits;
-  uint16_t lanes;
-  int64_t *sizes, *strides;
-  uint64_t byte_offset;
-};
-struct ManagedTensor {
-  uint32_t major, minor;
-  void* context;
-  void (*deleter)(ManagedTensor*);
-  uint64_t flags;
-  ExchangedTensor tensor;
-};
-struct Exchange {
-  uint32_t major, minor;
-  void *older, *allocate, *from_python;
-  int (*to_python)(ManagedTensor* owned, void** object);
-  int (*look_into)(void* object, ExchangedTensor* result);
-};
-constexpr int32_t kCpuDevice = 1;
+using abi::ExchangedTensor, abi::ManagedTensor, abi::kCpuDevice;
 
 // In the order of DType.
 struct Kind {
   uint8_t kind, bits;
   const char* name;
 };
-constexpr Kind kKinds[] = {{2, 16, "torch.float16"}, {4, 16, "torch.bfloat16"}, {2, 32, "torch.float32"},
-                           {2, 64, "torch.float64"}, {0, 32, "torch.int32"},    {0, 64, "torch.int64"}};
+constexpr Kind kKinds[] = {{abi::kFloat, 16, "torch.float16"}, {abi::kBfloat, 16, "torch.bfloat16"},
+                           {abi::kFloat, 32, "torch.float32"}, {abi::kFloat, 64, "torch.float64"},
+                           {abi::kSigned, 32, "torch.int32"},  {abi::kSigned, 64, "torch.int64"}};
 
 // A function or method of torch that takes no arguments. A plain C function is called through its address: going through
 // Python's call takes three times as long.
@@ -76,7 +62,7 @@ struct Torch {
   std::array<Question, 4> watchers;
   std::array<PyObject*, std::size(kKinds)> dtypes;
   PyObject *requires_grad, *profiling, *level;
-  const Exchange* exchange;
+  const abi::Exchange* exchange;
 };
 Torch torch_;
 
@@ -188,13 +174,18 @@ class Allocation {
 
 }  // namespace
 
+// Whether somebody records operations: the profiler, where torch tells of nobody else.
+static bool recorded() {
+  if (at::hasCallbacks != nullptr) return at::hasCallbacks();
+  return PyDict_GetItemWithError(torch_.profiler, torch_.profiling) != Py_False;
+}
+
 bool nobody_watches() {
   for (const Question& watcher : torch_.watchers) {
     if (!watcher.says_no()) return false;
   }
   PyObject* level = PyDict_GetItemWithError(torch_.forward_mode, torch_.level);
-  PyObject* profiling = PyDict_GetItemWithError(torch_.profiler, torch_.profiling);
-  return level != nullptr && PyLong_AsLong(level) < 0 && profiling == Py_False;
+  return level != nullptr && PyLong_AsLong(level) < 0 && !recorded();
 }
 
 bool read(PyObject* from, Object& to) {
@@ -217,8 +208,7 @@ void* bytes_of(PyObject* tensor, int64_t& count) {
   ExchangedTensor found;
   const bool tensors = reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == torch_.tensor;
   if (!tensors || torch_.exchange->look_into(tensor, &found) != 0) return nullptr;
-  constexpr uint8_t kUnsigned = 1;
-  const bool bytes = found.device_type == kCpuDevice && found.kind == kUnsigned && found.bits == 8;
+  const bool bytes = found.device_type == kCpuDevice && found.kind == abi::kUnsigned && found.bits == 8;
   if (!bytes || found.dim != 1 || found.strides[0] != 1) return nullptr;
   count = found.sizes[0];
   return static_cast<char*>(found.data) + found.byte_offset;
@@ -273,10 +263,13 @@ bool open_torch() {
   PyObject* const tensor = found ? PyObject_CallFunction(torch_.tensor, nullptr) : nullptr;
   PyObject* const is_neg = tensor != nullptr ? PyObject_GetAttrString(tensor, "is_neg") : nullptr;
   if (is_neg != nullptr) torch_.is_negated = Question(is_neg);
-  if (found) torch_.exchange = static_cast<const Exchange*>(PyCapsule_GetPointer(table, "dlpack_exchange_api"));
+  PyObject* const float32 = torch_.dtypes[static_cast<size_t>(DType::float32)];
+  PyObject* const sample =
+      found ? PyObject_CallFunction(torch_.empty_strided, "(ii)(ii)O", 2, 3, 3, 1, float32) : nullptr;
+  if (sample != nullptr) torch_.exchange = abi::exchange_in(table, sample);
+  Py_XDECREF(sample);
   PyErr_Clear();
-  return torch_.is_negated.any_self() && torch_.exchange != nullptr && torch_.exchange->major == 1 &&
-         torch_.exchange->to_python != nullptr && torch_.exchange->look_into != nullptr;
+  return torch_.is_negated.any_self() && torch_.exchange != nullptr;
 }
 
 }  // namespace bicm

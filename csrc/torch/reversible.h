@@ -113,7 +113,6 @@ struct ExactNumbers {
   using Coefficients = std::vector<double>;
   using Guidance = double;
   using Ratio = int64_t;
-  using Mark = int64_t;
   static bool multiplies(int64_t n, int64_t m) {
     const bool valid = n >= 1 && n <= kMaxRatio && m >= 1 && m <= kMaxRatio;
     STD_TORCH_CHECK(valid, "bicm_kernels: a ratio's parts must be in [1, 2**20]");
@@ -126,7 +125,6 @@ struct ExactTensors {
   using Coefficients = std::vector<Tensor>;
   using Guidance = std::optional<Tensor>;
   using Ratio = std::optional<Tensor>;
-  using Mark = Tensor;
   static bool multiplies(const Ratio& n, const Ratio& m) {
     STD_TORCH_CHECK(n.has_value() == m.has_value(), "bicm_kernels: a ratio needs both its parts");
     return n.has_value();
@@ -193,36 +191,41 @@ void prepare_exact(ExactStep& step, const typename A::Tensors& tensors, const ty
   step.inputs_end();
 }
 
-template <class Device, Increment I, bool Inverse, class A>
-std::tuple<Tensor, Tensor> exact_step(Tensors tensors, Tensor info, typename A::Coefficients coefficients,
-                                      typename A::Guidance guidance_scale, typename A::Ratio n, typename A::Ratio m,
-                                      int64_t fraction_bits) {
-  STD_TORCH_CHECK(!tensors.empty(), "bicm_kernels: no tensors");
-  ExactStep step(tensors[0], Kinds::integers_too);
-  prepare_exact<I, Inverse, A>(step, tensors, info, coefficients, guidance_scale, n, m, fraction_bits);
-  Tensor out = like(tensors[0], step.first());
-  step.add(out, step.p.out);
-  Tensor info_out = step.p.multiplies ? like(info, view_of(info, Kinds::integers_too)) : nothing_like(info);
-  if (step.p.multiplies) step.add(info_out, step.p.info_out);
-  step.run(Device(), step.p, tensors[0]);
-  return {out, info_out};
-}
-
-template <class Device, Increment I, bool Inverse, class A>
-void exact_step_out(Tensors tensors, Tensor info, typename A::Coefficients coefficients,
-                    typename A::Guidance guidance_scale, typename A::Ratio n, typename A::Ratio m,
-                    int64_t fraction_bits, typename A::Mark mark, Tensor out, Tensor info_out, Tensor overflow) {
-  STD_TORCH_CHECK(!tensors.empty(), "bicm_kernels: no tensors");
-  ExactStep step(tensors[0], Kinds::integers_too);
-  prepare_exact<I, Inverse, A>(step, tensors, info, coefficients, guidance_scale, n, m, fraction_bits);
-  STD_TORCH_CHECK(step.add(out, step.p.out).dtype == step.first().dtype, "bicm_kernels: out differs from the state");
-  if (step.p.multiplies) {
-    STD_TORCH_CHECK(step.add(info_out, step.p.info_out).dtype == DType::int64, "bicm_kernels: out differs from info");
+template <class Device, Increment I, bool Inverse>
+struct ExactUpdate {
+  // The state and the buffer; or written, with `mark, out, info_out, overflow` last.
+  template <class A, class... Outs>
+  static auto run(Tensors tensors, Tensor info, typename A::Coefficients coefficients,
+                  typename A::Guidance guidance_scale, typename A::Ratio n, typename A::Ratio m, int64_t fraction_bits,
+                  Outs... outs) {
+    STD_TORCH_CHECK(!tensors.empty(), "bicm_kernels: no tensors");
+    ExactStep step(tensors[0], Kinds::integers_too);
+    prepare_exact<I, Inverse, A>(step, tensors, info, coefficients, guidance_scale, n, m, fraction_bits);
+    return finish(step, tensors[0], info, outs...);
   }
-  step.check_overlap();
-  step.overflow(overflow, step.integer(mark));
-  step.run(Device(), step.p, tensors[0]);
-}
+
+ private:
+  static std::tuple<Tensor, Tensor> finish(ExactStep& step, const Tensor& last, const Tensor& info) {
+    Tensor out = like(last, step.first());
+    step.add(out, step.p.out);
+    Tensor info_out = step.p.multiplies ? like(info, view_of(info, Kinds::integers_too)) : nothing_like(info);
+    if (step.p.multiplies) step.add(info_out, step.p.info_out);
+    step.run(Device(), step.p, last);
+    return {out, info_out};
+  }
+
+  template <class Mark>
+  static void finish(ExactStep& step, const Tensor& last, const Tensor&, const Mark& mark, const Tensor& out,
+                     const Tensor& info_out, const Tensor& overflow) {
+    STD_TORCH_CHECK(step.add(out, step.p.out).dtype == step.first().dtype, "bicm_kernels: out differs from the state");
+    if (step.p.multiplies) {
+      STD_TORCH_CHECK(step.add(info_out, step.p.info_out).dtype == DType::int64, "bicm_kernels: out differs from info");
+    }
+    step.check_overlap();
+    step.overflow(overflow, step.integer(mark));
+    step.run(Device(), step.p, last);
+  }
+};
 
 inline void prepare_encode(ExactStep& step, const Tensor& x, const Tensor& out, int64_t fraction_bits) {
   step.p.terms = 1;
@@ -283,29 +286,22 @@ Tensor fixed_point_decode(Tensor x, int64_t fraction_bits, Dtype dtype) {
   return out;
 }
 
-template <class Device, class A, Increment I, bool Inverse, class Library>
-void register_exact_step(Library& library, const char* name, const char* out_name) {
-  library.impl(name, BICM_BOX((&exact_step<Device, I, Inverse, A>)));
-  library.impl(out_name, BICM_BOX((&exact_step_out<Device, I, Inverse, A>)));
+template <class Device, Increment I, bool Inverse>
+void register_exact_step(Library& library, const std::string& name) {
+  using Op = ExactUpdate<Device, I, Inverse>;
+  register_op<Op, ExactNumbers, ExactTensors>(library, name);
+  library.impl((name + ".out").c_str(), BICM_BOX((&Op::template run<ExactNumbers, int64_t, Tensor, Tensor, Tensor>)));
+  library.impl((name + ".tensor_out").c_str(),
+               BICM_BOX((&Op::template run<ExactTensors, Tensor, Tensor, Tensor, Tensor>)));
 }
 
 template <class Device>
-void register_reversible(torch::stable::detail::StableLibrary& library) {
+void register_reversible(Library& library) {
   constexpr Increment affine = Increment::affine, bdia = Increment::bdia;
-  register_exact_step<Device, ExactNumbers, affine, false>(library, "exact_affine_step", "exact_affine_step.out");
-  register_exact_step<Device, ExactTensors, affine, false>(library, "exact_affine_step.tensor",
-                                                           "exact_affine_step.tensor_out");
-  register_exact_step<Device, ExactNumbers, affine, true>(library, "exact_affine_inverse_step",
-                                                          "exact_affine_inverse_step.out");
-  register_exact_step<Device, ExactTensors, affine, true>(library, "exact_affine_inverse_step.tensor",
-                                                          "exact_affine_inverse_step.tensor_out");
-  register_exact_step<Device, ExactNumbers, bdia, false>(library, "bdia_exact_step", "bdia_exact_step.out");
-  register_exact_step<Device, ExactTensors, bdia, false>(library, "bdia_exact_step.tensor",
-                                                         "bdia_exact_step.tensor_out");
-  register_exact_step<Device, ExactNumbers, bdia, true>(library, "bdia_exact_inverse_step",
-                                                        "bdia_exact_inverse_step.out");
-  register_exact_step<Device, ExactTensors, bdia, true>(library, "bdia_exact_inverse_step.tensor",
-                                                        "bdia_exact_inverse_step.tensor_out");
+  register_exact_step<Device, affine, false>(library, "exact_affine_step");
+  register_exact_step<Device, affine, true>(library, "exact_affine_inverse_step");
+  register_exact_step<Device, bdia, false>(library, "bdia_exact_step");
+  register_exact_step<Device, bdia, true>(library, "bdia_exact_inverse_step");
   library.impl("fixed_point_encode", BICM_BOX((&fixed_point_encode<Device>)));
   library.impl("fixed_point_encode.out", BICM_BOX((&fixed_point_encode_out<Device>)));
   library.impl("fixed_point_decode", BICM_BOX((&fixed_point_decode<Device, Tensor, ScalarType>)));

@@ -298,6 +298,7 @@ LAYERS = {
     "bicm_kernels._C": 0,
     "bicm_kernels.generator_check": 0,
     "bicm_kernels.reference": 0,
+    "bicm_kernels.torch_internals": 0,
     "bicm_kernels.triton_kernels": 0,
     "bicm_kernels.backend": 1,
     "bicm_kernels.ops": 2,

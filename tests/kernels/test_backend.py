@@ -107,10 +107,10 @@ def test_use_and_choose() -> None:
     with backend.use("reference"):
         assert backend.running("cpu") == "reference"
         assert not backend.native_cpu
-        assert backend.lane is None
+        assert backend.direct is None
         with backend.use("native"):
             assert backend.native_cpu
-            assert backend.lane is not None
+            assert backend.direct is not None
         assert backend.running("cpu") == "reference"
     assert backend.describe() == before
     with pytest.raises(RuntimeError, match="inside"), backend.use("reference"):
@@ -195,7 +195,7 @@ def test_a_choice_that_fails_changes_nothing(
     before: str, fault: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with backend.use(before):
-        described, running, lane = backend.describe(), dict(backend._running), backend.lane
+        described, running, direct = backend.describe(), dict(backend._running), backend.direct
         kernels = registered("ddim_step")
         assert kernels or before != "triton"
         with monkeypatch.context() as patch:
@@ -205,7 +205,7 @@ def test_a_choice_that_fails_changes_nothing(
                     backend.choose("native")
                 with pytest.raises((ImportError, ValueError)), backend.use("native"):
                     pass
-        assert backend.lane is lane
+        assert backend.direct is direct
         assert backend._running == running
         assert backend.describe() == described
         assert registered("ddim_step") is kernels

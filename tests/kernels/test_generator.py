@@ -104,7 +104,7 @@ def test_generators_of_which_one_is_not_known_draw_nothing() -> None:
     state.view(torch.int64)[1] = 1 << 32 | 300
     strange.set_state(state)
     before = known.get_state()
-    assert backend.lane.generator_normal((2, 64), [known, strange]) is None
+    assert backend.library.generator_normal((2, 64), [known, strange]) is None
     assert torch.equal(known.get_state(), before)
 
 
@@ -132,7 +132,7 @@ def test_a_state_of_no_generator_is_left_alone() -> None:
     state = generator.get_state()
     state.view(torch.int64)[1] = 1 << 32 | 300
     generator.set_state(state)
-    assert backend.lane.generator_normal((64,), generator) is None
+    assert backend.library.generator_normal((64,), generator) is None
     assert torch.equal(generator.get_state(), state)
 
 
@@ -165,7 +165,7 @@ def test_threads_share_the_default_generator() -> None:
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether the native library drew, call by call."""
     seen: list[bool] = []
-    library = backend.lane
+    library = backend.library
 
     class Watched:
         def __getattr__(self, name: str) -> Any:
@@ -176,7 +176,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
             seen.append(result is not None)
             return result
 
-    monkeypatch.setattr(backend, "lane", Watched())
+    monkeypatch.setattr(backend, "library", Watched())
     return seen
 
 
@@ -270,7 +270,7 @@ FAULTS: dict[str, Callable[[Tensor, Generator], None]] = {
 def test_a_fault_gives_torchs_numbers(
     fault: str, monkeypatch: pytest.MonkeyPatch, twins: tuple[Generator, Generator]
 ) -> None:
-    library = backend.lane
+    library = backend.library
 
     class Faulty:
         instruction_set = library.instruction_set
@@ -281,7 +281,7 @@ def test_a_fault_gives_torchs_numbers(
             FAULTS[fault](result, generator)
             return result
 
-    monkeypatch.setattr(backend, "lane", Faulty)
+    monkeypatch.setattr(backend, "library", Faulty)
     check(*twins, 5000)
     assert not backend.draws_like_torch()
     assert "torch_randn is torch.randn" in backend.describe()
@@ -345,13 +345,13 @@ SWITCHED = """
 import torch, bicm_kernels as bk
 from bicm_kernels import backend
 print(backend.describe())
-lane = backend.lane
+lane = backend.library
 class Spy:
     instruction_set = staticmethod(lane.instruction_set)
     def generator_normal(self, *arguments):
         print("drawn")
         return lane.generator_normal(*arguments)
-backend.lane = Spy()
+backend.library = Spy()
 g, h = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
 assert torch.equal(bk.torch_randn((625,), generator=g), torch.randn(625, generator=h))
 assert torch.equal(g.get_state(), h.get_state())

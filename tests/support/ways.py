@@ -1,4 +1,4 @@
-"""The two ways of a call to the CPU kernels: the lane beside the dispatcher, and the long way round."""
+"""The two ways of a call to the CPU kernels: the direct one, beside the dispatcher, and the long way round."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bicm_kernels import backend
 
 Bits = Callable[[Tensor, Tensor], None]
-#: The calls that the lane was asked for, and whether it took them.
+#: The calls that the direct way was asked for, and whether it took them.
 Taken = list[tuple[str, bool]]
 Op = Callable[..., Any]
 
 
 class Spy:
-    """The lane, and which calls it took."""
+    """The direct way, and which calls it took."""
 
     def __init__(self, taken: Taken) -> None:
-        self.lane, self.taken = backend.lane, taken
+        self.direct, self.taken = backend.direct, taken
 
     def __getattr__(self, name: str) -> Op:
         def call(*args: Any) -> Any:
-            result = getattr(self.lane, name)(*args)
+            result = getattr(self.direct, name)(*args)
             self.taken.append((name, result is not None))
             return result
 
@@ -36,11 +36,11 @@ class Spy:
 
 
 def long_way(op: Op, *args: Any) -> Any:
-    before, backend.lane = backend.lane, None
+    before, backend.direct = backend.direct, None
     try:
         return op(*args)
     finally:
-        backend.lane = before
+        backend.direct = before
 
 
 def opened(results: Any) -> list[Any]:

@@ -105,7 +105,8 @@ def bct_loss(
     gradient: "forward" or "backward", see `bicm_kernels.pseudo_huber`: the same bits for an upstream of a power of
         two; "backward" has second derivatives.
     Raises TypeError for arguments of another kind and for a network in DataParallel, in FSDP1, or with a
-    DistributedDataParallel inside that notes which parameters are used; ValueError for another target, gradient or shape.
+    DistributedDataParallel inside that notes which parameters are used; ValueError for another target, gradient or
+    shape.
     """
     check_model(network, "network(c_in(t)·x, t, u)", "network")
     check_network(network)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,46 @@ def test_who_watches_sees_the_op(states: tuple[Tensor, Tensor]) -> None:
     assert "bicm_kernels.ddim_step" in graph.code
 
 
+def test_an_execution_trace_sees_the_op(states: tuple[Tensor, Tensor], tmp_path: Path, taken: Taken) -> None:
+    path = tmp_path / "trace.json"
+    observer = torch.profiler.ExecutionTraceObserver().register_callback(str(path))
+    observer.start()
+    bk.ddim_step(*states, a=0.9, b=0.1)
+    observer.stop()
+    observer.unregister_callback()
+    assert "bicm_kernels::ddim_step" in path.read_text()
+    assert taken == [("ddim_step", False)]
+
+
+@pytest.mark.parametrize("overload", ["ddim_step", "ddim_step.tensor"])
+def test_an_implementation_from_python_replaces_ours(overload: str, states: tuple[Tensor, Tensor]) -> None:
+    number = 0.1 if overload == "ddim_step" else ALONE
+    expected = bk.ddim_step(*states, a=0.9, b=number)
+    with torch.library._scoped_library("bicm_kernels", "IMPL") as library, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that another one is replaced
+        library.impl(overload, lambda tensors, *rest: torch.full_like(tensors[0], 7.0), "CPU")
+        assert (bk.ddim_step(*states, a=0.9, b=number) == 7.0).all()
+    assert torch.equal(bk.ddim_step(*states, a=0.9, b=number), expected)
+
+
+SWITCHED = """
+import torch, bicm_kernels as bk
+assert (bk.backend.direct is None) == {off}
+x = torch.ones(1, 3)
+assert torch.equal(bk.ddim_step(x, x, a=2.0, b=0.5), 2.5 * x)
+"""
+
+
+@pytest.mark.parametrize(("value", "off"), [("0", True), ("1", False), (None, False)])
+def test_it_can_be_switched_off(value: str | None, off: bool, python: Callable[..., Any]) -> None:
+    python(SWITCHED.format(off=off), BICM_KERNELS_DIRECT=value, BICM_KERNELS_BACKEND="native")
+
+
+def test_the_switch_takes_two_values(python: Callable[..., Any]) -> None:
+    done = python("import bicm_kernels", check=False, BICM_KERNELS_DIRECT="no")
+    assert "BICM_KERNELS_DIRECT: expected 0 or 1, got 'no'" in done.stderr
+
+
 def test_fake_and_meta_tensors(states: tuple[Tensor, Tensor], taken: Taken) -> None:
     with FakeTensorMode() as mode:
         fake = bk.ddim_step(*(mode.from_tensor(x) for x in states), a=0.9, b=0.1)
@@ -264,7 +305,7 @@ def test_large_tensors(name: str, threads: Callable[[int], Any], taken: Taken, s
 
 
 def test_other_backends_have_none() -> None:
-    assert backend.lane is not None
+    assert backend.direct is not None
     with backend.use("reference"):
-        assert backend.lane is None
-    assert backend.lane is not None
+        assert backend.direct is None
+    assert backend.direct is not None

@@ -1,7 +1,7 @@
 // The step ops called by Python itself, beside torch's dispatcher, whose way in and out takes longer than a small
 // kernel. They return None for whatever is not plain: CPU tensors of torch's own type, no derivative to record, nobody
 // who watches or transforms. The caller then goes the long way, which knows how to handle it, or what was wrong.
-#include "lane.h"
+#include "direct.h"
 
 #include "cpu.h"
 #include "generator.h"
@@ -120,7 +120,7 @@ int64_t grain_of(const Reversible&) { return Cpu::kGrain; }
 int64_t grain_of(const FixedPointDecode&) { return Cpu::kGrain; }
 
 // The CPU, called by Python.
-struct Lane {
+struct Direct {
   template <class Problem>
   static void run(const Problem& problem, const Object&) {
     std::optional<Released> released;
@@ -142,7 +142,7 @@ struct ExactArguments {
   }
 };
 
-// An exact step that notes overflows where it is asked to; the buffer it left, or nothing where it needs none.
+// An exact step that notes overflows where it is asked to; the buffer it left, or the one given where it needs none.
 template <Increment I, bool Inverse>
 std::tuple<Object, Object> exact_step(Object last, Operands operands, Object info,
                                       PythonArguments::Coefficients coefficients, PythonArguments::Guidance guidance,
@@ -157,10 +157,10 @@ std::tuple<Object, Object> exact_step(Object last, Operands operands, Object inf
   STD_TORCH_CHECK(step.p.guided == operands.paired, "bicm_kernels: guidance goes with a pair");
   Object out = like(last, step.first());
   step.add(out, step.p.out);
-  Object info_out = step.p.multiplies ? like(info, info.view) : Object();
+  Object info_out = step.p.multiplies ? like(info, info.view) : info;
   if (step.p.multiplies) step.add(info_out, step.p.info_out);
   if (overflow.has_value()) step.overflow(*overflow, integer(step, mark));
-  step.run(Lane(), step.p, last);
+  step.run(Direct(), step.p, last);
   return {out, info_out};
 }
 
@@ -191,27 +191,28 @@ PyMethodDef method(const char* name) {
 
 }  // namespace
 
-bool add_lane(PyObject* module) {
+bool add_direct(PyObject* module) {
   using A = PythonArguments;
   static PyMethodDef methods[] = {
-      method<&form_step<Lane, Form::affine, A>>("ddim_step"),
-      method<&form_step<Lane, Form::bdia, A>>("bdia_step"),
-      method<&form_step<Lane, Form::bdia_inverse, A>>("bdia_inverse_step"),
-      method<&affine_step<Lane, A>>("affine_step"),
-      method<&denoised_step<Lane, A>>("denoised_step"),
-      method<&scale_input<Lane, A>>("scale_input"),
-      method<&denoise<Lane, A>>("denoise"),
-      method<&renoise<Lane, A>>("renoise"),
+      method<&FormStep<Direct, Form::affine>::run<A>>("ddim_step"),
+      method<&FormStep<Direct, Form::bdia>::run<A>>("bdia_step"),
+      method<&FormStep<Direct, Form::bdia_inverse>::run<A>>("bdia_inverse_step"),
+      method<&AffineStep<Direct>::run<A>>("affine_step"),
+      method<&DenoisedStep<Direct>::run<A>>("denoised_step"),
+      method<&ScaleInput<Direct>::run<A>>("scale_input"),
+      method<&Denoise<Direct>::run<A>>("denoise"),
+      method<&Renoise<Direct>::run<A>>("renoise"),
       method<&exact_step<Increment::affine, false>>("exact_affine_step"),
       method<&exact_step<Increment::affine, true>>("exact_affine_inverse_step"),
       method<&exact_step<Increment::bdia, false>>("bdia_exact_step"),
       method<&exact_step<Increment::bdia, true>>("bdia_exact_inverse_step"),
       method<&generator_normal>("generator_normal"),
-      method<&fixed_point_decode<Lane, Object, DType>>("fixed_point_decode"),
+      method<&fixed_point_decode<Direct, Object, DType>>("fixed_point_decode"),
       {nullptr, nullptr, 0, nullptr},
   };
+  if (!open_torch()) return true;
   open_generator();
-  return !open_torch() || PyModule_AddFunctions(module, methods) == 0;
+  return PyModule_AddFunctions(module, methods) == 0;
 }
 
 }  // namespace bicm

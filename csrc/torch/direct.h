@@ -6,6 +6,6 @@
 namespace bicm {
 
 // Adds them to the module; leaves them out where torch lacks what they need. False: a Python error is set.
-bool add_lane(PyObject* module);
+bool add_direct(PyObject* module);
 
 }  // namespace bicm

@@ -1,0 +1,124 @@
+"""What is used of torch that torch promises nobody, and what happens where a name is gone.
+
+Every name is looked up once, here, and nothing else in the package takes one. A name that is gone costs speed or one
+feature, as its comment says; importing the package never fails for it. The C++ side looks its own up in
+`csrc/torch/python.cpp`, and leaves the calls beside the dispatcher out where one is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def find(path: str, default: Any) -> Any:
+    """An attribute of torch by its path, or the default."""
+    found: Any = torch
+    for name in path.split("."):
+        try:
+            found = getattr(found, name)
+        except AttributeError:
+            return default
+    return found
+
+
+#: How many dispatch modes are active. Gone: one, always: every call is checked before it runs, and no tensor made of a
+#: number is kept for the next call.
+dispatch_modes: Callable[[], int] = find("_C._len_torch_dispatch_stack", lambda: 1)
+
+#: Whether TorchScript traces. Gone: the public function, which asks twice.
+is_tracing: Callable[[], bool] = find("_C._is_tracing", find("jit.is_tracing", lambda: False))
+
+#: Whether a gradient stands for many (``is_grads_batched=True``). Gone: always, and derivatives take the reference.
+is_batched_gradient: Callable[[Tensor], bool] = find("_C._functorch.is_legacy_batchedtensor", lambda x: True)
+
+#: Whether a graph is kept for another backward pass. Gone: always, and gradients lie in memory of their own.
+keeps_graph: Callable[[], bool] = find("_C._autograd._get_current_graph_task_keep_graph", lambda: True)
+
+#: The torch.func transforms in force. Gone: every call takes the reference, which they see through.
+_transform: Callable[[], Any] = find("_C._functorch.peek_interpreter_stack", lambda: None)
+_Transform: Any = find("_C._functorch.CInterpreter", None)
+_transforms: Callable[[], Any] = find("_C._functorch.get_interpreter_stack", lambda: None)
+_vmap: Any = find("_C._functorch.TransformType.Vmap", None)
+_is_differentiated: Callable[[Tensor], bool] = find("_C._functorch.is_gradtrackingtensor", lambda x: False)
+_unwrapped: Callable[[Tensor], Tensor] = find("_C._functorch.get_unwrapped", lambda x: x)
+_is_mapped: Callable[[Tensor], bool] = find("_C._functorch.is_batchedtensor", lambda x: False)
+_transforms_are_known = None not in (find("_C._functorch.peek_interpreter_stack", None), _Transform)
+
+#: The implementations that Python registered, as ``library/op/key``. Gone: one that replaces ours on the CPU is seen
+#: only by calls that go through the dispatcher.
+implementations: set[str] = find("library._impls", set())
+
+
+def transforms_alone() -> bool:
+    """Whether a torch.func transform is active, where that can be told."""
+    # isinstance, because Dynamo holds the None of an empty stack for an object that is not None.
+    return _transforms_are_known and isinstance(_transform(), _Transform)
+
+
+if not hasattr(forward_ad, "_current_level"):
+    # The level of forward-mode differentiation, -1 outside. Gone: 0, and every call takes the reference.
+    forward_ad._current_level = 0
+
+
+def forward_level() -> int:
+    """The level of forward-mode differentiation, -1 outside."""
+    return forward_ad._current_level
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is active, or that cannot be told."""
+    return not _transforms_are_known or isinstance(_transform(), _Transform) or forward_level() >= 0
+
+
+def undisturbed() -> bool:
+    """Whether nobody traces, watches by a mode, or transforms: what every call asks, in one go."""
+    if not _transforms_are_known or isinstance(_transform(), _Transform):
+        return False
+    return forward_ad._current_level < 0 and not dispatch_modes() and not is_tracing()
+
+
+def bare(op: Any) -> Callable[..., Any]:
+    """What an op's overload calls. Gone: the overload."""
+    return getattr(op, "_op", op)
+
+
+def inside_vmap() -> bool:
+    """Whether a transform is ``torch.vmap``. Gone: never, and a seed that every slice repeats is not refused."""
+    return any(level.key() == _vmap for level in _transforms() or [])
+
+
+# torch.compiler.assume_constant_result, without the second that importing Dynamo takes: the stack is what it is while a
+# graph is traced, and Dynamo guards a graph with it. Where Dynamo does not know the mark, such graphs break here.
+inside_vmap._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def differs_between_slices(x: Tensor) -> bool:
+    """Whether ``torch.vmap`` maps over a tensor, which other transforms may have wrapped since. Gone: no."""
+    # Dynamo cannot look below the innermost transform: a graph of vmap over grad raises.
+    while not torch.compiler.is_compiling() and _is_differentiated(x):
+        x = _unwrapped(x)
+    return _is_mapped(x)
+
+
+def refusing(message: bytes, tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors like these that raise a RuntimeError where they are differentiated. Gone: they carry no derivative."""
+    delayed = find("_C._functions.DelayedError", None)
+    if delayed is None:
+        return tensors
+    refused = delayed(message, len(tensors))(*[x.detach().requires_grad_() for x in tensors])
+    return [*refused] if isinstance(refused, tuple) else [refused]
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without its look for transforms. Gone: with it."""
+    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
+
+
+def unregister(library: torch.library.Library) -> None:
+    """Take a library's registrations back. Gone: when it is collected."""
+    getattr(library, "_destroy", lambda: None)()

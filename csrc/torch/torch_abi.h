@@ -1,0 +1,60 @@
+// Layouts that torch keeps and does not declare in its stable ABI, each checked once against what torch itself says.
+//
+// Where a check fails, the functions of the Python module that need the layout take no call: the way through the
+// dispatcher, or torch's own generator, is then the only one.
+#pragma once
+
+#include <Python.h>
+#include <stdint.h>
+
+#include <utility>
+
+#include "../core/mersenne.h"
+
+namespace bicm::abi {
+
+// DLPack 1: what is asked for here of the table behind torch.Tensor.__dlpack_c_exchange_api__.
+struct ExchangedTensor {
+  void* data;
+  int32_t device_type, device_index, dim;
+  uint8_t kind, bits;
+  uint16_t lanes;
+  int64_t *sizes, *strides;
+  uint64_t byte_offset;
+};
+struct ManagedTensor {
+  uint32_t major, minor;
+  void* context;
+  void (*deleter)(ManagedTensor*);
+  uint64_t flags;
+  ExchangedTensor tensor;
+};
+struct Exchange {
+  uint32_t major, minor;
+  void *older, *allocate, *from_python;
+  int (*to_python)(ManagedTensor* owned, void** object);
+  int (*look_into)(void* object, ExchangedTensor* result);
+};
+constexpr int32_t kCpuDevice = 1;
+constexpr uint8_t kSigned = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4;
+
+// The table in a capsule; nullptr where it does not say of `sample`, a contiguous (2, 3) float32 tensor on the CPU, what
+// the tensor says of itself.
+const Exchange* exchange_in(PyObject* capsule, PyObject* sample);
+
+// What Generator.get_state() holds: how many words are left until the next 624 are made (one, where none is), and which
+// one is next. Behind the words stands the other half of a pair of normal numbers, which only draws of few numbers use.
+struct GeneratorState {
+  uint64_t seed;
+  int32_t left, seeded;
+  uint64_t next, words[kMersenneWords];
+  unsigned char others[40];
+
+  // The last word tells one set of words from the next.
+  std::pair<uint64_t, uint64_t> place() const { return {next, words[kMersenneWords - 1]}; }
+};
+
+// Whether the state of a generator that was just given a seed holds the seed and its words where they are expected.
+bool is_freshly_seeded(const GeneratorState& state, uint64_t seed);
+
+}  // namespace bicm::abi
