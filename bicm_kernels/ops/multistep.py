@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -185,6 +186,14 @@ def affine_step(
     return run(AFFINE_STEP, tensors, values, guidance_scale, key, outs)
 
 
+class DenoisedStep(NamedTuple):
+    """What ``denoised_step`` returns: the next state, the denoised sample, and the scaled input or None."""
+
+    out: Tensor
+    x0: Tensor
+    next: Tensor | None
+
+
 def denoised_step(
     tensors: Sequence[Operand],
     x0_weights: Sequence[Number],
@@ -199,7 +208,7 @@ def denoised_step(
     step: Integer = 0,
     sample_id: Integer = 0,
     out: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> DenoisedStep:
     """A sampler update that passes through the denoised sample, and the next evaluation's scaled input, in one pass.
 
     x0 = clip(sum of p_k x_k); out = sum of w_k x_k + x0_weight x0 + w_n n; next = next_scale out.
@@ -216,14 +225,15 @@ def denoised_step(
         out: (out, x0) or, with next_scale, (out, x0, next) to take the results; they may replace inputs exactly.
 
     Returns:
-        (out, x0, next), all in the dtype and layout of the first tensor; next is None without ``next_scale``.
+        A named tuple (out, x0, next), all in the dtype and layout of the first tensor; next is None without
+        ``next_scale``.
 
     Raises:
         TypeError, ValueError: an argument has another type, shape, device or range.
 
     >>> import torch, bicm_kernels as bk
-    >>> bk.denoised_step([torch.full((1, 1), 3.0)], [1.0], [0.5], x0_weight=0.5, clip=1.0)[:2]
-    (tensor([[2.]]), tensor([[1.]]))
+    >>> bk.denoised_step([torch.full((1, 1), 3.0)], [1.0], [0.5], x0_weight=0.5, clip=1.0)
+    DenoisedStep(out=tensor([[2.]]), x0=tensor([[1.]]), next=None)
     """
     if out is None and not dynamo() and backend.lane is not None:
         # Each argument by itself: packing them first would take as long as handing them over.
@@ -241,7 +251,7 @@ def denoised_step(
             sample_id,
         )
         if results is not None:
-            return results
+            return DenoisedStep._make(results)
     guidance = 0.0 if guidance_scale is None else guidance_scale
     arguments.check_noise(noise_weight, seed)
     key = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
@@ -256,4 +266,4 @@ def denoised_step(
     if outs and next_scale is None:
         outs = (*outs, outs[0].new_empty((0,)))
     results = run(DENOISED_STEP, tensors, values, guidance_scale, key, outs)
-    return (*results[:2], None if next_scale is None else results[2])
+    return DenoisedStep(results[0], results[1], None if next_scale is None else results[2])
