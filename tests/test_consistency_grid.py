@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, lognorm
 from torch import Tensor
 
+import bicm_diffusion
+from bicm_diffusion import karras_schedule
 from bicm_diffusion.consistency import (
     LevelTable,
-    discretization,
     draw_levels,
     karras_levels,
+    level_count,
     level_probabilities,
     partner_probabilities,
 )
@@ -33,7 +35,7 @@ def test_levels_are_karras() -> None:
 
 
 def test_curriculum_doubles_at_equal_intervals_up_to_s1() -> None:
-    counts = [discretization(k, 8000) for k in range(8000)]
+    counts = [level_count(k, 8000) for k in range(8000)]
     assert counts[::1000] == [11, 21, 41, 81, 161, 321, 641, 1281]
     assert counts == sorted(counts) and counts[-1] == 1281
     changes = [k for k in range(1, 8000) if counts[k] != counts[k - 1]]
@@ -54,14 +56,14 @@ def test_curriculum_doubles_at_equal_intervals_up_to_s1() -> None:
     ],
 )
 def test_curriculum_by_hand(s0: int, s1: int, steps: int, stages: dict[int, int]) -> None:
-    assert {k: discretization(k, steps, s0=s0, s1=s1) for k in stages} == stages
+    assert {k: level_count(k, steps, s0=s0, s1=s1) for k in stages} == stages
 
 
 @given(st.integers(1, 10_000), st.integers(1, 100), st.integers(0, 2000), st.floats(0, 1))
 def test_curriculum_is_the_formula(steps: int, s0: int, more: int, share: float) -> None:
     s1, k = s0 + more, int(share * (steps - 1))
     interval = max(1, math.floor(steps / (math.log(s1 // s0) / math.log(2) + 1) + 1e-9))
-    assert discretization(k, steps, s0=s0, s1=s1) == min(s0 * 2 ** (k // interval), s1) + 1
+    assert level_count(k, steps, s0=s0, s1=s1) == min(s0 * 2 ** (k // interval), s1) + 1
 
 
 @pytest.mark.parametrize("count", [11, 161, 1281])
@@ -142,14 +144,21 @@ def test_levels_and_partners_have_keys_of_their_own() -> None:
     assert abs(torch.corrcoef(ranks)[0, 1]) < 0.2
 
 
+def test_one_grid_serves_training_and_samplers() -> None:
+    assert torch.equal(karras_levels(18), torch.tensor(karras_schedule(18).sigma[1:], dtype=torch.float64))
+    assert karras_levels(3, t_min=0.0, t_max=1.0, rho=1.0).tolist() == [0.0, 0.5, 1.0]
+    assert not {"discretization", "multistep_sample", "karras_sigmas"} & {*dir(bicm_diffusion)}
+
+
 @pytest.mark.parametrize(
     ("call", "name"),
     [
-        (lambda: karras_levels(1), "count"),
+        (lambda: karras_levels(0), "count"),
+        (lambda: LevelTable(karras_levels(1)), "levels"),
         (lambda: karras_levels(5, t_min=1.0, t_max=0.5), "t_min"),
         (lambda: karras_levels(5, rho=0.0), "rho"),
-        (lambda: discretization(-1, 10), "step"),
-        (lambda: discretization(0, 10, s0=20, s1=10), "s0"),
+        (lambda: level_count(-1, 10), "step"),
+        (lambda: level_count(0, 10, s0=20, s1=10), "s0"),
     ],
 )
 def test_bad_tables_are_refused(call: object, name: str) -> None:

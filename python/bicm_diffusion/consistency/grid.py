@@ -8,40 +8,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bicm_diffusion.schedules.karras import power_grid
-
-T_MIN = 0.002
-T_MAX = 80.0
 P_MEAN = -1.1
 P_STD = 2.0
 
 
-def karras_levels(count: int, *, t_min: float = T_MIN, t_max: float = T_MAX, rho: float = 7.0) -> Tensor:
-    """Return the noise levels t_1 = t_min < … < t_N = t_max, (N,) float64 (BCM eq. 14).
-
-    count: N >= 2. 0 <= t_min < t_max; rho > 0 crowds the levels towards t_min.
-    Raises ValueError for a value out of range.
-
-    >>> karras_levels(3, t_min=0.0, t_max=1.0, rho=1.0)
-    tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
-    """
-    if count < 2:
-        raise ValueError(f"count: expected an integer of at least 2, got {count}")
-    if not 0.0 <= t_min < t_max < math.inf:
-        raise ValueError(f"t_min, t_max: expected 0 <= t_min < t_max, got {t_min} and {t_max}")
-    if not 0.0 < rho < math.inf:
-        raise ValueError(f"rho: expected a positive value, got {rho}")
-    return power_grid(count, t_min, t_max, rho)
-
-
-def discretization(step: int, steps: int, *, s0: int = 10, s1: int = 1280) -> int:
+def level_count(step: int, steps: int, *, s0: int = 10, s1: int = 1280) -> int:
     """Return N(k), the number of levels at step k = `step` of a run of K = `steps` steps (BCM eq. 13).
 
     N(k) = min(s0·2^⌊k/K'⌋, s1) + 1, K' = max(1, ⌊K/(log2⌊s1/s0⌋ + 1)⌋) with a real logarithm. It starts at s0 + 1 and
     ends at s1 + 1, unless ⌊s1/s0⌋ is a power of two and s1/s0 is not (10 to 25 ends at 21).
     Raises ValueError unless 0 <= step, 1 <= steps and 1 <= s0 <= s1.
 
-    >>> [discretization(k, 8000) for k in (0, 1000, 7999)]
+    >>> [level_count(k, 8000) for k in (0, 1000, 7999)]
     [11, 21, 1281]
     """
     if step < 0 or steps < 1:
@@ -55,11 +33,15 @@ def discretization(step: int, steps: int, *, s0: int = 10, s1: int = 1280) -> in
 def level_probabilities(levels: Tensor, *, p_mean: float = P_MEAN, p_std: float = P_STD) -> Tensor:
     """Return p(n) for n = 1 … N-1, (N-1,) float64: lognormal mass between neighbouring levels (BCM eq. 12).
 
-    levels: (N,) float64, increasing; 0 is allowed first. The mass outside the levels is spread in proportion.
+    levels: (N,) float64, N >= 2, increasing; 0 is allowed first. The mass outside the levels is spread in proportion.
+    Raises ValueError for fewer than two levels.
 
+    >>> from bicm_diffusion import karras_levels
     >>> round(level_probabilities(karras_levels(11)).sum().item(), 12)
     1.0
     """
+    if len(levels) < 2:
+        raise ValueError(f"levels: expected at least 2, got {len(levels)}")
     edges = torch.special.erf((levels.double().log() - p_mean) / (math.sqrt(2.0) * p_std))
     mass = edges.diff()
     return mass / mass.sum()
@@ -94,6 +76,7 @@ class LevelTable:
 
     levels: (N,) float64, increasing. probabilities: (N-1,), made from them.
 
+    >>> from bicm_diffusion import karras_levels
     >>> LevelTable(karras_levels(11)).probabilities.shape
     torch.Size([10])
     """

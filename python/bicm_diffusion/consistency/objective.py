@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from bicm_diffusion.consistency.frozen import check_network, evaluate_frozen
-from bicm_diffusion.consistency.grid import T_MIN, LevelTable, drawn, partner_probabilities
+from bicm_diffusion.consistency.grid import LevelTable, drawn, partner_probabilities
 from bicm_diffusion.consistency.shared_draws import draws_alike
 from bicm_diffusion.keys import DROPOUT, LEVELS, PARTNERS
+from bicm_diffusion.schedules.karras import T_MIN
 from bicm_kernels import (
     affine_step,
     consistency_loss,
@@ -51,7 +52,7 @@ class BctLoss:
 def draw_levels(table: LevelTable, batch: int, *, seed: int, step: int, sample_id: int = 0) -> Levels:
     """Return the levels of a batch: n ~ p(n), n' ~ p̃(n'|n), keyed by (seed, sample, step).
 
-    >>> from bicm_diffusion.consistency.grid import karras_levels
+    >>> from bicm_diffusion import karras_levels
     >>> levels = draw_levels(LevelTable(karras_levels(11)), 4, seed=0, step=0)
     >>> bool((levels.low < levels.high).all() and (levels.low != levels.partner).all())
     True

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from bicm_diffusion.consistency.grid import T_MIN
+from bicm_diffusion.schedules.karras import T_MIN
 
 
 @dataclass(frozen=True)
