@@ -5,7 +5,7 @@ Every op is one kernel launch and gives the same bits on every backend; ``backen
 
 from bicm_kernels import backend, reference
 from bicm_kernels.ops.generator import torch_randn
-from bicm_kernels.ops.multistep import affine_step, bdia_inverse_step, bdia_step, ddim_step, denoised_step
+from bicm_kernels.ops.multistep import DenoisedStep, affine_step, bdia_inverse_step, bdia_step, ddim_step, denoised_step
 from bicm_kernels.ops.noise import NOISE_VERSION, add_noise, fold_in, normal, uniform
 from bicm_kernels.ops.noisy_pair import noisy_pair
 from bicm_kernels.ops.preconditioning import denoise, renoise, scale_input
@@ -24,6 +24,7 @@ backend.start()
 
 __all__ = [
     "NOISE_VERSION",
+    "DenoisedStep",
     "__version__",
     "add_noise",
     "affine_step",

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import bicm_kernels as bk
-from bicm_diffusion import LevelTable, draw_levels, karras_sigmas, update_average
+from bicm_diffusion import LevelTable, draw_levels, karras_levels, update_average
 
 SEED = 0
 SIGMA_DATA = 0.5
@@ -80,7 +80,7 @@ def train(
     average.load_state_dict(network.state_dict())
     model = DistributedDataParallel(network) if world > 1 else network
     optimizer = torch.optim.RAdam(network.parameters(), lr=1e-3)
-    table, first = LevelTable(karras_sigmas(19)), 0
+    table, first = LevelTable(karras_levels(19)), 0
     if checkpoint is not None and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device)
         network.load_state_dict(state["network"])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import bicm_kernels as bk
-from bicm_diffusion import karras_sigmas
+from bicm_diffusion import karras_levels
 
 Denoiser = Callable[[Tensor, float], Tensor]
 
@@ -76,7 +76,7 @@ def main() -> None:
     def denoiser(x: Tensor, sigma: float) -> Tensor:
         return 0.25 / (0.25 + sigma * sigma) * x
 
-    sigmas = karras_sigmas(60).flip(0).tolist()
+    sigmas = karras_levels(60).flip(0).tolist()
     x = (80 * bk.normal((16, 3, 8, 8), seed=0) * 2**16).round() / 2**16
     exact = x * ((0.25 + sigmas[-1] ** 2) / (0.25 + sigmas[0] ** 2)) ** 0.5
     error = (adams_bashforth_sample(denoiser, x, sigmas) - exact).abs().max()

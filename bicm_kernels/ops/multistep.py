@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -170,6 +171,14 @@ def affine_step(
     return AFFINE_STEP.call(tensors, weights, guidance_scale, noise_weight, seed, step, sample_id, outs=outs)
 
 
+class DenoisedStep(NamedTuple):
+    """What ``denoised_step`` returns: the next state, the denoised sample, and the scaled input or None."""
+
+    out: Tensor
+    x0: Tensor
+    next: Tensor | None
+
+
 def denoised_step(
     tensors: Sequence[Operand],
     x0_weights: Sequence[Number],
@@ -184,7 +193,7 @@ def denoised_step(
     step: Integer = 0,
     sample_id: Integer = 0,
     out: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> DenoisedStep:
     """A sampler update that passes through the denoised sample, and the next evaluation's scaled input, in one pass.
 
     x0 = clip(sum of p_k x_k); out = sum of w_k x_k + x0_weight x0 + w_n n; next = next_scale out.
@@ -201,14 +210,15 @@ def denoised_step(
         out: (out, x0) or, with next_scale, (out, x0, next) to take the results; they may replace inputs exactly.
 
     Returns:
-        (out, x0, next), all in the dtype and layout of the first tensor; next is None without ``next_scale``.
+        A named tuple (out, x0, next), all in the dtype and layout of the first tensor; next is None without
+        ``next_scale``.
 
     Raises:
         TypeError, ValueError: an argument has another type, shape, device or range.
 
     >>> import torch, bicm_kernels as bk
-    >>> bk.denoised_step([torch.full((1, 1), 3.0)], [1.0], [0.5], x0_weight=0.5, clip=1.0)[:2]
-    (tensor([[2.]]), tensor([[1.]]))
+    >>> bk.denoised_step([torch.full((1, 1), 3.0)], [1.0], [0.5], x0_weight=0.5, clip=1.0)
+    DenoisedStep(out=tensor([[2.]]), x0=tensor([[1.]]), next=None)
     """
     outs: tuple[Tensor, ...] | None = None
     if out is not None:
@@ -216,7 +226,7 @@ def denoised_step(
         outs = tuple(out)
         if len(outs) != (2 if next_scale is None else 3):
             raise ValueError(f"out must hold (out, x0), and next with next_scale, got {len(outs)} tensors")
-    return DENOISED_STEP.call(
+    results = DENOISED_STEP.call(
         tensors,
         x0_weights,
         weights,
@@ -230,3 +240,4 @@ def denoised_step(
         sample_id,
         outs=outs,
     )
+    return DenoisedStep._make(results)

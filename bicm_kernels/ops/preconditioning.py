@@ -95,7 +95,8 @@ def _target(parameterization: str, u: Number | None, sigma_min: float) -> Number
     if parameterization not in PARAMETERIZATIONS:
         raise ValueError(f"parameterization must be one of {', '.join(PARAMETERIZATIONS)}, got {parameterization!r}")
     if u is not None and parameterization != "bcm":
-        raise ValueError(f"u goes with parameterization='bcm', got u={arguments.describe(u)} with {parameterization!r}")
+        given = arguments.describe(u)
+        raise ValueError(f"u must be None for parameterization={parameterization!r}: only 'bcm' takes it, got {given}")
     if parameterization == "edm":
         return 0.0
     return sigma_min if u is None else u
@@ -139,7 +140,8 @@ def denoise(
         x: sample at level t, (B, ...), any floating dtype and strides.
         F: the network's output, like x, any floating dtype.
         t: noise level, >= 0; float, 0-d or (B,) tensor.
-        u: level to arrive at, for ``bcm`` alone; None means sigma_min.
+        u: level to arrive at, for ``bcm`` alone; float, 0-d or (B,) tensor. None means sigma_min for ``bcm``; ``cm``
+            leads to sigma_min and ``edm`` to 0.
         parameterization: ``bcm`` (BCM eq. 20, 39, 43), ``cm`` (BCM eq. 17) or ``edm``.
         sigma_data: standard deviation of the data.
         sigma_min: the smallest level, where ``cm`` and ``bcm`` without u arrive.

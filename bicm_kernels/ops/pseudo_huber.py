@@ -42,8 +42,10 @@ def _check(loss: Loss, call: Sequence[Any], gradient: object) -> None:
         raise ValueError("c must be given for kind='elementwise', where it has no usual value, got None")
     if isinstance(c, float | int) and not arguments.compiling() and not c >= 0:
         raise ValueError(f"c must be at least 0, got {c!r}")
-    if values.get("u") is not None and values["parameterization"] != "bcm":
-        raise ValueError(f"u must be None for parameterization={values['parameterization']!r}: only bcm takes it")
+    if (u := values.get("u")) is not None and (name := values["parameterization"]) != "bcm":
+        raise ValueError(
+            f"u must be None for parameterization={name!r}: only 'bcm' takes it, got {arguments.describe(u)}"
+        )
     if not isinstance(gradient, str) or gradient not in _GRADIENT:
         raise ValueError(f"gradient must be one of {', '.join(_GRADIENT)}, got {gradient!r}")
 
@@ -171,8 +173,8 @@ def consistency_loss(
     x: Tensor,
     F: Tensor,
     t: Number,
-    u: Number | None,
-    target: Tensor,
+    u: Number | None = None,
+    target: Tensor | None = None,
     *,
     c: Number | None = None,
     weight: Number | None = None,
@@ -192,9 +194,10 @@ def consistency_loss(
     Args:
         x: noisy sample (B, ...), float16, bfloat16, float32 or float64, any strides.
         F: network output, like x, of any of these dtypes.
-        t, u: noise levels from and to; float, 0-d or (B,) tensor. u = None is sigma_min for "bcm"; "cm" and "edm" take
-            no u.
-        target: like x, of any of these dtypes.
+        t: noise level, >= 0; float, 0-d or (B,) tensor.
+        u: level to arrive at, for "bcm" alone; float, 0-d or (B,) tensor. None means sigma_min for "bcm"; "cm" leads to
+            sigma_min and "edm" to 0.
+        target: like x, of any of these dtypes; must be given, by its name where u is left out.
         c, weight, kind, reduction, gradient: as for ``pseudo_huber``.
         parameterization: "bcm" (t to u), "cm" (t to sigma_min) or "edm" (t to 0).
         sigma_data, sigma_min: standard deviation of the data and smallest noise level; floats.

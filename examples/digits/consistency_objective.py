@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from bicm_diffusion import karras_sigmas
-from bicm_diffusion.consistency.grid import P_MEAN, P_STD, LevelTable, discretization
+from bicm_diffusion import LevelTable, karras_levels, level_count
+from bicm_diffusion.consistency.grid import P_MEAN, P_STD
 from bicm_diffusion.consistency.objective import bct_loss, draw_levels
 from bicm_kernels import fold_in
 from examples.digits.checkpoints import load_network as load
@@ -39,8 +39,8 @@ class BctConfig(TrainingConfig):
 
 def level_table(step: int, config: BctConfig) -> LevelTable:
     """Return the levels of this step."""
-    count = discretization(step, config.steps, s0=config.s0, s1=config.s1)
-    return LevelTable(karras_sigmas(count, sigma_max=config.t_max), p_mean=config.p_mean, p_std=config.p_std)
+    count = level_count(step, config.steps, s0=config.s0, s1=config.s1)
+    return LevelTable(karras_levels(count, t_max=config.t_max), p_mean=config.p_mean, p_std=config.p_std)
 
 
 def batch_loss(network: ConsistencyNetwork, batch: Digits, config: BctConfig, step: int) -> Loss:

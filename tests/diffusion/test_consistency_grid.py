@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, lognorm
 from torch import Tensor
 
-from bicm_diffusion import karras_sigmas
+import bicm_diffusion
+from bicm_diffusion import karras_schedule
 from bicm_diffusion.consistency import (
     LevelTable,
-    discretization,
     draw_levels,
+    karras_levels,
+    level_count,
     level_probabilities,
     partner_probabilities,
 )
@@ -23,7 +25,7 @@ from bicm_diffusion.consistency.grid import P_MEAN, P_STD, drawn
 
 
 def test_levels_are_karras() -> None:
-    levels = karras_sigmas(1281)
+    levels = karras_levels(1281)
     assert levels.dtype == torch.float64 and levels.shape == (1281,)
     assert levels[0] == 0.002 and levels[-1] == 80.0
     n = 400
@@ -33,7 +35,7 @@ def test_levels_are_karras() -> None:
 
 
 def test_curriculum_doubles_at_equal_intervals_up_to_s1() -> None:
-    counts = [discretization(k, 8000) for k in range(8000)]
+    counts = [level_count(k, 8000) for k in range(8000)]
     assert counts[::1000] == [11, 21, 41, 81, 161, 321, 641, 1281]
     assert counts == sorted(counts) and counts[-1] == 1281
     changes = [k for k in range(1, 8000) if counts[k] != counts[k - 1]]
@@ -54,20 +56,20 @@ def test_curriculum_doubles_at_equal_intervals_up_to_s1() -> None:
     ],
 )
 def test_curriculum_by_hand(s0: int, s1: int, steps: int, stages: dict[int, int]) -> None:
-    assert {k: discretization(k, steps, s0=s0, s1=s1) for k in stages} == stages
+    assert {k: level_count(k, steps, s0=s0, s1=s1) for k in stages} == stages
 
 
 @given(st.integers(1, 10_000), st.integers(1, 100), st.integers(0, 2000), st.floats(0, 1))
 def test_curriculum_is_the_formula(steps: int, s0: int, more: int, share: float) -> None:
     s1, k = s0 + more, int(share * (steps - 1))
     interval = max(1, math.floor(steps / (math.log(s1 // s0) / math.log(2) + 1) + 1e-9))
-    assert discretization(k, steps, s0=s0, s1=s1) == min(s0 * 2 ** (k // interval), s1) + 1
+    assert level_count(k, steps, s0=s0, s1=s1) == min(s0 * 2 ** (k // interval), s1) + 1
 
 
 @pytest.mark.parametrize("count", [11, 161, 1281])
 @pytest.mark.parametrize(("p_mean", "p_std"), [(P_MEAN, P_STD), (-0.8, 1.6)])
 def test_odds_are_bins_of_the_lognormal(count: int, p_mean: float, p_std: float) -> None:
-    levels = karras_sigmas(count)
+    levels = karras_levels(count)
     bins = torch.from_numpy(lognorm(s=p_std, scale=math.exp(p_mean)).cdf(levels.numpy())).diff()
     odds = level_probabilities(levels, p_mean=p_mean, p_std=p_std)
     assert odds.dtype == torch.float64
@@ -81,7 +83,7 @@ def test_a_level_of_zero_takes_all_the_mass_below() -> None:
 
 
 def test_partner_odds_leave_n_out_and_keep_the_ratios() -> None:
-    odds = level_probabilities(karras_sigmas(11))
+    odds = level_probabilities(karras_levels(11))
     n = torch.arange(10)
     rows = partner_probabilities(odds, n)
     assert (rows[n, n] == 0).all()
@@ -92,7 +94,7 @@ def test_partner_odds_leave_n_out_and_keep_the_ratios() -> None:
 
 
 def test_draws_follow_the_odds() -> None:
-    table, count = LevelTable(karras_sigmas(11)), 100_000
+    table, count = LevelTable(karras_levels(11)), 100_000
     levels = draw_levels(table, count, seed=3, step=5)
     n = torch.searchsorted(table.levels, levels.low)
     partner = torch.searchsorted(table.levels, levels.partner)
@@ -108,7 +110,7 @@ def test_draws_follow_the_odds() -> None:
 
 @given(st.integers(2, 300), st.integers(0, 2**32 - 1))
 def test_draws_at_the_ends_stay_in_the_table(count: int, seed: int) -> None:
-    odds = level_probabilities(karras_sigmas(count + 1))
+    odds = level_probabilities(karras_levels(count + 1))
     n = torch.tensor([0, count - 1, seed % count])
     ends = torch.tensor([2.0**-33, 1.0], dtype=torch.float64)
     for end in ends:
@@ -119,7 +121,7 @@ def test_draws_at_the_ends_stay_in_the_table(count: int, seed: int) -> None:
 
 @pytest.mark.parametrize("batch", [1, 7])
 def test_a_sample_draws_the_same_levels_in_any_batch(batch: int) -> None:
-    table = LevelTable(karras_sigmas(321))
+    table = LevelTable(karras_levels(321))
     whole = draw_levels(table, 64, seed=1, step=9)
     part = draw_levels(table, batch, seed=1, step=9, sample_id=20)
     for all_levels, some in zip(whole, part, strict=True):
@@ -127,7 +129,7 @@ def test_a_sample_draws_the_same_levels_in_any_batch(batch: int) -> None:
 
 
 def test_levels_and_partners_have_keys_of_their_own() -> None:
-    table = LevelTable(karras_sigmas(1281))
+    table = LevelTable(karras_levels(1281))
     first, again, other_step, other_seed = (
         draw_levels(table, 500, seed=seed, step=step) for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0))
     )
@@ -142,14 +144,21 @@ def test_levels_and_partners_have_keys_of_their_own() -> None:
     assert abs(torch.corrcoef(ranks)[0, 1]) < 0.2
 
 
+def test_one_grid_serves_training_and_samplers() -> None:
+    assert torch.equal(karras_levels(18), torch.tensor(karras_schedule(18).sigma[1:], dtype=torch.float64))
+    assert karras_levels(3, t_min=0.0, t_max=1.0, rho=1.0).tolist() == [0.0, 0.5, 1.0]
+    assert not {"discretization", "multistep_sample", "karras_sigmas"} & {*dir(bicm_diffusion)}
+
+
 @pytest.mark.parametrize(
     ("call", "name"),
     [
-        (lambda: LevelTable(karras_sigmas(1)), "levels"),
-        (lambda: karras_sigmas(5, sigma_min=1.0, sigma_max=0.5), "sigma_min"),
-        (lambda: karras_sigmas(5, rho=0.0), "rho"),
-        (lambda: discretization(-1, 10), "step"),
-        (lambda: discretization(0, 10, s0=20, s1=10), "s0"),
+        (lambda: karras_levels(0), "count"),
+        (lambda: LevelTable(karras_levels(1)), "levels"),
+        (lambda: karras_levels(5, t_min=1.0, t_max=0.5), "t_min"),
+        (lambda: karras_levels(5, rho=0.0), "rho"),
+        (lambda: level_count(-1, 10), "step"),
+        (lambda: level_count(0, 10, s0=20, s1=10), "s0"),
     ],
 )
 def test_bad_tables_are_refused(call: object, name: str) -> None:

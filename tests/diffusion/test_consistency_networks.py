@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from bicm_diffusion import Levels, LevelTable, bct_loss, draw_levels, karras_sigmas
+from bicm_diffusion import Levels, LevelTable, bct_loss, draw_levels, karras_levels
 from bicm_diffusion.consistency.frozen import evaluate_frozen
 from tests.support.plain_bct import plain_loss
 
@@ -31,7 +31,7 @@ def fresh_compiler() -> Iterator[None]:
 
 def problem(batch: int = 5, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Levels]:
     x = torch.randn((batch, SIZE), generator=torch.Generator().manual_seed(7)).to(dtype)
-    return x, draw_levels(LevelTable(karras_sigmas(21)), batch, seed=7, step=3)
+    return x, draw_levels(LevelTable(karras_levels(21)), batch, seed=7, step=3)
 
 
 class Block(nn.Module):

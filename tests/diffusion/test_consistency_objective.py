@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bicm_diffusion import Levels, LevelTable, bct_loss, draw_levels, karras_sigmas, update_average
+from bicm_diffusion import Levels, LevelTable, bct_loss, draw_levels, karras_levels, update_average
 from tests.support.plain_bct import broadcast, plain_loss
 
 SHAPE = (6, 3, 4)
@@ -44,7 +44,7 @@ def network(*, dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> Netw
 
 def problem(dtype: torch.dtype = torch.float64, key: int = 7) -> tuple[Tensor, Levels]:
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(key), dtype=torch.float64).to(dtype)
-    return x, draw_levels(LevelTable(karras_sigmas(21)), SHAPE[0], seed=key, step=3)
+    return x, draw_levels(LevelTable(karras_levels(21)), SHAPE[0], seed=key, step=3)
 
 
 def gradients(loss: Tensor, model: nn.Module) -> Tensor:

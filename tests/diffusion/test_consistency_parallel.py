@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bicm_diffusion import bct_loss, draw_levels
-from bicm_diffusion.consistency.grid import LevelTable, karras_levels
+from bicm_diffusion import LevelTable, bct_loss, draw_levels, karras_levels
 from tests.support import parallel_training
 from tests.support.parallel_training import BATCH, SIZE, STEPS, network, train
 

@@ -15,8 +15,8 @@ from bicm_diffusion import (
     ConsistencySchedule,
     LeapInfo,
     consistency_invert,
+    consistency_multistep_sample,
     consistency_sample,
-    multistep_sample,
     slerp,
 )
 from bicm_diffusion.keys import CONSISTENCY_INVERSION, CONSISTENCY_SAMPLING
@@ -88,7 +88,9 @@ def test_multistep_replaces_the_noise_and_adds_none_at_the_end() -> None:
     for step, level in enumerate((5.0, 0.8)):
         fresh = normal(x.shape, seed=fold_in(seed, CONSISTENCY_SAMPLING), step=step, dtype=x.dtype)
         expected = flow(expected + math.sqrt(level**2 - T_MIN**2) * fresh, level, T_MIN)
-    assert_close(multistep_sample(gaussian_model, x, ConsistencySchedule((80.0, 5.0, 0.8)), seed=seed), expected)
+    assert_close(
+        consistency_multistep_sample(gaussian_model, x, ConsistencySchedule((80.0, 5.0, 0.8)), seed=seed), expected
+    )
 
 
 @pytest.mark.parametrize("name", INVERSIONS)
@@ -148,7 +150,9 @@ def test_multistep_sampling_may_share_its_noise() -> None:
         expected = flow(x, 80.0, T_MIN)
         for level, n in zip(levels, noises, strict=True):
             expected = flow(expected + math.sqrt(level**2 - T_MIN**2) * n, level, T_MIN)
-        got = multistep_sample(gaussian_model, x, ConsistencySchedule((80.0, *levels)), seed=seed, noise=kind)
+        got = consistency_multistep_sample(
+            gaussian_model, x, ConsistencySchedule((80.0, *levels)), seed=seed, noise=kind
+        )
         assert_close(got, expected)
 
 
@@ -156,7 +160,10 @@ def test_multistep_sampling_may_share_its_noise() -> None:
 @pytest.mark.parametrize("kind", ["fixed", "initial"])
 def test_shared_noise_belongs_to_its_sample(kind: str, dtype: torch.dtype) -> None:
     x = noise(7, 3, 5, dtype=dtype)
-    for sampler, schedule in ((consistency_sample, TWICE), (multistep_sample, ConsistencySchedule((80.0, 5.0, 0.8)))):
+    for sampler, schedule in (
+        (consistency_sample, TWICE),
+        (consistency_multistep_sample, ConsistencySchedule((80.0, 5.0, 0.8))),
+    ):
         together = sampler(gaussian_model, x, schedule, seed=4, noise=kind)
         alone = sampler(gaussian_model, x[4:5], schedule, seed=4, sample_id=4, noise=kind)
         assert together.dtype == dtype and torch.equal(together[4:5], alone)
@@ -178,12 +185,12 @@ def test_the_initial_noise_needs_no_launch_of_its_own() -> None:
 
 
 def test_an_unknown_noise_is_named() -> None:
-    for sampler in (consistency_sample, multistep_sample):
+    for sampler in (consistency_sample, consistency_multistep_sample):
         with pytest.raises(ValueError, match="noise: expected one of 'fresh', 'fixed', 'initial', got 'same'"):
             sampler(gaussian_model, noise(2, 3), ConsistencySchedule((80.0,)), noise="same")
 
 
-@pytest.mark.parametrize("sampler", [consistency_sample, multistep_sample, consistency_invert])
+@pytest.mark.parametrize("sampler", [consistency_sample, consistency_multistep_sample, consistency_invert])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_sample_does_not_depend_on_its_batch(sampler: object, dtype: torch.dtype) -> None:
     assert callable(sampler)
@@ -226,7 +233,7 @@ def test_sigma_data_belongs_to_the_schedule() -> None:
 def test_samplers_record_no_gradients_and_leave_their_input_alone() -> None:
     x = noise(2, 3).requires_grad_()
     before = x.detach().clone()
-    for sampler in (consistency_sample, multistep_sample, consistency_invert):
+    for sampler in (consistency_sample, consistency_multistep_sample, consistency_invert):
         assert not sampler(gaussian_model, x, ConsistencySchedule((20.0, 1.0))).requires_grad
     assert torch.equal(x.detach(), before)
 
@@ -253,7 +260,7 @@ def test_bad_schedules_are_refused(
 def test_samplers_refuse_schedules_that_they_cannot_follow() -> None:
     x, zigzag = noise(1, 2), ConsistencySchedule((20.0, 1.0), ((0.1, 0.5),))
     with pytest.raises(ValueError, match="schedule"):
-        multistep_sample(gaussian_model, x, zigzag)
+        consistency_multistep_sample(gaussian_model, x, zigzag)
     for schedule in (zigzag, ConsistencySchedule((20.0,))):
         with pytest.raises(ValueError, match="schedule"):
             consistency_invert(gaussian_model, x, schedule)

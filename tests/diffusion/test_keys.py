@@ -13,11 +13,11 @@ import bicm_kernels as bk
 from bicm_diffusion import (
     ConsistencySchedule,
     consistency_invert,
+    consistency_multistep_sample,
     consistency_sample,
     edm_sample,
     karras_schedule,
     keys,
-    multistep_sample,
     sign_masked,
 )
 from bicm_diffusion.adapters.k_diffusion import keyed_noise_sampler, sample_euler
@@ -41,7 +41,9 @@ SAMPLERS: dict[str, Callable[[Tensor, Callable[..., Tensor], int], Tensor]] = {
     "edm_sample": churned,
     "sign_masked": lambda z, seen, seed: sign_masked(seen, z, [2.0, 1.0], seed=seed),
     "consistency_sample": lambda z, seen, seed: consistency_sample(seen, 80 * z, ZIGZAG, seed=seed),
-    "multistep_sample": lambda z, seen, seed: multistep_sample(seen, 80 * z, SCHEDULE, seed=seed),
+    "consistency_multistep_sample": lambda z, seen, seed: consistency_multistep_sample(
+        seen, 80 * z, SCHEDULE, seed=seed
+    ),
     "consistency_invert": lambda z, seen, seed: consistency_invert(seen, z, SCHEDULE, seed=seed),
     "keyed_noise_sampler": k_diffusion_churned,
 }

@@ -26,6 +26,7 @@ from bicm_diffusion import (
     bdia_invert,
     bdia_sample,
     consistency_invert,
+    consistency_multistep_sample,
     consistency_sample,
     ddim_invert,
     ddim_sample,
@@ -34,7 +35,6 @@ from bicm_diffusion import (
     edm_invert,
     edm_sample,
     karras_schedule,
-    multistep_sample,
     obelm_invert,
     obelm_sample,
     sign_masked,
@@ -61,7 +61,7 @@ TWO_STATES: dict[str, Any] = {
 }
 LEAPING: dict[str, Any] = {
     "consistency_sample": consistency_sample,
-    "multistep_sample": multistep_sample,
+    "consistency_multistep_sample": consistency_multistep_sample,
     "consistency_invert": consistency_invert,
 }
 STEPPING = {**ONE_STATE, **TWO_STATES}

@@ -25,7 +25,7 @@ from bicm_kernels import fold_in, normal
 from tests.support.closed_forms import Mixture, noise, ve_levels
 
 MODEL = Mixture(0.5, 0.8, ve_levels)
-SCHEDULE = karras_schedule(12, sigma_min=0.02, sigma_max=20.0)
+SCHEDULE = karras_schedule(12, t_min=0.02, t_max=20.0)
 
 
 def denoised(x: Tensor, sigma: float) -> Tensor:
@@ -93,10 +93,10 @@ def test_evaluations_are_two_a_step_but_one_to_clean_data() -> None:
         asked.append(times[0].item())
         return MODEL(z, times)
 
-    edm_sample(model, noise(1, 2), karras_schedule(3, sigma_min=0.5, sigma_max=2.0))
+    edm_sample(model, noise(1, 2), karras_schedule(3, t_min=0.5, t_max=2.0))
     assert len(asked) == 5 and min(asked) == 0.5
     asked.clear()
-    edm_sample(model, noise(1, 2), karras_schedule(3, sigma_min=0.5, sigma_max=2.0, final_sigma=None))
+    edm_sample(model, noise(1, 2), karras_schedule(3, t_min=0.5, t_max=2.0, final_sigma=None))
     assert len(asked) == 6
 
 
@@ -187,10 +187,10 @@ def test_evaluations_upwards_are_two_a_step_but_one_from_clean_data() -> None:
         asked.append(times[0].item())
         return MODEL(z, times)
 
-    edm_invert(model, noise(1, 2), karras_schedule(3, sigma_min=0.5, sigma_max=2.0))
+    edm_invert(model, noise(1, 2), karras_schedule(3, t_min=0.5, t_max=2.0))
     assert len(asked) == 5 and min(asked) == 0.5
     asked.clear()
-    edm_invert(model, noise(1, 2), karras_schedule(3, sigma_min=0.5, sigma_max=2.0, final_sigma=None))
+    edm_invert(model, noise(1, 2), karras_schedule(3, t_min=0.5, t_max=2.0, final_sigma=None))
     assert len(asked) == 6
     with pytest.raises(ValueError, match="solver: expected 'euler' or 'heun', got 'rk4'"):
         edm_invert(model, noise(1, 2), SCHEDULE, solver="rk4")

@@ -47,7 +47,7 @@ ORDERS: dict[str, tuple[Solver, float]] = {
 DATA = {"Gaussian": (0.7, 0.0), "mixture": (0.4, 1.0)}
 GRIDS = {
     "VP": (vp_alpha_sigma, lambda steps: vp_schedule(steps, final_time=0.02)),
-    "EDM": (ve_levels, lambda steps: karras_schedule(steps, sigma_min=0.02, sigma_max=10.0, final_sigma=None)),
+    "EDM": (ve_levels, lambda steps: karras_schedule(steps, t_min=0.02, t_max=10.0, final_sigma=None)),
 }
 
 

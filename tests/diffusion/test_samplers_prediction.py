@@ -32,7 +32,7 @@ def test_every_kind_stands_for_the_same_noise(level: Level) -> None:
 @pytest.mark.parametrize("kind", ["edm", "bcm", "cm"])
 def test_a_raw_output_is_read_as_its_preconditioning(kind: Any, level: Level) -> None:
     z, output = noise(4, 3), noise(4, 3, seed=1)
-    prediction, t = Preconditioned(kind, sigma_data=0.7, sigma_min=0.001), level.sigma / level.alpha
+    prediction, t = Preconditioned(kind, sigma_data=0.7, t_min=0.001), level.sigma / level.alpha
     options: dict[str, Any] = {"parameterization": kind, "sigma_data": 0.7, "sigma_min": 0.001}
     x0 = denoise(z / level.alpha, output, t, **options)
     expected = (z - level.alpha * x0) / level.sigma
@@ -52,7 +52,7 @@ def test_low_noise_keeps_its_digits() -> None:
     [
         ({"parameterization": "vp"}, "parameterization: expected one of edm, bcm, cm, got 'vp'"),
         ({"sigma_data": 0.0}, "sigma_data"),
-        ({"sigma_min": -1.0}, "sigma_min"),
+        ({"t_min": -1.0}, "t_min"),
     ],
 )
 def test_bad_preconditionings_are_named(arguments: dict[str, Any], message: str) -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from bicm_diffusion import (
     Schedule,
     ddim_sample,
+    karras_levels,
     karras_schedule,
-    karras_sigmas,
     to_ve,
     to_vp,
     vp_alpha_sigma,
@@ -68,7 +68,7 @@ def test_vp_time_undoes_vp_alpha_sigma() -> None:
 
 @pytest.mark.parametrize("rho", [1.0, 7.0])
 def test_karras_levels_are_uniform_in_the_power(rho: float) -> None:
-    sigmas = karras_sigmas(40, rho=rho)
+    sigmas = karras_levels(40, rho=rho)
     assert sigmas.dtype == torch.float64 and sigmas[0] == 0.002 and sigmas[-1] == 80.0
     powers = sigmas ** (1 / rho)
     torch.testing.assert_close(powers.diff(), powers.diff().mean().expand(39), rtol=1e-10, atol=0)
@@ -76,10 +76,10 @@ def test_karras_levels_are_uniform_in_the_power(rho: float) -> None:
 
 def test_karras_middle_by_hand() -> None:
     middle = ((0.002 ** (1 / 7) + 80 ** (1 / 7)) / 2) ** 7
-    assert karras_sigmas(3)[1].item() == pytest.approx(middle, rel=1e-14)
-    assert karras_sigmas(1).tolist() == [80.0]
-    assert karras_sigmas(3, sigma_min=0.0, sigma_max=1.0, rho=1.0).tolist() == [0.0, 0.5, 1.0]
-    assert karras_schedule(2, sigma_min=0.0, final_sigma=None).sigma[0] == 0.0
+    assert karras_levels(3)[1].item() == pytest.approx(middle, rel=1e-14)
+    assert karras_levels(1).tolist() == [80.0]
+    assert karras_levels(3, t_min=0.0, t_max=1.0, rho=1.0).tolist() == [0.0, 0.5, 1.0]
+    assert karras_schedule(2, t_min=0.0, final_sigma=None).sigma[0] == 0.0
 
 
 def test_karras_schedule_counts_steps_with_and_without_an_end() -> None:
@@ -139,8 +139,8 @@ def test_bad_vp_grids_are_refused(steps: int, final_time: float, name: str) -> N
     ("arguments", "name"),
     [
         ({"steps": 0}, "steps"),
-        ({"steps": 3, "sigma_min": 0.0}, "sigma_min"),
-        ({"steps": 3, "sigma_min": 2.0, "sigma_max": 1.0}, "sigma_max"),
+        ({"steps": 3, "t_min": 0.0}, "t_min"),
+        ({"steps": 3, "t_min": 2.0, "t_max": 1.0}, "t_max"),
         ({"steps": 3, "rho": 0.0}, "rho"),
         ({"steps": 3, "final_sigma": 0.002}, "final_sigma"),
     ],

@@ -103,12 +103,12 @@ def test_diffusers_visits_the_same_levels(betas: str, spacing: str, steps: int) 
 def test_diffusers_spaces_karras_levels_alike() -> None:
     from diffusers import EulerDiscreteScheduler
 
-    from bicm_diffusion import karras_sigmas
+    from bicm_diffusion import karras_levels
 
     theirs = EulerDiscreteScheduler(beta_schedule="scaled_linear", use_karras_sigmas=True)
     theirs.set_timesteps(20)
     low, high = theirs.sigmas[-2].item(), theirs.sigmas[0].item()
-    ours = karras_sigmas(20, sigma_min=low, sigma_max=high).float()
+    ours = karras_levels(20, t_min=low, t_max=high).float()
     torch.testing.assert_close(theirs.sigmas[:-1].flip(0), ours, rtol=1e-5, atol=0)
 
 

@@ -17,7 +17,7 @@ from bicm_diffusion import (
     StatePair,
     bct_loss,
     draw_levels,
-    karras_sigmas,
+    karras_levels,
     save_pair,
     to_ve,
     to_vp,
@@ -25,7 +25,7 @@ from bicm_diffusion import (
     vp_schedule,
 )
 
-X, TABLE = torch.ones(2, 3), LevelTable(karras_sigmas(11))
+X, TABLE = torch.ones(2, 3), LevelTable(karras_levels(11))
 LEVELS = draw_levels(TABLE, 2, seed=0, step=0)
 
 
@@ -95,10 +95,10 @@ def test_what_a_network_must_return(answer: Callable[[Tensor], Any], message: st
         (lambda: draw_levels(TABLE.levels, 2, seed=0, step=0), TypeError, "table: expected a LevelTable, got a torch"),
         (lambda: draw_levels(TABLE, X, seed=0, step=0), TypeError, "batch: expected an integer, got a torch.float32"),
         (lambda: draw_levels(TABLE, 2.0, seed=0, step=0), TypeError, "batch: expected an integer, got 2.0"),
-        (lambda: LevelTable(11), TypeError, r"levels: expected a tensor \(N,\), as karras_sigmas\(N\) makes, got 11"),
+        (lambda: LevelTable(11), TypeError, r"levels: expected a tensor \(N,\), as karras_levels\(N\) makes, got 11"),
         (lambda: LevelTable([0.1, 0.2]), TypeError, "levels: expected a tensor .* got a list of 2"),
-        (lambda: LevelTable(karras_sigmas(5).flip(0)), ValueError, "levels: expected increasing levels"),
-        (lambda: LevelTable(karras_sigmas(5)[None]), ValueError, r"levels: expected \(N,\) .* got shape \(1, 5\)"),
+        (lambda: LevelTable(karras_levels(5).flip(0)), ValueError, "levels: expected increasing levels"),
+        (lambda: LevelTable(karras_levels(5)[None]), ValueError, r"levels: expected \(N,\) .* got shape \(1, 5\)"),
         (lambda: ConsistencySchedule(80.0), TypeError, r"levels: expected a sequence of noise levels, got 80.0"),
         (lambda: ConsistencySchedule("cifar10-zigzag"), TypeError, "levels: expected a sequence .* 'cifar10-zigzag'"),
         (lambda: ConsistencySchedule(vp_schedule(2)), TypeError, "levels: expected a sequence .* got a Schedule"),

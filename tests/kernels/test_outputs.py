@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +16,43 @@ from tests.support.tensors import BF16, F32, F64, LAYOUTS, Bits, random
 from tests.support.wrong_calls import WIDE, Wrong, X, affine, check_messages, ddim, denoised
 
 MEMORY = torch.zeros(64)
+
+
+def named(x: Tensor, *, scale: float | None = 0.5, **options: Any) -> bk.DenoisedStep:
+    return bk.denoised_step([x], [2.0], [0.5], x0_weight=0.25, next_scale=scale, **options)
+
+
+def vmapped(x: Tensor) -> bk.DenoisedStep:
+    found = torch.vmap(named)(x[None])
+    assert type(found) is bk.DenoisedStep
+    return found
+
+
+WAYS: dict[str, Callable[[Tensor], Any]] = {
+    "eager": named,
+    "out": lambda x: named(x, out=[torch.empty_like(x) for _ in range(3)]),
+    "compiled": lambda x: torch.compile(named, fullgraph=True, backend="eager")(x),
+    "vmap": lambda x: bk.DenoisedStep(*(y[0] for y in vmapped(x))),
+    "requires grad": lambda x: named(x.clone().requires_grad_()),
+    "per sample": lambda x: named(x, clip=torch.tensor([9.0, 9.0])),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_denoised_step_is_a_named_tuple(each_backend: str, way: str) -> None:
+    x = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    found = WAYS[way](x)
+    assert type(found) is bk.DenoisedStep and found._fields == ("out", "x0", "next")
+    assert torch.equal(found.out, x) and torch.equal(found.x0.reshape(2, 2), 2 * x)
+    assert torch.equal(found.next.reshape(2, 2), 0.5 * x)
+    out, x0, scaled = found
+    assert out is found[0] is found.out and x0 is found.x0 and scaled is found.next
+
+
+def test_a_denoised_step_without_a_scale_has_no_next(each_backend: str) -> None:
+    x = torch.ones(1, 2)
+    assert named(x, scale=None).next is None
+    assert named(x, scale=None, out=(x, torch.empty_like(x))).out is x
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -257,6 +258,38 @@ def test_export(same_bits: Bits) -> None:
     same_bits(exported.module()(*arguments), Denoiser()(*arguments))
 
 
+def test_u_is_alike_in_denoise_and_in_the_loss(each_backend: str) -> None:
+    """Its place, its default and what it means: the level to arrive at."""
+    x, F = torch.randn(2, 4, 6, dtype=torch.float64)
+    functions = (bk.denoise, bk.consistency_loss)
+    one, other = (inspect.signature(function).parameters["u"] for function in functions)
+    assert (
+        (one.default, one.kind, one.annotation)
+        == (other.default, other.kind, other.annotation)
+        == (
+            None,
+            one.POSITIONAL_OR_KEYWORD,
+            "Number | None",
+        )
+    )
+    for name, options in (("bcm", {}), ("bcm", {"u": 0.3}), ("cm", {}), ("edm", {})):
+        options = {**options, "parameterization": name}
+        loss = bk.consistency_loss(x, F, 1.5, target=torch.zeros_like(x), c=0.0, reduction="none", **options)
+        torch.testing.assert_close(loss, bk.denoise(x, F, 1.5, **options).norm(dim=1), rtol=1e-12, atol=0)
+    calls: list[Callable[[], Tensor]] = [
+        lambda: bk.denoise(x, F, 1.5, 0.5, parameterization="cm"),
+        lambda: bk.consistency_loss(x, F, 1.5, 0.5, x, parameterization="cm"),
+    ]
+    messages = []
+    for call in calls:
+        with pytest.raises(ValueError, match="only 'bcm' takes it, got 0") as raised:
+            call()
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+    with pytest.raises(TypeError, match="target must be a tensor"):
+        bk.consistency_loss(x, F, 1.5)
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 X = torch.ones(2, 3)
@@ -269,7 +302,7 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: bk.denoise(X, X, 1.0, 0.5, parameterization="cm"),
         ValueError,
-        "u goes with parameterization='bcm'",
+        "u must be None for parameterization=",
     ),
     (lambda: bk.denoise(X, X[:1], 1.0), ValueError, r"F must have the shape of x, \(2, 3\), got \(1, 3\)"),
     (lambda: bk.denoise(X, X.int(), 1.0), TypeError, "F must be float16"),

@@ -2,12 +2,13 @@
 
 from bicm_diffusion.consistency.grid import (
     LevelTable,
-    discretization,
+    level_count,
     level_probabilities,
     partner_probabilities,
 )
 from bicm_diffusion.consistency.objective import BctLoss, Levels, bct_loss, draw_levels
 from bicm_diffusion.consistency.schedules import PRESETS, ConsistencySchedule
+from bicm_diffusion.schedules.karras import karras_levels
 
 __all__ = [
     "PRESETS",
@@ -16,8 +17,9 @@ __all__ = [
     "LevelTable",
     "Levels",
     "bct_loss",
-    "discretization",
     "draw_levels",
+    "karras_levels",
+    "level_count",
     "level_probabilities",
     "partner_probabilities",
 ]

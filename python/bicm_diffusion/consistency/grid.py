@@ -10,19 +10,18 @@ from torch import Tensor
 
 from bicm_diffusion.described import described
 
-T_MIN = 0.002
 P_MEAN = -1.1
 P_STD = 2.0
 
 
-def discretization(step: int, steps: int, *, s0: int = 10, s1: int = 1280) -> int:
+def level_count(step: int, steps: int, *, s0: int = 10, s1: int = 1280) -> int:
     """Return N(k), the number of levels at step k = `step` of a run of K = `steps` steps (BCM eq. 13).
 
     N(k) = min(s0·2^⌊k/K'⌋, s1) + 1, K' = max(1, ⌊K/(log2⌊s1/s0⌋ + 1)⌋) with a real logarithm. It starts at s0 + 1 and
     ends at s1 + 1, unless ⌊s1/s0⌋ is a power of two and s1/s0 is not (10 to 25 ends at 21).
     Raises ValueError unless 0 <= step, 1 <= steps and 1 <= s0 <= s1.
 
-    >>> [discretization(k, 8000) for k in (0, 1000, 7999)]
+    >>> [level_count(k, 8000) for k in (0, 1000, 7999)]
     [11, 21, 1281]
     """
     if step < 0 or steps < 1:
@@ -36,12 +35,15 @@ def discretization(step: int, steps: int, *, s0: int = 10, s1: int = 1280) -> in
 def level_probabilities(levels: Tensor, *, p_mean: float = P_MEAN, p_std: float = P_STD) -> Tensor:
     """Return p(n) for n = 1 … N-1, (N-1,) float64: lognormal mass between neighbouring levels (BCM eq. 12).
 
-    levels: (N,) float64, increasing; 0 is allowed first. The mass outside the levels is spread in proportion.
+    levels: (N,) float64, N >= 2, increasing; 0 is allowed first. The mass outside the levels is spread in proportion.
+    Raises ValueError for fewer than two levels.
 
-    >>> from bicm_diffusion import karras_sigmas
-    >>> round(level_probabilities(karras_sigmas(11)).sum().item(), 12)
+    >>> from bicm_diffusion import karras_levels
+    >>> round(level_probabilities(karras_levels(11)).sum().item(), 12)
     1.0
     """
+    if len(levels) < 2:
+        raise ValueError(f"levels: expected at least 2, got {len(levels)}")
     edges = torch.special.erf((levels.double().log() - p_mean) / (math.sqrt(2.0) * p_std))
     mass = edges.diff()
     return mass / mass.sum()
@@ -74,11 +76,11 @@ def drawn(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 class LevelTable:
     """N levels and the odds of each as the lower end of a pair: what one stage of training draws from.
 
-    levels: (N,) float64, increasing, N >= 2: those of `karras_sigmas` in the papers. probabilities: (N-1,), made from
+    levels: (N,) float64, increasing, N >= 2: those of `karras_levels` in the papers. probabilities: (N-1,), made from
     them. Raises TypeError for no tensor, and ValueError for fewer levels or levels that do not increase.
 
-    >>> from bicm_diffusion import karras_sigmas
-    >>> LevelTable(karras_sigmas(11)).probabilities.shape
+    >>> from bicm_diffusion import karras_levels
+    >>> LevelTable(karras_levels(11)).probabilities.shape
     torch.Size([10])
     """
 
@@ -89,7 +91,7 @@ class LevelTable:
 
     def __post_init__(self) -> None:
         if not isinstance(self.levels, Tensor):
-            raise TypeError(f"levels: expected a tensor (N,), as karras_sigmas(N) makes, got {described(self.levels)}")
+            raise TypeError(f"levels: expected a tensor (N,), as karras_levels(N) makes, got {described(self.levels)}")
         if self.levels.dim() != 1 or len(self.levels) < 2:
             raise ValueError(f"levels: expected (N,) with N >= 2, got shape {tuple(self.levels.shape)}")
         if not bool((self.levels.diff() > 0).all() and self.levels[0] >= 0):

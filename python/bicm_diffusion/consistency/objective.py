@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from bicm_diffusion.consistency.frozen import check_network, evaluate_frozen
-from bicm_diffusion.consistency.grid import T_MIN, LevelTable, drawn, partner_probabilities
+from bicm_diffusion.consistency.grid import LevelTable, drawn, partner_probabilities
 from bicm_diffusion.consistency.shared_draws import draws_alike
 from bicm_diffusion.described import described
 from bicm_diffusion.keys import DROPOUT, LEVELS, PARTNERS
 from bicm_diffusion.samplers.checks import check_arguments, check_integer, check_model, check_output, check_state
+from bicm_diffusion.schedules.karras import T_MIN
 from bicm_kernels import (
     affine_step,
     consistency_loss,
@@ -55,14 +56,14 @@ def draw_levels(table: LevelTable, batch: int, *, seed: int, step: int, sample_i
 
     Raises TypeError for no `LevelTable`.
 
-    >>> from bicm_diffusion import karras_sigmas
-    >>> levels = draw_levels(LevelTable(karras_sigmas(11)), 4, seed=0, step=0)
+    >>> from bicm_diffusion import karras_levels
+    >>> levels = draw_levels(LevelTable(karras_levels(11)), 4, seed=0, step=0)
     >>> bool((levels.low < levels.high).all() and (levels.low != levels.partner).all())
     True
     """
     if not isinstance(table, LevelTable):
         raise TypeError(
-            f"table: expected a LevelTable, got {described(table)}; LevelTable(karras_sigmas(N)) makes one of N levels"
+            f"table: expected a LevelTable, got {described(table)}; LevelTable(karras_levels(N)) makes one of N levels"
         )
     check_integer("batch", batch)
     first, second = (

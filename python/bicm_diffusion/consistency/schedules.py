@@ -10,8 +10,8 @@ from numbers import Real
 
 from torch import Tensor
 
-from bicm_diffusion.consistency.grid import T_MIN
 from bicm_diffusion.described import described
+from bicm_diffusion.schedules.karras import T_MIN
 from bicm_diffusion.schedules.schedule import as_floats
 
 

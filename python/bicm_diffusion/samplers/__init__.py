@@ -5,8 +5,8 @@ from bicm_diffusion.samplers.consistency import (
     LeapInfo,
     LeapOptions,
     consistency_invert,
+    consistency_multistep_sample,
     consistency_sample,
-    multistep_sample,
 )
 from bicm_diffusion.samplers.ddim import ddim_invert, ddim_sample
 from bicm_diffusion.samplers.edict import edict_invert, edict_sample
@@ -34,6 +34,7 @@ __all__ = [
     "bdia_invert",
     "bdia_sample",
     "consistency_invert",
+    "consistency_multistep_sample",
     "consistency_sample",
     "ddim_invert",
     "ddim_sample",
@@ -42,7 +43,6 @@ __all__ = [
     "edm_invert",
     "edm_sample",
     "load_pair",
-    "multistep_sample",
     "obelm_invert",
     "obelm_sample",
     "save_pair",

@@ -117,7 +117,7 @@ def consistency_sample(
 
 
 @sampler(_options)
-def multistep_sample(
+def consistency_multistep_sample(
     model: ConsistencyModel,
     x: Tensor,
     schedule: ConsistencySchedule,
@@ -132,7 +132,7 @@ def multistep_sample(
     Raises TypeError for arguments of another kind, and ValueError for an unknown noise or a schedule with zigzags.
 
     >>> from bicm_diffusion import ConsistencySchedule
-    >>> multistep_sample(lambda x, t, u: x, 80 * torch.ones(1, 2), ConsistencySchedule((80.0, 1.2))).shape
+    >>> consistency_multistep_sample(lambda x, t, u: x, 80 * torch.ones(1, 2), ConsistencySchedule((80.0, 1.2))).shape
     torch.Size([1, 2])
     """
     _check(model, x, schedule, noise)

@@ -54,7 +54,7 @@ def edm_sample(
 
     >>> import torch
     >>> from bicm_diffusion import karras_schedule
-    >>> edm_sample(lambda z, times: z, torch.ones(1, 2), karras_schedule(4, sigma_max=3.0)).shape
+    >>> edm_sample(lambda z, times: z, torch.ones(1, 2), karras_schedule(4, t_max=3.0)).shape
     torch.Size([1, 2])
     """
     loop, scaled = Loop("edm_sample", model, z, schedule, **options), None
@@ -89,7 +89,7 @@ def edm_invert(
 
     >>> import torch
     >>> from bicm_diffusion import karras_schedule
-    >>> edm_invert(lambda z, times: z, torch.ones(1, 2), karras_schedule(4, sigma_max=3.0)).shape
+    >>> edm_invert(lambda z, times: z, torch.ones(1, 2), karras_schedule(4, t_max=3.0)).shape
     torch.Size([1, 2])
     """
     loop, scaled = Loop("edm_invert", model, z, schedule, **options), None

@@ -34,8 +34,8 @@ class Preconditioned:
     """A model that answers with F, the raw output of a preconditioned network.
 
     D(z/alpha, t) = c_skip(t)·z/alpha + c_out(t)·F; t = sigma/alpha is the noise level, and the model is called with
-    c_in(t)·z/alpha. parameterization: "edm" (the denoiser, EDM 7), "bcm" (t to sigma_min, BCM 20) or "cm" (BCM 17).
-    sigma_data and sigma_min are in units of x.
+    c_in(t)·z/alpha. parameterization: "edm" (the denoiser, EDM 7), "bcm" (t to t_min, BCM 20) or "cm" (BCM 17).
+    sigma_data and t_min are in units of x.
     Raises ValueError for an unknown name or a value out of range.
 
     >>> Preconditioned().parameterization
@@ -44,15 +44,14 @@ class Preconditioned:
 
     parameterization: Literal["edm", "bcm", "cm"] = "edm"
     sigma_data: float = 0.5
-    sigma_min: float = 0.002
+    t_min: float = 0.002
 
     def __post_init__(self) -> None:
         if self.parameterization not in _LOST:
             raise ValueError(f"parameterization: expected one of {', '.join(_LOST)}, got {self.parameterization!r}")
-        if not self.sigma_data > 0 or not self.sigma_min >= 0:
+        if not self.sigma_data > 0 or not self.t_min >= 0:
             raise ValueError(
-                f"sigma_data, sigma_min: expected sigma_data > 0 and sigma_min >= 0, got {self.sigma_data} and "
-                f"{self.sigma_min}"
+                f"sigma_data, t_min: expected sigma_data > 0 and t_min >= 0, got {self.sigma_data} and {self.t_min}"
             )
 
     def input_scale(self, level: Level) -> Number:
@@ -84,9 +83,7 @@ _LOST: dict[str, Callable[[Number, float, float], tuple[Number, Number]]] = {
 
 
 def _raw(prediction: Preconditioned, level: Level) -> Reading:
-    lost, c_out = _LOST[prediction.parameterization](
-        level.sigma / level.alpha, prediction.sigma_data, prediction.sigma_min
-    )
+    lost, c_out = _LOST[prediction.parameterization](level.sigma / level.alpha, prediction.sigma_data, prediction.t_min)
     return Reading(lost / level.sigma, -c_out * level.alpha / level.sigma)
 
 

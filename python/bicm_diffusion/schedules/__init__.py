@@ -1,7 +1,7 @@
 """Noise schedules: the levels z = alpha·x + sigma·n that a sampler visits, as float64 tables."""
 
 from bicm_diffusion.schedules.ddpm import Betas, Spacing, ddpm_alpha_bar, ddpm_schedule, ddpm_timesteps
-from bicm_diffusion.schedules.karras import karras_schedule, karras_sigmas
+from bicm_diffusion.schedules.karras import karras_levels, karras_schedule
 from bicm_diffusion.schedules.schedule import Schedule, to_ve, to_vp
 from bicm_diffusion.schedules.vp import vp_alpha_sigma, vp_schedule, vp_time
 
@@ -12,8 +12,8 @@ __all__ = [
     "ddpm_alpha_bar",
     "ddpm_schedule",
     "ddpm_timesteps",
+    "karras_levels",
     "karras_schedule",
-    "karras_sigmas",
     "to_ve",
     "to_vp",
     "vp_alpha_sigma",

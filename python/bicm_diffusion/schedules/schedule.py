@@ -104,13 +104,13 @@ def to_vp(schedule: Schedule) -> Schedule:
     return Schedule(schedule.times, alpha, sigma, schedule.asked)
 
 
-def check_steps(steps: Any, most: int | None = None) -> None:
-    """Raise unless a number of steps is an integer of at least 1, and at most `most` where that is given."""
+def check_steps(steps: Any, most: int | None = None, *, name: str = "steps") -> None:
+    """Raise unless a number of steps (or of what has this name) is an integer in [1, most]; None is no bound."""
     if not isinstance(steps, int | Integral):
-        raise TypeError(f"steps: expected an integer, got {described(steps)}")
+        raise TypeError(f"{name}: expected an integer, got {described(steps)}")
     if int(steps) < 1 or (most is not None and int(steps) > most):
         limit = "of at least 1" if most is None else f"in [1, {most}]"
-        raise ValueError(f"steps: expected an integer {limit}, got {steps}")
+        raise ValueError(f"{name}: expected an integer {limit}, got {steps}")
 
 
 def _check_schedule(schedule: object) -> None:
