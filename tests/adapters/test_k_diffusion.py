@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bicm_diffusion import StatePair
 from bicm_diffusion.adapters.consistency_models import (
     ConsistencyDenoiser,
     sample_onestep,
@@ -211,6 +213,43 @@ def test_noise_is_drawn_in_the_dtype_that_float64_levels_give_the_state() -> Non
         ends.append(sample_euler(denoiser, x, sigmas, disable=True, s_churn=4.0, **given))
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-6, atol=1e-6)
     assert ends[0].any()
+
+
+@METHODS
+def test_what_is_given_wrongly_is_named(method: str, sampler: Any) -> None:
+    x, sigmas = start(), grid(4)
+    for arguments, message in (
+        (("unet", x, sigmas), r"model: expected a function or module, called as model\(x, sigma\), got 'unet'"),
+        ((denoiser, StatePair(x, x), sigmas), "x: expected a tensor, got a StatePair"),
+        ((denoiser, x, 50), r"sigmas: expected a tensor, got 50 \(int\)"),
+        ((denoiser, x, [1.0, 0.0]), "sigmas: expected a tensor, got a list of 2"),
+        ((lambda x, sigma: SimpleNamespace(sample=x), x, sigmas), "model: expected a tensor, .*; return its .sample"),
+        ((lambda x, sigma: (x,), x, sigmas), "model: expected a tensor, got a tuple of 1 .*return its first element"),
+        ((lambda x, sigma: None, x, sigmas), "model: expected a tensor, got None"),
+    ):
+        with pytest.raises(TypeError, match=f"^{message}") as caught:
+            sampler(*arguments, disable=True)
+        assert "tensor([" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"sigmas: expected the levels \(N \+ 1,\), got shape \(1, 5\)"):
+        sampler(denoiser, x, sigmas[None], disable=True)
+
+
+def test_a_network_that_returns_no_tensor_is_named() -> None:
+    x, sigma = start(), torch.tensor([0.1, 2.0, 70.0])
+    for wrap in (Denoiser, lambda f: partial(ConsistencyDenoiser().denoise, f)):
+        with pytest.raises(TypeError, match=r"^model: expected a tensor, got a SimpleNamespace; return its \.sample"):
+            wrap(lambda z, level: SimpleNamespace(sample=z))(x, sigma)
+
+
+def test_what_edm_sampler_is_given_wrongly_is_named() -> None:
+    for net, latents, message in (
+        ("net", start(), "net: expected a function or module, called as net"),
+        (denoiser, StatePair(start(), start()), "latents: expected a tensor, got a StatePair"),
+        (lambda x, sigma, labels: SimpleNamespace(sample=x), start(), "model: expected a tensor, .*return its .sample"),
+        (lambda x, sigma, labels: (x,), start(), "model: expected a tensor, got a tuple of 1"),
+    ):
+        with pytest.raises(TypeError, match=f"^{message}"):
+            edm_sampler(net, latents, num_steps=4)
 
 
 def test_signatures() -> None:

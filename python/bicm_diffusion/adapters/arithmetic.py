@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bicm_diffusion.described import described
+from bicm_diffusion.samplers.checks import hint_for
 from bicm_kernels import affine_step, denoised_step
 
 
@@ -37,12 +39,19 @@ def joined(x: Tensor, *others: Any) -> Sequence[Tensor]:
             break
     else:
         return x, *others
-    tensors = [
-        torch.tensor(other, dtype=x.dtype) if isinstance(other, float) else torch.as_tensor(other) for other in others
-    ]
+    tensors = [_as_tensor(other, x) for other in others]
     if not x.is_complex() and any(other.is_complex() for other in tensors):
         x = x.to(torch.promote_types(x.dtype, torch.complex64))  # few functions take complex halves
     return broadcast(x, *(other if other.dim() else other.to(x.device) for other in tensors))
+
+
+def _as_tensor(other: Any, x: Tensor) -> Tensor:
+    if isinstance(other, Tensor):
+        return other
+    try:
+        return torch.tensor(other, dtype=x.dtype) if isinstance(other, float) else torch.as_tensor(other)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"model: expected a tensor, got {described(other)}{hint_for(other)}") from None
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor
 from bicm_diffusion.adapters import noise
 from bicm_diffusion.adapters.arithmetic import joined, two_sums
 from bicm_diffusion.adapters.k_diffusion import MOST_LIFT
+from bicm_diffusion.described import described
+from bicm_diffusion.samplers.checks import check_model
 from bicm_kernels import affine_step
 
 
@@ -48,6 +50,9 @@ def edm_sampler(
     """
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    check_model(net, "net(x, sigma, class_labels)", "net")
+    if not isinstance(latents, Tensor):
+        raise TypeError(f"latents: expected a tensor, got {described(latents)}")
     levels = _levels(net, latents.device, num_steps, sigma_min, sigma_max, rho)
     raised = _raised(net, latents.device, levels, S_churn / num_steps, S_min, S_max)
     draw = noise.randn_like if randn_like is torch.randn_like else randn_like

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.adapters.arithmetic import broadcast
+from bicm_diffusion.described import described
+from bicm_diffusion.samplers.checks import hint_for
 from bicm_kernels import denoise, scale_input
 
 Scalings = tuple[Tensor, Tensor, Tensor]
@@ -65,6 +67,8 @@ def precondition(
         return output, c_skip * x + c_out * output
     x = x.to(result_dtype(x, sigma))
     output = network(scale_input(x, level, sigma_data=sigma_data))
+    if not isinstance(output, Tensor):
+        raise TypeError(f"model: expected a tensor, got {described(output)}{hint_for(output)}")
     if not output.is_floating_point():
         c_skip, c_out, _ = (column(c, x) for c in scalings(sigma))
         return output, c_skip * x + c_out * output

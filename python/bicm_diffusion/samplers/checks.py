@@ -101,7 +101,7 @@ def check_output(output: object, z: Tensor, guidance_scale: object = None, *, na
         return
     if not pair:
         doubled = isinstance(output, Tensor) and output.dim() > 0 and len(output) == 2 * len(z) > 0
-        hint = "; output.chunk(2) makes a pair of a doubled batch" if doubled else _hint(output)
+        hint = "; output.chunk(2) makes a pair of a doubled batch" if doubled else hint_for(output)
         expected = f"a pair (uncond, cond) of tensors of shape {tuple(z.shape)}, because guidance_scale is given"
         raise TypeError(f"model: expected {expected}, got {described(output)}{hint}")
     for half in output:  # type: ignore[attr-defined]
@@ -110,7 +110,7 @@ def check_output(output: object, z: Tensor, guidance_scale: object = None, *, na
 
 def _check_tensor(name: str, output: object, z: Tensor, like: str) -> None:
     if not isinstance(output, Tensor):
-        raise TypeError(f"{name}: expected {like}, got {described(output)}{_hint(output)}")
+        raise TypeError(f"{name}: expected {like}, got {described(output)}{hint_for(output)}")
     if output.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {output.dtype}")
     if output.shape != z.shape:
@@ -119,7 +119,8 @@ def _check_tensor(name: str, output: object, z: Tensor, like: str) -> None:
         raise ValueError(f"{name}: expected a tensor on {z.device}, where its input is, got one on {output.device}")
 
 
-def _hint(output: Any) -> str:
+def hint_for(output: Any) -> str:
+    """What makes a tensor of an output that is none, where that is known."""
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
         return "; return its first element"
     if type(output).__module__.partition(".")[0] == "numpy":

@@ -13,7 +13,9 @@ from torch import Tensor
 from bicm_diffusion.adapters.arithmetic import joined, weighted_sum
 from bicm_diffusion.adapters.k_diffusion.noise import NoiseSampler
 from bicm_diffusion.adapters.noise import randn_like
+from bicm_diffusion.described import described
 from bicm_diffusion.extras import extra
+from bicm_diffusion.samplers.checks import check_model
 
 Network = Callable[..., Tensor]
 Callback = Callable[[dict[str, Any]], object]
@@ -44,6 +46,12 @@ class Run:
         callback: Callback | None,
         disable: bool | None,
     ) -> None:
+        check_model(model, "model(x, sigma)")
+        for name, given in (("x", x), ("sigmas", sigmas)):
+            if not isinstance(given, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {described(given)}")
+        if sigmas.dim() != 1:
+            raise ValueError(f"sigmas: expected the levels (N + 1,), got shape {tuple(sigmas.shape)}")
         self.model, self.sigmas, self.extra_args, self.callback = model, sigmas, extra_args or {}, callback
         self.disable = disable
         self.ones = x.new_ones([x.shape[0]])
