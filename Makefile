@@ -7,6 +7,7 @@ CMAKE = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)" \
 	-DPython_EXECUTABLE="$(abspath $(BIN)/python)" -DBICM_TORCH=OFF -DBICM_EMULATOR=ON
 # A process per core, each with one thread; tests of threads ask for more.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+INTERPRETED = TRITON_INTERPRET=1 BICM_KERNELS_BACKEND=reference $(PYTEST)
 CSRC := $(shell find csrc -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -48,9 +49,12 @@ evidence: native emulator ## the tables of docs/evidence.md, from the last `make
 demo: native ## sample, invert and reconstruct handwritten digits; prints a table and writes a picture
 	$(BIN)/python -m examples.digits demo --output demo.png --consistency-output demo-consistency.png
 
-test: native emulator ## every test that needs no GPU
-	BICM_KERNELS_BACKEND=native $(PYTEST) --junitxml=build/results/tests.xml
-	TRITON_INTERPRET=1 BICM_KERNELS_BACKEND=reference $(PYTEST) --junitxml=build/results/interpreter.xml tests/interpreter
+# EMULATED=no leaves the emulator's tests out: .ci/run has them run by `make sanitize`.
+EMULATED ?= yes
+test: native $(if $(filter yes,$(EMULATED)),emulator) ## every test that needs no GPU
+	BICM_KERNELS_BACKEND=native $(PYTEST) $(if $(filter yes,$(EMULATED)),,--ignore=tests/emulator) \
+	--junitxml=build/results/tests.xml
+	$(INTERPRETED) --junitxml=build/results/interpreter.xml tests/interpreter
 
 lint: .venv/.requirements ## ruff, clang-format and mypy
 	$(BIN)/ruff check .
@@ -74,7 +78,7 @@ sanitize: .venv/.requirements ## CPU and emulated CUDA kernels under the address
 	$(PYTEST) --capture=sys -o pythonpath="build/sanitize" tests/emulator
 
 bench: native ## medians of every family against eager PyTorch and torch.compile
-	BICM_KERNELS_BACKEND=native $(BIN)/python -m benchmarks multistep noise
+	BICM_KERNELS_BACKEND=native $(BIN)/python -m benchmarks
 
 gpu-check: native ## every test and benchmark that needs a GPU, in one table
 	$(BIN)/python -m benchmarks.gpu_check

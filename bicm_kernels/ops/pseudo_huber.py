@@ -131,6 +131,7 @@ def pseudo_huber(
 
     ``vector``: sqrt(|r|^2 + c^2) - c per sample, r = pred - target; ``elementwise``: the mean of sqrt(r_i^2 + c^2) - c
     over a sample's elements. Both are computed as s / (sqrt(s + c^2) + c); value and gradient are 0 at s = c = 0.
+    Squares may overflow or underflow. An infinite residual makes the distance infinite and its own derivative NaN.
 
     Args:
         pred, target: (B, ...) of one shape, each float16, bfloat16, float32 or float64, any strides.

@@ -7,37 +7,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bicm_kernels.triton_kernels.hypotenuse import distance, nonzero, slope, slope_anywhere
+from bicm_kernels.triton_kernels.kept_sums import norm_with, plain_slopes, scaled_back
 from bicm_kernels.triton_kernels.keys import load_rows, number
 from bicm_kernels.triton_kernels.operands import load, locate, store
 from bicm_kernels.triton_kernels.pseudo_huber_kernels import (
     add_term,
+    chunk_sum,
     conclude,
     denoising_weights,
-    distance,
-    nonzero,
     residual,
-    scaled_back,
+    sum_of,
 )
-from bicm_kernels.triton_kernels.rounding import divide, root
-
-
-@triton.jit
-def norm(total, c):
-    """sqrt(total + c^2) times a power of two, and that power: float32 whatever the size of a float64 sum."""
-    high = total.to(c.dtype)
-    if c.dtype == tl.float32:
-        large = (high > 1.2676506002282294e30) | (c > 1125899906842624.0)  # 2^100, 2^50
-        small = (high < 7.888609052210118e-31) & (c < 8.881784197001252e-16)  # 2^-100, 2^-50
-        shift = tl.where(large, -192, tl.where(small & (total > 0.0), 192, 0)).to(tl.int64) << 52
-        bits = total.to(tl.int64, bitcast=True)
-        # A float64 sum of float32 squares is far from the ends of its range; 0 and what is not finite stay.
-        moved = (bits + shift).to(tl.float64, bitcast=True).to(tl.float32)
-        high = tl.where((total > 0.0) & (total < float("inf")), moved, high)
-        power = tl.where(large, 1.262177448353619e-29, tl.where(small, 7.922816251426434e28, 1.0))
-    else:
-        power = tl.full(c.shape, 1.0, c.dtype)
-    scaled = c * power
-    return root(high + scaled * scaled), power
+from bicm_kernels.triton_kernels.rounding import divide
 
 
 @triton.jit
@@ -63,20 +45,14 @@ def factors(
     if ELEMENTWISE:
         factor = divide(factor, tl.full(factor.shape, elements, COMPUTE))
     else:
-        length, power = norm(total, transition)
+        length, power = norm_with(total, transition)
         factor = divide(factor, nonzero(length))
     return factor, transition, power
 
 
 @triton.jit
-def store_gradients(
-    outs, x, sizes, sample, element, inside, r, factor, transition, power, weights, ELEMENTWISE: tl.constexpr
-):
-    """The derivatives in prediction, target and x, those that are not None, from a tile's residuals."""
-    if ELEMENTWISE:
-        r = divide(r, nonzero(root(r * r + transition * transition)))
-    else:
-        r *= power
+def store_gradients(outs, x, sizes, sample, element, inside, r, factor, weights):
+    """The derivatives in prediction, target and x, those that are not None, from a tile's residuals or slopes."""
     if outs[0] is not None:
         scale = factor
         if x is not None:
@@ -126,7 +102,58 @@ def gradients(
     factor, transition, power = factors(
         factor, total, batch, elements, c, weight, sample, present, ELEMENTWISE, REDUCTION, COMPUTE
     )
-    store_gradients(outs, x, sizes, sample, element, inside, r, factor, transition, power, weights, ELEMENTWISE)
+    if ELEMENTWISE:
+        r = slope_anywhere(r, transition)
+    else:
+        r *= power
+    store_gradients(outs, x, sizes, sample, element, inside, r, factor, weights)
+
+
+@triton.jit
+def held_sum(
+    residuals,
+    c,
+    scale,
+    ELEMENTWISE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """What `chunk_sum` adds up, from residuals in registers; distances by the plain formula, without a scale."""
+    high = tl.zeros((1, COLUMNS), COMPUTE)
+    low = tl.zeros((1, COLUMNS), COMPUTE)
+    for step in tl.static_range(STEPS):
+        scaled = residuals[step] * scale
+        term = scaled * scaled
+        if ELEMENTWISE:
+            term = distance(term, c)
+        high, low = add_term(high, low, term)
+    return sum_of(high, low)
+
+
+@triton.jit
+def store_anywhere(
+    outs,
+    prediction,
+    target,
+    x,
+    sizes,
+    sample,
+    elements,
+    weights,
+    c,
+    factor,
+    COMPUTE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """A sample's elementwise gradients where the plain formula will not do."""
+    for step in range(STEPS):
+        element = step * COLUMNS + tl.arange(0, COLUMNS)[None, :].to(INDEX)
+        inside = element < elements
+        r = residual(prediction, target, x, weights, sizes, sample, element, inside, COMPUTE)
+        store_gradients(outs, x, sizes, sample, element, inside, slope_anywhere(r, c), factor, weights)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -166,24 +193,21 @@ def resident(
         element = step * COLUMNS + columns
         r = residual(prediction, target, x, weights, sizes, sample, element, element < elements, COMPUTE)
         residuals = residuals + (r,)  # type: ignore[assignment]  # noqa: RUF005 (Triton reads no star)
+    transition = number(c, sample, sample >= 0, COMPUTE)
     scale = tl.full((), 1.0, COMPUTE)
     total = tl.zeros((1,), tl.float64)
-    rounds = 1
-    while rounds > 0:
-        high = tl.zeros((1, COLUMNS), COMPUTE)
-        low = tl.zeros((1, COLUMNS), COMPUTE)
-        for step in tl.static_range(STEPS):
-            r = residuals[step] * scale
-            term = r * r
-            if ELEMENTWISE:
-                term = distance(term, number(c, sample, sample >= 0, COMPUTE))
-            high, low = add_term(high, low, term)
-        low = tl.where(low == low, low, 0.0)
-        total = tl.sum(high.to(tl.float64), axis=1) + tl.sum(low, axis=1).to(tl.float64)
-        rounds -= 1
-        if not ELEMENTWISE and COMPUTE.primitive_bitwidth == 32:
-            total, scale, again = scaled_back(total, scale)
-            rounds += again
+    again = 0
+    careful = False
+    if ELEMENTWISE:
+        total = held_sum(residuals, transition, scale, True, COMPUTE, COLUMNS, STEPS)
+        total, scale, again = scaled_back(total, scale, transition, True)
+        careful = (again > 0) | (plain_slopes(total, transition) == 0)
+    else:
+        rounds = 1
+        while rounds > 0:
+            total = held_sum(residuals, transition, scale, False, COMPUTE, COLUMNS, STEPS)
+            total, scale, again = scaled_back(total, scale, transition, False)
+            rounds += again - 1
     factor, transition, power = factors(
         tl.full((1, 1), 1.0, COMPUTE),
         tl.zeros((1, 1), tl.float64) + tl.sum(total, axis=0),
@@ -197,22 +221,51 @@ def resident(
         REDUCTION,
         COMPUTE,
     )
-    for step in tl.static_range(STEPS):
-        element = step * COLUMNS + columns
-        store_gradients(
+    if careful:
+        # From residuals that are read again, a tile at a time: what else is needed would not fit beside all of them.
+        if again > 0:
+            total = chunk_sum(
+                prediction,
+                target,
+                x,
+                sizes,
+                sample,
+                tl.zeros((), INDEX),
+                elements,
+                weights,
+                transition,
+                scale,
+                True,
+                COMPUTE,
+                COLUMNS,
+                STEPS,
+            )
+            total, scale, again = scaled_back(total, scale, transition, True)
+        store_anywhere(
             outs,
+            prediction,
+            target,
             x,
             sizes,
             sample,
-            element,
-            element < elements,
-            residuals[step],
-            factor,
-            transition,
-            power,
+            elements,
             weights,
-            ELEMENTWISE,
+            transition,
+            factor,
+            COMPUTE,
+            COLUMNS,
+            STEPS,
+            INDEX,
         )
+    else:
+        for step in tl.static_range(STEPS):
+            element = step * COLUMNS + columns
+            r = residuals[step]
+            if ELEMENTWISE:
+                r = slope(r, transition)
+            else:
+                r *= power
+            store_gradients(outs, x, sizes, sample, element, element < elements, r, factor, weights)
     conclude(
         total,
         totals,

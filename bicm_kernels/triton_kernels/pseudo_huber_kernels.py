@@ -11,22 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bicm_kernels.triton_kernels.hypotenuse import distance, distance_anywhere
+from bicm_kernels.triton_kernels.kept_sums import add_sums, distance_of_sum, overflows, scaled_back
 from bicm_kernels.triton_kernels.keys import number
 from bicm_kernels.triton_kernels.operands import load
-from bicm_kernels.triton_kernels.rounding import divide, root
 from bicm_kernels.triton_kernels.scaling import bcm, cm
-
-
-@triton.jit
-def nonzero(x):
-    """What zero is divided by where zero over zero is meant to be zero."""
-    return tl.where(x == 0.0, 3.0, x)
-
-
-@triton.jit
-def distance(s, c):
-    """sqrt(s + c^2) - c without its cancellation; 0 at s = c = 0."""
-    return divide(s, nonzero(root(s + c * c) + c))
 
 
 @triton.jit
@@ -61,22 +50,24 @@ def add_term(high, low, term):
 
 
 @triton.jit
-def trusted(total):
-    """Whether squares of float32 that add up to this can neither have overflowed nor have lost digits."""
-    return (total >= 7.888609052210118e-31) & (total < float("inf"))  # 2^-100
+def sum_of(high, low):
+    """A tile's sums, added up: (1,) in float64. What an infinite one lost is not a number and does not count."""
+    low = tl.where(low == low, low, 0.0)
+    return tl.sum(high.to(tl.float64), axis=1) + tl.sum(low, axis=1).to(tl.float64)
 
 
 @triton.jit
-def scaled_back(total, scale):
-    """A sum of squares of residuals times `scale`, the next scale, and 1 where they have to be taken again with it."""
-    found = tl.sum(total, axis=0)
-    again = 0
-    if scale != 1.0:
-        total *= tl.where(scale > 1.0, 1.5930919111324523e-58, 6.277101735386681e57)  # 2^-192, 2^192
-    elif trusted(found) == 0:
-        scale = tl.where(found < 1.0, 7.922816251426434e28, 1.262177448353619e-29)
-        again = 1
-    return total, scale, again
+def term_of(r, c, scale, ELEMENTWISE: tl.constexpr):
+    """A residual's part of the sum."""
+    if ELEMENTWISE:
+        if scale == 1.0:
+            term = distance(r * r, c)
+        else:
+            term = distance_anywhere(r, c, scale)
+    else:
+        scaled = r * scale
+        term = scaled * scaled
+    return term
 
 
 @triton.jit
@@ -96,19 +87,14 @@ def chunk_sum(
     COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Distances, or squares of the residuals times `scale`, added up: (1,) in float64."""
+    """Distances times `scale`, or squares of the residuals times `scale`, added up: (1,) in float64."""
     high = tl.zeros((1, COLUMNS), COMPUTE)
     low = tl.zeros((1, COLUMNS), COMPUTE)
     for step in range(STEPS):
         element = first + step * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        r = residual(prediction, target, x, weights, sizes, sample, element, element < elements, COMPUTE) * scale
-        term = r * r
-        if ELEMENTWISE:
-            term = distance(term, number(c, sample, sample >= 0, COMPUTE))
-        high, low = add_term(high, low, term)
-    # Where a sum is infinite, what was lost is not a number and does not count.
-    low = tl.where(low == low, low, 0.0)
-    return tl.sum(high.to(tl.float64), axis=1) + tl.sum(low, axis=1).to(tl.float64)
+        r = residual(prediction, target, x, weights, sizes, sample, element, element < elements, COMPUTE)
+        high, low = add_term(high, low, term_of(r, c, scale, ELEMENTWISE))
+    return sum_of(high, low)
 
 
 @triton.jit(do_not_specialize=["batch", "chunks"])
@@ -147,8 +133,9 @@ def sums(
     weights = (0.0, 1.0)
     if x is not None:
         weights = denoising_weights(levels, sample, sample >= 0, FORM, SCALED, COMPUTE)
+    transition = number(c, sample, sample >= 0, COMPUTE)
     # Squares of float32 overflow above 1.8e19 and lose digits below 1e-19. Where the sum shows that they may have, they
-    # are taken again of residuals times 2^96 or 2^-96: exact, and in float32 like everything that elements need.
+    # are taken again of residuals times a power of two: exact, and in float32 like everything that elements need.
     scale = tl.full((), 1.0, COMPUTE)
     total = tl.zeros((1,), tl.float64)
     rounds = 1
@@ -162,17 +149,15 @@ def sums(
             first,
             elements,
             weights,
-            c,
+            transition,
             scale,
             ELEMENTWISE,
             COMPUTE,
             COLUMNS,
             STEPS,
         )
-        rounds -= 1
-        if not ELEMENTWISE and COMPUTE.primitive_bitwidth == 32:
-            total, scale, again = scaled_back(total, scale)
-            rounds += again
+        total, scale, again = scaled_back(total, scale, transition, ELEMENTWISE)
+        rounds += again - 1
     conclude(
         total,
         totals,
@@ -230,11 +215,46 @@ def conclude(
 @triton.jit
 def weighted(total, elements, c, weight, sample, present, ELEMENTWISE: tl.constexpr, COMPUTE: tl.constexpr):
     """The distances of samples from their sums, weighted."""
-    if ELEMENTWISE:
-        value = total / tl.full((), elements, tl.float64)
-    else:
-        value = distance(total, number(c, sample, present, COMPUTE).to(tl.float64))
+    value = distance_of_sum(total, elements, c, sample, present, ELEMENTWISE, COMPUTE)
     return number(weight, sample, present, COMPUTE).to(tl.float64) * value
+
+
+@triton.jit
+def finish_samples(
+    totals,
+    partial,
+    loss,
+    scale,
+    batch,
+    elements,
+    chunks,
+    c,
+    weight,
+    ELEMENTWISE: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Chunks become samples, in order, and their values times `scale` a sum.
+
+    Programs elsewhere wrote the chunks: `.cg` is past L1.
+    """
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, batch, BLOCK):
+        sample = start + tl.arange(0, BLOCK).to(tl.int64)
+        present = sample < batch
+        value = tl.zeros((BLOCK,), tl.float64)
+        for chunk in range(chunks):
+            part = tl.load(partial + sample * chunks + chunk, mask=present, other=0.0, cache_modifier=".cg")
+            value = add_sums(value, part, ELEMENTWISE, COMPUTE)
+        tl.store(totals + sample, value, mask=present)
+        value = weighted(value, elements, c, weight, sample, present, ELEMENTWISE, COMPUTE)
+        if REDUCTION == "none":
+            tl.store(loss + sample, value.to(loss.dtype.element_ty), mask=present)
+        if COMPUTE.primitive_bitwidth == 64:
+            value *= scale
+        total += tl.where(present, value, 0.0)
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -252,21 +272,34 @@ def finish(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Chunks become samples, and samples the loss, in order. Programs elsewhere wrote the chunks: `.cg` is past L1."""
-    total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, batch, BLOCK):
-        sample = start + tl.arange(0, BLOCK).to(tl.int64)
-        present = sample < batch
-        value = tl.zeros((BLOCK,), tl.float64)
-        for chunk in range(chunks):
-            value += tl.load(partial + sample * chunks + chunk, mask=present, other=0.0, cache_modifier=".cg")
-        tl.store(totals + sample, value, mask=present)
-        value = weighted(value, elements, c, weight, sample, present, ELEMENTWISE, COMPUTE)
-        if REDUCTION == "none":
-            tl.store(loss + sample, value.to(loss.dtype.element_ty), mask=present)
-        total += tl.where(present, value, 0.0)
+    """Samples become the loss. Values of float64 can be finite where their sum is not, but their mean is."""
+    scale = tl.full((), 1.0, tl.float64)
+    reduced = tl.full((), 0.0, tl.float64)
+    rounds = 1
+    while rounds > 0:
+        reduced = finish_samples(
+            totals,
+            partial,
+            loss,
+            scale,
+            batch,
+            elements,
+            chunks,
+            c,
+            weight,
+            ELEMENTWISE,
+            REDUCTION,
+            COMPUTE,
+            BLOCK,
+        )
+        rounds -= 1
+        if COMPUTE.primitive_bitwidth == 64 and REDUCTION == "mean":
+            again = overflows(reduced) & (scale == 1.0)
+            scale = tl.where(again, 2.0**-64, scale)
+            rounds += again.to(tl.int32)
     if REDUCTION != "none":
-        reduced = tl.sum(total, axis=0)
         if REDUCTION == "mean":
             reduced = reduced / tl.full((), batch, tl.float64)
+        if COMPUTE.primitive_bitwidth == 64:
+            reduced = reduced / scale
         tl.store(loss, reduced.to(loss.dtype.element_ty))

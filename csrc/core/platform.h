@@ -20,6 +20,13 @@
 #define BICM_UNROLL(count) BICM_PRAGMA(GCC unroll count)
 #endif
 
+// Before a loop that runs rarely and must remain one: copies of its body would be in the way of what runs always.
+#if defined(__CUDA_ARCH__)
+#define BICM_LOOP _Pragma("unroll 1")
+#else
+#define BICM_LOOP
+#endif
+
 // Every unit that is compiled once per instruction set lives in an inline namespace of its own. Without it the
 // linker may take the AVX-512 copy of an inline function for the baseline and crash older processors.
 #if !defined(BICM_ISA)

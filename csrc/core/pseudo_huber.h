@@ -3,8 +3,8 @@
 // The residual is formed in the compute type; sums over a sample and everything that exists once per sample are float64.
 #pragma once
 
+#include "hypotenuse.h"
 #include "keys.h"
-#include "preconditioning.h"
 
 namespace bicm {
 
@@ -49,13 +49,6 @@ struct KeptGradient {
 
 BICM_NAMESPACE_BEGIN
 
-// What zero is divided by where zero over zero is meant to be zero: x, or any other number for x = 0. Compilers make a
-// branch of a division by 1 or 2, and a loop with a branch is not vectorised.
-template <class C>
-BICM_HD C nonzero(C x) {
-  return x == C(0) ? C(3) : x;
-}
-
 // sqrt(s + c^2) - c without its cancellation where s << c^2; 0 at s = c = 0.
 template <class C>
 BICM_HD C pseudo_huber_distance(C s, C c) {
@@ -66,19 +59,176 @@ BICM_HD double transition_of(const PseudoHuber& p, int64_t sample) {
   return p.given_c ? load_number<double>(p.c, sample) : 0.00054 * root(static_cast<double>(p.layout.elements));
 }
 
-BICM_HD double distance_of(const PseudoHuber& p, int64_t sample, double sum) {
-  if (p.distance == Distance::elementwise) return sum / static_cast<double>(p.layout.elements);
-  return pseudo_huber_distance(sum, transition_of(p, sample));
+// --- sums that float64 does not hold, where it is the compute type ---
+
+// A sum of squares outside of these bounds is kept as minus the norm: in units of kLargeUnit, which make it 1 at least, or of
+// kSmallUnit, which make it less. An elementwise sum above kMostSum is kept as minus the sum, in units of kLargeUnit.
+constexpr double kMostSum = 0x1p1000, kLeastSum = 0x1p-960;
+constexpr double kLargeUnit = 0x1p500, kSmallUnit = 0x1p-430;
+
+struct Norm {
+  double value, unit, inverse;  // the inverse of the unit
+};
+
+BICM_HD Norm norm_of(double sum) {
+  if (sum <= -1.0) return {-sum, kLargeUnit, 1.0 / kLargeUnit};
+  if (sum < 0.0) return {-sum, kSmallUnit, 1.0 / kSmallUnit};
+  return {root(sum), 1.0, 1.0};
 }
 
-// The derivative of the reduced loss with respect to the residual is this factor times r, or, elementwise, times
-// r / sqrt(r^2 + c^2). The incoming gradient is part of it, so a scaled loss loses no digits in float16.
-BICM_HD double factor_of(const PseudoHuber& p, int64_t sample, double sum) {
+BICM_HD double keep_norm(double value, double unit) {
+  const double norm = value * unit;
+  const bool beyond = unit == kLargeUnit ? value >= 1.0 : value > 0.0 && norm * norm < kLeastSum;
+  return beyond && value <= Range<double>::largest ? -value : norm * norm;
+}
+
+BICM_HD double keep_distances(double value, double unit) {
+  const double sum = value * unit;
+  return sum <= kMostSum || !(value <= Range<double>::largest) ? sum : -(value * (unit * (1.0 / kLargeUnit)));
+}
+
+// The sum of two parts of a sample, in order.
+template <class C>
+BICM_HD double add_sums(const PseudoHuber& p, double a, double b) {
+  const double sum = a + b;
+  if (sizeof(C) < sizeof(double) || (a >= 0.0 && b >= 0.0 && sum <= kMostSum)) return sum;
+  if (!(absolute(sum) <= Range<double>::largest)) return sum;
+  if (p.distance == Distance::elementwise) {
+    const double inverse = 1.0 / kLargeUnit;
+    return keep_distances((a < 0.0 ? -a : a * inverse) + (b < 0.0 ? -b : b * inverse), kLargeUnit);
+  }
+  const bool large = a <= -1.0 || b <= -1.0 || sum > kMostSum;
+  const double unit = large ? kLargeUnit : kSmallUnit, inverse = large ? 1.0 / kLargeUnit : 1.0 / kSmallUnit;
+  const Norm x = norm_of(a), y = norm_of(b);
+  return keep_norm(hypotenuse(x.value * (x.unit * inverse), y.value * (y.unit * inverse)), unit);
+}
+
+// --- a sample's distance and slope, from its sum ---
+
+// Whether the plain formulas will do. Squares of float32 are far from the bounds of float64.
+template <class C>
+BICM_HD bool squares_add(double sum, double c) {
+  return sizeof(C) < sizeof(double) || (sum >= 0.0 && sum <= kMostSum && c <= kLargeUnit);
+}
+
+template <class C>
+BICM_HD double distance_of(const PseudoHuber& p, int64_t sample, double sum) {
+  if (p.distance == Distance::elementwise) {
+    const double elements = static_cast<double>(p.layout.elements);
+    return sizeof(C) < sizeof(double) || sum >= 0.0 ? sum / elements : (-sum / elements) * kLargeUnit;
+  }
+  const double c = transition_of(p, sample);
+  if (sum > Range<double>::largest && c <= Range<double>::largest) return sum;
+  if (squares_add<C>(sum, c)) return pseudo_huber_distance(sum, c);
+  const Norm norm = norm_of(sum);
+  const double n = 0.5 * norm.value, y = 0.5 * (c * norm.inverse);
+  return n / (hypotenuse(n, y) + y) * norm.value * norm.unit;
+}
+
+// Values of float64 can be finite where their sum is not, but their mean is: they are multiplied by this first.
+constexpr double kForMeans = 0x1p-64;
+BICM_HD bool overflows(double total) { return !(absolute(total) <= Range<double>::largest); }
+
+// The derivative of the reduced loss with respect to the residual is factor times (power r), or, elementwise, factor
+// times r / sqrt(r^2 + c^2). The incoming gradient is part of it, so a scaled loss loses no digits in float16.
+struct Slope {
+  double factor, power;
+};
+
+// Whether a factor of float32 would lose digits or overflow.
+BICM_HD bool outside_float(double x) {
+  const uint32_t exponent = static_cast<uint32_t>(bit_cast<uint64_t>(x) >> 52) & 0x7FFu;
+  return exponent != 0 && exponent - (1023u - 126u) > 252u;
+}
+
+// The power of two below a number, as near as float32 holds it and its reciprocal.
+BICM_HD int exponent_for_float(double x) {
+  const int exponent = static_cast<int>(bit_cast<uint64_t>(x) >> 52 & 0x7FFu) - 1023;
+  return exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
+}
+BICM_HD double float_power(int exponent) { return bit_cast<double>(static_cast<uint64_t>(1023 + exponent) << 52); }
+
+template <class C>
+BICM_HD Slope slope_of(const PseudoHuber& p, int64_t sample, double sum, const Preconditioning<C>& weights) {
   double factor = load_number<double>(p.upstream, sample) * load_number<double>(p.weight, sample);
   if (p.reduction == Reduction::mean) factor = factor / static_cast<double>(p.layout.batch);
-  if (p.distance == Distance::elementwise) return factor / static_cast<double>(p.layout.elements);
+  if (p.distance == Distance::elementwise) return {factor / static_cast<double>(p.layout.elements), 1.0};
   const double c = transition_of(p, sample);
-  return factor / nonzero(root(sum + c * c));
+  double power = 1.0;
+  if (squares_add<C>(sum, c)) {
+    factor = factor / nonzero(root(sum + c * c));
+  } else {
+    const Norm norm = norm_of(sum);
+    factor = factor / nonzero(hypotenuse(norm.value, c * norm.inverse));
+    power = norm.inverse;
+  }
+  if (sizeof(C) == sizeof(double)) return {factor, power};
+  const bool lost =
+      outside_float(factor) || (p.denoises && (outside_float(factor * static_cast<double>(weights.c_out)) ||
+                                               outside_float(factor * static_cast<double>(weights.c_skip))));
+  if (!lost) return {factor, 1.0};
+  const int exponent = exponent_for_float(factor);
+  return {factor * float_power(-exponent), float_power(exponent)};
+}
+
+// --- which sums to take again ---
+
+template <class C>
+struct SumRange;
+template <>
+struct SumRange<float> {
+  static constexpr double least_square = 0x1p-100, most_square = 0x1p128;
+  static constexpr double least = 0x1p-60, least_steep = 0x1p-20, most = 0x1p60;
+};
+template <>
+struct SumRange<double> {
+  static constexpr double least_square = kLeastSum, most_square = kMostSum;
+  static constexpr double least = 0x1p-520, least_steep = 0x1p-430, most = 0x1p500;
+};
+
+// Below this, what underflows may be part of the first digits of a part's sum.
+template <class C>
+BICM_HD double least_sum(const PseudoHuber& p, C c) {
+  using S = SumRange<C>;
+  if (p.distance == Distance::vector) return S::least_square;
+  return c < Range<C>::faint ? S::least_steep : S::least;
+}
+
+// Whether none of the terms that add up to this can have overflowed, and what underflowed does not count.
+template <class C>
+BICM_HD bool trusted(const PseudoHuber& p, double sum, C c) {
+  if (p.distance == Distance::vector) return sum >= least_sum(p, c) && sum <= SumRange<C>::most_square;
+  return sum >= least_sum(p, c) && sum <= SumRange<C>::most && c <= Range<C>::common;
+}
+
+// Elementwise, whether every slope has its digits from the plain formula.
+template <class C>
+BICM_HD bool plain_slopes(double sum, C c) {
+  return sum >= 0.0 && sum <= SumRange<C>::most && c >= Range<C>::faint && c <= Range<C>::common;
+}
+
+// What residuals, or elementwise distances, are multiplied by where a sum is taken again. Distances at a large c can be
+// anything where the plain formula finds 0.
+constexpr double kLittle = 0x1p20;
+template <class C>
+BICM_HD C scale_of(const PseudoHuber& p, double sum, C c) {
+  const bool grows = sum < least_sum(p, c);
+  if (p.distance == Distance::vector) return grows ? Range<C>::grow : C(1) / Range<C>::grow;
+  if (!grows) return static_cast<C>(1.0 / kLittle);
+  return c <= Range<C>::common ? Range<C>::grow : static_cast<C>(kLittle);
+}
+
+// A part's sum, from one that was taken with a scale.
+template <class C>
+BICM_HD double keep_sum(const PseudoHuber& p, double sum, C scale) {
+  constexpr double grown = Range<C>::grow, inverse = 1.0 / grown;
+  const bool grows = scale > C(1), squares = p.distance == Distance::vector;
+  const bool little = grows ? scale == static_cast<C>(kLittle) : scale == static_cast<C>(1.0 / kLittle);
+  const double unit = grows ? (little ? 1.0 / kLittle : inverse) : (little ? kLittle : grown);
+  if (sizeof(C) < sizeof(double)) return squares ? sum * unit * unit : sum * unit;
+  if (!squares) return keep_distances(sum, unit);
+  return grows ? keep_norm(root(sum) * (inverse / kSmallUnit), kSmallUnit)
+               : keep_norm(root(sum) * (grown / kLargeUnit), kLargeUnit);
 }
 
 template <class C>

@@ -79,38 +79,69 @@ bool stream_scaled(const PseudoHuber&, const Unit&, const Preconditioning<C>&, C
   return false;
 }
 
-template <class C>
-double sum_unit(const PseudoHuber& p, const Unit& unit, const Preconditioning<C>& weights, C c, Buffers<C>& buffers) {
-  double total = 0.0;
-  if (p.distance == Distance::vector) {
-    with_residual(p, unit, weights, buffers,
-                  [&](const auto& residual) { total = sum_of<Square, C>(residual, unit.count); });
-    return total;
-  }
-  form_residual(p, unit, weights, buffers);
-  C* r = buffers.residual;
-  for (int64_t i = 0; i < unit.count; ++i) r[i] = pseudo_huber_distance(r[i] * r[i], c);
-  return sum_of<Identity, C>(Stored<C>{r}, unit.count);
-}
-
 // What the elements of a sample share.
 template <class C>
 struct Factors {
   Preconditioning<C> weights;
-  C c, factor[kLossInputs];
+  C c, power, factor[kLossInputs];
+  bool plain;  // elementwise, the plain formulas will do
 };
 
 template <class C>
 Factors<C> numbers_of(const PseudoHuber& p, int64_t sample) {
-  return {denoising_weights<C>(p, sample), static_cast<C>(transition_of(p, sample)), {}};
+  return {denoising_weights<C>(p, sample), static_cast<C>(transition_of(p, sample)), C(1), {}, true};
 }
 
 template <class C>
 void find_factors(const PseudoHuber& p, int64_t sample, double sum, Factors<C>& f) {
-  const double factor = factor_of(p, sample, sum);
-  f.factor[0] = static_cast<C>(factor * static_cast<double>(f.weights.c_out));
-  f.factor[1] = static_cast<C>(-factor);
-  f.factor[2] = static_cast<C>(factor * static_cast<double>(f.weights.c_skip));
+  const Slope slope = slope_of(p, sample, sum, f.weights);
+  f.power = static_cast<C>(slope.power);
+  f.factor[0] = static_cast<C>(slope.factor * static_cast<double>(f.weights.c_out));
+  f.factor[1] = static_cast<C>(-slope.factor);
+  f.factor[2] = static_cast<C>(slope.factor * static_cast<double>(f.weights.c_skip));
+  f.plain = plain_slopes(sum, f.c);
+}
+
+// Elementwise distances times a power of two: 1, or where the plain formula will not do.
+template <class C>
+void form_distances(const C* r, C c, C scale, int64_t count, C* distance) {
+  if (scale == C(1)) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) distance[i] = pseudo_huber_distance(r[i] * r[i], c);
+  } else {
+    for (int64_t i = 0; i < count; ++i) distance[i] = distance_anywhere(r[i], c, scale);
+  }
+}
+
+// r / sqrt(r^2 + c^2), in place.
+template <class C>
+void form_slopes(const Factors<C>& f, int64_t count, C* r) {
+  if (f.plain) {
+    for (int64_t i = 0; i < count; ++i) r[i] = r[i] / nonzero(root(r[i] * r[i] + f.c * f.c));
+  } else if (f.c == C(0)) {
+    for (int64_t i = 0; i < count; ++i) r[i] = slope_without_c(r[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) r[i] = slope_anywhere(r[i], f.c);
+  }
+}
+
+// Of residuals, or elementwise distances, times a power of two.
+template <class C>
+double sum_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, C scale, Buffers<C>& buffers) {
+  double total = 0.0;
+  if (p.distance == Distance::vector && scale == C(1)) {
+    with_residual(p, unit, f.weights, buffers,
+                  [&](const auto& residual) { total = sum_of<Square, C>(residual, unit.count); });
+    return total;
+  }
+  form_residual(p, unit, f.weights, buffers);
+  C* r = buffers.residual;
+  if (p.distance == Distance::vector) {
+    for (int64_t i = 0; i < unit.count; ++i) r[i] = r[i] * scale;
+    return sum_of<Square, C>(Stored<C>{r}, unit.count);
+  }
+  form_distances(r, f.c, scale, unit.count, r);
+  return sum_of<Identity, C>(Stored<C>{r}, unit.count);
 }
 
 template <class C>
@@ -133,27 +164,48 @@ void store_gradients(const PseudoHuber& p, const Unit& unit, const Factors<C>& f
 
 template <class C>
 void differentiate_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
-  if (stream_scaled(p, unit, f.weights, f.factor[0], buffers)) return;
+  if (f.power == C(1) && stream_scaled(p, unit, f.weights, f.factor[0], buffers)) return;
   form_residual(p, unit, f.weights, buffers);
+  C* r = buffers.residual;
   if (p.distance == Distance::elementwise) {
-    C* r = buffers.residual;
-    for (int64_t i = 0; i < unit.count; ++i) r[i] = r[i] / nonzero(root(r[i] * r[i] + f.c * f.c));
+    form_slopes(f, unit.count, r);
+  } else if (f.power != C(1)) {
+    for (int64_t i = 0; i < unit.count; ++i) r[i] = r[i] * f.power;
   }
   store_gradients(p, unit, f, buffers);
 }
 
 // An elementwise distance's sum and gradients, which do not wait for each other.
 template <class C>
-double sum_and_differentiate_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
+double sum_and_differentiate_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, C scale,
+                                  Buffers<C>& buffers) {
   form_residual(p, unit, f.weights, buffers);
   C *r = buffers.residual, *distance = buffers.prediction;  // the inputs are no longer needed
-  for (int64_t i = 0; i < unit.count; ++i) {
-    const C square = r[i] * r[i];
-    distance[i] = pseudo_huber_distance(square, f.c);
-    r[i] = r[i] / nonzero(root(square + f.c * f.c));
+  if (f.plain) {
+    for (int64_t i = 0; i < unit.count; ++i) {
+      const C square = r[i] * r[i];
+      distance[i] = pseudo_huber_distance(square, f.c);
+      r[i] = r[i] / nonzero(root(square + f.c * f.c));
+    }
+  } else {
+    form_distances(r, f.c, scale, unit.count, distance);
+    form_slopes(f, unit.count, r);
   }
   store_gradients(p, unit, f, buffers);
   return sum_of<Identity, C>(Stored<C>{distance}, unit.count);
+}
+
+// Units [first, last) of a sample; elementwise, with their gradients if AtOnce.
+template <class C>
+double sum_units(const PseudoHuber& p, int64_t first, int64_t last, const Factors<C>& f, C scale, bool at_once,
+                 Buffers<C>& buffers) {
+  double total = 0.0;
+  for (int64_t i = first; i < last; ++i) {
+    const Unit unit = unit_at(p.layout, i);
+    total = total +
+            (at_once ? sum_and_differentiate_unit(p, unit, f, scale, buffers) : sum_unit(p, unit, f, scale, buffers));
+  }
+  return total;
 }
 
 template <class C, bool Differentiates>
@@ -162,22 +214,22 @@ void sums(const PseudoHuber& p, int64_t begin, int64_t end) {
   const int64_t chunks = sum_chunks(p.layout), units = units_per_sample(p.layout);
   const bool at_once = Differentiates && p.distance == Distance::elementwise;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t sample = item / chunks, first = item % chunks * kUnitsPerSum;
-    const int64_t last = units - first < kUnitsPerSum ? units : first + kUnitsPerSum;
+    const int64_t sample = item / chunks, place = item % chunks * kUnitsPerSum, first = sample * units + place;
+    const int64_t last = first + (units - place < kUnitsPerSum ? units - place : kUnitsPerSum);
     Factors<C> f = numbers_of<C>(p, sample);
     if (at_once) find_factors(p, sample, 0.0, f);  // which do not depend on the sum
-    double total = 0.0;
-    for (int64_t i = first; i < last; ++i) {
-      const Unit unit = unit_at(p.layout, sample * units + i);
-      total = total +
-              (at_once ? sum_and_differentiate_unit(p, unit, f, buffers) : sum_unit(p, unit, f.weights, f.c, buffers));
+    double total = sum_units(p, first, last, f, C(1), at_once, buffers);
+    // Squares of float32 are float64.
+    const bool holds = p.distance == Distance::vector && sizeof(C) < sizeof(double);
+    if (!holds && !trusted(p, total, f.c)) {
+      const C scale = scale_of(p, total, f.c);
+      f.plain = false;
+      total = keep_sum(p, sum_units(p, first, last, f, scale, at_once, buffers), scale);
     }
     p.sums[item] = total;
     if (!Differentiates || at_once) continue;
     find_factors(p, sample, total, f);
-    for (int64_t i = first; i < last; ++i) {
-      differentiate_unit(p, unit_at(p.layout, sample * units + i), f, buffers);
-    }
+    for (int64_t i = first; i < last; ++i) differentiate_unit(p, unit_at(p.layout, i), f, buffers);
   }
   if (Differentiates) finish_streams();
 }

@@ -3,8 +3,7 @@
 
 #include "../core/pseudo_huber.h"
 
-#include "block.h"
-#include "memory.h"
+#include "residual.h"
 
 namespace bicm {
 namespace cuda {
@@ -13,27 +12,49 @@ namespace cuda {
 template <class C>
 struct Factors {
   Preconditioning<C> weights;
-  C c, factor[kLossInputs];
+  C c, power, factor[kLossInputs];
+  bool anywhere;  // elementwise, the plain formula will not do
 };
 
 // One thread, which alone has to know the sum, computes in double precision what the others need in C.
 template <class C>
 BICM_DEVICE Factors<C> factors_of(const PseudoHuber& p, int64_t sample, double sum) {
-  BICM_SHARED(double, shared, 2);
+  BICM_SHARED(double, shared, 3);
+  BICM_SHARED(bool, anywhere, 1);
+  Factors<C> f;
+  f.weights = denoising_weights<C>(p, sample);
   if (threadIdx.x == 0) {
-    shared[0] = factor_of(p, sample, sum);
-    shared[1] = transition_of(p, sample);
+    const Slope slope = slope_of(p, sample, sum, f.weights);
+    const double c = transition_of(p, sample);
+    shared[0] = slope.factor;
+    shared[1] = c;
+    shared[2] = slope.power;
+    anywhere[0] = p.distance == Distance::elementwise && !plain_slopes(sum, static_cast<C>(c));
   }
   __syncthreads();
   const double factor = shared[0];
-  Factors<C> f;
-  f.weights = denoising_weights<C>(p, sample);
   f.c = static_cast<C>(shared[1]);
+  f.power = static_cast<C>(shared[2]);
+  f.anywhere = anywhere[0];
   f.factor[0] = static_cast<C>(factor * static_cast<double>(f.weights.c_out));
   f.factor[1] = static_cast<C>(-factor);
   f.factor[2] = static_cast<C>(factor * static_cast<double>(f.weights.c_skip));
   __syncthreads();  // the next sample's factor goes there
   return f;
+}
+
+// From a group's residuals times the power, or from what slopes of elementwise distances they are.
+template <class Memory, bool Denoises, class C>
+BICM_DEVICE void store_scaled(const PseudoHuber& p, const Factors<C>& f, const typename Memory::Place& place, C* r) {
+  constexpr int G = Memory::kGroup;
+  BICM_UNROLL(3)
+  for (int k = 0; k < (Denoises ? 3 : 2); ++k) {
+    if (!p.wanted[k]) continue;
+    C gradient[G];
+    BICM_UNROLL(8)
+    for (int i = 0; i < G; ++i) gradient[i] = f.factor[k] * r[i];
+    Memory::store(p.layout, p.gradient[k], place, gradient);
+  }
 }
 
 // From the residuals of a group.
@@ -43,14 +64,26 @@ BICM_DEVICE void store_gradients(const PseudoHuber& p, const Factors<C>& f, cons
   if (p.distance == Distance::elementwise) {
     BICM_UNROLL(8)
     for (int i = 0; i < G; ++i) r[i] = r[i] / nonzero(root(r[i] * r[i] + f.c * f.c));
-  }
-  BICM_UNROLL(3)
-  for (int k = 0; k < (Denoises ? 3 : 2); ++k) {
-    if (!p.wanted[k]) continue;
-    C gradient[G];
+  } else {
     BICM_UNROLL(8)
-    for (int i = 0; i < G; ++i) gradient[i] = f.factor[k] * r[i];
-    Memory::store(p.layout, p.gradient[k], place, gradient);
+    for (int i = 0; i < G; ++i) r[i] = r[i] * f.power;
+  }
+  store_scaled<Memory, Denoises>(p, f, place, r);
+}
+
+// The same where the plain formula will not do, for the elements of a sample that a thread finds from `begin` on.
+template <class Memory, bool Denoises, class C>
+BICM_DEVICE void store_gradients_anywhere(const PseudoHuber& p, const Factors<C>& f, int64_t sample, int64_t begin,
+                                          int64_t last, int64_t stride, bool aligned) {
+  constexpr int G = Memory::kGroup;
+  BICM_LOOP
+  for (; begin < last; begin += stride) {
+    const typename Memory::Place place = Memory::at(p.layout, sample, begin, aligned);
+    C r[G];
+    residual<Memory, Denoises>(p, f.weights, place, r);
+    BICM_UNROLL(8)
+    for (int i = 0; i < G; ++i) r[i] = slope_anywhere(r[i], f.c);
+    store_scaled<Memory, Denoises>(p, f, place, r);
   }
 }
 

@@ -18,6 +18,9 @@ BICM_DEVICE double chunk_sum(const PseudoHuber& p, int64_t sample, int64_t first
   const Preconditioning<C> weights = denoising_weights<C>(p, sample);
   const bool elementwise = p.distance == Distance::elementwise;
   return chunk_total<C>(p, sample, [&](C c, C scale) {
+    if (elementwise && scale != C(1)) {
+      return sum_anywhere<Memory, Denoises>(p, weights, sample, first, last, aligned, c, scale);
+    }
     Sum<C> sum = {};
     for (int64_t begin = first + threadIdx.x * G; begin < last; begin += blockDim.x * G) {
       C r[G];
@@ -36,9 +39,9 @@ __global__ void __launch_bounds__(kThreads, 3)
     const int64_t sample = item / to.chunks, first = item % to.chunks * kSumChunk, left = p.layout.elements - first;
     const int64_t last = first + (left < kSumChunk ? left : kSumChunk);
     const double sum = chunk_sum<Memory, Denoises>(p, sample, first, last, aligned);
-    if (threadIdx.x == 0) finish_chunk(p, to, sample, item, sum);
+    if (threadIdx.x == 0) finish_chunk<typename Memory::Compute>(p, to, sample, item, sum);
   }
-  if (to.finished != nullptr && finishes_last(to.finished)) finish_batch(p, to);
+  if (to.finished != nullptr && finishes_last(to.finished)) finish_batch<typename Memory::Compute>(p, to);
 }
 
 template <class Memory, bool Denoises>
@@ -57,6 +60,11 @@ __global__ void __launch_bounds__(kThreads, 3) gradient_kernel(const __grid_cons
   constexpr int G = Memory::kGroup;
   for (int64_t sample = blockIdx.y; sample < p.layout.batch; sample += gridDim.y) {
     const Factors<C> f = factors_of<C>(p, sample, threadIdx.x == 0 ? number_at<double>(p.sums, sample) : 0.0);
+    if (f.anywhere) {
+      store_gradients_anywhere<Memory, Denoises>(p, f, sample, first_group() * G, p.layout.elements, group_stride() * G,
+                                                 aligned);
+      continue;
+    }
     for (int64_t begin = first_group() * G; begin < p.layout.elements; begin += group_stride() * G) {
       const typename Memory::Place place = Memory::at(p.layout, sample, begin, aligned);
       C r[G];

@@ -67,6 +67,9 @@ BICM_DEVICE void differentiate_chunk(const PseudoHuber& p, const Results& to, in
     residual<Memory, Denoises>(p, weights, Memory::at(p.layout, sample, first + place, aligned), r[round]);
   }
   const double total = chunk_total<C>(p, sample, [&](C c, C scale) {
+    if (elementwise && scale != C(1)) {
+      return sum_anywhere<Memory, Denoises>(p, weights, sample, first, first + count, aligned, c, scale);
+    }
     Sum<C> sum = {};
     BICM_UNROLL(8)
     for (int round = 0; round < kRounds<Memory>; ++round) {
@@ -80,13 +83,19 @@ BICM_DEVICE void differentiate_chunk(const PseudoHuber& p, const Results& to, in
     return sum;
   });
   const Factors<C> f = factors_of<C>(p, sample, sum_of_sample(total));
-  BICM_UNROLL(8)
-  for (int round = 0; round < kRounds<Memory>; ++round) {
-    const int place = place_of(round);
-    if (place >= count) continue;
-    store_gradients<Unrounded<Memory>, Denoises>(p, f, Memory::at(p.layout, sample, first + place, aligned), r[round]);
+  if (f.anywhere) {
+    store_gradients_anywhere<Unrounded<Memory>, Denoises>(p, f, sample, first + place_of(0), first + count,
+                                                          place_of(1) - place_of(0), aligned);
+  } else {
+    BICM_UNROLL(8)
+    for (int round = 0; round < kRounds<Memory>; ++round) {
+      const int place = place_of(round);
+      if (place >= count) continue;
+      store_gradients<Unrounded<Memory>, Denoises>(p, f, Memory::at(p.layout, sample, first + place, aligned),
+                                                   r[round]);
+    }
   }
-  if (threadIdx.x == 0 && count > 0) finish_chunk(p, to, sample, sample * to.chunks + chunk, total);
+  if (threadIdx.x == 0 && count > 0) finish_chunk<C>(p, to, sample, sample * to.chunks + chunk, total);
 }
 
 // Chunks that need no other: of a sample that has one, or of an elementwise distance.
@@ -97,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     differentiate_chunk<Memory, Denoises>(p, to, item / to.chunks, item % to.chunks, aligned,
                                           [](double total) { return total; });
   }
-  if (to.finished != nullptr && finishes_last(to.finished)) finish_batch(p, to);
+  if (to.finished != nullptr && finishes_last(to.finished)) finish_batch<typename Memory::Compute>(p, to);
 }
 
 // A sample of several chunks, one for each block of a cluster; blocks beyond them add 0.
@@ -109,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int64_t sample = blockIdx.x / blocks; sample < p.layout.batch; sample += gridDim.x / blocks) {
     differentiate_chunk<Memory, Denoises>(p, to, sample, __clusterRelativeBlockRank(), aligned, cluster_sum);
   }
-  if (finishes_last(to.finished)) finish_batch(p, to);
+  if (finishes_last(to.finished)) finish_batch<typename Memory::Compute>(p, to);
 #endif
 }
 

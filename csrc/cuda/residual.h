@@ -67,24 +67,39 @@ BICM_DEVICE C sum_of_terms(C* r, int64_t count, bool elementwise, C c, C scale) 
   return sum_of_group<G>(r, count);
 }
 
-// Squares of float32 overflow above 1.8e19 and lose digits below 1e-19. Where a chunk's sum shows that they may have,
-// they are taken again of residuals times a power of two: exact, and in float32 like everything that elements need.
-constexpr double kLeastTrusted = 0x1p-100;
-constexpr float kLarger = 0x1p96f, kSmaller = 0x1p-96f;
+// A thread's part of a chunk's elementwise distances times `scale`, where the plain formula will not do; in the order of
+// the others.
+template <class Memory, bool Denoises>
+BICM_DEVICE Sum<typename Memory::Compute> sum_anywhere(const PseudoHuber& p,
+                                                       const Preconditioning<typename Memory::Compute>& weights,
+                                                       int64_t sample, int64_t first, int64_t last, bool aligned,
+                                                       typename Memory::Compute c, typename Memory::Compute scale) {
+  using C = typename Memory::Compute;
+  constexpr int G = Memory::kGroup;
+  Sum<C> sum = {};
+  BICM_LOOP
+  for (int64_t begin = first + threadIdx.x * G; begin < last; begin += blockDim.x * G) {
+    C r[G];
+    residual<Memory, Denoises>(p, weights, Memory::at(p.layout, sample, begin, aligned), r);
+    BICM_UNROLL(8)
+    for (int i = 0; i < G; ++i) r[i] = distance_anywhere(r[i], c, scale);
+    sum = add(sum, {sum_of_group<G>(r, last - begin), C(0)});
+  }
+  return sum;
+}
 
-BICM_DEVICE bool trusted(double sum) { return sum >= kLeastTrusted && sum <= 0x1p128; }
-
-// A chunk's sum; `sum_of_round(c, scale)` is a thread's part of it.
+// A chunk's sum; `sum_of_thread(c, scale)` is a thread's part of it. Squares of float32 overflow above 1.8e19 and lose
+// digits below 1e-19. Where the sum shows that they may have, they are taken again of residuals times a power of two:
+// exact, and in float32 like everything that elements need.
 template <class C, class SumOfThread>
 BICM_DEVICE double chunk_total(const PseudoHuber& p, int64_t sample, SumOfThread sum_of_thread) {
-  const bool elementwise = p.distance == Distance::elementwise;
-  const C c = elementwise ? load_number<C>(p.c, sample) : C(0);
+  const C c = p.distance == Distance::elementwise ? load_number<C>(p.c, sample) : C(0);
   C scale = C(1);
   for (;;) {
     const double total = block_total(sum_of_thread(c, scale));
-    if (sizeof(C) == 8 || elementwise || (scale == C(1) && trusted(total))) return total;
-    if (scale != C(1)) return total * (scale == kLarger ? 0x1p-192 : 0x1p192);
-    scale = total < kLeastTrusted ? kLarger : kSmaller;
+    if (scale != C(1)) return keep_sum(p, total, scale);
+    if (trusted(p, total, c)) return total;
+    scale = scale_of(p, total, c);
   }
 }
 

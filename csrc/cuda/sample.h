@@ -26,16 +26,18 @@ BICM_DEVICE void store_loss(const PseudoHuber& p, const Results& to, int64_t i, 
   }
 }
 
+template <class C>
 BICM_DEVICE double finish_sample(const PseudoHuber& p, const Results& to, int64_t sample, double sum) {
   store_at(p.sums + sample, sum);
-  const double value = load_number<double>(p.weight, sample) * distance_of(p, sample, sum);
+  const double value = load_number<double>(p.weight, sample) * distance_of<C>(p, sample, sum);
   if (p.reduction == Reduction::none) store_loss(p, to, sample, value);
   return value;
 }
 
+template <class C>
 BICM_DEVICE void finish_chunk(const PseudoHuber& p, const Results& to, int64_t sample, int64_t item, double sum) {
   if (to.finished == nullptr) {
-    finish_sample(p, to, sample, sum);
+    finish_sample<C>(p, to, sample, sum);
   } else {
     store_at(to.chunk_sums + item, sum);
   }
@@ -53,17 +55,34 @@ BICM_DEVICE bool finishes_last(unsigned* finished) {
   return last[0];
 }
 
-BICM_DEVICE void finish_batch(const PseudoHuber& p, const Results& to) {
+// Every sample's value from its chunks' sums; the values times a power of two, added up over the block.
+template <class C>
+BICM_DEVICE Sum<double> finish_samples(const PseudoHuber& p, const Results& to, double scale) {
   Sum<double> total = {};
   for (int64_t sample = threadIdx.x; sample < p.layout.batch; sample += blockDim.x) {
     double sum = 0.0;
-    for (int64_t i = 0; i < to.chunks; ++i) sum = sum + load_at(to.chunk_sums + sample * to.chunks + i);
-    total = add(total, {finish_sample(p, to, sample, sum), 0.0});
+    for (int64_t i = 0; i < to.chunks; ++i) {
+      sum = add_sums<C>(p, sum, load_at(to.chunk_sums + sample * to.chunks + i));
+    }
+    total = add(total, {scale * finish_sample<C>(p, to, sample, sum), 0.0});
   }
-  if (p.reduction == Reduction::none) return;
-  const double sum = value_of(block_sum(total));
+  return total;
+}
+
+template <class C>
+BICM_DEVICE void finish_batch(const PseudoHuber& p, const Results& to) {
   const bool mean = p.reduction == Reduction::mean;
-  if (threadIdx.x == 0) store_loss(p, to, 0, mean ? sum / static_cast<double>(p.layout.batch) : sum);
+  Sum<double> total = finish_samples<C>(p, to, 1.0);
+  if (p.reduction == Reduction::none) return;
+  double unit = 1.0;
+  if constexpr (sizeof(C) == sizeof(double)) {
+    if (mean && overflows(block_total(total))) {
+      total = finish_samples<C>(p, to, kForMeans);
+      unit = 1.0 / kForMeans;
+    }
+  }
+  const double sum = value_of(block_sum(total));
+  if (threadIdx.x == 0) store_loss(p, to, 0, (mean ? sum / static_cast<double>(p.layout.batch) : sum) * unit);
 }
 
 }  // namespace cuda

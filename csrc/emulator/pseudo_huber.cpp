@@ -105,7 +105,8 @@ void run_cpu(CpuLoss kernel, PseudoHuber& p, double* sums) {
   kernel(p, 0, items);
   for (int64_t sample = 0; sample < p.layout.batch; ++sample) {
     double total = 0.0;
-    for (int64_t i = 0; i < chunks; ++i) total = total + partial[sample * chunks + i];
+    for (int64_t i = 0; i < chunks; ++i)
+      total = (p.float64 ? add_sums<double> : add_sums<float>)(p, total, partial[sample * chunks + i]);
     sums[sample] = total;
   }
   p.sums = sums;

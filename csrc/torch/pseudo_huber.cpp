@@ -5,19 +5,41 @@
 namespace bicm {
 namespace {
 
+// The values times a power of two, added up.
 template <class C>
-void finish(const PseudoHuber& p, const double* sums, C* loss) {
+double store_values(const PseudoHuber& p, const double* sums, double scale, C* loss) {
   double total = 0.0;
   for (int64_t sample = 0; sample < p.layout.batch; ++sample) {
-    const double value = load_number<double>(p.weight, sample) * distance_of(p, sample, sums[sample]);
+    const double value = load_number<double>(p.weight, sample) * distance_of<C>(p, sample, sums[sample]);
     if (p.reduction == Reduction::none) loss[sample] = static_cast<C>(value);
-    total = total + value;
+    total = total + scale * value;
   }
-  if (p.reduction == Reduction::mean) total = total / static_cast<double>(p.layout.batch);
-  if (p.reduction != Reduction::none) loss[0] = static_cast<C>(total);
+  return total;
 }
 
-// Samples of one chunk are summed where they are returned; of more, one number per chunk first.
+template <class C>
+void finish(const PseudoHuber& p, const double* sums, C* loss) {
+  double scale = 1.0, total = store_values(p, sums, scale, loss);
+  if (p.reduction == Reduction::none) return;
+  const bool mean = p.reduction == Reduction::mean;
+  if (mean && overflows(total)) {
+    scale = kForMeans;
+    total = store_values(p, sums, scale, loss);
+  }
+  loss[0] = static_cast<C>((mean ? total / static_cast<double>(p.layout.batch) : total) / scale);
+}
+
+// The samples' sums, from those of their chunks, which are theirs already where there is one.
+template <class C>
+void finish_sums(const PseudoHuber& p, const double* partial, double* results) {
+  const int64_t chunks = sum_chunks(p.layout);
+  for (int64_t sample = 0; chunks != 1 && sample < p.layout.batch; ++sample) {
+    double total = 0.0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) total = add_sums<C>(p, total, partial[sample * chunks + chunk]);
+    results[sample] = total;
+  }
+}
+
 void add_up(PseudoHuber& p, const Tensor& loss, double* results, void (*kernel)(const PseudoHuber&, int64_t, int64_t)) {
   const int64_t chunks = sum_chunks(p.layout), batch = p.layout.batch;
   std::vector<double> partial(chunks > 1 ? static_cast<size_t>(batch * chunks) : 0);
@@ -27,11 +49,7 @@ void add_up(PseudoHuber& p, const Tensor& loss, double* results, void (*kernel)(
     const int64_t per_item = p.layout.elements < kUnitsPerSum * kChunk ? p.layout.elements : kUnitsPerSum * kChunk;
     Cpu::split_items(p, items, Cpu::kGrain / per_item + 1, kernel);
   }
-  for (int64_t sample = 0; chunks != 1 && sample < batch; ++sample) {
-    double total = 0.0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) total = total + partial[sample * chunks + chunk];
-    results[sample] = total;
-  }
+  (p.float64 ? finish_sums<double> : finish_sums<float>)(p, partial.data(), results);
   p.sums = results;
   void* const value = loss.data_ptr();
   p.float64 ? finish(p, results, static_cast<double*>(value)) : finish(p, results, static_cast<float*>(value));

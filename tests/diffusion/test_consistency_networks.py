@@ -9,17 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import checkpoint
 
-from bicm_diffusion import Levels, LevelTable, bct_loss, draw_levels, karras_levels
+from bicm_diffusion import Levels, bct_loss
 from bicm_diffusion.consistency.frozen import evaluate_frozen
+from tests.support.networks import (
+    CHECKPOINTS,
+    SIZE,
+    Images,
+    Network,
+    TwiceRegistered,
+    Wrap,
+    assert_equal,
+    build,
+    problem,
+)
 from tests.support.plain_bct import plain_loss
-
-SIZE = 12
-Wrap = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
@@ -27,43 +34,6 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def problem(batch: int = 5, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Levels]:
-    x = torch.randn((batch, SIZE), generator=torch.Generator().manual_seed(7)).to(dtype)
-    return x, draw_levels(LevelTable(karras_levels(21)), batch, seed=7, step=3)
-
-
-class Block(nn.Module):
-    def __init__(self, dropout: float) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(SIZE, 16), nn.Linear(16, SIZE)
-        self.norm, self.dropout = nn.LayerNorm(SIZE), nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, times: Tensor) -> Tensor:
-        return x + self.second(self.dropout(self.first(self.norm(x + times)).tanh()))
-
-
-class Network(nn.Module):
-    """Blocks that a wrapper is called with, as gradient checkpointing is."""
-
-    def __init__(self, *, dropout: float = 0.0, wrap: Wrap | None = None, blocks: int = 3) -> None:
-        super().__init__()
-        self.times = nn.Linear(2, SIZE)
-        self.blocks = nn.ModuleList([Block(dropout) for _ in range(blocks)])
-        self.wrap = wrap
-
-    def forward(self, scaled: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        times, x = self.times(torch.stack([t, u], dim=1).log().to(scaled.dtype)), scaled
-        for block in self.blocks:
-            x = self.wrap(block, x, times) if self.wrap else block(x, times)
-        return x
-
-
-def build(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        return make().to(dtype)
 
 
 def gradients(network: nn.Module, x: Tensor, levels: Levels, **options: Any) -> list[Tensor]:
@@ -76,31 +46,7 @@ def gradients(network: nn.Module, x: Tensor, levels: Levels, **options: Any) -> 
     return [loss.consistency.detach(), loss.trajectory.detach(), *found]
 
 
-def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(actual) == len(expected)
-    for k, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        assert torch.equal(a, b), f"{k}: they differ by {(a - b).abs().max()}"
-
-
 # --- gradient checkpoints -------------------------------------------------------------------------------------------
-
-
-def nested(function: Wrap, *args: Tensor) -> Tensor:
-    inner = partial(checkpoint, function, use_reentrant=False)
-    return checkpoint(inner, *args, use_reentrant=False)
-
-
-def in_sequence(block: nn.Module, x: Tensor, times: Tensor) -> Tensor:
-    parts = nn.Sequential(block.norm, block.first, nn.Tanh(), block.dropout, block.second)
-    return x + checkpoint_sequential(parts, 2, x + times, use_reentrant=False)
-
-
-CHECKPOINTS: dict[str, Wrap] = {
-    "not reentrant": partial(checkpoint, use_reentrant=False),
-    "nested": nested,
-    "in sequence": in_sequence,
-    "without early stop": partial(checkpoint, use_reentrant=False, early_stop=False),
-}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -167,28 +113,6 @@ def test_reentrant_checkpoints_are_refused(mix: str) -> None:
         assert bct_loss(network, *problem(), seed=5, step=3).total.item() > 0
 
 
-class Images(nn.Module):
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.times = nn.Linear(2, 1)
-        self.unet = UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-            attention_head_dim=8,
-            dropout=dropout,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        )
-
-    def forward(self, scaled: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        shift = self.times(torch.stack([t, u], dim=1).log().to(scaled.dtype))[:, :, None, None]
-        return self.unet(scaled + shift, t, return_dict=False)[0]
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_checkpoints_of_diffusers(dropout: float) -> None:
     x = torch.randn((2, 1, 8, 8), generator=torch.Generator().manual_seed(3))
@@ -201,15 +125,6 @@ def test_checkpoints_of_diffusers(dropout: float) -> None:
 
 
 # --- shared and unusual parameters ----------------------------------------------------------------------------------
-
-
-class TwiceRegistered(Network):
-    """One block under two names, and again in a list."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.again = self.blocks[0]
-        self.blocks.append(self.blocks[1])
 
 
 class Tied(Network):
@@ -242,7 +157,7 @@ class Recurrent(Network):
 
     def __init__(self) -> None:
         super().__init__()
-        self.recurrent = nn.GRU(SIZE, SIZE, batch_first=True)
+        self.recurrent = nn.GRU(SIZE, Images, SIZE, Images, batch_first=True)
 
     def forward(self, scaled: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return self.recurrent(super().forward(scaled, t, u)[:, None].expand(-1, 2, -1))[0][:, -1]
@@ -263,7 +178,7 @@ class Normed(Network):
 class PartlyFixed(Network):
     def __init__(self) -> None:
         super().__init__()
-        self.fixed = nn.Linear(SIZE, SIZE).requires_grad_(False)
+        self.fixed = nn.Linear(SIZE, Images, SIZE).requires_grad_(False)
 
     def forward(self, scaled: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return self.fixed(super().forward(scaled, t, u))
@@ -370,7 +285,7 @@ def test_the_outer_evaluation_computes_no_gradient_of_a_weight() -> None:
     class Custom(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weight = nn.Parameter(torch.randn(SIZE, SIZE))
+            self.weight = nn.Parameter(torch.randn(SIZE, Images, SIZE))
 
         def forward(self, scaled: Tensor, t: Tensor, u: Tensor) -> Tensor:
             return Product.apply(scaled, self.weight)
@@ -392,7 +307,7 @@ def test_gradients_reach_extra_arguments_and_samples() -> None:
 
     network = build(Conditional, torch.float64)
     x, levels = problem(dtype=torch.float64)
-    shift = torch.randn(SIZE, dtype=torch.float64, requires_grad=True)
+    shift = torch.randn(SIZE, Images, dtype=torch.float64, requires_grad=True)
     x.requires_grad_()
     loss = bct_loss(network, x, levels, seed=5, step=3, extra_args={"condition": {"shift": [shift], "scale": 1.5}})
     found = torch.autograd.grad(loss.total, [x, shift])

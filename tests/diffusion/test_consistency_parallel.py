@@ -18,7 +18,7 @@ from tests.support import parallel_training
 from tests.support.parallel_training import BATCH, SIZE, STEPS, network, train
 
 SCRIPT = Path(parallel_training.__file__)
-ROOT = SCRIPT.parents[1]
+ROOT = SCRIPT.parents[2]
 RANKS = 2
 REFUSED = {
     "FSDP1": r"TypeError: network: expected .*fully_shard, got FullyShardedDataParallel",

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_consistency_networks import CHECKPOINTS, SIZE, Images, Network, TwiceRegistered, assert_equal, build, problem
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bicm_diffusion import Levels, bct_loss
 from bicm_diffusion.consistency import shared_draws
+from tests.support.networks import CHECKPOINTS, SIZE, Images, Network, TwiceRegistered, assert_equal, build, problem
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from . import model
 from .problems import Shape, values
 from .tensors import Tensor
 
+WIDE = np.longdouble
 TIMES = {"t": 3.7, "u": 0.21, "sigma_data": 0.5, "sigma_min": 0.002}
 
 
@@ -96,26 +97,34 @@ class Loss:
     def transition(self) -> np.ndarray:
         return self.number(0.00054 * np.sqrt(self.elements) if self.c is None else self.c, np.float64)
 
+    def kept(self, sums: np.ndarray) -> np.ndarray:
+        """What the samples' sums say, in a type with wider exponents than float64: below 0 is minus a norm or a sum."""
+        wide = -sums.astype(WIDE)
+        unit = np.where(wide >= 1.0, WIDE(2.0) ** 500, WIDE(2.0) ** -430)
+        large = (wide * unit) ** 2 if self.kind == "vector" else wide * WIDE(2.0) ** 500
+        return np.where(sums < 0, large, -wide)
+
     def expected(self) -> tuple[np.ndarray, np.ndarray]:
-        """The loss and the sums, with float64 from the residual on."""
+        """The loss and what the sums say, with wide exponents from the residual on."""
         with np.errstate(all="ignore"):
-            r, c = self.residual().astype(np.float64), self.transition()
+            r, c = self.residual().astype(WIDE), self.transition().astype(WIDE)
             squares = r * r
             if self.kind == "vector":
                 sums = squares.sum(1)
-                distance = sums / nonzero(np.sqrt(sums + c * c) + c)
+                distance = distances(sums, c)
             else:
-                c = c[:, None]
-                sums = (squares / nonzero(np.sqrt(squares + c * c) + c)).sum(1)
-                distance = sums / np.float64(self.elements)
-            weighted = self.number(1.0 if self.weight is None else self.weight, np.float64) * distance
+                sums = distances(squares, c[:, None]).sum(1)
+                distance = sums / WIDE(self.elements)
+            weighted = self.number(1.0 if self.weight is None else self.weight, WIDE) * distance
             if self.reduction == "none":
-                return weighted, sums
-            return weighted.sum() / (np.float64(self.batch) if self.reduction == "mean" else 1.0), sums
+                return weighted.astype(np.float64), sums
+            loss = weighted.sum() / (WIDE(self.batch) if self.reduction == "mean" else 1.0)
+            return loss.astype(np.float64), sums
 
 
-def nonzero(x: np.ndarray) -> np.ndarray:
-    return np.where(x == 0, 3.0, x)
+def distances(squares: np.ndarray, c: np.ndarray) -> np.ndarray:
+    root = np.sqrt(squares + c * c) + c
+    return np.where(np.isinf(squares), squares, squares / np.where(root == 0, WIDE(3.0), root))
 
 
 def pseudo_huber(shape: Shape, first: str = "float32", second: str = "float32", **options: Any) -> Loss:

@@ -68,6 +68,23 @@ def test_reductions_and_grids(device: bicm_emulator.Device, reduction: str) -> N
         assert np.array_equal(again.bits, gradient.bits)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [("float32", x) for x in (1e-44, 1e-36, 1e20, 1e38)]
+    + [("float64", 1e-310), ("float64", 1e200), ("float64", 3e307)],
+)
+def test_squares_that_overflow_or_underflow(dtype: str, scale: float, kind: str) -> None:
+    """In one chunk, in a cluster, and by two launches, on every instruction set."""
+    for size in (300, 2 * CHUNK + 7):
+        for c in (0.0, 0.1):
+            problem = MAKERS["pseudo_huber"]((2, size), dtype, dtype, c=c, kind=kind)
+            for x in problem.inputs:
+                x.bits.view(dtype)[:, ::2] *= np.dtype(dtype).type(scale)
+            for target in ("cuda", *bicm_emulator.instruction_sets()):
+                check(problem, target)
+
+
 @pytest.mark.parametrize("scale", [1e-36, 1e-20, 0.0, 1e20, 1e35])
 def test_squares_beyond_float32(scale: float) -> None:
     """They are taken again, of residuals that are still there."""

@@ -6,6 +6,8 @@ import bicm_emulator
 import numpy as np
 import pytest
 
+from tests.support.extremes import NAMED, Case, exactly, title
+
 from .losses import CHUNK, KINDS, MAKERS, SIZES, TIMES, Loss, consistency, pseudo_huber
 from .problems import PAIRS, values
 from .tensors import DTYPES, INPUT_LAYOUTS, Tensor, far, same_bits
@@ -20,8 +22,11 @@ def check_value(problem: Loss) -> np.ndarray:
     loss, sums = problem.run("cuda")
     expected, expected_sums = problem.expected()
     tolerance = accuracy(problem.compute)
-    assert np.allclose(sums, expected_sums, rtol=tolerance, atol=0, equal_nan=True)
-    assert np.allclose(loss, expected, rtol=tolerance, atol=0, equal_nan=True)
+    smallest = float(np.finfo(problem.compute).smallest_subnormal)
+    # A vector's sum is needed for gradients, too; an elementwise one for the loss alone, which does not hold less.
+    least = smallest if problem.kind == "elementwise" else 0
+    assert np.allclose(problem.kept(sums), expected_sums, rtol=tolerance, atol=least, equal_nan=True)
+    assert np.allclose(loss, expected.astype(problem.compute), rtol=tolerance, atol=smallest, equal_nan=True)
     return sums
 
 
@@ -93,27 +98,78 @@ def test_equal_tensors(dtype: str, kind: str) -> None:
         assert np.all(gradient.values == 0)
 
 
-def test_special_values() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_values(kind: str) -> None:
+    """The loss is infinite where a residual is, and the gradient NaN there."""
     for dtype, specials in (
-        ("float64", (np.nan, np.inf, -np.inf, 1e150)),
+        ("float64", (np.nan, np.inf, -np.inf, 1e150, 1e300)),
         ("float32", (np.nan, np.inf, -np.inf, 1e38)),
     ):
         for special in specials:
-            problem = pseudo_huber((2, 300), dtype, dtype, reduction="none")
+            problem = pseudo_huber((2, 300), dtype, dtype, reduction="none", kind=kind, c=KINDS[kind])
             problem.prediction.bits.view(dtype)[0, 17] = special
-            check_value(problem)
+            sums = check_value(problem)
+            check_gradients(problem, sums)
+            if not np.isfinite(special):
+                gradient = problem.differentiate("cuda", sums, np.ones(2), [True, False])[0].values
+                assert np.isnan(gradient[0, 17])
+                assert np.all(np.isfinite(gradient[1]))
 
 
-@pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e-17, 1e17, 1e25, 1e35])
+SCALES = [("float32", scale) for scale in (1e-44, 1e-36, 1e-25, 1e-17, 1e17, 1e25, 1e35, 1e38)]
+SCALES += [("float64", scale) for scale in (5e-324, 1e-310, 1e-200, 1e-150, 1e150, 1e200, 1e305, 3e307)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "scale"), SCALES)
 @pytest.mark.parametrize("make", MAKERS)
-def test_squares_beyond_float32(make: str, scale: float) -> None:
-    """Residuals whose squares overflow or underflow, some of them beside others of size 1."""
-    for size in (7, 3000, CHUNK + 5):
+def test_squares_that_overflow_or_underflow(make: str, dtype: str, scale: float, kind: str) -> None:
+    """Residuals of any size, all of them or beside others of size 1, in one chunk and in several."""
+    for size in (7, CHUNK + 5):
         for mixed in (False, True):
-            problem = MAKERS[make]((2, size), c=0.0, reduction="none")
-            for x in problem.inputs:
-                x.bits.view("float32")[:, :: 3 if mixed else 1] *= np.float32(scale)
-            check(problem)
+            for c in (0.0, 0.3):
+                problem = MAKERS[make]((2, size), dtype, dtype, c=c, kind=kind, reduction="none")
+                for x in problem.inputs:
+                    x.bits.view(dtype)[:, :: 3 if mixed else 1] *= np.dtype(dtype).type(scale)
+                check(problem)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "case"), NAMED, ids=[f"{name} {title(case)}" for name, case in NAMED])
+def test_extremes(dtype: str, case: Case, kind: str) -> None:
+    """The exact value and derivatives, under a loss scale, on every way and instruction set."""
+    r, c = case
+    prediction = Tensor.of(np.array([r]), dtype)
+    problem = Loss(prediction, Tensor.of(np.zeros((1, len(r))), dtype), c=c, kind=kind)
+    value, slopes = exactly(prediction.values[0].tolist(), c, kind)
+    rounding = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 1e-6, "float64": 1e-14}[dtype]
+    smallest = 3 * {"float16": 6e-8, "bfloat16": 1e-40, "float32": 1.5e-45, "float64": 5e-324}[dtype]
+
+    def close(actual: np.ndarray, expected: list[float], scale: float) -> None:
+        wanted = Tensor.of(np.array(expected) * scale, dtype).values
+        assert np.allclose(actual, wanted, rtol=rounding, atol=smallest, equal_nan=True), (actual, wanted)
+
+    loss, sums, (kept,) = problem.run_with_gradients("cuda", [True, False])
+    wanted = np.array(float(value)).astype(problem.compute)
+    least = float(np.finfo(problem.compute).smallest_subnormal)
+    assert np.allclose(loss, wanted, rtol=accuracy(problem.compute), atol=3 * least, equal_nan=True)
+    close(kept.values[0], [float(slope) for slope in slopes], 1.0)
+    (gradient,) = problem.differentiate("cuda", sums, 65536.0, [True, False])
+    close(gradient.values[0], [float(slope) for slope in slopes], 65536.0)
+    for target in bicm_emulator.instruction_sets():
+        _, own_sums, (own,) = problem.run_with_gradients(target, [True, False])
+        close(own.values[0], [float(slope) for slope in slopes], 1.0)
+        (gradient,) = problem.differentiate(target, own_sums, 65536.0, [True, False])
+        close(gradient.values[0], [float(slope) for slope in slopes], 65536.0)
+    check_gradients(problem, sums)
+
+
+def test_a_mean_of_float64_whose_sum_overflows() -> None:
+    for kind in KINDS:
+        for batch in (4, 300):
+            ends = [Tensor.of(np.full((batch, 2), x), "float64") for x in (1e308, 0.0)]
+            loss, _ = Loss(*ends, c=0.0, kind=kind).run("cuda")
+            assert np.allclose(loss, 1e308 * (2**0.5 if kind == "vector" else 1.0), rtol=1e-13)
 
 
 @pytest.mark.parametrize("kind", KINDS)
