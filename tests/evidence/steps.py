@@ -88,7 +88,7 @@ def diffusers_step(name: str, ours: bool, **arguments: Any) -> int:
 
 
 def levels(steps: int) -> Tensor:
-    return torch.cat([bicm_diffusion.karras_sigmas(steps).flip(0).float(), torch.zeros(1)])
+    return torch.cat([bicm_diffusion.karras_levels(steps).flip(0).float(), torch.zeros(1)])
 
 
 def sample(function: Callable[..., object], **options: Any) -> Callable[[int], object]:
@@ -142,7 +142,7 @@ def consistency(F: Tensor, target: Tensor, x: Tensor) -> Tensor:
 
 
 def bct() -> int:
-    x, network, table_ = start(), Stub(), bicm_diffusion.LevelTable(bicm_diffusion.karras_sigmas(11))
+    x, network, table_ = start(), Stub(), bicm_diffusion.LevelTable(bicm_diffusion.karras_levels(11))
     drawn = bicm_diffusion.draw_levels(table_, SHAPE[0], seed=0, step=0)
     return launches(lambda: bicm_diffusion.bct_loss(network, x, drawn, seed=0, step=0).total.backward())
 
