@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import lru_cache, wraps
 from typing import Any
 
 import diffusers
+from diffusers import SchedulerMixin
 
 from bicm_diffusion.adapters.diffusers.consistency import ConsistencyModel, LatentConsistencyModel
 from bicm_diffusion.adapters.diffusers.ddim import Ddim, DdimInverse
@@ -14,6 +16,7 @@ from bicm_diffusion.adapters.diffusers.dpmsolver import DpmSolver, EdmDpmSolver
 from bicm_diffusion.adapters.diffusers.drawing import Integer, Noise, own_config
 from bicm_diffusion.adapters.diffusers.euler import EdmEuler, Euler
 from bicm_diffusion.adapters.diffusers.scheduler import Accelerated
+from bicm_diffusion.described import described
 
 #: The diffusers classes that have an accelerated form.
 COVERED: dict[type[Any], type[Accelerated]] = {
@@ -26,6 +29,10 @@ COVERED: dict[type[Any], type[Accelerated]] = {
     diffusers.CMStochasticIterativeScheduler: ConsistencyModel,
     diffusers.LCMScheduler: LatentConsistencyModel,
 }
+
+
+def covered_names() -> str:
+    return ", ".join(cls.__name__ for cls in COVERED)
 
 
 @lru_cache
@@ -42,8 +49,7 @@ def accelerated_class(cls: type[Any]) -> type[Any]:
     if issubclass(cls, Accelerated):
         return cls
     if cls not in COVERED:
-        names = ", ".join(known.__name__ for known in COVERED)
-        raise TypeError(f"scheduler must be one of {names}, got {cls.__name__}")
+        raise TypeError(f"scheduler must be one of {covered_names()}, got {cls.__name__}")
     mixin = COVERED[cls]
 
     # Pipelines look at a scheduler's signatures to see what it takes.
@@ -67,6 +73,7 @@ def accelerate_scheduler(
     seed: Integer | None = None,
     sample_id: Integer | None = None,
     foresee: bool | None = None,
+    strict: bool = True,
 ) -> Any:
     """Return a scheduler of a subclass of the given one's class, with its configuration, state and outputs.
 
@@ -80,19 +87,29 @@ def accelerate_scheduler(
     sample_id: the first sample's, 0 by default.
     foresee: whether a step may make the next evaluation's input, the default. False is for callers who write to the
     sample between `step` and `scale_model_input` in ways that PyTorch does not count: through `x.data`, or NumPy.
+    strict: whether a scheduler class without an accelerated form is a TypeError; False returns such a scheduler itself,
+    with one warning, so that a script serves any pipeline. `is_accelerated` tells which it was.
     What is None is as it was in a scheduler that is accelerated already. The given scheduler is left as it is. What no
     fused step covers, thresholding for one, runs the original step and warns once; seed and sample_id without keyed
-    noise are ignored with a warning. Raises TypeError for a scheduler without an accelerated form, ValueError for
-    another kind of noise, either for a seed or sample_id that is none.
+    noise are ignored with a warning. Raises TypeError for a scheduler without an accelerated form and for what is no
+    scheduler, ValueError for another kind of noise, either for a seed or sample_id that is none.
 
     >>> from diffusers import DDIMScheduler
     >>> isinstance(accelerate_scheduler(DDIMScheduler()), DDIMScheduler)
     True
     """
+    if not isinstance(scheduler, SchedulerMixin):
+        raise TypeError(f"scheduler must be one of {covered_names()}, got {described(scheduler)}")
+    if noise not in (None, "generator", "keyed"):
+        raise ValueError(f"noise: expected 'generator' or 'keyed', got {noise!r}")
+    if not strict and not _has_accelerated_form(type(scheduler)):
+        ignored = [name for name, value in (("noise", noise), ("seed", seed), ("sample_id", sample_id)) if value]
+        lost = f", and {', '.join(ignored)}: ignored" if ignored else ""
+        text = f"{type(scheduler).__name__} has no accelerated form: the scheduler is returned as it is{lost}"
+        warnings.warn(f"{text}; accelerated are {covered_names()}", UserWarning, stacklevel=2)
+        return scheduler
     cls: Any = accelerated_class(type(scheduler))  # type: ignore[arg-type]
     noise = noise or getattr(scheduler, "_noise", "generator")
-    if noise not in ("generator", "keyed"):
-        raise ValueError(f"noise: expected 'generator' or 'keyed', got {noise!r}")
     result = object.__new__(cls)
     for name, value in vars(scheduler).items():
         result.__dict__[name] = copy.copy(value) if isinstance(value, list) else value
@@ -103,3 +120,21 @@ def accelerate_scheduler(
     result._set_key(seed, sample_id)
     result._prepare()
     return result
+
+
+def _has_accelerated_form(cls: type[Any]) -> bool:
+    return cls in COVERED or issubclass(cls, Accelerated)
+
+
+def is_accelerated(scheduler: Any) -> bool:
+    """Return whether a scheduler's steps are fused: its class is accelerated, and its configuration is covered.
+
+    False for diffusers' own schedulers, for `BDIADDIMScheduler`, which has no original to stand for, and for an
+    accelerated scheduler whose configuration or schedule sends every step to the original's, with thresholding for one.
+    Raises nothing.
+
+    >>> from diffusers import DDIMScheduler
+    >>> is_accelerated(DDIMScheduler()), is_accelerated(accelerate_scheduler(DDIMScheduler()))
+    (False, True)
+    """
+    return isinstance(scheduler, Accelerated) and scheduler.reason_not_fused() is None

@@ -144,6 +144,20 @@ class Accelerated(Drawing):
             tables = self._prepare()
         return None if tables is None or tables.reason is not None else tables
 
+    def reason_not_fused(self) -> str | None:
+        """Return why the original's step runs for the configuration and schedule as they are; None where it does not."""
+        tables = self._tables
+        if tables is None or self._stale(tables):
+            tables = self._prepare()
+        return tables.reason
+
+    def __repr__(self) -> str:
+        reason = self.reason_not_fused()
+        form = "accelerated" if reason is None else f"accelerated class, original step: {reason}"
+        noise = ", keyed noise" if self._noise == "keyed" else ""
+        name, _, configuration = self._original.__repr__(self).partition(" ")
+        return f"{name} ({form}{noise}) {configuration}"
+
     def _say(self, reason: str) -> None:
         noise = ", with torch's noise" if self._noise == "keyed" else ""
         self._warn_once(f"{type(self).__name__}: {reason} is not accelerated, the original step runs{noise}")
