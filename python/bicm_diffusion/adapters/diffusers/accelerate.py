@@ -98,7 +98,8 @@ def accelerate_scheduler(
     >>> isinstance(accelerate_scheduler(DDIMScheduler()), DDIMScheduler)
     True
     """
-    if not isinstance(scheduler, SchedulerMixin):
+    known: bool = isinstance(scheduler, SchedulerMixin)
+    if not known:
         raise TypeError(f"scheduler must be one of {covered_names()}, got {described(scheduler)}")
     if noise not in (None, "generator", "keyed"):
         raise ValueError(f"noise: expected 'generator' or 'keyed', got {noise!r}")

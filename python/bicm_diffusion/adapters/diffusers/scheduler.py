@@ -145,7 +145,7 @@ class Accelerated(Drawing):
         return None if tables is None or tables.reason is not None else tables
 
     def reason_not_fused(self) -> str | None:
-        """Return why the original's step runs for the configuration and schedule as they are; None where it does not."""
+        """Return why the original step runs for this configuration and schedule; None where it does not."""
         tables = self._tables
         if tables is None or self._stale(tables):
             tables = self._prepare()
