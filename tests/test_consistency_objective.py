@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bicm_diffusion import Levels, LevelTable, bct_loss, draw_levels, karras_levels, update_average
-from bicm_diffusion.consistency.objective import DROPOUT
+from bicm_diffusion.keys import DROPOUT
 from bicm_kernels import fold_in, normal
 
 SHAPE = (6, 3, 4)
