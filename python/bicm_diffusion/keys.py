@@ -11,6 +11,6 @@ from __future__ import annotations
 RESERVED = 0x6269636D << 32
 
 # Training draws.
-LEVELS, PARTNERS, DROPOUT = (RESERVED + n for n in range(1, 4))
+LEVELS, PARTNERS, DROPOUT, TIMES = (RESERVED + n for n in range(1, 5))
 # Fresh noise of samplers, of their forms for other libraries, and of accelerated schedulers.
 CONSISTENCY_SAMPLING, CONSISTENCY_INVERSION, CHURN, SIGN, K_DIFFUSION, SCHEDULER = (RESERVED + n for n in range(33, 39))

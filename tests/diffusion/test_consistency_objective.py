@@ -11,45 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bicm_diffusion import Levels, LevelTable, bct_loss, draw_levels, karras_levels, update_average
-from tests.support.plain_bct import broadcast, plain_loss
+from bicm_diffusion import Levels, bct_loss, update_average
+from tests.support.plain_bct import (
+    broadcast,
+    gradients,
+    network,
+    plain_loss,
+    problem,
+)
 
-SHAPE = (6, 3, 4)
 TERMS = ("consistency", "trajectory")
 Distance = Callable[[Tensor, Tensor], Tensor]
-
-
-class Network(nn.Module):
-    """A small network that depends on everything it is given, in the precision of its parameters."""
-
-    def __init__(self, *, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.first = nn.Linear(SHAPE[1] * SHAPE[2] + 2, 16)
-        self.dropout = nn.Dropout(dropout)
-        self.second = nn.Linear(16, SHAPE[1] * SHAPE[2])
-        self.masks: list[Tensor] = []
-
-    def forward(self, scaled: Tensor, t: Tensor, u: Tensor, shift: float = 0.0) -> Tensor:
-        times = torch.stack([t, u], dim=1).log().to(scaled.dtype) / 4
-        h = self.dropout(self.first(torch.cat([scaled.flatten(1), times], dim=1)).tanh() + 2)
-        self.masks.append(h.detach() == 0)
-        return self.second(h).reshape(scaled.shape) + shift
-
-
-def network(*, dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> Network:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        return Network(dropout=dropout).to(dtype)
-
-
-def problem(dtype: torch.dtype = torch.float64, key: int = 7) -> tuple[Tensor, Levels]:
-    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(key), dtype=torch.float64).to(dtype)
-    return x, draw_levels(LevelTable(karras_levels(21)), SHAPE[0], seed=key, step=3)
-
-
-def gradients(loss: Tensor, model: nn.Module) -> Tensor:
-    found = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, materialize_grads=True)
-    return torch.cat([gradient.flatten() for gradient in found])
 
 
 @pytest.mark.parametrize("target", ["shared", "direct"])

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_pseudo_huber import BF16, F16, F32, F64, random
 from torch import Tensor
 
 import bicm_kernels as bk
 from bicm_kernels import reference
 from bicm_kernels.reference.preconditioning import c_skip_c_out
 from tests.support.extremes import CASES, Case, exactly, title
+from tests.support.tensors import BF16, F16, F32, F64, random
 
 DTYPES = {"float16": F16, "bfloat16": BF16, "float32": F32, "float64": F64}
 #: What rounding allows of a result, relative.

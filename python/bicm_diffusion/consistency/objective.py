@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 
 from bicm_diffusion.consistency.frozen import check_network, evaluate_frozen
 from bicm_diffusion.consistency.grid import LevelTable, drawn, partner_probabilities
-from bicm_diffusion.consistency.shared_draws import draws_alike
+from bicm_diffusion.consistency.shared_draws import draws_alike, dropout_key
 from bicm_diffusion.described import described
-from bicm_diffusion.keys import DROPOUT, LEVELS, PARTNERS
+from bicm_diffusion.keys import LEVELS, PARTNERS
 from bicm_diffusion.samplers.checks import check_arguments, check_integer, check_model, check_output, check_state
 from bicm_diffusion.schedules.karras import T_MIN
 from bicm_kernels import (
@@ -49,6 +48,11 @@ class BctLoss:
     def total(self) -> Tensor:
         """Return the sum, which training minimises."""
         return self.consistency + self.trajectory
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """Return the terms by name."""
+        return {"consistency": self.consistency, "trajectory": self.trajectory}
 
 
 def draw_levels(table: LevelTable, batch: int, *, seed: int, step: int, sample_id: int = 0) -> Levels:
@@ -120,7 +124,7 @@ def bct_loss(
     low, high, partner = (level.to(device=x.device, dtype=dtype) for level in levels)
     gap, leap = levels.high - levels.low, (levels.low - levels.partner).abs()
     end = torch.full_like(low, t_min)
-    alike = draws_alike(_dropout_key(seed, step), x.device)
+    alike = draws_alike(dropout_key(seed, step), x.device)
 
     def evaluate(scaled: Tensor, t: Tensor, u: Tensor) -> Tensor:
         with alike():
@@ -160,16 +164,6 @@ def _checked_levels(levels: object, x: Tensor) -> Levels:
         if level.shape != x.shape[:1]:
             raise ValueError(f"levels: expected {name} of shape ({len(x)},), as x has, got {tuple(level.shape)}")
     return Levels(*levels)
-
-
-def _dropout_key(seed: int | Tensor, step: int | Tensor) -> int | Tensor:
-    folded = isinstance(seed, Tensor) or torch.compiler.is_compiling()
-    return fold_in(fold_in(seed, DROPOUT) if folded else _dropout_seed(seed), step)
-
-
-@lru_cache
-def _dropout_seed(seed: int) -> int:
-    return int(fold_in(seed, DROPOUT))
 
 
 class _Leap(torch.autograd.Function):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+
+from bicm_diffusion.keys import DROPOUT
+from bicm_kernels import fold_in
 
 _STATE_BYTES = {"cpu": torch.Generator().get_state().numel(), "cuda": 16}
 
@@ -41,6 +45,17 @@ def draws_alike(key: int | Tensor, device: torch.device) -> Callable[[], Abstrac
         return lambda: _Draws(_seeded_state(key, device))
     seed = int(key)
     return lambda: _seeded(seed, device)
+
+
+def dropout_key(seed: int | Tensor, step: int | Tensor) -> int | Tensor:
+    """Return the key of a training step's dropout masks, apart from its noise."""
+    folded = isinstance(seed, Tensor) or torch.compiler.is_compiling()
+    return fold_in(fold_in(seed, DROPOUT) if folded else _dropout_seed(seed), step)
+
+
+@lru_cache
+def _dropout_seed(seed: int) -> int:
+    return int(fold_in(seed, DROPOUT))
 
 
 def _default_generator(device: torch.device) -> torch.Generator:

@@ -1,0 +1,106 @@
+"""Easy consistency tuning (ECT, Geng et al. 2024): pairs of times that close in by stages, and one batch's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bicm_diffusion.keys import TIMES
+from bicm_diffusion.objectives.evaluation import Loss, Network, evaluator, level_dtype
+from bicm_diffusion.schedules.karras import T_MIN
+from bicm_kernels import consistency_loss, denoise, fold_in, noisy_pair, normal
+
+P_MEAN, P_STD = -1.1, 2.0
+
+
+def ect_partner(t: Tensor, *, stage: int, q: float = 2.0, k: float = 8.0, b: float = 1.0) -> Tensor:
+    """Return r = max(0, t·(1 - q^-(stage+1)·(1 + k·sigmoid(-b·t)))), like t, which nears t stage by stage.
+
+    Raises ValueError unless stage >= 0 and q > 1.
+
+    >>> ect_partner(torch.tensor([0.1, 10.0]), stage=0)
+    tensor([0.0000, 4.9982])
+    """
+    if stage < 0 or not q > 1:
+        raise ValueError(f"stage, q: expected stage >= 0 and q > 1, got {stage} and {q}")
+    return (t * (1 - q ** -(stage + 1) * (1 + k * torch.sigmoid(-b * t)))).clamp_min(0)
+
+
+def draw_ect_times(
+    batch: int,
+    *,
+    stage: int,
+    seed: int | Tensor,
+    step: int | Tensor,
+    sample_id: int | Tensor = 0,
+    q: float = 2.0,
+    k: float = 8.0,
+    b: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Return t and r of a batch, each (B,) float64: ln t ~ N(-1.1, 2²), keyed by (seed, sample, step), and t's partner.
+
+    stage counts how often r has come nearer, see `ect_partner`; seed, step, sample_id: see `bicm_kernels.normal`.
+    Raises ValueError unless stage >= 0 and q > 1.
+
+    >>> t, r = draw_ect_times(4, stage=0, seed=0, step=0)
+    >>> bool((r < t).all())
+    True
+    """
+    z = normal((batch, 1), seed=fold_in(seed, TIMES), step=step, sample_id=sample_id, dtype=torch.float64)[:, 0]
+    t = (P_MEAN + P_STD * z).exp()
+    return t, ect_partner(t, stage=stage, q=q, k=k, b=b)
+
+
+def ect_loss(
+    network: Network,
+    x: Tensor,
+    times: Sequence[Tensor],
+    *,
+    seed: int | Tensor,
+    step: int | Tensor,
+    sample_id: int | Tensor = 0,
+    extra_args: Mapping[str, Any] | None = None,
+    parameterization: str = "edm",
+    c: float = 0.0,
+    sigma_data: float = 0.5,
+    t_min: float = T_MIN,
+    gradient: str = "forward",
+) -> Loss:
+    """Return the ECT loss of a batch, d(f(x + tz, t), sg f(x + rz, r)) / (t - r), a mean; the goal is x where r = 0.
+
+    Two evaluations, with one noise and one dropout mask, keyed by (seed, step) apart from the noise.
+
+    network: called as network(c_in(t)·x, t, **extra_args) -> F (B, …), and with u = t_min after t for "bcm"; t is (B,),
+        in x's precision, and never 0: where r is, the network gets t_min, and what it answers is not used.
+    x: clean samples (B, …), floating. times: (t, r), each (B,) float64, as from `draw_ect_times`.
+    parameterization: see `bicm_kernels.denoise`; ECT trains the denoiser's "edm".
+    c: the distance's constant, 0 for the plain norm. gradient: see `bicm_kernels.pseudo_huber`.
+    seed, step, sample_id: the key, see `bicm_kernels.normal`.
+    Raises ValueError for another parameterization or gradient, and TypeError for a network that `bct_loss` refuses.
+
+    >>> times = draw_ect_times(4, stage=0, seed=0, step=0)
+    >>> sorted(ect_loss(lambda x, t: x, torch.zeros(4, 2), times, seed=0, step=0).terms)
+    ['consistency']
+    """
+    end = t_min if parameterization == "bcm" else None
+    evaluate = evaluator(network, x, seed=seed, step=step, extra_args=extra_args, end=end)
+    gap = times[0] - times[1]
+    t, r = (time.to(x.device, level_dtype(x)) for time in times)
+    x_r, x_t = noisy_pair(x, r, t, seed=seed, step=step, sample_id=sample_id, sigma_data=sigma_data)
+    options: dict[str, Any] = {
+        "parameterization": parameterization,
+        "sigma_data": sigma_data,
+        "sigma_min": t_min,
+        "scaled": True,
+    }
+    with torch.no_grad():
+        # The logarithm of 0, which a network takes, would make a NaN that no weight removes.
+        answer = evaluate(x_r, torch.where(r > 0, r, t_min))
+        clean = (r == 0).reshape(-1, *[1] * (x.dim() - 1))
+        goal = torch.where(clean, x, denoise(x_r, answer, r, **options))
+    weight = gap.reciprocal().to(x.device, level_dtype(x))
+    loss = consistency_loss(x_t, evaluate(x_t, t), t, None, goal, c=c, weight=weight, gradient=gradient, **options)
+    return Loss(loss, {"consistency": loss})

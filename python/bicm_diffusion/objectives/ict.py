@@ -1,0 +1,66 @@
+"""Improved consistency training (iCT): one batch's loss, on fused ops, from keyed draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bicm_diffusion.objectives.evaluation import Loss, Network, evaluator, level_dtype
+from bicm_diffusion.schedules.karras import T_MIN
+from bicm_kernels import consistency_loss, denoise, noisy_pair
+
+
+def ict_loss(
+    network: Network,
+    x: Tensor,
+    levels: Sequence[Tensor],
+    *,
+    seed: int | Tensor,
+    step: int | Tensor,
+    sample_id: int | Tensor = 0,
+    extra_args: Mapping[str, Any] | None = None,
+    parameterization: str = "bcm",
+    c: float | None = None,
+    sigma_data: float = 0.5,
+    t_min: float = T_MIN,
+    gradient: str = "forward",
+) -> Loss:
+    """Return the iCT loss of a batch (BCM eq. 5), d(f(x_{n+1}, t_{n+1}), sg f(x_n, t_n)) / (t_{n+1} - t_n), a mean.
+
+    Two evaluations, with one noise and one dropout mask, keyed by (seed, step) apart from the noise.
+
+    network: called as network(c_in(t)·x, t, u, **extra_args) with u = t_min for "bcm", and as network(c_in(t)·x, t,
+        **extra_args) for "cm"; t and u are (B,), in x's precision. Returns F (B, …).
+    x: clean samples (B, …), floating. levels: t_n and t_{n+1}, (B,) float64, as `draw_levels` gives them first.
+    parameterization: f of "bcm" or "cm", see `bicm_kernels.denoise`.
+    c, gradient: see `bicm_kernels.pseudo_huber`. seed, step, sample_id: the key, see `bicm_kernels.normal`.
+    Raises ValueError for another parameterization or gradient, and TypeError for a network that `bct_loss` refuses.
+
+    >>> from bicm_diffusion import LevelTable, draw_levels, karras_levels
+    >>> x, levels = torch.zeros(4, 2), draw_levels(LevelTable(karras_levels(11)), 4, seed=0, step=0)
+    >>> sorted(ict_loss(lambda x, t: x, x, levels, seed=0, step=0, parameterization="cm").terms)
+    ['consistency']
+    """
+    if parameterization not in ("bcm", "cm"):
+        raise ValueError(f"parameterization: expected one of bcm, cm, got {parameterization!r}")
+    end = t_min if parameterization == "bcm" else None
+    evaluate = evaluator(network, x, seed=seed, step=step, extra_args=extra_args, end=end)
+    gap = levels[1] - levels[0]
+    low, high = (level.to(x.device, level_dtype(x)) for level in levels[:2])
+    x_low, x_high = noisy_pair(x, low, high, seed=seed, step=step, sample_id=sample_id, sigma_data=sigma_data)
+    options: dict[str, Any] = {
+        "parameterization": parameterization,
+        "sigma_data": sigma_data,
+        "sigma_min": t_min,
+        "scaled": True,
+    }
+    with torch.no_grad():
+        goal = denoise(x_low, evaluate(x_low, low), low, **options)
+    weight = gap.reciprocal().to(x.device, level_dtype(x))
+    loss = consistency_loss(
+        x_high, evaluate(x_high, high), high, None, goal, c=c, weight=weight, gradient=gradient, **options
+    )
+    return Loss(loss, {"consistency": loss})
