@@ -12,12 +12,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import wraps
 from math import sqrt
-from numbers import Real
+from numbers import Integral, Real
 from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_unary
 
 from bicm_diffusion.adapters.diffusers.drawing import Drawing, KeyedConfig, WrongKeyError, traced
 from bicm_diffusion.adapters.diffusers.tables import Number, Tables, unreadable, version_of
@@ -185,13 +186,20 @@ class Accelerated(Drawing):
     def _host_value(self, timestep: Any, tables: Tables) -> Any:
         """A timestep as a number, None if it is no plain one."""
         if not isinstance(timestep, Tensor):
-            plain = isinstance(timestep, Real) and timestep is not True and timestep is not False
-            return timestep if plain and timestep == timestep else None
+            if not isinstance(timestep, Real) or timestep is True or timestep is False or timestep != timestep:
+                return None
+            # NumPy's narrow floats compare with numbers in their own precision.
+            return timestep if isinstance(timestep, Integral) else float(timestep)
         if timestep.dim():
             return None
         value = tables.at(timestep)
-        if value is None and timestep.dtype not in NARROW:
-            value = timestep.item()
+        if value is None:
+            if timestep.dtype in NARROW or has_torch_function_unary(timestep):
+                return None
+            try:
+                value = timestep.item()
+            except RuntimeError:  # one of many in a transform, or one without a value
+                return None
         return value if value == value else None  # NaN equals nothing, least of all itself
 
     # --- the next evaluation's input ----------------------------------------------------------------------------------

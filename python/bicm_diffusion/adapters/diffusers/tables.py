@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 Number = float | Tensor
 Row = tuple[Number, ...]
@@ -61,7 +62,10 @@ class Tables:
         """The timestep that a 0-d tensor is, told by where it lies, without asking its device; None for another one."""
         if self.memory is None or not self.spacing or timestep.dtype is not self.memory.dtype:
             return None
-        position, rest = divmod(timestep.data_ptr() - self.address, self.spacing)
+        try:
+            position, rest = divmod(timestep.data_ptr() - self.address, self.spacing)
+        except RuntimeError:  # a transform's tensor lies nowhere
+            return None
         return self.timesteps[position] if rest == 0 and 0 <= position < len(self.timesteps) else None
 
     def row(self, name: Any, index: int, device: torch.device) -> Any:
@@ -80,7 +84,7 @@ def version_of(source: Any) -> int | None:
 def unreadable(sources: tuple[Source, ...], options: tuple[tuple[str, Any], ...]) -> str | None:
     """Why weights cannot be made once, on the host, from a schedule and options: what they are, or that they change."""
     for name, source, _ in sources:
-        if not isinstance(source, Tensor | Real):
+        if not isinstance(source, Tensor | Real) or has_torch_function((source,)):
             return f"{name} as {type(source).__name__}"
         if isinstance(source, Tensor) and source.requires_grad:
             return f"{name} that requires a gradient"
