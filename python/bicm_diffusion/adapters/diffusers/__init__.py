@@ -6,7 +6,7 @@ with extra("diffusers"):
     # Pipelines that are loaded look a component's base class up in the component's own module.
     from diffusers import SchedulerMixin as SchedulerMixin
 
-from bicm_diffusion.adapters.diffusers.accelerate import accelerate_scheduler, accelerated_class
+from bicm_diffusion.adapters.diffusers.accelerate import accelerate_scheduler, accelerated_class, is_accelerated
 from bicm_diffusion.adapters.diffusers.bdia import BDIADDIMScheduler
 
-__all__ = ["BDIADDIMScheduler", "accelerate_scheduler", "accelerated_class"]
+__all__ = ["BDIADDIMScheduler", "accelerate_scheduler", "accelerated_class", "is_accelerated"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -60,9 +61,28 @@ def accelerated_class(cls: type[Any]) -> type[Any]:
     return type(cls.__name__, (mixin, cls), namespace)
 
 
+@lru_cache
+def passed_through(cls: type[Any]) -> None:
+    """Warn, once a class, that its schedulers stay as they are."""
+    warnings.warn(
+        f"{cls.__name__} has no accelerated form: the scheduler is returned as it is", UserWarning, stacklevel=3
+    )
+
+
+def is_accelerated(scheduler: Any) -> bool:
+    """Return whether a scheduler is an accelerated one; its class has the original's name.
+
+    >>> from diffusers import DDIMScheduler
+    >>> is_accelerated(DDIMScheduler()), is_accelerated(accelerate_scheduler(DDIMScheduler()))
+    (False, True)
+    """
+    return isinstance(scheduler, Accelerated)
+
+
 def accelerate_scheduler(
     scheduler: Any,
     *,
+    strict: bool = True,
     noise: Noise | None = None,
     seed: Integer | None = None,
     sample_id: Integer | None = None,
@@ -80,15 +100,19 @@ def accelerate_scheduler(
     sample_id: the first sample's, 0 by default.
     foresee: whether a step may make the next evaluation's input, the default. False is for callers who write to the
     sample between `step` and `scale_model_input` in ways that PyTorch does not count: through `x.data`, or NumPy.
+    strict: False returns a scheduler without an accelerated form as it is, with one warning for each class.
     What is None is as it was in a scheduler that is accelerated already. The given scheduler is left as it is. What no
     fused step covers, thresholding for one, runs the original step and warns once; seed and sample_id without keyed
-    noise are ignored with a warning. Raises TypeError for a scheduler without an accelerated form, ValueError for
-    another kind of noise, either for a seed or sample_id that is none.
+    noise are ignored with a warning. Raises TypeError for a scheduler without an accelerated form unless strict is
+    False, ValueError for another kind of noise, either for a seed or sample_id that is none.
 
     >>> from diffusers import DDIMScheduler
     >>> isinstance(accelerate_scheduler(DDIMScheduler()), DDIMScheduler)
     True
     """
+    if not strict and not is_accelerated(scheduler) and type(scheduler) not in COVERED:
+        passed_through(type(scheduler))
+        return scheduler
     cls: Any = accelerated_class(type(scheduler))  # type: ignore[arg-type]
     noise = noise or getattr(scheduler, "_noise", "generator")
     if noise not in ("generator", "keyed"):

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 Number = float | Tensor
 Row = tuple[Number, ...]
 
 #: A scheduler's attribute by its name, as it was read, and how often it had been written to.
 Source = tuple[str, Any, int | None]
+
+
+_DISABLED = torch._C._disabled_torch_function_impl
 
 
 @dataclass
@@ -81,11 +83,20 @@ def version_of(source: Any) -> int | None:
     return source._version if isinstance(source, Tensor) and not source.is_inference() else None
 
 
+def overrides(x: Any) -> bool:
+    """Whether a tensor's class has operations of its own. A mode, such as a default device, is not asked about."""
+    kind = type(x)
+    own = getattr(kind, "__torch_function__", _DISABLED)
+    return kind is not Tensor and own is not _DISABLED
+
+
 def unreadable(sources: tuple[Source, ...], options: tuple[tuple[str, Any], ...]) -> str | None:
     """Why weights cannot be made once, on the host, from a schedule and options: what they are, or that they change."""
     for name, source, _ in sources:
-        if not isinstance(source, Tensor | Real) or has_torch_function((source,)):
+        if not isinstance(source, Tensor | Real) or overrides(source):
             return f"{name} as {type(source).__name__}"
+        if isinstance(source, Tensor) and source.is_floating_point() and source.dtype.itemsize < 4:
+            return f"{name} of {source.dtype}"  # in which the original computes
         if isinstance(source, Tensor) and source.requires_grad:
             return f"{name} that requires a gradient"
     for name, option in options:
