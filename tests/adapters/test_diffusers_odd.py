@@ -15,7 +15,6 @@ from torch import Tensor, nn
 pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
 
 from diffusers import (
-    CMStochasticIterativeScheduler,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
@@ -178,6 +177,8 @@ KINDS: dict[str, Callable[[Tensor, Tensor], tuple[Any, Any]]] = {
     "double sample": lambda x, y: (x.double(), y),
     "double output": lambda x, y: (x, y.double()),
     "half": lambda x, y: (x.half(), y.half()),
+    "half output": lambda x, y: (x, y.bfloat16()),
+    "two halves": lambda x, y: (x.half(), y.bfloat16()),
     "not a number": lambda x, y: (x, y * float("nan")),
     "one tensor": lambda x, y: (x, x),
 }
@@ -193,15 +194,21 @@ CONFIGS: tuple[tuple[type[Any], dict[str, Any]], ...] = (
 )
 
 
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize(("cls", "config"), CONFIGS, ids=label)
+#: What other options than the defaults read otherwise.
+SOME = ("complex output", "integer output", "an output of more channels", "requires grad", "a subclass", "half output")
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "name"),
+    [(cls, config, name) for cls, config in CONFIGS for name in (SOME if config else KINDS)],
+    ids=label,
+)
 def test_odd_samples_and_outputs(cls: type[Any], config: dict[str, Any], name: str) -> None:
-    for odd_from in (0, 2):
-        for scales in (True, False):
-            # Halves are rounded once here, and after every operation there.
-            near = 0.05 if "hal" in name else 1e-4
-            told = alike(both(cls, config), two_steps(KINDS[name], odd_from, scales), near)
-            assert len(told) <= 2  # the input and the step are calls of their own
+    for odd_from, scales in ((0, True), (2, False)):
+        # Halves are rounded once here, and after every operation there.
+        near = 0.05 if "hal" in name else 1e-4
+        told = alike(both(cls, config), two_steps(KINDS[name], odd_from, scales), near)
+        assert len(told) <= 2  # the input and the step are calls of their own
 
 
 @pytest.mark.parametrize("name", ["complex", "integers", "requires grad", "half", "meta", "a tuple as output", "NumPy"])
@@ -248,6 +255,8 @@ TIMES: dict[str, Callable[[Any], Any]] = {
     "a batch": lambda t: t.expand(SHAPE[0]),
     "as many as columns": lambda t: t.expand(SHAPE[-1]),
     "nothing": lambda t: torch.zeros(0, dtype=t.dtype),
+    "a subclass": lambda t: t.clone().as_subclass(Plain),
+    "meta": lambda t: t.to("meta"),
     "list": lambda t: [t.item()],
     "not a number": lambda t: float("nan"),
     "negative": lambda t: -abs(int(t)) - 1,
@@ -258,9 +267,7 @@ TIMES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", TIMES)
-@pytest.mark.parametrize(
-    "cls", [cls for cls in CLASSES if cls not in (LCMScheduler, CMStochasticIterativeScheduler)], ids=label
-)
+@pytest.mark.parametrize("cls", CLASSES, ids=label)
 def test_odd_timesteps(cls: type[Any], name: str) -> None:
     def run(scheduler: Any, scaled: bool) -> Any:
         results: list[Any] = []
@@ -284,10 +291,12 @@ def _as_list(x: Tensor) -> Any:
 
 SCHEDULES: dict[str, Callable[[Tensor], Any]] = {
     "list": _as_list,
-    "tuple": lambda x: tuple(x.tolist()),
+    "tuple": lambda x: tuple(x.reshape(-1).tolist()),
+    "several": lambda x: x.reshape(-1).repeat(2),
     "NumPy": lambda x: x.numpy(),
     "list of tensors": lambda x: list(x),
     "another dtype": lambda x: x.double() if x.is_floating_point() else x.int(),
+    "half": lambda x: x.half(),
     "column": lambda x: x.reshape(-1, 1),
     "every second": lambda x: x.repeat_interleave(2)[::2],
     "reversed": lambda x: x.flip(0),
@@ -296,6 +305,8 @@ SCHEDULES: dict[str, Callable[[Tensor], Any]] = {
     "more": lambda x: torch.cat([x, x]),
     "complex": lambda x: x.to(torch.complex64),
     "a parameter": lambda x: nn.Parameter(x.float()),
+    "a subclass": lambda x: x.as_subclass(Plain),
+    "meta": lambda x: x.to("meta"),
     "None": lambda x: None,
     "a number": lambda x: 3,
 }
@@ -317,20 +328,27 @@ def _loop(given: Any, begins: bool, as_given: bool) -> Callable[[Any], Any]:
     return run
 
 
+def _attributes() -> list[tuple[type[Any], str]]:
+    names = ("timesteps", "sigmas", "alphas_cumprod", "final_alpha_cumprod")
+    # Where sigmas count, nothing reads alpha-bar after `set_timesteps`.
+    return [
+        (cls, name)
+        for cls in CLASSES
+        for name in names
+        if name in vars(both(cls, {})[0]) and not (name == "alphas_cumprod" and hasattr(cls(), "sigmas"))
+    ]
+
+
 @pytest.mark.parametrize("kind", SCHEDULES)
-@pytest.mark.parametrize("name", ["timesteps", "sigmas", "alphas_cumprod"])
-@pytest.mark.parametrize("cls", CLASSES, ids=label)
+@pytest.mark.parametrize(("cls", "name"), _attributes(), ids=label)
 def test_odd_schedules(cls: type[Any], name: str, kind: str) -> None:
-    for begins in (True, False):
-        for as_given in (True, False):
-            schedulers = both(cls, {})
-            if name not in vars(schedulers[0]):
-                continue
-            given = schedulers[0].timesteps.clone()
-            for scheduler in schedulers:
-                setattr(scheduler, name, SCHEDULES[kind](getattr(scheduler, name)))
-            told = alike(schedulers, _loop(given, begins, as_given))
-            assert len(told) <= 1
+    for begins, as_given in ((True, False), (False, True)):
+        schedulers = both(cls, {})
+        given = schedulers[0].timesteps.clone()
+        for scheduler in schedulers:
+            setattr(scheduler, name, SCHEDULES[kind](getattr(scheduler, name)))
+        told = alike(schedulers, _loop(given, begins, as_given))
+        assert len(told) <= 1
 
 
 def test_timesteps_of_numpy_and_lists_say_so() -> None:
@@ -345,6 +363,47 @@ def test_timesteps_of_numpy_and_lists_say_so() -> None:
 
 
 # --- other arguments --------------------------------------------------------------------------------------------------
+NUMBERS: dict[str, Callable[[], Any]] = {
+    "tensor": lambda: torch.tensor(0.5),
+    "double tensor": lambda: torch.tensor(0.5, dtype=torch.float64),
+    "tensor of one": lambda: torch.tensor([0.5]),
+    "parameter": lambda: nn.Parameter(torch.tensor(0.5)),
+    "np.float64": lambda: np.float64(0.5),
+    "np.float32": lambda: np.float32(0.5),
+    "int": lambda: 1,
+    "bool": lambda: True,
+    "negative": lambda: -0.5,
+    "large": lambda: 30.0,
+    "not a number": lambda: float("nan"),
+    "infinite": lambda: float("inf"),
+    "None": lambda: None,
+    "str": lambda: "0.5",
+    "complex": lambda: 0.5j,
+}
+#: Arguments that are numbers, beside others that let them matter.
+NUMERIC: list[tuple[type[Any], str, dict[str, Any]]] = [
+    (DDIMScheduler, "eta", {}),
+    *(
+        (cls, name, {"s_churn": 2.0} if name != "s_churn" else {})
+        for cls in (EulerDiscreteScheduler, EDMEulerScheduler)
+        for name in ("s_churn", "s_tmin", "s_tmax", "s_noise")
+    ),
+]
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+@pytest.mark.parametrize(("cls", "name", "beside"), NUMERIC, ids=label)
+def test_odd_numbers(cls: type[Any], name: str, beside: dict[str, Any], kind: str) -> None:
+    def run(scheduler: Any) -> Any:
+        x = torch.linspace(-2.0, 2.0, torch.Size(SHAPE).numel()).reshape(SHAPE)
+        for t in scheduler.timesteps[:3]:
+            scheduler.scale_model_input(x, t)
+            x, *rest = scheduler.step(0.1 * torch.tanh(x), t, x, return_dict=False, **{**beside, name: NUMBERS[kind]()})
+            yield from (x, *rest)
+
+    alike(both(cls, {}), run)
+
+
 @pytest.mark.parametrize("name", ["s_tmin", "s_tmax"])
 @pytest.mark.parametrize("cls", [EulerDiscreteScheduler, EDMEulerScheduler], ids=label)
 def test_bounds_of_churn_at_a_level(cls: type[Any], name: str) -> None:
@@ -401,6 +460,49 @@ def test_odd_generators(cls: type[Any], kind: str) -> None:
     alike(both(cls, {"algorithm_type": "sde-dpmsolver++"} if solver else {}), run)
 
 
+NOISES: dict[str, Callable[[Tensor], Any]] = {
+    "float64": lambda n: n.double(),
+    "float16": lambda n: n.half(),
+    "integers": lambda n: n.long(),
+    "complex": lambda n: n.to(torch.complex64),
+    "one for the batch": lambda n: n[:1],
+    "without a batch": lambda n: n[0],
+    "no dimension": lambda n: n.mean(),
+    "wrong shape": lambda n: n[:, :, :2],
+    "NumPy": lambda n: n.numpy(),
+    "a number": lambda n: 0.5,
+    "requires grad": lambda n: n.clone().requires_grad_(),
+    "a subclass": lambda n: n.as_subclass(Plain),
+    "sparse": lambda n: n.to_sparse(),
+}
+
+
+@pytest.mark.parametrize("kind", NOISES)
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [(DDIMScheduler, {}), (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"})],
+    ids=label,
+)
+def test_odd_noise_of_the_caller(cls: type[Any], config: dict[str, Any], kind: str) -> None:
+    noise = torch.linspace(-1.0, 1.0, torch.Size(SHAPE).numel()).reshape(SHAPE).flip(2)
+
+    def run(scheduler: Any) -> Any:
+        x = torch.linspace(-2.0, 2.0, torch.Size(SHAPE).numel()).reshape(SHAPE)
+        for t in scheduler.timesteps[:2]:
+            step = scheduler.step(
+                torch.tanh(x),
+                t,
+                x,
+                variance_noise=NOISES[kind](noise),
+                return_dict=False,
+                **arguments_of(scheduler),
+            )
+            yield from step
+            x = step[0].detach()
+
+    alike(both(cls, config), run)
+
+
 def test_a_given_x0_with_odd_tensors() -> None:
     x = torch.ones(SHAPE)
 
@@ -436,6 +538,25 @@ def test_errors_past_the_end_read_as_the_original_s(cls: type[Any], config: dict
                 getattr(scheduler, "step_index", None),
             ]
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=label)
+def test_errors_of_calls_read_as_the_original_s(cls: type[Any]) -> None:
+    x = torch.ones(SHAPE)
+    calls: list[Callable[[Any], Any]] = [
+        lambda s: s.step(),
+        lambda s: s.step(x),
+        lambda s: s.step(x, s.timesteps[0], x, nonsense=1),
+        lambda s: s.step(x, s.timesteps[0], x[:, :, :2]),
+        lambda s: s.step((x,), s.timesteps[0], x),
+        lambda s: s.step(x, 5, x),
+        lambda s: s.step(x, 10**6, x),
+        lambda s: s.scale_model_input(),
+        lambda s: s.scale_model_input(x, 123456.5),
+    ]
+    for call in calls:
+        theirs, ours = (_error(lambda s=s, call=call: call(s)) for s in both(cls, {}))
+        assert theirs == ours
 
 
 @pytest.mark.parametrize("name", ["a tuple as output", "None as sample"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -142,8 +143,9 @@ class LatentConsistencyModel(Accelerated):
         # The original looks alpha-bar up by the timestep it is given, whichever step it is.
         if graph:
             row = tables.row("rows", index, sample.device)
-        elif index in tables.rows and self._host_value(timestep, tables) == tables.timesteps[index]:
-            row = tables.rows[index]
+        elif index in tables.rows:
+            value = self._host_value(timestep, tables)
+            row = tables.rows[index] if isinstance(value, Integral) and value == tables.timesteps[index] else None
         if row is None:
             return None
         x0_sample, x0_output, skip, out, kept, deviation = row

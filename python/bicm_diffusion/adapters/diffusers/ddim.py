@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput as 
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
-from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, as_output, as_state, fused, root
+from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, as_output, as_state, constant, fused, numbers, root
 from bicm_diffusion.adapters.diffusers.tables import Number, Row, Tables
 from bicm_kernels import denoised_step
 
@@ -190,6 +190,8 @@ class Ddim(_Alphas):
         return_dict: bool = True,
     ) -> Any:
         graph = traced()
+        if not graph:
+            numbers(eta=eta)
         tables = self._ready(graph) if self.num_inference_steps else None
         if tables is None or (variance_noise is not None and generator is not None and eta > 0):
             return None
@@ -203,6 +205,8 @@ class Ddim(_Alphas):
             out, x0 = self._two(tables, state, model_output, row, seed=seed, step=at, sample_id=sample_id)
         elif eta > 0:
             noise = self._drawn(model_output, sample, generator) if variance_noise is None else variance_noise
+            if not graph:
+                constant(noise)
             if torch.promote_types(noise.dtype, state.dtype) != state.dtype:
                 return None
             out, x0 = self._two(tables, state, model_output, row, noise)

@@ -6,12 +6,13 @@ import math
 from typing import Any, ClassVar
 
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
 from bicm_diffusion.adapters.diffusers.euler import Sigmas, edm_denoiser
-from bicm_diffusion.adapters.diffusers.scheduler import as_output, as_state, fused
+from bicm_diffusion.adapters.diffusers.scheduler import as_output, as_state, constant, fused
 from bicm_diffusion.adapters.diffusers.tables import Row, Tables
 from bicm_kernels import affine_step, denoised_step
 
@@ -198,6 +199,8 @@ class _Solver(Sigmas):
                 if any(x.shape != sample.shape for x in history):  # type: ignore[union-attr]
                     return None
                 drawn = self._drawn(model_output, sample, generator, self._noise_dtype or state.dtype)
+            elif not graph:
+                constant(drawn)
             tensors.append(drawn.to(sample.device))
             weights.append(deviation)
         x0_weights = [x0_sample, x0_output, *[0.0] * (len(tensors) - 2)]
@@ -261,8 +264,7 @@ class DpmSolver(_Solver):
             return math.nan
         return 1.0 if self.config.use_flow_sigmas else alpha / (1.0 + noise)  # (1 - sigma)/alpha, without its loss
 
-    def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return sample
+    scale_model_input = DPMSolverMultistepScheduler.scale_model_input
 
     @fused
     def step(

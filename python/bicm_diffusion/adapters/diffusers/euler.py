@@ -11,10 +11,13 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
-from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, as_output, fused, single
+from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, as_output, fused, numbers, single
 from bicm_diffusion.adapters.diffusers.tables import Row, Tables
 from bicm_diffusion.adapters.k_diffusion import MOST_LIFT
 from bicm_kernels import add_noise, affine_step, denoised_step
+
+#: What both schedulers' `step` takes by default for its churn.
+NO_CHURN = (0.0, 0.0, math.inf, 1.0)
 
 
 def edm_denoiser(sigma: float, sigma_data: float, prediction: str) -> tuple[float, float]:
@@ -97,6 +100,9 @@ class _EulerSteps(Sigmas):
     ) -> Any:
         """The step, or None where the original has to run."""
         graph = traced()
+        if not graph and churn != NO_CHURN:
+            s_churn, s_tmin, s_tmax, s_noise = churn
+            numbers(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
         tables = self._ready(graph)
         if tables is None or is_whole(timestep) or not self.is_scale_input_called:
             return None

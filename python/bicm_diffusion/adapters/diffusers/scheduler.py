@@ -12,15 +12,16 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import wraps
 from math import sqrt
-from numbers import Real
+from numbers import Integral, Real
 from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
+from numpy import float32
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.drawing import Drawing, KeyedConfig, WrongKeyError, traced
-from bicm_diffusion.adapters.diffusers.tables import Number, Tables, unreadable, version_of
+from bicm_diffusion.adapters.diffusers.tables import Number, Tables, overrides, unreadable, version_of
 
 #: Dtypes that the originals index or compute with otherwise than with the number that they hold.
 NARROW = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16))
@@ -40,13 +41,16 @@ def fused(attempt: Callable[..., Any]) -> Any:
             result = attempt(self, *args, **kwargs)
         else:
             try:
+                if not all(map(plain, args)) or not all(map(plain, kwargs.values())):
+                    raise TypeError("a tensor of a subclass, or one on the meta device")
                 result = attempt(self, *args, **kwargs)
             except WrongKeyError:
                 raise
             except Exception as error:
                 # Where the original raises, its error is the one that counts, and this one its context.
                 result = getattr(self._original, name)(self, *args, **kwargs)
-                self._say(f"a call that no kernel takes ({error})")
+                if self._ready(graph=False) is not None:  # a schedule that cannot be read is told of already
+                    self._say(f"a call that no kernel takes ({error})")
         return getattr(self._original, name)(self, *args, **kwargs) if result is None else result
 
     return method
@@ -199,13 +203,20 @@ class Accelerated(Drawing):
     def _host_value(self, timestep: Any, tables: Tables) -> Any:
         """A timestep as a number, None if it is no plain one."""
         if not isinstance(timestep, Tensor):
-            plain = isinstance(timestep, Real) and timestep is not True and timestep is not False
-            return timestep if plain and timestep == timestep else None
+            if not isinstance(timestep, Real) or timestep is True or timestep is False or timestep != timestep:
+                return None
+            # NumPy's narrow floats compare with numbers in their own precision.
+            return timestep if isinstance(timestep, Integral) else float(timestep)
         if timestep.dim():
             return None
         value = tables.at(timestep)
-        if value is None and timestep.dtype not in NARROW:
-            value = timestep.item()
+        if value is None:
+            if timestep.dtype in NARROW or overrides(timestep):
+                return None
+            try:
+                value = timestep.item()
+            except RuntimeError:  # one of many in a transform, or one without a value
+                return None
         return value if value == value else None  # NaN equals nothing, least of all itself
 
     # --- the next evaluation's input ----------------------------------------------------------------------------------
@@ -249,6 +260,31 @@ class Accelerated(Drawing):
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name not in ("_tables", "_pending", "_seeds")}
         return _restore, (self._original,), state
+
+
+def plain(argument: Any) -> bool:
+    """Whether an argument, if it is a tensor, has values that a kernel reads as the original would.
+
+    Subclasses may mean something else by an operation, and tensors without values have no number to give.
+    """
+    if not isinstance(argument, Tensor):
+        return True
+    return not (argument.is_meta or overrides(argument))
+
+
+def numbers(**arguments: Any) -> None:
+    """Raise TypeError unless every argument is a number of Python's or NumPy's, and not NaN."""
+    for name, value in arguments.items():
+        if type(value) is not float and (not isinstance(value, Real) or isinstance(value, float32)):
+            raise TypeError(f"{name} as {type(value).__name__}")
+        if value != value:
+            raise TypeError(f"{name} that is not a number")
+
+
+def constant(noise: Tensor) -> None:
+    """Raise TypeError for noise that requires a gradient: a launch would make x0 a function of it."""
+    if noise.requires_grad and torch.is_grad_enabled():
+        raise TypeError("noise that requires a gradient")
 
 
 def _requires_grad(source: Any) -> bool:

@@ -15,6 +15,9 @@ Row = tuple[Number, ...]
 #: A scheduler's attribute by its name, as it was read, and how often it had been written to.
 Source = tuple[str, Any, int | None]
 
+#: What stands for operations of its own in a class of tensors that has none, as parameters do.
+UNCHANGED = torch.nn.Parameter.__torch_function__
+
 
 @dataclass
 class Tables:
@@ -61,7 +64,10 @@ class Tables:
         """The timestep that a 0-d tensor is, told by where it lies, without asking its device; None for another one."""
         if self.memory is None or not self.spacing or timestep.dtype is not self.memory.dtype:
             return None
-        position, rest = divmod(timestep.data_ptr() - self.address, self.spacing)
+        try:
+            position, rest = divmod(timestep.data_ptr() - self.address, self.spacing)
+        except RuntimeError:  # a transform's tensor lies nowhere
+            return None
         return self.timesteps[position] if rest == 0 and 0 <= position < len(self.timesteps) else None
 
     def row(self, name: Any, index: int, device: torch.device) -> Any:
@@ -77,11 +83,19 @@ def version_of(source: Any) -> int | None:
     return source._version if isinstance(source, Tensor) and not source.is_inference() else None
 
 
+def overrides(x: Any) -> bool:
+    """Whether a tensor's class has operations of its own. A mode, such as a default device, is not asked about."""
+    kind = type(x)
+    return kind is not Tensor and getattr(kind, "__torch_function__", UNCHANGED) is not UNCHANGED
+
+
 def unreadable(sources: tuple[Source, ...], options: tuple[tuple[str, Any], ...]) -> str | None:
     """Why weights cannot be made once, on the host, from a schedule and options: what they are, or that they change."""
     for name, source, _ in sources:
-        if not isinstance(source, Tensor | Real):
+        if not isinstance(source, Tensor | Real) or overrides(source):
             return f"{name} as {type(source).__name__}"
+        if isinstance(source, Tensor) and source.is_floating_point() and source.dtype.itemsize < 4:
+            return f"{name} of {source.dtype}"  # in which the original computes
         if isinstance(source, Tensor) and source.requires_grad:
             return f"{name} that requires a gradient"
     for name, option in options:
