@@ -13,8 +13,8 @@ import triton.language as tl
 
 from bicm_kernels.triton_kernels.keys import number
 from bicm_kernels.triton_kernels.operands import load
+from bicm_kernels.triton_kernels.preconditioning_kernels import bcm, cm
 from bicm_kernels.triton_kernels.rounding import divide, root
-from bicm_kernels.triton_kernels.scaling import bcm, cm
 
 
 @triton.jit
