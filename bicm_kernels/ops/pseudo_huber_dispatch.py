@@ -199,7 +199,7 @@ class Loss(Op):
         tensors, numbers = call[: self.first_number], call[self.first_number : self.first_flag]
         traced = arguments.compiling()
         try:
-            codes = self.codes[call[self.first_flag :]]
+            codes = self.codes[tuple(call[self.first_flag :])]
             keeps = _GRADIENT[gradient]
             fallback = arguments.needs_reference(
                 tensors[0], tracked=arguments.requires_grad(*tensors[self.inputs :], *numbers)
