@@ -1,22 +1,11 @@
-"""The families that have benchmarks; a new one adds its module and a line here."""
+"""What has benchmarks: every family, and what is built of them; a new one adds its module."""
 
-from benchmarks import (
-    bench_consistency,
-    bench_multistep,
-    bench_noise,
-    bench_preconditioning,
-    bench_pseudo_huber,
-    bench_reversible,
-    bench_samplers,
-)
+import importlib
+
 from benchmarks.cases import Case
+from bicm_kernels.families import FAMILIES as OPS
 
 FAMILIES: dict[str, tuple[Case, ...]] = {
-    "consistency": bench_consistency.CASES,
-    "multistep": bench_multistep.CASES,
-    "noise": bench_noise.CASES,
-    "preconditioning": bench_preconditioning.CASES,
-    "pseudo_huber": bench_pseudo_huber.CASES,
-    "reversible": bench_reversible.CASES,
-    "samplers": bench_samplers.CASES,
+    name: importlib.import_module(f"benchmarks.bench_{name}").CASES
+    for name in sorted((*OPS, "consistency", "samplers"))
 }

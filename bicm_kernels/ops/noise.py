@@ -61,7 +61,7 @@ def _draw(
             op.default(out, arguments.signed(seed), step, sample_id)
         else:
             op.tensor(out, *arguments.key(seed, step, sample_id, out))
-    except (RuntimeError, TypeError, OverflowError) as error:
+    except arguments.FAILURES as error:
         arguments.explain(error, lambda: _check_draw(out, seed, step, sample_id))
     return out
 

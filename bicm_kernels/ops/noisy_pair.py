@@ -156,5 +156,5 @@ def noisy_pair(
         op = _ops.noisy_pair_tracked if arguments.requires_grad(x, x_hat) else _ops.noisy_pair
         data = None if sigma_data is None else arguments.coefficient(sigma_data)
         return op.default(x, *levels, *arguments.key(*key, x), x_hat, mask, data)
-    except (RuntimeError, TypeError, AttributeError, OverflowError) as error:
+    except arguments.FAILURES as error:
         arguments.explain(error, check)

@@ -22,8 +22,8 @@ from bicm_kernels.torch_internals import bare, implementations
 _KEY = ("seed", "step", "sample_id")
 #: Every op comes with numbers, for eager calls, and with tensors: for traced graphs, where a number would be compiled
 #: in, and for per-sample arguments. The types of a number, a list of numbers and a key's integers.
-_NUMBERS: Types = ("float", "float[]", ("SymInt?", "SymInt", "SymInt"))
-_TENSORS: Types = ("Tensor?", "Tensor[]", ("Tensor?",) * 3)
+NUMBERS: Types = ("float", "float[]", ("SymInt?", "SymInt", "SymInt"))
+TENSORS: Types = ("Tensor?", "Tensor[]", ("Tensor?",) * 3)
 
 #: What an overload with numbers takes as it is.
 PLAIN = frozenset((float, int, bool, type(None)))
@@ -57,6 +57,7 @@ class Op:
     """
 
     name: str
+    #: With "?", here and among the numbers: may be None.
     tensors: tuple[str, ...] = ()
     #: The last tensor may be a pair, and the op writes to tensors that the caller gives.
     guided: bool = False
@@ -64,7 +65,6 @@ class Op:
     coefficients: tuple[str, ...] = ()
     #: After the tensors with names come 1 to 5 without, each with a weight of every kind.
     weights: tuple[str, ...] = ()
-    #: With "?": may be None.
     numbers: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     #: The number that weighs keyed noise; only where there are weights may the key be left out.
@@ -85,8 +85,9 @@ class Op:
 
     def __post_init__(self) -> None:
         self.results = self.results or len(self.outs)
-        self.optional = {number[:-1] for number in self.numbers if number.endswith("?")}
-        self.numbers = tuple(number.rstrip("?") for number in self.numbers)
+        self.optional = {name[:-1] for name in (*self.tensors, *self.numbers) if name.endswith("?")}
+        self.tensors = tuple(name.rstrip("?") for name in self.tensors)
+        self.numbers = tuple(name.rstrip("?") for name in self.numbers)
         self.lists = self.weights or (("coefficients",) if self.coefficients else ())
         # Where the parts of a call begin and end.
         self.first_number = 1 if self.guided else len(self.tensors)
@@ -131,7 +132,7 @@ class Op:
         """Define the schemas, with numbers and with tensors, that return and that write."""
         returns = "Tensor" if self.results == 1 else f"({', '.join(['Tensor'] * self.results)})"
         outs = ", ".join(f"Tensor({chr(ord('a') + k)}!) {name}" for k, name in enumerate(self.outs))
-        for overload, types in (("", _NUMBERS), ("tensor", _TENSORS)):
+        for overload, types in (("", NUMBERS), ("tensor", TENSORS)):
             given = self.parameters(types)
             define(
                 f"{self.name}{'.' * bool(overload)}{overload}({', '.join(given)}) -> {returns}",
@@ -144,7 +145,7 @@ class Op:
                 define(f"{writing}({', '.join(given)}) -> ()", self.states(), write_nothing)
         if self.differentiable:
             twin = f"{self.name}_tracked"
-            define(f"{twin}({', '.join(self.parameters(_TENSORS))}) -> {returns}", self.states(), self.fake)
+            define(f"{twin}({', '.join(self.parameters(TENSORS))}) -> {returns}", self.states(), self.fake)
             library.impl(twin, lambda *call: self.tensor(*call), "CompositeExplicitAutograd")
 
     def differentiate(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:

@@ -1,19 +1,20 @@
-"""Schemas, fakes and derivatives of the losses, of which the gradient is formed backward or with the value."""
+"""The losses as rows of the table of ops: each is three ops, since gradients form backward or with the value."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bicm_kernels import reference
 from bicm_kernels.ops import arguments, kept_gradient
-from bicm_kernels.ops.kept_gradient import Gradients, wanted_bits
+from bicm_kernels.ops.kept_gradient import Gradients, Kept, can_be_kept, wanted_bits
 from bicm_kernels.ops.library import define, library
-from bicm_kernels.torch_internals import is_batched_gradient, transformed
+from bicm_kernels.ops.op import NUMBERS, PLAIN, TENSORS, Call, Op, Types
+from bicm_kernels.torch_internals import apply_of, is_batched_gradient, transformed
 
 _Kernel = Callable[..., Any]
 
@@ -28,7 +29,6 @@ class Kernels(NamedTuple):
 
 _SUFFIXES = ("", "_backward", "_with_gradients")
 
-_ops = torch.ops.bicm_kernels
 CODES: dict[str, dict[Any, int]] = {
     "parameterization": {"bcm": 0, "cm": 1, "edm": 2},
     "scaled": {False: 0, True: 1},
@@ -37,43 +37,8 @@ CODES: dict[str, dict[Any, int]] = {
 }
 _NAMES = {name: tuple(codes) for name, codes in CODES.items()}
 _PER_SAMPLE = CODES["reduction"]["none"]
-MAY_BE_NONE = ("u", "weight", "c")
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A loss in its schema's order: tensors, the first ``inputs`` of which it differentiates, then other arguments."""
-
-    name: str
-    tensors: tuple[str, ...]
-    inputs: int
-    options: tuple[str, ...]
-    reference: Callable[..., Tensor]
-    #: By the overload's name.
-    kernels: dict[str, Kernels] = field(default_factory=dict)
-
-    def schema(self, number: str) -> str:
-        """The arguments of the op, numbers as ``float`` or as ``Tensor``."""
-        types = (
-            dict.fromkeys(self.tensors, "Tensor") | dict.fromkeys(self.options, number) | dict.fromkeys(CODES, "int")
-        )
-        names = (*self.tensors, *self.options)
-        return ", ".join(f"{types[name]}{'?' if name in MAY_BE_NONE else ''} {name}" for name in names)
-
-    def named(self, call: Sequence[Any]) -> dict[str, Any]:
-        """The arguments of a call by name, codes as names."""
-        values = dict(zip((*self.tensors, *self.options), call, strict=True))
-        return {name: _NAMES[name][x] if name in _NAMES else x for name, x in values.items()}
-
-
-PSEUDO_HUBER = Loss("pseudo_huber", ("pred", "target", "weight"), 2, ("c", "kind", "reduction"), reference.pseudo_huber)
-CONSISTENCY_LOSS = Loss(
-    "consistency_loss",
-    ("F", "target", "x", "t", "u", "weight"),
-    3,
-    ("c", "sigma_data", "sigma_min", "parameterization", "scaled", "kind", "reduction"),
-    reference.consistency_loss,
-)
+#: Whether the gradient is formed with the value.
+_GRADIENT = {"backward": False, "forward": True}
 
 
 @arguments.faithful
@@ -94,13 +59,13 @@ def _reference_gradients(loss: Loss, upstream: Tensor, needs: Sequence[bool], ca
     with torch.enable_grad():
         # Views, because one tensor may be given twice.
         inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in call[: loss.inputs]]
-        value = loss.reference(**loss.named([*inputs, *call[loss.inputs :]]))
+        value = loss.plain_value([*inputs, *call[loss.inputs :]])
         wanted = [x for x, need in zip(inputs, needs, strict=False) if need]
         return torch.autograd.grad(value, wanted, upstream, create_graph=differentiable)
 
 
 # A loss, its ops, and the arguments that are not tensors.
-_Call = tuple[Loss, Kernels, tuple[Any, ...]]
+_Call = tuple["Loss", Kernels, tuple[Any, ...]]
 
 
 class Tracked(torch.autograd.Function):
@@ -122,52 +87,176 @@ class Tracked(torch.autograd.Function):
         )
 
 
-def _register(loss: Loss) -> None:
-    """Define a loss's ops, with numbers and with tensors; the latter, for traced graphs, have autograd."""
+# Without the detour through Function.apply, which looks for the transforms that `quiet` ruled out.
+_apply = apply_of(Tracked)
+_apply_kept = apply_of(Kept)
 
-    def loss_like(call: Sequence[Any]) -> Tensor:
+
+@dataclass(eq=False)
+class Loss(Op):
+    """A loss: tensors, the first ``inputs`` of which it differentiates; numbers; and flags, which have codes."""
+
+    inputs: int = 2
+    #: By the overload's name.
+    kernels: dict[str, Kernels] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        tables = [CODES[flag] for flag in self.flags]
+        #: The codes of names.
+        self.codes = {names: tuple(t[n] for t, n in zip(tables, names, strict=True)) for names in product(*tables)}
+
+    def parameters(self, types: Types) -> list[str]:
+        number = types[0].rstrip("?")
+        kinds = [*[("Tensor", name) for name in self.tensors], *[(number, name) for name in self.numbers]]
+        found = [f"{kind}{'?' * (name in self.optional)} {name}" for kind, name in kinds]
+        return found + [f"int {name}" for name in self.flags]
+
+    def define(self) -> None:
+        """Define the ops, with numbers and with tensors; the latter, for traced graphs, have autograd."""
+        for overload, types in (("", NUMBERS), (".tensor", TENSORS)):
+            given, names = ", ".join(self.parameters(types)), [self.name + suffix for suffix in _SUFFIXES]
+            signatures = (
+                f"({given}) -> (Tensor, Tensor)",
+                f"(Tensor upstream, Tensor sums, int needs, {given}) -> Tensor[]",
+                f"(int needs, {given}) -> (Tensor, Tensor[])",
+            )
+            fakes: tuple[_Kernel, ...] = (self.fake, self.fake_gradients, self.fake_both)
+            for name, signature, fake in zip(names, signatures, fakes, strict=True):
+                define(f"{name}{overload}{signature}", self.tensors[: self.inputs], fake)
+            named = overload.lstrip(".") or "default"
+            packets = [getattr(torch.ops.bicm_kernels, name) for name in names]
+            self.kernels[named] = Kernels(*[getattr(packet, named) for packet in packets])
+        self.register_derivatives()
+
+    def register_derivatives(self) -> None:
+        """Give the traced ops their derivatives."""
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+            ctx.save_for_backward(output[1], *(x if isinstance(x, Tensor) else None for x in inputs))
+            ctx.call = [None if isinstance(x, Tensor) else x for x in inputs]
+
+        def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Gradients:
+            sums, *tensors = ctx.saved_tensors
+            call = [x if tensor is None else tensor for x, tensor in zip(ctx.call, tensors, strict=True)]
+            return _gradients(self, self.kernels["tensor"].derivative, upstream, sums, ctx.needs_input_grad, call)
+
+        name = f"bicm_kernels::{self.name}.tensor"
+        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
+        kept_gradient.register(f"{self.name}{_SUFFIXES[-1]}.tensor")
+
+    def fake(self, *call: Any) -> tuple[Tensor, Tensor]:
+        return self.loss_like(call), call[0].new_empty(call[0].shape[:1], dtype=torch.float64)
+
+    def fake_gradients(self, upstream: Tensor, sums: Tensor, needs: int, *call: Any) -> list[Tensor]:
+        """The gradients whose bits are set."""
+        return [torch.empty_like(x) for k, x in enumerate(call[: self.inputs]) if needs >> k & 1]
+
+    def fake_both(self, needs: int, *call: Any) -> tuple[Tensor, list[Tensor]]:
+        """The loss, and gradients."""
+        return self.loss_like(call), self.fake_gradients(call[0], call[0], needs, *call)
+
+    def loss_like(self, call: Sequence[Any]) -> Tensor:
+        """The loss of a call, without a value."""
         first, each = call[0], call[-1] == _PER_SAMPLE
-        wide = any(x.dtype == torch.float64 for x in call[: loss.inputs])
+        wide = any(x.dtype == torch.float64 for x in call[: self.inputs])
         return first.new_empty(first.shape[:1] if each else (), dtype=torch.float64 if wide else torch.float32)
 
-    def gradients_like(needs: int, call: Sequence[Any]) -> list[Tensor]:
-        return [torch.empty_like(x) for k, x in enumerate(call[: loss.inputs]) if needs >> k & 1]
+    def plain_value(self, call: Sequence[Any]) -> Tensor:
+        """The reference of a call of codes."""
+        names = [_NAMES[name][code] for name, code in zip(self.flags, call[self.first_flag :], strict=True)]
+        return self.reference((*call[: self.first_flag], *names))
 
-    def fake_value(*call: Any) -> tuple[Tensor, Tensor]:
-        return loss_like(call), call[0].new_empty(call[0].shape[:1], dtype=torch.float64)
+    def call(self, *call: Any, outs: Any = None, gradient: str = "backward") -> Tensor:
+        """The loss of tensors, numbers and names, by a kernel, or by the reference where something asks for it."""
+        if not arguments.dynamo():
+            try:
+                loss = self.quick(call, gradient)
+                if loss is not None:
+                    return loss
+            except arguments.FAILURES:
+                pass  # the long way says why
+        return self.run(call, gradient)
 
-    def fake_gradients(upstream: Tensor, sums: Tensor, needs: int, *call: Any) -> list[Tensor]:
-        return gradients_like(needs, call)
+    def quick(self, call: tuple[Any, ...], gradient: str) -> Tensor | None:
+        """The loss of an eager call whose numbers need no conversion; None where a call is another."""
+        tensors, numbers = call[: self.first_number], call[self.first_number : self.first_flag]
+        if not (PLAIN.issuperset(map(type, numbers)) and arguments.quiet(tensors[0], ())):
+            return None
+        for x in tensors[self.inputs :]:
+            if x is not None and (type(x) is not Tensor or x.requires_grad):
+                return None
+        options, kernels = numbers + self.codes[call[self.first_flag :]], self.kernels["default"]
+        if torch.is_grad_enabled() and arguments.requires_grad(*tensors[: self.inputs]):
+            if _GRADIENT[gradient] and can_be_kept(tensors[: self.inputs]):
+                return _apply_kept((kernels.both, options), *tensors)
+            return _apply((self, kernels, options), *tensors)
+        if gradient not in _GRADIENT:
+            return None
+        return kernels.value(*tensors, *options)[0]
 
-    def fake_both(needs: int, *call: Any) -> tuple[Tensor, list[Tensor]]:
-        return loss_like(call), gradients_like(needs, call)
+    def run(self, call: Call, gradient: Any) -> Tensor:
+        tensors, numbers = call[: self.first_number], call[self.first_number : self.first_flag]
+        traced = arguments.compiling()
+        try:
+            codes = self.codes[tuple(call[self.first_flag :])]
+            keeps = _GRADIENT[gradient]
+            fallback = arguments.needs_reference(
+                tensors[0], tracked=arguments.requires_grad(*tensors[self.inputs :], *numbers)
+            )
+            if fallback or arguments.unseen(tensors[0]):
+                self.check(call, gradient)
+            if fallback:
+                return self.reference(call)
+            inputs = tensors[: self.inputs]
+            tensors = (*inputs, *arguments.coefficients(tensors[self.inputs :]))
+            overload = "default"
+            if traced or not arguments.no_tensors(numbers):
+                overload, numbers = "tensor", tuple(arguments.coefficients(numbers))
+            kernels, tracked = self.kernels[overload], arguments.requires_grad(*inputs)
+            keeps = keeps and tracked and can_be_kept(inputs)
+            if traced and keeps:
+                needs = wanted_bits([*[x.requires_grad for x in inputs], False])
+                return kernels.both(needs, *tensors, *numbers, *codes)[0]
+            if traced or not tracked:
+                return kernels.value(*tensors, *numbers, *codes)[0]
+            if keeps:
+                return Kept.apply((kernels.both, (*numbers, *codes)), *tensors)
+            # Copies, because nothing would notice if they were overwritten before the backward pass.
+            numbers = tuple(x.clone() if isinstance(x, Tensor) else x for x in numbers)
+            return Tracked.apply((self, kernels, (*numbers, *codes)), *tensors)
+        except arguments.FAILURES as error:
+            arguments.explain(error, lambda: self.check(call, gradient))
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(output[1], *(x if isinstance(x, Tensor) else None for x in inputs))
-        ctx.call = [None if isinstance(x, Tensor) else x for x in inputs]
-
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Gradients:
-        sums, *tensors = ctx.saved_tensors
-        call = [x if tensor is None else tensor for x, tensor in zip(ctx.call, tensors, strict=True)]
-        return _gradients(loss, loss.kernels["tensor"][1], upstream, sums, ctx.needs_input_grad, call)
-
-    fakes: tuple[_Kernel, ...] = (fake_value, fake_gradients, fake_both)
-    for overload, number in (("", "float"), (".tensor", "Tensor")):
-        schema, names = loss.schema(number), [loss.name + suffix for suffix in _SUFFIXES]
-        signatures = (
-            f"({schema}) -> (Tensor, Tensor)",
-            f"(Tensor upstream, Tensor sums, int needs, {schema}) -> Tensor[]",
-            f"(int needs, {schema}) -> (Tensor, Tensor[])",
-        )
-        for name, signature, fake in zip(names, signatures, fakes, strict=True):
-            define(f"{name}{overload}{signature}", loss.tensors[: loss.inputs], fake)
-        named = overload.lstrip(".") or "default"
-        loss.kernels[named] = Kernels(*[getattr(getattr(_ops, name), named) for name in names])
-    torch.library.register_autograd(
-        f"bicm_kernels::{loss.name}.tensor", backward, setup_context=setup_context, lib=library
-    )
-    kept_gradient.register(f"{loss.name}{_SUFFIXES[-1]}.tensor")
+    def check(self, call: Call, gradient: object) -> None:
+        values = dict(zip((*self.tensors, *self.numbers, *self.flags), call, strict=True))
+        first = "x" if "x" in values else self.tensors[0]
+        arguments.check_state(first, values[first])
+        for name in self.tensors[: self.inputs]:
+            arguments.check_state(name, values[name], values[first], first)
+        for name in (*self.tensors[self.inputs :], *self.numbers):
+            if values[name] is not None or name not in self.optional:
+                arguments.check_number(name, values[name], values[first])
+        for name in self.flags:
+            if not isinstance(values[name], str | bool) or values[name] not in CODES[name]:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, CODES[name]))}, got {values[name]!r}")
+        c = values["c"]
+        if c is None and values["kind"] == "elementwise":
+            raise ValueError("c must be given for kind='elementwise', where it has no usual value, got None")
+        if isinstance(c, float | int) and not arguments.compiling() and not c >= 0:
+            raise ValueError(f"c must be at least 0, got {c!r}")
+        if (u := values.get("u")) is not None and (name := values["parameterization"]) != "bcm":
+            given = arguments.describe(u)
+            raise ValueError(f"u must be None for parameterization={name!r}: only 'bcm' takes it, got {given}")
+        if not isinstance(gradient, str) or gradient not in _GRADIENT:
+            raise ValueError(f"gradient must be one of {', '.join(_GRADIENT)}, got {gradient!r}")
 
 
-for _loss in (PSEUDO_HUBER, CONSISTENCY_LOSS):
-    _register(_loss)
+PSEUDO_HUBER = Loss("pseudo_huber", ("pred", "target", "weight?"), numbers=("c?",), flags=("kind", "reduction"))
+CONSISTENCY_LOSS = Loss(
+    "consistency_loss",
+    ("F", "target", "x", "t", "u?", "weight?"),
+    numbers=("c?", "sigma_data", "sigma_min"),
+    flags=("parameterization", "scaled", "kind", "reduction"),
+    inputs=3,
+)

@@ -3,12 +3,16 @@
 ``OPS`` holds an implementation of every overload under its schema's name, for any device Triton compiles for.
 """
 
-from bicm_kernels.triton_kernels import multistep, noise, preconditioning, pseudo_huber, reversible
+import importlib
+
+from bicm_kernels.families import FAMILIES
 from bicm_kernels.triton_kernels.multistep import launch_multistep
 from bicm_kernels.triton_kernels.noise import launch_noise
 
-FAMILIES = (noise, multistep, preconditioning, pseudo_huber, reversible)
-
-OPS = {name: function for family in FAMILIES for name, function in family.implementations().items()}
+OPS = {
+    name: function
+    for family in FAMILIES
+    for name, function in importlib.import_module(f"{__name__}.{family}").implementations().items()
+}
 
 __all__ = ["OPS", "launch_multistep", "launch_noise"]

@@ -17,8 +17,8 @@ from bicm_kernels.triton_kernels.checks import Integer, Number
 from bicm_kernels.triton_kernels.keys import NO_KEY, Argument, make_key, number, number_argument
 from bicm_kernels.triton_kernels.noise import draw
 from bicm_kernels.triton_kernels.operands import lay_out, load, locate, store
+from bicm_kernels.triton_kernels.preconditioning_kernels import bcm, c_in, cm
 from bicm_kernels.triton_kernels.rounding import divide
-from bicm_kernels.triton_kernels.scaling import bcm, c_in, cm
 
 
 @triton.jit

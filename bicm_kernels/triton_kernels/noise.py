@@ -17,7 +17,7 @@ from bicm_kernels.triton_kernels.checks import Integer, Number
 from bicm_kernels.triton_kernels.keys import integer, integer_argument, make_key, number, number_argument
 from bicm_kernels.triton_kernels.operands import WARPS, device_of, lay_out, load, locate, store
 from bicm_kernels.triton_kernels.philox import box_muller, high_word, low_word, philox, uniform_from_bits
-from bicm_kernels.triton_kernels.scaling import c_in
+from bicm_kernels.triton_kernels.preconditioning_kernels import c_in
 
 FOLD_BLOCK = 256
 

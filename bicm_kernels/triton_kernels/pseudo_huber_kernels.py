@@ -15,7 +15,7 @@ from bicm_kernels.triton_kernels.hypotenuse import distance, distance_anywhere
 from bicm_kernels.triton_kernels.kept_sums import add_sums, distance_of_sum, overflows, scaled_back
 from bicm_kernels.triton_kernels.keys import number
 from bicm_kernels.triton_kernels.operands import load
-from bicm_kernels.triton_kernels.scaling import bcm, cm
+from bicm_kernels.triton_kernels.preconditioning_kernels import bcm, cm
 
 
 @triton.jit

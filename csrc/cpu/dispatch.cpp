@@ -3,40 +3,13 @@
 
 #include "kernels.h"
 
-#define BICM_DECLARE_KERNELS(isa)                                        \
-  namespace bicm {                                                       \
-  namespace isa {                                                        \
-  void noise(const Noise&, int64_t, int64_t);                            \
-  void noisy_pair(const NoisyPair&, int64_t, int64_t);                   \
-  void multistep(const Multistep&, int64_t, int64_t);                    \
-  void pseudo_huber(const PseudoHuber&, int64_t, int64_t);               \
-  void pseudo_huber_gradient(const PseudoHuber&, int64_t, int64_t);      \
-  void pseudo_huber_with_gradient(const PseudoHuber&, int64_t, int64_t); \
-  void scale_gradient(const KeptGradient&, int64_t, int64_t);            \
-  void reversible(const Reversible&, int64_t, int64_t);                  \
-  void fixed_point_decode(const FixedPointDecode&, int64_t, int64_t);    \
-  bool generator_normals(Mersenne&, float*, int64_t);                    \
-  void log_all(const float*, float*, int64_t);                           \
-  void cos_sin_all(const float*, float*, float*, int64_t);               \
-  void philox_all(int64_t, const uint32_t*, uint32_t*, int64_t);         \
-  }                                                                      \
+#define BICM_DECLARE(Result, name, arguments) Result name arguments;
+#define BICM_DECLARE_KERNELS(isa) \
+  namespace bicm {                \
+  namespace isa {                 \
+  BICM_EACH_KERNEL(BICM_DECLARE)  \
+  }                               \
   }
-
-#define BICM_KERNELS(isa)                 \
-  {#isa,                                  \
-   bicm::isa::noise,                      \
-   bicm::isa::noisy_pair,                 \
-   bicm::isa::multistep,                  \
-   bicm::isa::pseudo_huber,               \
-   bicm::isa::pseudo_huber_gradient,      \
-   bicm::isa::pseudo_huber_with_gradient, \
-   bicm::isa::scale_gradient,             \
-   bicm::isa::reversible,                 \
-   bicm::isa::fixed_point_decode,         \
-   bicm::isa::generator_normals,          \
-   bicm::isa::log_all,                    \
-   bicm::isa::cos_sin_all,                \
-   bicm::isa::philox_all}
 
 BICM_DECLARE_KERNELS(scalar)
 #if defined(__x86_64__)
@@ -47,6 +20,13 @@ BICM_DECLARE_KERNELS(avx512)
 namespace bicm {
 namespace {
 
+#define BICM_ENTRY(Result, name, arguments) , name
+#define BICM_TABLE_OF(isa)                             \
+  [] {                                                 \
+    using namespace isa;                               \
+    return Kernels{#isa BICM_EACH_KERNEL(BICM_ENTRY)}; \
+  }()
+
 struct Candidate {
   Kernels kernels;
   bool (*supported)();
@@ -55,15 +35,15 @@ struct Candidate {
 // Best first.
 const Candidate candidates[] = {
 #if defined(__x86_64__)
-    {BICM_KERNELS(avx512),
+    {BICM_TABLE_OF(avx512),
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      }},
-    {BICM_KERNELS(avx2),
+    {BICM_TABLE_OF(avx2),
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma"); }},
 #endif
-    {BICM_KERNELS(scalar), [] { return true; }},
+    {BICM_TABLE_OF(scalar), [] { return true; }},
 };
 
 }  // namespace

@@ -15,22 +15,26 @@ constexpr int64_t kChunk = 1024;  // elements of a unit: its buffers stay in the
 // Units of a partial sum. A sample's sum is a sum of these in order, which depends on its size alone.
 constexpr int64_t kUnitsPerSum = 64;
 
+// Every kernel: what it returns, its name and its arguments.
+#define BICM_EACH_KERNEL(KERNEL)                                                                           \
+  KERNEL(void, noise, (const Noise&, int64_t begin, int64_t end))                                          \
+  KERNEL(void, noisy_pair, (const NoisyPair&, int64_t begin, int64_t end))                                 \
+  KERNEL(void, multistep, (const Multistep&, int64_t begin, int64_t end))                                  \
+  /* Of partial sums, these two; the others: of units. */                                                  \
+  KERNEL(void, pseudo_huber, (const PseudoHuber&, int64_t begin, int64_t end))                             \
+  KERNEL(void, pseudo_huber_with_gradient, (const PseudoHuber&, int64_t begin, int64_t end))               \
+  KERNEL(void, pseudo_huber_gradient, (const PseudoHuber&, int64_t begin, int64_t end))                    \
+  KERNEL(void, scale_gradient, (const KeptGradient&, int64_t begin, int64_t end))                          \
+  KERNEL(void, reversible, (const Reversible&, int64_t begin, int64_t end))                                \
+  KERNEL(void, fixed_point_decode, (const FixedPointDecode&, int64_t begin, int64_t end))                  \
+  /* As torch.randn draws them, 16 numbers or more; false where the instruction set has nothing for it. */ \
+  KERNEL(bool, generator_normals, (Mersenne & state, float* out, int64_t count))
+
 struct Kernels {
   const char* name;
-  void (*noise)(const Noise&, int64_t begin, int64_t end);
-  void (*noisy_pair)(const NoisyPair&, int64_t begin, int64_t end);
-  void (*multistep)(const Multistep&, int64_t begin, int64_t end);
-  void (*pseudo_huber)(const PseudoHuber&, int64_t begin, int64_t end);  // of partial sums; the others: of units
-  void (*pseudo_huber_gradient)(const PseudoHuber&, int64_t begin, int64_t end);
-  void (*pseudo_huber_with_gradient)(const PseudoHuber&, int64_t begin, int64_t end);  // of partial sums, see below
-  void (*scale_gradient)(const KeptGradient&, int64_t begin, int64_t end);
-  void (*reversible)(const Reversible&, int64_t begin, int64_t end);
-  void (*fixed_point_decode)(const FixedPointDecode&, int64_t begin, int64_t end);
-  // As torch.randn draws them, 16 numbers or more; false where the instruction set has nothing for it.
-  bool (*generator_normals)(Mersenne& state, float* out, int64_t count);
-  void (*log)(const float* u, float* out, int64_t count);
-  void (*cos_sin)(const float* u, float* cosine, float* sine, int64_t count);
-  void (*philox)(int64_t seed, const uint32_t* counters, uint32_t* words, int64_t count);  // four words per counter
+#define BICM_FIELD(Result, name, arguments) Result(*name) arguments;
+  BICM_EACH_KERNEL(BICM_FIELD)
+#undef BICM_FIELD
 };
 
 // The kernels of the instruction set with this name (scalar, avx2, avx512), or null where this build or this processor

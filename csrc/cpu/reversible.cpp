@@ -1,7 +1,7 @@
 // Exact reversible updates on a part of a unit at a time: values in float64, increments on the grid, the integers' step.
 #include "../core/reversible.h"
 
-#include "small_integers.h"
+#include "reversible_integers.h"
 #include "staging.h"
 
 BICM_NAMESPACE_BEGIN

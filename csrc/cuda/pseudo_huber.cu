@@ -1,10 +1,10 @@
 // Pseudo-Huber losses. Forward: a sample is cut into chunks, which depend on its size alone; a block sums a chunk, and
 // the block that finishes last adds the chunks of every sample, and the samples, in order. Backward: elementwise, from
-// the inputs read again and the sums of the forward pass; or with the value, by resident.h where a sample fits on chip.
+// the inputs read again and the sums of the forward pass; or with the value, by pseudo_huber_resident.h where a sample fits on chip.
 #include "../core/pseudo_huber.h"
 
 #include "kernels.h"
-#include "resident.h"
+#include "pseudo_huber_resident.h"
 #include "strided.h"
 
 namespace bicm {

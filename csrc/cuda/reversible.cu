@@ -1,7 +1,7 @@
 // Exact reversible updates: every thread reads its group of every tensor, rounds the increment once, steps, stores.
 #include "../core/multistep.h"
-#include "fixed_point.h"
 #include "kernels.h"
+#include "reversible_fixed_point.h"
 
 namespace bicm {
 namespace cuda {

@@ -6,6 +6,7 @@
 #include "../cpu/kernels.h"
 #include "arrays.h"
 #include "polynomials.h"
+#include "probes.h"
 
 namespace bicm {
 namespace emulator {
@@ -16,6 +17,8 @@ const Kernels& kernels_of(const std::string& target) {
   if (kernels == nullptr || target.empty()) throw py::value_error("this processor has no instruction set " + target);
   return *kernels;
 }
+
+Probes probes(const std::string& target) { return probes_of(kernels_of(target).name); }
 
 void noise(const std::string& target, py::object out, py::object seed, py::object step, py::object sample, bool counts,
            const std::string& distribution, bool merge, bool streams, const Units& units) {
@@ -85,7 +88,7 @@ void philox_emulated(int64_t seed, const uint32_t* counters, uint32_t* words, in
 py::array philox(const std::string& target, int64_t seed, py::array_t<uint32_t, py::array::c_style> counters) {
   if (counters.ndim() != 2 || counters.shape(1) != 4) throw py::value_error("counters must be (n, 4)");
   py::array_t<uint32_t> words({counters.shape(0), py::ssize_t{4}});
-  const auto kernel = target == "cuda" ? philox_emulated : kernels_of(target).philox;
+  const auto kernel = target == "cuda" ? philox_emulated : probes(target).philox_all;
   kernel(seed, counters.data(), words.mutable_data(), counters.shape(0));
   return words;
 }
@@ -101,8 +104,8 @@ void cos_sin_emulated(const float* u, float* cosine, float* sine, int64_t count)
 // A logarithm has one result; the second is zero.
 Evaluate evaluator(const std::string& target, const std::string& function) {
   const bool cuda = target == "cuda";
-  if (function != "log") return cuda ? cos_sin_emulated : kernels_of(target).cos_sin;
-  const auto log = cuda ? log_emulated : kernels_of(target).log;
+  if (function != "log") return cuda ? cos_sin_emulated : probes(target).cos_sin_all;
+  const auto log = cuda ? log_emulated : probes(target).log_all;
   return [log](const float* u, float* first, float* second, int64_t count) {
     log(u, first, count);
     for (int64_t i = 0; i < count; ++i) second[i] = 0.0f;

@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bicm_kernels.families import FAMILIES
+
 from .document import table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "build" / "results"
-FAMILIES = ("noise", "multistep", "preconditioning", "pseudo_huber", "reversible")
 #: Files that many families share.
 SHARED = tuple(f"tests/kernels/test_{name}.py" for name in ("tracing", "derivatives", "errors", "schemas"))
 COMPILED = ("tests/build/test_triton_compile.py", "tests/build/test_cuda_code.py")

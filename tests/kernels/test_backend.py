@@ -106,10 +106,10 @@ def test_use_and_choose() -> None:
     assert backend.running("cpu") == "native"
     with backend.use("reference"):
         assert backend.running("cpu") == "reference"
-        assert not backend.native_cpu
+        assert not backend.cpu_is_compiled
         assert backend.direct is None
         with backend.use("native"):
-            assert backend.native_cpu
+            assert backend.cpu_is_compiled
             assert backend.direct is not None
         assert backend.running("cpu") == "reference"
     assert backend.describe() == before

@@ -1,4 +1,7 @@
-"""Random configurations of every accelerated scheduler beside the original: `python -m tests.support.diffusers_search 2000`."""
+"""Random configurations of every accelerated scheduler beside the original.
+
+Run as `python -m tests.support.diffusers_search 2000`.
+"""
 
 from __future__ import annotations
 

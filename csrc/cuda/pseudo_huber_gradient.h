@@ -3,7 +3,7 @@
 
 #include "../core/pseudo_huber.h"
 
-#include "residual.h"
+#include "pseudo_huber_residual.h"
 
 namespace bicm {
 namespace cuda {

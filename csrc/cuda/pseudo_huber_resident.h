@@ -3,9 +3,9 @@
 #pragma once
 
 #include "cluster.h"
-#include "gradient.h"
-#include "residual.h"
-#include "sample.h"
+#include "pseudo_huber_gradient.h"
+#include "pseudo_huber_residual.h"
+#include "pseudo_huber_sample.h"
 
 namespace bicm {
 namespace cuda {
