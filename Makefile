@@ -12,7 +12,7 @@ CSRC := $(shell find csrc -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv native emulator evidence demo test lint format sanitize bench gpu-check clean distclean
+.PHONY: help venv native emulator evidence demo test test-fast counts lint format sanitize bench gpu-check clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -55,6 +55,13 @@ test: native $(if $(filter yes,$(EMULATED)),emulator) ## every test that needs n
 	BICM_KERNELS_BACKEND=native $(PYTEST) $(if $(filter yes,$(EMULATED)),,--ignore=tests/emulator) \
 	--junitxml=build/results/tests.xml
 	$(INTERPRETED) --junitxml=build/results/interpreter.xml tests/interpreter
+
+test-fast: native ## a few cases of every test, for the inner loop; neither the emulator's nor what is slow
+	BICM_KERNELS_BACKEND=native $(PYTEST) --few --ignore=tests/emulator
+	$(INTERPRETED) --few tests/interpreter
+
+counts: native ## instructions of every op's call and loop, against benchmarks/instruction_limits.json
+	$(BIN)/python -m benchmarks.instruction_counts
 
 lint: .venv/.requirements ## ruff, clang-format and mypy
 	$(BIN)/ruff check .

@@ -25,6 +25,26 @@ settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parents[1]
 
+#: Cases of one test that `--few` keeps.
+FEW = 3
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--few", action="store_true", help=f"run at most {FEW} cases of a test, and none that is slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--few"):
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    # The first, the last and some between them: parameters vary slowly from the left and fast from the right.
+    kept = {some[place * (len(some) - 1) // max(1, FEW - 1)] for some in cases.values() for place in range(FEW)}
+    kept = {item for item in kept if item.get_closest_marker("slow") is None}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
 
 @pytest.fixture(scope="session")
 def same_bits() -> Callable[[Tensor, Tensor], None]:

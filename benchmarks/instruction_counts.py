@@ -1,0 +1,227 @@
+"""``python -m benchmarks.instruction_counts``: instructions of every op's call and loop, held to a table of limits.
+
+Time on a shared machine swings by half; instructions do not, so that a slower redesign shows on any machine. Valgrind's
+Callgrind counts calls and elements (``counted_calls``), a disassembly the loops that it cannot run (``disassembly``).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from benchmarks import disassembly
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMITS = Path(__file__).with_name("instruction_limits.json")
+#: What Callgrind can run.
+INSTRUCTION_SETS = ("avx2", "scalar")
+UPDATE = "python -m benchmarks.instruction_counts --update"
+
+Counts = dict[str, dict[str, float]]
+Environment = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the table: how far a count may lie above its limit, and what has to be the same for it to be one."""
+
+    tolerance: float
+    needs: tuple[str, ...]
+    #: Whether a smaller count is looked at too, because it need not be a faster one.
+    both_ways: bool = False
+
+
+_OF_PYTHON = ("compiler", "python", "torch", "libc")
+SECTIONS = {
+    "calls": Section(0.04, _OF_PYTHON),
+    "calls through the dispatcher": Section(0.04, _OF_PYTHON),
+    **{f"elements, {instructions}": Section(0.03, ("compiler",)) for instructions in INSTRUCTION_SETS},
+    "loops, avx512": Section(0.05, ("compiler",), both_ways=True),
+}
+
+#: A change that is printed, at fault or not.
+NOTABLE = 0.01
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A count beside its limit; None where one of the two is missing."""
+
+    section: str
+    name: str
+    limit: float | None
+    count: float | None
+
+    @property
+    def change(self) -> float:
+        """How much larger the count is, relative to the limit."""
+        return self.count / self.limit - 1 if self.count is not None and self.limit else 0.0
+
+    @property
+    def fault(self) -> str:
+        """What is wrong; empty where nothing is."""
+        if self.limit is None:
+            return "has no limit"
+        if self.count is None:
+            return "is not counted any more"
+        section = SECTIONS[self.section]
+        if self.change > section.tolerance:
+            return "is too high"
+        return "has changed" if section.both_ways and -self.change > section.tolerance else ""
+
+
+def environment(library: Path) -> Environment:
+    """What counts depend on besides the sources."""
+    return {
+        "compiler": disassembly.compiler_of(library),
+        "python": sys.version,
+        "torch": importlib.metadata.version("torch"),
+        "libc": " ".join(platform.libc_ver()),
+    }
+
+
+def totals(directory: Path) -> dict[str, int]:
+    """The counts that Callgrind wrote on request, by their labels."""
+    found: dict[str, int] = {}
+    for path in directory.glob("counts.*"):
+        text = path.read_text()
+        label = re.search(r"^desc: Trigger: Client Request: (.+)$", text, re.MULTILINE)
+        total = re.search(r"^totals: (\d+)$", text, re.MULTILINE)
+        if label and total:
+            found[label[1]] = int(total[1])
+    return found
+
+
+def counts_of(found: Mapping[str, int]) -> Counts:
+    """Instructions per call or element: what more of them took than fewer did, by labels "section|name|number"."""
+    measured: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    for label, total in found.items():
+        section, name, number = label.split("|")
+        measured[section, name].append((int(number), total))
+    counts: Counts = {section: {} for section in SECTIONS}
+    for (section, name), pair in measured.items():
+        (fewer, less), (more, total) = sorted(pair)
+        counts[section][name] = round((total - less) / (more - fewer), 3)
+    return counts
+
+
+def run_callgrind(directory: Path) -> dict[str, int]:
+    """Run the calls under Callgrind, with nothing in the environment that changes what they do."""
+    helper = directory / "callgrind.so"
+    source = Path(__file__).with_name("callgrind.c")
+    compile_helper = [os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", str(source), "-o", str(helper)]
+    if subprocess.run(compile_helper, check=False).returncode:
+        raise click.ClickException("valgrind/callgrind.h, which comes with valgrind, could not be compiled")
+    folders = [ROOT / name for name in ("benchmarks", "bicm_kernels", "python")]
+    # Where modules are compiled first, memory looks another way from then on.
+    subprocess.run([sys.executable, "-m", "compileall", "-q", *map(str, folders)], check=True)
+    settings = {
+        "HOME": str(directory),
+        "PATH": os.defpath,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")]),
+        "PYTHONHASHSEED": "0",
+        "OMP_NUM_THREADS": "1",
+        "BICM_KERNELS_BACKEND": "native",
+    }
+    if "LD_LIBRARY_PATH" in os.environ:
+        settings["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+    command = [
+        *(str(shutil.which("valgrind")), "-q", "--tool=callgrind", "--instr-atstart=no"),
+        f"--callgrind-out-file={directory}/counts.%p",
+        *(sys.executable, "-m", "benchmarks.counted_calls", str(helper)),
+    ]
+    done = subprocess.run(command, env=settings, cwd=directory, check=False)
+    if done.returncode:
+        raise click.ClickException("the calls failed under Callgrind; what they printed stands above")
+    return totals(directory)
+
+
+def measure(library: Path) -> Counts:
+    """Count everything."""
+    with tempfile.TemporaryDirectory() as directory:
+        counts = counts_of(run_callgrind(Path(directory)))
+    counts["loops, avx512"] = dict(disassembly.of_library(library, "avx512", "%zmm"))
+    return counts
+
+
+def compare(counts: Counts, limits: Counts) -> list[Comparison]:
+    """Every count beside its limit."""
+    return [
+        Comparison(section, name, limits.get(section, {}).get(name), counts[section].get(name))
+        for section in counts
+        for name in sorted({*counts[section], *limits.get(section, {})})
+    ]
+
+
+def line(row: Comparison) -> str:
+    """One comparison as a line of text."""
+    numbers = [f"{'—' if x is None else f'{x:,.2f}':>14}" for x in (row.limit, row.count)]
+    return f"{row.section:29} {row.name:38} {' '.join(numbers)} {row.change:+8.1%} {row.fault}"
+
+
+def missing_tool() -> str | None:
+    """A program that is needed and not there."""
+    tools = ("valgrind", os.environ.get("CC", "cc"), "objdump", "readelf")
+    return next((name for name in tools if shutil.which(name) is None), None)
+
+
+def has_avx2() -> bool:
+    """Whether this processor runs what is counted. Callgrind shows programs no AVX-512, whether it is there or not."""
+    return "avx2" in Path("/proc/cpuinfo").read_text().split()
+
+
+@click.command()
+@click.option("--update", is_flag=True, help="Write today's counts as the limits.")
+@click.option("--all", "show_all", is_flag=True, help="Print every count, not the changed ones alone.")
+def main(update: bool, show_all: bool) -> None:
+    """Compare the instructions of every op's call and loop with the table of limits."""
+    spec = importlib.util.find_spec("bicm_kernels")
+    library = Path(spec.origin).with_name("_C.abi3.so") if spec and spec.origin else Path()
+    if platform.machine() != "x86_64" or not library.is_file():
+        raise click.ClickException("instructions are counted on x86-64 under Linux, of the native library")
+    if tool := missing_tool():
+        raise click.ClickException(f"{tool} is needed: apt-get install valgrind binutils gcc")
+    if not has_avx2():
+        raise click.ClickException("this processor has no AVX2, for which most kernels are counted")
+    today, counts = environment(library), measure(library)
+    if update:
+        LIMITS.write_text(json.dumps({"environment": today, "limits": counts}, indent=1, sort_keys=True) + "\n")
+        click.echo(f"{LIMITS.name}: {sum(map(len, counts.values()))} limits")
+        return
+
+    table = json.loads(LIMITS.read_text())
+    others = {name for name, value in today.items() if value != table["environment"].get(name)}
+    rows = compare(counts, table["limits"])
+    for name in sorted(others):
+        click.echo(f"another {name} than the table's: {today[name]!r}, not {table['environment'].get(name)!r}")
+    for section, about in SECTIONS.items():
+        if others & {*about.needs}:
+            click.echo(f"{section}: printed, not compared")
+    compared = [row for row in rows if not others & {*SECTIONS[row.section].needs}]
+    faults = [row for row in compared if row.fault]
+    shown = rows if show_all else [row for row in rows if row in faults or abs(row.change) > NOTABLE]
+    click.echo(f"{'':68} {'limit':>14} {'count':>14}   change")
+    for row in shown:
+        click.echo(line(row))
+    click.echo(f"{len(compared)} of {len(rows)} counts compared, {len(faults)} at fault")
+    if faults:
+        click.echo(f"Where the change is meant and worth its cost: {UPDATE}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.instruction_counts")

@@ -1,0 +1,37 @@
+"""``pytest --few``, which `make test-fast` runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+CASES = """
+import pytest
+
+@pytest.mark.parametrize("i", range(9))
+def test_many(i): ...
+
+@pytest.mark.parametrize("i", range(2))
+def test_two(i): ...
+
+def test_one(): ...
+
+@pytest.mark.slow
+def test_slow(): ...
+"""
+
+
+def collected(folder: Path, *options: str) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *options]
+    listing = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    return [line.partition("::")[2] for line in listing.splitlines() if "::" in line]
+
+
+def test_few_cases_of_every_test_and_none_that_is_slow(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(Path(__file__).with_name("conftest.py").read_text())
+    (tmp_path / "test_cases.py").write_text(CASES)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
+    assert len(collected(tmp_path)) == 9 + 2 + 1 + 1
+    few = collected(tmp_path, "--few")
+    assert few == ["test_many[0]", "test_many[4]", "test_many[8]", "test_two[0]", "test_two[1]", "test_one"]
