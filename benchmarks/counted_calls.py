@@ -100,10 +100,10 @@ def rows() -> Iterator[Row]:
 
     def draws(elements: int) -> Call:
         generator = torch.Generator().manual_seed(1)
-        return lambda: bk.generator_normal((1, elements), generator=generator)
+        return lambda: bk.torch_randn((1, elements), generator=generator)
 
     yield Row("fold_in", lambda n: lambda: bk.fold_in(3, integers[:n]))
-    yield Row("generator_normal", draws, loops=best)
+    yield Row("torch_randn", draws, loops=best)
     yield Row("noisy_pair", call_on_states(lambda x, y: bk.noisy_pair(x, 0.5, 0.7, x_hat=y, mask=mask, seed=1, step=2)))
     yield Row("ddim_step, out", call_on_states(lambda x, y: bk.ddim_step(x, y, a=0.98, b=0.03, out=y)))
     yield Row("denoise cm", call_on_states(lambda x, y: bk.denoise(x, y, 2.0, parameterization="cm")))
@@ -150,12 +150,12 @@ def takes_the_short_way(call: Call) -> bool:
     """Whether a call asks for the functions beside the dispatcher."""
     from bicm_kernels import backend
 
-    kept, backend.lane = backend.lane, Asked(backend.lane)
+    kept, backend.direct = backend.direct, Asked(backend.direct)
     try:
         call()
-        return bool(backend.lane.asked)
+        return bool(backend.direct.asked)
     finally:
-        backend.lane = kept
+        backend.direct = kept
 
 
 def count(callgrind: ctypes.CDLL, instructions: str) -> None:
@@ -172,14 +172,14 @@ def count(callgrind: ctypes.CDLL, instructions: str) -> None:
     called = [row for row in wanted if row.calls and instructions == INSTRUCTION_SETS[0]]
     small = {row.name: row.make(SMALL) for row in called}
     large = {row.name: [row.make(size) for size in row.sizes] for row in wanted if instructions in row.loops}
-    lane = backend.lane
-    short = [row for row in called if row.name != "generator_normal" and takes_the_short_way(small[row.name])]
-    ways = {"calls": (lane, called), "calls through the dispatcher": (None, short)}
+    kept = backend.direct
+    short = [row for row in called if row.name != "torch_randn" and takes_the_short_way(small[row.name])]
+    ways = {"calls": (kept, called), "calls through the dispatcher": (None, short)}
 
-    for backend.lane, some in ways.values():
+    for backend.direct, some in ways.values():
         for row in some:
             repeat(small[row.name], 100)  # what the interpreter learns of a call it has learnt
-    backend.lane = lane
+    backend.direct = kept
     for pair in large.values():
         for call in pair:
             repeat(call, 3)
@@ -187,12 +187,12 @@ def count(callgrind: ctypes.CDLL, instructions: str) -> None:
     gc.freeze()
     gc.disable()
     callgrind.begin()
-    for section, (backend.lane, some) in ways.items():
+    for section, (backend.direct, some) in ways.items():
         for row in some:
             repeat(small[row.name], 2)
             for calls in row.calls or ():
                 measure(section, row.name, small[row.name], calls)
-    backend.lane = lane
+    backend.direct = kept
     for row in wanted:
         for size, call in zip(row.sizes, large.get(row.name, ()), strict=False):
             repeat(call, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
 
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-from bicm_diffusion import Schedule, bdia_sample
+from bicm_diffusion import (
+    Schedule,
+    bdia_invert,
+    bdia_sample,
+    edict_invert,
+    edict_sample,
+    obelm_invert,
+    obelm_sample,
+)
 from bicm_diffusion.adapters.diffusers import BDIADDIMScheduler
 from tests.support.diffusers_cases import network
 
@@ -34,7 +43,7 @@ def start(dtype: torch.dtype = torch.float64) -> Tensor:
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9, 0.5])
 def test_equals_the_library_s_sampler(gamma: float) -> None:
-    scheduler = BDIADDIMScheduler(gamma=gamma)
+    scheduler = BDIADDIMScheduler(gamma=gamma, exact=False)
     scheduler.set_timesteps(10)
     times = [0, *reversed(scheduler.timesteps.tolist())]
     squares = [1.0, *(scheduler.alphas_cumprod[t].item() for t in times[1:])]
@@ -65,7 +74,7 @@ def test_gamma_zero_is_ddim(prediction: str) -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("gamma", "tolerance"), [(1.0, 1e-10), (0.96, 1e-9)])
 def test_a_trajectory_is_retraced_from_its_pair(prediction: str, gamma: float, tolerance: float) -> None:
-    scheduler = BDIADDIMScheduler(gamma=gamma, prediction_type=prediction)
+    scheduler = BDIADDIMScheduler(gamma=gamma, prediction_type=prediction, exact=False)
     x = start()
     scheduler.set_timesteps(20)
     z = run(scheduler, x)
@@ -77,7 +86,7 @@ def test_a_trajectory_is_retraced_from_its_pair(prediction: str, gamma: float, t
 
 
 def test_an_image_is_inverted_and_reconstructed() -> None:
-    scheduler, image = BDIADDIMScheduler(), 0.3 * start()
+    scheduler, image = BDIADDIMScheduler(exact=False), 0.3 * start()
     scheduler.set_timesteps(20, inverse=True)
     assert scheduler.timesteps.tolist()[:3] == [0, 0, 50]
     latent, inner = run(scheduler, image), None
@@ -107,7 +116,7 @@ def test_integers_retrace_a_trajectory_to_the_bit(prediction: str, gamma: float)
 
 
 def test_turning_round_with_floats_is_the_pair_s_retracing() -> None:
-    scheduler, other = BDIADDIMScheduler(gamma=0.9), BDIADDIMScheduler(gamma=0.9)
+    scheduler, other = (BDIADDIMScheduler(gamma=0.9, exact=False) for _ in range(2))
     for s in (scheduler, other):
         s.set_timesteps(8)
     z, _ = run(scheduler, start()), run(other, start())
@@ -115,6 +124,24 @@ def test_turning_round_with_floats_is_the_pair_s_retracing() -> None:
     scheduler.set_timesteps(8)
     other.set_timesteps(8, inverse=True, last_sample=z)
     assert torch.equal(run(scheduler, inner), run(other, inner))
+
+
+def test_functions_and_schedulers_are_exact_by_default() -> None:
+    functions = (bdia_sample, bdia_invert, edict_sample, edict_invert, obelm_sample, obelm_invert)
+    for function in (*functions, BDIADDIMScheduler.__init__):
+        assert inspect.signature(function).parameters["exact"].default is True
+    scheduler, x = BDIADDIMScheduler(), start(torch.float32)
+    scheduler.set_timesteps(6)
+    z = run(scheduler, x)
+    scheduler.turn_round()
+    inner = scheduler.turn_round()
+    assert inner is not None
+    scheduler.set_timesteps(6)
+    run(scheduler, inner)
+    last = scheduler.turn_round()
+    assert last is not None
+    scheduler.set_timesteps(6)
+    assert torch.equal(run(scheduler, last), z)
 
 
 def test_what_integers_cannot_follow_is_refused() -> None:
@@ -126,8 +153,8 @@ def test_what_integers_cannot_follow_is_refused() -> None:
         scheduler.turn_round()
     with pytest.raises(ValueError, match="sample: with exact=True, expected the state that the last step"):
         scheduler.step(y, second, y + 0.5)
-    with pytest.raises(ValueError, match="gamma: with exact=True, expected at least 1/1024"):
-        BDIADDIMScheduler(gamma=0.0, exact=True)
+    with pytest.raises(ValueError, match="gamma: with exact=True, expected 0 or at least 1/1024"):
+        BDIADDIMScheduler(gamma=1e-4)
     scheduler.set_timesteps(4)
     run(scheduler, 1e9 * x)
     with pytest.raises(OverflowError, match="sample 0 left the range of its integers"):

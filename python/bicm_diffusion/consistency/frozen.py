@@ -12,17 +12,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from bicm_diffusion.described import described
+
 # Where torch does not tell, every graph may be needed again.
 _graph_is_retained: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def check_network(network: nn.Module) -> None:
-    """Raise TypeError for wrappers that cannot evaluate a network several times before one backward pass.
+    """Raise TypeError for no module, and for wrappers that cannot evaluate one several times before a backward pass.
 
     Replicas of `nn.DataParallel` do not share their dropout masks; FSDP1 frees parameters that are still needed; and a
     DistributedDataParallel that notes which parameters a pass uses is right only where it is the network itself, so
     that the frozen evaluation can go past it.
     """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network: expected an nn.Module, whose parameters are trained, got {described(network)}")
     wrapper = getattr(network, "_orig_mod", network)
     for module in network.modules():
         if isinstance(module, DataParallel):

@@ -30,7 +30,7 @@ TARGETS = ("shared", "direct")
 
 
 class Levels(NamedTuple):
-    """Levels of a batch, each (B,) float64: t_n and its neighbour t_{n+1} above, and t_n' for the soft trajectory."""
+    """Levels of a batch, each (B,) float64: `low` is t_n, `high` its neighbour t_{n+1}, `partner` t_n' (BCM eq. 9)."""
 
     low: Tensor
     high: Tensor
@@ -39,7 +39,7 @@ class Levels(NamedTuple):
 
 @dataclass(frozen=True)
 class BctLoss:
-    """The two terms of the loss, each a mean over the batch, and their sum."""
+    """The two terms of the loss, each a mean over the batch; `total` is their sum, which training minimises."""
 
     consistency: Tensor
     trajectory: Tensor

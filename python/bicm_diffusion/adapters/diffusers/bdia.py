@@ -30,7 +30,8 @@ class BDIADDIMScheduler(DDIMScheduler):
 
     gamma in [0, 1]: 1 is time-symmetric, 0 is DDIM; inversion needs gamma > 0. exact: the states are integers, gamma is
     the nearest fraction with a denominator up to 1024, and a trajectory that is retraced returns every bit, given a
-    network that returns the same bits twice. The other arguments are DDIMScheduler's; predicted samples are never
+    network that returns the same bits twice; True by default, as in `bdia_sample`. False keeps floats, as gamma = 0,
+    which has no inverse, always does. The other arguments are DDIMScheduler's; predicted samples are never
     clipped, since a clipped step has no inverse. After a loop `pair` holds what the trajectory is retraced from: by
     `turn_round()` here, by `turn_round(pair)` in another scheduler or process, with as many steps and the same
     configuration. `set_timesteps(..., last_sample=...)` takes the other state of a pair as a tensor.
@@ -83,12 +84,12 @@ class BDIADDIMScheduler(DDIMScheduler):
         prediction_type: str = "epsilon",
         timestep_spacing: str = "leading",
         gamma: float = 1.0,
-        exact: bool = False,
+        exact: bool = True,
     ) -> None:
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma: expected a value in [0, 1], got {gamma}")
-        if exact and not nearest(gamma)[0]:
-            raise ValueError(f"gamma: with exact=True, expected at least 1/{MAX_DENOMINATOR}, got {gamma}")
+        if exact and gamma and not nearest(gamma)[0]:
+            raise ValueError(f"gamma: with exact=True, expected 0 or at least 1/{MAX_DENOMINATOR}, got {gamma}")
         if prediction_type not in PREDICTIONS:
             raise ValueError(f"prediction_type: expected one of {', '.join(PREDICTIONS)}, got {prediction_type!r}")
         super().__init__(
@@ -107,6 +108,10 @@ class BDIADDIMScheduler(DDIMScheduler):
         self._levels: list[float] = []
         self._indices: list[int] = []
         self._times: list[int] = []
+
+    @property
+    def _exact(self) -> bool:
+        return bool(self.config.exact and self.config.gamma)
 
     @property
     def begin_index(self) -> int | None:
@@ -164,7 +169,7 @@ class BDIADDIMScheduler(DDIMScheduler):
         True
         """
         if pair is not None:
-            check_pair(pair, self.config.exact, self._settings())
+            check_pair(pair, self._exact, self._settings())
         elif self._at is not None and self._at < len(self._indices):
             raise ValueError(f"turn_round: expected the end of a loop, {len(self._indices) - self._at} steps are left")
         elif self._at is None and self._next is None:
@@ -179,7 +184,7 @@ class BDIADDIMScheduler(DDIMScheduler):
         return self._inner
 
     def _settings(self) -> dict[str, Any]:
-        gamma = nearest(self.config.gamma) if self.config.exact else float(self.config.gamma)
+        gamma = nearest(self.config.gamma) if self._exact else float(self.config.gamma)
         return {"gamma": gamma, "prediction_type": self.config.prediction_type}
 
     def set_timesteps(
@@ -226,7 +231,7 @@ class BDIADDIMScheduler(DDIMScheduler):
         self._record = self._recorded(bool(inverse))
         if made is not None:
             self._record.check(made, "set_timesteps", "turn_round", pair="pair", levels="scheduler")
-        self._ratio = nearest(self.config.gamma) if self.config.exact else None
+        self._ratio = nearest(self.config.gamma) if self._exact else None
         self._integers, self._made = None, None if self._edit else made
         if isinstance(pair, ExactPair) and self._ratio is not None and self._inner is not None:
             self._integers = Integers.turned(pair, self._ratio, self._inner)
