@@ -3,7 +3,7 @@
 import importlib.util
 
 NEEDS = {
-    "diffusers": ["python/bicm_diffusion/adapters/diffusers/*", "tests/support/diffusers_cases.py"],
+    "diffusers": ["python/bicm_diffusion/adapters/diffusers/*", "tests/support/diffusers_*.py"],
     "sklearn": ["examples/digits/*"],
 }
 collect_ignore_glob = [path for name, paths in NEEDS.items() if not importlib.util.find_spec(name) for path in paths]

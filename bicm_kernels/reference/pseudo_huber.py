@@ -120,8 +120,8 @@ def consistency_loss(
     x: Tensor,
     F: Tensor,
     t: Number,
-    u: Number | None,
-    target: Tensor,
+    u: Number | None = None,
+    target: Tensor | None = None,
     *,
     c: Number | None = None,
     weight: Number | None = None,
@@ -133,6 +133,8 @@ def consistency_loss(
     scaled: bool = False,
 ) -> Tensor:
     """The pseudo-Huber distance between c_skip x + c_out F, which is not rounded to the dtype of x, and the target."""
+    if target is None:
+        raise TypeError("target must be a tensor, got None")
     compute = compute_dtype(x, F, target)
     if u is None:
         u = 0.0 if parameterization == "edm" else sigma_min

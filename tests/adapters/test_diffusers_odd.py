@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,11 +19,11 @@ from diffusers import (
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
-    LCMScheduler,
 )
 
 from tests.support.diffusers_cases import CLASSES
 from tests.support.diffusers_observed import SHAPE, accepts, both, label
+from tests.support.diffusers_odd import CONFIGS, alike, outcome
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -42,58 +41,6 @@ class Counting(Tensor):
     def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         cls.calls += 1
         return super().__torch_function__(function, types, arguments, options or {})
-
-
-def seen(x: Any) -> Any:
-    """What a result is, in a form that can be compared."""
-    if isinstance(x, Tensor):
-        values = x.detach()
-        if x.device.type == "meta":
-            values = torch.zeros(0)
-        elif x.layout is not torch.strided:
-            values = values.to_dense()
-        values = values.as_subclass(Tensor).resolve_conj().resolve_neg()
-        if values.dtype.itemsize == 1 and values.is_floating_point():
-            values = values.float()
-        return type(x), x.dtype, x.layout, tuple(x.shape), x.device.type, x.requires_grad, values
-    return type(x), x
-
-
-def outcome(scheduler: Any, run: Callable[[Any], Any]) -> tuple[list[Any], list[str]]:
-    """What a call comes to, the state it leaves behind, and what was warned of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.manual_seed(0)
-        try:
-            results = [seen(x) for x in run(scheduler)]
-        except Exception as error:
-            results = [type(error)]
-        kept = getattr(scheduler, "model_outputs", None) or []
-        state = [seen(x) if isinstance(x, Tensor) else type(x) for x in kept]
-        index = getattr(scheduler, "step_index", None)
-    told = [str(w.message) for w in caught if "is not accelerated" in str(w.message)]
-    drawn = torch.get_rng_state()
-    return [results, state, index if isinstance(index, int | None) else "other", drawn], told
-
-
-def same(expected: Any, got: Any, near: float = 1e-4) -> None:
-    if isinstance(expected, list | tuple):
-        assert isinstance(got, list | tuple) and len(got) == len(expected), (got, expected)
-        for a, b in zip(expected, got, strict=True):
-            same(a, b, near)
-    elif isinstance(expected, Tensor):
-        wide = torch.complex128 if expected.is_complex() else torch.float64
-        torch.testing.assert_close(got.to(wide), expected.to(wide), rtol=near, atol=near, equal_nan=True)
-    else:
-        assert got == expected, (got, expected)
-
-
-def alike(schedulers: tuple[Any, Any], run: Callable[[Any], Any], near: float = 1e-4) -> list[str]:
-    """Both do the same, and what is told is told once; returned."""
-    (theirs, _), (ours, told) = (outcome(scheduler, run) for scheduler in schedulers)
-    same(theirs, ours, near)
-    assert len(told) == len(set(told))
-    return told
 
 
 def arguments_of(scheduler: Any) -> dict[str, Any]:
@@ -182,16 +129,6 @@ KINDS: dict[str, Callable[[Tensor, Tensor], tuple[Any, Any]]] = {
     "not a number": lambda x, y: (x, y * float("nan")),
     "one tensor": lambda x, y: (x, x),
 }
-CONFIGS: tuple[tuple[type[Any], dict[str, Any]], ...] = (
-    *((cls, {}) for cls in CLASSES),
-    (DDIMScheduler, {"clip_sample": False, "prediction_type": "v_prediction"}),
-    (LCMScheduler, {"clip_sample": True}),
-    (EulerDiscreteScheduler, {"prediction_type": "sample"}),
-    (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}),
-    (DPMSolverMultistepScheduler, {"prediction_type": "sample"}),
-    (DPMSolverMultistepScheduler, {"variance_type": "learned"}),
-    (EDMDPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
-)
 
 
 #: What other options than the defaults read otherwise.
@@ -294,15 +231,15 @@ SCHEDULES: dict[str, Callable[[Tensor], Any]] = {
     "tuple": lambda x: tuple(x.reshape(-1).tolist()),
     "several": lambda x: x.reshape(-1).repeat(2),
     "NumPy": lambda x: x.numpy(),
-    "list of tensors": lambda x: list(x),
+    "list of tensors": lambda x: list(x.reshape(-1)),
     "another dtype": lambda x: x.double() if x.is_floating_point() else x.int(),
     "half": lambda x: x.half(),
     "column": lambda x: x.reshape(-1, 1),
     "every second": lambda x: x.repeat_interleave(2)[::2],
     "reversed": lambda x: x.flip(0),
-    "one": lambda x: x[:1],
-    "none": lambda x: x[:0],
-    "more": lambda x: torch.cat([x, x]),
+    "one": lambda x: x.reshape(-1)[:1],
+    "none": lambda x: x.reshape(-1)[:0],
+    "more": lambda x: torch.cat([x.reshape(-1)] * 2),
     "complex": lambda x: x.to(torch.complex64),
     "a parameter": lambda x: nn.Parameter(x.float()),
     "a subclass": lambda x: x.as_subclass(Plain),

@@ -12,9 +12,8 @@ from torch import Tensor
 
 pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
 
-from tests.test_diffusers_odd import CONFIGS, alike
-
 from tests.support.diffusers_observed import SHAPE, both, label
+from tests.support.diffusers_odd import CONFIGS, alike
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

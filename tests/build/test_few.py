@@ -29,7 +29,7 @@ def collected(folder: Path, *options: str) -> list[str]:
 
 
 def test_few_cases_of_every_test_and_none_that_is_slow(tmp_path: Path) -> None:
-    (tmp_path / "conftest.py").write_text(Path(__file__).with_name("conftest.py").read_text())
+    (tmp_path / "conftest.py").write_text((Path(__file__).parents[1] / "conftest.py").read_text())
     (tmp_path / "test_cases.py").write_text(CASES)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
     assert len(collected(tmp_path)) == 9 + 2 + 1 + 1

@@ -129,8 +129,16 @@ def test_levels_of_any_sequence_become_tuples() -> None:
         (lambda: vp_schedule("50"), TypeError, r"steps: expected an integer, got '50' \(str\)"),
         (lambda: vp_schedule(50.0), TypeError, r"steps: expected an integer, got 50.0 \(float\)"),
         (lambda: ddpm_schedule(None), TypeError, "steps: expected an integer, got None"),
-        (lambda: Schedule(0.0, (1.0, 0.6), (0.0, 0.8)), TypeError, r"times: expected N \+ 1 numbers, got a float"),
-        (lambda: Schedule("ab", (1.0, 0.6), (0.0, 0.8)), TypeError, r"times: expected N \+ 1 numbers, got a str"),
+        (
+            lambda: Schedule(0.0, (1.0, 0.6), (0.0, 0.8)),
+            TypeError,
+            r"times: expected N \+ 1 numbers, got 0.0 \(float\)",
+        ),
+        (
+            lambda: Schedule("ab", (1.0, 0.6), (0.0, 0.8)),
+            TypeError,
+            r"times: expected N \+ 1 numbers, got 'ab' \(str\)",
+        ),
     ],
 )
 def test_wrong_schedules_are_named(call: Any, error: type[Exception], message: str) -> None:

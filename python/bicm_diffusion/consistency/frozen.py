@@ -19,16 +19,14 @@ _graph_is_retained: Callable[[], bool] = getattr(torch._C._autograd, "_get_curre
 
 
 def check_network(network: nn.Module) -> None:
-    """Raise TypeError for no module, and for wrappers that cannot evaluate one several times before a backward pass.
+    """Raise TypeError for wrappers that cannot evaluate a network several times before one backward pass.
 
     Replicas of `nn.DataParallel` do not share their dropout masks; FSDP1 frees parameters that are still needed; and a
     DistributedDataParallel that notes which parameters a pass uses is right only where it is the network itself, so
     that the frozen evaluation can go past it.
     """
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"network: expected an nn.Module, whose parameters are trained, got {described(network)}")
     wrapper = getattr(network, "_orig_mod", network)
-    for module in network.modules():
+    for module in _modules(network):
         if isinstance(module, DataParallel):
             raise TypeError("network: expected a plain module or one in DistributedDataParallel, got DataParallel")
         if type(module).__name__ == "FullyShardedDataParallel":  # importing the class takes seconds
@@ -41,6 +39,11 @@ def check_network(network: nn.Module) -> None:
                 "network: expected a DistributedDataParallel with static_graph or find_unused_parameters to be the "
                 f"network itself, got one inside {type(wrapper).__name__}: wrap the whole network"
             )
+
+
+def _modules(network: object) -> Iterator[nn.Module]:
+    """The modules of a network; a function, whose modules cannot be known, has none."""
+    return network.modules() if isinstance(network, nn.Module) else iter(())
 
 
 def _notes_what_is_used(wrapper: DistributedDataParallel) -> bool:
@@ -61,6 +64,8 @@ def evaluate_frozen(network: nn.Module, inputs: tuple[Tensor, ...], extra_args: 
     """
     network = _without_reducer(network)
     if torch.compiler.is_compiling():
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"network: expected an nn.Module in torch.compile, got {described(network)}")
         with _swapped(_parameters(network)):
             return network(*inputs, **extra_args)
     values, structure = pytree.tree_flatten((inputs, dict(extra_args)))
@@ -93,7 +98,7 @@ def _without_reducer(network: nn.Module) -> nn.Module:
 def detached_parameters(network: nn.Module) -> Iterator[None]:
     """Put detached tensors in the place of a network's parameters, but for those that something else manages."""
     # FSDP exchanges the parameters itself, before and after a module's forward and backward pass.
-    kinds = {base.__name__ for kind in {type(module) for module in network.modules()} for base in kind.__mro__}
+    kinds = {base.__name__ for kind in {type(module) for module in _modules(network)} for base in kind.__mro__}
     sharded = "FSDPModule" in kinds
     with _swapped([] if sharded else [slot for slot in _parameters(network) if _is_ordinary(*slot)]):
         yield
@@ -105,7 +110,7 @@ _Slot = tuple[dict[str, Any], str]
 
 def _parameters(network: nn.Module) -> list[_Slot]:
     """The places of the parameters that are trained; one that has several is met in each."""
-    tables = [module._parameters for module in network.modules()]
+    tables = [module._parameters for module in _modules(network)]
     return [(table, name) for table in tables for name, x in table.items() if x is not None and x.requires_grad]
 
 

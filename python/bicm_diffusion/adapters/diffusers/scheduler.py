@@ -275,8 +275,9 @@ def plain(argument: Any) -> bool:
 def numbers(**arguments: Any) -> None:
     """Raise TypeError unless every argument is a number of Python's or NumPy's, and not NaN."""
     for name, value in arguments.items():
-        if type(value) is not float and (not isinstance(value, Real) or isinstance(value, float32)):
-            raise TypeError(f"{name} as {type(value).__name__}")
+        kind: type[Any] = type(value)
+        if kind is not float and (kind is float32 or not issubclass(kind, Real)):
+            raise TypeError(f"{name} as {kind.__name__}")
         if value != value:
             raise TypeError(f"{name} that is not a number")
 
