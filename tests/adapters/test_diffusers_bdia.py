@@ -12,7 +12,13 @@ from torch import Tensor
 
 pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
 
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 
 from bicm_diffusion import (
     Schedule,
@@ -224,3 +230,16 @@ def test_what_is_out_of_range_is_named() -> None:
         scheduler.step(x, 750, x, eta=1.0)
     with pytest.raises(ValueError, match="timestep: expected one of"):
         scheduler.step(x, 749, x)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        (DDIMScheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr: expected False, got True"),
+        (FlowMatchEulerDiscreteScheduler(), "config: expected one with a beta_schedule, got one with num_train"),
+        (EDMEulerScheduler(), "config: expected one with a beta_schedule, got one with sigma_min"),
+    ],
+)
+def test_configurations_of_other_levels_are_refused(theirs: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BDIADDIMScheduler.from_config(theirs.config)

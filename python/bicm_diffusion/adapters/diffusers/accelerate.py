@@ -49,7 +49,10 @@ def accelerated_class(cls: type[Any]) -> type[Any]:
     if issubclass(cls, Accelerated):
         return cls
     if cls not in COVERED:
-        raise TypeError(f"scheduler must be one of {covered_names()}, got {cls.__name__}")
+        raise TypeError(
+            f"scheduler must be one of {covered_names()}, got {cls.__name__}; accelerate_scheduler(..., strict=False) "
+            "returns others as they are"
+        )
     mixin = COVERED[cls]
 
     # Pipelines look at a scheduler's signatures to see what it takes.

@@ -109,6 +109,19 @@ class BDIADDIMScheduler(DDIMScheduler):
         self._indices: list[int] = []
         self._times: list[int] = []
 
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Make a scheduler of another one's configuration, as diffusers' `from_config` does.
+
+        Raises ValueError for levels that BDIA-DDIM does not have: zero terminal SNR, flow matching, EDM's.
+        """
+        for name, given in (config or {}).items():
+            if name == "rescale_betas_zero_snr" and given:
+                raise ValueError(f"{name}: expected False, got {given!r}: at the first level z is noise alone")
+        if "num_train_timesteps" in (config or {}) and "beta_schedule" not in config:
+            raise ValueError(f"config: expected one with a beta_schedule, got one with {', '.join(config)}")
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
     @property
     def _exact(self) -> bool:
         return bool(self.config.exact and self.config.gamma)

@@ -161,12 +161,14 @@ class Drawing:
         self._warn_once(
             f"{type(self).__name__}: the keyed noise of step {step} is drawn again, and repeats; for other noise pass "
             "generator= to step, give accelerate_scheduler another seed or sample_id, or leave its seed None and call "
-            "set_timesteps before every run"
+            "set_timesteps before every run",
+            "noise drawn again",
         )
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._told:
-            self._told = (*self._told, message)
+    def _warn_once(self, message: str, matter: str = "") -> None:
+        """Warn, unless this scheduler has said so, or anything else of the same matter."""
+        if (matter or message) not in self._told:
+            self._told = (*self._told, matter or message)
             warnings.warn(message, UserWarning, stacklevel=4)
 
 

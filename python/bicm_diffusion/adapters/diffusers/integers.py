@@ -85,4 +85,8 @@ class Integers:
         same = sample is self.seen and version_of(sample) == self.version
         # Pipelines copy what a loop starts from: the first state is compared by its values.
         if not same and not (self.version == -1 and sample.dtype == self.dtype and torch.equal(sample, self.seen)):
-            raise ValueError("sample: with exact=True, expected the state that the last step or turn_round returned")
+            raise ValueError(
+                "sample: with exact=True, expected the state that the last step or turn_round returned; for another "
+                "image make another scheduler or call set_timesteps(..., inverse=True), and to change states between "
+                "steps use exact=False"
+            )
