@@ -104,9 +104,10 @@ def cm_posterior_sample(
 
     The ancestral mean keeps the denoised sample of `model`, through which no gradient goes. tau: τ ≥ 0, the standard
     deviation of the noise on what the consistency model returns.
-    consistency_model: with parameterization "bcm" called as `consistency_model(c_in(t)·x, t, t_min, …)` and with "cm" as
-    `consistency_model(c_in(t)·x, t, …)`, returning the raw output F; with "x0" as `consistency_model(x, t, …)`, returning
-    f(x, t) itself; … are consistency_args. It may be the network that `model` asks. x is z/alpha, t is sigma/alpha. z, model, options and errors: as for `dps_sample`.
+    consistency_model: with parameterization "bcm" called as `consistency_model(c_in(t)·x, t, t_min, …)` and with "cm"
+    as `consistency_model(c_in(t)·x, t, …)`, returning the raw output F; with "x0" as `consistency_model(x, t, …)`,
+    returning f(x, t) itself; … are consistency_args. It may be the network that `model` asks. x is z/alpha and t is
+    sigma/alpha. z, model, options and errors: as for `dps_sample`.
 
     >>> import torch
     >>> from bicm_diffusion import karras_schedule
