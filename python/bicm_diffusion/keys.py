@@ -14,3 +14,5 @@ RESERVED = 0x6269636D << 32
 LEVELS, PARTNERS, DROPOUT, TIMES = (RESERVED + n for n in range(1, 5))
 # Fresh noise of samplers, of their forms for other libraries, and of accelerated schedulers.
 CONSISTENCY_SAMPLING, CONSISTENCY_INVERSION, CHURN, SIGN, K_DIFFUSION, SCHEDULER = (RESERVED + n for n in range(33, 39))
+# Inverse solvers: ancestral noise, noise around a denoised sample, the way back up, and new levels of CM inversion.
+ANCESTRAL, AROUND, TRAVEL, CM_INVERSION = (RESERVED + n for n in range(65, 69))

@@ -1,4 +1,4 @@
-"""The programs in examples/ run, and show what they say; every code block of the training guide runs."""
+"""The programs in examples/ run, and show what they say; every code block of the guides runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-GUIDES = ["training.md", "reproducibility.md"]
+GUIDES = ["training.md", "reproducibility.md", "inverse.md"]
 
 
 def program(name: str, *arguments: str, processes: int = 1) -> str:

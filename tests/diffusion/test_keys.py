@@ -21,6 +21,7 @@ from bicm_diffusion import (
     sign_masked,
 )
 from bicm_diffusion.adapters.k_diffusion import keyed_noise_sampler, sample_euler
+from bicm_diffusion.inverse import lgd_sample
 
 SHAPE = (4, 3, 16, 16)
 SCHEDULE = ConsistencySchedule((80.0, 2.0))
@@ -37,6 +38,11 @@ def k_diffusion_churned(z: Tensor, seen: Callable[..., Tensor], seed: int) -> Te
     return sample_euler(seen, z, sigmas, disable=True, s_churn=2.0, noise_sampler=drawn)
 
 
+def solved(z: Tensor, seen: Callable[..., Tensor], seed: int) -> Tensor:
+    still = {"operator": lambda x0: x0, "y": z, "scale": 0.0, "radius": 0.0}
+    return lgd_sample(lambda x, t: seen(x) + 0 * x, z, karras_schedule(4), prediction="x0", seed=seed, **still)
+
+
 SAMPLERS: dict[str, Callable[[Tensor, Callable[..., Tensor], int], Tensor]] = {
     "edm_sample": churned,
     "sign_masked": lambda z, seen, seed: sign_masked(seen, z, [2.0, 1.0], seed=seed),
@@ -46,6 +52,7 @@ SAMPLERS: dict[str, Callable[[Tensor, Callable[..., Tensor], int], Tensor]] = {
     ),
     "consistency_invert": lambda z, seen, seed: consistency_invert(seen, z, SCHEDULE, seed=seed),
     "keyed_noise_sampler": k_diffusion_churned,
+    "lgd_sample": solved,
 }
 
 

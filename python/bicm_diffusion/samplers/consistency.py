@@ -207,7 +207,7 @@ def _follow(
     shared = next((step for step, leap in enumerate(leaps) if leap.noise), 0)
     scaled = scale_input(x, leaps[0].start, sigma_data=data)
     answer: type | None = None
-    for step, leap in enumerate(_shown(leaps, progress)):
+    for step, leap in enumerate(shown(leaps, progress)):
         t, u = (torch.full(x.shape[:1], level, dtype=dtype, device=x.device) for level in leap[:2])
         output = model(scaled, t, u, **(extra_args or {}))
         if type(output) is not answer:
@@ -249,7 +249,8 @@ def _with_initial(
     return x, scaled
 
 
-def _shown(leaps: Sequence[Leap], progress: bool) -> Iterable[Leap]:
+def shown(leaps: Sequence[Leap], progress: bool) -> Iterable[Leap]:
+    """Return the leaps, with a progress bar where one is wanted."""
     if not progress:
         return leaps
     with extra("diffusion", "or pass progress=False"):

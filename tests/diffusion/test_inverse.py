@@ -1,0 +1,298 @@
+"""Inverse solvers against their formulas written plainly, against closed forms, and alone as in a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bicm_diffusion import ConsistencySchedule, Preconditioned, Schedule, karras_schedule, vp_schedule
+from bicm_diffusion.inverse import (
+    cm_inversion_sample,
+    cm_posterior_sample,
+    dps_sample,
+    freedom_sample,
+    lgd_sample,
+    mpgd_sample,
+)
+from bicm_diffusion.keys import ANCESTRAL, AROUND, CM_INVERSION, TRAVEL
+from bicm_kernels import fold_in, normal
+from tests.support.closed_forms import noise
+
+STD = 0.5
+SCHEDULE = karras_schedule(6, t_min=0.05, t_max=10.0)
+LEVELS = ConsistencySchedule((10.0, 2.0, 0.5))
+SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "dps": (dps_sample, {}),
+    "lgd": (lgd_sample, {}),
+    "lgd, three draws": (lgd_sample, {"draws": 3, "radius": 0.2}),
+    "freedom": (freedom_sample, {"repeats": 3, "repeat_range": (0.1, 5.0)}),
+    "mpgd": (mpgd_sample, {}),
+    "cm posterior": (cm_posterior_sample, {"tau": 0.1}),
+}
+
+
+def wide(t: Tensor, x: Tensor) -> Tensor:
+    return t.reshape(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+
+
+def clean(x: Tensor, t: Tensor) -> Tensor:
+    """A denoiser, bent so that nothing is linear; every element on its own, so that it is batch-invariant."""
+    level = wide(t, x)
+    return x * STD**2 / (STD**2 + level**2) / (1.0 + 0.1 * (x / (1.0 + level)) ** 2)
+
+
+def jump(x: Tensor, t: Tensor) -> Tensor:
+    """A consistency model of another shape than the denoiser."""
+    level = wide(t, x)
+    return x * STD / (STD**2 + level**2) ** 0.5 / (1.0 + 0.2 * (x / (1.0 + level)) ** 2)
+
+
+def operator(x0: Tensor) -> Tensor:
+    return x0[:, :2] ** 2 + x0[:, 1:3]
+
+
+def drawn(x: Tensor, purpose: int, step: int, *folds: int) -> Tensor:
+    key = fold_in(3, purpose)
+    for fold in folds:
+        key = fold_in(key, fold)
+    return normal(x.shape, seed=key, step=step).to(x.dtype)
+
+
+def plain(name: str, z: Tensor, y: Tensor, schedule: Schedule) -> Tensor:
+    """The algorithms as they are written (DPS Alg. 1, LGD, FreeDoM, MPGD, CM-DIS Alg. 2), in units of x0."""
+    x = z / schedule.alpha[-1]
+    options = SOLVERS[name][1]
+    for i in range(schedule.steps, 0, -1):
+        sigma, below = (schedule.sigma[k] / schedule.alpha[k] for k in (i, i - 1))
+        alpha = schedule.alpha[i]
+        low, high = options.get("repeat_range", (math.inf, math.inf))
+        for repeat in range(options.get("repeats", 1) if low <= sigma <= high else 1):
+            if repeat:
+                x = x + math.sqrt(sigma**2 - below**2) * drawn(x, TRAVEL, i, repeat)
+            x = x.detach().requires_grad_()
+            t = torch.full(x.shape[:1], sigma, dtype=x.dtype)
+            mean = clean(x, t)
+            if name == "mpgd":
+                mean = mean.detach().requires_grad_()
+            points = [jump(x, t) if name == "cm posterior" else mean]
+            radius = {"lgd": sigma / math.sqrt(1 + sigma**2), "lgd, three draws": 0.2, "cm posterior": 0.1}.get(name)
+            if radius is not None:
+                points = [points[0] + radius * drawn(x, AROUND, i, k) for k in range(options.get("draws", 1))]
+            norms = torch.stack([(operator(p) - y).flatten(1).norm(dim=1) for p in points])
+            distance = -torch.log(torch.exp(-norms).mean(0)).sum()
+            (g,) = torch.autograd.grad(distance, mean if name == "mpgd" else x)
+            n = drawn(x, ANCESTRAL, i, *[repeat] if repeat else [])
+            if name == "mpgd":
+                mean = mean - 0.3 * g
+            ratio = (below / sigma) ** 2
+            x = (mean + ratio * (x - mean) + below * math.sqrt(sigma**2 - below**2) / sigma * n).detach()
+            if name != "mpgd":
+                # The derivative in z = alpha·x, and a correction of z' = alpha'·x'.
+                x = x - 0.3 * g / alpha / schedule.alpha[i - 1]
+    return x * schedule.alpha[0]
+
+
+def problem(**others: Any) -> dict[str, Any]:
+    y = 0.3 * noise(4, 2, 5, seed=1).abs()
+    return {"operator": operator, "y": y, "scale": 0.3, "seed": 3, **others}
+
+
+def extras(name: str) -> dict[str, Any]:
+    own = {"consistency_model": jump, "parameterization": "x0"} if name == "cm posterior" else {}
+    return {**SOLVERS[name][1], **own}
+
+
+@pytest.mark.parametrize("process", ["ve", "vp"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_is_the_algorithm(name: str, process: str) -> None:
+    schedule = SCHEDULE if process == "ve" else vp_schedule(6, final_time=0.0)
+    ratio = dict(zip(schedule.times, (s / a for s, a in zip(schedule.sigma, schedule.alpha, strict=True)), strict=True))
+    scale = dict(zip(schedule.times, schedule.alpha, strict=True))
+
+    def model(z: Tensor, times: Tensor) -> Tensor:
+        time = min(ratio, key=lambda t: abs(t - times[0].item()))
+        return clean(z / scale[time], torch.full_like(times, ratio[time]))
+
+    z = schedule.sigma[-1] * noise(4, 3, 5)
+    given = problem()
+    found = SOLVERS[name][0](model, z, schedule, prediction="x0", **extras(name), **given)
+    # In float64 the two differ by roundings of sums of some tens of terms of the state's size.
+    torch.testing.assert_close(found, plain(name, z, given["y"], schedule), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_raw_network_gives_what_its_denoised_sample_gives(name: str) -> None:
+    def raw(scaled: Tensor, times: Tensor) -> Tensor:
+        sigma = wide(times, scaled)
+        x = scaled * (STD**2 + sigma**2).sqrt()
+        c_skip, c_out = STD**2 / (STD**2 + sigma**2), STD * sigma / (STD**2 + sigma**2).sqrt()
+        return (clean(x, times) - c_skip * x) / c_out
+
+    z, solve = 10.0 * noise(4, 3, 5), SOLVERS[name][0]
+    expected = solve(clean, z, SCHEDULE, prediction="x0", **extras(name), **problem())
+    found = solve(raw, z, SCHEDULE, prediction=Preconditioned(), **extras(name), **problem())
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_guidance_and_noise_prediction_reach_the_gradient() -> None:
+    def pair(z: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        eps = (z - clean(z, times)) / wide(times, z)
+        return 0.5 * eps, eps
+
+    z = 10.0 * noise(4, 3, 5)
+    expected = dps_sample(clean, z, SCHEDULE, prediction="x0", **problem())
+    found = dps_sample(pair, z, SCHEDULE, guidance_scale=1.0, **problem())
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_cm_inversion_is_the_algorithm() -> None:
+    z, given = 10.0 * noise(4, 3, 5), problem()
+    del given["scale"]
+    found = cm_inversion_sample(
+        jump, z, LEVELS, iterations=3, rate=lambda t: 0.2 * (t + 0.5), tau=0.1, parameterization="x0", **given
+    )
+    x = z
+    for place, t in enumerate(LEVELS.levels):
+        times = torch.full((4,), t, dtype=torch.float64)
+        for k in range(3):
+            x = x.detach().requires_grad_()
+            point = jump(x, times) + 0.1 * drawn(x, AROUND, place, k)
+            (g,) = torch.autograd.grad((operator(point) - given["y"]).flatten(1).norm(dim=1).sum(), x)
+            x = x - 0.2 * (t + 0.5) * g
+        x = jump(x, times).detach()
+        if place < 2:
+            x = x + math.sqrt(LEVELS.levels[place + 1] ** 2 - 0.002**2) * drawn(x, CM_INVERSION, place)
+    torch.testing.assert_close(found, x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["bcm", "cm"])
+def test_cm_inversion_of_a_raw_network(form: Any) -> None:
+    """f(x, t) = c_skip·x + c_out·F with F = 0 is a network whose clean sample is known."""
+    seen: list[int] = []
+
+    def zero(x: Tensor, *times: Tensor) -> Tensor:
+        seen.append(len(times))
+        return 0.0 * x
+
+    z, y = 2.0 * noise(4, 3), noise(4, 3, seed=1)
+    found = cm_inversion_sample(
+        zero, z, ConsistencySchedule((2.0,)), iterations=1, rate=0.5, parameterization=form, operator=lambda x: x, y=y,
+        distance="half_squared",
+    )  # fmt: skip
+    end, t = 0.002, 2.0
+    skip = (0.25 + t * end) / (0.25 + t**2) if form == "bcm" else 0.25 / (0.25 + (t - end) ** 2)
+    torch.testing.assert_close(found, skip * (z - 0.5 * skip * (skip * z - y)), rtol=1e-13, atol=1e-13)
+    assert set(seen) == {2 if form == "bcm" else 1}
+
+
+def downsampled(x0: Tensor) -> Tensor:
+    return (x0[..., ::2, ::2] + x0[..., 1::2, 1::2]) * 0.5
+
+
+DISTANCES: dict[str, tuple[Callable[[Tensor], Tensor], Any]] = {
+    "norm": (downsampled, lambda n: noise(n, 3, 4, 4, dtype=torch.float32, seed=1)),
+    "half_squared": (downsampled, lambda n: noise(n, 3, 4, 4, dtype=torch.float32, seed=1)),
+    "mse": (downsampled, lambda n: noise(n, 3, 4, 4, dtype=torch.float32, seed=1)),
+    "cross_entropy": (lambda x0: x0, lambda n: (noise(n, 8, 8, seed=1) > 0).long()),
+}
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("name", [*SOLVERS, "cm inversion"])
+def test_a_sample_is_the_same_bits_alone_and_among_16(name: str, distance: str, threads: Any) -> None:
+    measure, measurements = DISTANCES[distance]
+    z, y = 10.0 * noise(16, 3, 8, 8, dtype=torch.float32), measurements(16)
+
+    def solve(chosen: slice, first: int) -> Tensor:
+        given: dict[str, Any] = {"operator": measure, "y": y[chosen], "distance": distance, "sample_id": first}
+        if name == "cm inversion":
+            more: dict[str, Any] = {"iterations": 2, "tau": 0.1, "parameterization": "x0"}
+            return cm_inversion_sample(jump, z[chosen], LEVELS, **more, **given)
+        schedule = karras_schedule(3, t_min=0.05, t_max=10.0)
+        return SOLVERS[name][0](clean, z[chosen], schedule, prediction="x0", **extras(name), **given)
+
+    with threads(2):
+        together = solve(slice(0, 16), 0)
+        for k in (0, 7):
+            assert torch.equal(solve(slice(k, k + 1), k)[0], together[k])
+    assert together.isfinite().all()
+
+
+def test_one_repeat_is_dps() -> None:
+    z = 10.0 * noise(4, 3, 5)
+    once = freedom_sample(clean, z, SCHEDULE, prediction="x0", repeats=1, **problem())
+    assert torch.equal(once, dps_sample(clean, z, SCHEDULE, prediction="x0", **problem()))
+
+
+def test_a_step_size_may_depend_on_levels_and_samples() -> None:
+    z, seen = 10.0 * noise(4, 3, 5), []
+    sizes = torch.tensor([0.0, 0.1, 0.2, 0.3], dtype=torch.float64)
+
+    def scale(sigma: float, below: float) -> Tensor:
+        seen.append((sigma, below))
+        return sizes
+
+    given = {**problem(), "scale": scale}
+    found = dps_sample(clean, z, SCHEDULE, prediction="x0", **given)
+    assert seen == [(SCHEDULE.sigma[i], SCHEDULE.sigma[i - 1]) for i in range(6, 0, -1)]
+    for k, size in enumerate(sizes.tolist()):
+        whole = dps_sample(clean, z, SCHEDULE, prediction="x0", **{**given, "scale": size})
+        assert torch.equal(whole[k], found[k])
+
+
+def test_a_residual_of_zero_moves_nothing() -> None:
+    z = 10.0 * noise(4, 3)
+    given: dict[str, Any] = {"operator": lambda x0: 0.0 * x0, "y": torch.zeros(4, 3, dtype=torch.float64)}
+    for name, (solve, _) in SOLVERS.items():
+        pushed = solve(clean, z, SCHEDULE, prediction="x0", scale=5.0, **extras(name), **given)
+        still = solve(clean, z, SCHEDULE, prediction="x0", scale=0.0, **extras(name), **given)
+        assert pushed.isfinite().all() and torch.equal(pushed, still)
+
+
+def test_nothing_is_left_to_differentiate() -> None:
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    z = (10.0 * noise(4, 3, 5)).requires_grad_()
+    for name, (solve, _) in SOLVERS.items():
+        found = solve(lambda z, t: weight * clean(z, t), z, SCHEDULE, prediction="x0", **extras(name), **problem())
+        assert not found.requires_grad and z.grad is None and weight.grad is None
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no operator": ({"operator": None}, "operator: expected a function or module, got None"),
+    "no y": ({"y": None}, "y: expected a tensor"),
+    "another batch": ({"y": torch.zeros(3, 2, 5)}, "y: expected one measurement a sample"),
+    "another shape": ({"y": torch.zeros(4, 2, 4)}, r"y: expected the shape of operator\(x0\), \(4, 2, 5\)"),
+    "unknown distance": ({"distance": "l1"}, "distance: expected 'norm', .* got 'l1'"),
+    "distance over the batch": ({"distance": lambda p, y: p.sum()}, "distance: expected one number a sample"),
+    "no derivative": ({"operator": lambda x0: x0[:, :2].detach()}, "expected functions that torch differentiates"),
+    "step size": ({"scale": "large"}, "scale: expected a number or a tensor or a function of noise levels"),
+    "misspelt": ({"operater": operator}, "did you mean 'operator'"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_calls_name_the_argument(kind: str) -> None:
+    wrong, message = WRONG[kind]
+    with pytest.raises((TypeError, ValueError), match=message):
+        dps_sample(clean, 10.0 * noise(4, 3, 5), SCHEDULE, prediction="x0", **{**problem(), **wrong})
+
+
+@pytest.mark.parametrize(
+    ("solve", "wrong", "message"),
+    [
+        (lgd_sample, {"draws": 0}, "draws: expected at least 1"),
+        (lgd_sample, {"radius": -1.0}, "radius: expected a value of at least 0"),
+        (freedom_sample, {"repeats": 1.5}, "repeats: expected an integer"),
+        (freedom_sample, {"repeat_range": 3.0}, "repeat_range: expected a pair"),
+        (cm_posterior_sample, {"consistency_model": jump, "parameterization": "edm"}, "parameterization: expected one"),
+        (cm_posterior_sample, {"consistency_model": None}, "consistency_model: expected a function"),
+    ],
+)
+def test_wrong_options_of_one_solver(solve: Any, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        solve(clean, 10.0 * noise(4, 3, 5), SCHEDULE, prediction="x0", **problem(), **wrong)
