@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 INTERNALS = ROOT / "bicm_kernels" / "torch_internals.py"
 NATIVE = ROOT / "csrc" / "torch" / "python.cpp"
 
