@@ -77,6 +77,7 @@ def main() -> None:
         return 0.25 / (0.25 + sigma * sigma) * x
 
     sigmas = karras_levels(60).flip(0).tolist()
+    # On the grid of the integers, so that the way back returns these very numbers.
     x = (80 * bk.normal((16, 3, 8, 8), seed=0) * 2**16).round() / 2**16
     exact = x * ((0.25 + sigmas[-1] ** 2) / (0.25 + sigmas[0] ** 2)) ** 0.5
     error = (adams_bashforth_sample(denoiser, x, sigmas) - exact).abs().max()
