@@ -157,7 +157,7 @@ class Recurrent(Network):
 
     def __init__(self) -> None:
         super().__init__()
-        self.recurrent = nn.GRU(SIZE, Images, SIZE, Images, batch_first=True)
+        self.recurrent = nn.GRU(SIZE, SIZE, batch_first=True)
 
     def forward(self, scaled: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return self.recurrent(super().forward(scaled, t, u)[:, None].expand(-1, 2, -1))[0][:, -1]
@@ -178,7 +178,7 @@ class Normed(Network):
 class PartlyFixed(Network):
     def __init__(self) -> None:
         super().__init__()
-        self.fixed = nn.Linear(SIZE, Images, SIZE).requires_grad_(False)
+        self.fixed = nn.Linear(SIZE, SIZE).requires_grad_(False)
 
     def forward(self, scaled: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return self.fixed(super().forward(scaled, t, u))
@@ -285,7 +285,7 @@ def test_the_outer_evaluation_computes_no_gradient_of_a_weight() -> None:
     class Custom(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weight = nn.Parameter(torch.randn(SIZE, Images, SIZE))
+            self.weight = nn.Parameter(torch.randn(SIZE, SIZE))
 
         def forward(self, scaled: Tensor, t: Tensor, u: Tensor) -> Tensor:
             return Product.apply(scaled, self.weight)
@@ -307,7 +307,7 @@ def test_gradients_reach_extra_arguments_and_samples() -> None:
 
     network = build(Conditional, torch.float64)
     x, levels = problem(dtype=torch.float64)
-    shift = torch.randn(SIZE, Images, dtype=torch.float64, requires_grad=True)
+    shift = torch.randn(SIZE, dtype=torch.float64, requires_grad=True)
     x.requires_grad_()
     loss = bct_loss(network, x, levels, seed=5, step=3, extra_args={"condition": {"shift": [shift], "scale": 1.5}})
     found = torch.autograd.grad(loss.total, [x, shift])
