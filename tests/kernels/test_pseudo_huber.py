@@ -16,7 +16,7 @@ from torch import Tensor
 import bicm_kernels as bk
 from bicm_kernels import reference
 from tests.support.loss_calls import EVERY_KIND
-from tests.support.tensors import BF16, F16, F32, F64, Bits, Threads, random
+from tests.support.tensors import BF16, F16, F32, F64, LAYOUTS, Bits, Threads, random
 
 REDUCTIONS = ("mean", "sum", "none")
 DTYPES = [(F32, F32), (F32, BF16), (F16, F32), (BF16, BF16), (F16, F16), (F64, F64), (F64, F32), (BF16, F64)]
@@ -83,20 +83,6 @@ def test_dtypes_and_sizes(options: dict[str, Any], first: torch.dtype, second: t
             strict=True,
         ):
             close(ours, plain)
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "sliced": lambda x: torch.stack([x, -x], dim=-1)[..., 0],
-    "cut out": lambda x: torch.nn.functional.pad(x, (1, 2, 1, 0))[..., 1:, 1:-2],
-    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "samples last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
-    "every other sample": lambda x: torch.stack([x, -x], dim=1).flatten(0, 1)[::2],
-    "expanded batch": lambda x: x[:1].expand_as(x),
-    "expanded inside": lambda x: x[:, :, :1].expand_as(x),
-    "one number": lambda x: x[:1, :1, :1, :1].expand_as(x),
-}
 
 
 @pytest.mark.parametrize("options", EVERY_KIND[::3])
