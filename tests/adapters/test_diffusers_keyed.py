@@ -156,6 +156,10 @@ def test_noise_that_repeats_is_warned_of_once(
         for _ in range(2):
             scheduler.set_timesteps(6)
             assert torch.equal(run(scheduler, torch.zeros(SHAPE), arguments, 1)[0], first[0])
+        assert warned(caught, "is drawn again") == 1
+        for _ in range(2):
+            scheduler.set_timesteps(6)
+            run(scheduler, torch.zeros(SHAPE), arguments, 4)  # further steps are the same matter
     assert warned(caught, "is drawn again") == 1
 
 
@@ -202,3 +206,18 @@ def test_two_threads_share_a_scheduler_and_its_lists_of_generators() -> None:
 
     with ThreadPoolExecutor(2) as pool:
         assert all(pool.map(many, (10, 20)))
+
+
+def test_another_thread_s_seeds_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if another thread replaced what is kept just before it is read."""
+    scheduler = keyed(DDIMScheduler, {"clip_sample": False})
+    t, x = scheduler.timesteps[0], torch.zeros(2, 1, 4, 4)
+
+    def step() -> Tensor:
+        generators = [torch.Generator().manual_seed(10 + k) for k in range(2)]
+        return scheduler.step(x, t, x, eta=1.0, generator=generators).prev_sample
+
+    expected = step()
+    others = (20, 21), torch.tensor([1, 2])
+    monkeypatch.setattr(type(scheduler), "_seeds", property(lambda _: others, lambda _, value: None))
+    assert torch.equal(step(), expected)
