@@ -20,6 +20,7 @@ from diffusers import (
     DDIMInverseScheduler,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
@@ -73,6 +74,27 @@ def runs(draw: st.DrawFn) -> tuple[type[Any], dict[str, Any], dict[str, Any]]:
     if cls in (EulerDiscreteScheduler, EDMEulerScheduler):
         how["s_churn"] = draw(st.sampled_from((0.0, 2.0)))
     return cls, config, how
+
+
+#: The last two levels are one in float32.
+STANDS_STILL = {"final_sigmas_type": "sigma_min", "lower_order_final": False}
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "how"),
+    [
+        (DDIMScheduler, {"beta_end": 0.2}, {"eta": 1.0}),
+        (DDIMScheduler, {"beta_end": 0.2, "prediction_type": "v_prediction"}, {"eta": 1.0, "start": 1}),
+        (EDMDPMSolverMultistepScheduler, {**STANDS_STILL, "solver_type": "heun"}, {}),
+        (EDMDPMSolverMultistepScheduler, {**STANDS_STILL, "solver_order": 3}, {"start": 1}),
+    ],
+    ids=label,
+)
+def test_where_the_original_is_not_a_number(cls: type[Any], config: dict[str, Any], how: dict[str, Any]) -> None:
+    """A root of less than nothing, and a step between equal levels: the original's NaN, in the same places."""
+    seen = [x for x in observed(both(cls, config, 4)[0], **how) if isinstance(x, torch.Tensor)]
+    assert any(x.isnan().any() for x in seen)
+    agree(*both(cls, config, 4), **how)
 
 
 @settings(max_examples=120, derandomize=True, deadline=None)

@@ -55,6 +55,13 @@ def ddim_row(prediction: str, a: Number, below: Number, eta: float, *, clips: bo
     return x0_sample, x0_output, sample, output, 0.0, deviation, *near
 
 
+def leaves_no_direction(here: float, below: float, eta: float) -> bool:
+    """Whether the noise's variance leaves less than nothing for the direction in float32, the original's precision."""
+    a, b = torch.tensor([here, below], dtype=torch.float32)
+    deviation = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
+    return bool(1 - b - deviation**2 < 0)
+
+
 class _Alphas(Accelerated):
     """Schedulers that look up alpha-bar by the timestep itself."""
 
@@ -173,8 +180,11 @@ class Ddim(_Alphas):
         return timestep, timestep - tables.gap
 
     def _row(self, levels: tuple[Number, Number], eta: float, rederives: bool) -> Any:
-        if not traced() and levels[1] < levels[0]:
-            return None  # a variance below zero: the original's NaN, whatever eta is
+        if not traced():
+            here, below = levels
+            # A variance below zero, whatever eta is, or the root of one: the original's NaN.
+            if below < here or (eta and 0.0 < here < 1.0 and leaves_no_direction(here, below, eta)):  # type: ignore[arg-type]
+                return None
         return super()._row(levels, eta, rederives)
 
     @fused

@@ -38,6 +38,13 @@ def log_ratio(level: Level) -> float:
     return math.log(alpha) - math.log(sigma) if alpha else -math.inf
 
 
+def step_of_no_length(to: Level, here: Level) -> bool:
+    """Whether the originals, in float32, see no step between two levels: then they divide zero by zero."""
+    levels = torch.tensor([to, here], dtype=torch.float32).log()
+    there, now = (levels[:, 0] - levels[:, 1]).tolist()
+    return bool(there == now)
+
+
 def solver_row(levels: list[Level], *, order: int, heun: bool, noisy: bool) -> Row:
     """Weights of the sample, of x0 now, one and two steps before, and of noise (DPM-Solver++ eq. 9 to 14).
 
@@ -124,9 +131,12 @@ class _Solver(Sigmas):
         config = self.config
         here = tables.levels[index]
         x0_sample, x0_output = self._reading(here)
+        heun = config.solver_type == "heun"
         levels = [self._level(tables.levels[k]) for k in range(index + 1, index - order, -1)]
+        if (order == 3 or (heun and order == 2)) and step_of_no_length(*levels[:2]):
+            raise ZeroDivisionError
         kept, now, before, earlier, deviation = solver_row(
-            levels, order=order, heun=config.solver_type == "heun", noisy=config.algorithm_type == ALGORITHMS[1]
+            levels, order=order, heun=heun, noisy=config.algorithm_type == ALGORITHMS[1]
         )
         of_sample, of_output = kept + now * x0_sample, now * x0_output
         return x0_sample, x0_output, of_sample, of_output, before, earlier, deviation, self._near(here)
