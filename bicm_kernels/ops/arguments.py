@@ -57,8 +57,9 @@ def quiet(first: Tensor, tensors: Sequence[Tensor]) -> bool:
     """Whether a kernel runs for a tensor's device, and nobody traces, watches, transforms or differentiates."""
     if dynamo() or not undisturbed():
         return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return False
+    for x in tensors:
+        if x.requires_grad and torch.is_grad_enabled():
+            return False
     if first.is_cpu:
         return backend.cpu_is_compiled
     return not first.is_meta and backend.running(first.device.type) != "reference"

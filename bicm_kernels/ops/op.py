@@ -32,20 +32,22 @@ Call = Sequence[Any]
 Types = tuple[str, str, tuple[str, ...]]
 
 
-#: Which ops somebody registered other implementations of, and how many implementations there were at the last look.
-_replaced: set[str] = set()
+#: How many implementations there were at the last look.
 _implementations = -1
 #: What the package itself registers from Python: shapes without values, Triton kernels.
 _OURS = ("Meta", "CUDA", "XPU")
 
 
-def _look_for_others() -> None:
+def _may_go_direct() -> bool:
+    """Whether the native library declined a call for implementations that are new, none of which replaces ours."""
     global _implementations
+    if len(implementations) == _implementations:
+        return False
     _implementations = len(implementations)
-    _replaced.clear()
-    for library_name, name, key in (entry.split("/") for entry in implementations if entry.count("/") == 2):
-        if library_name == "bicm_kernels" and key not in _OURS:
-            _replaced.add(name.partition(".")[0])
+    ours = (entry.split("/")[1:] for entry in implementations if entry.startswith("bicm_kernels/"))
+    replaced = any(key not in _OURS and hasattr(backend.library, name.partition(".")[0]) for name, key in ours)
+    backend.library.know_implementations(-1 if replaced else _implementations)
+    return not replaced
 
 
 @dataclass(eq=False)
@@ -101,7 +103,7 @@ class Op:
         packet = getattr(torch.ops.bicm_kernels, self.schema)
         self.default: Any = packet.default
         self.tensor: Any = getattr(packet, "tensor", None)
-        self.bare = bare(self.default)
+        self.bare, self.bare_tensor = bare(self.default), bare(self.tensor)
         if self.guided:
             self.out, self.tensor_out = packet.out, packet.tensor_out
         if self.differentiable:
@@ -167,12 +169,11 @@ class Op:
         """Run the kernel, beside the dispatcher where it can be; a reference where something asks for it."""
         direct = backend.direct
         if direct is not None and outs is None and not dynamo():
-            if len(implementations) != _implementations:
-                _look_for_others()
-            if (name := self.schema) not in _replaced:
-                result = getattr(direct, name)(*call)
-                if result is not None:
-                    return result
+            result = getattr(direct, self.schema)(*call)
+            if result is None and _may_go_direct():
+                result = getattr(direct, self.schema)(*call)
+            if result is not None:
+                return result
         return self.run(call, outs)
 
     def run(self, call: Call, outs: Sequence[Tensor] | None) -> Any:
@@ -185,8 +186,12 @@ class Op:
         try:
             tensors, full = self.spread(call)
             first = tensors[0]
-            if outs is None and self.simple(full) and arguments.quiet(first, tensors):
-                return self.asked_for(call, self.bare(*full))
+            if outs is None and arguments.quiet(first, tensors):
+                if self.simple(full):
+                    return self.asked_for(call, self.bare(*full))
+                numbers = arguments.numbers(full[self.first_number :])
+                if not arguments.requires_grad(*numbers):
+                    return self.asked_for(call, self.bare_tensor(*self.as_tensors(call, full)))
             tracked = arguments.requires_grad(*tensors, *(outs or ()))
             numbers = arguments.numbers(full[self.first_number :])
             untracked = arguments.requires_grad(*numbers) or (tracked and self.tracked is None)
@@ -237,17 +242,22 @@ class Op:
         if not tracked and arguments.plain(full[self.first_number :]):
             function = self.default if outs is None else self.out
         else:
-            values = arguments.coefficients(full[self.first_number : self.first_flag])
-            if self.guided and call[self.guidance_at] is None:
-                values[len(self.lists)] = None
-            first = call[0][0] if self.guided else call[0]
-            seed, step, sample_id = full[self.first_key :] or (None, 0, 0)
-            key = arguments.key(seed, step, sample_id, first) if self.noise else ()
-            full = [*full[: self.first_number], *values, *full[self.first_flag : self.first_key], *key]
+            full = self.as_tensors(call, full)
             if tracked:
                 return self.tracked, full
             function = self.tensor if outs is None else self.tensor_out
         return without_lists(function) if self.guided and arguments.scripting() else function, full
+
+    def as_tensors(self, call: Call, full: list[Any]) -> list[Any]:
+        """The arguments of the overload with tensors."""
+        values = arguments.coefficients(full[self.first_number : self.first_flag])
+        if self.guided and call[self.guidance_at] is None:
+            values[len(self.lists)] = None
+        key: tuple[Any, ...] = ()
+        if self.noise:
+            seed, step, sample_id = full[self.first_key :]
+            key = arguments.key(seed, step, sample_id, call[0][0] if self.guided else call[0])
+        return [*full[: self.first_number], *values, *full[self.first_flag : self.first_key], *key]
 
     def asked_for(self, call: Call, results: Any) -> Any:
         """The results, None for one that its number did not ask for."""

@@ -14,7 +14,7 @@ from bicm_kernels.ops import arguments, kept_gradient
 from bicm_kernels.ops.kept_gradient import Gradients, Kept, can_be_kept, wanted_bits
 from bicm_kernels.ops.library import define, library
 from bicm_kernels.ops.op import NUMBERS, PLAIN, TENSORS, Call, Op, Types
-from bicm_kernels.torch_internals import apply_of, is_batched_gradient, transformed
+from bicm_kernels.torch_internals import apply_of, bare, is_batched_gradient, transformed
 
 _Kernel = Callable[..., Any]
 
@@ -97,7 +97,7 @@ class Loss(Op):
     """A loss: tensors, the first ``inputs`` of which it differentiates; numbers; and flags, which have codes."""
 
     inputs: int = 2
-    #: By the overload's name.
+    #: By the overload's name; "bare" is the one with numbers, called without torch's wrapper.
     kernels: dict[str, Kernels] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -127,6 +127,7 @@ class Loss(Op):
             named = overload.lstrip(".") or "default"
             packets = [getattr(torch.ops.bicm_kernels, name) for name in names]
             self.kernels[named] = Kernels(*[getattr(packet, named) for packet in packets])
+        self.kernels["bare"] = Kernels(*map(bare, self.kernels["default"]))
         self.register_derivatives()
 
     def register_derivatives(self) -> None:
@@ -180,19 +181,24 @@ class Loss(Op):
 
     def quick(self, call: tuple[Any, ...], gradient: str) -> Tensor | None:
         """The loss of an eager call whose numbers need no conversion; None where a call is another."""
-        tensors, numbers = call[: self.first_number], call[self.first_number : self.first_flag]
-        if not (PLAIN.issuperset(map(type, numbers)) and arguments.quiet(tensors[0], ())):
+        if not arguments.quiet(call[0], ()):
             return None
+        tensors, tracked = call[: self.first_number], False
+        for x in tensors[: self.inputs]:
+            tracked = tracked or x.requires_grad
         for x in tensors[self.inputs :]:
             if x is not None and (type(x) is not Tensor or x.requires_grad):
                 return None
-        options, kernels = numbers + self.codes[call[self.first_flag :]], self.kernels["default"]
-        if torch.is_grad_enabled() and arguments.requires_grad(*tensors[: self.inputs]):
-            if _GRADIENT[gradient] and can_be_kept(tensors[: self.inputs]):
+        numbers = call[self.first_number : self.first_flag]
+        for number in numbers:
+            if type(number) not in PLAIN:
+                return None
+        options, kernels = numbers + self.codes[call[self.first_flag :]], self.kernels["bare"]
+        keeps = _GRADIENT[gradient]
+        if tracked and torch.is_grad_enabled():
+            if keeps and can_be_kept(tensors[: self.inputs]):
                 return _apply_kept((kernels.both, options), *tensors)
             return _apply((self, kernels, options), *tensors)
-        if gradient not in _GRADIENT:
-            return None
         return kernels.value(*tensors, *options)[0]
 
     def run(self, call: Call, gradient: Any) -> Tensor:

@@ -164,12 +164,13 @@ std::tuple<Object, Object> exact_step(Object last, Operands operands, Object inf
   return {out, info_out};
 }
 
-template <class Result, class... Arguments>
+template <bool OfTorch, class Result, class... Arguments>
 PyObject* call(Result (*op)(Arguments...), PyObject* const* given, Py_ssize_t count) {
   std::tuple<Arguments...> arguments;
   const auto read_all = [&](auto&... argument) { return (read(*given++, argument) && ...); };
   try {
-    if (count == sizeof...(Arguments) && nobody_watches() && std::apply(read_all, arguments)) {
+    const bool ours = !OfTorch || nobody_replaced_ops();
+    if (ours && count == sizeof...(Arguments) && nobody_watches() && std::apply(read_all, arguments)) {
       return returned(std::apply(op, std::move(arguments)));
     }
   } catch (const std::exception&) {
@@ -179,14 +180,20 @@ PyObject* call(Result (*op)(Arguments...), PyObject* const* given, Py_ssize_t co
   Py_RETURN_NONE;
 }
 
-template <auto Op>
+// `OfTorch`: an op of torch's that others may implement.
+template <auto Op, bool OfTorch>
 PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return call(Op, arguments, count);
+  return call<OfTorch>(Op, arguments, count);
 }
 
-template <auto Op>
+PyObject* known(PyObject*, PyObject* count) {
+  know_implementations(PyLong_AsLongLong(count));
+  Py_RETURN_NONE;
+}
+
+template <auto Op, bool OfTorch = true>
 PyMethodDef method(const char* name) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<Op>)), METH_FASTCALL, nullptr};
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<Op, OfTorch>)), METH_FASTCALL, nullptr};
 }
 
 }  // namespace
@@ -206,8 +213,9 @@ bool add_direct(PyObject* module) {
       method<&exact_step<Increment::affine, true>>("exact_affine_inverse_step"),
       method<&exact_step<Increment::bdia, false>>("bdia_exact_step"),
       method<&exact_step<Increment::bdia, true>>("bdia_exact_inverse_step"),
-      method<&generator_normal>("generator_normal"),
+      method<&generator_normal, false>("generator_normal"),
       method<&fixed_point_decode<Direct, Object, DType>>("fixed_point_decode"),
+      {"know_implementations", known, METH_O, nullptr},
       {nullptr, nullptr, 0, nullptr},
   };
   if (!open_torch()) return true;

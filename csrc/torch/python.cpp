@@ -56,13 +56,15 @@ class Question {
 
 // Functions and objects of torch, looked up once.
 struct Torch {
-  PyObject *tensor, *empty_strided, *empty_like, *forward_mode, *profiler;
+  PyObject *tensor, *empty_strided, *empty_like, *forward_mode, *profiler, *implementations;
   Question is_negated;
   // Whoever answers with something true wants to see or to change every operation.
   std::array<Question, 4> watchers;
   std::array<PyObject*, std::size(kKinds)> dtypes;
   PyObject *requires_grad, *profiling, *level;
   const abi::Exchange* exchange;
+  // How many implementations of ops Python had registered when it was last looked whether one replaces ours.
+  Py_ssize_t known_implementations = -1;
 };
 Torch torch_;
 
@@ -180,6 +182,10 @@ static bool recorded() {
   return PyDict_GetItemWithError(torch_.profiler, torch_.profiling) != Py_False;
 }
 
+void know_implementations(int64_t count) { torch_.known_implementations = static_cast<Py_ssize_t>(count); }
+
+bool nobody_replaced_ops() { return PySet_Size(torch_.implementations) == torch_.known_implementations; }
+
 bool nobody_watches() {
   for (const Question& watcher : torch_.watchers) {
     if (!watcher.says_no()) return false;
@@ -242,6 +248,7 @@ bool open_torch() {
       {&torch_.empty_like, "torch.empty_like"},
       {&torch_.forward_mode, "torch.autograd.forward_ad.__dict__"},
       {&torch_.profiler, "torch.autograd.profiler.__dict__"},
+      {&torch_.implementations, "torch.library._impls"},
   };
   const char* const watchers[] = {"torch._C._len_torch_dispatch_stack", "torch._C._len_torch_function_stack",
                                   "torch._C._functorch.peek_interpreter_stack", "torch._C._is_tracing"};
@@ -269,7 +276,8 @@ bool open_torch() {
   if (sample != nullptr) torch_.exchange = abi::exchange_in(table, sample);
   Py_XDECREF(sample);
   PyErr_Clear();
-  return torch_.is_negated.any_self() && torch_.exchange != nullptr;
+  const bool a_set = found && PySet_Check(torch_.implementations);
+  return a_set && torch_.is_negated.any_self() && torch_.exchange != nullptr;
 }
 
 }  // namespace bicm

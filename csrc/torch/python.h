@@ -17,6 +17,10 @@ bool open_torch();
 // Whether nobody traces, transforms, overrides or records operations.
 bool nobody_watches();
 
+// Whether Python has registered no more implementations of ops since it told how many there are, none of them of ours.
+bool nobody_replaced_ops();
+void know_implementations(int64_t count);
+
 // A reference to a Python tensor, and what a kernel needs to know of it.
 class Object {
  public:
