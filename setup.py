@@ -55,6 +55,18 @@ def torch_directory() -> str:
     return str(Path(spec.origin).parent)
 
 
+def architectures_here() -> str:
+    """The GPUs of this machine, for which an editable installation is built; one that has clusters where there is none.
+
+    A wheel is built for every architecture, which takes four times as long.
+    """
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    if shutil.which(command[0]) is None:
+        return "90"
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return ",".join(sorted({capability.replace(".", "") for capability in found if capability[0].isdigit()})) or "90"
+
+
 def remove_libraries(directory: Path) -> None:
     """Unlinks earlier builds: a process that has one mapped keeps it, and none outlives what built it."""
     for name in LIBRARIES:
@@ -79,6 +91,8 @@ class NativeBuild(build_ext):
 
     def run(self) -> None:
         environment = {**os.environ, "CXX": find_compiler() or ""}
+        if self.inplace:
+            environment.setdefault("BICM_CUDA_ARCH_LIST", architectures_here())
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(len(os.sched_getaffinity(0))))
         cmake = find_tool("cmake")
         configure = [
