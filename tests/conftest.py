@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -110,19 +109,16 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
 def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a program in a fresh interpreter with variables added to its environment (None takes one away)."""
 
+    from tests.support import fresh
+
+    paths = [str(ROOT), str(ROOT / "python")]
+
     def run(program: str, check: bool = True, **variables: str | None) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         environment |= {name: value for name, value in variables.items() if value is not None}
         for name in [name for name, value in variables.items() if value is None]:
             environment.pop(name, None)
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = fresh.run(program, environment, tmp_path, paths)
         assert not check or done.returncode == 0, done.stderr
         return done
 

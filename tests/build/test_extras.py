@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
 from bicm_diffusion.extras import extra
+from tests.support import fresh
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = ("PIL", "click", "diffusers", "matplotlib", "rich", "safetensors", "sklearn", "tensorboard", "tqdm")
@@ -23,14 +24,16 @@ class Blocked:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Blocked())
+for name in [*sys.modules]:
+    if name.split(".")[0] in {blocked!r}:
+        del sys.modules[name]
 """
 
 
 def run(code: str, *blocked: str) -> subprocess.CompletedProcess[str]:
     """Run code in a process that cannot import some packages."""
-    paths = [str(ROOT), str(ROOT / "python"), *(path for path in sys.path if path)]
-    program = f"{BLOCK.format(blocked=set(blocked))}\nsys.path[:0] = {paths!r}\n{textwrap.dedent(code)}"
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=200)
+    program = f"{BLOCK.format(blocked=set(blocked))}\n{textwrap.dedent(code)}"
+    return fresh.run(program, os.environ, ROOT, [str(ROOT), str(ROOT / "python")])
 
 
 def test_the_packages_import_and_sample_without_extras() -> None:
