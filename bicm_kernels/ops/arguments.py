@@ -7,7 +7,8 @@ names the argument, what was given and what was expected. The good path never pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, wraps
 from numbers import Integral, Real
 from typing import Any, NoReturn
@@ -37,6 +38,11 @@ WORD = 2**32
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, OverflowError)
 #: What the kernels' own checks of arguments begin with; errors of CUDA and of torch do not.
 REFUSED = "bicm_kernels: "
+
+#: The default of noise_weight. That a caller left it out is told by identity, which costs nothing; a 0.0 that is passed
+#: is another object, and where it is not, a needless warning is all that comes of it.
+UNWEIGHTED = 0.0
+_unweighted: set[str] = set()
 
 compiling = torch.compiler.is_compiling
 #: Whether Dynamo reads the code, which knows nothing of the native library's own functions.
@@ -203,6 +209,15 @@ def key(seed: Integer | None, step: Integer, sample_id: Integer, like: Tensor) -
     return integer(seed), integer(step), integer(sample_id)
 
 
+def notice_unweighted(name: str) -> None:
+    """Say once that a seed without a noise_weight draws nothing."""
+    if dynamo() or name in _unweighted:
+        return
+    _unweighted.add(name)
+    text = "no noise is drawn: pass noise_weight=..., or noise_weight=0.0 where none is meant"
+    warnings.warn(f"{name}: seed is given and noise_weight is left at 0.0, so {text}", UserWarning, stacklevel=3)
+
+
 def describe(value: object) -> str:
     """What was given, in a form short enough for an error message."""
     if isinstance(value, Tensor):
@@ -216,6 +231,18 @@ def describe(value: object) -> str:
     return f"a {kind}{shape}"
 
 
+def tensor_in(value: Any) -> str:
+    """Where the tensor lies in what a network returned, as an error says it; empty where nobody knows."""
+    if isinstance(value, tuple | list):
+        return "; pass its first element" if value and isinstance(value[0], Tensor) else ""
+    for name in ("sample", *getattr(value, "__dict__", {})):
+        if isinstance(getattr(value, name, None), Tensor):
+            return f"; pass its .{name}"
+    if isinstance(value, Mapping):
+        return next((f"; pass its [{name!r}]" for name, x in value.items() if isinstance(x, Tensor)), "")
+    return "; torch.from_numpy makes one of it" if type(value).__module__ == "numpy" and hasattr(value, "shape") else ""
+
+
 def check_sequence(name: str, value: Any, instead: str = "[x]") -> None:
     """Raise unless ``value`` is a sequence of tensors, and no tensor."""
     arithmetic.check_sequence(name, value, instead)
@@ -226,7 +253,7 @@ def check_sequence(name: str, value: Any, instead: str = "[x]") -> None:
 def check_state(name: str, x: object, first: Tensor | None = None, first_name: str = "") -> None:
     """Raise unless ``x`` is a floating (B, ...) tensor that agrees with the first one in shape and device."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {describe(x)}")
+        raise TypeError(f"{name} must be a tensor, got {describe(x)}{tensor_in(x)}")
     if x.dtype not in FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.dim() == 0:
@@ -262,10 +289,14 @@ def check_integer(name: str, value: object, batch: int, device: torch.device, lo
     """Raise unless ``value`` is an int in [low, high), or a 0-d or (B,) int64 tensor."""
     if isinstance(value, Tensor):
         if value.dtype != torch.int64:
-            raise TypeError(f"{name} must be an int or an int64 tensor, got {value.dtype}")
+            whole = not (value.is_floating_point() or value.is_complex())
+            hint = f"; {name}.long() makes one" if whole else ""
+            raise TypeError(f"{name} must be an int or an int64 tensor, got {value.dtype}{hint}")
         check_per_sample(name, value, batch, device)
     elif not isinstance(value, Integral | torch.SymInt):
-        raise TypeError(f"{name} must be an int or an int64 tensor, got {describe(value)}")
+        several = hasattr(value, "__len__") and not isinstance(value, str | bytes)
+        hint = f"; torch.as_tensor({name}, dtype=torch.int64) makes one" if several else ""
+        raise TypeError(f"{name} must be an int or an int64 tensor, got {describe(value)}{hint}")
     else:
         check_range(name, value, low, high)
 

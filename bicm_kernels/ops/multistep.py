@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bicm_kernels.ops import arguments
-from bicm_kernels.ops.arguments import Integer, Number
+from bicm_kernels.ops.arguments import UNWEIGHTED, Integer, Number
 from bicm_kernels.ops.op import Op
 
 Operand = Tensor | tuple[Tensor, Tensor]
@@ -139,7 +139,7 @@ def affine_step(
     tensors: Sequence[Operand],
     weights: Sequence[Number],
     *,
-    noise_weight: Number = 0.0,
+    noise_weight: Number = UNWEIGHTED,
     guidance_scale: Number | None = None,
     seed: Integer | None = None,
     step: Integer = 0,
@@ -152,7 +152,8 @@ def affine_step(
         tensors: 1 to 5 tensors (B, ...), any floating dtypes and strides; the last may be a pair
             (eps_uncond, eps_cond) with ``guidance_scale``.
         weights: one per tensor; float, 0-d or (B,) tensor.
-        noise_weight: weight of the noise; a sample whose weight is exactly 0 draws none.
+        noise_weight: weight of the noise; a sample whose weight is exactly 0 draws none. Where it is left out beside a
+            seed, nothing is drawn, and a warning says so, once.
         guidance_scale: s in eps_uncond + s (eps_cond - eps_uncond), which the kernel forms.
         seed, step, sample_id: the noise's key, see ``normal``; None draws no noise.
         out: takes the result; exactly one of the tensors, or apart from them all.
@@ -167,6 +168,8 @@ def affine_step(
     >>> bk.affine_step([torch.ones(1, 2), torch.ones(1, 2)], [2.0, 0.5])
     tensor([[2.5000, 2.5000]])
     """
+    if seed is not None and noise_weight is UNWEIGHTED:
+        arguments.notice_unweighted("affine_step")
     outs = None if out is None else (out,)
     return AFFINE_STEP.call(tensors, weights, guidance_scale, noise_weight, seed, step, sample_id, outs=outs)
 
@@ -186,7 +189,7 @@ def denoised_step(
     *,
     x0_weight: Number,
     clip: Number | None = None,
-    noise_weight: Number = 0.0,
+    noise_weight: Number = UNWEIGHTED,
     next_scale: Number | None = None,
     guidance_scale: Number | None = None,
     seed: Integer | None = None,
@@ -220,6 +223,8 @@ def denoised_step(
     >>> bk.denoised_step([torch.full((1, 1), 3.0)], [1.0], [0.5], x0_weight=0.5, clip=1.0)
     DenoisedStep(out=tensor([[2.]]), x0=tensor([[1.]]), next=None)
     """
+    if seed is not None and noise_weight is UNWEIGHTED:
+        arguments.notice_unweighted("denoised_step")
     outs: tuple[Tensor, ...] | None = None
     if out is not None:
         arguments.check_sequence("out", out, "(out, x0)" if next_scale is None else "(out, x0, next)")

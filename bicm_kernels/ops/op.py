@@ -320,6 +320,13 @@ class Op:
         found: dict[str, Any] = {}
         for name, operand in zip(names, operands, strict=True):
             pair = self.guided and isinstance(operand, tuple | list) and name == names[-1]
+            if pair and len(operand) == 1:
+                expected = "a tensor, or a pair (eps_uncond, eps_cond) with guidance_scale"
+                hint = arguments.tensor_in(operand)
+                raise TypeError(f"{name} must be {expected}, got {arguments.describe(operand)}{hint}")
+            if self.weights and not pair and isinstance(operand, tuple | list) and len(operand) == 2:
+                given = arguments.describe(operand)
+                raise TypeError(f"{name} must be a tensor, got {given}; a pair (eps_uncond, eps_cond) goes last")
             for k, x in enumerate(operand if pair else [operand]):
                 self.check_tensor(name, x, next(iter(found.values()), None), names[0])
                 found[f"{name}[{k}]" if pair else name] = x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Rational
 from typing import Any
 
 import torch
@@ -22,8 +23,12 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def per_sample(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """A float, 0-d or (B,) argument as a tensor of the compute type that broadcasts over ``like`` (B, ...)."""
     if not isinstance(value, Tensor):
+        number: Any = value
+        if isinstance(number, Rational) and not isinstance(number, int):
+            number = float(number)  # a Fraction, which no tensor is multiplied by
         # A product, because torch.compile specialises on a float that is a fill value.
-        return (torch.ones((), dtype=torch.float64, device=like.device) * value).to(dtype)
+        scaled: Tensor = torch.ones((), dtype=torch.float64, device=like.device) * number
+        return scaled.to(dtype)
     value = value.to(device=like.device, dtype=dtype)
     return value.reshape(-1, *[1] * (like.dim() - 1)) if value.dim() == 1 else value
 

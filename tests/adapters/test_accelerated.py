@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
 
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DModel,
+)
 
 from bicm_diffusion.adapters.diffusers import BDIADDIMScheduler, accelerate_scheduler, is_accelerated
 from tests.support.diffusers_cases import CLASSES
+
+BLOCKS: Any = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
 
 
 class OwnScheduler(DDIMScheduler):
@@ -68,6 +79,38 @@ def test_what_is_covered_is_accelerated_all_the_same(cls: type[Any]) -> None:
         again = accelerate_scheduler(ours, strict=False)
     assert is_accelerated(ours)
     assert is_accelerated(again)
+
+
+def test_a_pipeline_and_a_class_are_told_what_to_pass() -> None:
+    pipeline = DDIMPipeline(UNet2DModel(block_out_channels=(32, 32), **BLOCKS), DDIMScheduler())
+    for strict in (True, False):
+        with pytest.raises(TypeError, match=r"got a DDIMPipeline: pass pipeline\.scheduler, and put the result"):
+            accelerate_scheduler(pipeline, strict=strict)
+        with pytest.raises(
+            TypeError, match=r"the class DDIMScheduler: pass an instance, .*accelerated_class\(DDIMSched"
+        ):
+            accelerate_scheduler(DDIMScheduler, strict=strict)
+        with pytest.raises(TypeError, match=r"the class PNDMScheduler: pass an instance, PNDMScheduler\(\.\.\.\)$"):
+            accelerate_scheduler(PNDMScheduler, strict=strict)
+
+
+@pytest.mark.parametrize("noise", ["generator", "keyed"])
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if "generator" in inspect.signature(cls.step).parameters])
+def test_fewer_generators_than_samples_are_told_of(cls: type[Any], noise: Any) -> None:
+    solver = "DPM" in cls.__name__
+    scheduler = accelerate_scheduler(cls(**({"algorithm_type": "sde-dpmsolver++"} if solver else {})), noise=noise)
+    x = torch.ones(4, 3, 4, 4)
+    for count in (0, 2, 3):
+        generators = [torch.Generator().manual_seed(k) for k in range(count)]
+        before = [each.get_state() for each in generators]
+        scheduler.set_timesteps(4)
+        t = scheduler.timesteps[0]
+        scheduler.scale_model_input(x, t)
+        known = inspect.signature(cls.step).parameters
+        options = {name: value for name, value in {"s_churn": 2.0, "eta": 1.0}.items() if name in known}
+        with pytest.raises(ValueError, match=rf"generator: expected one, .* each of the 4 samples, got {count}$"):
+            scheduler.step(x, t, x, generator=generators, **options)
+        assert all(torch.equal(each.get_state(), state) for each, state in zip(generators, before, strict=True))
 
 
 @pytest.mark.parametrize("scheduler", [None, "ddim", DDIMScheduler])

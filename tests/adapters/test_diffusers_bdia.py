@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,9 @@ def test_configuration_is_saved_and_taken_from_ddim_s(tmp_path: Path) -> None:
     BDIADDIMScheduler(gamma=0.9, beta_schedule="scaled_linear").save_config(tmp_path)
     again = BDIADDIMScheduler.from_pretrained(tmp_path)
     assert again.config.gamma == 0.9 and again.config.beta_schedule == "scaled_linear"
-    theirs = DDIMScheduler(beta_schedule="squaredcos_cap_v2", set_alpha_to_one=False, prediction_type="v_prediction")
+    theirs = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2", set_alpha_to_one=False, prediction_type="v_prediction", clip_sample=False
+    )
     ours = BDIADDIMScheduler.from_config(theirs.config, gamma=0.5)
     assert ours.config.gamma == 0.5 and ours.config.prediction_type == "v_prediction"
     assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
@@ -230,6 +233,37 @@ def test_what_is_out_of_range_is_named() -> None:
         scheduler.step(x, 750, x, eta=1.0)
     with pytest.raises(ValueError, match="timestep: expected one of"):
         scheduler.step(x, 749, x)
+
+
+@pytest.mark.parametrize(
+    ("config", "kwargs", "named"),
+    [
+        ({"clip_sample": True}, {}, "clip_sample"),
+        ({"clip_sample": False, "thresholding": True}, {}, "thresholding"),
+        ({"clip_sample": True, "thresholding": True}, {"use_karras_sigmas": True}, "clip_sample, thresholding, use_k"),
+    ],
+)
+def test_options_that_no_step_heeds_are_named_once(
+    config: dict[str, Any], kwargs: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scheduler = BDIADDIMScheduler.from_config(DDIMScheduler(**config).config, **kwargs)
+    (told,) = [one for one in caught if "ignores" in str(one.message)]
+    assert f"BDIADDIMScheduler ignores {named}" in str(told.message) and told.filename == __file__
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="BDIADDIMScheduler ignores")
+        BDIADDIMScheduler.from_config(scheduler.config)
+        BDIADDIMScheduler.from_config(DDIMScheduler(clip_sample=False).config)
+        scheduler.save_config(tmp_path)
+        BDIADDIMScheduler.from_pretrained(tmp_path)
+
+
+def test_a_scheduler_is_no_configuration() -> None:
+    with pytest.raises(
+        TypeError, match=r"config: expected a scheduler's configuration, got a DDIMSch.*; pass its .config"
+    ):
+        BDIADDIMScheduler.from_config(DDIMScheduler())
 
 
 @pytest.mark.parametrize(

@@ -367,7 +367,6 @@ GENERATORS: dict[str, Callable[[], Any]] = {
     "list": lambda: [torch.Generator().manual_seed(k) for k in range(SHAPE[0])],
     "list of one": lambda: [torch.Generator().manual_seed(1)],
     "long list": lambda: [torch.Generator().manual_seed(k) for k in range(5)],
-    "empty list": list,
     "tuple": lambda: tuple(torch.Generator().manual_seed(k) for k in range(SHAPE[0])),
     "list of None": lambda: [None] * SHAPE[0],
     "seed": lambda: 5,

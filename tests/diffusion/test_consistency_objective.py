@@ -137,8 +137,8 @@ def test_extra_arguments_reach_every_evaluation() -> None:
 def test_sigma_data_and_t_min_are_passed_on() -> None:
     model, (x, levels) = network(), problem()
     values = [
-        bct_loss(model, x, levels, seed=5, step=0, **options)
-        for options in ({}, {"sigma_data": 0.8}, {"t_min": 0.01}, {"sigma_data": 0.5, "t_min": 0.002})
+        bct_loss(model, x, tuple(levels), seed=5, step=0, **options)
+        for options in ({}, {"sigma_data": 0.8}, {"t_min": 0.001}, {"sigma_data": 0.5, "t_min": 0.002})
     ]
     for term in TERMS:
         plain, wide, high, same = (getattr(value, term).item() for value in values)

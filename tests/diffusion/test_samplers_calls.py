@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -110,7 +111,8 @@ ANSWERS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "an array": (lambda z: z.numpy(), r"got a numpy.ndarray of shape \(2, 3\); torch.from_numpy makes"),
     "None": (lambda z: None, r"model: expected a tensor of shape \(2, 3\), got None"),
     "a number": (lambda z: 0.5, r"model: expected a tensor of shape \(2, 3\), got 0.5 \(float\)"),
-    "a dict": (lambda z: {"sample": z}, r"model: expected a tensor of shape \(2, 3\), got a dict"),
+    "a dict": (lambda z: {"n": 3, "sample": z}, r"model: .* shape \(2, 3\), got a dict; return its \['sample'\]"),
+    "an empty dict": (lambda z: {}, r"model: expected a tensor of shape \(2, 3\), got a dict$"),
     "another shape": (lambda z: z[:, :2], r"model: expected a tensor of shape \(2, 3\), .* got shape \(2, 2\)"),
     "one more dimension": (lambda z: z[None], r"model: .*got shape \(1, 2, 3\)"),
     "a shape that broadcasts": (lambda z: z[:1], r"model: .*got shape \(1, 3\)"),
@@ -170,6 +172,36 @@ def test_options_that_another_sampler_takes_are_named() -> None:
         ddim_sample(answer, Z, SCHEDULE, gamma=0.9)
     with pytest.raises(TypeError, match=r"'guidance'; did you mean 'guidance_scale'\?"):
         bdia_edit(answer, Z, SCHEDULE, source={}, target={}, guidance=2.0)
+
+
+@pytest.mark.parametrize("argument", ["y", "encoder_hidden_states"])
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_an_argument_of_the_model_is_told_where_it_goes(name: str, argument: str) -> None:
+    with pytest.raises(TypeError, match=rf"{name}\(\) .* extra_args=\{{'{argument}': …\}}"):
+        call(name, **{argument: 3})
+
+
+@pytest.mark.parametrize("name", [*SCHEDULED, "sign_masked", "sign_recursive"])
+def test_gradients_that_are_not_recorded_are_told_of(name: str) -> None:
+    z = Z.clone().requires_grad_()
+    for options in kinds(name):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call(name, z=z, **options)
+            told = [one for one in caught if "no_grad" in str(one.message)]
+            assert len(told) == 1 and str(told[0].message).startswith(f"{name}: ") and told[0].filename == __file__
+            caught.clear()
+            call(name, z=Z, **options)
+            call(name, z=z.detach(), **options)
+            with torch.no_grad():
+                call(name, z=z, **options)
+        assert not [one for one in caught if "no_grad" in str(one.message)]
+
+
+def test_gradients_of_a_pair_are_told_of_too() -> None:
+    pair = StatePair(Z, Z.clone().requires_grad_())
+    with pytest.warns(UserWarning, match="bdia_invert: sampling runs under torch.no_grad"):
+        bdia_invert(answer, pair, SCHEDULE, exact=False)
 
 
 SCHEDULES: dict[str, tuple[Any, str]] = {

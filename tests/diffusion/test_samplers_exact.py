@@ -163,7 +163,7 @@ def test_a_pair_of_floats_may_go_on_exactly() -> None:
     model, z, schedule = network(WIDTH), noise(2, WIDTH, dtype=torch.float32), vp_schedule(20)
     pair = bdia_sample(model, z, schedule, exact=False)
     assert isinstance(pair, StatePair)
-    latent = bdia_invert(model, pair, schedule)
+    latent = bdia_invert(model, StatePair(*pair), schedule)
     assert isinstance(latent, ExactPair)
     assert (latent.z - z).abs().max() < 0.1
     back = bdia_sample(model, latent, schedule)
@@ -172,6 +172,6 @@ def test_a_pair_of_floats_may_go_on_exactly() -> None:
 
 def test_an_exact_pair_may_go_on_in_floats() -> None:
     model, z, schedule = network(WIDTH), noise(2, WIDTH, dtype=torch.float32), vp_schedule(20)
-    pair = bdia_invert(model, bdia_sample(model, z, schedule), schedule, exact=False)
+    pair = bdia_invert(model, StatePair(*bdia_sample(model, z, schedule)), schedule, exact=False)
     assert isinstance(pair, StatePair)
     assert 0 < (pair.z - z).abs().max() < 0.1

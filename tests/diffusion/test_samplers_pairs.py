@@ -198,6 +198,157 @@ def test_what_is_no_pair_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         save_pair(pair, tmp_path / "pair")
 
 
+def test_what_is_no_pair_s_file_is_named(tmp_path: Path) -> None:
+    torch_s = pytest.importorskip("safetensors.torch")
+    pair = bdia_sample(MODEL, Z, SCHEDULE)
+    torch.save(pair, tmp_path / "a.pt")
+    (tmp_path / "empty").touch()
+    (tmp_path / "text").write_text("no tensors at all, but a text that is long enough to have a header")
+    torch_s.save_file({"weight": Z}, tmp_path / "network")
+    save_pair(pair, tmp_path / "cut")
+    (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:-100])
+    for name, message in (
+        ("a.pt", r"a\.pt; torch\.load\(path, weights_only=True\) reads"),
+        ("empty", r"empty$"),
+        ("text", r"text$"),
+        ("cut", r"cut$"),
+        ("network", "network, a safetensors file of other tensors"),
+        (".", "the folder "),
+    ):
+        with pytest.raises(ValueError, match=rf"path: expected .* as save_pair writes it, got .*{message}"):
+            load_pair(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        load_pair(tmp_path / "missing")
+
+
+def test_a_state_dict_that_lost_something_is_named() -> None:
+    state = bdia_sample(MODEL, Z, SCHEDULE).state_dict()
+    for wrong, message in (
+        ({**state, "about": torch.zeros(3, dtype=torch.uint8)}, "got another 'about'"),
+        ({**state, "about": torch.tensor(list(b"[]"))}, "got another 'about'"),
+        ({**state, "about": "words"}, "with 'about' in it"),
+        ({k: x for k, x in state.items() if k != "info"}, "expected the state_dict of an ExactPair, got the names"),
+        ({**state, "z": Z}, "expected the state_dict of an ExactPair, got the names"),
+        ({f"layer{k}.weight": Z for k in range(99)}, r"'layer7.weight', …\]$"),
+    ):
+        with pytest.raises(ValueError, match=f"state: .*{message}"):
+            StatePair.from_state_dict(wrong)
+    with pytest.raises(TypeError, match="state: expected the state_dict of a pair, got 3"):
+        StatePair.from_state_dict(3)
+
+
+SOME: dict[str, tuple[Any, list[int]]] = {
+    "a slice": (slice(1, 3), [1, 2]),
+    "a list": ([3, 0], [3, 0]),
+    "a tensor": (torch.tensor([2, -4, 2]), [2, 0, 2]),
+    "a mask": (torch.tensor([True, False, False, True]), [0, 3]),
+    "none": ([], []),
+}
+
+
+@each_case
+@pytest.mark.parametrize("some", SOME)
+def test_some_samples_of_a_pair_retrace_to_the_same_bits(name: str, exact: bool, some: str) -> None:
+    def model(z: Tensor, times: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        return MODEL(z, times), MODEL(z, times) + shift
+
+    (sample, invert, options), (index, numbers) = WAYS[name], SOME[some]
+    scale, shift = torch.tensor([0.5, 1.0, 1.5, 2.0]), torch.tensor([[0.1], [0.2], [0.3], [0.4]])
+    chosen = {k: picked(value, numbers) for k, value in options.items()}
+    pair = sample(model, Z, SCHEDULE, exact=exact, guidance_scale=scale, extra_args={"shift": shift}, **options)
+    whole = invert(model, pair, SCHEDULE, exact=exact, guidance_scale=scale, extra_args={"shift": shift}, **options)
+    part = pair[index]
+    assert type(part) is type(pair) and torch.equal(part.z, pair.z[numbers])
+    for arrived in (part, through_torch(part)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RetraceWarning)
+            kept: dict[str, Any] = {"guidance_scale": scale[numbers], "extra_args": {"shift": shift[numbers]}}
+            back = invert(model, arrived, SCHEDULE, exact=exact, **kept, **chosen)
+        for one, other in zip(back, whole, strict=True):
+            assert torch.equal(one, other[numbers])
+        if exact:
+            assert torch.equal(back.info, whole.info[numbers])
+    if exact and numbers:
+        with pytest.warns(RetraceWarning, match="did not come back"):
+            invert(lambda *a, **k: [1.01 * x for x in model(*a, **k)], part, SCHEDULE, **kept, **chosen)
+
+
+def picked(value: Any, numbers: list[int]) -> Any:
+    """A factor of some samples."""
+    if isinstance(value, tuple):
+        return tuple(picked(x, numbers) for x in value)
+    return value[numbers] if isinstance(value, Tensor) else value
+
+
+@each_case
+def test_pairs_are_joined_and_retrace_to_the_same_bits(name: str, exact: bool) -> None:
+    sample, invert, options = WAYS[name]
+    pair = sample(MODEL, Z, SCHEDULE, exact=exact, **options)
+    joined = StatePair.cat([pair[3:], pair[:1], pair[1:3]])
+    order = [3, 0, 1, 2]
+    chosen = {k: picked(value, order) for k, value in options.items()}
+    back, whole = (
+        invert(MODEL, joined, SCHEDULE, exact=exact, **chosen),
+        invert(MODEL, pair, SCHEDULE, exact=exact, **options),
+    )
+    for one, other in zip(back, whole, strict=True):
+        assert torch.equal(one, other[order])
+    if exact:
+        assert torch.equal(joined.record.origin, pair.record.origin[order])
+
+
+def test_pairs_that_do_not_go_together_are_named() -> None:
+    pair = bdia_sample(MODEL, Z, SCHEDULE, gamma=0.9)
+    for other, error, message in (
+        (bdia_sample(MODEL, Z, SCHEDULE), ValueError, r"pairs: expected one gamma, got 9 and 1"),
+        (bdia_invert(MODEL, Z, SCHEDULE, gamma=0.9), ValueError, r"pairs: expected one index, got 0 and 10"),
+        (bdia_sample(MODEL, Z, vp_schedule(12), gamma=0.9), ValueError, r"pairs: expected one steps, got 10 and 12"),
+        (bdia_sample(MODEL, Z, vp_schedule(10), gamma=0.9), ValueError, r"pairs: expected one schedule, got several"),
+        (obelm_sample(MODEL, Z, SCHEDULE), ValueError, r"pairs: expected one method, got 'BDIA' and 'O-BELM'"),
+        (pair.to(torch.float64), ValueError, r"pairs: expected one dtype, got torch.float32, torch.float64"),
+        (StatePair(Z, Z), TypeError, r"pairs: expected pairs of one kind, got a list of 2 \(ExactPair, StatePair\)"),
+        (Z, TypeError, r"pairs: expected pairs of one kind"),
+    ):
+        with pytest.raises(error, match=message):
+            StatePair.cat([pair, other])
+    with pytest.raises(ValueError, match="pairs: expected at least one"):
+        StatePair.cat([])
+
+
+def test_one_number_is_no_index_of_a_pair() -> None:
+    pair = bdia_sample(MODEL, Z, SCHEDULE)
+    with pytest.raises(TypeError, match=r"index: .* got 2: pair\[2:3\] is a pair of one sample, pair.z the state"):
+        pair[2]
+    for index in ("z", None, (slice(0, 1), 2), [0.5], torch.zeros(1, 2).long()):
+        with pytest.raises(TypeError, match="index: expected"):
+            pair[index]
+    with pytest.raises(IndexError):
+        pair[[4]]
+
+
+@each_case
+def test_a_pair_s_repr_is_short(name: str, exact: bool) -> None:
+    pair = WAYS[name][0](MODEL, Z, SCHEDULE, exact=exact, **WAYS[name][2])
+    method = {"o": "O-BELM", "b": "BDIA", "e": "EDICT"}[name[0]]
+    assert repr(pair) == f"{type(pair).__name__}({method}, 10 steps, at index 0; (4, 6) torch.float32 on cpu)"
+    assert repr(StatePair(Z, Z)) == "StatePair(no record; (4, 6) torch.float32 on cpu)"
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_pair_of_integers_and_floats_do_not_mix(name: str) -> None:
+    for function, other in (WAYS[name][:2], WAYS[name][1::-1]):
+        options = {k: value for k, value in WAYS[name][2].items() if not isinstance(value, tuple)}
+        floats, integers = ("TwinPair", "ExactTwins") if name == "edict" else ("StatePair", "ExactPair")
+        with pytest.raises(
+            TypeError, match=rf"z: exact=False takes .* {integers}: pass exact=True, .* {floats}\(\*z\)"
+        ):
+            other(MODEL, function(MODEL, Z, SCHEDULE, **options), SCHEDULE, exact=False, **options)
+        pair = function(MODEL, Z, SCHEDULE, exact=False, **options)
+        with pytest.raises(TypeError, match=rf"z: exact=True, .* {floats}: pass exact=False, .* {floats}\(\*z\)"):
+            other(MODEL, pair, SCHEDULE, **options)
+        assert other(MODEL, type(pair)(*pair), SCHEDULE, **options).q.dtype == torch.int64
+
+
 def test_pairs_unpack_and_are_told_by_identity() -> None:
     pair = bdia_sample(MODEL, Z, SCHEDULE, exact=False)
     z, previous = pair

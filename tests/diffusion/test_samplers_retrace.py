@@ -134,14 +134,6 @@ def test_the_same_in_other_words_is_taken(name: str) -> None:
         assert torch.equal(invert(MODEL, pair, equal, **options).z, Z)
 
 
-def test_a_pair_of_floats_may_go_on_exactly_with_the_fraction_that_stands_for_its_gamma() -> None:
-    pair = bdia_sample(MODEL, Z, SCHEDULE, gamma=0.9, exact=False)
-    latent = bdia_invert(MODEL, pair, SCHEDULE, gamma=(9, 10))
-    assert (latent.z - Z).abs().max() < 0.1
-    with pytest.raises(ValueError, match=r"gamma: expected 0\.9"):
-        bdia_invert(MODEL, pair, SCHEDULE, gamma=(8, 9))
-
-
 @each_way
 @each_kind
 def test_guidance_and_conditions_may_differ(name: str, exact: bool) -> None:

@@ -24,9 +24,11 @@ from bicm_diffusion import (
     update_average,
     vp_schedule,
 )
+from bicm_diffusion.objectives import draw_ect_times, ect_loss, ict_loss
 
 X, TABLE = torch.ones(2, 3), LevelTable(karras_levels(11))
 LEVELS = draw_levels(TABLE, 2, seed=0, step=0)
+TIMES = draw_ect_times(2, stage=0, seed=0, step=0)
 
 
 @dataclass
@@ -48,6 +50,16 @@ def loss(network: Any = None, x: Any = X, levels: Any = LEVELS, **options: Any) 
     return bct_loss(network, x, levels, **{"seed": 0, "step": 0, **options})
 
 
+def ict(network: Any = None, levels: Any = LEVELS, x: Any = X, **options: Any) -> Any:
+    network = Network(lambda z: z) if network is None else network
+    return ict_loss(network, x, levels, **{"seed": 0, "step": 0, **options})
+
+
+def ect(network: Any = None, times: Any = TIMES, x: Any = X, **options: Any) -> Any:
+    network = Network(lambda z: z) if network is None else network
+    return ect_loss(network, x, times, **{"seed": 0, "step": 0, "parameterization": "bcm", **options})
+
+
 def test_right_calls_return() -> None:
     assert loss().total.isfinite() and loss(levels=tuple(LEVELS)).total.isfinite()
     assert loss(lambda z, t, u: z).total.isfinite()  # a function is a network too
@@ -60,7 +72,7 @@ def test_right_calls_return() -> None:
         (lambda z: (z,), r"got a tuple of 1 \(Tensor\); return its first element"),
         (lambda z: (z, z), r"got a tuple of 2 \(Tensor\); return its first element"),
         (lambda z: z.detach().numpy(), r"got a numpy.ndarray of shape \(2, 3\); torch.from_numpy makes"),
-        (lambda z: {"sample": z}, "got a dict"),
+        (lambda z: {"sample": z}, r"got a dict; return its \['sample'\]"),
         (lambda z: None, "got None"),
         (lambda z: z[:, :2], r"expected a tensor of shape \(2, 3\), as its input has, got shape \(2, 2\)"),
         (lambda z: z[:1], r"got shape \(1, 3\)"),
@@ -68,9 +80,76 @@ def test_right_calls_return() -> None:
     ],
 )
 def test_what_a_network_must_return(answer: Callable[[Tensor], Any], message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=f"^network: .*{message}") as caught:
-        loss(Network(answer))
-    assert "tensor([" not in str(caught.value)
+    for objective in (loss, ict, ect):
+        with pytest.raises((TypeError, ValueError), match=f"^network: .*{message}") as caught:
+            objective(Network(answer))
+        assert "tensor([" not in str(caught.value)
+
+
+def one_time(x: Tensor, t: Tensor) -> Tensor:
+    return x
+
+
+def two_times(x: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    return x
+
+
+def labelled(x: Tensor, t: Tensor, u: Tensor, y: Tensor) -> Tensor:
+    return x
+
+
+class OneTime(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: loss(one_time),
+            r"as network\(x, t, u\), but .*\(x: .*; f\(x, t, u\) leads .* lambda x, t, u: network",
+        ),
+        (lambda: loss(OneTime()), r"as network\(x, t, u\), but .*; f\(x, t, u\) leads from t to u"),
+        (lambda: ict(one_time), r"as network\(x, t, u\), but .* ict_loss with parameterization='cm'"),
+        (
+            lambda: ict(two_times, parameterization="cm"),
+            r"as network\(x, t\), but .* argument: 'u'\); extra_args=",
+        ),
+        (lambda: ect(two_times, parameterization="edm"), r"as network\(x, t\), but .* argument: 'u'"),
+        (lambda: loss(labelled), r"as network\(x, t, u\), but .*missing a required argument: 'y'"),
+        (
+            lambda: loss(two_times, extra_args={"y": 3}),
+            r"as network\(x, t, u, y=…\), but .*unexpected keyword argument 'y'",
+        ),
+    ],
+)
+def test_a_network_of_other_arguments_is_told_how_it_is_called(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=rf"network: called {message}"):
+        call()
+
+
+def test_a_type_error_inside_a_network_is_its_own() -> None:
+    def broken(x: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return x + "one"
+
+    with pytest.raises(TypeError, match="unsupported operand"):
+        loss(broken)
+
+
+@pytest.mark.parametrize("objective", [lambda **o: loss(**o), lambda **o: ict(two_times, **o)])
+def test_levels_begin_at_t_min(objective: Callable[..., Any]) -> None:
+    higher = draw_levels(LevelTable(karras_levels(11, t_min=0.01)), 2, seed=0, step=0)
+    with pytest.raises(ValueError, match=r"levels: expected them to begin at t_min = 0\.002, got 0\.01; give the loss"):
+        objective(levels=higher)
+    with pytest.raises(ValueError, match=r"levels: expected them to begin at t_min = 0\.01, got 0\.002; give"):
+        objective(t_min=0.01)
+    by_hand = tuple(torch.tensor(pair, dtype=torch.float64) for pair in ([0.001, 0.5], [0.3, 0.8], [0.4, 0.9]))
+    with pytest.raises(ValueError, match=r"levels: expected them to begin at t_min = 0\.002, got 0\.001; give"):
+        objective(levels=by_hand)
+    assert objective(levels=higher, t_min=0.01).total.isfinite()
+    assert objective(levels=by_hand, t_min=0.001).total.isfinite()
+    assert objective(levels=tuple(level.float() for level in LEVELS)).total.isfinite()
 
 
 @pytest.mark.parametrize(
@@ -90,6 +169,18 @@ def test_what_a_network_must_return(answer: Callable[[Tensor], Any], message: st
             ValueError,
             r"levels: expected low of shape \(2,\), as x has, got \(3,\)",
         ),
+        (lambda: ict(levels=11), TypeError, r"levels: expected t_n and t_\{n\+1\}, as draw_levels gives them, got 11"),
+        (lambda: ict(levels=TABLE), TypeError, "levels: expected t_n .* got a LevelTable"),
+        (lambda: ict(levels=(X, X)), ValueError, r"levels: expected low of shape \(2,\), as x has, got \(2, 3\)"),
+        (lambda: ict("unet"), TypeError, "network: expected a function or module, called as network"),
+        (lambda: ict(x=X.numpy()), TypeError, r"x: expected a tensor \(B, …\), got a numpy.ndarray"),
+        (
+            lambda: ect(times=TIMES[0]),
+            TypeError,
+            r"times: expected \(t, r\), as draw_ect_times returns them, got a torch",
+        ),
+        (lambda: ect(x=X.long()), TypeError, "x: expected float16, .* got torch.int64"),
+        (lambda: ect(3), TypeError, "network: expected a function or module, called as network"),
         (lambda: loss(extra_args=["label"]), TypeError, "extra_args: expected a mapping from names to values, got a"),
         (lambda: draw_levels(11, 2, seed=0, step=0), TypeError, r"table: expected a LevelTable, got 11 \(int\); Level"),
         (lambda: draw_levels(TABLE.levels, 2, seed=0, step=0), TypeError, "table: expected a LevelTable, got a torch"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 import bicm_kernels as bk
 from bicm_kernels import reference
+from bicm_kernels.ops import arguments
 from tests.support.wrong_calls import BDIA, IDS, WIDE, Wrong, X, affine, check_messages, ddim, denoised, noisy, normal
 
 TENSORS: dict[str, Wrong] = {
@@ -260,6 +263,65 @@ TABLES = {"tensors": TENSORS, "numbers": NUMBERS, "guidance": GUIDANCE, "sequenc
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_wrong_calls(each_backend: str, table: dict[str, Wrong]) -> None:
     check_messages(table)
+
+
+WRAPPED: dict[str, Wrong] = {
+    "tuple": (lambda: ddim(z=(X,)), TypeError, ("z must be a tensor, got a tuple of 1", "; pass its first element")),
+    "tuple for a pair": (
+        lambda: ddim(eps=(X,)),
+        TypeError,
+        ("eps must be a tensor, or a pair (eps_uncond, eps_cond) with guidance_scale", "; pass its first element"),
+    ),
+    "output": (lambda: bk.denoise(X, SimpleNamespace(sample=X), 1.0), TypeError, ("F must", "; pass its .sample")),
+    "other output": (
+        lambda: bk.consistency_loss(X, SimpleNamespace(n=1, logits=X), 1.0, target=X),
+        TypeError,
+        ("F must be a tensor, got a SimpleNamespace; pass its .logits",),
+    ),
+    "dict": (lambda: bk.denoise(X, {"n": 1, "out": X}, 1.0), TypeError, ("F must", "got a dict; pass its ['out']")),
+    "array": (lambda: bk.pseudo_huber(X, X.numpy()), TypeError, ("target must be a tensor", "; torch.from_numpy")),
+    "renoise": (lambda: bk.renoise(X, (X,), 1.0, 0.5, 0.1, seed=0), TypeError, ("F must", "; pass its first element")),
+    "pair first": (
+        lambda: affine([(X, X), X], [1.0, 1.0], guidance_scale=2.0),
+        TypeError,
+        ("tensors[0] must be a tensor, got a tuple of 2 (Tensor); a pair (eps_uncond, eps_cond) goes last",),
+    ),
+    "pair first without a scale": (lambda: affine([(X, X), X], [1.0, 1.0]), TypeError, ("goes last",)),
+    "denoised, pair first": (
+        lambda: denoised([(X, X), X], x0_weights=[1.0, 1.0], weights=[1.0, 1.0], guidance_scale=2.0),
+        TypeError,
+        ("tensors[0]", "goes last"),
+    ),
+}
+
+
+def test_where_the_tensor_lies_is_told(each_backend: str) -> None:
+    check_messages(WRAPPED)
+
+
+@pytest.mark.parametrize("step", [affine, denoised])
+def test_a_seed_without_a_weight_is_told_of_once(step: Any, monkeypatch: pytest.MonkeyPatch, each_backend: str) -> None:
+    monkeypatch.setattr(arguments, "_unweighted", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step(noise_weight=0.0, seed=1)
+        step(noise_weight=torch.zeros(2), seed=1)
+        step()
+        assert not caught
+        step(seed=1)
+        step(seed=2)
+    (told,) = caught
+    assert f"{step.__name__}" in str(told.message) and "pass noise_weight=" in str(told.message)
+
+
+def test_a_fraction_may_stand_for_a_number(each_backend: str) -> None:
+    half, tracked = Fraction(1, 2), X.clone().requires_grad_()
+    for z in (X + 1, tracked + 1):
+        assert torch.equal(affine([z, X], [half, 1]), affine([z, X], [0.5, 1.0]))
+        assert torch.equal(ddim(z, a=half), ddim(z, a=0.5))
+        assert torch.equal(bk.denoise(z, z, half, sigma_data=half), bk.denoise(z, z, 0.5))
+        assert torch.equal(noisy(z, half), noisy(z, 0.5))
+        assert torch.equal(bk.pseudo_huber(z, X, c=half, weight=half), bk.pseudo_huber(z, X, c=0.5, weight=0.5))
 
 
 def test_errors_do_not_show_their_explanation() -> None:

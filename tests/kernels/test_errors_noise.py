@@ -28,7 +28,7 @@ KEYS: dict[str, Wrong] = {
     "int32 seeds": (
         lambda: normal(seed=IDS.int()),
         TypeError,
-        ("seed must be an int or an int64 tensor", "torch.int32"),
+        ("seed must be an int or an int64 tensor", "torch.int32; seed.long() makes one"),
     ),
     "seeds": (
         lambda: normal(seed=torch.arange(3)),
@@ -58,6 +58,13 @@ KEYS: dict[str, Wrong] = {
         ValueError,
         ("sample_id + B must be at most 2**32", "4294967295 + 2"),
     ),
+    "int32 sample ids": (lambda: normal(sample_id=IDS.int()), TypeError, ("torch.int32; sample_id.long() makes one",)),
+    "array of sample ids": (
+        lambda: affine(noise_weight=1.0, seed=1, sample_id=IDS.numpy()),
+        TypeError,
+        ("sample_id must be", "a ndarray", "; torch.as_tensor(sample_id, dtype=torch.int64) makes one"),
+    ),
+    "list of seeds": (lambda: noisy(seed=[0, 1]), TypeError, ("; torch.as_tensor(seed, dtype=torch.int64) makes one",)),
     "sample ids": (lambda: normal(sample_id=IDS.float()), TypeError, ("sample_id", "torch.float32")),
     "seeds and a sample": (
         lambda: normal(seed=IDS, sample_id=1),

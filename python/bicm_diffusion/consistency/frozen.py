@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,40 @@ def check_network(network: nn.Module) -> None:
                 "network: expected a DistributedDataParallel with static_graph or find_unused_parameters to be the "
                 f"network itself, got one inside {type(wrapper).__name__}: wrap the whole network"
             )
+
+
+def asked(network: Callable[..., Tensor], *inputs: Tensor, **extra_args: Any) -> Tensor:
+    """Return network(*inputs, **extra_args); where it takes no such call, a TypeError says how it is called."""
+    try:
+        return network(*inputs, **extra_args)
+    except TypeError as error:
+        if not torch.compiler.is_compiling() and (expected := _takes_otherwise(network, inputs, extra_args)):
+            raise TypeError(expected) from error
+        raise
+
+
+def _takes_otherwise(network: Callable[..., Tensor], inputs: tuple[Tensor, ...], extra_args: Mapping[str, Any]) -> str:
+    """What is wrong where a network's signature does not take a call; empty where it does."""
+    network = getattr(network, "_orig_mod", network)
+    network = network.module if isinstance(network, DistributedDataParallel) else network
+    function = network.forward if isinstance(network, nn.Module) else network
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return ""
+    try:
+        signature.bind(*inputs, **extra_args)
+    except TypeError as error:
+        times = len(inputs) - 1
+        called = ", ".join(["x", *"tu"[:times], *(f"{name}=…" for name in extra_args)])
+        hint = "; extra_args={name: …} and a lambda give it what it wants"
+        if times == 2 and "too many positional" in str(error):
+            hint = (
+                "; f(x, t, u) leads from t to u: give the network a second time, or train it as it is by ict_loss with "
+                "parameterization='cm'; lambda x, t, u: network(x, t) leaves u out"
+            )
+        return f"network: called as network({called}), but it takes {signature} ({error}){hint}"
+    return ""
 
 
 def _modules(network: object) -> Iterator[nn.Module]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bicm_diffusion.consistency.frozen import check_network, evaluate_frozen
+from bicm_diffusion.consistency.frozen import asked, check_network, evaluate_frozen
 from bicm_diffusion.consistency.grid import LevelTable, drawn, partner_probabilities
 from bicm_diffusion.consistency.shared_draws import draws_alike, dropout_key
 from bicm_diffusion.described import described
@@ -27,6 +27,9 @@ from bicm_kernels import (
 )
 
 TARGETS = ("shared", "direct")
+MADE = "Levels, as draw_levels returns"
+#: By how much of itself a table's smallest level may miss t_min: float32 rounds by less.
+NEAR = 1e-6
 
 
 class Levels(NamedTuple):
@@ -35,6 +38,12 @@ class Levels(NamedTuple):
     low: Tensor
     high: Tensor
     partner: Tensor
+
+
+class DrawnLevels(Levels):
+    """Levels that know the smallest one of the table that they were drawn from."""
+
+    smallest: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,10 @@ def draw_levels(table: LevelTable, batch: int, *, seed: int, step: int, sample_i
     )
     n = drawn(table.probabilities, first)
     partner = drawn(partner_probabilities(table.probabilities, n), second)
-    return Levels(table.levels[n], table.levels[n + 1], table.levels[partner])
+    levels = DrawnLevels(table.levels[n], table.levels[n + 1], table.levels[partner])
+    if table.levels.is_cpu:
+        levels.smallest = float(table.levels[0])
+    return levels
 
 
 def bct_loss(
@@ -103,7 +115,8 @@ def bct_loss(
     All evaluations share their dropout mask, keyed by (seed, step) apart from the noise.
 
     network: called as network(c_in(t)·x, t, u, **extra_args) -> (B, …), with t and u (B,) in x's precision.
-    x: clean samples (B, …), floating. levels: from `draw_levels`; partner differs from low.
+    x: clean samples (B, …), floating. levels: from `draw_levels`, on a table that begins at t_min; partner differs from
+        low.
     c: the distance's constant; None means 0.00054·√d. seed, step, sample_id: the key, see `bicm_kernels.normal`.
     target: "shared", or "direct" for the ablation of BCM eq. 7, which is known to fail: there the trajectory
         term's target is sg f(x_n', t_n', t_min).
@@ -111,12 +124,14 @@ def bct_loss(
         two; "backward" has second derivatives.
     Raises TypeError for arguments of another kind and for a network in DataParallel, in FSDP1, or with a
     DistributedDataParallel inside that notes which parameters are used; ValueError for another target, gradient or
-    shape.
+    shape, and for levels that do not begin at t_min, as far as the host can tell.
     """
     check_model(network, "network(c_in(t)·x, t, u)", "network")
     check_network(network)
     check_state("x", x)
-    levels = _checked_levels(levels, x)
+    check_levels(levels, x, Levels._fields)
+    levels = levels if isinstance(levels, Levels) else Levels(*levels[:3])
+    check_floor(levels, t_min)
     check_arguments("extra_args", extra_args)
     if target not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
@@ -128,7 +143,7 @@ def bct_loss(
 
     def evaluate(scaled: Tensor, t: Tensor, u: Tensor) -> Tensor:
         with alike():
-            output = network(scaled, t, u, **(extra_args or {}))
+            output = asked(network, scaled, t, u, **(extra_args or {}))
         check_output(output, x, name="network")
         return output
 
@@ -157,13 +172,35 @@ def bct_loss(
     return BctLoss(consistency, trajectory)
 
 
-def _checked_levels(levels: object, x: Tensor) -> Levels:
-    if not (isinstance(levels, tuple) and len(levels) == 3 and all(isinstance(level, Tensor) for level in levels)):
-        raise TypeError(f"levels: expected Levels, as draw_levels returns them, got {described(levels)}")
-    for name, level in zip(Levels._fields, levels, strict=True):
+def check_levels(levels: object, x: Tensor, names: Sequence[str], *, name: str = "levels", made: str = MADE) -> None:
+    """Raise unless there are tensors (B,) of these names, as x has B samples; made: what is expected."""
+    given = levels if isinstance(levels, tuple | list) else ()
+    if len(given) < len(names) or not all(isinstance(level, Tensor) for level in given):
+        raise TypeError(f"{name}: expected {made} them, got {described(levels)}")
+    for label, level in zip(names, given, strict=False):
         if level.shape != x.shape[:1]:
-            raise ValueError(f"levels: expected {name} of shape ({len(x)},), as x has, got {tuple(level.shape)}")
-    return Levels(*levels)
+            raise ValueError(f"{name}: expected {label} of shape ({len(x)},), as x has, got {tuple(level.shape)}")
+
+
+def check_floor(levels: Sequence[Tensor], t_min: float) -> None:
+    """Raise ValueError where levels do not begin at t_min: the table's smallest, or any that is below, on the CPU.
+
+    levels: those of a batch, and the smallest of their table where they were drawn from one.
+    """
+    if torch.compiler.is_compiling():
+        return
+    smallest = getattr(levels, "smallest", None)
+    if smallest is None:
+        host = [level for level in levels if type(level) is Tensor and level.is_cpu and level.numel()]
+        smallest = min((float(level.detach().min()) for level in host), default=t_min)
+        wrong = smallest < t_min * (1 - NEAR)
+    else:
+        wrong = abs(smallest - t_min) > NEAR * max(smallest, t_min)
+    if wrong:
+        raise ValueError(
+            f"levels: expected them to begin at t_min = {t_min:.6g}, got {smallest:.6g}; give the loss and "
+            "karras_levels one t_min"
+        )
 
 
 class _Leap(torch.autograd.Function):

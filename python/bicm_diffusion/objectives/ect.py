@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bicm_diffusion.consistency.objective import check_levels
 from bicm_diffusion.keys import TIMES
 from bicm_diffusion.objectives.evaluation import Loss, Network, evaluator, level_dtype
+from bicm_diffusion.samplers.checks import check_model, check_state
 from bicm_diffusion.schedules.karras import T_MIN
 from bicm_kernels import consistency_loss, denoise, fold_in, noisy_pair, normal
 
@@ -85,6 +87,9 @@ def ect_loss(
     >>> sorted(ect_loss(lambda x, t: x, torch.zeros(4, 2), times, seed=0, step=0).terms)
     ['consistency']
     """
+    check_model(network, "network(c_in(t)·x, t, …)", "network")
+    check_state("x", x)
+    check_levels(times, x, ("t", "r"), name="times", made="(t, r), as draw_ect_times returns")
     end = t_min if parameterization == "bcm" else None
     evaluate = evaluator(network, x, seed=seed, step=step, extra_args=extra_args, end=end)
     gap = times[0] - times[1]

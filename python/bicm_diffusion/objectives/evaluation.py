@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from bicm_diffusion.consistency.frozen import check_network
+from bicm_diffusion.consistency.frozen import asked, check_network
 from bicm_diffusion.consistency.shared_draws import draws_alike, dropout_key
+from bicm_diffusion.samplers.checks import check_output
 
 Network: TypeAlias = nn.Module | Callable[..., Tensor]
 
@@ -50,6 +51,8 @@ def evaluator(
     def evaluate(scaled: Tensor, t: Tensor) -> Tensor:
         times = (t,) if end is None else (t, torch.full_like(t, end))
         with alike():
-            return network(scaled, *times, **(extra_args or {}))
+            output = asked(network, scaled, *times, **(extra_args or {}))
+        check_output(output, x, name="network")
+        return output
 
     return evaluate

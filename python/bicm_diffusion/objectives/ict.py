@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bicm_diffusion.consistency.objective import check_floor, check_levels
 from bicm_diffusion.objectives.evaluation import Loss, Network, evaluator, level_dtype
+from bicm_diffusion.samplers.checks import check_model, check_state
 from bicm_diffusion.schedules.karras import T_MIN
 from bicm_kernels import consistency_loss, denoise, noisy_pair
 
@@ -37,7 +39,8 @@ def ict_loss(
     x: clean samples (B, …), floating. levels: t_n and t_{n+1}, (B,) float64, as `draw_levels` gives them first.
     parameterization: f of "bcm" or "cm", see `bicm_kernels.denoise`.
     c, gradient: see `bicm_kernels.pseudo_huber`. seed, step, sample_id: the key, see `bicm_kernels.normal`.
-    Raises ValueError for another parameterization or gradient, and TypeError for a network that `bct_loss` refuses.
+    Raises ValueError for another parameterization or gradient and for levels that do not begin at t_min, as far as the
+    host can tell, and TypeError for a network that `bct_loss` refuses.
 
     >>> from bicm_diffusion import LevelTable, draw_levels, karras_levels
     >>> x, levels = torch.zeros(4, 2), draw_levels(LevelTable(karras_levels(11)), 4, seed=0, step=0)
@@ -46,6 +49,10 @@ def ict_loss(
     """
     if parameterization not in ("bcm", "cm"):
         raise ValueError(f"parameterization: expected one of bcm, cm, got {parameterization!r}")
+    check_model(network, "network(c_in(t)·x, t, …)", "network")
+    check_state("x", x)
+    check_levels(levels, x, ("low", "high"), made="t_n and t_{n+1}, as draw_levels gives")
+    check_floor(levels, t_min)
     end = t_min if parameterization == "bcm" else None
     evaluate = evaluator(network, x, seed=seed, step=step, extra_args=extra_args, end=end)
     gap = levels[1] - levels[0]

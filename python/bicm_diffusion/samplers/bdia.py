@@ -138,7 +138,7 @@ def _method(
     exact: bool,
     options: Options,
 ) -> _Euler:
-    first = first_tensor(z)
+    first = first_tensor(z, exact)
     loop = Loop(name, model, first, schedule, **options)
     inverse = name == "bdia_invert"
     check_factor("gamma", gamma, lowest=None if inverse else 0.0, batch=len(first))

@@ -128,4 +128,9 @@ def hint_for(output: Any) -> str:
     named = [
         name for name in ("sample", *getattr(output, "__dict__", {})) if isinstance(getattr(output, name, None), Tensor)
     ]
-    return f"; return its .{named[0]}" if named else ""
+    if named:
+        return f"; return its .{named[0]}"
+    if isinstance(output, Mapping):
+        found = [name for name, value in output.items() if isinstance(value, Tensor)]
+        return f"; return its [{found[0]!r}]" if found else ""
+    return ""

@@ -83,7 +83,7 @@ def edict_invert(
 def _run(
     name: str, model: Model, z: State, schedule: Schedule, p: Factor, leapfrog: bool, exact: bool, options: Options
 ) -> TwinPair | ExactTwins:
-    first = first_tensor(z, TwinPair, ExactTwins)
+    first = first_tensor(z, exact, TwinPair, ExactTwins)
     loop = Loop(name, model, first, schedule, **options)
     check_factor("p", p, lowest=None, batch=len(first))
     inverse, mix = name == "edict_invert", value(p)

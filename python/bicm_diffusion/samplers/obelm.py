@@ -41,7 +41,7 @@ def obelm_sample(
     >>> obelm_sample(lambda z, times: z, torch.ones(1, 2), vp_schedule(4)).z.shape
     torch.Size([1, 2])
     """
-    return run(_Obelm(Loop("obelm_sample", model, first_tensor(z), schedule, **options), exact), z, DOWN, exact)
+    return run(_Obelm(Loop("obelm_sample", model, first_tensor(z, exact), schedule, **options), exact), z, DOWN, exact)
 
 
 @sampler(Loop)
@@ -60,7 +60,7 @@ def obelm_invert(
     >>> obelm_invert(lambda z, times: z, torch.ones(1, 2), vp_schedule(4)).z.shape
     torch.Size([1, 2])
     """
-    first = first_tensor(z)
+    first = first_tensor(z, exact)
     method = _Obelm(Loop("obelm_invert", model, first, schedule, **options), exact)
     if not exact:
         warn_of_obelm(schedule, first.dtype, alone=isinstance(z, Tensor))

@@ -92,8 +92,8 @@ def run(method: Method, z: State, direction: Direction, exact: bool) -> StatePai
     record = recorded(method.loop, method.name, method.functions, method.settings, z, direction.inverse)
     if exact:
         return _run_integers(method, z, direction, record)
-    start = StatePair(z.z, z.previous) if isinstance(z, ExactPair) else z
-    return _run_floats(method, start, direction, record)
+    assert not isinstance(z, ExactPair)
+    return _run_floats(method, z, direction, record)
 
 
 def recorded(
@@ -113,13 +113,23 @@ def recorded(
     return record
 
 
-def first_tensor(z: Any, floats: type[Pair] = StatePair, integers: type[ExactPair] = ExactPair) -> Tensor:
+def first_tensor(z: Any, exact: bool, floats: type[Pair] = StatePair, integers: type[ExactPair] = ExactPair) -> Tensor:
     """Return a tensor with the dtype, device and batch of the states; raise where a pair does not fit together.
 
-    floats, integers: the kinds of pairs that the sampler takes.
+    exact: whether the run is one of integers. floats, integers: the kinds of pairs that the sampler takes.
     """
     if type(z) is integers:
+        if not exact:
+            raise TypeError(
+                f"z: exact=False takes a tensor or a {floats.__name__}, got an {integers.__name__}: pass exact=True, "
+                f"as it was made, or {floats.__name__}(*z), whose way back rounds"
+            )
         return z.q.new_empty((len(z.q), 0), dtype=z.dtype)
+    if exact and isinstance(z, floats) and z.record is not None:
+        raise TypeError(
+            f"z: exact=True, the default, takes a tensor or an {integers.__name__}, got a {floats.__name__}: pass "
+            f"exact=False, as it was made, or {floats.__name__}(*z), from which another trajectory begins"
+        )
     if not isinstance(z, floats):
         made = f" (made of two tensors by {floats.__name__}(*z))" if isinstance(z, tuple | list) and len(z) == 2 else ""
         check_state("z", z, f"a tensor (B, …), a {floats.__name__}{made} or an {integers.__name__}")

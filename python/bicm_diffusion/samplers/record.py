@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from bicm_diffusion.rational import nearest
 from bicm_diffusion.samplers.notices import RetraceWarning, warn
 from bicm_diffusion.schedules import Schedule
 
@@ -139,7 +138,7 @@ def _check_levels(
 
 
 def _same(made: Any, now: Any) -> bool:
-    """Whether two settings are one; a fraction is the same as the float that it stands for."""
+    """Whether two settings are one; a factor for all samples is the same as one for each."""
     if made is now or (traced() and (_holds_tensors(made) or _holds_tensors(now))):
         return True
     ours, theirs = _numbers(now), _numbers(made)
@@ -148,14 +147,7 @@ def _same(made: Any, now: Any) -> bool:
     if len(ours) != len(theirs):
         shorter, longer = sorted((ours, theirs), key=len)
         ours, theirs = (shorter * len(longer), longer) if len(shorter) == 1 else (ours, theirs)
-    return len(ours) == len(theirs) and all(map(_same_number, ours, theirs))
-
-
-def _same_number(made: Any, now: Any) -> bool:
-    if isinstance(made, tuple) == isinstance(now, tuple):
-        return bool(made == now)
-    fraction, number = (made, now) if isinstance(made, tuple) else (now, made)
-    return nearest(number) == nearest(fraction[0] / fraction[1])
+    return ours == theirs
 
 
 def _holds_tensors(factor: Any) -> bool:

@@ -9,6 +9,10 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+
+from bicm_diffusion.samplers.notices import warn
+from bicm_diffusion.samplers.states import Pair
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -17,17 +21,21 @@ R = TypeVar("R")
 def sampler(options: Callable[..., Any] | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator for samplers whose `**options`, if any, are the keyword arguments of `options`.
 
-    Their signature names every option, a misspelt one is a TypeError that says so, and no gradients are recorded.
+    Their signature names every option, a misspelt one is a TypeError that says so, and no gradients are recorded: where
+    their second argument, the state, requires them, a warning says so.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = _opened(function, options)
         names = signature.parameters.keys()
+        state = [*names][1]
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if not kwargs.keys() <= names:
                 raise TypeError(_unknown(function.__name__, signature, kwargs))
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                _notice_gradients(function.__name__, args[1] if len(args) > 1 else kwargs.get(state))
             with torch.no_grad():
                 return function(*args, **kwargs)
 
@@ -54,4 +62,20 @@ def _unknown(name: str, signature: inspect.Signature, given: dict[str, Any]) -> 
     wrong = next(x for x in given if x not in signature.parameters)
     near = get_close_matches(wrong, signature.parameters, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(taken)}"
+    if not near and "extra_args" in taken:
+        hint += f"; a keyword argument of the model goes into extra_args={{{wrong!r}: …}}"
     return f"{name}() got an unexpected keyword argument {wrong!r}; {hint}"
+
+
+def _notice_gradients(name: str, start: object) -> None:
+    """Warn where a state, or one of a pair's, asks for gradients that nothing will record."""
+    if isinstance(start, Tensor):
+        wanted = start.requires_grad
+    else:
+        wanted = isinstance(start, Pair) and any(getattr(x, "requires_grad", False) for x in vars(start).values())
+    if wanted:
+        warn(
+            f"{name}: sampling runs under torch.no_grad(), and its result has no gradient, though its start requires "
+            "one; .detach() says that none is wanted, and a loop of the ops (affine_step, ddim_step, …) records it",
+            UserWarning,
+        )

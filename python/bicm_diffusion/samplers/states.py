@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -14,6 +14,7 @@ from bicm_diffusion.described import described
 from bicm_diffusion.samplers.prediction import Number
 from bicm_diffusion.samplers.record import Record, hand_out
 from bicm_diffusion.samplers.storage import pack, read, unpack, write
+from bicm_diffusion.samplers.subsets import joined, taken, taker
 from bicm_kernels import affine_step, fixed_point_decode
 
 P = TypeVar("P", bound="Pair")
@@ -27,12 +28,12 @@ _REMEDIES = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Pair:
-    """What every pair can do: unpack into its two states, move, and be saved and copied with its `record`.
+    """What every pair can do: unpack into its two states, move, be split, joined, saved and copied with its `record`.
 
-    A pair pickles, copies and goes through torch.save and torch.load(weights_only=True) as it is; `save_pair` writes a
-    safetensors file.
+    pair[2:4], pair[[0, 3]] and pair[mask] are pairs of those samples, and retrace to the same bits. A pair pickles,
+    copies and goes through torch.save and torch.load(weights_only=True) as it is; `save_pair` writes safetensors.
     """
 
     record: Record | None = field(default=None, repr=False, kw_only=True)
@@ -44,6 +45,62 @@ class Pair:
     def __iter__(self) -> Iterator[Tensor]:
         """Unpack into the two states."""
         raise NotImplementedError
+
+    def __getitem__(self: P, index: Any) -> P:
+        """Return the pair of some samples: a slice, a list or tensor of their numbers, or of booleans.
+
+        Raises TypeError for another index, a single number too.
+
+        >>> pair = StatePair(torch.eye(3), torch.zeros(3, 3))
+        >>> pair[1:].z
+        tensor([[0., 1., 0.],
+                [0., 0., 1.]])
+        """
+        take = taker(index)
+        record = self.record
+        kept = {f.name: take(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor) and x.dim()}
+        return replace(self, **kept, record=record if record is None else taken(record, take, len(self._first)))
+
+    @staticmethod
+    def cat(pairs: Sequence[P]) -> P:
+        """Return the samples of several pairs as one, which retraces each of them to the same bits.
+
+        Raises TypeError for what is no pair or pairs of several kinds, and ValueError for none, or where they were made
+        with other settings, levels or dtypes.
+
+        >>> pair = StatePair(torch.eye(3), torch.zeros(3, 3))
+        >>> torch.equal(StatePair.cat([pair[:1], pair[1:]]).z, pair.z)
+        True
+        """
+        kinds = {type(pair) for pair in pairs}
+        if len(kinds) > 1 or not all(isinstance(pair, Pair) for pair in pairs):
+            raise TypeError(f"pairs: expected pairs of one kind, got {described([*pairs])}")
+        if not kinds:
+            raise ValueError("pairs: expected at least one, got none")
+        dtypes = {pair._dtype for pair in pairs}
+        if len(dtypes) > 1:
+            raise ValueError(f"pairs: expected one dtype, got {', '.join(sorted(map(str, dtypes)))}")
+        first = pairs[0]
+        names = [f.name for f in fields(first) if isinstance(x := getattr(first, f.name), Tensor) and x.dim()]
+        tensors = {name: torch.cat([getattr(pair, name) for pair in pairs]) for name in names}
+        record = joined([pair.record for pair in pairs], [len(pair._first) for pair in pairs])
+        return replace(first, **tensors, record=record)
+
+    def __repr__(self) -> str:
+        x, made = self._first, self.record
+        about = "no record" if made is None else f"{made.method}, {made.steps} steps, at index {made.index}"
+        return f"{type(self).__name__}({about}; {tuple(x.shape)} {self._dtype} on {x.device})"
+
+    @property
+    def _first(self) -> Tensor:
+        """The first of the tensors, (B, …)."""
+        tensor: Tensor = getattr(self, fields(self)[1].name)
+        return tensor
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The dtype of the states in floating point."""
+        return self._first.dtype
 
     def to(self: P, *targets: Any, device: Any = None, dtype: torch.dtype | None = None) -> P:
         """Return the pair on another device, its states in another dtype: to(device), to(dtype) or both.
@@ -80,14 +137,19 @@ class Pair:
     def from_state_dict(state: Mapping[str, Tensor]) -> Any:
         """Return the pair, of whichever kind, that a `state_dict` was made of.
 
-        Raises ValueError where it was made of none.
+        Raises ValueError where it was made of none, and TypeError for no dictionary.
 
         >>> pair = StatePair(torch.ones(1, 2), torch.zeros(1, 2))
         >>> StatePair.from_state_dict(pair.state_dict()).previous
         tensor([[0., 0.]])
         """
         kind, tensors, words, record = unpack(state)
-        return Pair._kinds[kind]._made(tensors, words, record)
+        if kind not in Pair._kinds:
+            raise ValueError(f"state: expected one of {', '.join(Pair._kinds)}, got {kind!r}")
+        try:
+            return Pair._kinds[kind]._made(tensors, words, record)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"state: expected the state_dict of an {kind}, got the names {[*state]}") from error
 
     @classmethod
     def _made(cls: type[P], tensors: Mapping[str, Tensor], _: Mapping[str, Any], record: Record | None) -> P:
@@ -105,7 +167,7 @@ class Pair:
         return self._mapped(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class StatePair(Pair):
     """Two neighbouring states of a trajectory: where it stands, and where it stood one index earlier.
 
@@ -125,7 +187,7 @@ class StatePair(Pair):
         return iter((self.z, self.previous))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TwinPair(Pair):
     """EDICT's two states of one index, either of which is an image or its noise."""
 
@@ -141,7 +203,7 @@ class TwinPair(Pair):
         return iter((self.z, self.y))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ExactPair(Pair):
     """Two states of a trajectory as integers, from which every bit of it can be retraced.
 
@@ -210,11 +272,15 @@ class ExactPair(Pair):
         words["dtype"] = str(self.dtype).removeprefix("torch.")
         return pack(type(self).__name__, tensors, words, self.record)
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.dtype
+
     def _cast(self: P, dtype: torch.dtype) -> P:
         return replace(self, dtype=dtype)  # type: ignore[call-arg]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ExactTwins(ExactPair):
     """EDICT's two states as integers, in units of alpha; the second of the pair is y."""
 
@@ -243,7 +309,7 @@ def save_pair(pair: Pair, path: str | os.PathLike[str]) -> None:
 def load_pair(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Any:
     """Return the pair that `save_pair` wrote, of whichever kind, on a device.
 
-    Raises ImportError where safetensors is missing, and ValueError where the file holds no pair.
+    Raises ImportError where safetensors is missing, and ValueError where the path leads to anything but a pair's file.
     """
     return Pair.from_state_dict(read(path, device))
 

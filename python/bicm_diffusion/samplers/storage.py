@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bicm_diffusion.described import described
 from bicm_diffusion.samplers.prediction import Preconditioned
 from bicm_diffusion.samplers.record import Record
 from bicm_diffusion.schedules import Schedule
@@ -45,9 +47,17 @@ def pack(
 
 def unpack(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], dict[str, Any], Record | None]:
     """Return kind, tensors, words and record of a packed pair; raise ValueError where it is none."""
-    if ABOUT not in state:
-        raise ValueError(f"state: expected the state_dict of a pair, with {ABOUT!r} in it, got the names {[*state]}")
-    about = json.loads(bytes(state[ABOUT].tolist()))
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state: expected the state_dict of a pair, got {described(state)}")
+    if not isinstance(state.get(ABOUT), Tensor):
+        names = list(map(str, state))
+        given = str(names[:8])[:-1] + (", …]" if len(names) > 8 else "]")
+        raise ValueError(f"state: expected the state_dict of a pair, with {ABOUT!r} in it, got the names {given}")
+    try:
+        about = json.loads(bytes(state[ABOUT].tolist()))
+        assert {"version", "kind"} <= about.keys()
+    except (ValueError, TypeError, AttributeError, AssertionError):
+        raise ValueError(f"state: expected the state_dict of a pair, got another {ABOUT!r} than one has") from None
     if about["version"] != VERSION:
         raise ValueError(f"state: expected version {VERSION} of a pair's state_dict, got {about['version']}")
     tensors = {name: x for name, x in state.items() if name not in (ABOUT, LEVELS, ORIGIN)}
@@ -72,8 +82,25 @@ def write(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str | os.PathLike[str], device: str | torch.device) -> dict[str, Tensor]:
-    """Read a packed pair from a safetensors file."""
-    state: dict[str, Tensor] = _safetensors().load_file(path, device=str(device))
+    """Read a packed pair from a safetensors file; raise ValueError where it is none."""
+    library = _safetensors()
+    from safetensors import SafetensorError
+
+    if os.path.isdir(path):
+        raise ValueError(f"path: expected a safetensors file, as save_pair writes it, got the folder {os.fspath(path)}")
+    try:
+        state: dict[str, Tensor] = library.load_file(path, device=str(device))
+    except SafetensorError as error:
+        saved = zipfile.is_zipfile(path)
+        hint = "; torch.load(path, weights_only=True) reads what torch.save wrote" if saved else ""
+        raise ValueError(
+            f"path: expected a safetensors file, as save_pair writes it, got {os.fspath(path)}{hint}"
+        ) from error
+    if ABOUT not in state:
+        raise ValueError(
+            f"path: expected a pair's file, as save_pair writes it, got {os.fspath(path)}, a safetensors file of "
+            "other tensors"
+        )
     return state
 
 

@@ -103,7 +103,7 @@ def accelerate_scheduler(
     """
     known: bool = isinstance(scheduler, SchedulerMixin)
     if not known:
-        raise TypeError(f"scheduler must be one of {covered_names()}, got {described(scheduler)}")
+        raise TypeError(f"scheduler must be one of {covered_names()}, got {described(scheduler)}{_hint(scheduler)}")
     if noise not in (None, "generator", "keyed"):
         raise ValueError(f"noise: expected 'generator' or 'keyed', got {noise!r}")
     if not strict and not _has_accelerated_form(type(scheduler)):
@@ -124,6 +124,16 @@ def accelerate_scheduler(
     result._set_key(seed, sample_id)
     result._prepare()
     return result
+
+
+def _hint(given: Any) -> str:
+    """What to pass in place of what is no scheduler, where that is known."""
+    if isinstance(given, type) and issubclass(given, SchedulerMixin):
+        own = f", or take accelerated_class({given.__name__})" if _has_accelerated_form(given) else ""
+        return f", the class {given.__name__}: pass an instance, {given.__name__}(...){own}"
+    if isinstance(getattr(given, "scheduler", None), SchedulerMixin):
+        return ": pass pipeline.scheduler, and put the result in its place"
+    return ""
 
 
 def _has_accelerated_form(cls: type[Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +19,24 @@ from bicm_diffusion.adapters.diffusers.integers import Integers
 from bicm_diffusion.adapters.diffusers.retrace import METHOD, check_no_pair, check_pair, check_start
 from bicm_diffusion.adapters.diffusers.scheduler import as_output, as_state
 from bicm_diffusion.adapters.diffusers.tables import version_of
+from bicm_diffusion.described import described
 from bicm_diffusion.rational import MAX_DENOMINATOR, nearest
+from bicm_diffusion.samplers.notices import warn
 from bicm_diffusion.samplers.record import Record, hand_out, report_remainder
 from bicm_diffusion.samplers.states import ExactPair, StatePair
 from bicm_kernels import denoised_step
+
+#: Options of other schedulers that change samples or levels and that no step here heeds.
+_IGNORED = (
+    "clip_sample",
+    "thresholding",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+    "use_flow_sigmas",
+    "use_dynamic_shifting",
+)
 
 
 class BDIADDIMScheduler(DDIMScheduler):
@@ -113,13 +127,24 @@ class BDIADDIMScheduler(DDIMScheduler):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Make a scheduler of another one's configuration, as diffusers' `from_config` does.
 
-        Raises ValueError for levels that BDIA-DDIM does not have: zero terminal SNR, flow matching, EDM's.
+        Raises ValueError for levels that BDIA-DDIM does not have: zero terminal SNR, flow matching, EDM's; TypeError
+        for a scheduler in place of its configuration. Warns of options that are on in another class's configuration and
+        have no part in a step that can be inverted, as clipping and thresholding.
         """
-        for name, given in (config or {}).items():
-            if name == "rescale_betas_zero_snr" and given:
-                raise ValueError(f"{name}: expected False, got {given!r}: at the first level z is noise alone")
-        if "num_train_timesteps" in (config or {}) and "beta_schedule" not in config:
-            raise ValueError(f"config: expected one with a beta_schedule, got one with {', '.join(config)}")
+        if not (config is None or isinstance(config, Mapping)):
+            hint = "; pass its .config" if hasattr(config, "config") else ""
+            raise TypeError(f"config: expected a scheduler's configuration, got {described(config)}{hint}")
+        known: Mapping[str, Any] = config or {}
+        if known.get("rescale_betas_zero_snr"):
+            given = known["rescale_betas_zero_snr"]
+            raise ValueError(
+                f"rescale_betas_zero_snr: expected False, got {given!r}: at the first level z is noise alone"
+            )
+        if "num_train_timesteps" in known and "beta_schedule" not in known:
+            raise ValueError(f"config: expected one with a beta_schedule, got one with {', '.join(known)}")
+        ignored = [name for name in _IGNORED if {**known, **kwargs}.get(name)]
+        if ignored and "gamma" not in known:  # its own keeps them for the class that they came from
+            warn(f"BDIADDIMScheduler ignores {', '.join(ignored)}, on in this configuration", UserWarning)
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @property

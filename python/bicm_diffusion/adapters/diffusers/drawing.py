@@ -26,7 +26,7 @@ FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float6
 
 
 class WrongKeyError(ValueError):
-    """A seed or sample id that does not fit the batch: no step that the original could take instead."""
+    """A seed, sample id or list of generators that does not fit the batch: the original has no step for it either."""
 
 
 class KeyedConfig(FrozenDict):
@@ -110,9 +110,8 @@ class Drawing:
             raise ValueError("a sample and a model output of different shapes, or none")
         if like.layout is not torch.strided or sample.layout is not torch.strided:
             raise TypeError(f"sample of {sample.layout}, model output of {like.layout}")
+        _check_count(generator, shape[0])
         several = isinstance(generator, list) and len(generator) > 1
-        if several and len(generator) < shape[0]:  # type: ignore[arg-type]
-            raise ValueError(f"{len(generator)} generators for {shape[0]} samples")  # type: ignore[arg-type]
         if not like.is_cpu or not all_on_host(generator):
             return randn_tensor(shape, generator=generator, device=like.device, dtype=dtype)
         if isinstance(generator, list):
@@ -126,6 +125,7 @@ class Drawing:
             return self._own_key(sample, step)
         if isinstance(generator, Generator):
             return folded(generator.initial_seed()), self._sample_id
+        _check_count(generator, len(sample))
         if len(generator) == 1:
             return folded(generator[0].initial_seed()), self._sample_id
         given = tuple(g.initial_seed() for g in generator[: len(sample)]), sample.device
@@ -170,6 +170,12 @@ class Drawing:
         if (matter or message) not in self._told:
             self._told = (*self._told, matter or message)
             warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _check_count(generator: Generators, batch: int) -> None:
+    """Raise where a list has generators for some samples only; one serves all, and what is more than enough is left."""
+    if isinstance(generator, list) and len(generator) != 1 and (len(generator) < batch or not generator):
+        raise WrongKeyError(f"generator: expected one, or one for each of the {batch} samples, got {len(generator)}")
 
 
 def checked(name: str, value: Integer) -> Integer:
