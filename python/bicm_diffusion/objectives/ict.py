@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from bicm_diffusion.objectives.evaluation import Loss, Network, evaluator, level_dtype
+from bicm_diffusion.objectives.evaluation import (
+    Form,
+    Loss,
+    Network,
+    check_parameterization,
+    evaluator,
+    level_dtype,
+    noise_key,
+    weighted_distance,
+)
 from bicm_diffusion.schedules.karras import T_MIN
-from bicm_kernels import consistency_loss, denoise, noisy_pair
+from bicm_kernels import noisy_pair
 
 
 def ict_loss(
@@ -39,28 +47,15 @@ def ict_loss(
     c, gradient: see `bicm_kernels.pseudo_huber`. seed, step, sample_id: the key, see `bicm_kernels.normal`.
     Raises ValueError for another parameterization or gradient, and TypeError for a network that `bct_loss` refuses.
 
+    >>> import torch
     >>> from bicm_diffusion import LevelTable, draw_levels, karras_levels
     >>> x, levels = torch.zeros(4, 2), draw_levels(LevelTable(karras_levels(11)), 4, seed=0, step=0)
     >>> sorted(ict_loss(lambda x, t: x, x, levels, seed=0, step=0, parameterization="cm").terms)
     ['consistency']
     """
-    if parameterization not in ("bcm", "cm"):
-        raise ValueError(f"parameterization: expected one of bcm, cm, got {parameterization!r}")
-    end = t_min if parameterization == "bcm" else None
-    evaluate = evaluator(network, x, seed=seed, step=step, extra_args=extra_args, end=end)
-    gap = levels[1] - levels[0]
+    check_parameterization(parameterization)
+    form = Form(parameterization, sigma_data, t_min)
+    evaluate = evaluator(network, x, seed=seed, step=step, extra_args=extra_args, end=form.end)
     low, high = (level.to(x.device, level_dtype(x)) for level in levels[:2])
-    x_low, x_high = noisy_pair(x, low, high, seed=seed, step=step, sample_id=sample_id, sigma_data=sigma_data)
-    options: dict[str, Any] = {
-        "parameterization": parameterization,
-        "sigma_data": sigma_data,
-        "sigma_min": t_min,
-        "scaled": True,
-    }
-    with torch.no_grad():
-        goal = denoise(x_low, evaluate(x_low, low), low, **options)
-    weight = gap.reciprocal().to(x.device, level_dtype(x))
-    loss = consistency_loss(
-        x_high, evaluate(x_high, high), high, None, goal, c=c, weight=weight, gradient=gradient, **options
-    )
-    return Loss(loss, {"consistency": loss})
+    pair = noisy_pair(x, low, high, **noise_key(x, seed, step, sample_id), sigma_data=sigma_data)
+    return weighted_distance(evaluate, form, pair, levels, c=c, gradient=gradient)
