@@ -12,12 +12,12 @@ import click
 import torch
 from rich.console import Console
 
+from bicm_diffusion.train import scalar_log
 from examples.digits.consistency_network import ConsistencyConfig
 from examples.digits.consistency_objective import CONSISTENCY, BctConfig
 from examples.digits.consistency_objective import WEIGHTS as BCM_WEIGHTS
 from examples.digits.denoising import DENOISING, WEIGHTS
 from examples.digits.network import NetworkConfig
-from examples.digits.tensorboard import scalar_log
 from examples.digits.training import Run, TrainingConfig, save_weights, train
 
 #: Where commands write unless they are told otherwise: never over the weights that come with the code.
@@ -81,7 +81,7 @@ def training_options(
 
 
 @main.command("train-denoiser")
-@training_options(TrainingConfig(), NetworkConfig(), output="denoiser.safetensors", checkpoint="checkpoint.pt")
+@training_options(TrainingConfig(), NetworkConfig(), output="denoiser.safetensors", checkpoint="checkpoint.safetensors")
 def train_denoiser(channels: tuple[int, int], dropout: float, **options: Any) -> None:
     """Train the noise predictor by denoising score matching and write its averaged weights.
 
@@ -94,7 +94,9 @@ def train_denoiser(channels: tuple[int, int], dropout: float, **options: Any) ->
 
 
 @main.command("train")
-@training_options(BctConfig(), ConsistencyConfig(), output="consistency.safetensors", checkpoint="consistency.pt")
+@training_options(
+    BctConfig(), ConsistencyConfig(), output="consistency.safetensors", checkpoint="consistency-checkpoint.safetensors"
+)
 @click.option("--t-max", default=BctConfig.t_max, type=click.FloatRange(1.0), help="Highest noise level.")
 def train_consistency(channels: tuple[int, int], dropout: float, **options: Any) -> None:
     """Train the bidirectional consistency model and write its averaged weights.

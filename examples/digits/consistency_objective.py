@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from bicm_diffusion import LevelTable, karras_levels, level_count
+from bicm_diffusion import LevelTable, bct_loss, draw_levels, karras_levels, level_count
 from bicm_diffusion.consistency.grid import P_MEAN, P_STD
-from bicm_diffusion.consistency.objective import bct_loss, draw_levels
 from bicm_kernels import fold_in
 from examples.digits.checkpoints import load_network as load
 from examples.digits.consistency_measurements import evaluate

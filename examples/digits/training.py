@@ -1,22 +1,23 @@
-"""The training loop of both digits models: keyed batches, AdamW, an averaged copy, checkpoints that go on to the bit.
+"""What the digits' runs have in common, as calls of `bicm_diffusion.train`: options, data, dropped labels, weights.
 
-An `Objective` tells one run from another; the loop knows nothing of what it minimises.
+An `Objective` tells one run from another.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.utils.data import TensorDataset
 
-from bicm_diffusion.ema import update_average
+from bicm_diffusion.train import Step, Trainer, TrainingOptions
+from bicm_diffusion.train.logs import Log
 from bicm_kernels import fold_in, uniform
 from examples.digits import checkpoints
 from examples.digits.data import Digits, load_split
@@ -25,9 +26,6 @@ from examples.digits.network import NO_LABEL
 REPORT_EVERY = 1000
 # Purposes that need random numbers of their own beside the noise: each gets its key from the run's seed.
 ORDER, LABEL_DROP = 1, 3
-
-#: Called with (name, value, step).
-Log: TypeAlias = Callable[[str, float, int], object]
 
 
 @dataclass(frozen=True)
@@ -84,50 +82,44 @@ class Run(Generic[Config, Network]):
         return {"config": asdict(self.config), "network_config": asdict(self.network)}
 
 
-@dataclass
-class State(Generic[Network]):
-    """The run after `step` steps."""
-
-    step: int
-    network: Network
-    average: Network
-    optimizer: torch.optim.AdamW
-
-
-def start(run: Run[Config, Network]) -> State[Network]:
-    """Return the state before the first step; a pure function of its argument."""
+def start(run: Run[Config, Network]) -> Trainer:
+    """Return the run before its first step; a pure function of its argument."""
     objective, config = run.objective, run.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold_in(config.seed, objective.initial))
         network = objective.network(run.network)
         average = objective.network(run.network)
     average.load_state_dict(network.state_dict())
-    optimizer = torch.optim.AdamW(
-        network.parameters(),
-        lr=config.learning_rate,
+    options = TrainingOptions(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        optimizer="adamw",
+        learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
-        betas=(0.9, 0.99),
-        fused=objective.fused or None,
+        optimizer_args={"betas": (0.9, 0.99), "fused": objective.fused or None},
+        warmup=config.warmup,
+        decay="cosine",
+        clip=1.0,
+        ema=config.ema,
     )
-    return State(0, network, average.requires_grad_(False).eval(), optimizer)
+    data = load_split().train
+    return Trainer(
+        network,
+        TensorDataset(data.images, data.labels),
+        partial(_loss, run),
+        options,
+        average=average,
+        order=partial(batch_indices, count=len(data.images), config=config),
+        device="cpu",
+        notes=run.configurations(),
+    )
 
 
-def train_step(state: State[Network], run: Run[Config, Network], data: Digits) -> Loss:
-    """Advance the state by one step and return its loss."""
-    step, config = state.step, run.config
-    state.network.train()
-    for group in state.optimizer.param_groups:
-        group["lr"] = config.learning_rate * _learning_rate_factor(step, config)
-    state.optimizer.zero_grad(set_to_none=True)
-    chosen = batch_indices(step, len(data.images), config)
-    batch = Digits(data.images[chosen], dropped_labels(data.labels[chosen], step, config))
-    loss = run.objective.loss(state.network, batch, config, step)
-    torch.autograd.backward(loss.total)
-    nn.utils.clip_grad_norm_(state.network.parameters(), 1.0)
-    state.optimizer.step()
-    state.step = step + 1
-    update_average(state.average, state.network, step=state.step, decay=config.ema)
-    return loss
+def _loss(run: Run[Any, Any], network: nn.Module, batch: tuple[Tensor, Tensor], step: Step) -> Loss:
+    images, labels = batch
+    digits = Digits(images, dropped_labels(labels, step.step, run.config))
+    return run.objective.loss(network, digits, run.config, step.step)
 
 
 def batch_indices(step: int, count: int, config: TrainingConfig) -> Tensor:
@@ -151,60 +143,32 @@ def train(
     checkpoint_every: int,
     log: Log | None = None,
     progress: bool = True,
-) -> State[Network]:
+) -> Trainer:
     """Run to `config.steps`, going on from the checkpoint where there is one, and return the last state.
 
     log: called with (name, value, step) for the terms of every loss and the figures that `REPORT_EVERY` steps bring.
     Raises ValueError where the checkpoint belongs to another configuration.
     """
-    config = run.config
     state = resume(checkpoint, run) if checkpoint.exists() else start(run)
-    data = load_split().train
-    means: dict[str, float] = {}
-    with tqdm(total=config.steps, initial=state.step, unit="step", disable=not progress, mininterval=1.0) as bar:
-        while state.step < config.steps:
-            loss = train_step(state, run, data)
-            told = {name: term.item() for name, term in loss.terms.items()}
-            means = {name: 0.99 * means.get(name, value) + 0.01 * value for name, value in told.items()}
-            bar.update()
-            rate = (bar.format_dict["rate"] or 0.0) * config.batch_size
-            bar.set_postfix_str(f"{_listed(means)}, {rate:.0f} images/s", refresh=False)
-            if state.step % checkpoint_every == 0 or state.step == config.steps:
-                save_checkpoint(checkpoint, state, run)
-            if state.step % REPORT_EVERY == 0:
-                figures = run.objective.figures(state.average)
-                bar.write(f"step {state.step}: {_listed(figures)}")
-                told |= figures
-            if log is not None:
-                for name, value in told.items():
-                    log(name, value, state.step)
+    state.run(
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        log=log,
+        report=run.objective.figures,
+        report_every=REPORT_EVERY,
+        progress=progress,
+    )
     return state
 
 
-def save_checkpoint(path: Path, state: State[Network], run: Run[Config, Network]) -> None:
-    """Write the whole state; a kill at any moment leaves the former file or the new one, whole."""
-    content = {
-        "step": state.step,
-        **run.configurations(),
-        "network": state.network.state_dict(),
-        "average": state.average.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
-    }
-    checkpoints.save_checkpoint(path, content)
-
-
-def resume(path: Path, run: Run[Config, Network]) -> State[Network]:
-    """Return the state that `save_checkpoint` wrote; raises ValueError for another configuration."""
-    content = checkpoints.load_checkpoint(path, run.configurations())
+def resume(path: Path, run: Run[Config, Network]) -> Trainer:
+    """Return the run that wrote a checkpoint; raises ValueError for another configuration."""
     state = start(run)
-    state.network.load_state_dict(content["network"])
-    state.average.load_state_dict(content["average"])
-    state.optimizer.load_state_dict(content["optimizer"])
-    state.step = content["step"]
+    state.load(path)
     return state
 
 
-def save_weights(path: Path, state: State[Network], run: Run[Config, Network], notes: Mapping[str, str]) -> None:
+def save_weights(path: Path, state: Trainer, run: Run[Config, Network], notes: Mapping[str, str]) -> None:
     """Write the averaged weights, with both configurations and the notes as metadata, in one atomic move."""
     metadata = {
         "network": json.dumps(asdict(run.network)),
@@ -213,12 +177,3 @@ def save_weights(path: Path, state: State[Network], run: Run[Config, Network], n
         **notes,
     }
     checkpoints.save_weights(path, state.average.state_dict(), metadata)
-
-
-def _learning_rate_factor(step: int, config: TrainingConfig) -> float:
-    warm = min(1.0, (step + 1) / config.warmup)
-    return warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-
-
-def _listed(figures: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())

@@ -3,11 +3,9 @@
 from bicm_diffusion import layout
 from bicm_diffusion.consistency import (
     PRESETS,
-    BctLoss,
     ConsistencySchedule,
     Levels,
     LevelTable,
-    bct_loss,
     draw_levels,
     level_count,
     level_probabilities,
@@ -15,6 +13,7 @@ from bicm_diffusion.consistency import (
 )
 from bicm_diffusion.ema import update_average
 from bicm_diffusion.interpolation import slerp
+from bicm_diffusion.objectives import BctLoss, bct_loss
 from bicm_diffusion.samplers import (
     ExactPair,
     ExactTwins,

@@ -42,7 +42,7 @@ from examples.digits.data import SIDE, load_split
 from examples.digits.denoising import WEIGHTS as DENOISER_WEIGHTS
 from examples.digits.network import NO_LABEL
 from examples.digits.recognition import features, probabilities
-from examples.digits.training import Run, resume, save_checkpoint, start, train_step
+from examples.digits.training import Run, resume, start
 
 TINY = ConsistencyConfig(fine_channels=8, coarse_channels=8, embedding=16, coarse_blocks=1, groups=4)
 
@@ -79,29 +79,29 @@ def test_the_answer_depends_on_both_levels_and_on_the_label() -> None:
 
 
 def test_training_is_a_function_of_seed_and_step() -> None:
-    data, run = load_split().train, Run(CONSISTENCY, BctConfig(steps=5, batch_size=10), TINY)
+    run = Run(CONSISTENCY, BctConfig(steps=5, batch_size=10), TINY)
     runs = []
     for seed_elsewhere in (1, 2):
         torch.manual_seed(seed_elsewhere)
         state = start(run)
-        losses = [train_step(state, run, data).total.item() for _ in range(3)]
+        losses = [state.advance().total.item() for _ in range(3)]
         runs.append((losses, state.average.state_dict()))
     assert runs[0][0] == runs[1][0] and len(set(runs[0][0])) == 3
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1].values(), runs[1][1].values(), strict=True))
 
 
 def test_a_checkpoint_continues_to_the_same_bits(tmp_path: Path) -> None:
-    data, run = load_split().train, Run(CONSISTENCY, BctConfig(steps=6, batch_size=10), TINY)
+    run = Run(CONSISTENCY, BctConfig(steps=6, batch_size=10), TINY)
     whole, first = start(run), start(run)
     for _ in range(6):
-        train_step(whole, run, data)
+        whole.advance()
     for _ in range(2):
-        train_step(first, run, data)
-    save_checkpoint(tmp_path / "run.pt", first, run)
+        first.advance()
+    first.save(tmp_path / "run.pt")
     resumed = resume(tmp_path / "run.pt", run)
     assert resumed.step == 2
     for _ in range(4):
-        train_step(resumed, run, data)
+        resumed.advance()
     for name in ("network", "average"):
         ours, theirs = (getattr(state, name).state_dict() for state in (resumed, whole))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

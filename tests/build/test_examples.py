@@ -52,6 +52,55 @@ def test_huber_lora_trains_the_adapter() -> None:
     assert len(found) == 6 and found[4] < found[0]  # the same four images
 
 
+SMALL = ("--steps", "2", "--batch-size", "4", "--width", "4", "--s1", "20")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of six images, one of another size."""
+    for package in ("diffusers", "safetensors", "PIL"):
+        pytest.importorskip(package, reason="needs the extra [dev]")
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "deeper").mkdir()
+    for k in range(6):
+        pixels = torch.randint(0, 256, (40 if k == 3 else 32, 32, 3), generator=torch.Generator().manual_seed(k))
+        Image.fromarray(pixels.byte().numpy()).save(folder / ("deeper" if k % 2 else "") / f"{k}.png")
+    return folder
+
+
+def cifar10(objective: str, images: Path, output: Path, *words: str) -> None:
+    """Run the program in this process: importing diffusers takes seconds."""
+    from examples.cifar10 import main
+
+    with torch.random.fork_rng(devices=[]):
+        main(["--objective", objective, "--data", str(images), "--output", str(output), *SMALL, *words])
+    assert (output / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def denoiser(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a denoiser that was trained for two steps."""
+    output = tmp_path_factory.mktemp("denoiser")
+    cifar10("denoising", images, output)
+    return output / "checkpoint.safetensors"
+
+
+@pytest.mark.parametrize("objective", ["ict", "cd", "bct", "gc", "batch-ot", "ect"])
+def test_cifar10_trains_with_every_objective(
+    objective: str, images: Path, denoiser: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ("--start", str(denoiser)) if objective in ("cd", "ect") else ()
+    words = ("--generate", "--mu", "0.7", "--micro-batch", "2", "--bfloat16", *start)
+    cifar10(objective, images, tmp_path, *words)
+    first = capsys.readouterr().out
+    assert re.search(r"samples.png: 2 steps, standard deviation \d", first)
+    (tmp_path / "samples.png").unlink()
+    cifar10(objective, images, tmp_path, *words)  # from the finished checkpoint
+    assert capsys.readouterr().out == first
+
+
 def test_an_edit_with_the_same_prompt_returns_the_latents() -> None:
     for package in ("diffusers", "transformers"):
         pytest.importorskip(package, reason="needs the extra [dev]")

@@ -13,7 +13,7 @@ from bicm_diffusion.extras import extra
 from tests.support import fresh
 
 ROOT = Path(__file__).resolve().parents[2]
-EXTRAS = ("PIL", "click", "diffusers", "matplotlib", "rich", "safetensors", "sklearn", "tensorboard", "tqdm")
+EXTRAS = ("PIL", "click", "diffusers", "matplotlib", "rich", "safetensors", "scipy", "sklearn", "tensorboard", "tqdm")
 
 BLOCK = """
 import sys
@@ -76,6 +76,11 @@ CALLS = {
         from bicm_diffusion.adapters.k_diffusion import sample_euler
         sample_euler(lambda x, sigma: x, torch.ones(2, 3), torch.tensor([1.0, 0.0]))
         """,
+    ),
+    "batch-OT": (
+        "scipy",
+        "diffusion",
+        "import torch; from bicm_diffusion.objectives import *; optimal_pairing(torch.ones(2, 3), seed=0, step=0)",
     ),
     "diffusers": ("diffusers", "diffusers", "import bicm_diffusion.adapters.diffusers"),
     "a diffusers scheduler": ("diffusers", "diffusers", "import bicm_diffusion.adapters.diffusers.bdia"),

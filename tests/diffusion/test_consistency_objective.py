@@ -40,6 +40,21 @@ def test_terms_and_gradients_are_the_formulas(target: str, dropout: float, c: fl
     torch.testing.assert_close(loss.total, expected["consistency"] + expected["trajectory"], rtol=1e-10, atol=0)
 
 
+def test_the_variant_of_the_released_imagenet_weights() -> None:
+    """A leap from t_{n+1}, which may be t_n' itself, and distances over √d: 12 elements."""
+    model, (x, levels) = network(dropout=0.4), problem()
+    levels = Levels(levels.low, levels.high, torch.cat([levels.high[:1], levels.partner[1:]]))
+    loss = bct_loss(model, x, levels, seed=5, step=3, c=0.06, leap="high", per_root=True)
+    expected = plain_loss(model, x, levels, seed=5, step=3, c=0.06, from_above=True)
+    for term in TERMS:
+        actual, wanted = getattr(loss, term), expected[term] / 12**0.5
+        torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=0)
+        theirs = gradients(wanted, model)
+        torch.testing.assert_close(gradients(actual, model), theirs, rtol=1e-9, atol=1e-9 * theirs.abs().max().item())
+    with pytest.raises(ValueError, match="leap: expected one of low, high, got 'middle'"):
+        bct_loss(model, x, levels, seed=5, step=3, leap="middle")
+
+
 def test_the_outer_network_is_frozen_and_passes_gradients_to_its_input() -> None:
     model, (x, levels) = network(), problem()
     ours = gradients(bct_loss(model, x, levels, seed=5, step=0, c=0.1).trajectory, model)

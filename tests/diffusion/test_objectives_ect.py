@@ -83,12 +83,13 @@ def test_a_network_never_sees_the_logarithm_of_zero() -> None:
     assert torch.equal(seen[0][r > 0], r[r > 0])
 
 
+@pytest.mark.parametrize("mu", [0.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_half_precision_under_a_scaler_has_no_nan(dtype: torch.dtype) -> None:
+def test_half_precision_under_a_scaler_has_no_nan(dtype: torch.dtype, mu: float) -> None:
     model = OneTime(network(dtype=torch.float32))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     with torch.autocast("cpu", dtype, enabled=dtype == torch.float16):
-        loss = ect_loss(model, samples(torch.float32), times(), seed=5, step=3)
+        loss = ect_loss(model, samples(torch.float32), times(), mu=mu, seed=5, step=3)
     scaler.scale(loss.total).backward()
     assert loss.total.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 

@@ -43,8 +43,12 @@ def plain_loss(
     c: float,
     direct: bool = False,
     thaw: bool = False,
+    from_above: bool = False,
 ) -> dict[str, Tensor]:
-    """BCM eq. 9 as it is printed; `thaw` lets the outer network learn too, which it must not."""
+    """BCM eq. 9 as it is printed; `thaw` lets the outer network learn too, which it must not.
+
+    from_above: the leap of the trajectory term starts from t_{n+1}.
+    """
     low, high, partner = (level.to(x.dtype) for level in levels)
     end = torch.full_like(low, T_MIN)
     z = normal(x.shape, seed=seed, step=step, dtype=x.dtype)
@@ -55,7 +59,7 @@ def plain_loss(
     consistency = distance(leap(model, x_high, high, end, dropout), goal, c) / (high - low)
     if direct:
         goal = leap(model, x_partner, partner, end, dropout).detach()
-    moved = leap(model, x_low, low, partner, dropout)
+    moved = leap(model, *((x_high, high) if from_above else (x_low, low)), partner, dropout)
     trajectory = distance(leap(frozen, moved, partner, end, dropout), goal, c) / (low - partner).abs()
     return {"consistency": consistency.mean(), "trajectory": trajectory.mean()}
 

@@ -1,4 +1,4 @@
-"""Consistency training: its tables, its loss, and the levels that samplers visit."""
+"""Consistency training and sampling: tables, the levels of a batch, and those that samplers visit."""
 
 from bicm_diffusion.consistency.grid import (
     LevelTable,
@@ -6,17 +6,15 @@ from bicm_diffusion.consistency.grid import (
     level_probabilities,
     partner_probabilities,
 )
-from bicm_diffusion.consistency.objective import BctLoss, Levels, bct_loss, draw_levels
+from bicm_diffusion.consistency.levels import Levels, draw_levels
 from bicm_diffusion.consistency.schedules import PRESETS, ConsistencySchedule
 from bicm_diffusion.schedules.karras import karras_levels
 
 __all__ = [
     "PRESETS",
-    "BctLoss",
     "ConsistencySchedule",
     "LevelTable",
     "Levels",
-    "bct_loss",
     "draw_levels",
     "karras_levels",
     "level_count",

@@ -8,12 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bicm_diffusion.consistency.objective import check_levels
+from bicm_diffusion.consistency.levels import check_levels
 from bicm_diffusion.keys import TIMES
-from bicm_diffusion.objectives.evaluation import Loss, Network, evaluator, level_dtype
+from bicm_diffusion.objectives.evaluation import (
+    Form,
+    Loss,
+    Network,
+    evaluator,
+    level_dtype,
+    noise_key,
+    weighted_distance,
+)
+from bicm_diffusion.objectives.gc import augmented
 from bicm_diffusion.samplers.checks import check_model, check_state
 from bicm_diffusion.schedules.karras import T_MIN
-from bicm_kernels import consistency_loss, denoise, fold_in, noisy_pair, normal
+from bicm_kernels import fold_in, noisy_pair, normal
 
 P_MEAN, P_STD = -1.1, 2.0
 
@@ -61,6 +70,8 @@ def ect_loss(
     x: Tensor,
     times: Sequence[Tensor],
     *,
+    mu: float = 0.0,
+    predictor: Network | None = None,
     seed: int | Tensor,
     step: int | Tensor,
     sample_id: int | Tensor = 0,
@@ -78,10 +89,13 @@ def ect_loss(
     network: called as network(c_in(t)·x, t, **extra_args) -> F (B, …), and with u = t_min after t for "bcm"; t is (B,),
         in x's precision, and never 0: where r is, the network gets t_min, and what it answers is not used.
     x: clean samples (B, …), floating. times: (t, r), each (B,) float64, as from `draw_ect_times`.
+    mu: the odds with which x̂ = sg f̊(x + rz, r) takes the place of x, as `gc_loss` has it; x stays where r = 0, which at
+        stage 0 is most of the batch. predictor: f̊'s network, None for the network itself. The GC paper takes mu = 0.3.
     parameterization: see `bicm_kernels.denoise`; ECT trains the denoiser's "edm".
     c: the distance's constant, 0 for the plain norm. gradient: see `bicm_kernels.pseudo_huber`.
     seed, step, sample_id: the key, see `bicm_kernels.normal`.
-    Raises ValueError for another parameterization or gradient, and TypeError for a network that `bct_loss` refuses.
+    Raises ValueError for mu out of range and another parameterization or gradient, and TypeError for a network that
+    `bct_loss` refuses.
 
     >>> times = draw_ect_times(4, stage=0, seed=0, step=0)
     >>> sorted(ect_loss(lambda x, t: x, torch.zeros(4, 2), times, seed=0, step=0).terms)
@@ -90,22 +104,11 @@ def ect_loss(
     check_model(network, "network(c_in(t)·x, t, …)", "network")
     check_state("x", x)
     check_levels(times, x, ("t", "r"), name="times", made="(t, r), as draw_ect_times returns")
-    end = t_min if parameterization == "bcm" else None
-    evaluate = evaluator(network, x, seed=seed, step=step, extra_args=extra_args, end=end)
-    gap = times[0] - times[1]
+    form = Form(parameterization, sigma_data, t_min)
+    key: dict[str, Any] = {"seed": seed, "step": step}
+    evaluate = evaluator(network, x, extra_args=extra_args, end=form.end, **key)
+    predict = evaluate if predictor is None else evaluator(predictor, x, extra_args=extra_args, end=form.end, **key)
     t, r = (time.to(x.device, level_dtype(x)) for time in times)
-    x_r, x_t = noisy_pair(x, r, t, seed=seed, step=step, sample_id=sample_id, sigma_data=sigma_data)
-    options: dict[str, Any] = {
-        "parameterization": parameterization,
-        "sigma_data": sigma_data,
-        "sigma_min": t_min,
-        "scaled": True,
-    }
-    with torch.no_grad():
-        # The logarithm of 0, which a network takes, would make a NaN that no weight removes.
-        answer = evaluate(x_r, torch.where(r > 0, r, t_min))
-        clean = (r == 0).reshape(-1, *[1] * (x.dim() - 1))
-        goal = torch.where(clean, x, denoise(x_r, answer, r, **options))
-    weight = gap.reciprocal().to(x.device, level_dtype(x))
-    loss = consistency_loss(x_t, evaluate(x_t, t), t, None, goal, c=c, weight=weight, gradient=gradient, **options)
-    return Loss(loss, {"consistency": loss})
+    clean = augmented(x, r, mu, predict, form, sample_id=sample_id, allowed=times[1] > 0, **key)
+    pair = noisy_pair(clean, r, t, **noise_key(x, seed, step, sample_id), sigma_data=sigma_data)
+    return weighted_distance(evaluate, form, pair, (times[1], times[0]), c=c, gradient=gradient, clean=clean)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bicm_diffusion.consistency.frozen import asked, check_network
+from bicm_diffusion.consistency.levels import check_floor, check_levels
 from bicm_diffusion.consistency.shared_draws import draws_alike, dropout_key
-from bicm_diffusion.samplers.checks import check_output
+from bicm_diffusion.samplers.checks import check_model, check_output, check_state
+from bicm_kernels import consistency_loss, denoise
 
 Network: TypeAlias = nn.Module | Callable[..., Tensor]
 
@@ -29,6 +31,36 @@ def level_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def noise_key(x: Tensor, seed: int | Tensor, step: int | Tensor, sample_id: int | Tensor) -> dict[str, Any]:
+    """Return the key of x's noise for the ops, the ids where x lies: on the host they serve levels and masks."""
+    ids = sample_id.to(x.device, non_blocking=True) if isinstance(sample_id, Tensor) else sample_id
+    return {"seed": seed, "step": step, "sample_id": ids}
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """(c_in(t)·x, t) -> F, of which all calls share the dropout mask of one key; see `evaluator`."""
+
+    network: Network
+    alike: Callable[[], Any]
+    extra_args: Mapping[str, Any]
+    end: float | None
+    batch: int
+
+    def __call__(self, scaled: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return F of the batch or of some of its rows, whose numbers are `rows`."""
+        times = (t,) if self.end is None else (t, torch.full_like(t, self.end))
+        named = {name: self._of(rows, value) for name, value in self.extra_args.items()}
+        with self.alike():
+            output = asked(self.network, scaled, *times, **named)
+        check_output(output, scaled, name="network")
+        return output
+
+    def _of(self, rows: Tensor | None, value: Any) -> Any:
+        per_sample = isinstance(value, Tensor) and value.dim() > 0 and len(value) == self.batch
+        return value[rows.to(value.device)] if rows is not None and per_sample else value
+
+
 def evaluator(
     network: Network,
     x: Tensor,
@@ -37,7 +69,7 @@ def evaluator(
     step: int | Tensor,
     extra_args: Mapping[str, Any] | None,
     end: float | None,
-) -> Callable[[Tensor, Tensor], Tensor]:
+) -> Evaluator:
     """Return (c_in(t)·x, t) -> F, of which all calls share the dropout mask of (seed, step).
 
     end: the level u that a network of two times leads to, which is called as network(c_in·x, t, u); None for one of
@@ -47,12 +79,75 @@ def evaluator(
     if isinstance(network, nn.Module):
         check_network(network)
     alike = draws_alike(dropout_key(seed, step), x.device)
+    return Evaluator(network, alike, extra_args or {}, end, len(x))
 
-    def evaluate(scaled: Tensor, t: Tensor) -> Tensor:
-        times = (t,) if end is None else (t, torch.full_like(t, end))
-        with alike():
-            output = asked(network, scaled, *times, **(extra_args or {}))
-        check_output(output, x, name="network")
-        return output
 
-    return evaluate
+@dataclass(frozen=True)
+class Form:
+    """How a network's answer becomes a sample, see `bicm_kernels.denoise`; inputs are multiplied by c_in."""
+
+    parameterization: str
+    sigma_data: float
+    t_min: float
+
+    @property
+    def end(self) -> float | None:
+        """The level that a network of two times is asked to lead to; None for one of one time."""
+        return self.t_min if self.parameterization == "bcm" else None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of `denoise` and `consistency_loss`."""
+        return {
+            "parameterization": self.parameterization,
+            "sigma_data": self.sigma_data,
+            "sigma_min": self.t_min,
+            "scaled": True,
+        }
+
+    def sample(self, scaled: Tensor, output: Tensor, t: Tensor) -> Tensor:
+        """Return f(x, t) from c_in(t)·x and F."""
+        return denoise(scaled, output, t, **self.options)
+
+
+def check_pair(network: Network, x: Tensor, levels: Sequence[Tensor], t_min: float) -> None:
+    """Raise unless there are a network, samples, and t_n and t_{n+1} of a table that begins at t_min."""
+    check_model(network, "network(c_in(t)·x, t, …)", "network")
+    check_state("x", x)
+    check_levels(levels, x, ("low", "high"), made="t_n and t_{n+1}, as draw_levels gives")
+    check_floor(levels, t_min)
+
+
+def check_parameterization(parameterization: str) -> None:
+    """Raise ValueError unless a consistency model has the parameterization."""
+    if parameterization not in ("bcm", "cm"):
+        raise ValueError(f"parameterization: expected one of bcm, cm, got {parameterization!r}")
+
+
+def weighted_distance(
+    evaluate: Evaluator,
+    form: Form,
+    pair: tuple[Tensor, Tensor],
+    levels: Sequence[Tensor],
+    *,
+    c: float | None,
+    gradient: str,
+    clean: Tensor | None = None,
+) -> Loss:
+    """Return d(f(x_high, t_high), sg f(x_low, t_low)) / (t_high - t_low), a mean, of a pair multiplied by c_in.
+
+    levels: t_low and t_high, (B,) float64. clean: the goal of the samples whose t_low is 0, about which networks are
+    not asked: they take its logarithm, and the NaN of that survives every weight; None where no level is 0.
+    """
+    x_low, x_high = pair
+    low, high = (level.to(x_low.device, level_dtype(x_low)) for level in levels[:2])
+    with torch.no_grad():
+        asked = low if clean is None else torch.where(low > 0, low, form.t_min)
+        goal = form.sample(x_low, evaluate(x_low, asked), low)
+        if clean is not None:
+            goal = torch.where((low == 0).reshape(-1, *[1] * (clean.dim() - 1)), clean, goal)
+    weight = (levels[1] - levels[0]).reciprocal().to(low)
+    loss = consistency_loss(
+        x_high, evaluate(x_high, high), high, None, goal, c=c, weight=weight, gradient=gradient, **form.options
+    )
+    return Loss(loss, {"consistency": loss})

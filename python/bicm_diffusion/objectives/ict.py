@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from bicm_diffusion.consistency.objective import check_floor, check_levels
-from bicm_diffusion.objectives.evaluation import Loss, Network, evaluator, level_dtype
-from bicm_diffusion.samplers.checks import check_model, check_state
+from bicm_diffusion.objectives.evaluation import (
+    Form,
+    Loss,
+    Network,
+    check_pair,
+    check_parameterization,
+    evaluator,
+    level_dtype,
+    noise_key,
+    weighted_distance,
+)
 from bicm_diffusion.schedules.karras import T_MIN
-from bicm_kernels import consistency_loss, denoise, noisy_pair
+from bicm_kernels import noisy_pair
 
 
 def ict_loss(
@@ -42,32 +49,16 @@ def ict_loss(
     Raises ValueError for another parameterization or gradient and for levels that do not begin at t_min, as far as the
     host can tell, and TypeError for a network that `bct_loss` refuses.
 
+    >>> import torch
     >>> from bicm_diffusion import LevelTable, draw_levels, karras_levels
     >>> x, levels = torch.zeros(4, 2), draw_levels(LevelTable(karras_levels(11)), 4, seed=0, step=0)
     >>> sorted(ict_loss(lambda x, t: x, x, levels, seed=0, step=0, parameterization="cm").terms)
     ['consistency']
     """
-    if parameterization not in ("bcm", "cm"):
-        raise ValueError(f"parameterization: expected one of bcm, cm, got {parameterization!r}")
-    check_model(network, "network(c_in(t)·x, t, …)", "network")
-    check_state("x", x)
-    check_levels(levels, x, ("low", "high"), made="t_n and t_{n+1}, as draw_levels gives")
-    check_floor(levels, t_min)
-    end = t_min if parameterization == "bcm" else None
-    evaluate = evaluator(network, x, seed=seed, step=step, extra_args=extra_args, end=end)
-    gap = levels[1] - levels[0]
+    check_parameterization(parameterization)
+    check_pair(network, x, levels, t_min)
+    form = Form(parameterization, sigma_data, t_min)
+    evaluate = evaluator(network, x, seed=seed, step=step, extra_args=extra_args, end=form.end)
     low, high = (level.to(x.device, level_dtype(x)) for level in levels[:2])
-    x_low, x_high = noisy_pair(x, low, high, seed=seed, step=step, sample_id=sample_id, sigma_data=sigma_data)
-    options: dict[str, Any] = {
-        "parameterization": parameterization,
-        "sigma_data": sigma_data,
-        "sigma_min": t_min,
-        "scaled": True,
-    }
-    with torch.no_grad():
-        goal = denoise(x_low, evaluate(x_low, low), low, **options)
-    weight = gap.reciprocal().to(x.device, level_dtype(x))
-    loss = consistency_loss(
-        x_high, evaluate(x_high, high), high, None, goal, c=c, weight=weight, gradient=gradient, **options
-    )
-    return Loss(loss, {"consistency": loss})
+    pair = noisy_pair(x, low, high, **noise_key(x, seed, step, sample_id), sigma_data=sigma_data)
+    return weighted_distance(evaluate, form, pair, levels, c=c, gradient=gradient)

@@ -1,0 +1,92 @@
+"""The levels of a batch in consistency training, drawn from a table by a key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bicm_diffusion.consistency.grid import LevelTable, drawn, partner_probabilities
+from bicm_diffusion.described import described
+from bicm_diffusion.keys import LEVELS, PARTNERS
+from bicm_diffusion.samplers.checks import check_integer
+from bicm_kernels import fold_in, uniform
+
+#: By how much of itself a table's smallest level may miss t_min: float32 rounds by less.
+NEAR = 1e-6
+
+
+class Levels(NamedTuple):
+    """Levels of a batch, each (B,) float64: `low` is t_n, `high` its neighbour t_{n+1}, `partner` t_n' (BCM eq. 9)."""
+
+    low: Tensor
+    high: Tensor
+    partner: Tensor
+
+
+class DrawnLevels(Levels):
+    """Levels that know the smallest one of the table that they were drawn from."""
+
+    smallest: float | None = None
+
+
+def draw_levels(
+    table: LevelTable, batch: int, *, seed: int | Tensor, step: int | Tensor, sample_id: int | Tensor = 0
+) -> Levels:
+    """Return the levels of a batch: n ~ p(n), n' ~ p̃(n'|n), keyed by (seed, sample, step).
+
+    Raises TypeError for no `LevelTable`.
+
+    >>> from bicm_diffusion import karras_levels
+    >>> levels = draw_levels(LevelTable(karras_levels(11)), 4, seed=0, step=0)
+    >>> bool((levels.low < levels.high).all() and (levels.low != levels.partner).all())
+    True
+    """
+    if not isinstance(table, LevelTable):
+        raise TypeError(
+            f"table: expected a LevelTable, got {described(table)}; LevelTable(karras_levels(N)) makes one of N levels"
+        )
+    check_integer("batch", batch)
+    first, second = (
+        uniform((batch, 1), seed=fold_in(seed, purpose), step=step, sample_id=sample_id, dtype=torch.float64)[:, 0]
+        for purpose in (LEVELS, PARTNERS)
+    )
+    n = drawn(table.probabilities, first)
+    partner = drawn(partner_probabilities(table.probabilities, n), second)
+    levels = DrawnLevels(table.levels[n], table.levels[n + 1], table.levels[partner])
+    if table.levels.is_cpu:
+        levels.smallest = float(table.levels[0])
+    return levels
+
+
+def check_levels(levels: object, x: Tensor, names: Sequence[str], *, name: str = "levels", made: str) -> None:
+    """Raise unless there are tensors (B,) of these names, as x has B samples; made: what is expected."""
+    given = levels if isinstance(levels, tuple | list) else ()
+    if len(given) < len(names) or not all(isinstance(level, Tensor) for level in given):
+        raise TypeError(f"{name}: expected {made} them, got {described(levels)}")
+    for label, level in zip(names, given, strict=False):
+        if level.shape != x.shape[:1]:
+            raise ValueError(f"{name}: expected {label} of shape ({len(x)},), as x has, got {tuple(level.shape)}")
+
+
+def check_floor(levels: Sequence[Tensor], t_min: float) -> None:
+    """Raise ValueError where levels do not begin at t_min: the table's smallest, or any that is below, on the CPU.
+
+    levels: those of a batch, and the smallest of their table where they were drawn from one.
+    """
+    if torch.compiler.is_compiling():
+        return
+    smallest = getattr(levels, "smallest", None)
+    if smallest is None:
+        host = [level for level in levels if type(level) is Tensor and level.is_cpu and level.numel()]
+        smallest = min((float(level.detach().min()) for level in host), default=t_min)
+        wrong = smallest < t_min * (1 - NEAR)
+    else:
+        wrong = abs(smallest - t_min) > NEAR * max(smallest, t_min)
+    if wrong:
+        raise ValueError(
+            f"levels: expected them to begin at t_min = {t_min:.6g}, got {smallest:.6g}; give the loss and "
+            "karras_levels one t_min"
+        )

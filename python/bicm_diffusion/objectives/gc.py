@@ -1,0 +1,151 @@
+"""Generator-augmented coupling (GC): a model's own samples take the place of data, and the iCT loss of one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bicm_diffusion.keys import MASKS
+from bicm_diffusion.objectives.evaluation import (
+    Evaluator,
+    Form,
+    Loss,
+    Network,
+    check_pair,
+    check_parameterization,
+    evaluator,
+    level_dtype,
+    noise_key,
+    weighted_distance,
+)
+from bicm_diffusion.samplers.checks import check_number
+from bicm_diffusion.schedules.karras import T_MIN
+from bicm_kernels import add_noise, fold_in, noisy_pair, scale_input, uniform
+
+
+def gc_loss(
+    network: Network,
+    x: Tensor,
+    levels: Sequence[Tensor],
+    *,
+    mu: float = 0.5,
+    predictor: Network | None = None,
+    seed: int | Tensor,
+    step: int | Tensor,
+    sample_id: int | Tensor = 0,
+    extra_args: Mapping[str, Any] | None = None,
+    parameterization: str = "bcm",
+    c: float | None = None,
+    sigma_data: float = 0.5,
+    t_min: float = T_MIN,
+    gradient: str = "forward",
+) -> Loss:
+    """Return the GC loss of a batch (GC eq. 13 to 15 and 21, Alg. 1): iCT's, with x̂ in place of a share mu of x.
+
+    x̂ = sg f̊(x + t_n·z, t_n), and the pair is x̂ + t_n·z and x̂ + t_{n+1}·z with the same z. Which samples: a mask of
+    its own key, so that a sample's does not depend on its batch.
+
+    mu: the odds of x̂, in [0, 1]: 0 is iCT, 1 is GC alone; the paper takes 0.5. predictor: f̊'s network, called as
+        `network` is: None for the network itself (Alg. 1), its moving average (the paper's best runs), or a frozen one.
+    network, x, levels, parameterization, c, gradient, seed, step, sample_id: see `ict_loss`. extra_args: tensors whose
+        first dimension is the batch's are taken to hold a row for every sample.
+
+    The predictor is asked about the rows that it replaces, and one at least, for processes that exchange parameters
+    wait for one another. In a traced graph, or with a key on a GPU, which rows these are is not known without waiting:
+    it is asked about all rows there, and most answers go unused. It shares the dropout key of the other two
+    evaluations, and their masks where it is asked about all rows; GC is best without dropout.
+    Raises ValueError for mu out of range and another parameterization or gradient, and TypeError for networks that
+    `bct_loss` refuses.
+
+    >>> from bicm_diffusion import LevelTable, draw_levels, karras_levels
+    >>> x, levels = torch.zeros(4, 2), draw_levels(LevelTable(karras_levels(11)), 4, seed=0, step=0)
+    >>> sorted(gc_loss(lambda x, t: x, x, levels, mu=0.3, seed=0, step=0, parameterization="cm").terms)
+    ['consistency']
+    """
+    check_parameterization(parameterization)
+    check_pair(network, x, levels, t_min)
+    form = Form(parameterization, sigma_data, t_min)
+    key: dict[str, Any] = {"seed": seed, "step": step}
+    evaluate = evaluator(network, x, extra_args=extra_args, end=form.end, **key)
+    predict = evaluate if predictor is None else evaluator(predictor, x, extra_args=extra_args, end=form.end, **key)
+    low, high = (level.to(x.device, level_dtype(x)) for level in levels[:2])
+    clean = augmented(x, low, mu, predict, form, sample_id=sample_id, **key)
+    pair = noisy_pair(clean, low, high, **noise_key(x, seed, step, sample_id), sigma_data=sigma_data)
+    return weighted_distance(evaluate, form, pair, levels, c=c, gradient=gradient)
+
+
+def generated(
+    batch: int, mu: float, *, seed: int | Tensor, step: int | Tensor, sample_id: int | Tensor = 0, device: Any = None
+) -> Tensor:
+    """Return which samples of a batch GC replaces, (B,) bool with odds mu, keyed by (seed, sample, step).
+
+    >>> generated(4, 1.0, seed=0, step=0)
+    tensor([True, True, True, True])
+    """
+    purpose = fold_in(seed, MASKS)
+    u = uniform((batch, 1), seed=purpose, step=step, sample_id=sample_id, dtype=torch.float64, device=device)
+    return u[:, 0] <= mu
+
+
+def augmented(
+    x: Tensor,
+    t: Tensor,
+    mu: float,
+    predict: Evaluator,
+    form: Form,
+    *,
+    seed: int | Tensor,
+    step: int | Tensor,
+    sample_id: int | Tensor,
+    allowed: Tensor | None = None,
+) -> Tensor:
+    """Return x with sg f̊(x + t·z, t) in place of the samples that `generated` picks, of those that are `allowed`.
+
+    t: (B,) on x's device, in the precision of a network's levels. allowed: (B,) bool on any device; None for all.
+    """
+    check_number("mu", mu)
+    if not 0.0 <= mu <= 1.0:
+        raise ValueError(f"mu: expected a value in [0, 1], got {mu}")
+    if mu == 0:
+        return x
+    sources = [value for value in (seed, step, sample_id, allowed) if isinstance(value, Tensor)]
+    on_host = not torch.compiler.is_compiling() and all(value.device.type == "cpu" for value in sources)
+    if not on_host:
+        key = noise_key(x, seed, step, sample_id)
+        mask = generated(len(x), mu, **key, device=x.device)
+        if allowed is not None:
+            mask = mask & allowed.to(x.device)
+        # What a network says of level 0 may be NaN, and is not used.
+        asked = t if allowed is None else torch.where(allowed.to(x.device), t, form.t_min)
+        x_hat = _predicted(x, asked, predict, form, key, None)
+        return torch.where(mask.reshape(-1, *[1] * (x.dim() - 1)), x_hat, x)
+    mask = generated(len(x), mu, seed=seed, step=step, sample_id=sample_id)
+    if allowed is not None:
+        mask &= allowed
+    rows = mask.nonzero()[:, 0]
+    if len(x) == 0 or len(rows) == len(x):
+        return _predicted(x, t, predict, form, noise_key(x, seed, step, sample_id), None)
+    found = len(rows) > 0
+    rows = (rows if found else torch.zeros(1, dtype=torch.int64)).to(x.device, non_blocking=True)
+    key = {"seed": seed, "step": step, "sample_id": _ids_of(sample_id, rows)}
+    level = t[rows] if found else t[rows].clamp_min(form.t_min)
+    x_hat = _predicted(x[rows], level, predict, form, key, rows)
+    return x.index_copy(0, rows, x_hat) if found else x
+
+
+@torch.no_grad()
+def _predicted(
+    x: Tensor, t: Tensor, predict: Evaluator, form: Form, key: dict[str, Any], rows: Tensor | None
+) -> Tensor:
+    scaled = scale_input(add_noise(x, t, **key), t, sigma_data=form.sigma_data)
+    return form.sample(scaled, predict(scaled, t, rows), t)
+
+
+def _ids_of(sample_id: int | Tensor, rows: Tensor) -> Tensor:
+    if not isinstance(sample_id, Tensor):
+        return rows + sample_id
+    ids = sample_id.to(rows.device, non_blocking=True)
+    return ids[rows] if ids.dim() else rows + ids

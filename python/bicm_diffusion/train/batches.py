@@ -1,0 +1,158 @@
+"""The batches of a run: which samples a step takes is a function of (seed, step), and so is what a sample draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+
+from bicm_diffusion.consistency.shared_draws import draws_alike
+from bicm_diffusion.keys import AUGMENTATION, ORDER
+from bicm_kernels import fold_in, uniform
+
+Collate = Callable[[list[Any]], Any]
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples that are evaluated at a time: what the loss gets, their ids (n,) int64, and their share of the batch."""
+
+    batch: Any
+    ids: Tensor
+    share: float
+
+
+def keyed_order(step: int, count: int, *, batch_size: int, seed: int) -> Tensor:
+    """Return the samples of a step, int64: an epoch is a keyed permutation less its incomplete last batch.
+
+    Of fewer samples than a batch has, all are taken in every step.
+
+    >>> epoch = [keyed_order(step, 7, batch_size=2, seed=0) for step in range(3)]
+    >>> len(torch.cat(epoch).unique())
+    6
+    """
+    per_epoch = max(1, count // batch_size)
+    first = step % per_epoch * batch_size
+    return _permutation(count, seed, step // per_epoch)[first : first + batch_size]
+
+
+@lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> Tensor:
+    keys = uniform((count,), seed=fold_in(seed, ORDER), step=epoch, dtype=torch.float64)
+    return torch.argsort(keys, stable=True)
+
+
+class _Keyed(Dataset[Any]):
+    """A dataset asked for (step, index), whose random draws are a function of both, in whatever process they are."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self.dataset, self.seed = dataset, int(fold_in(seed, AUGMENTATION))
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        step, index = key
+        with draws_alike(int(fold_in(fold_in(self.seed, step), index)), CPU)():
+            return self.dataset[index]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of one process of a run, from any step on.
+
+    order: the samples of a step, whose numbers are their ids; None for `keyed_order`. Of an `IterableDataset`, sample
+    k is the k-th that it yields, begun again at its end; a process reads past what is not its own.
+    """
+
+    dataset: Dataset[Any]
+    batch_size: int
+    micro_batch: int | None
+    seed: int
+    order: Callable[[int], Tensor] | None = None
+    collate: Collate | None = None
+    workers: int = 0
+    rank: int = 0
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.processes:
+            raise ValueError(
+                f"batch_size: expected a multiple of the {self.processes} processes, got {self.batch_size}"
+            )
+        if isinstance(self.dataset, IterableDataset) and (self.workers or self.order):
+            raise ValueError("dataset: expected one with indices for workers and an order of its own, got a stream")
+
+    def of(self, step: int) -> list[Tensor]:
+        """Return the ids of this process's micro-batches in a step."""
+        if isinstance(self.dataset, IterableDataset):
+            ids = torch.arange(step * self.batch_size, (step + 1) * self.batch_size) % 2**32
+        elif self.order is not None:
+            ids = self.order(step)
+        else:
+            ids = keyed_order(step, len(self.dataset), batch_size=self.batch_size, seed=self.seed)  # type: ignore[arg-type]
+        if len(ids) % self.processes or not len(ids):
+            raise ValueError(f"dataset: expected a multiple of {self.processes} samples in a step, got {len(ids)}")
+        mine = ids.chunk(self.processes)[self.rank]
+        return list(mine.split(self.micro_batch or len(mine)))
+
+    def since(self, first: int, steps: int) -> Iterator[list[Part]]:
+        """Yield the parts of steps first, …, steps - 1."""
+        loaded = self._loaded(first, steps)
+        for step in range(first, steps):
+            ids = self.of(step)
+            whole = self.processes * sum(len(part) for part in ids)
+            yield [Part(next(loaded), part, len(part) / whole) for part in ids]
+
+    def _loaded(self, first: int, steps: int) -> Iterator[Any]:
+        parts = ((step, ids) for step in range(first, steps) for ids in self.of(step))
+        if type(self.dataset) is TensorDataset and self.collate is None:
+            tensors = self.dataset.tensors
+            return (tuple(x[ids] for x in tensors) for _, ids in parts)
+        collate = self.collate or default_collate
+        if isinstance(self.dataset, IterableDataset):
+            return self._streamed(first, parts, collate)
+        loader: DataLoader[Any] = DataLoader(
+            _Keyed(self.dataset, self.seed),
+            batch_sampler=_Sampler(parts),  # type: ignore[arg-type]
+            num_workers=self.workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # the caller's would be moved
+        )
+        return iter(loader)
+
+    def _streamed(self, first: int, parts: Iterable[tuple[int, Tensor]], collate: Collate) -> Iterator[Any]:
+        stream, at = _endless(self.dataset), first * self.batch_size
+        next(islice(stream, at, at), None)
+        for step, ids in parts:
+            offset = int((ids[0] - step * self.batch_size) % 2**32)
+            start = step * self.batch_size + offset
+            next(islice(stream, start - at, start - at), None)
+            at = start + len(ids)
+            yield collate(list(islice(stream, len(ids))))
+
+
+def _endless(dataset: Dataset[Any]) -> Iterator[Any]:
+    while True:
+        empty = True
+        for item in dataset:  # type: ignore[attr-defined]
+            empty = False
+            yield item
+        if empty:
+            raise ValueError("dataset: expected at least one sample, got none")
+
+
+class _Sampler:
+    """What a loader asks the dataset for, batch after batch."""
+
+    def __init__(self, parts: Iterable[tuple[int, Tensor]]) -> None:
+        self.parts = parts
+
+    def __iter__(self) -> Iterator[Sequence[tuple[int, int]]]:
+        for step, ids in self.parts:
+            yield [(step, index) for index in ids.tolist()]

@@ -1,0 +1,113 @@
+"""The state of a run as one safetensors file: a kill at any moment leaves the former file or the new one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bicm_diffusion.distributed.atomic import write_whole
+from bicm_diffusion.extras import extra
+from bicm_diffusion.train.processes import spread, whole
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and their metadata, in one atomic move, with the folders that lead there."""
+    with extra("diffusion"):
+        from safetensors.torch import save_file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{path.stem}.*.partial"):
+        left.unlink(missing_ok=True)
+    ready: dict[str, Tensor] = {}
+    met: set[int] = set()
+    for name, x in tensors.items():
+        x = x.cpu().contiguous()
+        # A file holds no tensor twice, but a network may.
+        ready[name] = x.clone() if x.untyped_storage().data_ptr() in met else x
+        met.add(x.untyped_storage().data_ptr())
+    write_whole(path, lambda partial: save_file(ready, str(partial), dict(metadata)))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a file."""
+    with extra("diffusion"):
+        from safetensors import safe_open
+    with safe_open(str(path), framework="pt") as file:
+        return dict(file.metadata())
+
+
+def saved_step(path: str | Path) -> int:
+    """Return how many steps the run of a checkpoint had taken."""
+    return int(read_metadata(Path(path))["step"])
+
+
+def tensors_of(modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return everything that a run's next step depends on, by name; all processes take part.
+
+    Raises TypeError for state that is no tensor: files hold nothing else.
+    """
+    found: dict[str, Tensor] = {}
+    for prefix, module in modules.items():
+        for name, x in module.state_dict().items():
+            if not isinstance(x, Tensor):
+                raise TypeError(f"network: expected tensors in its state, got {type(x).__name__} in {name}")
+            found[f"{prefix}.{name}"] = whole(x)
+    for index, state in _states(optimizer).items():
+        for name, x in state.items():
+            if not isinstance(x, Tensor):
+                raise TypeError(f"optimizer: expected tensors in its state, got {type(x).__name__} in {name}")
+            found[f"optimizer.{index}.{name}"] = whole(x)
+    return found
+
+
+def _states(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    return found
+
+
+def load(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
+    """Give modules and optimizer the state that a file holds.
+
+    Raises ValueError where its tensors are not those of the modules.
+    """
+    with extra("diffusion"):
+        from safetensors import safe_open
+    with safe_open(str(path), framework="pt") as file:
+        names = set(file.keys())
+        with torch.no_grad():
+            for prefix, module in modules.items():
+                _fill(path, prefix, module, names, file.get_tensor)
+        states: dict[int, dict[str, Tensor]] = {}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for name in sorted(name for name in names if name.startswith("optimizer.")):
+            _, index, key = name.split(".", 2)
+            x, parameter = file.get_tensor(name), parameters[int(index)]
+            states.setdefault(int(index), {})[key] = spread(x, parameter) if x.shape == parameter.shape else x
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+
+
+def _fill(path: Path, prefix: str, module: nn.Module, names: set[str], read: Callable[[str], Tensor]) -> None:
+    state = module.state_dict()
+    wanted = {f"{prefix}.{name}" for name in state}
+    there = {name for name in names if name.startswith(f"{prefix}.")}
+    if wanted != there:
+        raise ValueError(f"checkpoint: {path} is of another network: {sorted(wanted ^ there)[:3]} differ")
+    for name, x in state.items():
+        saved = read(f"{prefix}.{name}")
+        if saved.shape != x.shape:
+            raise ValueError(
+                f"checkpoint: {path} is of another network: {name} is {tuple(saved.shape)}, expected {tuple(x.shape)}"
+            )
+        x.copy_(spread(saved, x))
+
+
+def check_same(path: Path, metadata: Mapping[str, str], wanted: Mapping[str, Any]) -> None:
+    """Raise ValueError where a checkpoint was made with other configurations."""
+    for name, value in wanted.items():
+        made, asked = json.loads(metadata.get(name, "null")), json.loads(json.dumps(value))
+        if made != asked:
+            raise ValueError(f"checkpoint: {path} was made with {name} {made}, expected {asked}")

@@ -1,0 +1,37 @@
+"""Where a run's numbers go: a bar, and TensorBoard, which is an extra and imported where a directory is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+from bicm_diffusion.extras import extra
+
+#: Called with (name, value, step).
+Log: TypeAlias = Callable[[str, float, int], object]
+
+
+@contextmanager
+def scalar_log(directory: str | Path | None) -> Iterator[Log | None]:
+    """Yield a function of (name, value, step) that writes to `directory`, or None where there is none.
+
+    Raises ImportError, which says what to install, where TensorBoard is missing.
+    """
+    if directory is None:
+        yield None
+        return
+    with extra("tensorboard", "or give no directory for TensorBoard"):
+        from torch.utils.tensorboard import SummaryWriter
+    with SummaryWriter(str(directory)) as writer:
+        yield writer.add_scalar
+
+
+def listed(figures: Mapping[str, float]) -> str:
+    """Return figures by name on a line.
+
+    >>> listed({"loss": 0.5})
+    'loss 0.5000'
+    """
+    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())

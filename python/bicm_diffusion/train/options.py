@@ -1,0 +1,65 @@
+"""What a training run depends on beside its network, data and loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+CHOICES = {
+    "optimizer": ("radam", "adamw", "lion"),
+    "decay": ("constant", "cosine"),
+    "precision": ("float32", "bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The numbers of a run: equal options, network, data and loss give equal bits on one device.
+
+    steps: optimizer steps of the whole run. batch_size: samples a step, of all processes and micro-batches together.
+    seed: of the data's order and of everything that a loss draws by `Step.key`.
+    micro_batch: samples evaluated at a time; None for a process's whole share. Gradients of a step's are added.
+    optimizer: "radam", "adamw", or "lion" (extra `[lion]`); optimizer_args: more of its arguments, as betas.
+    learning_rate: the highest; it climbs over `warmup` steps, then stays ("constant") or falls to 0 ("cosine").
+    clip: the gradient's norm at most, None for any. precision: "bfloat16" runs the loss under autocast.
+    ema: decay of the averaged weights, in [0, 1]; ema_warmup: whether it starts lower, see `update_average`.
+    compiled: whether the network is compiled by torch.compile.
+    Raises ValueError for a value out of range.
+
+    >>> TrainingOptions(steps=10, batch_size=4, optimizer="adamw").learning_rate_at(0)
+    0.0001
+    """
+
+    steps: int
+    batch_size: int
+    seed: int = 0
+    micro_batch: int | None = None
+    optimizer: str = "radam"
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    optimizer_args: Mapping[str, Any] = field(default_factory=dict)
+    warmup: int = 0
+    decay: str = "constant"
+    clip: float | None = None
+    precision: str = "float32"
+    ema: float = 0.9999
+    ema_warmup: bool = True
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("steps", "batch_size", "micro_batch"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.ema <= 1:
+            raise ValueError(f"ema: expected a value in [0, 1], got {self.ema}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        fallen = 0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.decay == "cosine" else 1.0
+        return self.learning_rate * (warm * fallen)

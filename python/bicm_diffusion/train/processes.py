@@ -1,0 +1,115 @@
+"""The processes that train together: one, or those that torchrun starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+PARALLEL = ("ddp", "fsdp2")
+Blocks = Callable[[nn.Module], Iterable[nn.Module]]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all: `rank` of `count`, and the device that it computes on."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @classmethod
+    def joined(cls, device: torch.device | str | None = None) -> Processes:
+        """Return this process's place; under torchrun the group is made, where it is not there yet.
+
+        device: None for the GPU of the process's number on its machine, or the CPU where torch finds no GPU.
+        """
+        cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+        if "RANK" in os.environ and dist.is_available() and not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo")
+        together = dist.is_available() and dist.is_initialized()
+        if device is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+            device = torch.device("cuda", torch.cuda.current_device())
+        rank, count = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        return cls(rank, count, torch.device(device))
+
+    def agree(self, network: nn.Module) -> None:
+        """Give every process the first one's parameters and buffers."""
+        for x in (*network.parameters(), *network.buffers()) if self.count > 1 else ():
+            dist.broadcast(x.detach(), 0)
+
+    def wrapped(self, network: nn.Module, parallel: str, blocks: Blocks | None) -> nn.Module:
+        """Return the network as these processes call it: itself where there is one; FSDP2 changes it in place."""
+        if parallel not in PARALLEL:
+            raise ValueError(f"parallel: expected one of {', '.join(PARALLEL)}, got {parallel!r}")
+        if self.count == 1:
+            return network
+        if parallel == "ddp":
+            return nn.parallel.DistributedDataParallel(network)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self.device.type, (self.count,))
+        for block in blocks(network) if blocks is not None else ():
+            fully_shard(block, mesh=mesh)
+        fully_shard(network, mesh=mesh)
+        return network
+
+    def mean(self, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the sums of numbers over the processes, divided by their count."""
+        if self.count == 1 or not numbers:
+            return numbers
+        stacked = torch.stack([x.detach().to(self.device, torch.float64) for x in numbers.values()])
+        dist.all_reduce(stacked)
+        return dict(zip(numbers, stacked / self.count, strict=True))
+
+    def wait(self) -> None:
+        """Wait for the others."""
+        if self.count > 1:
+            dist.barrier()
+
+
+@contextmanager
+def gradients_kept(model: nn.Module, kept: bool) -> Iterator[None]:
+    """Keep gradients to this process, for micro-batches but the last, whose exchange then holds them all."""
+    if isinstance(model, nn.parallel.DistributedDataParallel) and kept:
+        with model.no_sync():
+            yield
+        return
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(not kept)
+    yield
+
+
+def release(module: nn.Module) -> None:
+    """Have FSDP2 give back what an evaluation without a backward pass has gathered, as its root does not by itself."""
+    for part in module.modules():
+        reshard = getattr(part, "reshard", None)
+        if callable(reshard):
+            reshard()
+
+
+def whole(x: Tensor) -> Tensor:
+    """Return all of a tensor that may be spread over processes, detached."""
+    gather: Any = getattr(x, "full_tensor", None)
+    full: Tensor = x if gather is None else gather()
+    return full.detach()
+
+
+def spread(x: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor on the device of another, and spread as it is."""
+    x = x.to(like.device)
+    if not hasattr(like, "full_tensor"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, like.device_mesh, like.placements)  # type: ignore[attr-defined]
