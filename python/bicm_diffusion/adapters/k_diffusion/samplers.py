@@ -155,7 +155,7 @@ def sample_euler_ancestral(
     callback: Callback | None = None,
     disable: bool | None = None,
     eta: float = 1.0,
-    s_noise: float = 1.0,
+    s_noise: float | Tensor = 1.0,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """Return a sample by ancestral steps: Euler's method down to σ_down, then noise of level σ_up.
