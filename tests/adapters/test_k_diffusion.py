@@ -26,6 +26,7 @@ from bicm_diffusion.adapters.k_diffusion import (
     keyed_noise_sampler,
     sample_dpmpp_2m,
     sample_euler,
+    sample_euler_ancestral,
     sample_heun,
 )
 from bicm_diffusion.keys import K_DIFFUSION
@@ -171,7 +172,8 @@ def test_keyed_noise_asks_no_device_for_a_level() -> None:
             with Reads():
                 assert torch.equal(noise(levels[i], levels[i]), expected)
             assert reads and not any(reads)
-            assert torch.equal(noise(levels[i].clone(), levels[i]), expected)
+            fresh = keyed_noise_sampler(x, levels, seed=3)
+            assert torch.equal(fresh(levels[i].clone(), levels[i]), expected)
         with pytest.raises(
             ValueError, match="sigma: expected a level of the grid that the sampler was made for, got 7"
         ):
@@ -252,11 +254,119 @@ def test_what_edm_sampler_is_given_wrongly_is_named() -> None:
             edm_sampler(net, latents, num_steps=4)
 
 
+ETAS = pytest.mark.parametrize("eta", [1.0, 0.5, 0.0, 1.5])
+
+
+def plain_ancestral(
+    x: Tensor, sigmas: Tensor, eta: float, noises: Any, s_noise: float = 1.0, written: float = 0.0
+) -> Tensor:
+    """k-diffusion's Euler-ancestral as it is written, levels in the dtype of sigmas."""
+    for i in range(len(sigmas) - 1):
+        level, below = sigmas[i], sigmas[i + 1]
+        denoised = denoiser(x, level.expand(len(x)))
+        x = x + written
+        down, up = below, 0.0
+        if eta:
+            up = min(below, eta * (below**2 * (level**2 - below**2) / level**2) ** 0.5)
+            down = (below**2 - up**2) ** 0.5
+        x = x + (x - denoised) / level * (down - level)
+        if below > 0:
+            x = x + noises(i).to(x.dtype) * s_noise * up
+    return x
+
+
+@ETAS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_euler_ancestral_is_the_formula(dtype: torch.dtype, eta: float) -> None:
+    noises = [torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(i)).double() for i in range(10)]
+    sigmas = grid(dtype=torch.float32 if dtype != torch.float64 else dtype)
+    asked: list[tuple[float, float]] = []
+
+    def noise(sigma: Tensor, below: Tensor) -> Tensor:
+        asked.append((float(sigma), float(below)))
+        return noises[len(asked) - 1].to(dtype)
+
+    truth = plain_ancestral(start(), grid(), eta, lambda i: noises[i].to(dtype).double(), 0.9)
+    mine = sample_euler_ancestral(
+        denoiser, start(dtype), sigmas, disable=True, eta=eta, s_noise=0.9, noise_sampler=noise
+    )
+    assert mine.dtype == dtype
+    assert asked == list(zip(sigmas[:-2].tolist(), sigmas[1:-1].tolist(), strict=True))
+    if dtype == torch.float64:
+        torch.testing.assert_close(mine, truth, rtol=0, atol=1e-12)
+        return
+    theirs = plain_ancestral(start(dtype), grid(dtype=dtype), eta, lambda i: noises[i], 0.9)
+    assert (mine - truth).abs().max() <= 2 * (theirs - truth).abs().max()
+
+
+@ETAS
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_euler_ancestral_draws_torch_s_noise(layout: torch.memory_format, eta: float) -> None:
+    """The same numbers, and the same ones after them, where eta leaves no noise too."""
+    x = torch.ones(3, 2, 4, 8).to(memory_format=layout)
+    torch.manual_seed(0)
+    mine = sample_euler_ancestral(denoiser, x, grid(4, torch.float32), disable=True, eta=eta)
+    mine_after = torch.randn(3)
+    torch.manual_seed(0)
+    theirs = plain_ancestral(x, grid(4, torch.float32), eta, lambda i: torch.randn_like(x))
+    assert torch.equal(mine_after, torch.randn(3))
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert mine.any()
+
+
+def test_euler_ancestral_takes_what_a_callback_writes_and_a_tensor_of_deviations() -> None:
+    noises = [torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(i)).double() for i in range(4)]
+    seen: list[int] = []
+
+    def write(info: dict[str, Any]) -> None:
+        seen.append(info["i"])
+        info["x"].add_(0.5)
+
+    def noise(sigma: Tensor, _: Tensor) -> Tensor:
+        return noises[len(seen) - 1]
+
+    deviations = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64).reshape(3, 1, 1)
+    options: dict[str, Any] = {"callback": write, "disable": True, "noise_sampler": noise, "s_noise": deviations}
+    mine = sample_euler_ancestral(denoiser, start(), grid(4), **options)
+    truth = plain_ancestral(start(), grid(4), 1.0, lambda i: noises[i], deviations, written=0.5)
+    torch.testing.assert_close(mine, truth, rtol=0, atol=1e-12)
+    assert seen == [0, 1, 2, 3]
+
+
+def test_euler_ancestral_over_levels_that_repeat_or_rise() -> None:
+    x, sigmas = start(), torch.tensor([8.0, 4.0, 4.0, 0.0], dtype=torch.float64)
+    once = sample_euler_ancestral(denoiser, x, sigmas[[0, 1, 3]], disable=True, noise_sampler=lambda *_: x.flip(0))
+    twice = sample_euler_ancestral(denoiser, x, sigmas, disable=True, noise_sampler=lambda *_: x.flip(0))
+    assert torch.equal(once, twice)
+    with pytest.raises(ValueError, match=r"sigmas: expected levels that do not rise, got 4.0 and then 5.0"):
+        sample_euler_ancestral(denoiser, x, torch.tensor([8.0, 4.0, 5.0, 0.0]), disable=True)
+
+
+def test_a_step_may_ask_for_noise_twice() -> None:
+    """As k-diffusion's dpmpp_sde does, with levels that went through a logarithm and one between two of the grid."""
+    x, sigmas = start(), grid(6, torch.float32)
+    noise = keyed_noise_sampler(x, sigmas, seed=3)
+    key, draws = fold_in(3, K_DIFFUSION), []
+    for i in range(5):
+        level, middle = sigmas[i].log().exp(), (sigmas[i] + sigmas[i + 1]) / 2
+        for again, asked in enumerate((noise(level, middle), noise(level, sigmas[i + 1]), noise(sigmas[i], middle))):
+            own = fold_in(key, again) if again else key
+            assert torch.equal(asked, normal(x.shape, seed=own, step=i, dtype=x.dtype))
+            draws.append(asked)
+    assert len({tuple(draw.flatten().tolist()) for draw in draws}) == 15
+    alone = keyed_noise_sampler(x[1:2], sigmas, seed=3, sample_id=1)
+    for _ in range(2):
+        again = alone(sigmas[2], sigmas[3])
+    assert torch.equal(again[0], draws[7][1])
+
+
 def test_signatures() -> None:
     churn = ["s_churn", "s_tmin", "s_tmax", "s_noise", "noise_sampler"]
     for sampler, more in ((sample_euler, churn), (sample_heun, churn), (sample_dpmpp_2m, [])):
         names = ["model", "x", "sigmas", "extra_args", "callback", "disable", *more]
         assert list(inspect.signature(sampler).parameters) == names
+    names = ["model", "x", "sigmas", "extra_args", "callback", "disable", "eta", "s_noise", "noise_sampler"]
+    assert list(inspect.signature(sample_euler_ancestral).parameters) == names
     assert [f.__name__ for f in (sample_euler, sample_heun)] == ["sample_euler", "sample_heun"]
 
 

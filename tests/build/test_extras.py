@@ -13,7 +13,10 @@ from bicm_diffusion.extras import extra
 from tests.support import fresh
 
 ROOT = Path(__file__).resolve().parents[2]
-EXTRAS = ("PIL", "click", "diffusers", "matplotlib", "rich", "safetensors", "scipy", "sklearn", "tensorboard", "tqdm")
+EXTRAS = (
+    *("PIL", "click", "deepinv", "diffusers", "matplotlib", "rich", "safetensors", "scipy", "sklearn", "tensorboard"),
+    "tqdm",
+)
 
 BLOCK = """
 import sys
@@ -40,7 +43,7 @@ def test_the_packages_import_and_sample_without_extras() -> None:
     ran = run(
         """
         import torch, bicm_diffusion, bicm_diffusion.distributed
-        from bicm_diffusion.adapters import consistency_models, edm, k_diffusion
+        from bicm_diffusion.adapters import consistency_models, deepinv, edm, k_diffusion
         print(bicm_diffusion.ddim_sample(lambda z, times: z, torch.ones(2, 3), bicm_diffusion.vp_schedule(4)).shape)
         """,
         *EXTRAS,

@@ -12,6 +12,7 @@ from torch import Tensor
 import bicm_kernels as bk
 from bicm_diffusion import (
     ConsistencySchedule,
+    ancestral_sample,
     consistency_invert,
     consistency_multistep_sample,
     consistency_sample,
@@ -53,6 +54,7 @@ SAMPLERS: dict[str, Callable[[Tensor, Callable[..., Tensor], int], Tensor]] = {
     "consistency_invert": lambda z, seen, seed: consistency_invert(seen, z, SCHEDULE, seed=seed),
     "keyed_noise_sampler": k_diffusion_churned,
     "lgd_sample": solved,
+    "ancestral_sample": lambda z, seen, seed: ancestral_sample(seen, z, karras_schedule(4, t_max=80.0), seed=seed),
 }
 
 

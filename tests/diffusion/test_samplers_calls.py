@@ -23,6 +23,7 @@ from bicm_diffusion import (
     Options,
     StatePair,
     TwinPair,
+    ancestral_sample,
     bdia_edit,
     bdia_invert,
     bdia_sample,
@@ -47,6 +48,7 @@ from tests.support.closed_forms import noise
 SCHEDULE, LEAPS = vp_schedule(4), ConsistencySchedule((80.0, 2.0))
 Z = noise(2, 3, dtype=torch.float32)
 ONE_STATE: dict[str, Any] = {
+    "ancestral_sample": ancestral_sample,
     "ddim_sample": ddim_sample,
     "ddim_invert": ddim_invert,
     "edm_sample": edm_sample,
@@ -452,7 +454,7 @@ def test_defaults_of_the_signatures_are_those_that_count() -> None:
 
 
 def test_what_stands_behind_the_options_is_exported_and_documented() -> None:
-    for name in ("Options", "LeapOptions", "StepInfo", "LeapInfo"):
+    for name in ("Options", "LeapOptions", "StepInfo", "LeapInfo", "Evaluation", "Shift"):
         assert name in bicm_diffusion.__all__ and getattr(bicm_diffusion, name).__doc__
     for option in Options.__annotations__:
         assert f"{option}:" in (Options.__doc__ or "")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.consistency.schedules import ConsistencySchedule
-from bicm_diffusion.inverse.ancestral import Correction, Run, SolverOptions
+from bicm_diffusion.inverse.ancestral import Run, SolverOptions
 from bicm_diffusion.inverse.distances import Distance
 from bicm_diffusion.inverse.problem import (
     Integer,
@@ -26,6 +26,7 @@ from bicm_diffusion.inverse.problem import (
 from bicm_diffusion.keys import CM_INVERSION
 from bicm_diffusion.samplers import checks
 from bicm_diffusion.samplers.consistency import Callback, Leap, LeapInfo, shown
+from bicm_diffusion.samplers.guide import Evaluation, Shift
 from bicm_diffusion.samplers.loop import Model
 from bicm_diffusion.samplers.prediction import Number
 from bicm_diffusion.samplers.signature import sampler
@@ -115,17 +116,17 @@ def cm_posterior_sample(
     >>> cm_posterior_sample(lambda z, t: z / (1 + t), torch.ones(1, 2), karras_schedule(4, t_max=3.0), **half).shape
     torch.Size([1, 2])
     """
-    run, scaled = Run("cm_posterior_sample", model, z, schedule, **options), None
+    run = Run("cm_posterior_sample", model, z, schedule, **options)
     check_radius("tau", tau)
     clean = CleanModel(consistency_model, parameterization, sigma_data, t_min, consistency_args)
-    for i in run.steps(range(schedule.steps, 0, -1)):
-        output, state, t = run.evaluate(i, z, scaled), leaf(z), run.level(i)
-        with torch.enable_grad():
-            x = state if schedule.alpha[i] == 1.0 else affine_step([state], [1.0 / schedule.alpha[i]])
-            found = run.problem.measure(clean.clean(x, t, clean.ask(x, t)), tau, i, range(1))
-        z, scaled = run.down(i, z, output, Correction(gradient(found, state), -run.size(i)), ask=True)
-        run.report(i - 1, z, output)
-    return z
+
+    def guide(at: Evaluation) -> Shift:
+        i, state, t = at.index, leaf(at.z), run.level(at.index)
+        x = state if schedule.alpha[i] == 1.0 else affine_step([state], [1.0 / schedule.alpha[i]])
+        found = run.problem.measure(clean.clean(x, t, clean.ask(x, t)), tau, i, range(1))
+        return run.moved(i, gradient(found, state))
+
+    return run.solve(z, guide)
 
 
 class InversionOptions(TypedDict, total=False):

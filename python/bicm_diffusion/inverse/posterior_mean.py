@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from bicm_diffusion.described import described
-from bicm_diffusion.inverse.ancestral import Correction, Run, SolverOptions
+from bicm_diffusion.inverse.ancestral import Run, SolverOptions
 from bicm_diffusion.inverse.problem import check_count, check_radius, gradient, leaf
 from bicm_diffusion.keys import TRAVEL
-from bicm_diffusion.samplers.loop import Model, Output
+from bicm_diffusion.samplers.guide import Evaluation, Shift
+from bicm_diffusion.samplers.loop import Model
 from bicm_diffusion.samplers.signature import sampler
 from bicm_diffusion.schedules import Schedule
 from bicm_kernels import add_noise, fold_in
@@ -38,7 +39,7 @@ def dps_sample(model: Model, z: Tensor, schedule: Schedule, **options: Unpack[So
     torch.Size([1, 2])
     """
     run = Run("dps_sample", model, z, schedule, **options)
-    return _guided(run, z, [0.0] * (schedule.steps + 1), 1)
+    return run.solve(z, _Tracked(run))
 
 
 @sampler(Run)
@@ -68,7 +69,7 @@ def lgd_sample(
         check_radius("radius", radius)
     levels = map(run.level, range(schedule.steps + 1))
     radii = [s / math.hypot(1.0, s) if radius is None else float(radius) for s in levels]
-    return _guided(run, z, radii, draws)
+    return run.solve(z, _Tracked(run, radii, draws))
 
 
 @sampler(Run)
@@ -97,7 +98,8 @@ def freedom_sample(
     if not isinstance(repeat_range, tuple | list) or len(repeat_range) != 2:
         raise ValueError(f"repeat_range: expected a pair of noise levels (low, high), got {described(repeat_range)}")
     low, high = repeat_range
-    travel = fold_in(run.seed, TRAVEL)
+    travel, steps = fold_in(run.seed, TRAVEL), run.ancestral
+    run.guide = guide = _Tracked(run)
     for i in run.steps(range(schedule.steps, 0, -1)):
         sigma, below = run.level(i), run.level(i - 1)
         for repeat in range(repeats if low <= sigma <= high else 1):
@@ -111,7 +113,9 @@ def freedom_sample(
                     step=i,
                     sample_id=run.sample_id,
                 )
-            z, output = _step(run, i, z, 0.0, 1, repeat)
+            guide.repeat = repeat
+            # Every repeat of a step has noise of its own.
+            z, _, output = steps.step(i, z, key=fold_in(steps.key, repeat) if repeat else None)
         run.report(i - 1, z, output)
     return z
 
@@ -129,31 +133,26 @@ def mpgd_sample(model: Model, z: Tensor, schedule: Schedule, **options: Unpack[S
     >>> mpgd_sample(lambda z, t: z / (1 + t), torch.ones(1, 2), karras_schedule(4, t_max=3.0), **half).shape
     torch.Size([1, 2])
     """
-    run, scaled = Run("mpgd_sample", model, z, schedule, **options), None
-    for i in run.steps(range(schedule.steps, 0, -1)):
-        output = run.evaluate(i, z, scaled)
-        x0 = leaf(run.denoised(i, z, output))
-        with torch.enable_grad():
-            found = run.problem.measure(x0, 0.0, i, range(1))
-        correction = Correction(gradient(found, x0), -run.size(i), clean=True)
-        z, scaled = run.down(i, z, output, correction, ask=True)
-        run.report(i - 1, z, output)
-    return z
+    run = Run("mpgd_sample", model, z, schedule, **options)
+
+    def guide(at: Evaluation) -> Shift:
+        x0 = leaf(at.x0)
+        return Shift(gradient(run.problem.measure(x0, 0.0, at.index, range(1)), x0), -run.size(at.index))
+
+    return run.solve(z, guide)
 
 
-def _guided(run: Run, z: Tensor, radii: list[float], draws: int) -> Tensor:
-    for i in run.steps(range(run.schedule.steps, 0, -1)):
-        z, output = _step(run, i, z, radii[i], draws, 0)
-        run.report(i - 1, z, output)
-    return z
+class _Tracked:
+    """Guides by the distance at the denoised sample, or around it, with its gradient in the state."""
 
+    def __init__(self, run: Run, radii: Sequence[float] | None = None, draws: int = 1) -> None:
+        self.run, self.radii, self.draws = run, radii or [0.0] * (run.schedule.steps + 1), draws
+        self.repeat = 0
 
-def _step(run: Run, i: int, z: Tensor, radius: float, draws: int, repeat: int) -> tuple[Tensor, Output]:
-    """One step down with the gradient through the model; every repeat of a step has noise of its own."""
-    state = leaf(z)
-    with torch.enable_grad():
-        output, x0 = run.tracked(i, state)
+    def __call__(self, at: Evaluation) -> Shift:
+        """Return the shift that makes the step's correction."""
+        state, x0 = at.tracked()
         # A repeat measures at other noise as well, where there is any.
-        found = run.problem.measure(x0, radius, i, range(repeat * draws, (repeat + 1) * draws))
-    key = fold_in(run.key, repeat) if repeat else None
-    return run.down(i, z, output, Correction(gradient(found, state), -run.size(i)), key=key)[0], output
+        draws = range(self.repeat * self.draws, (self.repeat + 1) * self.draws)
+        found = self.run.problem.measure(x0, self.radii[at.index], at.index, draws)
+        return self.run.moved(at.index, gradient(found, state))

@@ -44,12 +44,17 @@ class Problem:
         if len(found) == 1:
             return found[0]
         # Pair by pair: a reduction over draws could take another order where the batch is another.
-        return math.log(len(found)) - reduce(torch.logaddexp, [-x for x in found])
+        return math.log(len(found)) - reduce(_either, [-x for x in found])
 
     def _once(self, x0: Tensor, radius: Number, step: int, draw: int) -> Tensor:
         if isinstance(radius, Tensor) or radius != 0.0:
             x0 = add_noise(x0, radius, seed=fold_in(self.around, draw), step=step, sample_id=self.sample_id)
         return measured(self.distance, self.operator(x0), self.y, len(x0))
+
+
+def _either(a: Tensor, b: Tensor) -> Tensor:
+    """Return log(exp a + exp b); the bits of torch.logaddexp depend on where an element stands, and these do not."""
+    return torch.maximum(a, b) + torch.log1p(torch.exp(-(a - b).abs()))
 
 
 def gradient(distances: Tensor, state: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from bicm_diffusion.samplers.checks import check_arguments
 from bicm_diffusion.samplers.edm import Steps
 from bicm_diffusion.samplers.factors import Factor, Ratio, check_factor, rational, rounded, value
+from bicm_diffusion.samplers.guide import whole
 from bicm_diffusion.samplers.loop import Loop, Model, Options, Output, Row, transfer
 from bicm_diffusion.samplers.pairs import DOWN, UP, Method, State, first_tensor, run
 from bicm_diffusion.samplers.prediction import Level, Number, Prediction, folded, read
@@ -18,7 +19,6 @@ from bicm_diffusion.samplers.rounding import warn_of_bdia
 from bicm_diffusion.samplers.signature import sampler
 from bicm_diffusion.samplers.states import ExactPair, StatePair
 from bicm_diffusion.schedules import Schedule
-from bicm_kernels import affine_step
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -198,18 +198,14 @@ class _Heun(_Euler):
             predicted, scaled = self.loop.advance([z, output], weights, then=there)
             found.append(self.loop.evaluate(there, predicted, scaled))
         below, above = found
-        return [self._guided(output), self._guided(below), above], self.heun_rows[i], output
+        # A step takes one pair of outputs only, and one that was changed.
+        guidance = self.loop.guidance_scale
+        return [whole(output, guidance), whole(below, guidance), above], self.heun_rows[i], output
 
     def first_down(self, z: Tensor) -> tuple[Tensor, Output]:
         top = self.loop.schedule.steps
         z, _, output = Steps(self.loop, True, (1.0,) * (top + 1), range(top, top + 1)).step(top, z)
         return z, output
-
-    def _guided(self, output: Output) -> Tensor:
-        # A step takes one pair of outputs only.
-        if isinstance(output, Tensor):
-            return output
-        return affine_step([output], [1.0], guidance_scale=self.loop.guidance_scale)
 
 
 _METHODS: dict[str, type[_Euler]] = {"euler": _Euler, "heun": _Heun}

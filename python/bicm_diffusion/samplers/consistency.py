@@ -24,6 +24,8 @@ from bicm_diffusion.described import described
 from bicm_diffusion.extras import extra
 from bicm_diffusion.keys import CONSISTENCY_INVERSION, CONSISTENCY_SAMPLING
 from bicm_diffusion.samplers import checks
+from bicm_diffusion.samplers.guide import Evaluation, Guide, Plain, Shift, asked, check_guide
+from bicm_diffusion.samplers.prediction import Number
 from bicm_diffusion.samplers.signature import sampler
 from bicm_kernels import add_noise, denoise, denoised_step, fold_in, renoise, scale_input
 
@@ -64,6 +66,8 @@ class LeapOptions(TypedDict, total=False):
 
     seed, sample_id: key of the fresh noise, apart from that of `bicm_kernels.normal` with the same seed; 0 by default.
     extra_args: keyword arguments of the model.
+    guide: called with an `Evaluation` for every evaluation of the model, with gradients enabled; it returns what takes
+        the place of the leap's result before noise is added, a `Shift` of it, or None for no change.
     callback: called with a `LeapInfo` after every evaluation.
     progress: True shows a progress bar (needs tqdm).
     """
@@ -71,6 +75,7 @@ class LeapOptions(TypedDict, total=False):
     seed: int
     sample_id: int | Tensor
     extra_args: Mapping[str, Any] | None
+    guide: Guide | None
     callback: Callback | None
     progress: bool
 
@@ -80,6 +85,7 @@ def _options(
     seed: int = 0,
     sample_id: int | Tensor = 0,
     extra_args: Mapping[str, Any] | None = None,
+    guide: Guide | None = None,
     callback: Callback | None = None,
     progress: bool = False,
 ) -> None:
@@ -196,57 +202,102 @@ def _follow(
     seed: int = 0,
     sample_id: int | Tensor = 0,
     extra_args: Mapping[str, Any] | None = None,
+    guide: Guide | None = None,
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
     checks.check_arguments("extra_args", extra_args)
+    check_guide(guide)
     checks.check_callback(callback)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    network = _Network(model, extra_args or {}, schedule.sigma_data)
     key, data, initial = fold_in(seed, purpose), schedule.sigma_data, x
     # Where all zigzags share their noise, it is the first one's.
     shared = next((step for step, leap in enumerate(leaps) if leap.noise), 0)
-    scaled = scale_input(x, leaps[0].start, sigma_data=data)
-    answer: type | None = None
+    scaled, change = scale_input(x, leaps[0].start, sigma_data=data), None
     for step, leap in enumerate(shown(leaps, progress)):
-        t, u = (torch.full(x.shape[:1], level, dtype=dtype, device=x.device) for level in leap[:2])
-        output = model(scaled, t, u, **(extra_args or {}))
-        if type(output) is not answer:
-            checks.check_output(output, x)
-            answer = type(output)
-        if step == len(leaps) - 1:
+        if guide is None:
+            output = network(x, scaled, leap)
+        else:
+            output, change = network.guided(guide, step, x, scaled, leap)
+        fresh: dict[str, Any] = {"seed": key, "step": step if noise == "fresh" else shared, "sample_id": sample_id}
+        if change is not None or (noise == "initial" and leap.noise):
+            start = (initial, leap.noise / leaps[0].start) if noise == "initial" and leap.noise else None
+            x, scaled = _summed(x, output, change, leap, data, start, fresh)
+        elif step == len(leaps) - 1:
             x = denoise(x, output, leap.start, leap.stop, sigma_data=data)
-        elif noise == "initial" and leap.noise:
-            x, scaled = _with_initial(x, output, initial, leap, leap.noise / leaps[0].start, data)
         else:
             # The noise and the next evaluation's input come with the step; where no noise is due, none is drawn.
-            x, scaled = renoise(
-                x,
-                output,
-                leap.start,
-                leap.stop,
-                leap.noise,
-                next_sigma=leap.level,
-                seed=key,
-                step=step if noise == "fresh" else shared,
-                sample_id=sample_id,
-                sigma_data=data,
-            )
+            amount: dict[str, Any] = {"next_sigma": leap.level, "sigma_data": data, **fresh}
+            x, scaled = renoise(x, output, leap.start, leap.stop, leap.noise, **amount)
         if callback is not None:
             callback(LeapInfo(leap, x, output))
     return x
 
 
-def _with_initial(
-    x: Tensor, output: Tensor, initial: Tensor, leap: Leap, weight: float, data: float
-) -> tuple[Tensor, Tensor]:
-    """The step of `renoise` with the initial state in place of drawn noise."""
+@dataclass
+class _Network:
+    """A model as a run asks it; what it returns is looked into once."""
+
+    model: ConsistencyModel
+    extra_args: Mapping[str, Any]
+    sigma_data: float
+    answer: type | None = None
+
+    def __call__(self, x: Tensor, scaled: Tensor, leap: Leap) -> Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        t, u = (torch.full(x.shape[:1], level, dtype=dtype, device=x.device) for level in leap[:2])
+        output = self.model(scaled, t, u, **self.extra_args)
+        if type(output) is not self.answer:
+            checks.check_output(output, x)
+            self.answer = type(output)
+        return output
+
+    def guided(
+        self, guide: Guide, step: int, x: Tensor, scaled: Tensor, leap: Leap
+    ) -> tuple[Tensor, Tensor | Shift | None]:
+        """Return the output, and what a guide makes of it."""
+
+        def ask(z: Tensor, tracked: bool) -> Tensor:
+            return self(z, scale_input(z, leap.start, sigma_data=self.sigma_data) if tracked else scaled, leap)
+
+        def reached(z: Tensor, output: Tensor) -> Tensor:
+            return denoise(z, output, leap.start, leap.stop, sigma_data=self.sigma_data)
+
+        z = x.detach() if x.requires_grad else x
+        at = Evaluation(step, leap.start, 1.0, leap.start, z, Plain(ask, reached))
+        change = asked(guide, at)
+        return at.output, change
+
+
+def _summed(
+    x: Tensor,
+    output: Tensor,
+    change: Tensor | Shift | None,
+    leap: Leap,
+    data: float,
+    initial: tuple[Tensor, float] | None,
+    fresh: Mapping[str, Any],
+) -> tuple[Tensor, Any]:
+    """The step of `renoise` where a guide changed it, or where the noise that x began as takes the place of new."""
     t, u = leap.start, leap.stop
     total = data * data + t * t
-    weights = [(data * data + t * u) / total, data * (t - u) / math.sqrt(total), weight]
-    scale = 1.0 / math.sqrt(data * data + leap.level * leap.level)
+    weights: list[Number]
+    tensors, weights = [x, output], [(data * data + t * u) / total, data * (t - u) / math.sqrt(total)]
+    if isinstance(change, Shift):
+        tensors, weights = [*tensors, change.direction], [*weights, change.weight]
+    elif change is not None:
+        tensors, weights = [change.to(x.dtype)], [1.0]
+    noise_weight = leap.noise
+    if initial is not None:
+        tensors, weights, noise_weight = [*tensors, initial[0]], [*weights, initial[1]], 0.0
+    scale, nothing = 1.0 / math.sqrt(data * data + leap.level * leap.level), [0.0] * len(weights)
+    if noise_weight:
+        last: dict[str, Any] = {"x0_weight": 0.0, "next_scale": scale, "noise_weight": noise_weight, **fresh}
+        x, _, given = denoised_step(tensors, nothing, weights, **last)
+        return x, given
     # The sum as x0, so that what follows it is the scaled input.
-    scaled, x, _ = denoised_step([x, output, initial], weights, [0.0, 0.0, 0.0], x0_weight=scale)
-    return x, scaled
+    given, x, _ = denoised_step(tensors, weights, nothing, x0_weight=scale)
+    return x, given
 
 
 def shown(leaps: Sequence[Leap], progress: bool) -> Iterable[Leap]:

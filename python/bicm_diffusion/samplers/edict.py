@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bicm_diffusion.samplers.exact import Grid
 from bicm_diffusion.samplers.factors import Factor, Ratio, check_factor, rational, value
+from bicm_diffusion.samplers.guide import opened
 from bicm_diffusion.samplers.loop import Loop, Model, Options, Output, Row, transfer
 from bicm_diffusion.samplers.pairs import first_tensor, recorded
 from bicm_diffusion.samplers.prediction import Level, Number, Prediction, read
@@ -121,13 +122,16 @@ def _sample_floats(loop: Loop, states: TwinPair, p: Number, leapfrog: bool) -> t
         output = loop.evaluate(i, inter, scaled)
         row = mix_rows[swapped, swaps_next][i]
         # What the model is asked about next comes last, so that its scaled copy comes with it.
+        tensors, (first_row, second_row), guidance = opened(
+            [inter, second, output], [row[:3], row[3:6]], loop.guidance_scale
+        )
         asked, other, scaled = denoised_step(
-            [inter, second, output],
-            row[:3],
-            row[3:6],
+            tensors,
+            first_row,
+            second_row,
             x0_weight=row[6],
             next_scale=loop.input_scale(i - 1) if i > 1 else None,
-            guidance_scale=loop.guidance_scale,
+            guidance_scale=guidance,
         )
         z, y = (asked, other) if swaps_next else (other, asked)
         loop.report(i - 1, z, output)
@@ -160,13 +164,18 @@ def _invert_floats(loop: Loop, states: TwinPair, p: Number, leapfrog: bool) -> t
             second, scaled = loop.advance(*_seen(loop, 2, [y, z, inter, output], weights), then=i)
         output = loop.evaluate(i, second, scaled)
         of_first, of_second = carried[swapped, swaps_next]
-        inter, first, scaled = denoised_step(
+        tensors, (first_row, second_row), guidance = opened(
             [inter, second, output],
-            (of_inter, of_other, of_output),
-            (0.0, of_second, 0.0),
+            [(of_inter, of_other, of_output), (0.0, of_second, 0.0)],
+            loop.guidance_scale,
+        )
+        inter, first, scaled = denoised_step(
+            tensors,
+            first_row,
+            second_row,
             x0_weight=of_first,
             next_scale=loop.input_scale(i + 1) if i < top else None,
-            guidance_scale=loop.guidance_scale,
+            guidance_scale=guidance,
         )
         z, y = (second, first) if swapped else (first, second)
         swapped = swaps_next

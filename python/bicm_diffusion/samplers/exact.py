@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.samplers.factors import Ratio
-from bicm_diffusion.samplers.loop import Loop, Output, Row, traced
+from bicm_diffusion.samplers.guide import opened
+from bicm_diffusion.samplers.loop import Loop, Output, traced
 from bicm_diffusion.samplers.prediction import Number
 from bicm_diffusion.samplers.record import Record, checksum, report_remainder
 from bicm_diffusion.samplers.states import ExactPair, decode
@@ -44,8 +46,8 @@ class Grid:
     def step(
         self,
         last: Tensor,
-        tensors: list[Any],
-        weights: Row,
+        tensors: Sequence[Any],
+        weights: Sequence[Number],
         *,
         ratio: Ratio = (1, 1),
         inverse: bool = False,
@@ -55,6 +57,8 @@ class Grid:
         """Return ratio·last + Σ w_k·x_k, or the state that such a step came from."""
         step = exact_affine_inverse_step if inverse else exact_affine_step
         guidance = self.loop.guidance_scale if guided else None
+        if guided and self.loop.guide is not None:
+            tensors, (weights,), guidance = opened(tensors, [weights], guidance)
         q, self.info = step(
             last,
             tensors,

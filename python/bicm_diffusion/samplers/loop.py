@@ -3,7 +3,8 @@
 Every sampler is a loop over the indices of a `Schedule`: per evaluation of the model one fused op, whose weights are
 formed in float64 and rounded once. In an eager loop the weights are Python floats, which a captured graph keeps as
 arguments of its launches; in a traced loop they are rows of float64 tables on the state's device, made from
-`Schedule.table`, so that another schedule of as many steps runs in the same graph. No gradients are recorded.
+`Schedule.table`, so that another schedule of as many steps runs in the same graph. No gradients are recorded, but where
+a guide asks for them.
 """
 
 from __future__ import annotations
@@ -17,12 +18,21 @@ from torch import Tensor
 
 from bicm_diffusion.extras import extra
 from bicm_diffusion.samplers import checks
-from bicm_diffusion.samplers.prediction import Level, Number, Preconditioned, Prediction, known_prediction
+from bicm_diffusion.samplers.guide import Changed, Evaluation, Guide, Plain, asked, changed, check_guide, opened
+from bicm_diffusion.samplers.prediction import (
+    Level,
+    Number,
+    Preconditioned,
+    Prediction,
+    denoised_weights,
+    known_prediction,
+)
 from bicm_diffusion.schedules import Schedule
-from bicm_kernels import affine_step, denoised_step
+from bicm_kernels import affine_step, denoise, denoised_step, scale_input
 
-Output: TypeAlias = Tensor | tuple[Tensor, Tensor]
-Model: TypeAlias = Callable[..., Output]
+#: What a model returns, and what becomes of it where a guide changes it.
+Output: TypeAlias = Tensor | tuple[Tensor, Tensor] | Changed
+Model: TypeAlias = Callable[..., Tensor | tuple[Tensor, Tensor]]
 Row: TypeAlias = tuple[Number, ...]
 
 traced = torch.compiler.is_compiling
@@ -34,7 +44,7 @@ class StepInfo:
 
     index: int
     z: Tensor
-    eps: Output
+    eps: Tensor | tuple[Tensor, Tensor]
 
 
 Callback: TypeAlias = Callable[[StepInfo], object]
@@ -49,6 +59,8 @@ class Options(TypedDict, total=False):
     guidance_scale: the model returns a pair (uncond, cond), and uncond + guidance_scale·(cond - uncond) is formed
         inside the step op; a float or (B,).
     extra_args: keyword arguments of the model.
+    guide: called with an `Evaluation` for every evaluation of the model, with gradients enabled; it returns the
+        denoised sample that takes the place of the model's, a `Shift` of it, or None for no change.
     callback: called with a `StepInfo` after every step.
     progress: True shows a progress bar (needs tqdm).
     """
@@ -56,6 +68,7 @@ class Options(TypedDict, total=False):
     prediction: Prediction
     guidance_scale: Number | None
     extra_args: Mapping[str, Any] | None
+    guide: Guide | None
     callback: Callback | None
     progress: bool
 
@@ -73,6 +86,7 @@ class Loop:
         prediction: Prediction = "noise",
         guidance_scale: Number | None = None,
         extra_args: Mapping[str, Any] | None = None,
+        guide: Guide | None = None,
         callback: Callback | None = None,
         progress: bool = False,
     ) -> None:
@@ -82,10 +96,13 @@ class Loop:
         prediction = known_prediction(prediction)
         checks.check_guidance(guidance_scale, len(z))
         checks.check_arguments("extra_args", extra_args)
+        check_guide(guide)
         checks.check_callback(callback)
         self.name, self.model, self.schedule, self.prediction = name, model, schedule, prediction
         self.guidance_scale, self.extra_args = guidance_scale, extra_args or {}
-        self.callback, self.progress = callback, progress
+        self.guide, self.callback, self.progress = guide, callback, progress
+        # A guide that takes gradients through the model has its input made anew.
+        self.tracks = False
         self.times_dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
         self.device = z.device
         self.table = schedule.table.to(z.device) if traced() else None
@@ -131,10 +148,36 @@ class Loop:
         return self.prediction.input_scale(level._replace(sigma=level.sigma * lift))
 
     def evaluate(self, i: int, z: Tensor, scaled: Tensor | None = None, *, lift: float = 1.0) -> Output:
-        """Return the model's output at z, told that it stands at index i.
+        """Return the model's output at z, told that it stands at index i, with what the guide changes of it.
 
         scaled: the model's input, where an earlier launch made it; lift: a factor of the time and of sigma.
         """
+        if self.guide is None:
+            return self._ask(i, z, scaled, lift)
+        level = self._level(i) if self.table is None else Level(*self.table[:, i].unbind())
+        level = Level(level.time * lift, level.alpha, level.sigma * lift)
+        # The op whose derivative is a kernel; affine_step takes the reference.
+        form = self.prediction if self.table is None and level.alpha == 1.0 else None
+        of_state, of_output = denoised_weights(self.prediction, level)
+
+        def ask(z: Tensor, tracked: bool) -> Output:
+            if not tracked:
+                return self._ask(i, z, scaled, lift)
+            own = scale_input(z, level.sigma, sigma_data=form.sigma_data) if isinstance(form, Preconditioned) else None
+            return self._ask(i, z, own, lift)
+
+        def denoised(z: Tensor, output: Any) -> Tensor:
+            if isinstance(form, Preconditioned) and isinstance(output, Tensor):
+                numbers: Any = {"parameterization": form.parameterization, "sigma_min": form.t_min}
+                return denoise(z, output, level.sigma, sigma_data=form.sigma_data, **numbers)
+            return affine_step([z, output], [of_state, of_output], guidance_scale=self.guidance_scale)
+
+        at = Evaluation(i, *level, z.detach() if z.requires_grad else z, Plain(ask, denoised))
+        change = asked(self.guide, at)
+        self.tracks = at.was_tracked
+        return at.output if change is None else changed(change, at, of_state, of_output)
+
+    def _ask(self, i: int, z: Tensor, scaled: Tensor | None, lift: float) -> Tensor | tuple[Tensor, Tensor]:
         if self.table is None:
             times = self._times(i, lift, z)
         else:
@@ -156,25 +199,38 @@ class Loop:
         return self.times[i]
 
     def advance(
-        self, tensors: Sequence[Any], weights: Row, *, then: int | None = None, guided: bool = True
+        self,
+        tensors: Sequence[Any],
+        weights: Sequence[Number],
+        *,
+        then: int | None = None,
+        guided: bool = True,
+        noise: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return Σ w_k·x_k, and the model's input where the model is asked next about it, at index `then`.
 
-        guided: the last tensor is an output of the model, a pair under guidance.
+        guided: the last tensor is an output of the model, a pair under guidance. noise: weight and key of what is
+        added last.
         """
         guidance = self.guidance_scale if guided else None
-        scale = None if then is None else self.input_scale(then)
+        if guided and self.guide is not None:
+            tensors, (weights,), guidance = opened(tensors, [weights], guidance)
+        scale = None if then is None or self.tracks else self.input_scale(then)
         if scale is not None:
-            # The sum as x0, so that what follows it is the scaled input and nothing is written in vain.
             nothing = [0.0] * len(weights)
+            if noise:
+                last = {"x0_weight": 0.0, "next_scale": scale, "guidance_scale": guidance, **noise}
+                out, _, scaled = denoised_step(tensors, nothing, weights, **last)
+                return out, scaled
+            # The sum as x0, so that what follows it is the scaled input and nothing is written in vain.
             scaled, out, _ = denoised_step(tensors, weights, nothing, x0_weight=scale, guidance_scale=guidance)
             return out, scaled
-        return affine_step(tensors, weights, guidance_scale=guidance), None
+        return affine_step(tensors, weights, guidance_scale=guidance, **(noise or {})), None
 
     def report(self, index: int, z: Tensor, output: Output) -> None:
         """Tell the callback of a step."""
         if self.callback is not None:
-            self.callback(StepInfo(index, z, output))
+            self.callback(StepInfo(index, z, output.answer if isinstance(output, Changed) else output))
 
     def steps(self, indices: range) -> Iterable[int]:
         """Return the indices, with a progress bar where one is wanted."""

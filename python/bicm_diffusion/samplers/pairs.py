@@ -103,7 +103,7 @@ def recorded(
 
     functions: those that lead on from noise and from data.
     """
-    conditions = None if traced() else Conditions(loop.guidance_scale, loop.extra_args)
+    conditions = None if traced() else Conditions(loop.guidance_scale, loop.extra_args, loop.guide)
     settings = {"prediction": loop.prediction, **settings}
     record = Record(method, loop.schedule, settings, loop.schedule.steps if inverse else 0, None, conditions)
     if isinstance(start, Tensor):

@@ -115,6 +115,13 @@ def folded(reading: Reading, of_state: Number, of_noise: Number) -> tuple[Number
     return (of_state if reading.of_state is None else of_state + of_noise * reading.of_state), output
 
 
+def denoised_weights(prediction: Prediction, level: Level) -> tuple[Number, Number]:
+    """Return the weights of the state and the model's output, at a level, in the denoised sample."""
+    of_state, of_output = read(prediction, level)
+    lost = 0.0 if of_state is None else level.sigma * of_state
+    return (1.0 - lost) / level.alpha, -level.sigma * of_output / level.alpha
+
+
 def known_prediction(prediction: Prediction) -> Prediction:
     """Return a prediction by the one name that pairs record; "epsilon" is "noise".
 

@@ -25,15 +25,18 @@ SUMS = 64
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """Guidance and the model's own arguments in a run; looked into only where a trajectory did not come back."""
+    """Guidance, the model's arguments and the guide of a run; looked into only where a trajectory did not come back."""
 
     guidance_scale: Any
     extra_args: Mapping[str, Any]
+    guide: Any = None
 
     def digest(self) -> str:
         """Return what tells them from others, in another process too where they are tensors and plain values."""
         found = hashlib.sha256()
-        _digest(found, [self.guidance_scale, sorted(self.extra_args.items())])
+        # Pairs that were stored before there were guides keep their digests.
+        guide = [] if self.guide is None else [self.guide]
+        _digest(found, [self.guidance_scale, sorted(self.extra_args.items()), *guide])
         return found.hexdigest()
 
 

@@ -60,7 +60,8 @@ def _opened(function: Callable[..., Any], options: Callable[..., Any] | None) ->
 def _unknown(name: str, signature: inspect.Signature, given: dict[str, Any]) -> str:
     taken = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     wrong = next(x for x in given if x not in signature.parameters)
-    near = get_close_matches(wrong, signature.parameters, n=1)
+    # "guidance" is the beginning of guidance_scale before it resembles guide.
+    near = [x for x in signature.parameters if x.startswith(wrong)] or get_close_matches(wrong, signature.parameters, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(taken)}"
     if not near and "extra_args" in taken:
         hint += f"; a keyword argument of the model goes into extra_args={{{wrong!r}: …}}"

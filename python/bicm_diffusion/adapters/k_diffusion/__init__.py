@@ -3,7 +3,12 @@
 from bicm_diffusion.adapters.k_diffusion.denoisers import Denoiser, EDMDenoiser
 from bicm_diffusion.adapters.k_diffusion.noise import NoiseSampler, default_noise_sampler, keyed_noise_sampler
 from bicm_diffusion.adapters.k_diffusion.run import MOST_LIFT, Callback, Network
-from bicm_diffusion.adapters.k_diffusion.samplers import sample_dpmpp_2m, sample_euler, sample_heun
+from bicm_diffusion.adapters.k_diffusion.samplers import (
+    sample_dpmpp_2m,
+    sample_euler,
+    sample_euler_ancestral,
+    sample_heun,
+)
 
 __all__ = [
     "MOST_LIFT",
@@ -16,5 +21,6 @@ __all__ = [
     "keyed_noise_sampler",
     "sample_dpmpp_2m",
     "sample_euler",
+    "sample_euler_ancestral",
     "sample_heun",
 ]

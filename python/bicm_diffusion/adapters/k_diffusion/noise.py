@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from bicm_diffusion.adapters.noise import randn_like
@@ -26,10 +28,13 @@ def default_noise_sampler(x: Tensor) -> NoiseSampler:
 def keyed_noise_sampler(x: Tensor, sigmas: Tensor, seed: int | Tensor, sample_id: int | Tensor = 0) -> NoiseSampler:
     """Return a noise sampler whose step i is noise keyed by (seed, i, sample): the same bits in every batch.
 
-    It is `bicm_kernels.normal` with the seed `fold_in(seed, bicm_diffusion.keys.K_DIFFUSION)`.
+    It is `bicm_kernels.normal` with the seed `fold_in(seed, bicm_diffusion.keys.K_DIFFUSION)`. Where a step asks more
+    than once, as k-diffusion's sample_dpmpp_sde does, its k-th answer after the first has that seed folded with k; the
+    count begins anew with another step, so that each run takes a noise sampler of its own.
 
     x: the state that is sampled, for shape, dtype and device; sigmas: the grid that the sampler runs on. The noise
-    sampler raises ValueError for a level that is not on it.
+    sampler raises ValueError for a level that is not on it, but for the rounding of exp(ln σ); sigma_next may lie
+    between.
 
     >>> import torch
     >>> x, sigmas = torch.ones(1, 2), torch.tensor([2.0, 1.0])
@@ -37,8 +42,10 @@ def keyed_noise_sampler(x: Tensor, sigmas: Tensor, seed: int | Tensor, sample_id
     torch.Size([1, 2])
     """
     key = fold_in(seed, K_DIFFUSION)
-    index = {level: i for i, level in enumerate(sigmas.tolist())}
+    levels: list[float] = sigmas.tolist()
     spacing = sigmas.stride(0) * sigmas.element_size() if len(sigmas) > 1 else 0
+    precision = torch.finfo(sigmas.dtype).eps if sigmas.is_floating_point() else 0.0
+    asked = [-1, 0]
 
     def step_of(sigma: Tensor) -> int:
         """A level's place, told by where it lies: to ask its device for the value would wait for it."""
@@ -47,12 +54,18 @@ def keyed_noise_sampler(x: Tensor, sigmas: Tensor, seed: int | Tensor, sample_id
             if rest == 0 and 0 <= place < len(sigmas):
                 return place
         level = sigma.item()
-        if level not in index:
+        place = min(range(len(levels)), key=lambda i: abs(levels[i] - level), default=0)
+        # exp(ln σ), which k-diffusion's later samplers pass, is off by half a unit of ln σ and of the result.
+        off = precision * (1.0 + abs(math.log(level))) * level if level > 0.0 else 0.0
+        if not levels or abs(levels[place] - level) > off:
             raise ValueError(f"sigma: expected a level of the grid that the sampler was made for, got {level}")
-        return index[level]
+        return place
 
     def sampler(sigma: Tensor, sigma_next: Tensor) -> Tensor:
         step = step_of(sigma)
-        return normal(x.shape, seed=key, step=step, sample_id=sample_id, dtype=x.dtype, device=x.device)
+        again = asked[1] + 1 if asked[0] == step else 0
+        asked[:] = step, again
+        own = fold_in(key, again) if again else key
+        return normal(x.shape, seed=own, step=step, sample_id=sample_id, dtype=x.dtype, device=x.device)
 
     return sampler

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bicm_diffusion.adapters.arithmetic import joined, two_sums, weighted_sum
-from bicm_diffusion.adapters.k_diffusion.noise import NoiseSampler
+from bicm_diffusion.adapters.k_diffusion.noise import NoiseSampler, default_noise_sampler
 from bicm_diffusion.adapters.k_diffusion.run import Callback, Churn, ChurnedRun, Network, Run, shifted
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -143,3 +144,59 @@ def sample_dpmpp_2m(
             x = weighted_sum(joined(x, denoised, before), weights)
         before, above = denoised, level
     return x
+
+
+@torch.no_grad()
+def sample_euler_ancestral(
+    model: Network,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float | Tensor = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> Tensor:
+    """Return a sample by ancestral steps: Euler's method down to σ_down, then noise of level σ_up.
+
+    σ_up = min(σ', η·σ'·√(1 - σ'²/σ²)) and σ_down² = σ'² - σ_up²; eta: η. s_noise multiplies the noise, a number or a
+    tensor. Noise is `torch.randn_like(x)` of the x that is given; a noise_sampler(sigma, sigma_next) is asked in every
+    step but those to 0. The callback may write to x, and its step goes on from there. The rest: as for `sample_euler`.
+    Raises ValueError where sigmas rise.
+
+    >>> sample_euler_ancestral(lambda x, sigma: 0 * x, torch.ones(1, 2), torch.tensor([2.0, 0.0]), disable=True)
+    tensor([[0., 0.]])
+    """
+    run = Run(model, x, sigmas, extra_args, callback, disable)
+    draw = default_noise_sampler(x) if noise_sampler is None else noise_sampler
+    ratios = [ancestral_ratios(level, below, float(eta)) for level, below in pairwise(run.levels)]
+    for i in run.steps():
+        denoised = run.ask(x, run.levels[i])
+        run.show(i, x, denoised, sigmas[i])
+        down, up = ratios[i]
+        tensors, weights = [denoised], [down, 1.0 - down]
+        if run.levels[i + 1] > 0.0:
+            noise = draw(sigmas[i], sigmas[i + 1])  # in a step without noise too: generators move on
+            noise, amount = (noise * s_noise, up) if isinstance(s_noise, Tensor) else (noise, up * s_noise)
+            if amount != 0.0:
+                tensors, weights = [denoised, noise], [*weights, amount]
+        x = weighted_sum(joined(x, *tensors), weights)
+    return x
+
+
+def ancestral_ratios(level: float, below: float, eta: float) -> tuple[float, float]:
+    """Return σ_down/σ and σ_up of a step from one level to another.
+
+    >>> ancestral_ratios(2.0, 1.0, 0.0), ancestral_ratios(2.0, 1.0, 1.0)[0]
+    ((0.5, 0.0), 0.25)
+    """
+    if below > level:
+        raise ValueError(f"sigmas: expected levels that do not rise, got {level} and then {below}")
+    if below == level:
+        return 1.0, 0.0
+    ratio = below / level
+    up = min(1.0, eta * math.sqrt(1.0 - ratio * ratio))
+    # (σ_down/σ')² = 1 - η²·(1 - ρ) without its difference, which at η = 1 is ρ.
+    kept = 0.0 if up == 1.0 else (1.0 - eta) * (1.0 + eta) + eta * eta * ratio * ratio
+    return ratio * math.sqrt(kept), below * up

@@ -1,0 +1,192 @@
+"""The hook of every sampler's loop: a function that changes the denoised sample, with gradients where it wants them.
+
+What it changes is affine in what a step sums up anyway, so that the step's own launch makes the change as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bicm_diffusion.described import described
+from bicm_diffusion.samplers.checks import FLOATING, check_per_sample
+from bicm_diffusion.samplers.prediction import Number
+from bicm_kernels import affine_step
+
+#: Tensors that one step takes.
+MOST = 5
+
+
+class Shift(NamedTuple):
+    """weight·direction, which a guide adds to the denoised sample; it costs no launch.
+
+    direction: (B, …), of the state's shape, any floating dtype. weight: a number, a 0-d or a (B,) tensor.
+
+    >>> Shift(torch.ones(1, 2), -0.5).weight
+    -0.5
+    """
+
+    direction: Tensor
+    weight: Number = 1.0
+
+
+class Plain(NamedTuple):
+    """An evaluation without a guide: the model's input and output for a state, and the denoised sample of both."""
+
+    ask: Callable[[Tensor, bool], Any]
+    denoised: Callable[[Tensor, Any], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a guide sees: where the model is asked, and its answer, which comes when it is first looked at.
+
+    index: of the level; consistency samplers count their evaluations from 0. time: what the model is told; alpha,
+    sigma: of the level, z = alpha·x + sigma·n; 0-d tensors in a traced loop. z: the state (B, …), without a gradient.
+    """
+
+    index: int
+    time: Number
+    alpha: Number
+    sigma: Number
+    z: Tensor
+    _plain: Plain = field(repr=False)
+    _known: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def output(self) -> Any:
+        """The model's output at z, a pair under guidance; no gradient is recorded."""
+        if "output" not in self._known:
+            with torch.no_grad():
+                self._known["output"] = self._plain.ask(self.z, False)
+        return self._known["output"]
+
+    @property
+    def x0(self) -> Tensor:
+        """The denoised sample at z, (B, …); no gradient is recorded.
+
+        Where a consistency sampler leaps to a level above t_min, the state there.
+        """
+        if "x0" not in self._known:
+            output = self.output
+            with torch.no_grad():
+                self._known["x0"] = self._plain.denoised(self.z, output)
+        return self._known["x0"]
+
+    def tracked(self) -> tuple[Tensor, Tensor]:
+        """Return z as a leaf that requires a gradient, and the denoised sample, differentiable in it.
+
+        The model is asked with gradients; a guide that looks at `x0` or `output` does so afterwards, or the model is
+        asked twice.
+        """
+        with torch.enable_grad():
+            z = self.z.detach().requires_grad_()
+            output = self._plain.ask(z, True)
+            x0 = self._plain.denoised(z, output)
+        self._known.update(output=_detached(output), x0=x0.detach(), tracked=True)
+        return z, x0
+
+    @property
+    def was_tracked(self) -> bool:
+        """Whether the model was asked with gradients."""
+        return "tracked" in self._known
+
+
+Guide: TypeAlias = Callable[[Evaluation], "Tensor | Shift | None"]
+
+
+@dataclass(frozen=True, eq=False)
+class Changed:
+    """An output that a guide has changed, Σ w_k·x_k, which the next step sums up; a pair stands last.
+
+    answer: what the model answered.
+    """
+
+    tensors: tuple[Any, ...]
+    weights: tuple[Number, ...]
+    answer: Any
+
+
+def check_guide(guide: object) -> None:
+    """Raise TypeError unless a guide can be called."""
+    if guide is not None and not callable(guide):
+        raise TypeError(f"guide: expected a function or None, got {described(guide)}")
+
+
+def asked(guide: Guide, at: Evaluation) -> Tensor | Shift | None:
+    """Return what a guide answers, its gradients dropped; raise where it is no change of the denoised sample."""
+    with torch.enable_grad():
+        change = guide(at)
+    if change is None:
+        return None
+    if isinstance(change, Shift):
+        check_per_sample("guide's weight", change.weight, len(at.z))
+        _check_like("Shift's direction", change.direction, at.z)
+        weight = change.weight.detach() if isinstance(change.weight, Tensor) else change.weight
+        return Shift(change.direction.detach(), weight)
+    _check_like("result", change, at.z)
+    return change.detach()
+
+
+def _check_like(name: str, x: object, z: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"guide: expected None, a Shift, or the denoised sample, got {described(x)} as its {name}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"guide: expected a floating dtype of its {name}, got {x.dtype}")
+    if x.shape != z.shape or x.device != z.device:
+        given = f"{tuple(x.shape)} on {x.device}"
+        raise ValueError(f"guide: expected its {name} like z, {tuple(z.shape)} on {z.device}, got {given}")
+
+
+def changed(change: Tensor | Shift, at: Evaluation, of_z: Number, of_output: Number) -> Changed:
+    """Return the output that stands for a changed denoised sample, which is of_z·z + of_output·output."""
+    if isinstance(change, Shift):
+        weights = (change.weight / of_output, 1.0)
+        return Changed((change.direction, at.output), weights, at.output)
+    return Changed((at.z, change), (-of_z / of_output, 1.0 / of_output), at.output)
+
+
+def opened(
+    tensors: Sequence[Any], rows: Sequence[Sequence[Number]], guidance: Number | None
+) -> tuple[Sequence[Any], Sequence[Sequence[Number]], Number | None]:
+    """Return sums Σ w_k·x_k, a row of weights each, with the terms of an output that was changed, the last of them.
+
+    guidance: the scale of a last pair; None comes back where no pair is left.
+    """
+    *found, last = tensors
+    if not isinstance(last, Changed):
+        return tensors, rows, guidance
+    parts, shares = last.tensors, last.weights
+    if len({id(x) for x in (*found, *parts)}) > MOST:
+        parts, shares, guidance = (whole(last, guidance),), (1.0,), None
+    wider = [list(row[:-1]) for row in rows]
+    for x, share in zip(parts, shares, strict=True):
+        place = next((k for k, y in enumerate(found) if y is x), len(found))
+        if place == len(found):
+            found.append(x)
+            wider = [[*row, 0.0] for row in wider]
+        for row, given in zip(wider, rows, strict=True):
+            row[place] = row[place] + given[-1] * share
+    return found, wider, guidance if _is_pair(found[-1]) else None
+
+
+def whole(output: Any, guidance: Number | None) -> Tensor:
+    """Return an output of a model, a pair or a changed one too, as one tensor."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Changed):
+        pair = guidance if _is_pair(output.tensors[-1]) else None
+        return affine_step(output.tensors, output.weights, guidance_scale=pair)
+    return affine_step([output], [1.0], guidance_scale=guidance)
+
+
+def _is_pair(x: Any) -> bool:
+    return not isinstance(x, Tensor)
+
+
+def _detached(output: Any) -> Any:
+    return output.detach() if isinstance(output, Tensor) else tuple(x.detach() for x in output)
