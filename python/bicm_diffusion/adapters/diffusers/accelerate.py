@@ -9,11 +9,14 @@ from typing import Any
 import diffusers
 from diffusers import SchedulerMixin
 
+from bicm_diffusion.adapters.diffusers.ancestral import EulerAncestral
 from bicm_diffusion.adapters.diffusers.consistency import ConsistencyModel, LatentConsistencyModel
 from bicm_diffusion.adapters.diffusers.ddim import Ddim, DdimInverse
+from bicm_diffusion.adapters.diffusers.ddpm import Ddpm
 from bicm_diffusion.adapters.diffusers.dpmsolver import DpmSolver, EdmDpmSolver
 from bicm_diffusion.adapters.diffusers.drawing import Integer, Noise, own_config
 from bicm_diffusion.adapters.diffusers.euler import EdmEuler, Euler
+from bicm_diffusion.adapters.diffusers.flow_match import FlowMatchEuler
 from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, derived
 from bicm_diffusion.described import described
 
@@ -27,6 +30,9 @@ COVERED: dict[type[Any], type[Accelerated]] = {
     diffusers.DPMSolverMultistepScheduler: DpmSolver,
     diffusers.CMStochasticIterativeScheduler: ConsistencyModel,
     diffusers.LCMScheduler: LatentConsistencyModel,
+    diffusers.FlowMatchEulerDiscreteScheduler: FlowMatchEuler,
+    diffusers.EulerAncestralDiscreteScheduler: EulerAncestral,
+    diffusers.DDPMScheduler: Ddpm,
 }
 
 

@@ -75,11 +75,12 @@ class ConsistencyModel(Sigmas):
             return None
         c_skip, c_out, deviation = row
         state = as_state(sample, model_output)
-        terms = [state, model_output], [c_skip, c_out], [0.0, 0.0]
+        tensors, weights = [state, model_output], [0.0, 0.0]
         keyed: dict[str, Any] = {}
         if len(tables.timesteps.values) > 1:
-            keyed = self._noisy(terms, deviation, index, generator, model_output, sample)
+            keyed = self._noisy(tensors, weights, deviation, index, generator, model_output, sample)
         scale = self._next_scale(tables, index, state.dtype, sample, model_output)
+        terms = tensors, [c_skip, c_out], weights
         out, _ = self._advance(terms, index, state.dtype, scale, x0_weight=1.0, clip=tables.clip, **keyed)
         return as_output(graph, CMStochasticIterativeSchedulerOutput, out) if return_dict else (out,)
 

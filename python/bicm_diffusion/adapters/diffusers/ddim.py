@@ -68,7 +68,7 @@ class AlphaTables(Tables):
     gives_output: bool = False
 
 
-class _Alphas(Accelerated):
+class Alphas(Accelerated):
     """Schedulers that look up alpha-bar by the timestep itself."""
 
     _kind: ClassVar[type[Tables]] = AlphaTables
@@ -177,10 +177,10 @@ class _Alphas(Accelerated):
         return out, x0.to(output.dtype) if tables.gives_output else x0
 
 
-class Ddim(_Alphas):
+class Ddim(Alphas):
     _beyond = "final_alpha_cumprod"
     _sources = ("alphas_cumprod", "timesteps", _beyond)
-    _options = (*_Alphas._options, "thresholding")
+    _options = (*Alphas._options, "thresholding")
 
     def _uncovered(self) -> str | None:
         return "thresholding" if self.config.thresholding else super()._uncovered()
@@ -231,7 +231,7 @@ class Ddim(_Alphas):
         return as_output(graph, DDIMSchedulerOutput, out, "pred_original_sample", x0) if return_dict else (out, x0)
 
 
-class DdimInverse(_Alphas):
+class DdimInverse(Alphas):
     initial_alpha_cumprod: Tensor
     _beyond = "initial_alpha_cumprod"
     _sources = ("alphas_cumprod", "timesteps", _beyond)

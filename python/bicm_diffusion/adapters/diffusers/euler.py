@@ -31,6 +31,18 @@ def edm_denoiser(sigma: float, sigma_data: float, prediction: str) -> tuple[floa
     return sigma_data * sigma_data / total, -c_out if prediction == "v_prediction" else c_out
 
 
+def euler_weights(prediction: str, sigma: float, raised: float, below: float) -> Row:
+    """Weights of sample and output in x0, then in the result of a step; x0 from v is read at the level before churn."""
+    ratio = (below - raised) / raised
+    if prediction == "epsilon":
+        return 1.0, -raised, 1.0, below - raised
+    if prediction == "v_prediction":
+        total = sigma * sigma + 1.0
+        kept, of_output = 1.0 / total, -sigma / math.sqrt(total)
+        return kept, of_output, 1.0 + ratio * (1.0 - kept), -ratio * of_output
+    return 0.0, 1.0, below / raised, -ratio
+
+
 @dataclass
 class EulerTables(SigmaTables):
     #: Whether x0 is what the model predicts.
@@ -119,14 +131,7 @@ class Euler(_EulerSteps):
         return 1.0 / math.sqrt(sigma * sigma + 1.0)
 
     def _weights(self, sigma: float, raised: float, below: float) -> Row:
-        prediction, ratio = self.config.prediction_type, (below - raised) / raised
-        if prediction == "epsilon":
-            return 1.0, -raised, 1.0, below - raised
-        if prediction == "v_prediction":
-            total = sigma * sigma + 1.0
-            kept, of_output = 1.0 / total, -sigma / math.sqrt(total)
-            return kept, of_output, 1.0 + ratio * (1.0 - kept), -ratio * of_output
-        return 0.0, 1.0, below / raised, -ratio
+        return euler_weights(self.config.prediction_type, sigma, raised, below)
 
     def _fill(self, tables: EulerTables) -> None:
         super()._fill(tables)

@@ -35,7 +35,8 @@ class Counted(Accelerated):
 
     def _noisy(
         self,
-        terms: tuple[list[Any], list[Any], list[Any]],
+        tensors: list[Any],
+        weights: list[Any],
         deviation: Any,
         index: int,
         generator: Generators,
@@ -43,13 +44,11 @@ class Counted(Accelerated):
         sample: Tensor,
         dtype: torch.dtype | None = None,
     ) -> dict[str, Any]:
-        """Add noise to a step's tensors and their two rows of weights, or return the arguments of keyed noise."""
+        """Add noise to a step's tensors and their weights in the result, or return the arguments of keyed noise."""
         if self._noise == "keyed":
             seed, sample_id = self._key(generator, sample, index)
             return {"noise_weight": deviation, "seed": seed, "step": index, "sample_id": sample_id}
-        tensors, x0_weights, weights = terms
         tensors.append(self._drawn(like, sample, generator, dtype))
-        x0_weights.append(0.0)
         weights.append(deviation)
         return {}
 
@@ -61,8 +60,13 @@ class Counted(Accelerated):
         scale: float | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Launch the step, count it, and keep the next evaluation's input where the launch made it."""
-        out, x0, scaled = denoised_step(*terms, next_scale=scale, **{"x0_weight": 0.0, **options})
+        """Launch the step, count it, and keep the next evaluation's input where the launch made it.
+
+        terms: tensors, and the weights in x0 of the first of them, in the result of all.
+        """
+        tensors, x0_weights, weights = terms
+        x0_weights += [0.0] * (len(tensors) - len(x0_weights))
+        out, x0, scaled = denoised_step(tensors, x0_weights, weights, next_scale=scale, **{"x0_weight": 0.0, **options})
         self._step_index = index + 1
         if scaled is not None:
             self._foresee(out, index + 1, scaled)
