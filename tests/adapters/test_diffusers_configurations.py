@@ -27,7 +27,7 @@ from diffusers import (
 )
 
 from bicm_diffusion.adapters.diffusers import accelerated_class
-from tests.support.diffusers_cases import CLASSES
+from tests.support.diffusers_cases import CLASSES, model_input
 from tests.support.diffusers_observed import NEAR, SHAPE, agree, both, label, observed
 from tests.support.diffusers_options import OPTIONS
 
@@ -114,7 +114,7 @@ def test_timesteps_are_set_again(cls: type[Any]) -> None:
         for scheduler in (original, ours):
             scheduler.set_timesteps(steps)
             x = torch.ones(SHAPE)
-            scheduler.scale_model_input(x, scheduler.timesteps[0])
+            model_input(scheduler, x, scheduler.timesteps[0])
             scheduler.step(x, scheduler.timesteps[0], x)
             scheduler.set_timesteps(steps)
 
@@ -184,7 +184,7 @@ def test_steps_that_cannot_be(cls: type[Any], at: str) -> None:
         try:
             for _ in range(3):
                 torch.manual_seed(0)
-                x = scheduler.step(0.1 * scheduler.scale_model_input(x, t), t, x).prev_sample
+                x = scheduler.step(0.1 * model_input(scheduler, x, t), t, x).prev_sample
             ends.append(x)
         except Exception as error:
             ends.append((type(error), str(error) if isinstance(error, ValueError) else ""))
@@ -244,7 +244,7 @@ def test_outputs_are_what_their_class_makes_of_them(cls: type[Any]) -> None:
     _, ours = both(cls, {})
     x = torch.ones(SHAPE)
     t = ours.timesteps[0]
-    result = ours.step(ours.scale_model_input(x, t), t, x)
+    result = ours.step(model_input(ours, x, t), t, x)
     whole = type(result)(**{field.name: getattr(result, field.name) for field in dataclasses.fields(result)})
     assert list(result.items()) == list(whole.items()) and vars(result) == vars(whole)
     assert result.to_tuple() == whole.to_tuple() and result[0] is result["prev_sample"] is result.prev_sample

@@ -20,17 +20,20 @@ from diffusers import (
     CMStochasticIterativeScheduler,
     DDIMInverseScheduler,
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
 )
 from diffusers.configuration_utils import FrozenDict
 
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler
 from bicm_diffusion.adapters.diffusers.accelerate import COVERED
-from tests.support.diffusers_cases import CLASSES
+from tests.support.diffusers_cases import CLASSES, model_input
 from tests.support.diffusers_observed import SHAPE, agree, both, label
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -193,6 +196,15 @@ OPTIONS: dict[type[Any], list[tuple[str, Any]]] = {
         ("num_train_timesteps", 3),
     ],
     LCMScheduler: [*PREDICTED, *CLIPS, ("thresholding", True), ("timestep_scaling", 3.0)],
+    FlowMatchEulerDiscreteScheduler: [("num_train_timesteps", 500), ("stochastic_sampling", True)],
+    EulerAncestralDiscreteScheduler: PREDICTED,
+    DDPMScheduler: [
+        *PREDICTED,
+        *CLIPS,
+        ("thresholding", True),
+        ("variance_type", "fixed_large"),
+        ("variance_type", "learned"),
+    ],
 }
 
 
@@ -338,7 +350,7 @@ def test_edits_that_are_covered_warn_of_nothing(cls: type[Any]) -> None:
         warnings.simplefilter("error")
         x = torch.ones(SHAPE)
         for t in ours.timesteps[:3]:
-            x = ours.step(0.1 * ours.scale_model_input(x, t), t, x).prev_sample
+            x = ours.step(0.1 * model_input(ours, x, t), t, x).prev_sample
             ours.timesteps.mul_(1)
             if hasattr(ours.config, "prediction_type"):
                 ours.config.prediction_type = "v_prediction"

@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler
-from tests.support.diffusers_cases import CLASSES, start
+from tests.support.diffusers_cases import CLASSES, model_input, start
 
 STEPS = 20
 #: torch.compile gives up at the ninth graph of a function.
@@ -33,7 +33,7 @@ def three(cls: type[Any], **config: Any) -> tuple[Any, Any, Tensor]:
 
 def loop(scheduler: Any, x: Tensor, step: Callable[..., Any]) -> Tensor:
     for t in scheduler.timesteps:
-        x = step(torch.tanh(scheduler.scale_model_input(x, t)), t, x).prev_sample
+        x = step(torch.tanh(model_input(scheduler, x, t)), t, x).prev_sample
     return x
 
 

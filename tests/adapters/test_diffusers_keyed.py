@@ -16,15 +16,19 @@ pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
 from diffusers import (
     CMStochasticIterativeScheduler,
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
 )
 
 import bicm_kernels as bk
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler
+from tests.support.diffusers_cases import model_input
 from tests.support.diffusers_observed import both, label
 
 SHAPE = (2, 4, 32, 32)
@@ -38,8 +42,17 @@ DRAWING: list[tuple[type[Any], dict[str, Any], dict[str, Any]]] = [
     (DPMSolverMultistepScheduler, SDE, {}),
     (CMStochasticIterativeScheduler, {}, {}),
     (LCMScheduler, {}, {}),
+    (FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}, {}),
+    (EulerAncestralDiscreteScheduler, {}, {}),
+    (DDPMScheduler, {}, {}),
 ]
-FORESEEING = [EulerDiscreteScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler, CMStochasticIterativeScheduler]
+FORESEEING = [
+    EulerDiscreteScheduler,
+    EulerAncestralDiscreteScheduler,
+    EDMEulerScheduler,
+    EDMDPMSolverMultistepScheduler,
+    CMStochasticIterativeScheduler,
+]
 
 
 def keyed(cls: type[Any], config: dict[str, Any], seed: int | None = None, **options: Any) -> Any:
@@ -52,7 +65,7 @@ def run(scheduler: Any, x: Tensor, arguments: dict[str, Any], steps: int = 4, **
     """The states of a loop whose network answers zero."""
     states = []
     for t in scheduler.timesteps[:steps]:
-        scheduler.scale_model_input(x, t)
+        model_input(scheduler, x, t)
         x = scheduler.step(torch.zeros_like(x), t, x, **arguments, **more).prev_sample
         states.append(x)
     return states
@@ -89,7 +102,7 @@ def test_churn_adds_up_as_independent_noise_does(cls: type[Any]) -> None:
     sigma = float(scheduler.sigmas[0])
     x = sigma * bk.normal((8, 4, 64, 64), seed=0)
     t = scheduler.timesteps[0]
-    scheduler.scale_model_input(x, t)
+    model_input(scheduler, x, t)
     lift = math.sqrt(2.0) - 1.0  # what churn is bounded by
     raised = sigma * (1.0 + lift)
     output = torch.zeros_like(x)
@@ -109,8 +122,8 @@ def test_gradients_of_an_input_made_ahead(cls: type[Any]) -> None:
         torch.manual_seed(0)
         x = torch.linspace(-2.0, 2.0, 96).reshape(2, 3, 4, 4)
         t, following = scheduler.timesteps[:2]
-        x = scheduler.step(0.1 * scheduler.scale_model_input(x, t), t, x).prev_sample.requires_grad_()
-        scaled = scheduler.scale_model_input(x, following)
+        x = scheduler.step(0.1 * model_input(scheduler, x, t), t, x).prev_sample.requires_grad_()
+        scaled = model_input(scheduler, x, following)
         gradients.append(torch.autograd.grad((3 * scaled).sum() + x.sum(), x)[0])
     torch.testing.assert_close(gradients[1], gradients[0])
     assert not torch.allclose(gradients[0], torch.ones(()))
@@ -123,7 +136,7 @@ def test_gradients_through_a_whole_step(cls: type[Any], config: dict[str, Any], 
         torch.manual_seed(0)
         first = x = torch.linspace(-2.0, 2.0, 96).reshape(2, 3, 4, 4).requires_grad_()
         for t in scheduler.timesteps[:2]:
-            x = scheduler.step(0.1 * scheduler.scale_model_input(x, t), t, x, **arguments).prev_sample
+            x = scheduler.step(0.1 * model_input(scheduler, x, t), t, x, **arguments).prev_sample
         gradients.append(torch.autograd.grad(x.square().sum(), first)[0])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4 * gradients[0].abs().max().item())
 
@@ -181,12 +194,12 @@ def test_foresee_false_sees_every_write(cls: type[Any]) -> None:
             torch.manual_seed(0)
             t, following = scheduler.timesteps[:2]
             x = torch.ones(SHAPE)
-            x = scheduler.step(0.1 * scheduler.scale_model_input(x, t), t, x).prev_sample
+            x = scheduler.step(0.1 * model_input(scheduler, x, t), t, x).prev_sample
             write(x)
-            inputs.append((scheduler.scale_model_input(x, following), x))
+            inputs.append((model_input(scheduler, x, following), x))
         expected = both(cls, {})[0]
         expected._step_index = 1
-        torch.testing.assert_close(inputs[0][0], expected.scale_model_input(inputs[0][1], following))
+        torch.testing.assert_close(inputs[0][0], model_input(expected, inputs[0][1], following))
         # What the switch is for.
         assert not torch.allclose(inputs[1][0], inputs[0][0])
 

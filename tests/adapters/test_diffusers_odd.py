@@ -21,7 +21,7 @@ from diffusers import (
     EulerDiscreteScheduler,
 )
 
-from tests.support.diffusers_cases import CLASSES
+from tests.support.diffusers_cases import CLASSES, model_input
 from tests.support.diffusers_observed import SHAPE, accepts, both, label
 from tests.support.diffusers_odd import CONFIGS, alike, outcome
 
@@ -58,7 +58,7 @@ def two_steps(
         for k, t in enumerate(scheduler.timesteps[:3]):
             sample, output = kind(x.detach().clone(), torch.tanh(x.detach() + k)) if k >= odd_from else (x, 0.1 * x)
             if scales:
-                results.append(scheduler.scale_model_input(sample, t))
+                results.append(model_input(scheduler, sample, t))
             step = scheduler.step(output, t, sample, return_dict=False, **arguments_of(scheduler), **arguments)
             results += step
             x = step[0]
@@ -212,7 +212,7 @@ def test_odd_timesteps(cls: type[Any], name: str) -> None:
         for k, t in enumerate(scheduler.timesteps[2:5]):
             at = TIMES[name](t)
             if k == 0 or scaled:
-                results.append(scheduler.scale_model_input(x, at if scaled else t))
+                results.append(model_input(scheduler, x, at if scaled else t))
             step = scheduler.step(torch.tanh(x), at, x, return_dict=False, **arguments_of(scheduler))
             results += step
             x = step[0] if tuple(step[0].shape) == SHAPE else x
@@ -256,7 +256,7 @@ def _loop(given: Any, begins: bool, as_given: bool) -> Callable[[Any], Any]:
             scheduler.set_begin_index(0)
         x = torch.linspace(-2.0, 2.0, torch.Size(SHAPE).numel()).reshape(SHAPE)
         for t in (scheduler.timesteps if as_given else given)[:4]:
-            results.append(scheduler.scale_model_input(x, t))
+            results.append(model_input(scheduler, x, t))
             step = scheduler.step(torch.tanh(x), t, x, return_dict=False, **arguments_of(scheduler))
             results += step
             x = step[0]
@@ -334,7 +334,7 @@ def test_odd_numbers(cls: type[Any], name: str, beside: dict[str, Any], kind: st
     def run(scheduler: Any) -> Any:
         x = torch.linspace(-2.0, 2.0, torch.Size(SHAPE).numel()).reshape(SHAPE)
         for t in scheduler.timesteps[:3]:
-            scheduler.scale_model_input(x, t)
+            model_input(scheduler, x, t)
             x, *rest = scheduler.step(0.1 * torch.tanh(x), t, x, return_dict=False, **{**beside, name: NUMBERS[kind]()})
             yield from (x, *rest)
 
@@ -356,7 +356,7 @@ def test_bounds_of_churn_at_a_level(cls: type[Any], name: str) -> None:
                 x = torch.ones(SHAPE)
                 scheduler._step_index = None
                 for t in scheduler.timesteps[:4]:
-                    scheduler.scale_model_input(x, t)
+                    model_input(scheduler, x, t)
                     x = scheduler.step(torch.tanh(x), t, x, s_churn=2.0, **{name: bound}).prev_sample
                     yield x
 
@@ -385,7 +385,7 @@ def test_odd_generators(cls: type[Any], kind: str) -> None:
         x = torch.linspace(-2.0, 2.0, torch.Size(SHAPE).numel()).reshape(SHAPE)
         generator = GENERATORS[kind]()
         for t in scheduler.timesteps[:3]:
-            scheduler.scale_model_input(x, t)
+            model_input(scheduler, x, t)
             arguments = {**arguments_of(scheduler), **churn}
             x = scheduler.step(torch.tanh(x), t, x, generator=generator, **arguments).prev_sample
             yield x
@@ -444,7 +444,7 @@ def test_a_given_x0_with_odd_tensors() -> None:
 
     def run(scheduler: Any) -> Any:
         t = scheduler.timesteps[0]
-        scheduler.scale_model_input(x, t)
+        model_input(scheduler, x, t)
         return scheduler.step(x, t, x, pred_original_sample=x.to(torch.complex64), return_dict=False)
 
     assert not alike(both(EDMEulerScheduler, {}), run)
@@ -469,7 +469,7 @@ def test_errors_past_the_end_read_as_the_original_s(cls: type[Any], config: dict
         for k in range(len(times) + 3):
             t = times[min(k, len(times) - 1)]
             said[-1] += [
-                _error(partial(scheduler.scale_model_input, x, t)),
+                _error(partial(model_input, scheduler, x, t)),
                 _error(partial(scheduler.step, 0.1 * x, t, x)),
                 getattr(scheduler, "step_index", None),
             ]
@@ -487,8 +487,8 @@ def test_errors_of_calls_read_as_the_original_s(cls: type[Any]) -> None:
         lambda s: s.step((x,), s.timesteps[0], x),
         lambda s: s.step(x, 5, x),
         lambda s: s.step(x, 10**6, x),
-        lambda s: s.scale_model_input(),
-        lambda s: s.scale_model_input(x, 123456.5),
+        lambda s: model_input(s),
+        lambda s: model_input(s, x, 123456.5),
     ]
     for call in calls:
         theirs, ours = (_error(lambda s=s, call=call: call(s)) for s in both(cls, {}))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
 
+from tests.support.diffusers_cases import model_input
 from tests.support.diffusers_observed import SHAPE, both, label
 from tests.support.diffusers_odd import CONFIGS, alike
 
@@ -51,9 +52,9 @@ def test_transforms_of_torch_func(cls: type[Any], config: dict[str, Any], name: 
             if hasattr(fresh, "model_outputs"):
                 fresh.model_outputs = [*scheduler.model_outputs]
             for t in fresh.timesteps[:2]:
-                scaled = fresh.scale_model_input(sample, t)
+                scaled = model_input(fresh, sample, t)
                 sample = fresh.step(0.5 * output + 0.1 * scaled, t, sample, return_dict=False)[0]
-            return fresh.scale_model_input(sample, fresh.timesteps[2])
+            return model_input(fresh, sample, fresh.timesteps[2])
 
         result = TRANSFORMS[name](two, x, torch.tanh(x))
         return result if isinstance(result, tuple) else (result,)

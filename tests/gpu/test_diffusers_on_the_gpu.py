@@ -22,6 +22,7 @@ from tests.support.diffusers_cases import (
     Case,
     assert_near_float64,
     generator,
+    model_input,
     name_of,
     pair,
     signature,
@@ -38,7 +39,7 @@ STEPS = 20
 def loop(scheduler: Any, x: Tensor, **arguments: Any) -> Tensor:
     """A loop whose network has nothing that a compiler could round otherwise."""
     for t in scheduler.timesteps:
-        output = scheduler.scale_model_input(x, t).clamp(-1.0, 1.0)
+        output = model_input(scheduler, x, t).clamp(-1.0, 1.0)
         x = scheduler.step(output, t, x, **arguments).prev_sample
     return x
 

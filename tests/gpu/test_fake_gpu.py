@@ -20,7 +20,7 @@ from calls import DTYPES, EXACT
 from loops import FLOATS, opened
 
 from bicm_kernels import backend
-from tests.support.diffusers_cases import CASES, Case, name_of, pair
+from tests.support.diffusers_cases import CASES, Case, model_input, name_of, pair
 
 GPU = torch.device("cuda", 0)
 #: Without a GPU no derivative is recorded on its tensors, and no part of them is taken.
@@ -65,6 +65,6 @@ def test_accelerated_schedulers(fake: Callable[..., Tensor], case: Case, noise: 
         timesteps = list(ours.timesteps)
     x = fake(2, 4, 8, 8)
     for t in timesteps:
-        results = ours.step(ours.scale_model_input(x, t).tanh(), t, x, return_dict=False, **case[2])
+        results = ours.step(model_input(ours, x, t).tanh(), t, x, return_dict=False, **case[2])
         assert on_the_gpu(results)
         x = results[0]

@@ -14,34 +14,33 @@ from diffusers import (
     CMStochasticIterativeScheduler,
     DDIMInverseScheduler,
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
 )
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler
+from bicm_diffusion.adapters.diffusers.accelerate import COVERED
 
 STEPS = 12
 
-CLASSES = (
-    DDIMScheduler,
-    DDIMInverseScheduler,
-    EulerDiscreteScheduler,
-    EDMEulerScheduler,
-    EDMDPMSolverMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    CMStochasticIterativeScheduler,
-    LCMScheduler,
-)
+CLASSES = tuple(COVERED)
+#: They draw in float32, whatever the model's output is.
+DRAW_FLOAT32 = (DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler)
 
 Case = tuple[type[Any], dict[str, Any], dict[str, Any]]
 
 
 def _cases() -> Iterator[Case]:
     for spacing in ("leading", "trailing", "linspace"):
+        yield DDPMScheduler, {"timestep_spacing": spacing}, {}
+        yield EulerAncestralDiscreteScheduler, {"timestep_spacing": spacing}, {}
         yield DDIMScheduler, {"timestep_spacing": spacing}, {}
         yield EulerDiscreteScheduler, {"timestep_spacing": spacing}, {}
         yield DPMSolverMultistepScheduler, {"timestep_spacing": spacing}, {}
@@ -51,6 +50,8 @@ def _cases() -> Iterator[Case]:
         for clips in (True, False):
             yield DDIMScheduler, {**config, "clip_sample": clips}, {"eta": 0.7}
             yield LCMScheduler, {**config, "clip_sample": clips}, {}
+            for variance in ("fixed_small", "fixed_large", "fixed_small_log"):
+                yield DDPMScheduler, {**config, "clip_sample": clips, "variance_type": variance}, {}
         yield DDIMScheduler, {**config, "clip_sample_range": 2.0}, {"use_clipped_model_output": True}
         yield EulerDiscreteScheduler, {**config, "use_karras_sigmas": True}, {}
         yield EulerDiscreteScheduler, config, {"s_churn": 3.0, "s_noise": 1.01, "s_tmax": 100.0}
@@ -58,6 +59,7 @@ def _cases() -> Iterator[Case]:
             for algorithm in ("dpmsolver++", "sde-dpmsolver++"):
                 yield DPMSolverMultistepScheduler, {**config, "solver_order": order, "algorithm_type": algorithm}, {}
         if prediction != "sample":
+            yield EulerAncestralDiscreteScheduler, config, {}
             yield DDIMInverseScheduler, {**config, "clip_sample": False}, {}
             yield EDMEulerScheduler, config, {"s_churn": 3.0}
             yield EDMDPMSolverMultistepScheduler, config, {}
@@ -68,6 +70,9 @@ def _cases() -> Iterator[Case]:
     yield EDMEulerScheduler, {"final_sigmas_type": "sigma_min", "sigma_schedule": "exponential"}, {}
     yield EDMDPMSolverMultistepScheduler, {"solver_order": 3, "final_sigmas_type": "sigma_min"}, {}
     yield EDMDPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}, {}
+    for stochastic in (False, True):
+        yield FlowMatchEulerDiscreteScheduler, {"shift": 3.0, "stochastic_sampling": stochastic}, {}
+    yield FlowMatchEulerDiscreteScheduler, {"use_karras_sigmas": True, "invert_sigmas": True}, {}
     yield CMStochasticIterativeScheduler, {}, {}
     yield CMStochasticIterativeScheduler, {"clip_denoised": False, "s_noise": 1.005}, {}
 
@@ -81,20 +86,30 @@ def name_of(case: Case) -> str:
     return "-".join([cls.__name__.removesuffix("Scheduler"), *map(str, [*config.values(), *arguments])])
 
 
+def model_input(scheduler: Any, sample: Tensor, *timestep: Any) -> Any:
+    """The model's input; schedulers of flow matching have no method for it."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    return sample if scale is None else scale(sample, *timestep)
+
+
 def network(x: Tensor, k: int) -> Tensor:
     """Something that depends on the state and on the step, and on no other sample."""
     return torch.tanh(0.7 * x.double() + 0.1 * k).to(x.dtype)
 
 
+def first_level(scheduler: Any) -> float:
+    return float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+
 def start(scheduler: Any, dtype: torch.dtype, shape: tuple[int, ...] = (2, 4, 16, 16)) -> Tensor:
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return (noise * float(scheduler.init_noise_sigma)).to(dtype)
+    return (noise * first_level(scheduler)).to(dtype)
 
 
 def in_float64(scheduler: Any) -> Any:
     """A copy that computes in float64, from the same float32 schedule."""
     twin = copy.deepcopy(scheduler)
-    for name in ("alphas_cumprod", "final_alpha_cumprod", "initial_alpha_cumprod", "sigmas"):
+    for name in ("alphas_cumprod", "final_alpha_cumprod", "initial_alpha_cumprod", "one", "sigmas"):
         if name in twin.__dict__:
             setattr(twin, name, getattr(twin, name).double())
     return twin
@@ -105,7 +120,7 @@ def exactly(scheduler: Any, dtype: torch.dtype) -> Iterator[None]:
     """Let a float64 scheduler draw the very numbers that another dtype's would, and never fall back to float32."""
     module = sys.modules[type(scheduler).__module__]
     draw, cast = getattr(module, "randn_tensor", None), Tensor.to
-    if isinstance(scheduler, DPMSolverMultistepScheduler):
+    if isinstance(scheduler, DRAW_FLOAT32):
         dtype = torch.float32
 
     def drawn(shape: Any, generator: Any = None, device: Any = None, **_: Any) -> Tensor:
@@ -129,7 +144,7 @@ def exactly(scheduler: Any, dtype: torch.dtype) -> Iterator[None]:
 def trajectory(scheduler: Any, x: Tensor, **arguments: Any) -> Tensor:
     """The end of a plain loop, as pipelines write it."""
     for k, t in enumerate(scheduler.timesteps):
-        output = network(scheduler.scale_model_input(x, t), k)
+        output = network(model_input(scheduler, x, t), k)
         x = scheduler.step(output, t, x, **arguments).prev_sample
     return x
 
@@ -164,8 +179,8 @@ def assert_near_float64(case: Case, dtype: torch.dtype, device: str) -> None:
     generators = [{"generator": generator(5, device)} if drawing else {} for _ in range(3)]
     original_error, our_error, scale = [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]
     for k, t in enumerate(original.timesteps):
-        inputs = [s.scale_model_input(x, t) for s in (original, ours)]
-        exact.scale_model_input(x.double(), t)
+        inputs = [model_input(s, x, t) for s in (original, ours)]
+        model_input(exact, x.double(), t)
         torch.testing.assert_close(inputs[1], inputs[0])
         output = network(inputs[0], k)
         theirs, mine = (

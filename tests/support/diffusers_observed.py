@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler
-from tests.support.diffusers_cases import network
+from tests.support.diffusers_cases import first_level, model_input, network
 
 SHAPE = (2, 3, 6, 6)
 #: Steps are chaotic where x0 is a hundredfold of a difference: the errors of each are held by `test_diffusers.py`.
@@ -59,23 +59,27 @@ def observed(
     takes_generator = accepts(scheduler.step, "generator")
     with Heard() as heard:
         try:
-            x = torch.randn(SHAPE, generator=generator).to(dtypes[0]) * float(scheduler.init_noise_sigma)
+            x = torch.randn(SHAPE, generator=generator).to(dtypes[0]) * first_level(scheduler)
             yield scheduler.timesteps
             if start:
                 noise = torch.randn(SHAPE, generator=generator).to(dtypes[0])
-                x = scheduler.add_noise(x / 9, noise, scheduler.timesteps[start].expand(len(x)))
+                at = scheduler.timesteps[start].expand(len(x))
+                if hasattr(scheduler, "scale_noise"):
+                    x = scheduler.scale_noise(x / 9, at, noise)
+                else:
+                    x = scheduler.add_noise(x / 9, noise, at)
             if takes_generator:
                 arguments = {"generator": torch.Generator().manual_seed(4), **arguments}
             for k, t in enumerate(scheduler.timesteps[start:]):
                 at = t.item() if as_number else t
                 if edit is not None:
                     edit(scheduler, k, "input")
-                scaled = scheduler.scale_model_input(x, at) if scales else x
-                output = network(scaled, k).to(dtypes[1])
+                inputs = model_input(scheduler, x, at) if scales else x
+                output = network(inputs, k).to(dtypes[1])
                 if edit is not None:
                     edit(scheduler, k, "step")
                 result = scheduler.step(output, at, x, return_dict=return_dict, **arguments)
-                yield scaled
+                yield inputs
                 yield type(result)
                 yield from result if isinstance(result, tuple) else result.values()
                 yield [getattr(scheduler, name, None) for name in ("step_index", "begin_index", "lower_order_nums")]
@@ -106,6 +110,8 @@ def agree(original: Any, ours: Any, **how: Any) -> None:
 
 def both(cls: type[Any], config: Mapping[str, Any], steps: int | None = 6, **timesteps: Any) -> tuple[Any, Any]:
     """An original and its accelerated form."""
+    if config.get("use_dynamic_shifting"):
+        timesteps = {"mu": 0.8, **timesteps}
     pair = cls(**config), accelerate_scheduler(cls(**config))
     for scheduler in pair:
         if steps is not None or timesteps:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
 )
 from torch import Tensor
@@ -83,4 +85,6 @@ CONFIGS: tuple[tuple[type[Any], dict[str, Any]], ...] = (
     (DPMSolverMultistepScheduler, {"prediction_type": "sample"}),
     (DPMSolverMultistepScheduler, {"variance_type": "learned"}),
     (EDMDPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    (FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}),
+    (DDPMScheduler, {"clip_sample": False, "prediction_type": "v_prediction"}),
 )

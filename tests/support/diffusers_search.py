@@ -1,6 +1,6 @@
 """Random configurations of every accelerated scheduler beside the original.
 
-Run as `python -m tests.support.diffusers_search 2000`.
+Run as `python -m tests.support.diffusers_search 2000`, with names of schedulers after it for these alone.
 """
 
 from __future__ import annotations
@@ -58,4 +58,6 @@ def search(cls: type[Any], count: int) -> int:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    raise SystemExit(bool(sum([search(cls, int(sys.argv[1])) for cls in CLASSES])))
+    number, *names = sys.argv[1:]
+    chosen = [cls for cls in CLASSES if not names or cls.__name__ in names]
+    raise SystemExit(bool(sum([search(cls, int(number)) for cls in chosen])))

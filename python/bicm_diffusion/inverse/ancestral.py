@@ -76,6 +76,8 @@ class Run(Loop):
             callback=callback,
             progress=progress,
         )
+        if schedule.straight is not None:
+            raise ValueError("schedule: expected alpha > 0, since fresh noise is added, got alpha = 0 at its end")
         self.problem = Problem(operator, y, distance, z, seed, sample_id)
         check_size("scale", scale, len(z))
         self.scale, self.seed, self.sample_id = scale, seed, sample_id

@@ -87,7 +87,7 @@ def bdia_invert(
         raise ValueError(f"start_index: expected {expected}, got {start_index} (sigma_0 = {schedule.sigma[0]:.4g})")
     method.start_index = start_index
     if not exact:
-        warn_of_bdia(schedule, method.gamma, method.dtype, alone=isinstance(z, Tensor))
+        warn_of_bdia(method.loop.schedule, method.gamma, method.dtype, alone=isinstance(z, Tensor))
     return run(method, z, UP, exact)
 
 

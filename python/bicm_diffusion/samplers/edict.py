@@ -95,7 +95,7 @@ def _run(
         return _run_integers(loop, TwinPair(z, z) if isinstance(z, Tensor) else z, ratio, leapfrog, inverse, record)
     states = TwinPair(z, z) if isinstance(z, Tensor) else TwinPair(z.z, z.y)
     if inverse:
-        warn_of_edict(schedule, mix, first.dtype, alone=isinstance(z, Tensor))
+        warn_of_edict(loop.schedule, mix, first.dtype, alone=isinstance(z, Tensor))
     ends = (_invert_floats if inverse else _sample_floats)(loop, states, mix, leapfrog)
     return TwinPair(*ends, record=record)
 

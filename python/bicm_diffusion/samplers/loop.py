@@ -55,7 +55,8 @@ class Options(TypedDict, total=False):
 
     model, the samplers' first argument, is called as `model(z, times, **extra_args)` with z (B, …) and times (B,),
     float64 for a float64 state and float32 otherwise; it returns its prediction (B, …).
-    prediction: what the model predicts: "noise" (the default; "epsilon" is the same), "v", "x0", or a `Preconditioned`.
+    prediction: what the model predicts: "noise" (the default; "epsilon" is the same), "v", "x0", "flow" (n - x), or a
+        `Preconditioned`.
     guidance_scale: the model returns a pair (uncond, cond), and uncond + guidance_scale·(cond - uncond) is formed
         inside the step op; a float or (B,).
     extra_args: keyword arguments of the model.
@@ -93,7 +94,7 @@ class Loop:
         checks.check_model(model)
         checks.check_state("z", z)
         checks.check_schedule(schedule)
-        prediction = known_prediction(prediction)
+        schedule, prediction = along_lines(schedule, known_prediction(prediction))
         checks.check_guidance(guidance_scale, len(z))
         checks.check_arguments("extra_args", extra_args)
         check_guide(guide)
@@ -249,6 +250,22 @@ def _column(number: Number | Sequence[Number], low: int, high: int, table: Tenso
     if isinstance(number, Tensor) and number.dim():
         return number.to(table.dtype).unsqueeze(-1)
     return number
+
+
+def along_lines(schedule: Schedule, prediction: Prediction) -> tuple[Schedule, Prediction]:
+    """Return a flow that begins without signal as dz/dt = v: what DDIM is to noise at alpha = 1, Euler is to v.
+
+    There the noise is a quotient of nothing by nothing, but v is what the model says. Other schedules stay as they are.
+    Raises ValueError where a model that predicts something else meets alpha = 0.
+    """
+    if schedule.straight is None:
+        return schedule, prediction
+    if prediction != "flow":
+        raise ValueError(
+            f"schedule: expected alpha > 0 for prediction={prediction!r}, got alpha = 0 at index {schedule.steps}; "
+            "only prediction='flow' leads on from there"
+        )
+    return schedule.straight, "noise"
 
 
 def transfer(here: Level, there: Level) -> tuple[Number, Number]:

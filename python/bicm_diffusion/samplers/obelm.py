@@ -63,7 +63,7 @@ def obelm_invert(
     first = first_tensor(z, exact)
     method = _Obelm(Loop("obelm_invert", model, first, schedule, **options), exact)
     if not exact:
-        warn_of_obelm(schedule, first.dtype, alone=isinstance(z, Tensor))
+        warn_of_obelm(method.loop.schedule, first.dtype, alone=isinstance(z, Tensor))
     return run(method, z, UP, exact)
 
 

@@ -60,7 +60,7 @@ class Preconditioned:
         return 1.0 / ((self.sigma_data**2 + t * t) ** 0.5 * level.alpha)
 
 
-Prediction: TypeAlias = Literal["noise", "epsilon", "v", "x0"] | Preconditioned
+Prediction: TypeAlias = Literal["noise", "epsilon", "v", "x0", "flow"] | Preconditioned
 
 
 # 1 - c_skip and c_out, from t, sigma_data and the time u that the network maps to; 1 - c_skip is written out, because
@@ -100,8 +100,13 @@ def _clean(level: Level) -> Reading:
     return Reading(1.0 / level.sigma, -level.alpha / level.sigma)
 
 
-#: noise: eps itself; v = alpha·eps - sigma·x; x0: the denoised sample.
-_READINGS: dict[str, Callable[[Level], Reading]] = {"noise": _noise, "v": _velocity, "x0": _clean}
+def _flow(level: Level) -> Reading:
+    total = level.alpha + level.sigma
+    return Reading(1.0 / total, level.alpha / total)
+
+
+#: noise: eps itself; v = alpha·eps - sigma·x; x0: the denoised sample; flow: eps - x.
+_READINGS: dict[str, Callable[[Level], Reading]] = {"noise": _noise, "v": _velocity, "x0": _clean, "flow": _flow}
 
 
 def read(prediction: Prediction, level: Level) -> Reading:

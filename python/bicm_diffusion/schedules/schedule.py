@@ -14,6 +14,9 @@ from torch import Tensor
 from bicm_diffusion.described import described
 from bicm_diffusion.rational import nearest
 
+#: How far the levels of a flow may lie from alpha + sigma = 1.
+FLOW_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -26,10 +29,10 @@ class Schedule:
     i = 1 … N - 1 the nearest fraction n/m, m ≤ 1024, of (h_i/h_{i+1})², h_i the width of interval i in sigma/alpha.
     asked: whether a model may be asked about index 0 where sigma_0 > 0; False where times[0] is no time that it knows.
     clean: whether index 0 is clean data, sigma_0 = 0, where no model is asked. lowest: the lowest index that a model is
-    asked about, 0 or 1.
+    asked about, 0 or 1. The noisiest level of a flow, alpha + sigma = 1 throughout, may have alpha_N = 0.
     Any sequences of numbers become tuples of floats.
-    Raises TypeError for anything else, and ValueError unless the lengths agree, alpha > 0, sigma ≥ 0 and sigma/alpha
-    grows with i.
+    Raises TypeError for anything else, and ValueError unless the lengths agree, alpha > 0 (but for alpha_N), sigma ≥ 0
+    and sigma/alpha grows with i.
 
     >>> schedule = Schedule(times=(0.0, 1.0), alpha=(1.0, 0.6), sigma=(0.0, 0.8))
     >>> schedule.steps, round(schedule.a[1], 3), round(schedule.b[1], 3)
@@ -46,6 +49,8 @@ class Schedule:
     ratios: Tensor = field(init=False, repr=False, compare=False)
     clean: bool = field(init=False, repr=False, compare=False)
     lowest: int = field(init=False, repr=False, compare=False)
+    #: Where alpha_N = 0: the same levels as those of dz/dt = v, alpha = 1 and sigma = t, which has all its numbers.
+    straight: Schedule | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("times", "alpha", "sigma"):
@@ -55,7 +60,7 @@ class Schedule:
             raise ValueError(f"times, alpha, sigma: expected one length of at least 2, got lengths {lengths}")
         _check_levels(self.alpha, self.sigma)
         alpha, sigma = self.alpha, self.sigma
-        a = (math.nan, *(alpha[i - 1] / alpha[i] for i in range(1, len(alpha))))
+        a = (math.nan, *(_quotient(alpha[i - 1], alpha[i]) for i in range(1, len(alpha))))
         b = (math.nan, *(sigma[i - 1] - sigma[i] * a[i] for i in range(1, len(sigma))))
         object.__setattr__(self, "a", a)
         object.__setattr__(self, "b", b)
@@ -64,6 +69,9 @@ class Schedule:
         object.__setattr__(self, "lowest", 0 if self.asked and sigma[0] > 0.0 else 1)
         pairs = [(1, 1), *(nearest((self.width(i) / self.width(i + 1)) ** 2) for i in range(1, self.steps)), (1, 1)]
         object.__setattr__(self, "ratios", torch.tensor(pairs).T)
+        whole = (1.0,) * len(alpha)
+        straight = None if alpha[-1] else Schedule(self.times, whole, sigma, self.asked)
+        object.__setattr__(self, "straight", straight)
 
     @property
     def steps(self) -> int:
@@ -72,18 +80,21 @@ class Schedule:
 
     def width(self, i: int) -> float:
         """The width h_i of interval i, sigma_i/alpha_i - sigma_{i-1}/alpha_{i-1}, i = 1 … N."""
-        return self.sigma[i] / self.alpha[i] - self.sigma[i - 1] / self.alpha[i - 1]
+        return _quotient(self.sigma[i], self.alpha[i]) - self.sigma[i - 1] / self.alpha[i - 1]
 
 
 def to_ve(schedule: Schedule) -> Schedule:
     """Return the variance-exploding form of a schedule: alpha = 1, sigma = sigma_i/alpha_i, the times kept.
 
-    A state follows by z_ve = z/alpha_i; the two forms describe one trajectory. Raises TypeError for no `Schedule`.
+    A state follows by z_ve = z/alpha_i; the two forms describe one trajectory. Raises TypeError for no `Schedule`,
+    ValueError for one with alpha_N = 0.
 
     >>> to_ve(Schedule(times=(0.0, 1.0), alpha=(1.0, 0.6), sigma=(0.0, 0.8))).sigma
     (0.0, 1.3333333333333335)
     """
     _check_schedule(schedule)
+    if not schedule.alpha[-1]:
+        raise ValueError(f"schedule: expected alpha > 0, got alpha = 0 at index {schedule.steps}")
     ratio = (s / a for a, s in zip(schedule.alpha, schedule.sigma, strict=True))
     return Schedule(schedule.times, (1.0,) * (schedule.steps + 1), tuple(ratio), schedule.asked)
 
@@ -128,10 +139,16 @@ def as_floats(name: str, numbers: object, expected: str = "N + 1 numbers") -> tu
         raise TypeError(f"{name}: expected {expected}, got {described(numbers)}") from None
 
 
+def _quotient(x: float, alpha: float) -> float:
+    return x / alpha if alpha else math.inf
+
+
 def _check_levels(alpha: tuple[float, ...], sigma: tuple[float, ...]) -> None:
-    for name, values, bad in (("alpha", alpha, min(alpha) <= 0), ("sigma", sigma, min(sigma) < 0)):
+    flow = all(abs(a + s - 1.0) <= FLOW_ROUNDING for a, s in zip(alpha, sigma, strict=True))
+    none = min(alpha[:-1]) <= 0 or alpha[-1] < 0 or (alpha[-1] == 0 and not flow)
+    for name, values, bad in (("alpha", alpha, none), ("sigma", sigma, min(sigma) < 0)):
         if bad or not all(map(math.isfinite, values)):
             raise ValueError(f"{name}: expected finite values, alpha > 0 and sigma >= 0, got {values}")
-    ratio = [s / r for s, r in zip(sigma, alpha, strict=True)]
+    ratio = [_quotient(s, r) for s, r in zip(sigma, alpha, strict=True)]
     if any(high <= low for low, high in pairwise(ratio)):
         raise ValueError(f"sigma: sigma/alpha must grow with the index, got {ratio}")

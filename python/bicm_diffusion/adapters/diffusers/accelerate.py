@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import warnings
-from functools import lru_cache, wraps
 from typing import Any
 
 import diffusers
 from diffusers import SchedulerMixin
 
+from bicm_diffusion.adapters.diffusers.ancestral import EulerAncestral
 from bicm_diffusion.adapters.diffusers.consistency import ConsistencyModel, LatentConsistencyModel
 from bicm_diffusion.adapters.diffusers.ddim import Ddim, DdimInverse
+from bicm_diffusion.adapters.diffusers.ddpm import Ddpm
 from bicm_diffusion.adapters.diffusers.dpmsolver import DpmSolver, EdmDpmSolver
 from bicm_diffusion.adapters.diffusers.drawing import Integer, Noise, own_config
 from bicm_diffusion.adapters.diffusers.euler import EdmEuler, Euler
-from bicm_diffusion.adapters.diffusers.scheduler import Accelerated
+from bicm_diffusion.adapters.diffusers.flow_match import FlowMatchEuler
+from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, derived
 from bicm_diffusion.described import described
 
 #: The diffusers classes that have an accelerated form.
@@ -28,6 +30,9 @@ COVERED: dict[type[Any], type[Accelerated]] = {
     diffusers.DPMSolverMultistepScheduler: DpmSolver,
     diffusers.CMStochasticIterativeScheduler: ConsistencyModel,
     diffusers.LCMScheduler: LatentConsistencyModel,
+    diffusers.FlowMatchEulerDiscreteScheduler: FlowMatchEuler,
+    diffusers.EulerAncestralDiscreteScheduler: EulerAncestral,
+    diffusers.DDPMScheduler: Ddpm,
 }
 
 
@@ -35,7 +40,6 @@ def covered_names() -> str:
     return ", ".join(cls.__name__ for cls in COVERED)
 
 
-@lru_cache
 def accelerated_class(cls: type[Any]) -> type[Any]:
     """Return the accelerated subclass of a diffusers scheduler class; it is constructed and loaded like the class.
 
@@ -53,20 +57,7 @@ def accelerated_class(cls: type[Any]) -> type[Any]:
             f"scheduler must be one of {covered_names()}, got {cls.__name__}; accelerate_scheduler(..., strict=False) "
             "returns others as they are"
         )
-    mixin = COVERED[cls]
-
-    # Pipelines look at a scheduler's signatures to see what it takes.
-    @wraps(cls.set_timesteps)
-    def set_timesteps(self: Accelerated, *args: Any, **kwargs: Any) -> None:
-        mixin.set_timesteps(self, *args, **kwargs)
-
-    namespace = {
-        "__module__": cls.__module__,
-        "__doc__": cls.__doc__,
-        "_original": cls,
-        "set_timesteps": set_timesteps,
-    }
-    return type(cls.__name__, (mixin, cls), namespace)
+    return derived(COVERED[cls], cls)  # type: ignore[arg-type]
 
 
 def accelerate_scheduler(

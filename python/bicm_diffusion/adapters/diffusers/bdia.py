@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,14 +15,14 @@ from torch import Tensor
 from bicm_diffusion.adapters.diffusers.ddim import PREDICTIONS, reading
 from bicm_diffusion.adapters.diffusers.drawing import traced
 from bicm_diffusion.adapters.diffusers.integers import Integers
-from bicm_diffusion.adapters.diffusers.retrace import METHOD, check_no_pair, check_pair, check_start
-from bicm_diffusion.adapters.diffusers.scheduler import as_output, as_state
+from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
+from bicm_diffusion.adapters.diffusers.retrace import METHOD, Retraced, check_no_pair, check_start
 from bicm_diffusion.adapters.diffusers.tables import version_of
 from bicm_diffusion.described import described
 from bicm_diffusion.rational import MAX_DENOMINATOR, nearest
 from bicm_diffusion.samplers.notices import warn
-from bicm_diffusion.samplers.record import Record, hand_out, report_remainder
-from bicm_diffusion.samplers.states import ExactPair, StatePair
+from bicm_diffusion.samplers.record import Record, hand_out
+from bicm_diffusion.samplers.states import ExactPair
 from bicm_kernels import denoised_step
 
 #: Options of other schedulers that change samples or levels and that no step here heeds.
@@ -39,7 +38,7 @@ _IGNORED = (
 )
 
 
-class BDIADDIMScheduler(DDIMScheduler):
+class BDIADDIMScheduler(Retraced, DDIMScheduler):
     """BDIA-DDIM (BDIA eq. 24) and its inversion (eq. 28), wherever diffusers takes a DDIMScheduler.
 
     gamma in [0, 1]: 1 is time-symmetric, 0 is DDIM; inversion needs gamma > 0. exact: the states are integers, gamma is
@@ -60,25 +59,10 @@ class BDIADDIMScheduler(DDIMScheduler):
     # The path under which saved pipelines name it.
     __module__ = "bicm_diffusion.adapters.diffusers"
 
-    #: The state at the index before the one that the last step reached; with it a trajectory can be retraced.
-    last_sample: Tensor | None = None
-    #: The state that the last step reached.
-    _reached: Tensor | None = None
-    _integers: Integers | None = None
-    #: What the loop since `set_timesteps` is, whether it began at its first step, and what made the pair it retraces.
-    _record: Record | None = None
-    _whole = False
-    _made: Record | None = None
-    #: A pair that the next loop retraces, its inner state as `turn_round` returned it, and whether it was asked for.
-    _next: StatePair | ExactPair | None = None
-    _inner: Tensor | None = None
-    _turned = False
-    _edit = False
     #: The tensors that `set_timesteps` made or read, with their versions.
     _given: tuple[tuple[str, Tensor, int | None], ...] = ()
     _configured: tuple[float, str] | None = None
     _begin_index: int | None = None
-    _at: int | None = None
     _inverse = False
     config: Any
     timesteps: Tensor
@@ -120,7 +104,7 @@ class BDIADDIMScheduler(DDIMScheduler):
         )
         self._ratio: tuple[int, int] | None = None
         self._levels: list[float] = []
-        self._indices: list[int] = []
+        self._indices = []
         self._times: list[int] = []
 
     @classmethod
@@ -148,10 +132,6 @@ class BDIADDIMScheduler(DDIMScheduler):
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @property
-    def _exact(self) -> bool:
-        return bool(self.config.exact and self.config.gamma)
-
-    @property
     def begin_index(self) -> int | None:
         """The step that the next loop starts at, if it was set."""
         return self._begin_index
@@ -164,66 +144,6 @@ class BDIADDIMScheduler(DDIMScheduler):
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Set the step that the next loop starts at."""
         self._begin_index = begin_index
-
-    @property
-    def pair(self) -> StatePair | ExactPair:
-        """The two states that the last loop led to: an `ExactPair` with exact=True, else a `StatePair`.
-
-        It can be saved (`save_pair`, `torch.save`) and given to another scheduler's `turn_round`.
-        Raises ValueError before the end of a loop, OverflowError where integer states left their range.
-        """
-        if self._next is not None:
-            return self._next
-        left = None if self._at is None else len(self._indices) - self._at
-        if left != 0 or self._record is None or self._reached is None or self.last_sample is None:
-            given = "no loop was run" if left is None else f"{left} steps are left"
-            raise ValueError(f"pair: expected the end of a loop, {given}")
-        if self._integers is None:
-            return StatePair(self._reached, self.last_sample, record=self._record)
-        origin = self._integers.origin if self._whole else None
-        pair = self._integers.pair(replace(self._record, origin=origin))
-        pair.check()
-        return pair
-
-    def turn_round(self, pair: StatePair | ExactPair | None = None, *, edit: bool = False) -> Tensor | None:
-        """Let the next `set_timesteps` lead the other way, as pipelines call it; return what its loop starts from.
-
-        After a loop that is the state before the last one, (B, …), from which the trajectory is retraced in N - 1
-        steps. Before any loop it is None: the next one leads from data to noise. pair: another scheduler's `pair`, of
-        another process too, to go on from in place of this one's. edit: the way back has other conditions, so that no
-        warning is due where it leads elsewhere.
-        Raises ValueError in the middle of a loop or for a pair of another configuration, TypeError for another kind of
-        pair, OverflowError where integer states left their range.
-
-        >>> scheduler, image = BDIADDIMScheduler(exact=True), torch.full((1, 2), 0.25)
-        >>> def loop(x):
-        ...     scheduler.set_timesteps(4)
-        ...     for t in scheduler.timesteps:
-        ...         x = scheduler.step(torch.tanh(x), t, x).prev_sample
-        ...     return x
-        >>> scheduler.turn_round()
-        >>> noise = loop(image)
-        >>> torch.equal(loop(scheduler.turn_round()), image)
-        True
-        """
-        if pair is not None:
-            check_pair(pair, self._exact, self._settings())
-        elif self._at is not None and self._at < len(self._indices):
-            raise ValueError(f"turn_round: expected the end of a loop, {len(self._indices) - self._at} steps are left")
-        elif self._at is None and self._next is None:
-            self._turned = True
-            return None
-        elif self._turned and self._next is not None:
-            self._edit = edit
-            return self._inner
-        taken = self.pair if pair is None else pair
-        self._edit = edit
-        self._next, self._inner, self._turned = taken, taken.previous, True
-        return self._inner
-
-    def _settings(self) -> dict[str, Any]:
-        gamma = nearest(self.config.gamma) if self._exact else float(self.config.gamma)
-        return {"gamma": gamma, "prediction_type": self.config.prediction_type}
 
     def set_timesteps(
         self,
@@ -366,12 +286,6 @@ class BDIADDIMScheduler(DDIMScheduler):
         for name, x, version in self._given:
             if getattr(self, name) is not x or version_of(x) != version:
                 raise ValueError(f"{name}: expected what set_timesteps made or read, but it was changed since")
-
-    def _report(self, made: Record) -> None:
-        """Warn where a pair was retraced and integers are left that its trajectory did not begin with."""
-        integers = self._integers
-        if integers is not None and integers.last_q is not None and self._record is not None:
-            report_remainder(METHOD, made, self._record, integers.q, integers.last_q)
 
     def _first(self, timestep: Any) -> int:
         if self._begin_index is not None:

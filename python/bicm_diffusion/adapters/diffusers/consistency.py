@@ -3,36 +3,50 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from diffusers.schedulers.scheduling_consistency_models import CMStochasticIterativeSchedulerOutput
 from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from torch import Tensor
 
+from bicm_diffusion.adapters.diffusers.arguments import host_value, is_whole
 from bicm_diffusion.adapters.diffusers.ddim import PREDICTIONS, reading
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
-from bicm_diffusion.adapters.diffusers.euler import Sigmas, is_whole
-from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, as_output, as_state, fused, is_double, single
-from bicm_diffusion.adapters.diffusers.tables import Row, Tables
+from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
+from bicm_diffusion.adapters.diffusers.scheduler import fused
+from bicm_diffusion.adapters.diffusers.sigmas import ROWS, Counted, Sigmas, SigmaTables
+from bicm_diffusion.adapters.diffusers.tables import Row, Tables, is_double, single
 from bicm_kernels import add_noise, affine_step, denoised_step
 
 #: The standard deviation of the data that latent consistency models are written for.
 LCM_SIGMA_DATA = 0.5
 
 
+@dataclass
+class ConsistencyTables(SigmaTables):
+    #: Where x0 is clipped, if it is.
+    clip: float | None = None
+
+
+@dataclass
+class LatentTables(Tables):
+    clip: float | None = None
+
+
 class ConsistencyModel(Sigmas):
+    _kind: ClassVar[type[Tables]] = ConsistencyTables
     _options = ("sigma_data", "sigma_min", "sigma_max", "s_noise", "num_train_timesteps", "clip_denoised")
 
     def _scale(self, sigma: float) -> float:
         return 1.0 / math.sqrt(sigma * sigma + self.config.sigma_data**2)
 
-    def _fill(self, tables: Tables) -> None:
+    def _fill(self, tables: ConsistencyTables) -> None:
         super()._fill(tables)
         tables.clip = 1.0 if self.config.clip_denoised else None
 
-    def _row(self, tables: Tables, index: int) -> Row:
+    def _row(self, tables: ConsistencyTables, index: int) -> Row:
         """c_skip, c_out and the deviation of fresh noise (consistency models, appendix C and algorithm 1)."""
         config, sigma = self.config, tables.levels[index]
         data, low = config.sigma_data, config.sigma_min
@@ -56,36 +70,23 @@ class ConsistencyModel(Sigmas):
         if tables is None or is_whole(timestep) or not self.is_scale_input_called:
             return None
         index = self._index(timestep)
-        if graph:
-            row: Any = self._row_at(tables, index, sample) if index < len(tables.rows) else None
-        else:
-            row = tables.rows.get(index)
+        row: Any = tables.row(ROWS, index, sample.device if graph else None)
         if row is None:
             return None
         c_skip, c_out, deviation = row
         state = as_state(sample, model_output)
-        tensors, x0_weights, weights = [state, model_output], [c_skip, c_out], [0.0, 0.0]
+        tensors, weights = [state, model_output], [0.0, 0.0]
         keyed: dict[str, Any] = {}
-        if len(tables.timesteps) > 1 and self._noise == "keyed":
-            seed, sample_id = self._key(generator, sample, index)
-            keyed = {"noise_weight": deviation, "seed": seed, "step": index, "sample_id": sample_id}
-        elif len(tables.timesteps) > 1:
-            tensors.append(self._drawn(model_output, sample, generator))
-            x0_weights.append(0.0)
-            weights.append(deviation)
-        following = index + 1
-        ahead = not graph and following in tables.rows and state.dtype.itemsize > 2
-        scale = tables.scales[following] if ahead and self._may_foresee(sample, model_output) else None
-        out, _, scaled = denoised_step(
-            tensors, x0_weights, weights, x0_weight=1.0, clip=tables.clip, next_scale=scale, **keyed
-        )
-        self._step_index = following
-        if scaled is not None:
-            self._foresee(out, following, scaled)
+        if len(tables.timesteps.values) > 1:
+            keyed = self._noisy(tensors, weights, deviation, index, generator, model_output, sample)
+        scale = self._next_scale(tables, index, state.dtype, sample, model_output)
+        terms = tensors, [c_skip, c_out], weights
+        out, _ = self._advance(terms, index, state.dtype, scale, x0_weight=1.0, clip=tables.clip, **keyed)
         return as_output(graph, CMStochasticIterativeSchedulerOutput, out) if return_dict else (out,)
 
 
-class LatentConsistencyModel(Accelerated):
+class LatentConsistencyModel(Counted):
+    _kind: ClassVar[type[Tables]] = LatentTables
     alphas_cumprod: Tensor
     final_alpha_cumprod: Tensor
     _sources = ("alphas_cumprod", "timesteps", "final_alpha_cumprod")
@@ -101,27 +102,21 @@ class LatentConsistencyModel(Accelerated):
             return f"prediction_type={self.config.prediction_type!r}"
         return None
 
-    def _fill(self, tables: Tables) -> None:
+    def _fill(self, tables: LatentTables) -> None:
         self.sigma_data = LCM_SIGMA_DATA  # the original sets it in its first step
         tables.clip = float(self.config.clip_sample_range) if self.config.clip_sample else None
-        rows = [self._row(tables, index) for index in range(len(tables.timesteps))]
-        tables.rows = {i: None if any(map(math.isnan, row)) else row for i, row in enumerate(rows)}
-        tables.traced["rows"] = torch.tensor(rows, dtype=torch.float64)
-        tables.holes["rows"] = [index for index, row in tables.rows.items() if row is None]
+        tables.put(ROWS, lambda index: self._row(tables, index), len(tables.timesteps.values))
 
-    def _row(self, tables: Tables, index: int) -> tuple[float, ...]:
+    def _row(self, tables: LatentTables, index: int) -> Row:
         """Weights of sample and output in x0, c_skip and c_out, then of the denoised sample and of fresh noise."""
-        here = int(tables.timesteps[index])
-        below = int(tables.timesteps[min(index + 1, len(tables.timesteps) - 1)])
+        times = tables.timesteps.values
+        here, below = int(times[index]), int(times[min(index + 1, len(times) - 1)])
         if max(here, below) >= len(tables.levels):
-            return (math.nan,) * 6  # more timesteps than betas that were given: the original's error
+            raise ValueError("more timesteps than betas that were given")  # the original's error
         level = tables.levels[below] if below >= 0 else float(self.final_alpha_cumprod)
         scaled = here * self.config.timestep_scaling
         total = scaled**2 + LCM_SIGMA_DATA**2
-        try:
-            of_sample, of_output, *_ = reading(self.config.prediction_type, tables.levels[here])
-        except (ZeroDivisionError, OverflowError, ValueError):
-            return (math.nan,) * 6  # a level without signal: the original's infinities
+        of_sample, of_output, *_ = reading(self.config.prediction_type, tables.levels[here])
         skip, out = LCM_SIGMA_DATA**2 / total, scaled / math.sqrt(total)
         return float(of_sample), float(of_output), skip, out, math.sqrt(level), math.sqrt(1.0 - level)
 
@@ -139,13 +134,12 @@ class LatentConsistencyModel(Accelerated):
         if tables is None:
             return None
         index = self._index(timestep)
-        row: Any = None
-        # The original looks alpha-bar up by the timestep it is given, whichever step it is.
-        if graph:
-            row = tables.row("rows", index, sample.device)
-        elif index in tables.rows:
-            value = self._host_value(timestep, tables)
-            row = tables.rows[index] if isinstance(value, Integral) and value == tables.timesteps[index] else None
+        row: Any = tables.row(ROWS, index, sample.device if graph else None)
+        if not graph and row is not None:
+            # The original looks alpha-bar up by the timestep it is given, whichever step it is.
+            value = host_value(timestep, tables.timesteps)
+            if not isinstance(value, Integral) or value != tables.timesteps.values[index]:
+                return None
         if row is None:
             return None
         x0_sample, x0_output, skip, out, kept, deviation = row

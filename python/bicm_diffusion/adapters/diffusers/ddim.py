@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -10,9 +11,11 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput as DDIMInverseSchedulerOutput
 from torch import Tensor
 
+from bicm_diffusion.adapters.diffusers.arguments import constant, host_value, numbers
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
-from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, as_output, as_state, constant, fused, numbers, root
-from bicm_diffusion.adapters.diffusers.tables import Number, Row, Tables
+from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
+from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, fused
+from bicm_diffusion.adapters.diffusers.tables import Number, Row, Tables, root
 from bicm_kernels import denoised_step
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -62,15 +65,26 @@ def leaves_no_direction(here: float, below: float, eta: float) -> bool:
     return bool(1 - b - deviation**2 < 0)
 
 
-class _Alphas(Accelerated):
+@dataclass
+class AlphaTables(Tables):
+    #: How many training timesteps lie between two steps.
+    gap: int = 0
+    #: Where x0 is clipped, if it is.
+    clip: float | None = None
+    #: Whether x0 is what the model predicts.
+    gives_output: bool = False
+
+
+class Alphas(Accelerated):
     """Schedulers that look up alpha-bar by the timestep itself."""
 
+    _kind: ClassVar[type[Tables]] = AlphaTables
     alphas_cumprod: Tensor
     #: The attribute that holds the level beyond the schedule's end.
     _beyond: ClassVar[str]
     _options: ClassVar[tuple[str, ...]] = ("num_train_timesteps", "prediction_type", "clip_sample", "clip_sample_range")
 
-    def _fill(self, tables: Tables) -> None:
+    def _fill(self, tables: AlphaTables) -> None:
         tables.clip = float(self.config.clip_sample_range) if self.config.clip_sample else None
         tables.gives_output = self.config.prediction_type == "sample"
         tables.gap = self.config.num_train_timesteps // self.num_inference_steps if self.num_inference_steps else 0
@@ -83,7 +97,9 @@ class _Alphas(Accelerated):
             return f"prediction_type={self.config.prediction_type!r}"
         return None
 
-    def _levels_at(self, timestep: Any, other: Any, tables: Tables, sample: Tensor) -> tuple[Number, Number] | None:
+    def _levels_at(
+        self, timestep: Any, other: Any, tables: AlphaTables, sample: Tensor
+    ) -> tuple[Number, Number] | None:
         """Alpha-bar at two timesteps; None for one that there is not, negative ones lie beyond the schedule's end."""
         if traced():
             beyond = getattr(self, self._beyond).double().reshape(1)
@@ -98,12 +114,12 @@ class _Alphas(Accelerated):
             return None
         return tables.levels[max(int(timestep), -1)], tables.levels[max(int(other), -1)]
 
-    def _ends(self, timestep: Any, tables: Tables) -> tuple[Any, Any]:
+    def _ends(self, timestep: Any, tables: AlphaTables) -> tuple[Any, Any]:
         """The timesteps of the state as it is and of the next one."""
         raise NotImplementedError
 
     def _row_at(
-        self, tables: Tables, timestep: Any, sample: Tensor, graph: bool, eta: float = 0.0, rederives: bool = False
+        self, tables: AlphaTables, timestep: Any, sample: Tensor, graph: bool, eta: float = 0.0, rederives: bool = False
     ) -> Any:
         """A step's weights, or None where the original has to run."""
         kept = not graph and type(timestep) is int and type(eta) in (float, int)
@@ -144,7 +160,7 @@ class _Alphas(Accelerated):
         return *plain, *rest, torch.where(cancels, near, zero), torch.where(cancels, guidance, zero)
 
     def _two(
-        self, tables: Tables, state: Tensor, output: Tensor, row: Row, noise: Tensor | None = None, **keyed: Any
+        self, tables: AlphaTables, state: Tensor, output: Tensor, row: Row, noise: Tensor | None = None, **keyed: Any
     ) -> tuple[Tensor, Tensor]:
         """The next state and x0, from noise that was drawn already or that is keyed, where there is any."""
         x0_sample, x0_output, of_sample, of_output, of_x0, deviation, *near = row
@@ -168,15 +184,15 @@ class _Alphas(Accelerated):
         return out, x0.to(output.dtype) if tables.gives_output else x0
 
 
-class Ddim(_Alphas):
+class Ddim(Alphas):
     _beyond = "final_alpha_cumprod"
     _sources = ("alphas_cumprod", "timesteps", _beyond)
-    _options = (*_Alphas._options, "thresholding")
+    _options = (*Alphas._options, "thresholding")
 
     def _uncovered(self) -> str | None:
         return "thresholding" if self.config.thresholding else super()._uncovered()
 
-    def _ends(self, timestep: Any, tables: Tables) -> tuple[Any, Any]:
+    def _ends(self, timestep: Any, tables: AlphaTables) -> tuple[Any, Any]:
         return timestep, timestep - tables.gap
 
     def _row(self, levels: tuple[Number, Number], eta: float, rederives: bool) -> Any:
@@ -205,7 +221,7 @@ class Ddim(_Alphas):
         tables = self._ready(graph) if self.num_inference_steps else None
         if tables is None or (variance_noise is not None and generator is not None and eta > 0):
             return None
-        at: Any = timestep if graph else self._host_value(timestep, tables)
+        at: Any = timestep if graph else host_value(timestep, tables.timesteps)
         row = self._row_at(tables, at, sample, graph, eta, use_clipped_model_output)
         if row is None:
             return None
@@ -225,7 +241,7 @@ class Ddim(_Alphas):
         return as_output(graph, DDIMSchedulerOutput, out, "pred_original_sample", x0) if return_dict else (out, x0)
 
 
-class DdimInverse(_Alphas):
+class DdimInverse(Alphas):
     initial_alpha_cumprod: Tensor
     _beyond = "initial_alpha_cumprod"
     _sources = ("alphas_cumprod", "timesteps", _beyond)
@@ -235,7 +251,7 @@ class DdimInverse(_Alphas):
             return "prediction_type='sample' from a level without noise"  # infinite from the first step on
         return super()._uncovered()
 
-    def _ends(self, timestep: Any, tables: Tables) -> tuple[Any, Any]:
+    def _ends(self, timestep: Any, tables: AlphaTables) -> tuple[Any, Any]:
         # The state stands at the level below, whose alpha-bar the first step takes from beyond the schedule.
         below, most = timestep - tables.gap, self._internal_dict.num_train_timesteps - 1
         return (below.clamp(max=most) if isinstance(below, Tensor) else min(below, most)), timestep
@@ -246,7 +262,7 @@ class DdimInverse(_Alphas):
         tables = self._ready(graph) if self.num_inference_steps else None
         if tables is None:
             return None
-        at = timestep if graph else self._host_value(timestep, tables)
+        at = timestep if graph else host_value(timestep, tables.timesteps)
         row = self._row_at(tables, at, sample, graph)
         if row is None:
             return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -10,11 +12,14 @@ from diffusers import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from bicm_diffusion.adapters.diffusers.arguments import constant
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
-from bicm_diffusion.adapters.diffusers.euler import Sigmas, edm_denoiser
-from bicm_diffusion.adapters.diffusers.scheduler import as_output, as_state, constant, fused
+from bicm_diffusion.adapters.diffusers.euler import edm_denoiser
+from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
+from bicm_diffusion.adapters.diffusers.scheduler import fused
+from bicm_diffusion.adapters.diffusers.sigmas import Sigmas, SigmaTables
 from bicm_diffusion.adapters.diffusers.tables import Row, Tables
-from bicm_kernels import affine_step, denoised_step
+from bicm_kernels import affine_step
 
 Level = tuple[float, float]  # alpha and sigma of a level
 
@@ -79,9 +84,19 @@ def solver_row(levels: list[Level], *, order: int, heun: bool, noisy: bool) -> R
     return kept, first + near / before, far / earlier - near / before, -far / earlier, deviation
 
 
+@dataclass
+class SolverTables(SigmaTables):
+    #: Whether the schedule is short enough for lower orders at its end, and whether its last step is of the first.
+    short: bool = False
+    ends_low: bool = False
+    #: How many steps, from the first, predict x0 as a small difference of large terms.
+    cancelling: int = 0
+
+
 class _Solver(Sigmas):
     """What both of diffusers' multistep solvers do alike."""
 
+    _kind: ClassVar[type[Tables]] = SolverTables
     model_outputs: list[Tensor | None]
     lower_order_nums: int
     _options: ClassVar[tuple[str, ...]] = (
@@ -127,8 +142,10 @@ class _Solver(Sigmas):
             return f"solver_order=3 with algorithm_type={config.algorithm_type!r}"
         return None
 
-    def _row_of_order(self, tables: Tables, index: int, order: int) -> Row:
+    def _row_of_order(self, tables: SolverTables, index: int, order: int) -> Row:
         config = self.config
+        if index < order - 1:
+            raise ValueError(f"step {index} has no {order - 1} before it")
         here = tables.levels[index]
         x0_sample, x0_output = self._reading(here)
         heun = config.solver_type == "heun"
@@ -141,33 +158,24 @@ class _Solver(Sigmas):
         of_sample, of_output = kept + now * x0_sample, now * x0_output
         return x0_sample, x0_output, of_sample, of_output, before, earlier, deviation, self._near(here)
 
-    def _fill(self, tables: Tables) -> None:
+    def _fill(self, tables: SolverTables) -> None:
         if self._scales:
             self._fill_scales(tables)
-        config, count = self.config, len(tables.timesteps)
+        config, count = self.config, len(tables.timesteps.values)
         tables.short = bool(config.lower_order_final) and count < 15
         tables.ends_low = tables.short or bool(config.euler_at_final) or config.final_sigmas_type == "zero"
         if self.num_inference_steps is None or len(tables.levels) <= count:
             return
-        for order in range(1, self.config.solver_order + 1):
-            rows = []
-            for index in range(count):
-                try:
-                    row = self._row_of_order(tables, index, order) if index >= order - 1 else (math.nan,) * 8
-                except (ZeroDivisionError, ValueError, OverflowError):
-                    row = (math.nan,) * 8
-                # Without noise at the end, only the first order is defined, and only it is used.
-                tables.rows[order, index] = row if all(map(math.isfinite, row)) else None
-                rows.append(row)
-            tables.traced[order] = torch.tensor(rows, dtype=torch.float64)
-            tables.holes[order] = [index for index in range(count) if tables.rows[order, index] is None]
+        for order in range(1, config.solver_order + 1):
+            # Without noise at the end, only the first order is defined, and only it is used.
+            tables.put(order, partial(self._row_of_order, tables, order=order), count)
         # The sample and its noise cancel in x0 where the signal is the smaller part.
         if self._cancels and self.config.prediction_type == "epsilon":
             signals = [self._level(sigma)[0] for sigma in tables.levels[:count]]
             tables.cancelling = next((index for index, alpha in enumerate(signals) if alpha >= LEAST_SIGNAL), count)
 
-    def _order(self, tables: Tables, index: int) -> int:
-        order, left = self._internal_dict.solver_order, len(tables.timesteps) - index
+    def _order(self, tables: SolverTables, index: int) -> int:
+        order, left = self._internal_dict.solver_order, len(tables.timesteps.values) - index
         if order == 1 or self.lower_order_nums < 1 or (left == 1 and tables.ends_low):
             return 1
         return 2 if order == 2 or self.lower_order_nums < 2 or (left == 2 and tables.short) else 3
@@ -188,7 +196,7 @@ class _Solver(Sigmas):
             return None
         index = self._index(timestep)
         order = self._order(tables, index)
-        row: Any = tables.row(order, index, sample.device) if graph else tables.rows.get((order, index))
+        row: Any = tables.row(order, index, sample.device if graph else None)
         history = self.model_outputs[:-order:-1] if order > 1 else []
         dtypes = sample.dtype, model_output.dtype
         if row is None or any(x is None or x.dtype not in dtypes for x in history):
@@ -223,12 +231,8 @@ class _Solver(Sigmas):
             tensors.append((model_output, state))
             x0_weights = [*[0.0] * (len(tensors) - 1), near]
             weights = [*weights[: len(tensors) - 1], 0.0]
-        following = index + 1
-        ahead = self._scales and state.dtype.itemsize > 2 and following < len(tables.timesteps) and not graph
-        scale = tables.scales[following] if ahead and self._may_foresee(sample, model_output) else None
-        out, x0, scaled = denoised_step(tensors, x0_weights, weights, x0_weight=0.0, next_scale=scale, **keyed)
-        if scaled is not None:
-            self._foresee(out, following, scaled)
+        scale = self._next_scale(tables, index, state.dtype, sample, model_output) if self._scales else None
+        out, x0 = self._advance((tensors, x0_weights, weights), index, state.dtype, scale, **keyed)
         if late is not None:
             out = affine_step([out, late], [1.0, deviation])
         if config.prediction_type == "sample":
@@ -237,7 +241,6 @@ class _Solver(Sigmas):
         self.model_outputs[-1] = x0
         if self.lower_order_nums < config.solver_order:
             self.lower_order_nums += 1
-        self._step_index = following
         return as_output(graph, SchedulerOutput, out) if return_dict else (out,)
 
 

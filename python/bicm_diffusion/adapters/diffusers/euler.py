@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerSchedulerOutput
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from torch import Tensor
 
+from bicm_diffusion.adapters.diffusers.arguments import is_whole, numbers
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
-from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, as_output, fused, numbers, single
-from bicm_diffusion.adapters.diffusers.tables import Row, Tables
+from bicm_diffusion.adapters.diffusers.outputs import as_output
+from bicm_diffusion.adapters.diffusers.scheduler import fused
+from bicm_diffusion.adapters.diffusers.sigmas import ROWS, Sigmas, SigmaTables
+from bicm_diffusion.adapters.diffusers.tables import Row, Tables, single
 from bicm_diffusion.adapters.k_diffusion import MOST_LIFT
-from bicm_kernels import add_noise, affine_step, denoised_step
+from bicm_kernels import add_noise, affine_step
 
 #: What both schedulers' `step` takes by default for its churn.
 NO_CHURN = (0.0, 0.0, math.inf, 1.0)
@@ -27,65 +31,35 @@ def edm_denoiser(sigma: float, sigma_data: float, prediction: str) -> tuple[floa
     return sigma_data * sigma_data / total, -c_out if prediction == "v_prediction" else c_out
 
 
-def is_whole(timestep: Any) -> bool:
-    """Whether a timestep is an integer, which the originals refuse."""
-    return not timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, int)
+def euler_weights(prediction: str, sigma: float, raised: float, below: float) -> Row:
+    """Weights of sample and output in x0, then in the result of a step; x0 from v is read at the level before churn."""
+    ratio = (below - raised) / raised
+    if prediction == "epsilon":
+        return 1.0, -raised, 1.0, below - raised
+    if prediction == "v_prediction":
+        total = sigma * sigma + 1.0
+        kept, of_output = 1.0 / total, -sigma / math.sqrt(total)
+        return kept, of_output, 1.0 + ratio * (1.0 - kept), -ratio * of_output
+    return 0.0, 1.0, below / raised, -ratio
 
 
-class Sigmas(Accelerated):
-    """Schedulers that count their steps and look up sigma by the count."""
-
-    is_scale_input_called: bool
-
-    def _scale(self, sigma: float) -> float:
-        raise NotImplementedError
-
-    def _row(self, tables: Tables, index: int) -> Row:
-        raise NotImplementedError
-
-    def _fill(self, tables: Tables) -> None:
-        self._fill_scales(tables)
-        count = min(len(tables.timesteps), len(tables.levels) - 1)
-        try:
-            rows = [self._row(tables, index) for index in range(count)]
-        except (ZeroDivisionError, ValueError):
-            rows = []  # a level of zero before the last: the original's infinities
-        tables.rows = dict(enumerate(rows))
-        tables.traced["rows"] = torch.tensor(rows, dtype=torch.float64)
-
-    def _fill_scales(self, tables: Tables) -> None:
-        tables.scales = [self._scale(x) for x in tables.levels]
-        tables.traced["scales"] = torch.tensor(tables.scales, dtype=torch.float64)
-
-    def _row_at(self, tables: Tables, index: int, sample: Tensor) -> Any:
-        """A step's weights for a graph."""
-        return tables.traced["rows"][index].to(sample.device).unbind()
-
-    @fused
-    def scale_model_input(self, sample: Tensor, timestep: Any) -> Any:
-        scaled = self._foreseen(sample)
-        if scaled is None:
-            graph = traced()
-            tables = self._ready(graph)
-            if tables is None:
-                return None
-            index = self._index(timestep)
-            scale = tables.traced["scales"][index].to(sample.device) if graph else tables.scales[index]
-            scaled = affine_step([sample], [scale])
-        self.is_scale_input_called = True
-        return scaled
+@dataclass
+class EulerTables(SigmaTables):
+    #: Whether x0 is what the model predicts.
+    gives_output: bool = False
 
 
 class _EulerSteps(Sigmas):
     """What both of diffusers' Euler schedulers do alike."""
 
+    _kind: ClassVar[type[Tables]] = EulerTables
     _output: Any
 
     def _weights(self, sigma: float, raised: float, below: float) -> Row:
         """Weights of sample and output in x0, then in the result, at a level that churn raised."""
         raise NotImplementedError
 
-    def _row(self, tables: Tables, index: int) -> Row:
+    def _row(self, tables: EulerTables, index: int) -> Row:
         sigma, below = tables.levels[index], tables.levels[index + 1]
         return self._weights(sigma, sigma, below)
 
@@ -107,10 +81,7 @@ class _EulerSteps(Sigmas):
         if tables is None or is_whole(timestep) or not self.is_scale_input_called:
             return None
         index = self._index(timestep)
-        if graph:
-            row: Any = self._row_at(tables, index, sample) if index < len(tables.rows) else None
-        else:
-            row = tables.rows.get(index)
+        row: Any = tables.row(ROWS, index, sample.device if graph else None)
         if row is None:
             return None
         # The original computes in float32 whatever it is given; only a float64 output is kept as it is.
@@ -124,25 +95,14 @@ class _EulerSteps(Sigmas):
             state = self._churned(state, model_output, churn[3] * math.sqrt(raised**2 - sigma**2), index, generator)
             row = self._weights(sigma, raised, tables.levels[index + 1])
         x0_sample, x0_output, of_sample, of_output = row
-        following = index + 1
-        ahead = not graph and given is dtype and following in tables.rows and self._may_foresee(sample, model_output)
-        out, x0, scaled = denoised_step(
-            (state, model_output),
-            (x0_sample, x0_output),
-            (of_sample, of_output),
-            x0_weight=0.0,
-            next_scale=tables.scales[following] if ahead else None,
-        )
-        self._step_index = following
-        if scaled is not None:
-            self._foresee(out, following, scaled)
-        if given is not dtype:
-            out = out.to(given)
+        scale = self._next_scale(tables, index, given, sample, model_output)
+        terms = [state, model_output], [x0_sample, x0_output], [of_sample, of_output]
+        out, x0 = self._advance(terms, index, given, scale)
         if tables.gives_output:
             x0 = model_output
         return as_output(graph, self._output, out, "pred_original_sample", x0) if return_dict else (out, x0)
 
-    def _lift(self, tables: Tables, index: int, churn: float, low: float, high: float) -> float:
+    def _lift(self, tables: EulerTables, index: int, churn: float, low: float, high: float) -> float:
         # PyTorch compares a level with a number in the level's dtype.
         rounded = single if self.sigmas.dtype is torch.float32 else float
         if not rounded(low) <= tables.levels[index] <= rounded(high):
@@ -171,16 +131,9 @@ class Euler(_EulerSteps):
         return 1.0 / math.sqrt(sigma * sigma + 1.0)
 
     def _weights(self, sigma: float, raised: float, below: float) -> Row:
-        prediction, ratio = self.config.prediction_type, (below - raised) / raised
-        if prediction == "epsilon":
-            return 1.0, -raised, 1.0, below - raised
-        if prediction == "v_prediction":
-            total = sigma * sigma + 1.0
-            kept, of_output = 1.0 / total, -sigma / math.sqrt(total)
-            return kept, of_output, 1.0 + ratio * (1.0 - kept), -ratio * of_output
-        return 0.0, 1.0, below / raised, -ratio
+        return euler_weights(self.config.prediction_type, sigma, raised, below)
 
-    def _fill(self, tables: Tables) -> None:
+    def _fill(self, tables: EulerTables) -> None:
         super()._fill(tables)
         tables.gives_output = self.config.prediction_type in ("sample", "original_sample")
 

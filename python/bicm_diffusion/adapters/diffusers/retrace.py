@@ -1,4 +1,4 @@
-"""What tells a loop that retraces a pair from one that only seems to."""
+"""The pairs that loops end in and begin with, and what tells a loop that retraces one from one that only seems to."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from bicm_diffusion.adapters.diffusers.integers import Integers
 from bicm_diffusion.described import described
-from bicm_diffusion.samplers.record import Record, is_inner, notice_alone, same_values
+from bicm_diffusion.rational import nearest
+from bicm_diffusion.samplers.record import Record, is_inner, notice_alone, report_remainder, same_values
 from bicm_diffusion.samplers.states import ExactPair, Pair, StatePair
 
 #: As the record of a pair calls the method.
@@ -49,3 +51,98 @@ def check_start(sample: Tensor, last_sample: Tensor | None, run: Record) -> None
             "set_timesteps retraces the one that it comes from"
         )
     notice_alone(sample, run, "step", name="sample", advice="turn_round() before set_timesteps")
+
+
+class Retraced:
+    """The pair that a scheduler's loop ends in, and the way back from it."""
+
+    #: The state at the index before the one that the last step reached; with it a trajectory can be retraced.
+    last_sample: Tensor | None = None
+    #: The state that the last step reached.
+    _reached: Tensor | None = None
+    _integers: Integers | None = None
+    #: What the loop since `set_timesteps` is, whether it began at its first step, and what made the pair it retraces.
+    _record: Record | None = None
+    _whole = False
+    _made: Record | None = None
+    #: A pair that the next loop retraces, its inner state as `turn_round` returned it, and whether it was asked for.
+    _next: StatePair | ExactPair | None = None
+    _inner: Tensor | None = None
+    _turned = False
+    _edit = False
+    _at: int | None = None
+    #: The levels' indices that a loop passes, in its order.
+    _indices: list[int]
+    config: Any
+
+    @property
+    def _exact(self) -> bool:
+        return bool(self.config.exact and self.config.gamma)
+
+    @property
+    def pair(self) -> StatePair | ExactPair:
+        """The two states that the last loop led to: an `ExactPair` with exact=True, else a `StatePair`.
+
+        It can be saved (`save_pair`, `torch.save`) and given to another scheduler's `turn_round`.
+        Raises ValueError before the end of a loop, OverflowError where integer states left their range.
+        """
+        if self._next is not None:
+            return self._next
+        left = None if self._at is None else len(self._indices) - self._at
+        if left != 0 or self._record is None or self._reached is None or self.last_sample is None:
+            given = "no loop was run" if left is None else f"{left} steps are left"
+            raise ValueError(f"pair: expected the end of a loop, {given}")
+        if self._integers is None:
+            return StatePair(self._reached, self.last_sample, record=self._record)
+        origin = self._integers.origin if self._whole else None
+        pair = self._integers.pair(replace(self._record, origin=origin))
+        pair.check()
+        return pair
+
+    def turn_round(self, pair: StatePair | ExactPair | None = None, *, edit: bool = False) -> Tensor | None:
+        """Let the next `set_timesteps` lead the other way, as pipelines call it; return what its loop starts from.
+
+        After a loop that is the state before the last one, (B, …), from which the trajectory is retraced in N - 1
+        steps. Before any loop it is None: the next one leads from data to noise. pair: another scheduler's `pair`, of
+        another process too, to go on from in place of this one's. edit: the way back has other conditions, so that no
+        warning is due where it leads elsewhere.
+        Raises ValueError in the middle of a loop or for a pair of another configuration, TypeError for another kind of
+        pair, OverflowError where integer states left their range.
+
+        >>> import torch
+        >>> from bicm_diffusion.adapters.diffusers import BDIADDIMScheduler
+        >>> scheduler, image = BDIADDIMScheduler(exact=True), torch.full((1, 2), 0.25)
+        >>> def loop(x):
+        ...     scheduler.set_timesteps(4)
+        ...     for t in scheduler.timesteps:
+        ...         x = scheduler.step(torch.tanh(x), t, x).prev_sample
+        ...     return x
+        >>> scheduler.turn_round()
+        >>> noise = loop(image)
+        >>> torch.equal(loop(scheduler.turn_round()), image)
+        True
+        """
+        if pair is not None:
+            check_pair(pair, self._exact, self._settings())
+        elif self._at is not None and self._at < len(self._indices):
+            raise ValueError(f"turn_round: expected the end of a loop, {len(self._indices) - self._at} steps are left")
+        elif self._at is None and self._next is None:
+            self._turned = True
+            return None
+        elif self._turned and self._next is not None:
+            self._edit = edit
+            return self._inner
+        taken = self.pair if pair is None else pair
+        self._edit = edit
+        self._next, self._inner, self._turned = taken, taken.previous, True
+        return self._inner
+
+    def _settings(self) -> dict[str, Any]:
+        gamma = nearest(self.config.gamma) if self._exact else float(self.config.gamma)
+        return {"gamma": gamma, "prediction_type": self.config.prediction_type}
+
+    def _report(self, made: Record) -> None:
+        """Warn where a pair was retraced and integers are left that its trajectory did not begin with."""
+        integers = self._integers
+        if integers is not None and integers.last_q is not None and self._record is not None:
+            report_remainder(METHOD, made, self._record, integers.q, integers.last_q)

@@ -6,25 +6,18 @@ state, and another `step`. Whatever its step does not cover goes to the original
 
 from __future__ import annotations
 
-import struct
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable
-from functools import wraps
-from math import sqrt
-from numbers import Integral, Real
+from functools import lru_cache, wraps
 from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
-from numpy import float32
 from torch import Tensor
 
+from bicm_diffusion.adapters.diffusers.arguments import host_value, plain
 from bicm_diffusion.adapters.diffusers.drawing import Drawing, KeyedConfig, WrongKeyError, traced
-from bicm_diffusion.adapters.diffusers.tables import Number, Tables, overrides, unreadable, version_of
-
-#: Dtypes that the originals index or compute with otherwise than with the number that they hold.
-NARROW = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16))
+from bicm_diffusion.adapters.diffusers.tables import Reading, Tables, unreadable, version_of
 
 
 def fused(attempt: Callable[..., Any]) -> Any:
@@ -60,10 +53,12 @@ class Accelerated(Drawing):
     """A scheduler whose step is one fused launch; mixed into a diffusers class by `accelerate_scheduler`."""
 
     _original: ClassVar[Any]
+    _mixin: ClassVar[type[Accelerated]]
     #: The attributes, and the options of the configuration, that a step's numbers come from.
     _sources: ClassVar[tuple[str, ...]] = ("sigmas", "timesteps")
     _options: ClassVar[tuple[str, ...]] = ()
     _chosen: ClassVar[itemgetter[Any]]
+    _kind: ClassVar[type[Tables]] = Tables
     _tables: Tables | None = None
     _pending: tuple[Any, ...] | None = None
     #: Whether the next evaluation's input may be made ahead, and whether there is a use for it in this run.
@@ -97,28 +92,21 @@ class Accelerated(Drawing):
 
     # --- tables -------------------------------------------------------------------------------------------------------
     def _stale(self, tables: Tables) -> bool:
-        """Whether anything that the tables were made from is another object now, or was written to."""
-        own = self.__dict__
-        for name, source, version in tables.sources:
-            if own.get(name) is not source or (version is not None and source._version != version):  # type: ignore[union-attr]
-                return True
-        # Recording or not is a matter of gradients alone: without them the tables serve as they are.
-        if torch.is_grad_enabled() and tables.reason is None and any(_requires_grad(s) for _, s, _ in tables.sources):
-            return True
-        try:
-            # The originals read attributes of the configuration, which may differ from its items.
-            options = self._chosen(own["_internal_dict"].__dict__)
-            return bool(options != tables.options) or own.get("num_inference_steps") is not tables.steps
-        except Exception:  # an option that was deleted, or that is no number
-            return True
+        """Whether the tables were made from anything that is another now, so that no weight can be taken from them."""
+        return tables.reading.stale(self.__dict__, self._chosen, tables.reason is None)
+
+    def _current(self) -> Any:
+        """The tables of the schedule as it is now."""
+        tables = self._tables
+        return self._prepare() if tables is None or self._stale(tables) else tables
 
     def _prepare(self) -> Tables:
         own = self.__dict__
         sources = tuple((name, own.get(name), version_of(own.get(name))) for name in self._sources)
-        tables = Tables(sources, (), own.get("num_inference_steps"))
+        tables = self._kind(Reading(sources, own.get("num_inference_steps")))
         try:
             options = vars(own["_internal_dict"])
-            tables.options = self._chosen(options)
+            tables.reading.options = self._chosen(options)
             named = tuple((name, options[name]) for name in self._options)
             tables.reason = unreadable(sources, named) or self._uncovered()
             if tables.reason is None:
@@ -138,22 +126,18 @@ class Accelerated(Drawing):
     def _host_levels(self) -> list[float]:
         return self.sigmas.tolist()
 
-    def _fill(self, tables: Tables) -> None:
+    def _fill(self, tables: Any) -> None:
         """Make rows of weights, and what a graph will need, since nothing can be made while one is traced."""
 
-    def _ready(self, graph: bool) -> Tables | None:
+    def _ready(self, graph: bool) -> Any:
         """The tables of the schedule as it is now; None sends a step to the original. graph: whether one is traced."""
-        tables = self._tables
-        if not graph and (tables is None or self._stale(tables)):
-            tables = self._prepare()
+        tables = self._tables if graph else self._current()
         return None if tables is None or tables.reason is not None else tables
 
     def reason_not_fused(self) -> str | None:
         """Return why the original step runs for this configuration and schedule; None where it does not."""
-        tables = self._tables
-        if tables is None or self._stale(tables):
-            tables = self._prepare()
-        return tables.reason
+        reason: str | None = self._current().reason
+        return reason
 
     def __repr__(self) -> str:
         reason = self.reason_not_fused()
@@ -189,35 +173,14 @@ class Accelerated(Drawing):
 
     def _position(self, timestep: Any) -> int | None:
         """Where a timestep is found among the scheduler's; None where the original has to search."""
-        tables = self._tables
-        if tables is None or self._stale(tables):
-            tables = self._prepare()
-        value = self._host_value(timestep, tables)
-        if value is None or tables.reason is not None or value not in tables.timesteps:
+        tables = self._current()
+        value = host_value(timestep, tables.timesteps)
+        if value is None or tables.reason is not None or value not in tables.timesteps.values:
             return None
-        first = tables.timesteps.index(value)
+        first: int = tables.timesteps.values.index(value)
         # diffusers starts at the second of equal timesteps, so that a loop that starts half-way skips no level.
-        again = value in tables.timesteps[first + 1 :]
-        return tables.timesteps.index(value, first + 1) if again else first
-
-    def _host_value(self, timestep: Any, tables: Tables) -> Any:
-        """A timestep as a number, None if it is no plain one."""
-        if not isinstance(timestep, Tensor):
-            if not isinstance(timestep, Real) or timestep is True or timestep is False or timestep != timestep:
-                return None
-            # NumPy's narrow floats compare with numbers in their own precision.
-            return timestep if isinstance(timestep, Integral) else float(timestep)
-        if timestep.dim():
-            return None
-        value = tables.at(timestep)
-        if value is None:
-            if timestep.dtype in NARROW or overrides(timestep):
-                return None
-            try:
-                value = timestep.item()
-            except RuntimeError:  # one of many in a transform, or one without a value
-                return None
-        return value if value == value else None  # NaN equals nothing, least of all itself
+        again = value in tables.timesteps.values[first + 1 :]
+        return tables.timesteps.values.index(value, first + 1) if again else first
 
     # --- the next evaluation's input ----------------------------------------------------------------------------------
     def _foreseen(self, sample: Tensor) -> Tensor | None:
@@ -259,78 +222,28 @@ class Accelerated(Drawing):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name not in ("_tables", "_pending", "_seeds")}
-        return _restore, (self._original,), state
+        return _restore, (self._mixin, self._original), state
 
 
-def plain(argument: Any) -> bool:
-    """Whether an argument, if it is a tensor, has values that a kernel reads as the original would.
+@lru_cache
+def derived(mixin: type[Accelerated], original: Any) -> type[Any]:
+    """Return the accelerated subclass of a diffusers class, with its name and module."""
 
-    Subclasses may mean something else by an operation, and tensors without values have no number to give.
-    """
-    if not isinstance(argument, Tensor):
-        return True
-    return not (argument.is_meta or overrides(argument))
+    # Pipelines look at a scheduler's signatures to see what it takes.
+    @wraps(original.set_timesteps)
+    def set_timesteps(self: Accelerated, *args: Any, **kwargs: Any) -> None:
+        mixin.set_timesteps(self, *args, **kwargs)
 
-
-def numbers(**arguments: Any) -> None:
-    """Raise TypeError unless every argument is a number of Python's or NumPy's, and not NaN."""
-    for name, value in arguments.items():
-        kind: type[Any] = type(value)
-        if kind is not float and (kind is float32 or not issubclass(kind, Real)):
-            raise TypeError(f"{name} as {kind.__name__}")
-        if value != value:
-            raise TypeError(f"{name} that is not a number")
-
-
-def constant(noise: Tensor) -> None:
-    """Raise TypeError for noise that requires a gradient: a launch would make x0 a function of it."""
-    if noise.requires_grad and torch.is_grad_enabled():
-        raise TypeError("noise that requires a gradient")
+    namespace = {
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+        "_original": original,
+        "_mixin": mixin,
+        "set_timesteps": set_timesteps,
+    }
+    return type(original.__name__, (mixin, original), namespace)
 
 
-def _requires_grad(source: Any) -> bool:
-    return isinstance(source, Tensor) and source.requires_grad
-
-
-def _restore(original: Any) -> Any:
-    from bicm_diffusion.adapters.diffusers.accelerate import accelerated_class
-
-    cls = accelerated_class(original)
+def _restore(mixin: type[Accelerated], original: Any) -> Any:
+    cls = derived(mixin, original)  # type: ignore[arg-type]
     return object.__new__(cls)
-
-
-def as_output(graph: bool, cls: Any, previous: Tensor, name: str = "", x0: Tensor | None = None) -> Any:
-    """Make a scheduler's output without the dataclass's own steps, which take as long as a small kernel."""
-    if graph:
-        return cls(**({"prev_sample": previous, name: x0} if name else {"prev_sample": previous}))
-    result = cls.__new__(cls)
-    attributes = result.__dict__
-    attributes["prev_sample"] = previous
-    _set_item(result, "prev_sample", previous)
-    if name:
-        attributes[name] = x0
-        _set_item(result, name, x0)
-    return result
-
-
-_set_item = OrderedDict.__setitem__
-
-
-def single(x: Number) -> Number:
-    """A number rounded to float32, so that weights made from it fit what the kernel will round it to."""
-    return x.float().double() if isinstance(x, Tensor) else struct.unpack("f", struct.pack("f", x))[0]
-
-
-def root(x: Number) -> Number:
-    return x.sqrt() if isinstance(x, Tensor) else sqrt(x)
-
-
-def is_double(*tensors: Tensor) -> bool:
-    return any(x.dtype == torch.float64 for x in tensors)
-
-
-def as_state(sample: Tensor, model_output: Tensor) -> Tensor:
-    """The sample in the dtype that PyTorch's promotion gives the original's result."""
-    if sample.dtype is model_output.dtype:
-        return sample
-    return sample.to(torch.promote_types(sample.dtype, model_output.dtype))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -20,45 +23,40 @@ UNCHANGED = torch.nn.Parameter.__torch_function__
 
 
 @dataclass
-class Tables:
-    """The host's copy of a schedule, and the rows of weights made from it so far."""
+class Reading:
+    """What tables were made from."""
 
     sources: tuple[Source, ...]
-    options: Any
     #: The scheduler's number of steps.
     steps: int | None
-    #: Why no step can be fused, if none can.
-    reason: str | None = None
-    timesteps: list[float] = field(default_factory=list)
-    levels: list[float] = field(default_factory=list)
-    #: The timesteps' memory, where the first of them lies in it, and how many bytes further the next.
+    #: The values of the options that a step reads.
+    options: Any = ()
+
+    def stale(self, own: dict[str, Any], chosen: Callable[[Any], Any], used: bool) -> bool:
+        """Whether any of it is another object now, or was written to. used: whether the tables give weights."""
+        for name, source, version in self.sources:
+            if own.get(name) is not source or (version is not None and source._version != version):  # type: ignore[union-attr]
+                return True
+        # Recording or not is a matter of gradients alone: without them the tables serve as they are.
+        if torch.is_grad_enabled() and used and any(_requires_grad(source) for _, source, _ in self.sources):
+            return True
+        try:
+            # The originals read attributes of the configuration, which may differ from its items.
+            options = chosen(own["_internal_dict"].__dict__)
+            return bool(options != self.options) or own.get("num_inference_steps") is not self.steps
+        except Exception:  # an option that was deleted, or that is no number
+            return True
+
+
+@dataclass
+class Timesteps:
+    """The host's copy of the timesteps, and where they lie."""
+
+    values: list[float] = field(default_factory=list)
+    #: The memory, where the first timestep lies in it, and how many bytes further the next.
     memory: Tensor | None = None
     address: int = 0
     spacing: int = 0
-    rows: dict[Any, Row | None] = field(default_factory=dict)
-    #: The same rows or levels as float64 tensors, for graphs, and at which steps the original has to run.
-    traced: dict[Any, Tensor] = field(default_factory=dict)
-    holes: dict[Any, list[int]] = field(default_factory=dict)
-    #: The scale of the model's input at each level.
-    scales: list[float] = field(default_factory=list)
-    #: How many training timesteps lie between two steps.
-    gap: int = 0
-    #: Where x0 is clipped, if it is.
-    clip: float | None = None
-    #: Whether x0 is what the model predicts.
-    gives_output: bool = False
-    #: Whether the schedule is short enough for lower orders at its end, and whether its last step is of the first.
-    short: bool = False
-    ends_low: bool = False
-    #: How many steps, from the first, predict x0 as a small difference of large terms.
-    cancelling: int = 0
-
-    def read(self, timesteps: Tensor, levels: list[float]) -> None:
-        """Copy a schedule to the host."""
-        self.timesteps, self.levels = timesteps.tolist(), levels
-        # The alias keeps the memory when the tensor is given another: what lies at an address in it is a timestep.
-        self.memory = timesteps.detach()
-        self.address, self.spacing = timesteps.data_ptr(), timesteps.stride(0) * timesteps.element_size()
 
     def at(self, timestep: Tensor) -> float | None:
         """The timestep that a 0-d tensor is, told by where it lies, without asking its device; None for another one."""
@@ -68,12 +66,51 @@ class Tables:
             position, rest = divmod(timestep.data_ptr() - self.address, self.spacing)
         except RuntimeError:  # a transform's tensor lies nowhere
             return None
-        return self.timesteps[position] if rest == 0 and 0 <= position < len(self.timesteps) else None
+        return self.values[position] if rest == 0 and 0 <= position < len(self.values) else None
 
-    def row(self, name: Any, index: int, device: torch.device) -> Any:
-        """A step's weights for a graph, or None. A look-up among rows would bind the graph to the step."""
+
+@dataclass
+class Tables:
+    """The host's copy of a schedule, and the weights made from it so far; schedulers add fields of their own."""
+
+    reading: Reading
+    #: Why no step can be fused, if none can.
+    reason: str | None = None
+    timesteps: Timesteps = field(default_factory=Timesteps)
+    levels: list[float] = field(default_factory=list)
+    #: None where the original has to run.
+    rows: dict[Any, Row | None] = field(default_factory=dict)
+    #: The same rows as float64 tensors, for graphs, and at which steps there is none.
+    traced: dict[Any, Tensor] = field(default_factory=dict)
+    holes: dict[Any, list[int]] = field(default_factory=dict)
+
+    def read(self, timesteps: Tensor, levels: list[float]) -> None:
+        """Copy a schedule to the host."""
+        self.levels = levels
+        # The alias keeps the memory when the tensor is given another: what lies at an address in it is a timestep.
+        spacing = timesteps.stride(0) * timesteps.element_size()
+        self.timesteps = Timesteps(timesteps.tolist(), timesteps.detach(), timesteps.data_ptr(), spacing)
+
+    def put(self, name: Any, make: Callable[[int], Row], count: int) -> None:
+        """Make a row for each of so many steps; one that cannot be made, or that is not finite, is the original's."""
+        rows = []
+        for index in range(count):
+            try:
+                row: Row | None = make(index)
+            except (ZeroDivisionError, ValueError, OverflowError):
+                row = None
+            rows.append(row if row is not None and all(map(math.isfinite, row)) else None)
+        self.rows.update(((name, index), row) for index, row in enumerate(rows))
+        width = max((len(row) for row in rows if row is not None), default=0)
+        self.traced[name] = torch.tensor([row or (math.nan,) * width for row in rows], dtype=torch.float64)
+        self.holes[name] = [index for index, row in enumerate(rows) if row is None]
+
+    def row(self, name: Any, index: int, device: torch.device | None = None) -> Any:
+        """A step's weights, or None; as 0-d tensors on a device for a graph, which a look-up would bind to the step."""
+        if device is None:
+            return self.rows.get((name, index))
         rows = self.traced[name]
-        if index >= len(rows) or any(index == hole for hole in self.holes.get(name, [])):
+        if index >= len(rows) or any(index == hole for hole in self.holes[name]):
             return None
         return rows[index].to(device).unbind()
 
@@ -102,3 +139,20 @@ def unreadable(sources: tuple[Source, ...], options: tuple[tuple[str, Any], ...]
         if not (option is None or isinstance(option, str | Real)):
             return f"{name} as {type(option).__name__}"
     return None
+
+
+def _requires_grad(source: Any) -> bool:
+    return isinstance(source, Tensor) and source.requires_grad
+
+
+def single(x: Number) -> Number:
+    """A number rounded to float32, so that weights made from it fit what the kernel will round it to."""
+    return x.float().double() if isinstance(x, Tensor) else struct.unpack("f", struct.pack("f", x))[0]
+
+
+def root(x: Number) -> Number:
+    return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
+
+
+def is_double(*tensors: Tensor) -> bool:
+    return any(x.dtype == torch.float64 for x in tensors)

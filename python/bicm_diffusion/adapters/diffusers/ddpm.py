@@ -1,0 +1,116 @@
+"""DDPM's ancestral step: rows of weights by where a timestep stands in the schedule, one launch a step."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from torch import Tensor
+
+from bicm_diffusion.adapters.diffusers.arguments import host_value
+from bicm_diffusion.adapters.diffusers.ddim import CANCELS, LEAST, Alphas, AlphaTables, reading
+from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
+from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
+from bicm_diffusion.adapters.diffusers.scheduler import fused
+from bicm_diffusion.adapters.diffusers.sigmas import ROWS
+from bicm_diffusion.adapters.diffusers.tables import Row
+
+#: The variance that the original does not go below.
+LEAST_VARIANCE = 1e-20
+
+
+class Ddpm(Alphas):
+    variance_type: str
+    custom_timesteps: bool
+    _beyond = "one"
+    _sources = ("alphas_cumprod", "timesteps", _beyond, "custom_timesteps")
+    _options = ("prediction_type", "variance_type", "clip_sample", "clip_sample_range", "thresholding")
+
+    def _uncovered(self) -> str | None:
+        variance = self.config.variance_type
+        if self.config.thresholding:
+            return "thresholding"
+        if variance in ("learned", "learned_range") or self.variance_type in ("learned", "learned_range"):
+            return f"variance_type={variance!r}"
+        return super()._uncovered()
+
+    def _fill(self, tables: AlphaTables) -> None:
+        tables.clip = float(self.config.clip_sample_range) if self.config.clip_sample else None
+        tables.gives_output = self.config.prediction_type == "sample"
+        tables.put(ROWS, lambda position: self._row_of(tables, position), len(tables.timesteps.values))
+
+    def _row_of(self, tables: AlphaTables, position: int) -> Row:
+        """The weights that `_two` takes, of the step from one of the timesteps (DDPM eq. 7, 11 and 15)."""
+        config, times = self.config, tables.timesteps.values
+        here = times[position]
+        spaced = self.custom_timesteps or self.num_inference_steps
+        following = (times[position + 1] if position + 1 < len(times) else -1) if spaced else here - 1
+        if not 0 <= max(here, following) < len(tables.levels) - 1:
+            raise ValueError("no level")  # the original's error
+        a, below = tables.levels[int(here)], tables.levels[max(int(following), -1)]
+        if config.prediction_type == "epsilon" and a < LEAST:
+            raise ValueError("no signal")  # the original's infinities
+        x0_sample, x0_output, *_ = (float(x) for x in reading(config.prediction_type, a))
+        kept = a / below
+        of_x0 = math.sqrt(below) * (1.0 - kept) / (1.0 - a)
+        of_sample = math.sqrt(kept) * (1.0 - below) / (1.0 - a)
+        large = 1.0 - kept
+        small = max((1.0 - below) / (1.0 - a) * large, LEAST_VARIANCE)
+        variance = large if config.variance_type == "fixed_large" else small
+        if config.variance_type == "fixed_large_log" and here > 0:
+            raise ValueError("the root of a logarithm")  # the original's NaN
+        deviation = math.sqrt(variance) if here > 0 else 0.0
+        if config.clip_sample:
+            weights = of_sample, 0.0, of_x0
+        else:
+            weights = of_sample + of_x0 * x0_sample, of_x0 * x0_output, 0.0
+        if config.prediction_type != "epsilon" or a >= CANCELS:
+            return x0_sample, x0_output, *weights, deviation, 0.0, 0.0
+        share = a / (1.0 + math.sqrt(1.0 - a))
+        return 0.0, 0.0, *weights, deviation, share / math.sqrt(a), 1.0 / share
+
+    def _found(self, tables: AlphaTables, timestep: Any, sample: Tensor, graph: bool) -> Any:
+        """The timestep and its row of weights, or None where the original has to run."""
+        if graph:
+            if tables.holes[ROWS] or not isinstance(timestep, Tensor):
+                return None
+            there = self.timesteps == timestep.to(self.timesteps.device)
+            torch._assert_async(there.any(), "a timestep of the schedule")
+            rows = tables.traced[ROWS].to(sample.device)
+            return timestep, rows.index_select(0, there.int().argmax().reshape(1).to(sample.device))[0].unbind()
+        at = host_value(timestep, tables.timesteps)
+        if not isinstance(at, Integral) or at not in tables.timesteps.values:
+            return None
+        row: Any = tables.row(ROWS, tables.timesteps.values.index(at))
+        return None if row is None else (at, row if row[6] else row[:6])
+
+    @fused
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> Any:
+        graph = traced()
+        tables = self._ready(graph)
+        if tables is None or self.variance_type != self._internal_dict.variance_type:
+            return None
+        found = self._found(tables, timestep, sample, graph)
+        if found is None:
+            return None
+        at, row = found
+        state = as_state(sample, model_output)
+        if not graph and at == 0:
+            out, x0 = self._two(tables, state, model_output, row)
+        elif self._noise == "keyed":
+            seed, sample_id = self._key(generator, sample, at)
+            out, x0 = self._two(tables, state, model_output, row, seed=seed, step=at, sample_id=sample_id)
+        else:
+            # A graph cannot tell the last step, and draws noise for it too, with a deviation of zero.
+            out, x0 = self._two(tables, state, model_output, row, self._drawn(model_output, sample, generator))
+        return as_output(graph, DDPMSchedulerOutput, out, "pred_original_sample", x0) if return_dict else (out, x0)

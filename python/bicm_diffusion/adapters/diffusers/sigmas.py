@@ -1,0 +1,113 @@
+"""Schedulers that count their steps: rows of weights by the count, and the launch that ends such a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
+from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, fused
+from bicm_diffusion.adapters.diffusers.tables import Row, Tables
+from bicm_kernels import affine_step, denoised_step
+
+ROWS = "rows"
+
+
+@dataclass
+class SigmaTables(Tables):
+    #: The scale of the model's input at each level.
+    scales: list[float] = field(default_factory=list)
+
+
+class Counted(Accelerated):
+    """Schedulers that look their numbers up by how many steps were taken."""
+
+    def _row(self, tables: Any, index: int) -> Row:
+        """A step's weights. One that raises as a division does, or is not finite, leaves the step to the original."""
+        raise NotImplementedError
+
+    def _fill(self, tables: Any) -> None:
+        count = min(len(tables.timesteps.values), len(tables.levels) - 1)
+        tables.put(ROWS, lambda index: self._row(tables, index), count)
+
+    def _noisy(
+        self,
+        tensors: list[Any],
+        weights: list[Any],
+        deviation: Any,
+        index: int,
+        generator: Generators,
+        like: Tensor,
+        sample: Tensor,
+        dtype: torch.dtype | None = None,
+    ) -> dict[str, Any]:
+        """Add noise to a step's tensors and their weights in the result, or return the arguments of keyed noise."""
+        if self._noise == "keyed":
+            seed, sample_id = self._key(generator, sample, index)
+            return {"noise_weight": deviation, "seed": seed, "step": index, "sample_id": sample_id}
+        tensors.append(self._drawn(like, sample, generator, dtype))
+        weights.append(deviation)
+        return {}
+
+    def _advance(
+        self,
+        terms: tuple[list[Any], list[Any], list[Any]],
+        index: int,
+        result: torch.dtype,
+        scale: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Launch the step, count it, and keep the next evaluation's input where the launch made it.
+
+        terms: tensors, and the weights in x0 of the first of them, in the result of all.
+        """
+        tensors, x0_weights, weights = terms
+        x0_weights += [0.0] * (len(tensors) - len(x0_weights))
+        out, x0, scaled = denoised_step(tensors, x0_weights, weights, next_scale=scale, **{"x0_weight": 0.0, **options})
+        self._step_index = index + 1
+        if scaled is not None:
+            self._foresee(out, index + 1, scaled)
+        return out if out.dtype is result else out.to(result), x0
+
+
+class Sigmas(Counted):
+    """Those that scale the model's input by the level."""
+
+    _kind: ClassVar[type[Tables]] = SigmaTables
+    is_scale_input_called: bool
+
+    def _scale(self, sigma: float) -> float:
+        raise NotImplementedError
+
+    def _fill(self, tables: Any) -> None:
+        self._fill_scales(tables)
+        super()._fill(tables)
+
+    def _fill_scales(self, tables: SigmaTables) -> None:
+        tables.scales = [self._scale(x) for x in tables.levels]
+        tables.traced["scales"] = torch.tensor(tables.scales, dtype=torch.float64)
+
+    def _next_scale(self, tables: SigmaTables, index: int, result: torch.dtype, sample: Tensor, output: Tensor) -> Any:
+        """The scale of the input that a step may make ahead; None where it may not."""
+        following = index + 1
+        # A half has to be rounded before it is scaled, as the original does.
+        if result.itemsize <= 2 or traced() or following >= min(len(tables.timesteps.values), len(tables.scales) - 1):
+            return None
+        return tables.scales[following] if self._may_foresee(sample, output) else None
+
+    @fused
+    def scale_model_input(self, sample: Tensor, timestep: Any) -> Any:
+        scaled = self._foreseen(sample)
+        if scaled is None:
+            graph = traced()
+            tables = self._ready(graph)
+            if tables is None:
+                return None
+            index = self._index(timestep)
+            scale = tables.traced["scales"][index].to(sample.device) if graph else tables.scales[index]
+            scaled = affine_step([sample], [scale])
+        self.is_scale_input_called = True
+        return scaled
