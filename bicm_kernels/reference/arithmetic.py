@@ -24,7 +24,7 @@ def per_sample(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tenso
     """A float, 0-d or (B,) argument as a tensor of the compute type that broadcasts over ``like`` (B, ...)."""
     if not isinstance(value, Tensor):
         number: Any = value
-        if isinstance(number, Rational) and not isinstance(number, int):
+        if isinstance(number, Rational) and type(number) is not int:
             number = float(number)  # a Fraction, which no tensor is multiplied by
         # A product, because torch.compile specialises on a float that is a fill value.
         scaled: Tensor = torch.ones((), dtype=torch.float64, device=like.device) * number
