@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from numbers import Rational
-from typing import Any
+from fractions import Fraction
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def per_sample(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """A float, 0-d or (B,) argument as a tensor of the compute type that broadcasts over ``like`` (B, ...)."""
     if not isinstance(value, Tensor):
-        number: Any = value
-        if isinstance(number, Rational) and type(number) is not int:
-            number = float(number)  # a Fraction, which no tensor is multiplied by
+        number = cast(Any, value)
+        if isinstance(number, Fraction):  # which no tensor is multiplied by
+            number = float(number)
         # A product, because torch.compile specialises on a float that is a fill value.
         scaled: Tensor = torch.ones((), dtype=torch.float64, device=like.device) * number
         return scaled.to(dtype)

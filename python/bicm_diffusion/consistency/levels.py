@@ -12,6 +12,7 @@ from bicm_diffusion.consistency.grid import LevelTable, drawn, partner_probabili
 from bicm_diffusion.described import described
 from bicm_diffusion.keys import LEVELS, PARTNERS
 from bicm_diffusion.samplers.checks import check_integer
+from bicm_diffusion.samplers.notices import warn
 from bicm_kernels import fold_in, uniform
 
 #: By how much of itself a table's smallest level may miss t_min: float32 rounds by less.
@@ -72,7 +73,7 @@ def check_levels(levels: object, x: Tensor, names: Sequence[str], *, name: str =
 
 
 def check_floor(levels: Sequence[Tensor], t_min: float) -> None:
-    """Raise ValueError where levels do not begin at t_min: the table's smallest, or any that is below, on the CPU.
+    """Warn where levels do not begin at t_min: the table's smallest, or any that is below, on the CPU.
 
     levels: those of a batch, and the smallest of their table where they were drawn from one.
     """
@@ -86,7 +87,8 @@ def check_floor(levels: Sequence[Tensor], t_min: float) -> None:
     else:
         wrong = abs(smallest - t_min) > NEAR * max(smallest, t_min)
     if wrong:
-        raise ValueError(
+        warn(
             f"levels: expected them to begin at t_min = {t_min:.6g}, got {smallest:.6g}; give the loss and "
-            "karras_levels one t_min"
+            "karras_levels one t_min",
+            UserWarning,
         )

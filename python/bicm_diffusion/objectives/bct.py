@@ -77,7 +77,7 @@ def bct_loss(
         two; "backward" has second derivatives.
     Raises TypeError for arguments of another kind and for a network in DataParallel, in FSDP1, or with a
     DistributedDataParallel inside that notes which parameters are used; ValueError for another target, leap,
-    gradient or shape, and for levels that do not begin at t_min, as far as the host can tell.
+    gradient or shape. Warns of levels that do not begin at t_min, as far as the host can tell.
 
     >>> from bicm_diffusion import LevelTable, draw_levels, karras_levels
     >>> x, levels = torch.zeros(4, 2), draw_levels(LevelTable(karras_levels(11)), 4, seed=0, step=0)

@@ -46,8 +46,8 @@ def ict_loss(
     x: clean samples (B, …), floating. levels: t_n and t_{n+1}, (B,) float64, as `draw_levels` gives them first.
     parameterization: f of "bcm" or "cm", see `bicm_kernels.denoise`.
     c, gradient: see `bicm_kernels.pseudo_huber`. seed, step, sample_id: the key, see `bicm_kernels.normal`.
-    Raises ValueError for another parameterization or gradient and for levels that do not begin at t_min, as far as the
-    host can tell, and TypeError for a network that `bct_loss` refuses.
+    Raises ValueError for another parameterization or gradient, and TypeError for a network that `bct_loss` refuses.
+    Warns of levels that do not begin at t_min, as far as the host can tell.
 
     >>> import torch
     >>> from bicm_diffusion import LevelTable, draw_levels, karras_levels
