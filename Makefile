@@ -44,22 +44,25 @@ emulator: .venv/.requirements ## build the host emulator of the CUDA kernels
 
 evidence: native emulator ## the tables of docs/evidence.md, from the last `make test`, the emulator and the compilers
 	BICM_CUDA_ARCH_LIST="80-real 90-real 100-real 120" $(BIN)/python setup.py -q build_ext --inplace
+	BICM_EVERY_TARGET=1 $(PYTEST) tests/build/test_triton_compile.py tests/build/test_cuda_code.py
 	BICM_KERNELS_BACKEND=native PYTHONPATH=.:build/emulator $(BIN)/python -m tests.evidence
 
 # --- what the project does --------------------------------------------------------------------------------------------
 demo: native ## sample, invert and reconstruct handwritten digits; prints a table and writes a picture
 	$(BIN)/python -m examples.digits demo --output demo.png --consistency-output demo-consistency.png
 
-# EMULATED=no leaves the emulator's tests out: .ci/run has them run by `make sanitize`.
+# CASES bounds how many cases of one test run, spread evenly over its parameters; 0 runs all. EMULATED=no leaves the
+# emulator's tests out: .ci/run has them run by `make sanitize`.
+CASES ?= 0
 EMULATED ?= yes
 test: native $(if $(filter yes,$(EMULATED)),emulator) ## every test that needs no GPU
-	BICM_KERNELS_BACKEND=native $(PYTEST) $(if $(filter yes,$(EMULATED)),,--ignore=tests/emulator) \
+	BICM_KERNELS_BACKEND=native $(PYTEST) --cases $(CASES) $(if $(filter yes,$(EMULATED)),,--ignore=tests/emulator) \
 	--junitxml=build/results/tests.xml
-	$(INTERPRETED) --junitxml=build/results/interpreter.xml tests/interpreter
+	$(INTERPRETED) --cases $(CASES) --junitxml=build/results/interpreter.xml tests/interpreter
 
 test-fast: native ## a few cases of every test, for the inner loop; neither the emulator's nor what is slow
-	BICM_KERNELS_BACKEND=native $(PYTEST) --few --ignore=tests/emulator
-	$(INTERPRETED) --few tests/interpreter
+	BICM_KERNELS_BACKEND=native $(PYTEST) --cases 2 -m "not slow" --ignore=tests/emulator
+	$(INTERPRETED) --cases 2 tests/interpreter
 
 counts: native ## instructions of every op's call and loop, against benchmarks/instruction_limits.json
 	$(BIN)/python -m benchmarks.instruction_counts
@@ -83,7 +86,7 @@ sanitize: .venv/.requirements ## CPU and emulated CUDA kernels under the address
 	$(BIN)/cmake --build build/sanitize
 	LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libubsan.so) $(call CXX_FILE,libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(PYTEST) --capture=sys -o pythonpath="build/sanitize" tests/emulator
+	$(PYTEST) --cases $(CASES) --capture=sys -o pythonpath="build/sanitize" tests/emulator
 
 bench: native ## medians of every family against eager PyTorch and torch.compile
 	BICM_KERNELS_BACKEND=native $(BIN)/python -m benchmarks

@@ -25,23 +25,20 @@ settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parents[1]
 
-#: Cases of one test that `--few` keeps.
-FEW = 3
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--few", action="store_true", help=f"run at most {FEW} cases of a test, and none that is slow")
+    parser.addoption("--cases", type=int, default=0, help="run at most so many cases of a test, spread evenly; 0: all")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--few"):
+    most = config.getoption("--cases")
+    if not most:
         return
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     # The first, the last and some between them: parameters vary slowly from the left and fast from the right.
-    kept = {some[place * (len(some) - 1) // max(1, FEW - 1)] for some in cases.values() for place in range(FEW)}
-    kept = {item for item in kept if item.get_closest_marker("slow") is None}
+    kept = {some[place * (len(some) - 1) // max(1, most - 1)] for some in cases.values() for place in range(most)}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 

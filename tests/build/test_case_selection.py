@@ -1,4 +1,4 @@
-"""``pytest --few``, which `make test-fast` runs."""
+"""``pytest --cases``, by which `make test-fast` and `make test CASES=` choose."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ def test_two(i): ...
 
 def test_one(): ...
 
-@pytest.mark.slow
-def test_slow(): ...
 """
 
 
@@ -28,10 +26,10 @@ def collected(folder: Path, *options: str) -> list[str]:
     return [line.partition("::")[2] for line in listing.splitlines() if "::" in line]
 
 
-def test_few_cases_of_every_test_and_none_that_is_slow(tmp_path: Path) -> None:
+def test_so_many_cases_of_every_test(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text((Path(__file__).parents[1] / "conftest.py").read_text())
     (tmp_path / "test_cases.py").write_text(CASES)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
-    assert len(collected(tmp_path)) == 9 + 2 + 1 + 1
-    few = collected(tmp_path, "--few")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    assert len(collected(tmp_path)) == len(collected(tmp_path, "--cases", "0")) == 9 + 2 + 1
+    few = collected(tmp_path, "--cases", "3")
     assert few == ["test_many[0]", "test_many[4]", "test_many[8]", "test_two[0]", "test_two[1]", "test_one"]
