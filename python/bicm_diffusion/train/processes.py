@@ -85,8 +85,9 @@ def gradients_kept(model: nn.Module, kept: bool) -> Iterator[None]:
         with model.no_sync():
             yield
         return
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(not kept)
+    synchronise: Any = getattr(model, "set_requires_gradient_sync", None)
+    if synchronise is not None:
+        synchronise(not kept)
     yield
 
 
