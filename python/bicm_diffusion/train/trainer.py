@@ -77,7 +77,8 @@ class Trainer:
         samples. What it draws from torch's generator is keyed by (seed, step, process, micro-batch).
     options: see `TrainingOptions`. device: None for the GPU of this process, where there is one.
     average: the averaged network; None for a copy of the network.
-    parallel: "ddp" or "fsdp2", under torchrun; blocks(network): modules that FSDP2 spreads one by one.
+    parallel: "ddp" or "fsdp2", under torchrun. blocks(network): modules that FSDP2 spreads one by one. parallel_args:
+        more arguments of DistributedDataParallel or `fully_shard`.
     notes: more that decides the run's bits, by name, for checkpoints to be told apart by.
 
     The loss and its gradient do not depend on the number of processes and micro-batches, up to rounding, where the loss
@@ -99,6 +100,7 @@ class Trainer:
         device: torch.device | str | None = None,
         parallel: str = "ddp",
         blocks: Blocks | None = None,
+        parallel_args: Mapping[str, Any] | None = None,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
         self.processes = Processes.joined(device)
@@ -118,9 +120,9 @@ class Trainer:
         self.processes.agree(self.network)
         self.average = copy.deepcopy(self.network) if average is None else average.to(self.processes.device)
         self.average.requires_grad_(False).eval()
-        self.model = self.processes.wrapped(self.network, parallel, blocks)
+        self.model = self.processes.wrapped(self.network, parallel, blocks, parallel_args or {})
         if parallel == "fsdp2":
-            self.processes.wrapped(self.average, parallel, blocks)
+            self.processes.wrapped(self.average, parallel, blocks, parallel_args or {})
         if options.compiled:
             self.network.compile()
         self.optimizer = make_optimizer(self.network.parameters(), options)
