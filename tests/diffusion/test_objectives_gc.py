@@ -265,6 +265,40 @@ def test_wrong_calls(call: Callable[..., Any], error: type[Exception], message: 
         call(*problem())
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("objective", ["ict", "cd", "gc"])
+def test_a_lowest_level_of_zero_is_no_trap(objective: str, compiled: bool) -> None:
+    """With t_min = 0 f(x, 0) = x; a network that takes the level's logarithm is not asked about it."""
+    x, t = problem()[0], torch.tensor([0.0, 0.0, 0.0, 0.4, 0.5, 0.6], dtype=torch.float64)
+    levels = t, t + 0.3
+
+    def of_logarithm(scaled: Tensor, t: Tensor) -> Tensor:
+        return scaled * t.log()[:, None, None]
+
+    def total() -> Tensor:
+        options: dict[str, Any] = {"parameterization": "cm", "t_min": 0.0, **KEY}
+        if objective == "cd":
+            return cd_loss(of_logarithm, x, levels, denoiser=lambda noisy, t: x, **options).total
+        if objective == "gc":
+            return gc_loss(of_logarithm, x, levels, mu=0.5, **options).total
+        return ict_loss(of_logarithm, x, levels, **options).total
+
+    actual = (torch.compile(total, backend="aot_eager") if compiled else total)()
+    z, s = normal(x.shape, **KEY, dtype=x.dtype), 0.25
+    clean = x
+
+    def f(noisy: Tensor, t: Tensor) -> Tensor:
+        t = broadcast(t)
+        inner = torch.where(t > 0, t.log(), 0.0) * noisy / (s + t * t).sqrt()
+        return s / (s + t * t) * noisy + 0.5 * t / (s + t * t).sqrt() * inner
+
+    if objective == "gc":
+        clean = torch.where(MIXED[:, None, None], f(x + broadcast(t) * z, t), x)
+    above, below = (f(clean + broadcast(level) * z, level) for level in levels[::-1])
+    expected = (distance(above, below, 0.00054 * 12**0.5) / 0.3).mean()
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
+
+
 class Plain(nn.Module):
     """The network without its list of masks, which grows."""
 
