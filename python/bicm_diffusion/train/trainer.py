@@ -201,6 +201,7 @@ class Trainer:
         checkpoint: str | Path | None = None,
         checkpoint_every: int = 1000,
         log: Log | None = None,
+        log_every: int = 1,
         report: Callable[[Any], Mapping[str, float]] | None = None,
         report_every: int = 1000,
         progress: bool = False,
@@ -208,8 +209,9 @@ class Trainer:
         """Take the steps that are left.
 
         checkpoint: a file, written every `checkpoint_every` steps and after the last. log: called with (name, value,
-        step) for the terms of every loss and the figures of reports, by the first process. report: called with the
-        averaged network every `report_every` steps, for figures by name, by all processes. progress: a bar of tqdm.
+        step) by the first process, for the terms of the losses of every `log_every` steps, whose reading waits for the
+        device, and for the figures of reports. report: called with the averaged network every `report_every` steps,
+        for figures by name, by all processes. progress: a bar of tqdm.
         """
         first = self.processes.rank == 0
         means: dict[str, float] = {}
@@ -217,7 +219,7 @@ class Trainer:
             while self.step < self.options.steps:
                 loss = self.advance()
                 told: dict[str, float] = {}
-                if first and (log is not None or progress):  # to read a number waits for the device
+                if first and (log is not None or progress) and self.step % log_every == 0:
                     told = {name: term.item() for name, term in loss.terms.items()}
                     means = {name: 0.99 * means.get(name, value) + 0.01 * value for name, value in told.items()}
                 if checkpoint is not None and (self.step % checkpoint_every == 0 or self.step == self.options.steps):
@@ -252,6 +254,7 @@ def train(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 1000,
     log: Log | None = None,
+    log_every: int = 1,
     report: Callable[[Any], Mapping[str, float]] | None = None,
     report_every: int = 1000,
     progress: bool = False,
@@ -281,6 +284,7 @@ def train(
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
         log=log,
+        log_every=log_every,
         report=report,
         report_every=report_every,
         progress=progress,
