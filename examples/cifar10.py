@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers import UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -239,6 +240,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if run.processes.rank == 0:
         save_picture(images, arguments.output / "samples.png")
         print(f"{arguments.output / 'samples.png'}: {run.step} steps, standard deviation {images.std().item():.3f}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

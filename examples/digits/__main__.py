@@ -18,6 +18,7 @@ from examples.digits.consistency_objective import CONSISTENCY, BctConfig
 from examples.digits.consistency_objective import WEIGHTS as BCM_WEIGHTS
 from examples.digits.denoising import DENOISING, WEIGHTS
 from examples.digits.network import NetworkConfig
+from examples.digits.objectives import Setting
 from examples.digits.training import Run, TrainingConfig, save_weights, train
 
 #: Where commands write unless they are told otherwise: never over the weights that come with the code.
@@ -227,6 +228,34 @@ def edit_digits(output: Path, weights: Path, steps: int, threads: int) -> None:
 
     torch.set_num_threads(threads)
     run_edits(real_digits(), output, weights=weights, steps=steps, console=Console(highlight=False))
+
+
+@main.command("objectives")
+@click.option(
+    "--output",
+    default=BUILD / "objectives",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the table, the plots and every run's figures; runs that are there are not repeated.",
+)
+@click.option("--seeds", default=3, type=click.IntRange(1), help="Runs of every method.")
+@click.option("--steps", default=Setting.steps, type=click.IntRange(1), help="Steps of a run.")
+@click.option("--tuning-steps", default=Setting.tuning_steps, type=click.IntRange(1), help="Steps of a run of ECT.")
+@click.option("--coupling-steps", default=Setting.coupling_steps, type=click.IntRange(1), help="Of a denoiser for R̃.")
+@click.option("--width", default=Setting.width, type=click.IntRange(8), help="Width of the network's hidden layers.")
+@click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
+def compare_objectives(output: Path, seeds: int, threads: int, **numbers: int) -> None:
+    """Compare iCT, BCT, batch-OT, GC and ECT by samples of one evaluation, and draw two Diracs' couplings."""
+    from examples.digits.objectives import run_all, table
+    from examples.digits.objectives_picture import save_plot, save_two_diracs
+
+    torch.set_num_threads(threads)
+    setting = Setting(**numbers)
+    results = run_all(seeds, setting, output / "runs")
+    text = table(results, setting)
+    (output / "table.md").write_text(text, encoding="utf-8")
+    save_plot(results, output / "objectives.png")
+    save_two_diracs(output / "two-diracs.png")
+    click.echo(text)
 
 
 def command_line(arguments: list[str]) -> str:

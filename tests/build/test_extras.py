@@ -42,7 +42,7 @@ def run(code: str, *blocked: str) -> subprocess.CompletedProcess[str]:
 def test_the_packages_import_and_sample_without_extras() -> None:
     ran = run(
         """
-        import torch, bicm_diffusion, bicm_diffusion.distributed
+        import torch, bicm_diffusion, bicm_diffusion.distributed, bicm_diffusion.objectives, bicm_diffusion.train
         from bicm_diffusion.adapters import consistency_models, deepinv, edm, k_diffusion
         print(bicm_diffusion.ddim_sample(lambda z, times: z, torch.ones(2, 3), bicm_diffusion.vp_schedule(4)).shape)
         """,
@@ -53,7 +53,20 @@ def test_the_packages_import_and_sample_without_extras() -> None:
 
 
 SHARDS = "sample_shards(lambda shard: torch.ones(shard.batch, 1, 2, 2), 2, sys.argv[0] + '.d', batch=2, settings={}"
+TRAIN = """
+        import sys, torch
+        from torch.utils.data import TensorDataset
+        from bicm_diffusion.objectives import denoising_loss
+        from bicm_diffusion.train import TrainingOptions, train
+        class Network(torch.nn.Linear):
+            def forward(self, scaled, t):
+                return super().forward(scaled)
+        def loss(network, batch, step):
+            return denoising_loss(network, batch[0], torch.ones(1), **step.key)
+        train(Network(2, 2), TensorDataset(torch.ones(1, 2)), loss, TrainingOptions(steps=1, batch_size=1), {})
+        """
 CALLS = {
+    "a run's checkpoint": ("safetensors", "diffusion", TRAIN.format("checkpoint=sys.argv[0] + '.safetensors'")),
     "a sampler's bar": (
         "tqdm",
         "diffusion",

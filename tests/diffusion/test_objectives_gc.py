@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bicm_diffusion.keys import DROPOUT
-from bicm_diffusion.objectives import draw_ect_times, ect_loss, gc_loss, ict_loss
+from bicm_diffusion.objectives import cd_loss, draw_ect_times, ect_loss, gc_loss, ict_loss
 from bicm_diffusion.objectives.diagnostics import velocity_variance
 from bicm_diffusion.objectives.gc import generated
 from bicm_kernels import fold_in, normal
@@ -263,3 +263,72 @@ def test_two_diracs_have_no_velocity_variance(t: float) -> None:
 def test_wrong_calls(call: Callable[..., Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(*problem())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("objective", ["ict", "cd", "gc"])
+def test_a_lowest_level_of_zero_is_no_trap(objective: str, compiled: bool) -> None:
+    """With t_min = 0 f(x, 0) = x; a network that takes the level's logarithm is not asked about it."""
+    x, t = problem()[0], torch.tensor([0.0, 0.0, 0.0, 0.4, 0.5, 0.6], dtype=torch.float64)
+    levels = t, t + 0.3
+
+    def of_logarithm(scaled: Tensor, t: Tensor) -> Tensor:
+        return scaled * t.log()[:, None, None]
+
+    def total() -> Tensor:
+        options: dict[str, Any] = {"parameterization": "cm", "t_min": 0.0, **KEY}
+        if objective == "cd":
+            return cd_loss(of_logarithm, x, levels, denoiser=lambda noisy, t: x, **options).total
+        if objective == "gc":
+            return gc_loss(of_logarithm, x, levels, mu=0.5, **options).total
+        return ict_loss(of_logarithm, x, levels, **options).total
+
+    actual = (torch.compile(total, backend="aot_eager") if compiled else total)()
+    z, s = normal(x.shape, **KEY, dtype=x.dtype), 0.25
+    clean = x
+
+    def f(noisy: Tensor, t: Tensor) -> Tensor:
+        t = broadcast(t)
+        inner = torch.where(t > 0, t.log(), 0.0) * noisy / (s + t * t).sqrt()
+        return s / (s + t * t) * noisy + 0.5 * t / (s + t * t).sqrt() * inner
+
+    if objective == "gc":
+        clean = torch.where(MIXED[:, None, None], f(x + broadcast(t) * z, t), x)
+    above, below = (f(clean + broadcast(level) * z, level) for level in levels[::-1])
+    expected = (distance(above, below, 0.00054 * 12**0.5) / 0.3).mean()
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
+
+
+class Plain(nn.Module):
+    """The network without its list of masks, which grows."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.first, self.second, self.dropout = inner.first, inner.second, inner.dropout
+
+    def forward(self, scaled: Tensor, t: Tensor) -> Tensor:
+        h = self.first(torch.cat([scaled.flatten(1), torch.stack([t, t], dim=1)], dim=1)).tanh()
+        return self.second(self.dropout(h)).reshape(scaled.shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["gc", "ect", "cd"])
+def test_steps_are_one_graph(objective: str) -> None:
+    """Other steps, too; to rounding, for eager code asks about the replaced rows only. GC here has no dropout."""
+    model, (x, levels) = Plain(network(dropout=0.4 if objective == "cd" else 0.0)), problem()
+    times = draw_ect_times(6, stage=3, **KEY)
+
+    def step_of(step: int) -> Tensor:
+        key = {"seed": 5, "step": step}
+        if objective == "ect":
+            return ect_loss(model, x, times, mu=0.5, **key).total
+        if objective == "cd":
+            return cd_loss(model, x, levels, denoiser=lambda x, t: 0.5 * x, parameterization="cm", **key).total
+        return gc_loss(model, x, levels, mu=0.5, parameterization="cm", **key).total
+
+    fast = torch.compile(step_of, fullgraph=True, backend="aot_eager")
+    for step in (1, 2, 3):
+        actual, expected = (f(step) for f in (fast, step_of))
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+        theirs = gradients(expected, model)
+        torch.testing.assert_close(gradients(actual, model), theirs, rtol=1e-11, atol=1e-12 * theirs.abs().max().item())

@@ -3,6 +3,7 @@
 from bicm_diffusion.objectives.bct import BctLoss, bct_loss
 from bicm_diffusion.objectives.cd import cd_loss
 from bicm_diffusion.objectives.denoising import denoising_loss, draw_denoising_levels
+from bicm_diffusion.objectives.diagnostics import transport_cost, transport_cost_derivative, velocity_variance
 from bicm_diffusion.objectives.ect import draw_ect_times, ect_loss, ect_partner
 from bicm_diffusion.objectives.evaluation import Loss
 from bicm_diffusion.objectives.gc import gc_loss
@@ -22,4 +23,7 @@ __all__ = [
     "gc_loss",
     "ict_loss",
     "optimal_pairing",
+    "transport_cost",
+    "transport_cost_derivative",
+    "velocity_variance",
 ]

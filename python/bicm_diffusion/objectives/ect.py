@@ -87,7 +87,7 @@ def ect_loss(
     Two evaluations, with one noise and one dropout mask, keyed by (seed, step) apart from the noise.
 
     network: called as network(c_in(t)·x, t, **extra_args) -> F (B, …), and with u = t_min after t for "bcm"; t is (B,),
-        in x's precision, and never 0: where r is, the network gets t_min, and what it answers is not used.
+        in x's precision, and never 0: where r is, the network gets t, and what it answers is not used.
     x: clean samples (B, …), floating. times: (t, r), each (B,) float64, as from `draw_ect_times`.
     mu: the odds with which x̂ = sg f̊(x + rz, r) takes the place of x, as `gc_loss` has it; x stays where r = 0, which at
         stage 0 is most of the batch. predictor: f̊'s network, None for the network itself. The GC paper takes mu = 0.3.

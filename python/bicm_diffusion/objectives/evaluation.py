@@ -136,13 +136,14 @@ def weighted_distance(
 ) -> Loss:
     """Return d(f(x_high, t_high), sg f(x_low, t_low)) / (t_high - t_low), a mean, of a pair multiplied by c_in.
 
-    levels: t_low and t_high, (B,) float64. clean: the goal of the samples whose t_low is 0, about which networks are
-    not asked: they take its logarithm, and the NaN of that survives every weight; None where no level is 0.
+    levels: t_low and t_high, (B,) float64. clean: the goal of the samples whose t_low is 0; None where none is, or F
+    has no part in f there. Networks are not asked about 0 where it may occur: they take its logarithm, and the NaN of
+    that survives every weight.
     """
     x_low, x_high = pair
     low, high = (level.to(x_low.device, level_dtype(x_low)) for level in levels[:2])
     with torch.no_grad():
-        asked = low if clean is None else torch.where(low > 0, low, form.t_min)
+        asked = low if clean is None and form.t_min > 0 else torch.where(low > 0, low, high)
         goal = form.sample(x_low, evaluate(x_low, asked), low)
         if clean is not None:
             goal = torch.where((low == 0).reshape(-1, *[1] * (clean.dim() - 1)), clean, goal)

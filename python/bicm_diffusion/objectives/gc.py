@@ -118,9 +118,7 @@ def augmented(
         mask = generated(len(x), mu, **key, device=x.device)
         if allowed is not None:
             mask = mask & allowed.to(x.device)
-        # What a network says of level 0 may be NaN, and is not used.
-        asked = t if allowed is None else torch.where(allowed.to(x.device), t, form.t_min)
-        x_hat = _predicted(x, asked, predict, form, key, None)
+        x_hat = _predicted(x, t, predict, form, key, None)
         return torch.where(mask.reshape(-1, *[1] * (x.dim() - 1)), x_hat, x)
     mask = generated(len(x), mu, seed=seed, step=step, sample_id=sample_id)
     if allowed is not None:
@@ -131,8 +129,7 @@ def augmented(
     found = len(rows) > 0
     rows = (rows if found else torch.zeros(1, dtype=torch.int64)).to(x.device, non_blocking=True)
     key = {"seed": seed, "step": step, "sample_id": _ids_of(sample_id, rows)}
-    level = t[rows] if found else t[rows].clamp_min(form.t_min)
-    x_hat = _predicted(x[rows], level, predict, form, key, rows)
+    x_hat = _predicted(x[rows], t[rows], predict, form, key, rows)
     return x.index_copy(0, rows, x_hat) if found else x
 
 
@@ -141,7 +138,8 @@ def _predicted(
     x: Tensor, t: Tensor, predict: Evaluator, form: Form, key: dict[str, Any], rows: Tensor | None
 ) -> Tensor:
     scaled = scale_input(add_noise(x, t, **key), t, sigma_data=form.sigma_data)
-    return form.sample(scaled, predict(scaled, t, rows), t)
+    # Of level 0, where f(x, 0) = x, networks take the logarithm: they are asked about another.
+    return form.sample(scaled, predict(scaled, torch.where(t > 0, t, 1.0), rows), t)
 
 
 def _ids_of(sample_id: int | Tensor, rows: Tensor) -> Tensor:

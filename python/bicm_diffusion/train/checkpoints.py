@@ -20,8 +20,10 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     with extra("diffusion"):
         from safetensors.torch import save_file
     path.parent.mkdir(parents=True, exist_ok=True)
+    # What a killed run had begun to write: the name has that process's number in it.
     for left in path.parent.glob(f"{path.stem}.*.partial"):
-        left.unlink(missing_ok=True)
+        if left.name.removeprefix(f"{path.stem}.").removesuffix(".partial").isdigit():
+            left.unlink(missing_ok=True)
     ready: dict[str, Tensor] = {}
     met: set[int] = set()
     for name, x in tensors.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,21 +47,23 @@ class Processes:
         for x in (*network.parameters(), *network.buffers()) if self.count > 1 else ():
             dist.broadcast(x.detach(), 0)
 
-    def wrapped(self, network: nn.Module, parallel: str, blocks: Blocks | None) -> nn.Module:
+    def wrapped(
+        self, network: nn.Module, parallel: str, blocks: Blocks | None, arguments: Mapping[str, Any]
+    ) -> nn.Module:
         """Return the network as these processes call it: itself where there is one; FSDP2 changes it in place."""
         if parallel not in PARALLEL:
             raise ValueError(f"parallel: expected one of {', '.join(PARALLEL)}, got {parallel!r}")
         if self.count == 1:
             return network
         if parallel == "ddp":
-            return nn.parallel.DistributedDataParallel(network)
+            return nn.parallel.DistributedDataParallel(network, **arguments)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.count,))
         for block in blocks(network) if blocks is not None else ():
-            fully_shard(block, mesh=mesh)
-        fully_shard(network, mesh=mesh)
+            fully_shard(block, mesh=mesh, **arguments)
+        fully_shard(network, mesh=mesh, **arguments)
         return network
 
     def mean(self, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -85,8 +87,9 @@ def gradients_kept(model: nn.Module, kept: bool) -> Iterator[None]:
         with model.no_sync():
             yield
         return
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(not kept)
+    synchronise: Any = getattr(model, "set_requires_gradient_sync", None)
+    if synchronise is not None:
+        synchronise(not kept)
     yield
 
 

@@ -77,7 +77,8 @@ class Trainer:
         samples. What it draws from torch's generator is keyed by (seed, step, process, micro-batch).
     options: see `TrainingOptions`. device: None for the GPU of this process, where there is one.
     average: the averaged network; None for a copy of the network.
-    parallel: "ddp" or "fsdp2", under torchrun; blocks(network): modules that FSDP2 spreads one by one.
+    parallel: "ddp" or "fsdp2", under torchrun. blocks(network): modules that FSDP2 spreads one by one. parallel_args:
+        more arguments of DistributedDataParallel or `fully_shard`.
     notes: more that decides the run's bits, by name, for checkpoints to be told apart by.
 
     The loss and its gradient do not depend on the number of processes and micro-batches, up to rounding, where the loss
@@ -99,6 +100,7 @@ class Trainer:
         device: torch.device | str | None = None,
         parallel: str = "ddp",
         blocks: Blocks | None = None,
+        parallel_args: Mapping[str, Any] | None = None,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
         self.processes = Processes.joined(device)
@@ -118,9 +120,9 @@ class Trainer:
         self.processes.agree(self.network)
         self.average = copy.deepcopy(self.network) if average is None else average.to(self.processes.device)
         self.average.requires_grad_(False).eval()
-        self.model = self.processes.wrapped(self.network, parallel, blocks)
+        self.model = self.processes.wrapped(self.network, parallel, blocks, parallel_args or {})
         if parallel == "fsdp2":
-            self.processes.wrapped(self.average, parallel, blocks)
+            self.processes.wrapped(self.average, parallel, blocks, parallel_args or {})
         if options.compiled:
             self.network.compile()
         self.optimizer = make_optimizer(self.network.parameters(), options)
@@ -199,6 +201,7 @@ class Trainer:
         checkpoint: str | Path | None = None,
         checkpoint_every: int = 1000,
         log: Log | None = None,
+        log_every: int = 1,
         report: Callable[[Any], Mapping[str, float]] | None = None,
         report_every: int = 1000,
         progress: bool = False,
@@ -206,8 +209,9 @@ class Trainer:
         """Take the steps that are left.
 
         checkpoint: a file, written every `checkpoint_every` steps and after the last. log: called with (name, value,
-        step) for the terms of every loss and the figures of reports, by the first process. report: called with the
-        averaged network every `report_every` steps, for figures by name, by all processes. progress: a bar of tqdm.
+        step) by the first process, for the terms of the losses of every `log_every` steps, whose reading waits for the
+        device, and for the figures of reports. report: called with the averaged network every `report_every` steps,
+        for figures by name, by all processes. progress: a bar of tqdm.
         """
         first = self.processes.rank == 0
         means: dict[str, float] = {}
@@ -215,7 +219,7 @@ class Trainer:
             while self.step < self.options.steps:
                 loss = self.advance()
                 told: dict[str, float] = {}
-                if first and (log is not None or progress):  # to read a number waits for the device
+                if first and (log is not None or progress) and self.step % log_every == 0:
                     told = {name: term.item() for name, term in loss.terms.items()}
                     means = {name: 0.99 * means.get(name, value) + 0.01 * value for name, value in told.items()}
                 if checkpoint is not None and (self.step % checkpoint_every == 0 or self.step == self.options.steps):
@@ -250,6 +254,7 @@ def train(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 1000,
     log: Log | None = None,
+    log_every: int = 1,
     report: Callable[[Any], Mapping[str, float]] | None = None,
     report_every: int = 1000,
     progress: bool = False,
@@ -279,6 +284,7 @@ def train(
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
         log=log,
+        log_every=log_every,
         report=report,
         report_every=report_every,
         progress=progress,
