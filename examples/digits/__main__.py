@@ -1,4 +1,4 @@
-"""Commands of the digits example: `python -m examples.digits train-denoiser`, `… train`, `… demo` and `… edit`."""
+"""Commands of the digits example: `python -m examples.digits train-denoiser`, `train`, `demo`, `edit`, `inverse` …"""
 
 from __future__ import annotations
 
@@ -256,6 +256,37 @@ def compare_objectives(output: Path, seeds: int, threads: int, **numbers: int) -
     save_plot(results, output / "objectives.png")
     save_two_diracs(output / "two-diracs.png")
     click.echo(text)
+
+
+@main.command("inverse")
+@click.option("--output", default=BUILD / "inverse.png", type=FILE, help="Picture to write.")
+@click.option("--weights", default=WEIGHTS, type=FILE, help="Weights of the noise predictor.")
+@click.option("--consistency-weights", default=BCM_WEIGHTS, type=FILE, help="Weights of the consistency model.")
+@click.option("--images", default=297, type=click.IntRange(10, 297), help="Held-out digits that are measured.")
+@click.option("--steps", default=50, type=click.IntRange(2), help="Steps between data and noise.")
+@click.option("--iterations", default=10, type=click.IntRange(1), help="Gradient steps of CM inversion at a level.")
+@click.option("--seeds", default=3, type=click.IntRange(1), help="How many starts every solver gets.")
+@click.option("--quick", is_flag=True, help="Ten images, five steps and one seed, to see that it runs.")
+@click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
+def inverse(
+    output: Path,
+    weights: Path,
+    consistency_weights: Path,
+    images: int,
+    steps: int,
+    iterations: int,
+    seeds: int,
+    quick: bool,
+    threads: int,
+) -> None:
+    """Down-sampling, inpainting and a classifier's target by every inverse solver: a picture, and what was measured."""
+    from examples.digits.inverse import QUICK, Size
+    from examples.digits.inverse_report import run_inverse
+
+    torch.set_num_threads(threads)
+    size = QUICK if quick else Size(images, steps, iterations)
+    networks = {"weights": weights, "consistency_weights": consistency_weights}
+    run_inverse(output, **networks, size=size, seeds=1 if quick else seeds, console=Console(highlight=False))
 
 
 def command_line(arguments: list[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -38,6 +39,7 @@ from bicm_diffusion import (
     save_pair,
     vp_schedule,
 )
+from bicm_diffusion.samplers.guide import Sum
 from bicm_diffusion.samplers.prediction import Level, denoised_weights
 from bicm_kernels import denoise, pseudo_huber, scale_input
 from tests.support.closed_forms import column, noise
@@ -351,6 +353,27 @@ def test_a_raw_network_is_tracked_by_kernels_with_a_derivative() -> None:
         F = output_of(scale_input(state, sigma), torch.full((3,), sigma, dtype=torch.float64))
         (expected,) = torch.autograd.grad(denoise(state, F, sigma, parameterization="edm").sum(), state)
         assert torch.equal(gradient, expected)
+
+
+def squared(of_z: Any, of_output: Any, z: Tensor, output: Tensor) -> Tensor:
+    return Sum.apply(of_z, of_output, z, output).square()
+
+
+def test_sums_are_differentiated_twice_and_in_the_dtypes_of_their_terms() -> None:
+    z, output = noise(3, 4).requires_grad_(), noise(3, 4, seed=1).requires_grad_()
+    weights = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+    for numbers in ((1.0, -0.7), (0.3, weights)):
+        assert torch.autograd.gradcheck(partial(Sum.apply, *numbers), (z, output))
+        assert torch.autograd.gradgradcheck(partial(squared, *numbers), (z, output))
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+
+    def guide(at: Evaluation) -> None:
+        state, x0 = at.tracked()
+        seen.append((x0.dtype, torch.autograd.grad(x0.square().sum(), state)[0].dtype))
+
+    half = noise(3, 4, dtype=torch.float32)
+    ddim_sample(lambda z, t: output_of(z, t).bfloat16(), half, VP, guide=guide)
+    assert seen == [(torch.float32, torch.float32)] * 5
 
 
 def test_a_callback_sees_what_the_model_answered() -> None:

@@ -155,4 +155,5 @@ class _Tracked:
         # A repeat measures at other noise as well, where there is any.
         draws = range(self.repeat * self.draws, (self.repeat + 1) * self.draws)
         found = self.run.problem.measure(x0, self.radii[at.index], at.index, draws)
+        del x0  # which the derivative may do without
         return self.run.moved(at.index, gradient(found, state))

@@ -87,7 +87,9 @@ class Evaluation:
             z = self.z.detach().requires_grad_()
             output = self._plain.ask(z, True)
             x0 = self._plain.denoised(z, output)
-        self._known.update(output=_detached(output), x0=x0.detach(), tracked=True)
+        # Not x0, which would live as long as this: whoever looks at it again has it made again from the output.
+        self._known.update(output=_detached(output), tracked=True)
+        self._known.pop("x0", None)
         return z, x0
 
     @property
@@ -147,6 +149,8 @@ def changed(change: Tensor | Shift, at: Evaluation, of_z: Number, of_output: Num
     if isinstance(change, Shift):
         weights = (change.weight / of_output, 1.0)
         return Changed((change.direction, at.output), weights, at.output)
+    if isinstance(of_z, float) and of_z == 0.0:
+        return Changed((change,), (1.0 / of_output,), at.output)
     return Changed((at.z, change), (-of_z / of_output, 1.0 / of_output), at.output)
 
 
@@ -172,6 +176,23 @@ def opened(
         for row, given in zip(wider, rows, strict=True):
             row[place] = row[place] + given[-1] * share
     return found, wider, guidance if _is_pair(found[-1]) else None
+
+
+class Sum(torch.autograd.Function):
+    """of_z·z + of_output·output in one launch, whose derivative holds no more than it returns."""
+
+    @staticmethod
+    def forward(ctx: Any, of_z: Number, of_output: Number, z: Tensor, output: Tensor) -> Tensor:
+        """Return the sum in z's dtype."""
+        ctx.weights = of_z, of_output
+        return affine_step([z, output], [of_z, of_output])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor, Tensor]:
+        """Return the gradients in z and in the output."""
+        (g,) = gradients
+        of_z, of_output = (g if isinstance(w, float) and w == 1.0 else affine_step([g], [w]) for w in ctx.weights)
+        return None, None, of_z, of_output
 
 
 def whole(output: Any, guidance: Number | None) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bicm_diffusion.extras import extra
 from bicm_diffusion.samplers import checks
-from bicm_diffusion.samplers.guide import Changed, Evaluation, Guide, Plain, asked, changed, check_guide, opened
+from bicm_diffusion.samplers.guide import Changed, Evaluation, Guide, Plain, Sum, asked, changed, check_guide, opened
 from bicm_diffusion.samplers.prediction import (
     Level,
     Number,
@@ -168,9 +168,13 @@ class Loop:
             return self._ask(i, z, own, lift)
 
         def denoised(z: Tensor, output: Any) -> Tensor:
+            if self.prediction == "x0" and isinstance(output, Tensor):
+                return output
             if isinstance(form, Preconditioned) and isinstance(output, Tensor):
                 numbers: Any = {"parameterization": form.parameterization, "sigma_min": form.t_min}
                 return denoise(z, output, level.sigma, sigma_data=form.sigma_data, **numbers)
+            if z.requires_grad and isinstance(output, Tensor):
+                return Sum.apply(of_state, of_output, z, output)
             return affine_step([z, output], [of_state, of_output], guidance_scale=self.guidance_scale)
 
         at = Evaluation(i, *level, z.detach() if z.requires_grad else z, Plain(ask, denoised))

@@ -122,6 +122,8 @@ def folded(reading: Reading, of_state: Number, of_noise: Number) -> tuple[Number
 
 def denoised_weights(prediction: Prediction, level: Level) -> tuple[Number, Number]:
     """Return the weights of the state and the model's output, at a level, in the denoised sample."""
+    if prediction == "x0":  # with no share of the state that rounding would leave
+        return 0.0, 1.0
     of_state, of_output = read(prediction, level)
     lost = 0.0 if of_state is None else level.sigma * of_state
     return (1.0 - lost) / level.alpha, -level.sigma * of_output / level.alpha

@@ -1,0 +1,121 @@
+"""No solver holds more at once than its algorithm written plainly; what autograd saves is counted too."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bicm_diffusion import Preconditioned
+from bicm_diffusion.inverse import cm_inversion_sample
+from tests.support.closed_forms import noise
+from tests.support.inverse_problems import (
+    LEVELS,
+    SCHEDULE,
+    SOLVERS,
+    STD,
+    clean,
+    extras,
+    jump,
+    plain,
+    plain_inversion,
+    problem,
+    wide,
+)
+
+SHAPE = (4, 3, 16, 16)
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that lived at once between two operations, those of `known` tensors left out."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.known = {x.untyped_storage()._cdata for x in known}
+        self.living: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for x in tree_leaves(results):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.living[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.living = {key: one for key, one in self.living.items() if not one[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.living.values()))
+        return results
+
+
+def most(run: Callable[[], Tensor], *known: Tensor) -> int:
+    with Held(*known) as held:
+        run()
+    return held.most
+
+
+def state_bytes(z: Tensor) -> int:
+    return z.numel() * z.element_size()
+
+
+def test_the_count_sees_what_lives_and_what_is_saved() -> None:
+    x = torch.ones(SHAPE, dtype=torch.float64)
+    size = state_bytes(x)
+    assert most(lambda: x + 1.0 + 1.0 + 1.0, x) == 2 * size
+    assert most(lambda: torch.exp(x.requires_grad_()).exp().exp(), x) == 3 * size
+
+
+def raw(scaled: Tensor, times: Tensor) -> Tensor:
+    """F of the same denoiser."""
+    sigma = wide(times, scaled)
+    x = scaled * (STD**2 + sigma**2).sqrt()
+    c_skip, c_out = STD**2 / (STD**2 + sigma**2), STD * sigma / (STD**2 + sigma**2).sqrt()
+    return (clean(x, times) - c_skip * x) / c_out
+
+
+def noise_of(x: Tensor, times: Tensor) -> Tensor:
+    return (x - clean(x, times)) / wide(times, x)
+
+
+def mean_of_noise(x: Tensor, times: Tensor) -> Tensor:
+    return x - wide(times, x) * noise_of(x, times)
+
+
+def mean_of_raw(x: Tensor, times: Tensor) -> Tensor:
+    """EDM eq. 7."""
+    sigma = wide(times, x)
+    total = STD**2 + sigma**2
+    return STD**2 / total * x + STD * sigma / total.sqrt() * raw(x / total.sqrt(), times)
+
+
+MODELS: dict[str, tuple[Any, Any, Any]] = {
+    "x0": ("x0", clean, clean),
+    "noise": ("noise", noise_of, mean_of_noise),
+    "F": (Preconditioned(), raw, mean_of_raw),
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), [*itertools.product(SOLVERS, MODELS), ("cm inversion", "x0")])
+def test_a_solver_holds_no_more_than_its_algorithm(name: str, kind: str, record_property: Any) -> None:
+    prediction, model, mean = MODELS[kind]
+    z = 10.0 * noise(*SHAPE)
+    given = problem(y=0.3 * noise(4, 2, 16, 16, seed=1).abs())
+    y = given["y"]
+    if name == "cm inversion":
+        del given["scale"]
+        more: Any = {"iterations": 3, "rate": lambda t: 0.2 * (t + 0.5), "tau": 0.1, "parameterization": "x0"}
+        ours = most(lambda: cm_inversion_sample(jump, z, LEVELS, **more, **given), z, y)
+        theirs = most(lambda: plain_inversion(z, y), z, y)
+    else:
+        solve = SOLVERS[name][0]
+        ours = most(lambda: solve(model, z, SCHEDULE, prediction=prediction, **extras(name), **given), z, y)
+        theirs = most(lambda: plain(name, z, y, SCHEDULE, mean), z, y)
+    record_property("peak", f"{ours} of {theirs}")
+    # Ours forms the times of all levels at once: (N + 1)·B numbers, where a state has B·d.
+    assert 3 * state_bytes(z) < ours <= theirs + (SCHEDULE.steps + 1) * len(z) * z.element_size()
