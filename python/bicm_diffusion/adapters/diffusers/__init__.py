@@ -8,5 +8,6 @@ with extra("diffusers"):
 
 from bicm_diffusion.adapters.diffusers.accelerate import accelerate_scheduler, accelerated_class, is_accelerated
 from bicm_diffusion.adapters.diffusers.bdia import BDIADDIMScheduler
+from bicm_diffusion.adapters.diffusers.bridge import from_diffusers
 
-__all__ = ["BDIADDIMScheduler", "accelerate_scheduler", "accelerated_class", "is_accelerated"]
+__all__ = ["BDIADDIMScheduler", "accelerate_scheduler", "accelerated_class", "from_diffusers", "is_accelerated"]

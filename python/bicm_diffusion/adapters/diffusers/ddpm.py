@@ -100,6 +100,8 @@ class Ddpm(Alphas):
         tables = self._ready(graph)
         if tables is None or self.variance_type != self._internal_dict.variance_type:
             return None
+        if min(sample.dim(), model_output.dim()) < 2:
+            return None  # the original looks for channels
         found = self._found(tables, timestep, sample, graph)
         if found is None:
             return None

@@ -1,0 +1,199 @@
+"""`from_diffusers`: a network and a scheduler as the model, schedule and prediction of this package's samplers."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    SchedulerMixin,
+)
+from torch import Tensor, nn
+
+from bicm_diffusion.described import described
+from bicm_diffusion.samplers.prediction import Preconditioned, Prediction
+from bicm_diffusion.schedules import Schedule
+from bicm_diffusion.schedules.schedule import check_steps
+
+Model = Callable[..., Tensor]
+
+#: diffusers' names of what a network predicts, and this package's.
+PREDICTIONS: dict[str, Prediction] = {
+    "epsilon": "noise",
+    "v_prediction": "v",
+    "sample": "x0",
+    "original_sample": "x0",
+    "flow_prediction": "flow",
+}
+#: Transformers that are told sigma itself: they multiply it by 1000.
+TOLD_SIGMA = frozenset(
+    f"{name}Transformer2DModel" for name in ("Flux", "Flux2", "Chroma", "QwenImage", "LongCatImage", "OvisImage")
+)
+#: Those that are told 1 - sigma, and answer with x - n.
+REVERSED = frozenset(("LuminaNextDiT2DModel", "Lumina2Transformer2DModel"))
+#: The alpha-bar that stands for a level without signal, as in diffusers' Euler schedulers.
+LEAST_ALPHA_BAR = 2.0**-24
+EDM = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
+#: How far apart two levels lie at least, in sigma/alpha relatively.
+APART = 1e-6
+
+
+class Level(NamedTuple):
+    time: float
+    alpha: float
+    sigma: float
+    #: Whether the network knows the time.
+    known: bool = True
+
+
+def from_diffusers(network: nn.Module, scheduler: Any, *, steps: int) -> tuple[Model, Schedule, Prediction]:
+    """Return `(model, schedule, prediction)` of a diffusers network, for this package's samplers and exact inversions.
+
+    network: a U-Net or a transformer of diffusers, called as `network(z, timestep=..., **extra_args)`: conditions go
+    through a sampler's `extra_args`. A float32 state meets a half-precision network in the network's dtype; channels
+    beyond the state's, of a learned variance, are dropped. scheduler: the one that the network was made for; it is left
+    as it is. Its spacing, sigmas and prediction type count, its solver does not. One whose timesteps are set to `steps`
+    keeps them, which is how custom timesteps, or a `mu`, are given.
+    schedule: z = alpha·x + sigma·n: variance-preserving for epsilon, v and sample; alpha = 1 for EDM and consistency
+    models, whose prediction is a `Preconditioned`; alpha = 1 - sigma for flow matching. The times are training steps in
+    the first form and sigmas in the others, so that `ddpm_schedule`, `karras_schedule` and `flow_schedule` fit a model
+    too. A level that a schedule visits twice, as DDIM's last one may be, is one level, so there may be fewer than
+    `steps`; a level without signal is taken at alpha² = 2^-24.
+    Raises TypeError for what is no network or no scheduler, ValueError for a configuration that these levels cannot
+    hold: inverted sigmas, an unknown prediction type, dynamic shifting without timesteps that were set.
+
+    >>> from diffusers import DDIMScheduler, UNet2DModel
+    >>> from bicm_diffusion import bdia_sample
+    >>> sizes = {"block_out_channels": (8,), "norm_num_groups": 4}
+    >>> unet = UNet2DModel(4, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), **sizes)
+    >>> model, schedule, prediction = from_diffusers(unet, DDIMScheduler(), steps=5)
+    >>> bdia_sample(model, torch.ones(1, 3, 4, 4), schedule, prediction=prediction).z.shape
+    torch.Size([1, 3, 4, 4])
+    """
+    if isinstance(network, DiffusionPipeline):
+        raise TypeError(f"network: expected a pipeline's unet or transformer, got {described(network)} itself")
+    if not isinstance(network, nn.Module) or "timestep" not in inspect.signature(network.forward).parameters:
+        raise TypeError(f"network: expected a U-Net or a transformer of diffusers, got {described(network)}")
+    if not isinstance(scheduler, SchedulerMixin):
+        raise TypeError(f"scheduler: expected one of diffusers, got {described(scheduler)}")
+    check_steps(steps)
+    scheduler = copy.deepcopy(scheduler)
+    if getattr(scheduler, "num_inference_steps", None) != steps:
+        if getattr(scheduler.config, "use_dynamic_shifting", False):
+            raise ValueError(
+                "scheduler: expected one whose timesteps are set where use_dynamic_shifting is, "
+                f"as by set_timesteps({steps}, mu=...); got {scheduler.__class__.__name__} without"
+            )
+        scheduler.set_timesteps(steps)
+    prediction, read = _kind(scheduler)
+    return _model(network, scheduler, prediction), _schedule(read(scheduler)), prediction
+
+
+def _kind(scheduler: Any) -> tuple[Prediction, Callable[[Any], list[Level]]]:
+    """What the network predicts, and how levels are read."""
+    config = scheduler.config
+    if isinstance(scheduler, CMStochasticIterativeScheduler):
+        return Preconditioned("cm", config.sigma_data, config.sigma_min), _exploding
+    if isinstance(scheduler, EDM):
+        return Preconditioned("edm", config.sigma_data), _exploding
+    if getattr(config, "invert_sigmas", False):
+        raise ValueError("scheduler: expected levels that lead from noise to data, got invert_sigmas=True")
+    flow = "FlowMatch" in scheduler.__class__.__name__
+    name = getattr(config, "prediction_type", "flow_prediction" if flow else None)
+    if name not in PREDICTIONS:
+        raise ValueError(f"scheduler: expected a prediction_type of {', '.join(PREDICTIONS)}, got {name!r}")
+    lines = flow or getattr(config, "use_flow_sigmas", False)
+    return PREDICTIONS[name], _flowing if lines else _preserving
+
+
+def _pairs(scheduler: Any) -> list[tuple[float, float]]:
+    """Timesteps and sigmas from noise to data."""
+    times, sigmas = scheduler.timesteps.tolist(), scheduler.sigmas.tolist()
+    return list(zip(times, sigmas, strict=False))
+
+
+def _exploding(scheduler: Any) -> list[Level]:
+    return [Level(sigma, 1.0, sigma) for sigma in scheduler.sigmas.tolist()]
+
+
+def _flowing(scheduler: Any) -> list[Level]:
+    last, train = float(scheduler.sigmas[-1]), scheduler.config.num_train_timesteps
+    return [*(Level(t / train, 1.0 - s, s) for t, s in _pairs(scheduler)), Level(last, 1.0 - last, last)]
+
+
+def _preserving(scheduler: Any) -> list[Level]:
+    if hasattr(scheduler, "sigmas") and len(scheduler.sigmas) > len(scheduler.timesteps):
+        squares = [(t, 1.0 / (1.0 + s * s)) for t, s in _pairs(scheduler)]
+        end = 1.0 / (1.0 + float(scheduler.sigmas[-1]) ** 2)
+    elif hasattr(scheduler, "alphas_cumprod"):
+        table = scheduler.alphas_cumprod.tolist()
+        squares = [(t, table[int(t)]) for t in scheduler.timesteps.tolist()]
+        end = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
+    else:
+        raise ValueError(f"scheduler: expected sigmas or alphas_cumprod, got {scheduler.__class__.__name__} without")
+    levels = [(t, max(a, LEAST_ALPHA_BAR), True) for t, a in squares]
+    # The level at the end may be that of the lowest training step, as with set_alpha_to_one=False.
+    lowest = scheduler.alphas_cumprod[0].item() if hasattr(scheduler, "alphas_cumprod") else 1.0
+    trained = abs(lowest - end) < APART and end < 1.0
+    levels.append((0.0 if trained else -1.0, end, trained))
+    return [Level(t, math.sqrt(a), math.sqrt(1.0 - a), known) for t, a, known in levels]
+
+
+def _schedule(levels: list[Level]) -> Schedule:
+    """The levels in the order of a schedule; of several equal ones the first that the network knows."""
+    kept: list[Level] = []
+    levels = levels[::-1]  # the order of equal ones
+    for level in sorted(levels, key=_ratio):
+        if kept and _ratio(level) <= _ratio(kept[-1]) * (1.0 + APART):
+            if level.known and not kept[-1].known:
+                kept[-1] = level
+            continue
+        kept.append(level)
+    times, alpha, sigma, known = zip(*kept, strict=True)
+    return Schedule(times, alpha, sigma, asked=known[0])
+
+
+def _ratio(level: Level) -> float:
+    return level.sigma / level.alpha if level.alpha else math.inf
+
+
+def _model(network: Any, scheduler: Any, prediction: Prediction) -> Model:
+    told = _told(network, scheduler)
+    turned = network.__class__.__name__ in REVERSED
+    if isinstance(scheduler, EDM) and scheduler.config.prediction_type == "v_prediction":
+        turned = True  # c_out has the other sign there
+    whole = getattr(getattr(network, "config", None), "time_embedding_type", None) == "learned"
+    parameter = next(network.parameters(), None)
+
+    def model(z: Tensor, times: Tensor, **extra_args: Any) -> Tensor:
+        dtype = z.dtype if parameter is None else parameter.dtype
+        given = told(times.to(torch.float32))
+        given = given.round().long() if whole else given
+        output: Tensor = network(z.to(dtype), timestep=given, return_dict=False, **extra_args)[0]
+        if output.shape != z.shape and output.shape[1] == 2 * z.shape[1]:
+            output = output[:, : z.shape[1]]
+        return -output if turned else output
+
+    return model
+
+
+def _told(network: Any, scheduler: Any) -> Callable[[Tensor], Tensor]:
+    """What a network is told at a time of the schedule."""
+    if isinstance(scheduler, CMStochasticIterativeScheduler):
+        return lambda sigma: 250.0 * sigma.log()
+    if isinstance(scheduler, EDM):
+        return lambda sigma: 0.25 * sigma.log()
+    if _kind(scheduler)[1] is not _flowing:
+        return lambda step: step
+    name, train = network.__class__.__name__, float(scheduler.config.num_train_timesteps)
+    if name in REVERSED:
+        return lambda sigma: 1.0 - sigma
+    return (lambda sigma: sigma) if name in TOLD_SIGMA else (lambda sigma: sigma * train)
