@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -36,7 +37,8 @@ for name in [*sys.modules]:
 def run(code: str, *blocked: str) -> subprocess.CompletedProcess[str]:
     """Run code in a process that cannot import some packages."""
     program = f"{BLOCK.format(blocked=set(blocked))}\n{textwrap.dedent(code)}"
-    return fresh.run(program, os.environ, ROOT, [str(ROOT), str(ROOT / "python")])
+    with tempfile.TemporaryDirectory() as directory:
+        return fresh.run(program, os.environ, Path(directory), [str(ROOT), str(ROOT / "python")])
 
 
 def test_the_packages_import_and_sample_without_extras() -> None:
