@@ -40,7 +40,7 @@ def update(x: Tensor, F: Tensor, direction: Tensor, weight: float) -> Tensor:
     at = Evaluation(INDEX, *HERE, x, Plain(lambda z, tracked: F, lambda z, output: z))
     output = changed(Shift(direction, weight), at, OF_STATE, OF_OUTPUT)
     noise: dict[str, Any] = {"noise_weight": ROW[2], "seed": SEED}
-    return LOOP.advance([x, output], ROW[:2], noise=noise)[0]
+    return LOOP.advance_with_noise([x, output], ROW[:2], noise)[0]
 
 
 def ours_dps(x: Tensor, F: Tensor, gradient: Tensor) -> Tensor:

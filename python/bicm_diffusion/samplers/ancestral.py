@@ -81,7 +81,7 @@ class Ancestral:
             "sample_id": self.sample_id,
         }
         then = i - 1 if i > 1 else None
-        return *self.loop.advance([z, output], (of_z, of_output), then=then, noise=noise), output
+        return *self.loop.advance_with_noise([z, output], (of_z, of_output), noise, then), output
 
 
 def _ancestral(prediction: Prediction, below: Level, here: Level, eta: Number) -> Row:

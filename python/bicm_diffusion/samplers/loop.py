@@ -204,33 +204,35 @@ class Loop:
         return self.times[i]
 
     def advance(
-        self,
-        tensors: Sequence[Any],
-        weights: Sequence[Number],
-        *,
-        then: int | None = None,
-        guided: bool = True,
-        noise: Mapping[str, Any] | None = None,
+        self, tensors: Sequence[Any], weights: Sequence[Number], *, then: int | None = None, guided: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """Return Σ w_k·x_k, and the model's input where the model is asked next about it, at index `then`.
 
-        guided: the last tensor is an output of the model, a pair under guidance. noise: weight and key of what is
-        added last.
+        guided: the last tensor is an output of the model, a pair under guidance.
         """
         guidance = self.guidance_scale if guided else None
-        if guided and self.guide is not None:
+        if self.guide is not None and guided:
             tensors, (weights,), guidance = opened(tensors, [weights], guidance)
-        scale = None if then is None or self.tracks else self.input_scale(then)
+            then = None if self.tracks else then
+        scale = None if then is None else self.input_scale(then)
         if scale is not None:
-            nothing = [0.0] * len(weights)
-            if noise:
-                last = {"x0_weight": 0.0, "next_scale": scale, "guidance_scale": guidance, **noise}
-                out, _, scaled = denoised_step(tensors, nothing, weights, **last)
-                return out, scaled
             # The sum as x0, so that what follows it is the scaled input and nothing is written in vain.
+            nothing = [0.0] * len(weights)
             scaled, out, _ = denoised_step(tensors, weights, nothing, x0_weight=scale, guidance_scale=guidance)
             return out, scaled
-        return affine_step(tensors, weights, guidance_scale=guidance, **(noise or {})), None
+        return affine_step(tensors, weights, guidance_scale=guidance), None
+
+    def advance_with_noise(
+        self, tensors: Sequence[Any], weights: Sequence[Number], noise: Mapping[str, Any], then: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the same with noise of a weight and key added last."""
+        tensors, (weights,), guidance = opened(tensors, [weights], self.guidance_scale)
+        scale = None if then is None or self.tracks else self.input_scale(then)
+        if scale is None:
+            return affine_step(tensors, weights, guidance_scale=guidance, **noise), None
+        last = {"x0_weight": 0.0, "next_scale": scale, "guidance_scale": guidance, **noise}
+        out, _, scaled = denoised_step(tensors, [0.0] * len(weights), weights, **last)
+        return out, scaled
 
     def report(self, index: int, z: Tensor, output: Output) -> None:
         """Tell the callback of a step."""
