@@ -18,6 +18,7 @@ pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
 
 from diffusers import (
     CMStochasticIterativeScheduler,
+    CogVideoXDDIMScheduler,
     DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
@@ -28,6 +29,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    TCDScheduler,
 )
 from diffusers.configuration_utils import FrozenDict
 
@@ -198,6 +200,8 @@ OPTIONS: dict[type[Any], list[tuple[str, Any]]] = {
     LCMScheduler: [*PREDICTED, *CLIPS, ("thresholding", True), ("timestep_scaling", 3.0)],
     FlowMatchEulerDiscreteScheduler: [("num_train_timesteps", 500), ("stochastic_sampling", True)],
     EulerAncestralDiscreteScheduler: PREDICTED,
+    TCDScheduler: PREDICTED,
+    CogVideoXDDIMScheduler: [*PREDICTED, ("num_train_timesteps", 700)],
     DDPMScheduler: [
         *PREDICTED,
         *CLIPS,

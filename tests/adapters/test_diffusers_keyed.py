@@ -24,6 +24,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    TCDScheduler,
 )
 
 import bicm_kernels as bk
@@ -45,6 +46,7 @@ DRAWING: list[tuple[type[Any], dict[str, Any], dict[str, Any]]] = [
     (FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}, {}),
     (EulerAncestralDiscreteScheduler, {}, {}),
     (DDPMScheduler, {}, {}),
+    (TCDScheduler, {}, {}),
 ]
 FORESEEING = [
     EulerDiscreteScheduler,

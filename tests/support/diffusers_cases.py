@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import (
     CMStochasticIterativeScheduler,
+    CogVideoXDDIMScheduler,
     DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
@@ -22,6 +23,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    TCDScheduler,
 )
 from torch import Tensor
 
@@ -40,6 +42,7 @@ Case = tuple[type[Any], dict[str, Any], dict[str, Any]]
 def _cases() -> Iterator[Case]:
     for spacing in ("leading", "trailing", "linspace"):
         yield DDPMScheduler, {"timestep_spacing": spacing}, {}
+        yield CogVideoXDDIMScheduler, {"timestep_spacing": spacing}, {"eta": 0.5}
         yield EulerAncestralDiscreteScheduler, {"timestep_spacing": spacing}, {}
         yield DDIMScheduler, {"timestep_spacing": spacing}, {}
         yield EulerDiscreteScheduler, {"timestep_spacing": spacing}, {}
@@ -47,9 +50,11 @@ def _cases() -> Iterator[Case]:
     yield DDIMInverseScheduler, {"timestep_spacing": "trailing"}, {}
     for prediction in ("epsilon", "sample", "v_prediction"):
         config: dict[str, Any] = {"prediction_type": prediction}
+        yield CogVideoXDDIMScheduler, config, {}
         for clips in (True, False):
             yield DDIMScheduler, {**config, "clip_sample": clips}, {"eta": 0.7}
             yield LCMScheduler, {**config, "clip_sample": clips}, {}
+            yield TCDScheduler, {**config, "set_alpha_to_one": clips}, {"eta": 0.3 if clips else 0.8}
             for variance in ("fixed_small", "fixed_large", "fixed_small_log"):
                 yield DDPMScheduler, {**config, "clip_sample": clips, "variance_type": variance}, {}
         yield DDIMScheduler, {**config, "clip_sample_range": 2.0}, {"use_clipped_model_output": True}
@@ -63,6 +68,7 @@ def _cases() -> Iterator[Case]:
             yield DDIMInverseScheduler, {**config, "clip_sample": False}, {}
             yield EDMEulerScheduler, config, {"s_churn": 3.0}
             yield EDMDPMSolverMultistepScheduler, config, {}
+    yield TCDScheduler, {"timestep_spacing": "trailing"}, {"eta": 0.0}
     yield DDIMScheduler, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, {}
     yield DPMSolverMultistepScheduler, {"solver_type": "heun", "use_karras_sigmas": True}, {}
     yield DPMSolverMultistepScheduler, {"prediction_type": "flow_prediction", "use_flow_sigmas": True}, {}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import (
     CMStochasticIterativeScheduler,
+    CogVideoXDDIMScheduler,
     DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
@@ -18,6 +19,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    TCDScheduler,
 )
 
 Options = Mapping[str, tuple[Any, ...]]
@@ -106,6 +108,12 @@ OPTIONS: dict[type[Any], Options] = {
         "original_inference_steps": (25,),
         "timestep_scaling": (1.0,),
     },
+    TCDScheduler: {
+        **DDIM,
+        **THRESHOLDING,
+        "original_inference_steps": (25,),
+        "timestep_scaling": (1.0,),
+    },
     FlowMatchEulerDiscreteScheduler: {
         "num_train_timesteps": (10, 500),
         "shift": (0.5, 3.0),
@@ -126,6 +134,12 @@ OPTIONS: dict[type[Any], Options] = {
         **BETAS,
         "prediction_type": ("sample", "v_prediction"),
         "steps_offset": (1,),
+    },
+    CogVideoXDDIMScheduler: {
+        **DDIM,
+        "timestep_spacing": ("leading", "trailing", "linspace"),
+        "snr_shift_scale": (1.0, 2.0),
+        "sample_max_value": (2.0,),
     },
     DDPMScheduler: {
         **{name: values for name, values in DDIM.items() if name != "set_alpha_to_one"},

@@ -11,13 +11,14 @@ from diffusers import SchedulerMixin
 
 from bicm_diffusion.adapters.diffusers.ancestral import EulerAncestral
 from bicm_diffusion.adapters.diffusers.consistency import ConsistencyModel, LatentConsistencyModel
-from bicm_diffusion.adapters.diffusers.ddim import Ddim, DdimInverse
+from bicm_diffusion.adapters.diffusers.ddim import CogVideoXDdim, Ddim, DdimInverse
 from bicm_diffusion.adapters.diffusers.ddpm import Ddpm
 from bicm_diffusion.adapters.diffusers.dpmsolver import DpmSolver, EdmDpmSolver
 from bicm_diffusion.adapters.diffusers.drawing import Integer, Noise, own_config
 from bicm_diffusion.adapters.diffusers.euler import EdmEuler, Euler
 from bicm_diffusion.adapters.diffusers.flow_match import FlowMatchEuler
 from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, derived
+from bicm_diffusion.adapters.diffusers.tcd import Tcd
 from bicm_diffusion.described import described
 
 #: The diffusers classes that have an accelerated form.
@@ -33,6 +34,8 @@ COVERED: dict[type[Any], type[Accelerated]] = {
     diffusers.FlowMatchEulerDiscreteScheduler: FlowMatchEuler,
     diffusers.EulerAncestralDiscreteScheduler: EulerAncestral,
     diffusers.DDPMScheduler: Ddpm,
+    diffusers.CogVideoXDDIMScheduler: CogVideoXDdim,
+    diffusers.TCDScheduler: Tcd,
 }
 
 

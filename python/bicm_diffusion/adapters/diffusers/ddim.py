@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_ddim_cogvideox import DDIMSchedulerOutput as CogVideoXOutput
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput as DDIMInverseSchedulerOutput
 from torch import Tensor
 
@@ -82,10 +83,12 @@ class Alphas(Accelerated):
     alphas_cumprod: Tensor
     #: The attribute that holds the level beyond the schedule's end.
     _beyond: ClassVar[str]
+    #: Whether x0 may be clipped.
+    _clips: ClassVar[bool] = True
     _options: ClassVar[tuple[str, ...]] = ("num_train_timesteps", "prediction_type", "clip_sample", "clip_sample_range")
 
     def _fill(self, tables: AlphaTables) -> None:
-        tables.clip = float(self.config.clip_sample_range) if self.config.clip_sample else None
+        tables.clip = float(self.config.clip_sample_range) if self._clips and self.config.clip_sample else None
         tables.gives_output = self.config.prediction_type == "sample"
         tables.gap = self.config.num_train_timesteps // self.num_inference_steps if self.num_inference_steps else 0
 
@@ -139,7 +142,11 @@ class Alphas(Accelerated):
         config = self.config
         try:
             row: Row | None = ddim_row(
-                config.prediction_type, *levels, eta, clips=config.clip_sample, rederives=rederives
+                config.prediction_type,
+                *levels,
+                eta,
+                clips=self._clips and config.clip_sample,
+                rederives=rederives,
             )
         except (ZeroDivisionError, ValueError, OverflowError):
             row = None  # a level without signal or without noise: the original's infinities
@@ -158,6 +165,26 @@ class Alphas(Accelerated):
         cancels, zero = torch.as_tensor(levels[0]) < CANCELS, torch.zeros_like(near)
         plain = [torch.where(cancels, zero, x) for x in (x0_sample, x0_output)]
         return *plain, *rest, torch.where(cancels, near, zero), torch.where(cancels, guidance, zero)
+
+    def _plain(
+        self,
+        tables: AlphaTables | None,
+        output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        graph: bool,
+        cls: Any,
+        return_dict: bool,
+    ) -> Any:
+        """A step without noise, or None where the original has to run."""
+        if tables is None:
+            return None
+        at = timestep if graph else host_value(timestep, tables.timesteps)
+        row = self._row_at(tables, at, sample, graph)
+        if row is None:
+            return None
+        out, x0 = self._two(tables, as_state(sample, output), output, row)
+        return as_output(graph, cls, out, "pred_original_sample", x0) if return_dict else (out, x0)
 
     def _two(
         self, tables: AlphaTables, state: Tensor, output: Tensor, row: Row, noise: Tensor | None = None, **keyed: Any
@@ -260,13 +287,34 @@ class DdimInverse(Alphas):
     def step(self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True) -> Any:
         graph = traced()
         tables = self._ready(graph) if self.num_inference_steps else None
-        if tables is None:
-            return None
-        at = timestep if graph else host_value(timestep, tables.timesteps)
-        row = self._row_at(tables, at, sample, graph)
-        if row is None:
-            return None
-        out, x0 = self._two(tables, as_state(sample, model_output), model_output, row)
-        if not return_dict:
-            return out, x0
-        return as_output(graph, DDIMInverseSchedulerOutput, out, "pred_original_sample", x0)
+        return self._plain(tables, model_output, timestep, sample, graph, DDIMInverseSchedulerOutput, return_dict)
+
+
+class CogVideoXDdim(Alphas):
+    """DDIM without noise; the original takes eta and clipping, and heeds neither."""
+
+    _beyond = "final_alpha_cumprod"
+    _sources = ("alphas_cumprod", "timesteps", _beyond)
+    _options = ("num_train_timesteps", "prediction_type")
+    _clips = False
+
+    def _ends(self, timestep: Any, tables: AlphaTables) -> tuple[Any, Any]:
+        return timestep, timestep - tables.gap
+
+    @fused
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        graph = traced()
+        if not (sample.is_floating_point() and model_output.is_floating_point()):
+            return None  # the original's float64 levels would decide on the dtype
+        tables = self._ready(graph) if self.num_inference_steps else None
+        return self._plain(tables, model_output, timestep, sample, graph, CogVideoXOutput, return_dict)
