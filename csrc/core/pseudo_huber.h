@@ -55,6 +55,12 @@ BICM_HD C pseudo_huber_distance(C s, C c) {
   return s / nonzero(root(s + c * c) + c);
 }
 
+// Whether a sample's sum is of squares; else of elementwise distances.
+BICM_HD bool sums_squares(const PseudoHuber& p) { return p.distance != Distance::elementwise; }
+
+// Whether gradients depend on the sum of their sample.
+BICM_HD bool gradient_needs_sum(const PseudoHuber& p) { return p.distance == Distance::vector; }
+
 BICM_HD double transition_of(const PseudoHuber& p, int64_t sample) {
   return p.given_c ? load_number<double>(p.c, sample) : 0.00054 * root(static_cast<double>(p.layout.elements));
 }
@@ -93,7 +99,7 @@ BICM_HD double add_sums(const PseudoHuber& p, double a, double b) {
   const double sum = a + b;
   if (sizeof(C) < sizeof(double) || (a >= 0.0 && b >= 0.0 && sum <= kMostSum)) return sum;
   if (!(absolute(sum) <= Range<double>::largest)) return sum;
-  if (p.distance == Distance::elementwise) {
+  if (!sums_squares(p)) {
     const double inverse = 1.0 / kLargeUnit;
     return keep_distances((a < 0.0 ? -a : a * inverse) + (b < 0.0 ? -b : b * inverse), kLargeUnit);
   }
@@ -190,14 +196,14 @@ struct SumRange<double> {
 template <class C>
 BICM_HD double least_sum(const PseudoHuber& p, C c) {
   using S = SumRange<C>;
-  if (p.distance == Distance::vector) return S::least_square;
+  if (sums_squares(p)) return S::least_square;
   return c < Range<C>::faint ? S::least_steep : S::least;
 }
 
 // Whether none of the terms that add up to this can have overflowed, and what underflowed does not count.
 template <class C>
 BICM_HD bool trusted(const PseudoHuber& p, double sum, C c) {
-  if (p.distance == Distance::vector) return sum >= least_sum(p, c) && sum <= SumRange<C>::most_square;
+  if (sums_squares(p)) return sum >= least_sum(p, c) && sum <= SumRange<C>::most_square;
   return sum >= least_sum(p, c) && sum <= SumRange<C>::most && c <= Range<C>::common;
 }
 
@@ -213,7 +219,7 @@ constexpr double kLittle = 0x1p20;
 template <class C>
 BICM_HD C scale_of(const PseudoHuber& p, double sum, C c) {
   const bool grows = sum < least_sum(p, c);
-  if (p.distance == Distance::vector) return grows ? Range<C>::grow : C(1) / Range<C>::grow;
+  if (sums_squares(p)) return grows ? Range<C>::grow : C(1) / Range<C>::grow;
   if (!grows) return static_cast<C>(1.0 / kLittle);
   return c <= Range<C>::common ? Range<C>::grow : static_cast<C>(kLittle);
 }
@@ -222,7 +228,7 @@ BICM_HD C scale_of(const PseudoHuber& p, double sum, C c) {
 template <class C>
 BICM_HD double keep_sum(const PseudoHuber& p, double sum, C scale) {
   constexpr double grown = Range<C>::grow, inverse = 1.0 / grown;
-  const bool grows = scale > C(1), squares = p.distance == Distance::vector;
+  const bool grows = scale > C(1), squares = sums_squares(p);
   const bool little = grows ? scale == static_cast<C>(kLittle) : scale == static_cast<C>(1.0 / kLittle);
   const double unit = grows ? (little ? 1.0 / kLittle : inverse) : (little ? kLittle : grown);
   if (sizeof(C) < sizeof(double)) return squares ? sum * unit * unit : sum * unit;
