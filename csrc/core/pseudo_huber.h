@@ -1,4 +1,5 @@
-// Pseudo-Huber distances of a residual r: per sample sqrt(|r|^2 + c^2) - c, or the mean of the same over elements.
+// Pseudo-Huber distances of a residual r: per sample sqrt(|r|^2 + c^2) - c, or the mean of the same over elements; or its
+// square |r|^2.
 //
 // The residual is formed in the compute type; sums over a sample and everything that exists once per sample are float64.
 #pragma once
@@ -8,7 +9,7 @@
 
 namespace bicm {
 
-enum class Distance : int32_t { vector, elementwise };
+enum class Distance : int32_t { vector, elementwise, squared };
 enum class Reduction : int32_t { mean, sum, none };
 enum class Parameterization : int32_t { bcm, cm, edm };
 
@@ -123,6 +124,11 @@ BICM_HD double distance_of(const PseudoHuber& p, int64_t sample, double sum) {
     const double elements = static_cast<double>(p.layout.elements);
     return sizeof(C) < sizeof(double) || sum >= 0.0 ? sum / elements : (-sum / elements) * kLargeUnit;
   }
+  if (p.distance == Distance::squared) {
+    if (sizeof(C) < sizeof(double) || !(sum < 0.0)) return sum;
+    const Norm norm = norm_of(sum);
+    return (norm.value * norm.unit) * (norm.value * norm.unit);
+  }
   const double c = transition_of(p, sample);
   if (sum > Range<double>::largest && c <= Range<double>::largest) return sum;
   if (squares_add<C>(sum, c)) return pseudo_huber_distance(sum, c);
@@ -159,9 +165,10 @@ BICM_HD Slope slope_of(const PseudoHuber& p, int64_t sample, double sum, const P
   double factor = load_number<double>(p.upstream, sample) * load_number<double>(p.weight, sample);
   if (p.reduction == Reduction::mean) factor = factor / static_cast<double>(p.layout.batch);
   if (p.distance == Distance::elementwise) return {factor / static_cast<double>(p.layout.elements), 1.0};
-  const double c = transition_of(p, sample);
   double power = 1.0;
-  if (squares_add<C>(sum, c)) {
+  if (p.distance == Distance::squared) {
+    factor = 2.0 * factor;
+  } else if (const double c = transition_of(p, sample); squares_add<C>(sum, c)) {
     factor = factor / nonzero(root(sum + c * c));
   } else {
     const Norm norm = norm_of(sum);
