@@ -34,6 +34,16 @@ def elementwise(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return (weight * ((r.square() + 0.03**2).sqrt() - 0.03).flatten(1).mean(1)).mean()
 
 
+def ours_squared(pred: Tensor, target: Tensor, weight: Tensor, *, gradient: str = "backward") -> Tensor:
+    """The squared distance."""
+    return bk.pseudo_huber(pred, target, weight=weight, kind="squared", gradient=gradient)
+
+
+def squared(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """The squared distance, as written."""
+    return (weight * (pred.float() - target.float()).flatten(1).square().sum(1)).mean()
+
+
 def ours_consistency(F: Tensor, target: Tensor, x: Tensor, weight: Tensor, *, gradient: str = "backward") -> Tensor:
     """``consistency_loss`` with times per sample; the weight's numbers serve as times."""
     return bk.consistency_loss(x, F, weight, 0.5 * weight, target, weight=weight, gradient=gradient)
@@ -59,6 +69,7 @@ CASES = tuple(
     for name, ours, eager, tensors in (
         ("pseudo_huber", ours_pseudo_huber, pseudo_huber, 2),
         ("pseudo_huber_elementwise", ours_elementwise, elementwise, 2),
+        ("pseudo_huber_squared", ours_squared, squared, 2),
         ("consistency_loss", ours_consistency, consistency, 3),
     )
     for suffix, route, passes in (("", partial, 2), ("_kept", kept, 1))

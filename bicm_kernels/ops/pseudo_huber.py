@@ -26,13 +26,15 @@ def pseudo_huber(
     ``vector``: sqrt(|r|^2 + c^2) - c per sample, r = pred - target; ``elementwise``: the mean of sqrt(r_i^2 + c^2) - c
     over a sample's elements. Both are computed as s / (sqrt(s + c^2) + c); value and gradient are 0 at s = c = 0.
     Squares may overflow or underflow. An infinite residual makes the distance infinite and its own derivative NaN.
+    ``squared``: |r|^2 per sample, the sum of its squares, whose gradient is 2 r; infinite where it overflows, and an
+    infinite residual has an infinite derivative.
 
     Args:
         pred, target: (B, ...) of one shape, each float16, bfloat16, float32 or float64, any strides.
         c: where the square turns into the norm, >= 0; float, 0-d or (B,) tensor. None is 0.00054 sqrt(d) for
-            ``vector``, d elements in a sample; ``elementwise`` must be given one.
+            ``vector``, d elements in a sample; ``elementwise`` must be given one, ``squared`` takes none.
         weight: weight of each sample, a (B,) tensor, a 0-d tensor or a float; None weighs all alike.
-        kind: "vector" or "elementwise".
+        kind: "vector", "elementwise" or "squared".
         reduction: "mean" or "sum" of the weighted distances over the batch, or "none".
         gradient: "backward" re-reads the inputs in the backward pass. "forward" reads them once, forms the gradients
             with the value and keeps them in place of the inputs. The backward pass gives them out, times the incoming

@@ -32,7 +32,7 @@ _SUFFIXES = ("", "_backward", "_with_gradients")
 CODES: dict[str, dict[Any, int]] = {
     "parameterization": {"bcm": 0, "cm": 1, "edm": 2},
     "scaled": {False: 0, True: 1},
-    "kind": {"vector": 0, "elementwise": 1},
+    "kind": {"vector": 0, "elementwise": 1, "squared": 2},
     "reduction": {"mean": 0, "sum": 1, "none": 2},
 }
 _NAMES = {name: tuple(codes) for name, codes in CODES.items()}
@@ -249,6 +249,8 @@ class Loss(Op):
         c = values["c"]
         if c is None and values["kind"] == "elementwise":
             raise ValueError("c must be given for kind='elementwise', where it has no usual value, got None")
+        if c is not None and values["kind"] == "squared":
+            raise ValueError(f"c must be None for kind='squared', which has no use for it, got {arguments.describe(c)}")
         if isinstance(c, float | int) and not arguments.compiling() and not c >= 0:
             raise ValueError(f"c must be at least 0, got {c!r}")
         if (u := values.get("u")) is not None and (name := values["parameterization"]) != "bcm":

@@ -84,7 +84,11 @@ def reduced(residual: Tensor, c: Number | None, weight: Number | None, kind: str
     batch, elements = residual.shape[0], math.prod(residual.shape[1:])
     flat = residual.reshape(batch, elements)
     per_batch, wide = flat.new_empty((batch,)), flat.dtype == torch.float64
-    if kind == "vector":
+    if kind == "squared":
+        assert c is None
+        wide_flat = flat.double()
+        values = (wide_flat * wide_flat).sum(1)  # whose derivative does not double first
+    elif kind == "vector":
         if c is None:
             c = 0.00054 * math.sqrt(elements)
         if wide and elements:
@@ -111,7 +115,7 @@ def pseudo_huber(
     kind: str = "vector",
     reduction: str = "mean",
 ) -> Tensor:
-    """BCM eq. 11: sqrt(|pred - target|^2 + c^2) - c per sample, or the mean of the same over elements."""
+    """BCM eq. 11: sqrt(|pred - target|^2 + c^2) - c per sample, the mean of the same over elements, or the square."""
     compute = compute_dtype(pred, target)
     return reduced(pred.to(compute) - target.to(compute), c, weight, kind, reduction)
 

@@ -91,8 +91,13 @@ def add_sums(a, b, ELEMENTWISE: tl.constexpr, COMPUTE: tl.constexpr):
 
 @triton.jit
 def distance_of_sum(total, elements, c, sample, present, ELEMENTWISE: tl.constexpr, COMPUTE: tl.constexpr):
-    """The distances of samples from their sums, in float64."""
-    if ELEMENTWISE:
+    """The distances of samples from their sums, in float64; of the squared one c is None."""
+    if c is None:
+        value = total
+        if COMPUTE.primitive_bitwidth == 64:
+            norm, unit, _ = norm_of(total)
+            value = tl.where(total < 0.0, (norm * unit) * (norm * unit), total)
+    elif ELEMENTWISE:
         count = tl.full((), elements, tl.float64)
         value = total / count
         if COMPUTE.primitive_bitwidth == 64:

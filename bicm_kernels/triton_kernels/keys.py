@@ -38,8 +38,10 @@ def load_rows(pointer, stride, sample, present, other: tl.constexpr):
 
 @triton.jit
 def number(argument, sample, present, COMPUTE: tl.constexpr):
-    """A number for each row of a tile, (ROWS, 1)."""
-    if len(argument) == 1:
+    """A number for each row of a tile, (ROWS, 1); 0 for one that is None."""
+    if argument is None:
+        value = tl.full(sample.shape, 0.0, COMPUTE)
+    elif len(argument) == 1:
         value = tl.full(sample.shape, argument[0], COMPUTE)
     else:
         value = load_rows(argument[0], argument[1], sample, present, 1).to(COMPUTE)

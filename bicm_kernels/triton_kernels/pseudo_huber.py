@@ -61,7 +61,7 @@ class Loss:
         reduction: int,
     ) -> None:
         checks.check_states(inputs, len(inputs))
-        self.inputs, self.elementwise = list(inputs), kind == 1
+        self.inputs, self.elementwise, self.squared = list(inputs), kind == 1, kind == 2
         self.reduction, self.form, self.scaled = REDUCTIONS[reduction], form, scaled
         first = inputs[0]
         self.batch, self.elements = first.shape[0], math.prod(first.shape[1:])
@@ -70,8 +70,14 @@ class Loss:
         self.levels = tuple([self.number(value) for value in levels])
         self.weight = 1.0 if weight is None else weight
         checks.require(c is not None or not self.elementwise, "elementwise needs c")
+        checks.require(c is None or not self.squared, "squared takes no c")
         checks.require(isinstance(c, Tensor) or c is None or c >= 0, "c must not be negative")
         self.c = 0.00054 * math.sqrt(self.elements) if c is None else c
+
+    @property
+    def transition(self) -> Argument | None:
+        """c, which the squared distance has no use for."""
+        return None if self.squared else self.number(self.c)
 
     def number(self, value: Number) -> Argument:
         """A number in the compute type."""
@@ -110,7 +116,7 @@ class Loss:
             "sizes": layout.plan.sizes,
             "batch": self.batch,
             "elements": self.elements,
-            "c": self.number(self.c),
+            "c": self.transition,
             "weight": self.number(self.weight),
             "REDUCTION": self.reduction,
             "COLUMNS": columns,
@@ -181,7 +187,7 @@ class Loss:
         layout.launch(
             gradients,
             outs=self.places(results, layout.operands),
-            c=self.number(self.c),
+            c=self.transition,
             weight=self.number(self.weight),
             upstream=self.number(upstream),
             totals=totals,

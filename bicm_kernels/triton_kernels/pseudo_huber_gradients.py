@@ -42,7 +42,9 @@ def factors(
         factor = divide(factor, tl.full(factor.shape, batch, COMPUTE))
     transition = number(c, sample, present, COMPUTE)
     power = 1.0
-    if ELEMENTWISE:
+    if c is None:
+        factor = 2.0 * factor
+    elif ELEMENTWISE:
         factor = divide(factor, tl.full(factor.shape, elements, COMPUTE))
     else:
         length, power = norm_with(total, transition)

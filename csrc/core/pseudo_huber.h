@@ -1,4 +1,5 @@
-// Pseudo-Huber distances of a residual r: per sample sqrt(|r|^2 + c^2) - c, or the mean of the same over elements.
+// Pseudo-Huber distances of a residual r: per sample sqrt(|r|^2 + c^2) - c, or the mean of the same over elements; or its
+// square |r|^2.
 //
 // The residual is formed in the compute type; sums over a sample and everything that exists once per sample are float64.
 #pragma once
@@ -8,7 +9,7 @@
 
 namespace bicm {
 
-enum class Distance : int32_t { vector, elementwise };
+enum class Distance : int32_t { vector, elementwise, squared };
 enum class Reduction : int32_t { mean, sum, none };
 enum class Parameterization : int32_t { bcm, cm, edm };
 
@@ -55,6 +56,12 @@ BICM_HD C pseudo_huber_distance(C s, C c) {
   return s / nonzero(root(s + c * c) + c);
 }
 
+// Whether a sample's sum is of squares; else of elementwise distances.
+BICM_HD bool sums_squares(const PseudoHuber& p) { return p.distance != Distance::elementwise; }
+
+// Whether gradients depend on the sum of their sample.
+BICM_HD bool gradient_needs_sum(const PseudoHuber& p) { return p.distance == Distance::vector; }
+
 BICM_HD double transition_of(const PseudoHuber& p, int64_t sample) {
   return p.given_c ? load_number<double>(p.c, sample) : 0.00054 * root(static_cast<double>(p.layout.elements));
 }
@@ -93,7 +100,7 @@ BICM_HD double add_sums(const PseudoHuber& p, double a, double b) {
   const double sum = a + b;
   if (sizeof(C) < sizeof(double) || (a >= 0.0 && b >= 0.0 && sum <= kMostSum)) return sum;
   if (!(absolute(sum) <= Range<double>::largest)) return sum;
-  if (p.distance == Distance::elementwise) {
+  if (!sums_squares(p)) {
     const double inverse = 1.0 / kLargeUnit;
     return keep_distances((a < 0.0 ? -a : a * inverse) + (b < 0.0 ? -b : b * inverse), kLargeUnit);
   }
@@ -116,6 +123,11 @@ BICM_HD double distance_of(const PseudoHuber& p, int64_t sample, double sum) {
   if (p.distance == Distance::elementwise) {
     const double elements = static_cast<double>(p.layout.elements);
     return sizeof(C) < sizeof(double) || sum >= 0.0 ? sum / elements : (-sum / elements) * kLargeUnit;
+  }
+  if (p.distance == Distance::squared) {
+    if (sizeof(C) < sizeof(double) || !(sum < 0.0)) return sum;
+    const Norm norm = norm_of(sum);
+    return (norm.value * norm.unit) * (norm.value * norm.unit);
   }
   const double c = transition_of(p, sample);
   if (sum > Range<double>::largest && c <= Range<double>::largest) return sum;
@@ -153,9 +165,10 @@ BICM_HD Slope slope_of(const PseudoHuber& p, int64_t sample, double sum, const P
   double factor = load_number<double>(p.upstream, sample) * load_number<double>(p.weight, sample);
   if (p.reduction == Reduction::mean) factor = factor / static_cast<double>(p.layout.batch);
   if (p.distance == Distance::elementwise) return {factor / static_cast<double>(p.layout.elements), 1.0};
-  const double c = transition_of(p, sample);
   double power = 1.0;
-  if (squares_add<C>(sum, c)) {
+  if (p.distance == Distance::squared) {
+    factor = 2.0 * factor;
+  } else if (const double c = transition_of(p, sample); squares_add<C>(sum, c)) {
     factor = factor / nonzero(root(sum + c * c));
   } else {
     const Norm norm = norm_of(sum);
@@ -190,14 +203,14 @@ struct SumRange<double> {
 template <class C>
 BICM_HD double least_sum(const PseudoHuber& p, C c) {
   using S = SumRange<C>;
-  if (p.distance == Distance::vector) return S::least_square;
+  if (sums_squares(p)) return S::least_square;
   return c < Range<C>::faint ? S::least_steep : S::least;
 }
 
 // Whether none of the terms that add up to this can have overflowed, and what underflowed does not count.
 template <class C>
 BICM_HD bool trusted(const PseudoHuber& p, double sum, C c) {
-  if (p.distance == Distance::vector) return sum >= least_sum(p, c) && sum <= SumRange<C>::most_square;
+  if (sums_squares(p)) return sum >= least_sum(p, c) && sum <= SumRange<C>::most_square;
   return sum >= least_sum(p, c) && sum <= SumRange<C>::most && c <= Range<C>::common;
 }
 
@@ -213,7 +226,7 @@ constexpr double kLittle = 0x1p20;
 template <class C>
 BICM_HD C scale_of(const PseudoHuber& p, double sum, C c) {
   const bool grows = sum < least_sum(p, c);
-  if (p.distance == Distance::vector) return grows ? Range<C>::grow : C(1) / Range<C>::grow;
+  if (sums_squares(p)) return grows ? Range<C>::grow : C(1) / Range<C>::grow;
   if (!grows) return static_cast<C>(1.0 / kLittle);
   return c <= Range<C>::common ? Range<C>::grow : static_cast<C>(kLittle);
 }
@@ -222,7 +235,7 @@ BICM_HD C scale_of(const PseudoHuber& p, double sum, C c) {
 template <class C>
 BICM_HD double keep_sum(const PseudoHuber& p, double sum, C scale) {
   constexpr double grown = Range<C>::grow, inverse = 1.0 / grown;
-  const bool grows = scale > C(1), squares = p.distance == Distance::vector;
+  const bool grows = scale > C(1), squares = sums_squares(p);
   const bool little = grows ? scale == static_cast<C>(kLittle) : scale == static_cast<C>(1.0 / kLittle);
   const double unit = grows ? (little ? 1.0 / kLittle : inverse) : (little ? kLittle : grown);
   if (sizeof(C) < sizeof(double)) return squares ? sum * unit * unit : sum * unit;

@@ -47,7 +47,7 @@ inline int64_t sum_chunks(const Layout& layout) { return (units_per_sample(layou
 
 // Whether a partial sum is all that a gradient waits for, so that both are formed while the inputs are in the cache.
 inline bool gradient_follows_sum(const PseudoHuber& p) {
-  return p.distance == Distance::elementwise || sum_chunks(p.layout) <= 1;
+  return p.distance != Distance::vector || sum_chunks(p.layout) <= 1;
 }
 
 }  // namespace bicm

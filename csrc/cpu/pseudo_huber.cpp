@@ -64,7 +64,7 @@ BICM_HD void stream(Floats x, float* to) {
 inline bool stream_scaled(const PseudoHuber& p, const Unit& unit, const Preconditioning<float>& weights, float factor,
                           Buffers<float>& buffers) {
   const Operand& to = p.gradient[0];
-  const bool alone = p.wanted[0] && !p.wanted[1] && !p.wanted[2] && p.distance == Distance::vector;
+  const bool alone = p.wanted[0] && !p.wanted[1] && !p.wanted[2] && sums_squares(p);
   if (!alone || !to.streams || !is_compute_type<float>(to) || unit.count % kLanes != 0) return false;
   float* out = static_cast<float*>(to.data) + unit.sample * to.batch_stride + unit.begin;
   if (reinterpret_cast<uintptr_t>(out) % sizeof(Floats) != 0) return false;
@@ -129,14 +129,14 @@ void form_slopes(const Factors<C>& f, int64_t count, C* r) {
 template <class C>
 double sum_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, C scale, Buffers<C>& buffers) {
   double total = 0.0;
-  if (p.distance == Distance::vector && scale == C(1)) {
+  if (sums_squares(p) && scale == C(1)) {
     with_residual(p, unit, f.weights, buffers,
                   [&](const auto& residual) { total = sum_of<Square, C>(residual, unit.count); });
     return total;
   }
   form_residual(p, unit, f.weights, buffers);
   C* r = buffers.residual;
-  if (p.distance == Distance::vector) {
+  if (sums_squares(p)) {
     for (int64_t i = 0; i < unit.count; ++i) r[i] = r[i] * scale;
     return sum_of<Square, C>(Stored<C>{r}, unit.count);
   }
@@ -220,7 +220,7 @@ void sums(const PseudoHuber& p, int64_t begin, int64_t end) {
     if (at_once) find_factors(p, sample, 0.0, f);  // which do not depend on the sum
     double total = sum_units(p, first, last, f, C(1), at_once, buffers);
     // Squares of float32 are float64.
-    const bool holds = p.distance == Distance::vector && sizeof(C) < sizeof(double);
+    const bool holds = sums_squares(p) && sizeof(C) < sizeof(double);
     if (!holds && !trusted(p, total, f.c)) {
       const C scale = scale_of(p, total, f.c);
       f.plain = false;

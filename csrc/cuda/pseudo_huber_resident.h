@@ -98,7 +98,7 @@ BICM_DEVICE void differentiate_chunk(const PseudoHuber& p, const Results& to, in
   if (threadIdx.x == 0 && count > 0) finish_chunk<C>(p, to, sample, sample * to.chunks + chunk, total);
 }
 
-// Chunks that need no other: of a sample that has one, or of an elementwise distance.
+// Chunks that need no other: of a sample that has one, or of a distance whose gradient needs no sum.
 template <class Memory, bool Denoises>
 __global__ void __launch_bounds__(kThreads, 2)
     resident_kernel(const __grid_constant__ PseudoHuber p, const __grid_constant__ Results to, bool aligned) {
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // The blocks that have to know of one another, from the sample's size alone: a cluster, or 0 where it would not hold it.
 inline unsigned blocks_of_sample(const PseudoHuber& p) {
-  const bool alone = p.distance == Distance::elementwise && !p.float64;
+  const bool alone = !gradient_needs_sum(p) && !p.float64;
   if (alone || p.layout.elements <= resident_elements(p.float64)) return 1;
   unsigned blocks = 2;
   while (blocks < chunks_of(p.layout)) blocks *= 2;

@@ -65,7 +65,7 @@ PseudoHuber problem_of(const Given& g, const py::sequence& gradients) {
   const int64_t batch = p.layout.batch;
   p.parameterization = code_of<Parameterization>(g.parameterization, {"bcm", "cm", "edm"});
   p.scaled = g.scaled;
-  p.distance = code_of<Distance>(g.kind, {"vector", "elementwise"});
+  p.distance = code_of<Distance>(g.kind, {"vector", "elementwise", "squared"});
   p.reduction = code_of<Reduction>(g.reduction, {"mean", "sum", "none"});
   p.t = number_of(g.t, batch);
   p.u = number_of(g.u, batch);

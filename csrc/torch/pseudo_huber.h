@@ -34,12 +34,13 @@ class Loss {
 
   template <class MaybeNumber>
   void distance(const MaybeTensor& weight, const MaybeNumber& c, int64_t distance, int64_t reduction) {
-    STD_TORCH_CHECK(distance >= 0 && distance < 2 && reduction >= 0 && reduction < 3, "bicm_kernels: unknown code");
+    STD_TORCH_CHECK(distance >= 0 && distance < 3 && reduction >= 0 && reduction < 3, "bicm_kernels: unknown code");
     p.distance = static_cast<Distance>(distance);
     p.reduction = static_cast<Reduction>(reduction);
     p.weight = weight.has_value() ? number(*weight) : number_of(1.0);
     p.given_c = c.has_value();
-    STD_TORCH_CHECK(p.given_c || p.distance == Distance::vector, "bicm_kernels: elementwise needs c");
+    STD_TORCH_CHECK(p.given_c || p.distance != Distance::elementwise, "bicm_kernels: elementwise needs c");
+    STD_TORCH_CHECK(!p.given_c || p.distance != Distance::squared, "bicm_kernels: squared takes no c");
     if (p.given_c) p.c = number(*c);
     STD_TORCH_CHECK(p.c.data != nullptr || p.c.value >= 0.0, "bicm_kernels: c must not be negative");
   }

@@ -185,9 +185,11 @@ ROWS: dict[str, Callable[[str, str], Count]] = {
     "`fixed_point_decode`": decode,
     "`pseudo_huber`, forward and backward": training(pseudo_huber),
     "`pseudo_huber`, elementwise": training(pseudo_huber, kind="elementwise", c=0.1),
+    "`pseudo_huber`, squared": training(pseudo_huber, kind="squared"),
     "`consistency_loss`, forward and backward": training(consistency),
     '`pseudo_huber`, `gradient="forward"`': at_once(pseudo_huber),
     '`pseudo_huber`, elementwise, `gradient="forward"`': at_once(pseudo_huber, kind="elementwise", c=0.1),
+    '`pseudo_huber`, squared, `gradient="forward"`': at_once(pseudo_huber, kind="squared"),
     '`consistency_loss`, `gradient="forward"`': at_once(consistency),
 }
 

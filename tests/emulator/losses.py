@@ -101,7 +101,7 @@ class Loss:
         """What the samples' sums say, in a type with wider exponents than float64: below 0 is minus a norm or a sum."""
         wide = -sums.astype(WIDE)
         unit = np.where(wide >= 1.0, WIDE(2.0) ** 500, WIDE(2.0) ** -430)
-        large = (wide * unit) ** 2 if self.kind == "vector" else wide * WIDE(2.0) ** 500
+        large = wide * WIDE(2.0) ** 500 if self.kind == "elementwise" else (wide * unit) ** 2
         return np.where(sums < 0, large, -wide)
 
     def expected(self) -> tuple[np.ndarray, np.ndarray]:
@@ -109,9 +109,9 @@ class Loss:
         with np.errstate(all="ignore"):
             r, c = self.residual().astype(WIDE), self.transition().astype(WIDE)
             squares = r * r
-            if self.kind == "vector":
+            if self.kind != "elementwise":
                 sums = squares.sum(1)
-                distance = distances(sums, c)
+                distance = distances(sums, c) if self.kind == "vector" else sums
             else:
                 sums = distances(squares, c[:, None]).sum(1)
                 distance = sums / WIDE(self.elements)
@@ -143,4 +143,4 @@ def consistency(shape: Shape, state: str = "float32", network: str = "float32", 
 CHUNK = bicm_emulator.SUM_CHUNK
 SIZES = (1, 7, 8, 33, 1025, CHUNK, CHUNK + 1, 3 * CHUNK + 77)
 MAKERS: dict[str, Callable[..., Loss]] = {"pseudo_huber": pseudo_huber, "consistency": consistency}
-KINDS = {"vector": None, "elementwise": 0.3}
+KINDS = {"vector": None, "elementwise": 0.3, "squared": None}

@@ -133,8 +133,9 @@ def test_clusters_on_any_grid(device: bicm_emulator.Device, backwards: bool) -> 
     check(problem)
 
 
-def test_an_elementwise_sample_of_any_size_is_read_once(device: bicm_emulator.Device) -> None:
-    problem, traffic = MAKERS["pseudo_huber"]((1, 10 * CHUNK), kind="elementwise", c=0.1), bicm_emulator.traffic
+@pytest.mark.parametrize("kind", ["elementwise", "squared"])
+def test_a_sample_of_any_size_whose_gradient_needs_no_sum_is_read_once(device: bicm_emulator.Device, kind: str) -> None:
+    problem, traffic = MAKERS["pseudo_huber"]((1, 10 * CHUNK), kind=kind, c=0.1), bicm_emulator.traffic
     device.has_clusters = False
     launches, traffic.read = device.launches, 0
     problem.run_with_gradients("cuda", [True, False])

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 PAIRS = [(F32, F32), (F64, F64), (F16, F16), (BF16, BF16), (F32, BF16), (F16, F64)]
-KINDS, REDUCTIONS = ("vector", "elementwise"), ("mean", "sum", "none")
+KINDS, REDUCTIONS = ("vector", "elementwise", "squared"), ("mean", "sum", "none")
 PARAMETERIZATIONS = ("bcm", "cm", "edm")
 # What rounding of a gradient to its dtype allows, relative; the interpreter truncates to bfloat16.
 ROUNDING = {F16: 2.0**-11, BF16: 2.0**-7, F32: 0.0, F64: 0.0}
@@ -71,23 +71,24 @@ def check_both(name: str, states: list[Tensor], call: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize("reduction", range(3))
-@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("kind", [0, 1, 2])
 def test_value_and_gradients_at_once(kind: int, reduction: int) -> None:
+    c = None if kind == 2 else 0.2
     sizes = [7, 1025, RESIDENT, RESIDENT + 1] if reduction == 0 else [33]
     for dtypes in ((F32, F32), (F32, BF16), (F64, F64)):
         for size in sizes if dtypes[1] == F32 else [33]:
             states = [random((3, size), dtypes[k > 0], k) for k in range(3)]
             t = torch.tensor([0.5, 2.0, 70.0])
-            check_both("pseudo_huber", states[:2], (WEIGHT, 0.2, kind, reduction))
-            check_both("consistency_loss", states, (t, None, WEIGHT, 0.2, 0.5, 0.002, 0, 1, kind, reduction))
+            check_both("pseudo_huber", states[:2], (WEIGHT, c, kind, reduction))
+            check_both("consistency_loss", states, (t, None, WEIGHT, c, 0.5, 0.002, 0, 1, kind, reduction))
     strided = [random((3, 4, 5, 6), seed=k).to(memory_format=torch.channels_last) for k in range(2)]
-    check_both("pseudo_huber", strided, (WEIGHT, 0.2, kind, reduction))
-    check_both("pseudo_huber", [strided[0], strided[1][..., :1].expand(3, 4, 5, 6)], (WEIGHT, 0.2, kind, reduction))
+    check_both("pseudo_huber", strided, (WEIGHT, c, kind, reduction))
+    check_both("pseudo_huber", [strided[0], strided[1][..., :1].expand(3, 4, 5, 6)], (WEIGHT, c, kind, reduction))
     for shape in ((0, 5), (2, 0)):
-        loss, (gradient,) = OPS["pseudo_huber_with_gradients"](1, random(shape), random(shape), None, 0.2, kind, 1)
+        loss, (gradient,) = OPS["pseudo_huber_with_gradients"](1, random(shape), random(shape), None, c, kind, 1)
         assert gradient.shape == shape
         # The mean over no elements is no number; there is none where there are no samples.
-        assert torch.isnan(loss) if kind and shape == (2, 0) else loss == 0
+        assert torch.isnan(loss) if kind == 1 and shape == (2, 0) else loss == 0
 
 
 def test_squares_beyond_float32_at_once() -> None:
@@ -110,7 +111,9 @@ def test_gradients_are_scaled() -> None:
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
 def test_pseudo_huber(dtypes: tuple[torch.dtype, torch.dtype], kind: str, reduction: str) -> None:
     states = [random((3, 5, 7), dtypes[0]), random((3, 5, 7), dtypes[1], 1)]
-    cs = (None, 0.0, torch.tensor([0.1, 0.0, 2.0])) if kind == "vector" else (0.3, torch.tensor([0.7, 0.0, 1.0]))
+    cs: tuple[Any, ...] = (None,)
+    if kind != "squared":
+        cs = (None if kind == "vector" else 0.3, 0.0, torch.tensor([0.1, 0.0, 2.0]))
     for c in cs if dtypes == (F32, F32) else cs[-1:]:
         options = {"c": c, "weight": WEIGHT, "kind": kind, "reduction": reduction}
         call = (WEIGHT, c, KINDS.index(kind), REDUCTIONS.index(reduction))
@@ -127,9 +130,10 @@ def test_consistency_loss(
     states = [random((3, 5, 7), dtypes[1]), random((3, 5, 7), dtypes[0], 1), random((3, 5, 7), dtypes[0], 2)]
     t, u = torch.tensor([0.5, 2.0, 70.0]), torch.tensor(0.3) if parameterization == "bcm" else None
     codes = (PARAMETERIZATIONS.index(parameterization), int(scaled), KINDS.index(kind), 0)
-    options = {"t": t, "u": u, "c": 0.2, "kind": kind, "parameterization": parameterization, "weight": WEIGHT}
+    c = None if kind == "squared" else 0.2
+    options = {"t": t, "u": u, "c": c, "kind": kind, "parameterization": parameterization, "weight": WEIGHT}
     options |= {"scaled": scaled}
-    check("consistency_loss", states, ["F", "target", "x"], (t, u, WEIGHT, 0.2, 0.5, 0.002, *codes), options)
+    check("consistency_loss", states, ["F", "target", "x"], (t, u, WEIGHT, c, 0.5, 0.002, *codes), options)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +142,7 @@ def test_consistency_loss(
 )
 def test_sizes(batch: int, elements: int) -> None:
     states = [random((batch, elements)), random((batch, elements), seed=1)]
-    for kind, c, reduction in (("vector", None, "none"), ("elementwise", 0.3, "mean")):
+    for kind, c, reduction in (("vector", None, "none"), ("elementwise", 0.3, "mean"), ("squared", None, "mean")):
         options = {"c": c, "kind": kind, "reduction": reduction}
         call = (None, c, KINDS.index(kind), REDUCTIONS.index(reduction))
         check("pseudo_huber", states, ["pred", "target"], call, options)
@@ -213,6 +217,11 @@ def test_the_public_functions_run_on_the_kernels() -> None:
 
 def test_wrong_arguments_raise() -> None:
     x = torch.zeros(3, 4)
-    for call in ((x, x[:2], None, None, 0, 0), (x, x, None, None, 1, 0), (x, x, None, -1.0, 0, 0)):
+    for call in (
+        (x, x[:2], None, None, 0, 0),
+        (x, x, None, 0.1, 2, 0),
+        (x, x, None, None, 1, 0),
+        (x, x, None, -1.0, 0, 0),
+    ):
         with pytest.raises(RuntimeError, match="bicm_kernels: "):
             OPS["pseudo_huber"](*call)

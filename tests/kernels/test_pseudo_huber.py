@@ -15,7 +15,7 @@ from torch import Tensor
 
 import bicm_kernels as bk
 from bicm_kernels import reference
-from tests.support.loss_calls import EVERY_KIND
+from tests.support.loss_calls import CODES, EVERY_KIND, with_c
 from tests.support.tensors import BF16, F16, F32, F64, LAYOUTS, Bits, Threads, random
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -85,7 +85,7 @@ def test_dtypes_and_sizes(options: dict[str, Any], first: torch.dtype, second: t
             close(ours, plain)
 
 
-@pytest.mark.parametrize("options", EVERY_KIND[::3])
+@pytest.mark.parametrize("options", [EVERY_KIND[k] for k in (0, 3, 5)])
 @pytest.mark.parametrize("dtype", [F32, BF16, F64])
 def test_layouts(options: dict[str, Any], dtype: torch.dtype) -> None:
     places = list(LAYOUTS.values())
@@ -205,40 +205,58 @@ def test_any_scale(scale: float, c: float, kind: str, d: int) -> None:
     torch.testing.assert_close(value.double(), exactly, rtol=1e-6, atol=1e-37)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+def test_squared(each_backend: str, dtype: torch.dtype) -> None:
+    """The sum of the squares of a sample, not their mean, and twice the residual."""
+    pred, target = random(3, 4, 50, dtype=dtype), random(3, 4, 50, dtype=dtype, seed=1)
+    r = pred.double() - target.double()
+    value, gradient, other = value_and_gradients(bk.pseudo_huber, [pred, target], kind="squared", reduction="none")
+    assert value.dtype == (F64 if dtype == F64 else F32)
+    torch.testing.assert_close(value.double(), r.square().flatten(1).sum(1), rtol=1e-6, atol=0)
+    upstream = torch.linspace(0.5, 1.5, 3, dtype=F64).reshape(3, 1, 1)
+    torch.testing.assert_close(gradient, (2 * upstream * r).to(dtype), rtol=1e-6 if dtype != BF16 else 4e-3, atol=1e-6)
+    assert torch.equal(other, -gradient)
+    x = torch.tensor([[3.0, 4.0]])
+    assert bk.pseudo_huber(x, 0 * x, kind="squared") == 25
+    assert bk.consistency_loss(x, x, 2.0, 2.0, 0 * x, kind="squared") == 25
+
+
 # --- accuracy ---------------------------------------------------------------------------------------------------------
 
 
 def eager(pred: Tensor, target: Tensor, c: float, kind: str) -> Tensor:
     square = (pred - target).square()
+    if kind == "squared":
+        return square.flatten(1).sum(1).mean()
     s = square.flatten(1).sum(1) if kind == "vector" else square.flatten(1)
     distances = (s + c * c).sqrt() - c
     return (distances if kind == "vector" else distances.mean(1)).mean()
 
 
-@pytest.mark.parametrize("kind", ["vector", "elementwise"])
+@pytest.mark.parametrize("kind", CODES)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_no_less_accurate_than_eager(kind: str, dtype: torch.dtype) -> None:
     c = 0.03
     pred, target = random(64, 3072, dtype=dtype), random(64, 3072, dtype=dtype, seed=1)
     exactly = value_and_gradients(eager, [pred.double(), target.double()], c, kind)
     theirs = value_and_gradients(eager, [pred, target], c, kind)
-    ours = value_and_gradients(bk.pseudo_huber, [pred, target], c=c, kind=kind)
+    ours = value_and_gradients(bk.pseudo_huber, [pred, target], **with_c(kind, c))
     for x, y, z in zip(ours, theirs, exactly, strict=True):
         error, other = ((a.double() - z).abs().max().item() for a in (x, y))
         assert error <= 2 * other + 6e-8 * z.abs().max().item()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("kind", ["vector", "elementwise"])
+@pytest.mark.parametrize("kind", CODES)
 def test_large_samples(dtype: torch.dtype, kind: str, threads: Threads) -> None:
     pred, target = random(1, 10_000_003, dtype=dtype), random(1, 10_000_003, dtype=dtype, seed=1)
     square = (pred.double() - target.double()).square()
-    s = square.sum() if kind == "vector" else square
-    exactly = ((s + 0.01).sqrt() - 0.1).mean().item()
+    s = square if kind == "elementwise" else square.sum()
+    exactly = s.item() if kind == "squared" else ((s + 0.01).sqrt() - 0.1).mean().item()
     values = []
     for count in (1, 2):
         with threads(count):
-            values.append(bk.pseudo_huber(pred, target, c=0.1, kind=kind).item())
+            values.append(bk.pseudo_huber(pred, target, **with_c(kind, 0.1)).item())
     assert values[0] == values[1] == pytest.approx(exactly, rel=1e-6)
 
 
@@ -246,14 +264,14 @@ def test_large_samples(dtype: torch.dtype, kind: str, threads: Threads) -> None:
 
 
 def test_empty(each_backend: str) -> None:
-    for kind in ("vector", "elementwise"):
+    for options in (with_c(kind, 0.1) for kind in CODES):
         x = torch.zeros(0, 3)
-        assert bk.pseudo_huber(x, x, c=0.1, kind=kind).isnan()
-        assert bk.pseudo_huber(x, x, c=0.1, kind=kind, reduction="sum") == 0
-        assert bk.pseudo_huber(x, x, c=0.1, kind=kind, reduction="none").shape == (0,)
+        assert bk.pseudo_huber(x, x, **options).isnan()
+        assert bk.pseudo_huber(x, x, reduction="sum", **options) == 0
+        assert bk.pseudo_huber(x, x, reduction="none", **options).shape == (0,)
         for shape in ((0, 3), (2, 0), (2, 0, 4)):
             x = torch.zeros(shape, requires_grad=True)
-            bk.pseudo_huber(x, x.detach(), c=0.1, kind=kind, reduction="sum").backward()
+            bk.pseudo_huber(x, x.detach(), reduction="sum", **options).backward()
             assert x.grad is not None
             assert x.grad.shape == shape
     x = torch.zeros(2, 0)
@@ -264,7 +282,10 @@ def test_empty(each_backend: str) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("options", EVERY_KIND)
 def test_special_values(each_backend: str, value: float, options: dict[str, Any], same_bits: Bits) -> None:
-    """An infinite residual gives an infinite loss and a derivative of NaN; a NaN spoils all that it is part of."""
+    """An infinite residual gives an infinite loss and a derivative of NaN, or a square's, which is infinite.
+
+    A NaN spoils all that it is part of.
+    """
     pred = random(3, 100)
     pred[1, 7] = 0.0
     clean = value_and_gradients(bk.pseudo_huber, [pred, torch.zeros(3, 100)], reduction="none", **options)
@@ -272,14 +293,15 @@ def test_special_values(each_backend: str, value: float, options: dict[str, Any]
     found = value_and_gradients(bk.pseudo_huber, [pred, torch.zeros(3, 100)], reduction="none", **options)
     for mine, theirs in zip(found, clean, strict=True):
         same_bits(mine[::2], theirs[::2])
-    vector, loss = "kind" not in options, found[0][1].item()
+    vector, squared, loss = "kind" not in options, options.get("kind") == "squared", found[0][1].item()
     assert math.isnan(loss) if math.isnan(value) else loss == math.inf
     spoiled = torch.arange(100) == 7
     for mine, theirs in zip(found[1:], clean[1:], strict=True):
         if vector and math.isnan(value):
             assert mine[1].isnan().all()
         else:
-            assert torch.equal(mine[1].isnan(), spoiled)
+            assert torch.equal(~mine[1].isfinite(), spoiled)
+            assert mine[1, 7].isinf() if squared and math.isinf(value) else mine[1, 7].isnan()
             torch.testing.assert_close(mine[1][~spoiled], theirs[1][~spoiled] * (0 if vector else 1), rtol=0, atol=0)
 
 

@@ -20,9 +20,19 @@ ERRORS: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (TypeError, "target must be a tensor, got None", lambda: bk.pseudo_huber(X, None)),  # type: ignore[arg-type]
     (TypeError, "pred must be float16, .* got torch.int64", lambda: bk.pseudo_huber(X.long(), X)),
     (ValueError, "pred must have a batch dimension", lambda: bk.pseudo_huber(torch.ones(()), torch.ones(()))),
-    (ValueError, "kind must be one of vector, elementwise, got 'huber'", lambda: bk.pseudo_huber(X, X, kind="huber")),
+    (
+        ValueError,
+        "kind must be one of vector, elementwise, squared, got 'huber'",
+        lambda: bk.pseudo_huber(X, X, kind="huber"),
+    ),
     (ValueError, "reduction must be one of mean, sum, none, got 3", lambda: bk.pseudo_huber(X, X, reduction=3)),  # type: ignore[arg-type]
     (ValueError, "c must be given for kind='elementwise'", lambda: bk.pseudo_huber(X, X, kind="elementwise")),
+    (ValueError, "c must be None for kind='squared'.*0.1", lambda: bk.pseudo_huber(X, X, c=0.1, kind="squared")),
+    (
+        ValueError,
+        "c must be None for kind='squared'.*a torch.float32 tensor",
+        lambda: bk.consistency_loss(X, X, 1.0, None, X, c=X[:, 0], kind="squared"),
+    ),
     (ValueError, "c must be at least 0, got -0.5", lambda: bk.pseudo_huber(X, X, c=-0.5)),
     (TypeError, "c must be a float", lambda: bk.pseudo_huber(X, X, c="0.5")),  # type: ignore[arg-type]
     (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -15,12 +16,14 @@ import bicm_kernels as bk
 from bicm_kernels import reference
 from bicm_kernels.reference.preconditioning import c_skip_c_out
 from tests.support.extremes import CASES, Case, exactly, title
+from tests.support.loss_calls import with_c
 from tests.support.tensors import BF16, F16, F32, F64, random
 
 DTYPES = {"float16": F16, "bfloat16": BF16, "float32": F32, "float64": F64}
 #: What rounding allows of a result, relative.
 ROUNDING = {F16: 2.0**-11, BF16: 2.0**-8, F32: 1e-6, F64: 1e-14}
 KINDS, ROUTES = ("vector", "elementwise"), ("backward", "forward")
+EVERY_KIND = (*KINDS, "squared")
 Bits = Callable[[Tensor, Tensor], None]
 
 
@@ -58,10 +61,10 @@ def check_samples(
     for case, row, loss, gradient in zip(cases, r.tolist(), losses.detach(), gradients, strict=True):
         value, slopes = exactly(row, case[1], kind)
         check(loss.reshape(1), [float(value) * weight], title(case))
-        check(gradient, [float(slope) * weight * upstream for slope in slopes], title(case))
+        check(gradient, [float(slope * Decimal(weight * upstream)) for slope in slopes], title(case))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_and_gradients(each_backend: str, dtype: str, kind: str) -> None:
     """Under a loss scale, and with a weight; prediction and target may take each other's place."""
@@ -69,18 +72,18 @@ def test_values_and_gradients(each_backend: str, dtype: str, kind: str) -> None:
         for route, upstream, turned in itertools.product(ROUTES, (1.0, 65536.0), (False, True)):
             leaf = r.clone().requires_grad_()
             inputs = [torch.zeros_like(leaf), leaf] if turned else [leaf, torch.zeros_like(leaf)]
-            losses = bk.pseudo_huber(*inputs, c=c, kind=kind, gradient=route, weight=0.5, reduction="none")
+            losses = bk.pseudo_huber(*inputs, gradient=route, weight=0.5, reduction="none", **with_c(kind, c))
             (gradients,) = torch.autograd.grad((upstream * losses).sum(), leaf)
             check_samples(cases, r, kind, losses, gradients, 0.5, upstream)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_consistency_loss(each_backend: str, dtype: str, kind: str) -> None:
     """At t = u the denoised sample is x; at another t the network's part of it has the same derivatives times c_out."""
     for cases, r, c in batches(dtype):
         x, F, target = (y.requires_grad_() for y in (r.clone(), torch.zeros_like(r), torch.zeros_like(r)))
-        options: dict[str, Any] = {"c": c, "kind": kind, "reduction": "none"}
+        options: dict[str, Any] = {**with_c(kind, c), "reduction": "none"}
         for route in ROUTES:
             losses = bk.consistency_loss(x, F, 2.0, 2.0, target, gradient=route, **options)
             of_x, of_target = torch.autograd.grad((65536.0 * losses).sum(), [x, target])
@@ -162,7 +165,7 @@ def test_one_among_many(each_backend: str, dtype: torch.dtype, value: float, pla
             check(loss.detach().reshape(1), [value * (1.0 if kind == "vector" else 1 / pred.numel())])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_other_samples_keep_their_bits(each_backend: str, kind: str, dtype: torch.dtype, same_bits: Bits) -> None:
     name = "float32" if dtype == F32 else "float64"
@@ -173,7 +176,8 @@ def test_other_samples_keep_their_bits(each_backend: str, kind: str, dtype: torc
     for route, c in itertools.product(ROUTES, (0.0, 0.3)):
 
         def run(x: Tensor, route: str = route, c: float = c) -> list[Tensor]:
-            loss = bk.pseudo_huber(x, torch.zeros_like(x), c=c, kind=kind, reduction="none", gradient=route)
+            options = {**with_c(kind, c), "reduction": "none", "gradient": route}
+            loss = bk.pseudo_huber(x, torch.zeros_like(x), **options)
             return [loss.detach(), *torch.autograd.grad(loss, x, torch.ones_like(loss))]
 
         whole = run(mixed)
@@ -182,6 +186,37 @@ def test_other_samples_keep_their_bits(each_backend: str, kind: str, dtype: torc
         for i in range(len(mixed)):
             for actual, expected in zip(whole, run(mixed.detach()[i : i + 1].requires_grad_()), strict=True):
                 same_bits(actual[i : i + 1], expected)
+
+
+@pytest.mark.parametrize("size", MANY)
+@pytest.mark.parametrize(("dtype", "scale"), [(F32, 1e17), (F32, 1e-21), (F64, 1e150), (F64, 1e-159)])
+def test_squares_near_the_ends(each_backend: str, dtype: torch.dtype, scale: float, size: int) -> None:
+    """A sum of squares that a dtype just holds, or whose terms are subnormal; gradients never notice."""
+    r = (scale * random(2, size, dtype=F64)).to(dtype).requires_grad_()
+    unit = 2.0**-500 if scale > 1 else 2.0**500
+    inverse = 1.0 / unit
+    expected = ((r.detach().double() * unit).square().sum(1) * inverse) * inverse
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    terms = size if each_backend == "reference" else 2  # which rounds every square by itself
+    accuracy = 2e-6 if dtype == F32 else 1e-12
+    for route in ROUTES:
+        loss = bk.pseudo_huber(r, torch.zeros_like(r), kind="squared", reduction="none", gradient=route)
+        (gradient,) = torch.autograd.grad(loss.sum(), r)
+        torch.testing.assert_close(loss.detach(), expected.to(dtype), rtol=accuracy, atol=terms * least)
+        assert torch.equal(gradient, 2 * r.detach())
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(F32, 1e30), (F64, 1e200)])
+def test_squares_that_overflow(each_backend: str, dtype: torch.dtype, value: float) -> None:
+    """An infinite loss whose gradient is finite, in one part of a sample or in several."""
+    for size in MANY:
+        pred = torch.ones(2, size, dtype=dtype)
+        pred[1, 3] = value
+        pred.requires_grad_()
+        for route in ROUTES:
+            loss = bk.pseudo_huber(pred, torch.zeros_like(pred), kind="squared", reduction="none", gradient=route)
+            assert loss.tolist() == [size, math.inf]
+            assert torch.equal(torch.autograd.grad(loss.sum(), pred)[0], 2 * pred.detach())
 
 
 def test_reductions(each_backend: str) -> None:
@@ -292,7 +327,7 @@ def test_derivatives_in_c_and_transforms(kind: str) -> None:
         torch.testing.assert_close(tangent, (one * r).sum(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_the_reference_agrees(kind: str) -> None:
     """On residuals of sizes from one end of float32 to the other, in one sample and each in its own."""
     sizes = 10.0 ** torch.linspace(-44, 38, 200, dtype=F64)
@@ -301,7 +336,7 @@ def test_the_reference_agrees(kind: str) -> None:
             results = []
             for module in (bk, reference):
                 leaf = (sizes * random(200, dtype=F64).sign()).float().reshape(shape).requires_grad_()
-                loss = module.pseudo_huber(leaf, torch.zeros_like(leaf), c=c, kind=kind, reduction="none")
+                loss = module.pseudo_huber(leaf, torch.zeros_like(leaf), reduction="none", **with_c(kind, c))
                 results.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaf)))
             for a, b in zip(*results, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-6, atol=3e-45)

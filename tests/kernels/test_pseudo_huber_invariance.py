@@ -53,7 +53,7 @@ def digest_all():
             continue
         x, F, target = (bk.normal(shape, seed=k, dtype=dtype).requires_grad_() for k in range(3))
         t = torch.linspace(0.1, 80, shape[0])
-        for options in ({}, {"c": 0.0}, {"kind": "elementwise", "c": 0.03}):
+        for options in ({}, {"c": 0.0}, {"kind": "elementwise", "c": 0.03}, {"kind": "squared"}):
             value = bk.pseudo_huber(F, target, weight=t, **options)
             add(value, *torch.autograd.grad(value, [F]))
             value = bk.consistency_loss(x, F, t, t / 2, target, reduction="none", **options)

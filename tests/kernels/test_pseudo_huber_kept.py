@@ -12,7 +12,7 @@ from torch import Tensor
 
 import bicm_kernels as bk
 from bicm_kernels import backend
-from tests.support.loss_calls import KINDS, Allocations, leaves, step
+from tests.support.loss_calls import KINDS, Allocations, code_of, leaves, step
 from tests.support.tensors import random
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -276,9 +276,11 @@ def test_autocast_and_grad_scaler() -> None:
 
 @pytest.mark.parametrize("options", KINDS)
 def test_opcheck(options: dict[str, Any]) -> None:
-    ops, kind = torch.ops.bicm_kernels, int("kind" in options)
+    ops, kind = torch.ops.bicm_kernels, code_of(options)
     pred, target, x = leaves(3, 3, 5, dtype=F32)
-    t, c, one = torch.linspace(1, 2, 3), torch.tensor(0.3), torch.ones(())
+    t, one = torch.linspace(1, 2, 3), torch.ones(())
+    number = None if kind == 2 else 0.3
+    c = None if number is None else torch.tensor(number)
     for reduction in (0, 2):
         for needs in (0, 1, 3):
             states = [y.detach().requires_grad_(bool(needs >> k & 1)) for k, y in enumerate((pred, target))]
@@ -286,8 +288,10 @@ def test_opcheck(options: dict[str, Any]) -> None:
         call = (pred, target, x, t, t / 2, None, c, 0.5 * one, 0.002 * one, 0, 1, kind, reduction)
         torch.library.opcheck(ops.consistency_loss_with_gradients.tensor, (7, *call))
         plain = [y.detach() if isinstance(y, Tensor) else y for y in call]
-        torch.library.opcheck(ops.consistency_loss_with_gradients.default, (5, *plain[:6], 0.3, 0.5, 0.002, *call[9:]))
-        torch.library.opcheck(ops.pseudo_huber_with_gradients.default, (1, *plain[:2], t, 0.3, kind, reduction))
+        torch.library.opcheck(
+            ops.consistency_loss_with_gradients.default, (5, *plain[:6], number, 0.5, 0.002, *call[9:])
+        )
+        torch.library.opcheck(ops.pseudo_huber_with_gradients.default, (1, *plain[:2], t, number, kind, reduction))
     for upstream in (torch.tensor(2.0), t):
         torch.library.opcheck(ops.scale_gradients_.default, (upstream, [random(3, 5, dtype=F32), random(3, 5)]))
 

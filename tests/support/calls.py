@@ -91,6 +91,7 @@ CALLS: dict[str, list[dict[str, Any]]] = {
         {"pred": X, "target": Y, **LOSS},
         {"pred": X, "target": Y},
         {"pred": X, "target": Y, "c": 0.1, "kind": "elementwise", "reduction": "none"},
+        {"pred": X, "target": Y, "weight": ROW, "kind": "squared"},
     ],
     "consistency_loss": [
         {"x": X, "F": Y, "t": ROW, "u": ROW, "target": state(2), **LOSS, "sigma_data": ROW, "sigma_min": ONE},

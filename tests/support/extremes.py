@@ -115,12 +115,24 @@ def _one(r: list[float], c: float) -> tuple[Decimal, list[Decimal]]:
     return _distance([Decimal(x) for x in r], Decimal(c))
 
 
+def _square(r: list[float]) -> tuple[Decimal, list[Decimal]]:
+    """The sum of the squares, and twice the residual."""
+    slopes = [_CONTEXT.multiply(Decimal(x), 2) for x in r]
+    if not all(map(math.isfinite, r)):
+        return Decimal(NAN if any(map(math.isnan, r)) else INFINITY), slopes
+    length = _length([Decimal(x) for x in r])
+    return _CONTEXT.multiply(length, length), slopes
+
+
 def exactly(r: list[float], c: float, kind: str) -> tuple[Decimal, list[Decimal]]:
     """A sample's distance, and its derivatives in the residual.
 
     An infinite residual makes the distance infinite, its own derivative NaN, which stops an optimiser's step under
-    GradScaler, and those of the others 0; a NaN makes all NaN that it is part of.
+    GradScaler, and those of the others 0; a NaN makes all NaN that it is part of. Of a square each derivative is that
+    of its own residual alone, and c is not looked at.
     """
+    if kind == "squared":
+        return _square(r)
     if kind == "vector":
         return _one(r, c)
     each = [_one([x], c) for x in r]

@@ -18,8 +18,20 @@ EVERY_KIND: list[dict[str, Any]] = [
     {"c": 0.3},
     {"kind": "elementwise", "c": 0.03},
     {"kind": "elementwise", "c": 0.0},
+    {"kind": "squared"},
 ]
-KINDS: list[dict[str, Any]] = [{"c": 0.3}, {"kind": "elementwise", "c": 0.2}]
+KINDS: list[dict[str, Any]] = [{"c": 0.3}, {"kind": "elementwise", "c": 0.2}, {"kind": "squared"}]
+#: The codes of the schemas.
+CODES = {"vector": 0, "elementwise": 1, "squared": 2}
+
+
+def code_of(options: dict[str, Any]) -> int:
+    return CODES[options.get("kind", "vector")]
+
+
+def with_c(kind: str, c: Any) -> dict[str, Any]:
+    """A kind and its c, which the squared distance does not take."""
+    return {"kind": kind} if kind == "squared" else {"kind": kind, "c": c}
 
 
 def leaves(count: int, *shape: int, dtype: torch.dtype = F64) -> list[Tensor]:
@@ -42,4 +54,5 @@ class Allocations(TorchDispatchMode):
 
 def step(x: Tensor, F: Tensor, target: Tensor, t: Any, c: Any, options: dict[str, Any]) -> Tensor:
     more = {key: value for key, value in options.items() if key != "c"}
+    c = None if more.get("kind") == "squared" else c
     return bk.consistency_loss(x, 2 * F, t, None, target, c=c, **more) + bk.pseudo_huber(F, target, c=c, **more)

@@ -85,7 +85,7 @@ def losses() -> dict[str, Case]:
     for kind, (state, network) in NETWORKS.items():
         pair, three = states(network, state), states(network, state, state)
         forward = torch.ones(()), torch.empty(4, dtype=F64), 1
-        for name, code, c, scaled in (("vector", 0, None, 0), ("elementwise", 1, 0.1, 1)):
+        for name, code, c, scaled in (("vector", 0, None, 0), ("elementwise", 1, 0.1, 1), ("squared", 2, None, 0)):
             distance = (None, c, code, 0)
             consistency = (torch.empty(4), torch.empty(4), torch.empty(4), c, 0.5, 0.002, 0, scaled, code, 0)
             for op, inputs, call in (("pseudo_huber", pair, distance), ("consistency_loss", three, consistency)):
@@ -112,7 +112,7 @@ def resident(tiles: int | None = None) -> dict[str, Case]:
     for kind, network, state in (("float32", F32, F32), ("mixed", F32, BF16)):
         shape = (4, tiles * TILE if tiles else RESIDENT)
         pair, three = states(network, state, shape=shape), states(network, state, state, shape=shape)
-        for name, code, c, scaled in (("vector", 0, None, 0), ("elementwise", 1, 0.1, 1)):
+        for name, code, c, scaled in (("vector", 0, None, 0), ("elementwise", 1, 0.1, 1), ("squared", 2, None, 0)):
             distance = (None, c, code, 0)
             consistency = (torch.empty(4), torch.empty(4), torch.empty(4), c, 0.5, 0.002, 0, scaled, code, 0)
             for op, x, call in (("pseudo_huber", pair, distance), ("consistency_loss", three, consistency)):
