@@ -226,7 +226,7 @@ def describe(value: object) -> str:
     if len(text) <= 60 and "tensor(" not in text and "array(" not in text:
         return f"{text} ({kind})"
     if isinstance(value, list | tuple):
-        return f"a {kind} of {len(value)} ({', '.join(sorted({type(x).__name__ for x in value}))})"
+        return f"a {kind} of {len(value)} ({', '.join(dict.fromkeys(type(x).__name__ for x in value))})"
     shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
     return f"a {kind}{shape}"
 

@@ -13,7 +13,18 @@ from bicm_diffusion.consistency import (
 )
 from bicm_diffusion.ema import update_average
 from bicm_diffusion.interpolation import slerp
-from bicm_diffusion.objectives import BctLoss, bct_loss
+from bicm_diffusion.objectives import (
+    BctLoss,
+    bct_loss,
+    cd_loss,
+    denoising_loss,
+    draw_denoising_levels,
+    draw_ect_times,
+    ect_loss,
+    gc_loss,
+    ict_loss,
+    optimal_pairing,
+)
 from bicm_diffusion.samplers import (
     Evaluation,
     ExactPair,
@@ -94,6 +105,7 @@ __all__ = [
     "bdia_edit",
     "bdia_invert",
     "bdia_sample",
+    "cd_loss",
     "consistency_invert",
     "consistency_multistep_sample",
     "consistency_sample",
@@ -102,12 +114,18 @@ __all__ = [
     "ddpm_alpha_bar",
     "ddpm_schedule",
     "ddpm_timesteps",
+    "denoising_loss",
+    "draw_denoising_levels",
+    "draw_ect_times",
     "draw_levels",
+    "ect_loss",
     "edict_invert",
     "edict_sample",
     "edm_invert",
     "edm_sample",
     "flow_schedule",
+    "gc_loss",
+    "ict_loss",
     "karras_levels",
     "karras_schedule",
     "level_count",
@@ -115,6 +133,7 @@ __all__ = [
     "load_pair",
     "obelm_invert",
     "obelm_sample",
+    "optimal_pairing",
     "partner_probabilities",
     "save_pair",
     "sign_masked",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,3 +120,8 @@ def test_what_is_no_scheduler_is_refused_even_so(scheduler: Any) -> None:
     for strict in (True, False):
         with pytest.raises(TypeError, match="scheduler must be one of"):
             accelerate_scheduler(scheduler, strict=strict)
+
+
+def test_a_pipeline_is_asked_for_its_scheduler() -> None:
+    with pytest.raises(TypeError, match=r"expected a scheduler, got .*; pass its \.scheduler"):
+        is_accelerated(SimpleNamespace(scheduler=DDIMScheduler()))

@@ -355,3 +355,14 @@ def test_pairs_unpack_and_are_told_by_identity() -> None:
     assert z is pair.z and previous is pair.previous
     assert pair == pair and pair != copy.copy(pair) and len({pair, copy.copy(pair)}) == 2
     assert {"load_pair", "save_pair"} <= set(bicm_diffusion.__all__)
+
+
+def test_a_state_of_one_number_a_sample_is_inverted() -> None:
+    def model(z: Tensor, times: Tensor) -> Tensor:
+        return 0.1 * z
+
+    z, schedule = torch.linspace(-1, 1, 8), vp_schedule(4)
+    pair = bdia_sample(model, z, schedule)
+    inverted = bdia_invert(model, pair, schedule)
+    assert torch.equal(bdia_sample(model, inverted, schedule).z, pair.z)
+    assert (inverted.z - z).abs().max() < 1e-6

@@ -138,6 +138,15 @@ def test_a_type_error_inside_a_network_is_its_own() -> None:
 
 
 @pytest.mark.parametrize("objective", [lambda **o: loss(**o), lambda **o: ict(two_times, **o)])
+def test_levels_in_another_order_are_refused(objective: Callable[..., Any]) -> None:
+    low, high, partner = LEVELS
+    with pytest.raises(ValueError, match="levels: expected low < high for every sample"):
+        objective(levels=(high, low, partner))
+    with pytest.raises(ValueError, match="levels: expected partner other than low"):
+        loss(levels=(low, high, low))
+
+
+@pytest.mark.parametrize("objective", [lambda **o: loss(**o), lambda **o: ict(two_times, **o)])
 def test_levels_begin_at_t_min(objective: Callable[..., Any]) -> None:
     higher = draw_levels(LevelTable(karras_levels(11, t_min=0.01)), 2, seed=0, step=0)
     with pytest.warns(UserWarning, match=r"levels: expected them to begin at t_min = 0\.002, got 0\.01; give the loss"):

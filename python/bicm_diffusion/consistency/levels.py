@@ -70,6 +70,19 @@ def check_levels(levels: object, x: Tensor, names: Sequence[str], *, name: str =
     for label, level in zip(names, given, strict=False):
         if level.shape != x.shape[:1]:
             raise ValueError(f"{name}: expected {label} of shape ({len(x)},), as x has, got {tuple(level.shape)}")
+    if not (isinstance(levels, DrawnLevels) or torch.compiler.is_compiling()):
+        _check_order(dict(zip(names, given, strict=False)), name)
+
+
+def _check_order(levels: dict[str, Tensor], name: str) -> None:
+    """Raise ValueError where levels on the host are out of order: a gap below 0 would have its loss maximised."""
+    if not all(type(level) is Tensor and level.is_cpu for level in levels.values()):
+        return
+    for lower, upper in (("low", "high"), ("r", "t")):
+        if lower in levels and not bool((levels[lower] < levels[upper]).all()):
+            raise ValueError(f"{name}: expected {lower} < {upper} for every sample, got another order")
+    if "partner" in levels and bool((levels["partner"] == levels["low"]).any()):
+        raise ValueError(f"{name}: expected partner other than low for every sample")
 
 
 def check_floor(levels: Sequence[Tensor], t_min: float) -> None:

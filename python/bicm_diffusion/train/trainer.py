@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
 from bicm_diffusion.consistency.shared_draws import draws_alike
+from bicm_diffusion.described import described
 from bicm_diffusion.ema import update_average
 from bicm_diffusion.extras import extra
 from bicm_diffusion.keys import TRAINING
@@ -166,6 +167,11 @@ class Trainer:
         with draws_alike(key, device)():
             with autocast:
                 loss = self.loss(self.model, batch, step)
+            if not (hasattr(loss, "total") and hasattr(loss, "terms")):
+                raise TypeError(
+                    f"loss: expected an object with .total and .terms, as objectives return, got {described(loss)}; "
+                    "objectives.Loss(total, {name: term}) is one"
+                )
             weight = part.share * self.processes.count
             torch.autograd.backward(loss.total * weight)
         values = {"": loss.total, **loss.terms}

@@ -139,10 +139,12 @@ def is_accelerated(scheduler: Any) -> bool:
 
     False for diffusers' own schedulers, for `BDIADDIMScheduler`, which has no original to stand for, and for an
     accelerated scheduler whose configuration or schedule sends every step to the original's, with thresholding for one.
-    Raises nothing.
+    Raises TypeError for what holds a scheduler, as pipelines do.
 
     >>> from diffusers import DDIMScheduler
     >>> is_accelerated(DDIMScheduler()), is_accelerated(accelerate_scheduler(DDIMScheduler()))
     (False, True)
     """
+    if hasattr(scheduler, "scheduler"):
+        raise TypeError(f"scheduler: expected a scheduler, got {described(scheduler)}; pass its .scheduler")
     return isinstance(scheduler, Accelerated) and scheduler.reason_not_fused() is None

@@ -167,9 +167,9 @@ def _ratio(level: Level) -> float:
 
 def _model(network: Any, scheduler: Any, prediction: Prediction) -> Model:
     told = _told(network, scheduler)
-    turned = network.__class__.__name__ in REVERSED
-    if isinstance(scheduler, EDM) and scheduler.config.prediction_type == "v_prediction":
-        turned = True  # c_out has the other sign there
+    # With v_prediction, EDM's c_out has the other sign.
+    predicted = scheduler.config.prediction_type if isinstance(scheduler, EDM) else ""  # type: ignore[union-attr]
+    turned = network.__class__.__name__ in REVERSED or predicted == "v_prediction"
     whole = getattr(getattr(network, "config", None), "time_embedding_type", None) == "learned"
     parameter = next(network.parameters(), None)
 
