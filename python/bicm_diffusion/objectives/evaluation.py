@@ -146,9 +146,17 @@ def weighted_distance(
         asked = low if clean is None and form.t_min > 0 else torch.where(low > 0, low, high)
         goal = form.sample(x_low, evaluate(x_low, asked), low)
         if clean is not None:
-            goal = torch.where((low == 0).reshape(-1, *[1] * (clean.dim() - 1)), clean, goal)
+            goal = _replaced(goal, clean, levels[0].to(low.dtype) == 0)
     weight = (levels[1] - levels[0]).reciprocal().to(low)
     loss = consistency_loss(
         x_high, evaluate(x_high, high), high, None, goal, c=c, weight=weight, gradient=gradient, **form.options
     )
     return Loss(loss, {"consistency": loss})
+
+
+def _replaced(goal: Tensor, clean: Tensor, where: Tensor) -> Tensor:
+    """Return a goal, in place where that is seen on the host, with the clean samples of some rows."""
+    if torch.compiler.is_compiling() or where.device.type != "cpu":
+        return torch.where(where.to(goal.device).reshape(-1, *[1] * (goal.dim() - 1)), clean, goal)
+    rows = where.nonzero()[:, 0].to(goal.device, non_blocking=True)
+    return goal.index_copy_(0, rows, clean[rows]) if len(rows) else goal

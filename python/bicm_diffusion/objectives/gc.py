@@ -23,7 +23,7 @@ from bicm_diffusion.objectives.evaluation import (
 )
 from bicm_diffusion.samplers.checks import check_number
 from bicm_diffusion.schedules.karras import T_MIN
-from bicm_kernels import add_noise, fold_in, noisy_pair, scale_input, uniform
+from bicm_kernels import affine_step, fold_in, noisy_pair, uniform
 
 
 def gc_loss(
@@ -72,8 +72,8 @@ def gc_loss(
     evaluate = evaluator(network, x, extra_args=extra_args, end=form.end, **key)
     predict = evaluate if predictor is None else evaluator(predictor, x, extra_args=extra_args, end=form.end, **key)
     low, high = (level.to(x.device, level_dtype(x)) for level in levels[:2])
-    clean = augmented(x, low, mu, predict, form, sample_id=sample_id, **key)
-    pair = noisy_pair(clean, low, high, **noise_key(x, seed, step, sample_id), sigma_data=sigma_data)
+    replaced = augmented(x, low, mu, predict, form, sample_id=sample_id, **key)
+    pair = noisy_pair(x, low, high, **noise_key(x, seed, step, sample_id), **replaced, sigma_data=sigma_data)
     return weighted_distance(evaluate, form, pair, levels, c=c, gradient=gradient)
 
 
@@ -101,43 +101,40 @@ def augmented(
     step: int | Tensor,
     sample_id: int | Tensor,
     allowed: Tensor | None = None,
-) -> Tensor:
-    """Return x with sg f̊(x + t·z, t) in place of the samples that `generated` picks, of those that are `allowed`.
+) -> dict[str, Tensor]:
+    """Return x̂ = sg f̊(x + t·z, t) and the mask of the samples that it replaces, as `noisy_pair` takes them, or nothing.
 
+    Those that `generated` picks, of those that are `allowed`; x̂ has nothing to tell of the others.
     t: (B,) on x's device, in the precision of a network's levels. allowed: (B,) bool on any device; None for all.
     """
     check_number("mu", mu)
     if not 0.0 <= mu <= 1.0:
         raise ValueError(f"mu: expected a value in [0, 1], got {mu}")
     if mu == 0:
-        return x
+        return {}
     sources = [value for value in (seed, step, sample_id, allowed) if isinstance(value, Tensor)]
     on_host = not torch.compiler.is_compiling() and all(value.device.type == "cpu" for value in sources)
-    if not on_host:
-        key = noise_key(x, seed, step, sample_id)
-        mask = generated(len(x), mu, **key, device=x.device)
-        if allowed is not None:
-            mask = mask & allowed.to(x.device)
-        x_hat = _predicted(x, t, predict, form, key, None)
-        return torch.where(mask.reshape(-1, *[1] * (x.dim() - 1)), x_hat, x)
-    mask = generated(len(x), mu, seed=seed, step=step, sample_id=sample_id)
+    key = noise_key(x, seed, step, sample_id)
+    mask = generated(len(x), mu, **(key | {"sample_id": sample_id} if on_host else key | {"device": x.device}))
     if allowed is not None:
-        mask &= allowed
-    rows = mask.nonzero()[:, 0]
-    if len(x) == 0 or len(rows) == len(x):
-        return _predicted(x, t, predict, form, noise_key(x, seed, step, sample_id), None)
-    found = len(rows) > 0
-    rows = (rows if found else torch.zeros(1, dtype=torch.int64)).to(x.device, non_blocking=True)
-    key = {"seed": seed, "step": step, "sample_id": _ids_of(sample_id, rows)}
-    x_hat = _predicted(x[rows], t[rows], predict, form, key, rows)
-    return x.index_copy(0, rows, x_hat) if found else x
+        mask = mask & allowed.to(mask.device)
+    rows = mask.nonzero()[:, 0] if on_host else None
+    if rows is None or len(rows) == len(x):
+        return {"x_hat": _predicted(x, t, predict, form, key, None), "mask": mask.to(x.device)}
+    first = torch.zeros(1, dtype=torch.int64)
+    asked = (rows if len(rows) else first).to(x.device, non_blocking=True)
+    answer = _predicted(x[asked], t[asked], predict, form, key | {"sample_id": _ids_of(sample_id, asked)}, asked)
+    if not len(rows):
+        return {}
+    return {"x_hat": torch.empty_like(x).index_copy_(0, asked, answer), "mask": mask.to(x.device, non_blocking=True)}
 
 
 @torch.no_grad()
 def _predicted(
     x: Tensor, t: Tensor, predict: Evaluator, form: Form, key: dict[str, Any], rows: Tensor | None
 ) -> Tensor:
-    scaled = scale_input(add_noise(x, t, **key), t, sigma_data=form.sigma_data)
+    c_in = 1 / (form.sigma_data**2 + t * t).sqrt()
+    scaled = affine_step([x], [c_in], noise_weight=c_in * t, **key)
     # Of level 0, where f(x, 0) = x, networks take the logarithm: they are asked about another.
     return form.sample(scaled, predict(scaled, torch.where(t > 0, t, 1.0), rows), t)
 
