@@ -90,7 +90,7 @@ def measure(name: str, quick: bool, clock: str) -> list[Row]:
 @click.option("--quick", is_flag=True, help="A few short rounds: a smoke test.")
 @click.option("--clock", type=click.Choice(list(CLOCKS)), default="wall", help="processor: this thread's own time.")
 def main(names: tuple[str, ...], quick: bool, clock: str) -> None:
-    """Measure accelerated schedulers, all or those named, against the originals, with torch's noise and with keyed noise."""
+    """Measure accelerated schedulers, all or those named, against the originals, with torch's noise and keyed noise."""
     table = Table(
         title=f"diffusers {diffusers.__version__}, torch {torch.__version__}, one thread, float32, {clock} time, µs"
     )

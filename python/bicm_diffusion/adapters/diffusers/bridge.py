@@ -54,7 +54,7 @@ class Level(NamedTuple):
     known: bool = True
 
 
-def from_diffusers(network: nn.Module, scheduler: Any, *, steps: int) -> tuple[Model, Schedule, Prediction]:
+def from_diffusers(network: Any, scheduler: Any, *, steps: int) -> tuple[Model, Schedule, Prediction]:
     """Return `(model, schedule, prediction)` of a diffusers network, for this package's samplers and exact inversions.
 
     network: a U-Net or a transformer of diffusers, called as `network(z, timestep=..., **extra_args)`: conditions go
@@ -168,7 +168,8 @@ def _ratio(level: Level) -> float:
 def _model(network: Any, scheduler: Any, prediction: Prediction) -> Model:
     told = _told(network, scheduler)
     turned = network.__class__.__name__ in REVERSED
-    if isinstance(scheduler, EDM) and scheduler.config.prediction_type == "v_prediction":
+    config = scheduler.config
+    if isinstance(scheduler, EDM) and config.prediction_type == "v_prediction":
         turned = True  # c_out has the other sign there
     whole = getattr(getattr(network, "config", None), "time_embedding_type", None) == "learned"
     parameter = next(network.parameters(), None)

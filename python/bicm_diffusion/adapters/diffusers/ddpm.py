@@ -84,7 +84,7 @@ class Ddpm(Alphas):
         at = host_value(timestep, tables.timesteps)
         if not isinstance(at, Integral) or at not in tables.timesteps.values:
             return None
-        row: Any = tables.row(ROWS, tables.timesteps.values.index(at))
+        row: Any = tables.row(ROWS, tables.timesteps.values.index(int(at)))
         return None if row is None else (at, row if row[6] else row[:6])
 
     @fused
