@@ -94,7 +94,7 @@ def from_diffusers(network: Any, scheduler: Any, *, steps: int) -> tuple[Model, 
             )
         scheduler.set_timesteps(steps)
     prediction, read = _kind(scheduler)
-    return _model(network, scheduler, prediction), _schedule(read(scheduler)), prediction
+    return _model(network, scheduler, prediction), _schedule(read(scheduler), flow=read is _flowing), prediction
 
 
 def _kind(scheduler: Any) -> tuple[Prediction, Callable[[Any], list[Level]]]:
@@ -147,7 +147,7 @@ def _preserving(scheduler: Any) -> list[Level]:
     return [Level(t, math.sqrt(a), math.sqrt(1.0 - a), known) for t, a, known in levels]
 
 
-def _schedule(levels: list[Level]) -> Schedule:
+def _schedule(levels: list[Level], flow: bool) -> Schedule:
     """The levels in the order of a schedule; of several equal ones the first that the network knows."""
     kept: list[Level] = []
     levels = levels[::-1]  # the order of equal ones
@@ -158,7 +158,7 @@ def _schedule(levels: list[Level]) -> Schedule:
             continue
         kept.append(level)
     times, alpha, sigma, known = zip(*kept, strict=True)
-    return Schedule(times, alpha, sigma, asked=known[0])
+    return Schedule(times, alpha, sigma, asked=known[0], flow=flow)
 
 
 def _ratio(level: Level) -> float:
