@@ -208,7 +208,7 @@ def test_sd3_and_flux_shaped_networks() -> None:
     ids = torch.cartesian_prod(torch.zeros(1), torch.arange(8.0), torch.arange(8.0))
     pooled, text = noise(2, 8), noise(2, 3, 8)
     shared = {"pooled_projections": pooled, "encoder_hidden_states": text}
-    cases: list[tuple[nn.Module, Tensor, dict[str, Any], float]] = [
+    cases: list[tuple[Any, Tensor, dict[str, Any], float]] = [
         (sd3(), latent, shared, 1.0),
         (flux(), tokens, {**shared, "img_ids": ids, "txt_ids": torch.zeros(3, 3)}, 1e-3),
     ]
@@ -240,7 +240,7 @@ def test_a_half_precision_network_meets_a_float32_state() -> None:
 
 def test_what_cannot_be_bridged_says_so(unet: UNet2DModel) -> None:
     with pytest.raises(TypeError, match="network: expected a pipeline's unet"):
-        from_diffusers(DDIMPipeline(unet, DDIMScheduler()), DDIMScheduler(), steps=4)  # type: ignore[arg-type]
+        from_diffusers(DDIMPipeline(unet, DDIMScheduler()), DDIMScheduler(), steps=4)
     with pytest.raises(TypeError, match="network: expected a U-Net"):
         from_diffusers(nn.Identity(), DDIMScheduler(), steps=4)
     with pytest.raises(TypeError, match="scheduler: expected one of diffusers"):

@@ -67,8 +67,8 @@ def test_levels() -> None:
     assert shifted[3] == pytest.approx(math.exp(mu) / (math.exp(mu) + (1 / 0.3 - 1)), rel=1e-14)
     with pytest.raises(ValueError, match="shift: expected a positive value, got 0"):
         flow_schedule(4, shift=0.0)
-    with pytest.raises(ValueError, match="alpha > 0"):
-        Schedule((0.0, 1.0), (1.0, 0.0), (0.0, 0.9))  # no flow
+    with pytest.raises(ValueError, match="alpha \\+ sigma = 1 of a flow"):
+        Schedule((0.0, 1.0), (1.0, 0.0), (0.0, 0.9), flow=True)
     with pytest.raises(ValueError, match="alpha = 0 at index 4"):
         to_ve(flow_schedule(4))
 

@@ -150,7 +150,7 @@ def test_an_empty_batch_and_a_single_step_work(sampler: Sampler) -> None:
 @each_sampler
 def test_wrong_options_are_named(sampler: Sampler) -> None:
     with pytest.raises(
-        ValueError, match=r"prediction: expected 'noise', 'epsilon', 'v', 'x0' or a Preconditioned, got 'eps'"
+        ValueError, match=r"prediction: expected 'noise', 'epsilon', 'v', 'x0', 'flow' or a Preconditioned, got 'eps'"
     ):
         sampler(MODEL, noise(2, 3), vp_schedule(2), prediction="eps")
     with pytest.raises(TypeError, match="unexpected keyword argument 'guidance'"):

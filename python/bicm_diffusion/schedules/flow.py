@@ -27,4 +27,4 @@ def flow_schedule(steps: int, *, shift: float = 1.0) -> Schedule:
     times = tuple(shift * s / (1.0 + (shift - 1.0) * s) for s in uniform)
     # Both ends are exact: a rounded 1 would leave a trace of signal.
     times = (0.0, *times[1:-1], 1.0)
-    return Schedule(times, tuple(1.0 - t for t in times), times)
+    return Schedule(times, tuple(1.0 - t for t in times), times, flow=True)

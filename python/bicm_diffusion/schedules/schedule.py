@@ -29,10 +29,10 @@ class Schedule:
     i = 1 … N - 1 the nearest fraction n/m, m ≤ 1024, of (h_i/h_{i+1})², h_i the width of interval i in sigma/alpha.
     asked: whether a model may be asked about index 0 where sigma_0 > 0; False where times[0] is no time that it knows.
     clean: whether index 0 is clean data, sigma_0 = 0, where no model is asked. lowest: the lowest index that a model is
-    asked about, 0 or 1. The noisiest level of a flow, alpha + sigma = 1 throughout, may have alpha_N = 0.
+    asked about, 0 or 1. flow: says that alpha + sigma = 1 throughout, where the noisiest level may have alpha_N = 0.
     Any sequences of numbers become tuples of floats.
-    Raises TypeError for anything else, and ValueError unless the lengths agree, alpha > 0 (but for alpha_N), sigma ≥ 0
-    and sigma/alpha grows with i.
+    Raises TypeError for anything else, and ValueError unless the lengths agree, alpha > 0 (but for a flow's alpha_N),
+    sigma ≥ 0 and sigma/alpha grows with i.
 
     >>> schedule = Schedule(times=(0.0, 1.0), alpha=(1.0, 0.6), sigma=(0.0, 0.8))
     >>> schedule.steps, round(schedule.a[1], 3), round(schedule.b[1], 3)
@@ -43,6 +43,7 @@ class Schedule:
     alpha: tuple[float, ...]
     sigma: tuple[float, ...]
     asked: bool = True
+    flow: bool = False
     a: tuple[float, ...] = field(init=False, repr=False)
     b: tuple[float, ...] = field(init=False, repr=False)
     table: Tensor = field(init=False, repr=False, compare=False)
@@ -58,7 +59,7 @@ class Schedule:
         lengths = (len(self.times), len(self.alpha), len(self.sigma))
         if len(set(lengths)) != 1 or lengths[0] < 2:
             raise ValueError(f"times, alpha, sigma: expected one length of at least 2, got lengths {lengths}")
-        _check_levels(self.alpha, self.sigma)
+        _check_levels(self.alpha, self.sigma, self.flow)
         alpha, sigma = self.alpha, self.sigma
         a = (math.nan, *(_quotient(alpha[i - 1], alpha[i]) for i in range(1, len(alpha))))
         b = (math.nan, *(sigma[i - 1] - sigma[i] * a[i] for i in range(1, len(sigma))))
@@ -143,8 +144,9 @@ def _quotient(x: float, alpha: float) -> float:
     return x / alpha if alpha else math.inf
 
 
-def _check_levels(alpha: tuple[float, ...], sigma: tuple[float, ...]) -> None:
-    flow = all(abs(a + s - 1.0) <= FLOW_ROUNDING for a, s in zip(alpha, sigma, strict=True))
+def _check_levels(alpha: tuple[float, ...], sigma: tuple[float, ...], flow: bool) -> None:
+    if flow and any(not abs(a + s - 1.0) <= FLOW_ROUNDING for a, s in zip(alpha, sigma, strict=True)):
+        raise ValueError(f"alpha, sigma: expected alpha + sigma = 1 of a flow, got {alpha} and {sigma}")
     none = min(alpha[:-1]) <= 0 or alpha[-1] < 0 or (alpha[-1] == 0 and not flow)
     for name, values, bad in (("alpha", alpha, none), ("sigma", sigma, min(sigma) < 0)):
         if bad or not all(map(math.isfinite, values)):

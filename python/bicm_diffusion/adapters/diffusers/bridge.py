@@ -54,7 +54,7 @@ class Level(NamedTuple):
     known: bool = True
 
 
-def from_diffusers(network: nn.Module, scheduler: Any, *, steps: int) -> tuple[Model, Schedule, Prediction]:
+def from_diffusers(network: Any, scheduler: Any, *, steps: int) -> tuple[Model, Schedule, Prediction]:
     """Return `(model, schedule, prediction)` of a diffusers network, for this package's samplers and exact inversions.
 
     network: a U-Net or a transformer of diffusers, called as `network(z, timestep=..., **extra_args)`: conditions go
@@ -94,7 +94,7 @@ def from_diffusers(network: nn.Module, scheduler: Any, *, steps: int) -> tuple[M
             )
         scheduler.set_timesteps(steps)
     prediction, read = _kind(scheduler)
-    return _model(network, scheduler, prediction), _schedule(read(scheduler)), prediction
+    return _model(network, scheduler, prediction), _schedule(read(scheduler), flow=read is _flowing), prediction
 
 
 def _kind(scheduler: Any) -> tuple[Prediction, Callable[[Any], list[Level]]]:
@@ -147,7 +147,7 @@ def _preserving(scheduler: Any) -> list[Level]:
     return [Level(t, math.sqrt(a), math.sqrt(1.0 - a), known) for t, a, known in levels]
 
 
-def _schedule(levels: list[Level]) -> Schedule:
+def _schedule(levels: list[Level], flow: bool) -> Schedule:
     """The levels in the order of a schedule; of several equal ones the first that the network knows."""
     kept: list[Level] = []
     levels = levels[::-1]  # the order of equal ones
@@ -158,7 +158,7 @@ def _schedule(levels: list[Level]) -> Schedule:
             continue
         kept.append(level)
     times, alpha, sigma, known = zip(*kept, strict=True)
-    return Schedule(times, alpha, sigma, asked=known[0])
+    return Schedule(times, alpha, sigma, asked=known[0], flow=flow)
 
 
 def _ratio(level: Level) -> float:
@@ -167,9 +167,10 @@ def _ratio(level: Level) -> float:
 
 def _model(network: Any, scheduler: Any, prediction: Prediction) -> Model:
     told = _told(network, scheduler)
-    # With v_prediction, EDM's c_out has the other sign.
-    predicted = scheduler.config.prediction_type if isinstance(scheduler, EDM) else ""  # type: ignore[union-attr]
-    turned = network.__class__.__name__ in REVERSED or predicted == "v_prediction"
+    turned = network.__class__.__name__ in REVERSED
+    config = scheduler.config
+    if isinstance(scheduler, EDM) and config.prediction_type == "v_prediction":
+        turned = True  # c_out has the other sign there
     whole = getattr(getattr(network, "config", None), "time_embedding_type", None) == "learned"
     parameter = next(network.parameters(), None)
 
