@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
 
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, TCDScheduler
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler
@@ -50,6 +50,7 @@ def test_twenty_steps_are_one_graph(cls: type[Any]) -> None:
     [
         *((cls, {}) for cls in CLASSES),
         (DPMSolverMultistepScheduler, {"solver_order": 3, "algorithm_type": "sde-dpmsolver++"}),
+        (FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}),
     ],
     ids=lambda x: x.__name__ if isinstance(x, type) else "-".join(map(str, x.values())),
 )
@@ -65,3 +66,16 @@ def test_a_step_compiled_by_inductor() -> None:
     eager, compiled, x = three(DDIMScheduler)
     step = torch.compile(compiled.step, fullgraph=True)
     assert torch.equal(loop(compiled, x, step), loop(eager, x, eager.step))
+
+
+def test_an_eta_that_one_step_had_before() -> None:
+    eager, compiled, x = three(TCDScheduler)
+    counter = CompileCounterWithBackend("eager")
+    compiled.step(x, compiled.timesteps[0], x, eta=0.7)  # its weights are made on the host
+    compiled.set_timesteps(STEPS)
+
+    def steps(scheduler: Any) -> Callable[..., Any]:
+        return lambda output, t, z: scheduler.step(output, t, z, eta=0.7)
+
+    whole = torch.compile(lambda z: loop(compiled, z, steps(compiled)), fullgraph=True, backend=counter)
+    assert torch.equal(whole(x), loop(eager, x, steps(eager))) and counter.frame_count == 1

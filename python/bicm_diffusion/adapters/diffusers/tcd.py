@@ -98,6 +98,8 @@ class Tcd(Counted):
             return None
         index = self._index(timestep)
         if eta not in tables.etas:
+            if graph:
+                return None
             self._etas = (*self._etas, eta)
             self._put(tables, eta)
         row: Any = tables.row(eta, index, sample.device if graph else None)
