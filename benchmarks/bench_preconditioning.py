@@ -50,6 +50,22 @@ def torch_renoise(
     return noisy, noisy * (1 / (SIGMA_DATA**2 + sigma**2) ** 0.5)
 
 
+def generated_pair(x: Tensor, F: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """``noisy_pair`` of what the network generates, as networks take it."""
+    return bk.noisy_pair(x, t, 1.5 * t, F=F, sigma_data=SIGMA_DATA, seed=SEED, step=0)
+
+
+def torch_generated_pair(
+    x: Tensor, F: Tensor, t: Tensor, *, draw: Callable[[Tensor], Tensor] = torch.randn_like
+) -> tuple[Tensor, Tensor]:
+    """GC Alg. 1: noise, the denoised sample, the same noise at both levels, c_in."""
+    noise, low = draw(x), t.reshape(-1, 1, 1, 1)
+    generated = torch_denoise(x + low.to(x.dtype) * noise, F, t, torch.full_like(t, 0.002))
+    both = [(level, generated + level.to(x.dtype) * noise) for level in (low, 1.5 * low)]
+    first, second = (y * (1 / (SIGMA_DATA**2 + level**2).sqrt()).to(x.dtype) for level, y in both)
+    return first, second
+
+
 CASES = (
     Case("scale_input", scale_input, torch_scale_input, tensors=1, reads=1, writes=1, per_sample=1),
     Case("denoise", denoise, torch_denoise, tensors=2, reads=2, writes=1, per_sample=2),
@@ -62,6 +78,16 @@ CASES = (
         writes=2,
         per_sample=2,
         coefficients={"sigma": 0.7},
+        noise="added",
+    ),
+    Case(
+        "noisy_pair_generated",
+        generated_pair,
+        torch_generated_pair,
+        tensors=2,
+        reads=2,
+        writes=2,
+        per_sample=1,
         noise="added",
     ),
 )

@@ -14,6 +14,8 @@ library = torch.library.Library("bicm_kernels", "DEF")
 
 #: Outputs that a call may have no use for: then they are empty.
 _PLACEHOLDERS = frozenset(("next", "info_out", "overflow"))
+#: Numbers that may be one for each element, and have the shape of the states then.
+_OF_ELEMENTS = frozenset(("weight",))
 
 
 def define(schema: str, states: Sequence[str], fake: Callable[..., Any]) -> None:
@@ -85,7 +87,11 @@ def _check_alike(call: Mapping[str, Any], states: Sequence[str]) -> None:
     """
     tensors = [(name, x) for name, value in call.items() for x in _opened(value)]
     devices = {x.device for _, x in tensors if x.dim() or x.device.type != "cpu"}
-    shaped = [(name in states, x.shape) for name, x in tensors if not (name in _PLACEHOLDERS and x.shape == (0,))]
+    shaped = [
+        (name in states or (name in _OF_ELEMENTS and x.dim() > 1), x.shape)
+        for name, x in tensors
+        if not (name in _PLACEHOLDERS and x.shape == (0,))
+    ]
     shapes = [shape for is_state, shape in shaped if is_state]
     rows = [shape for is_state, shape in shaped if not is_state and shape]
     if len(devices) > 1 or any(shape != shapes[0] or not shape for shape in shapes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from bicm_kernels.ops import arguments
 from bicm_kernels.ops.arguments import Integer, Number
 from bicm_kernels.ops.library import define
 from bicm_kernels.ops.op import Op
+from bicm_kernels.reference.preconditioning import c_skip_c_out
 
 _ops = torch.ops.bicm_kernels
 
@@ -43,6 +45,7 @@ RENOISE = Op(
     flags=("cm",),
     noise="sigma",
     outs=("x_s", "scaled"),
+    differentiable=True,
     plain=_plain_renoise,
 )
 define(
@@ -86,7 +89,48 @@ def _denoise_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return *gradients, None, None, None, None, None
 
 
+def _save_renoise(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    _, F, t, u, _, next_sigma, sigma_data, cm, *_ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(t, u, next_sigma, sigma_data)
+    ctx.network_dtype, ctx.cm = F.dtype, cm
+
+
+@arguments.faithful
+def _renoise_gradient(ctx: Any, of_x_s: Tensor | None, of_scaled: Tensor | None) -> tuple[Tensor | None, ...]:
+    """In x, c_skip (g + c_in h), and in F, c_out (g + c_in h): affine maps of what comes in, in one pass together."""
+    incoming = [g for g in (of_x_s, of_scaled) if g is not None]
+    gradients: list[Tensor | None] = [None, None]
+    if incoming:
+        wanted = [k for k in range(2) if ctx.needs_input_grad[k]]
+        dtypes = (incoming[0].dtype, ctx.network_dtype)
+        weights = _renoise_weights(ctx, dtypes, of_x_s is not None, of_scaled is not None)
+        plain = all(map(arguments.plain_gradient, incoming))
+        if plain and len(wanted) == 2 and dtypes[0] == dtypes[1]:
+            zero = arguments.coefficient(0.0)
+            rest = (None, zero, None, None, None, None, None, None)
+            gradients = [*_ops.denoised_step.tensor(incoming, weights[1], weights[0], *rest)[:2]]
+        else:
+            for k in wanted:
+                if plain:
+                    found = _ops.affine_step.tensor(incoming, weights[k], None, None, None, None, None)
+                else:
+                    found = reference.affine_step(incoming, weights[k])
+                gradients[k] = found.to(dtypes[k])
+    return *gradients, *[None] * 9
+
+
+def _renoise_weights(ctx: Any, dtypes: Sequence[torch.dtype], plain: bool, scaled: bool) -> list[list[Tensor]]:
+    """For x and for F, the weight of each gradient that comes in: 0-d or (B,), on the host where all numbers are."""
+    compute = torch.float64 if torch.float64 in dtypes else torch.float32
+    t, u, next_sigma, sigma_data = (x.to(compute) for x in ctx.saved_tensors)
+    scale = reference.c_in(next_sigma, sigma_data)
+    outward = c_skip_c_out(t, u, sigma_data, u, "cm" if ctx.cm else "bcm")
+    return [[weight] * plain + [weight * scale] * scaled for weight in outward]
+
+
 DENOISE.differentiate(_denoise_gradient, _save_denoise)
+RENOISE.differentiate(_renoise_gradient, _save_renoise)
 SCALE_INPUT.differentiate(_input_gradient, _save_input)
 
 
@@ -186,7 +230,8 @@ def renoise(
         seed, step, sample_id: the noise's key, see ``normal``.
 
     Returns:
-        (x_s, scaled input of the next evaluation), both in the dtype and layout of x.
+        (x_s, scaled input of the next evaluation), both in the dtype and layout of x. Differentiable in x and F through
+        fused kernels, in the levels, and twice, through the reference.
 
     Raises:
         TypeError, ValueError: an argument has another type, shape, device, range or name.

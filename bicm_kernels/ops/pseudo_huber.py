@@ -33,7 +33,11 @@ def pseudo_huber(
         pred, target: (B, ...) of one shape, each float16, bfloat16, float32 or float64, any strides.
         c: where the square turns into the norm, >= 0; float, 0-d or (B,) tensor. None is 0.00054 sqrt(d) for
             ``vector``, d elements in a sample; ``elementwise`` must be given one, ``squared`` takes none.
-        weight: weight of each sample, a (B,) tensor, a 0-d tensor or a float; None weighs all alike.
+        weight: of samples, a (B,) tensor, a 0-d tensor or a float, which multiplies their distances; None weighs all
+            alike. Or of elements, with as many dimensions as pred and each size that of pred or 1: it multiplies the
+            terms of a sample's sum, w_i r_i^2 in ``vector`` and ``squared``, the distances in ``elementwise``; d stays
+            the number of all elements, in c and in the mean. A bool mask counts as 0 and 1. Where the weight is 0, an
+            infinite or NaN residual still gives NaN, as 0 times it does. >= 0: a sum that is negative is NaN.
         kind: "vector", "elementwise" or "squared".
         reduction: "mean" or "sum" of the weighted distances over the batch, or "none".
         gradient: "backward" re-reads the inputs in the backward pass. "forward" reads them once, forms the gradients

@@ -64,6 +64,34 @@ def _reference_gradients(loss: Loss, upstream: Tensor, needs: Sequence[bool], ca
         return torch.autograd.grad(value, wanted, upstream, create_graph=differentiable)
 
 
+def element_weight(weight: Tensor | None, first: Tensor) -> Tensor | None:
+    """A weight as the kernels take it: masks as numbers, weights of elements like the inputs, without a copy."""
+    if weight is None or (weight.dim() < 2 and weight.dtype != torch.bool):
+        return weight
+    if weight.dtype == torch.bool:
+        weight = weight.to(first.dtype)
+    if 1 < weight.dim() == first.dim() and weight.shape != first.shape:
+        weight = weight.expand(first.shape)
+    return weight
+
+
+def check_weight(weight: Tensor, first: Tensor, first_name: str) -> None:
+    """Raise unless a weight is floating or a mask, and one number, one per sample or one per element."""
+    if weight.dtype != torch.bool and weight.dtype not in arguments.FLOATING:
+        raise TypeError(f"weight must be a floating tensor or a bool mask, got {weight.dtype}")
+    if weight.dim() < 2:
+        arguments.check_per_sample("weight", weight, first.shape[0], first.device)
+        return
+    sizes = zip(weight.shape, first.shape, strict=False)
+    if weight.dim() != first.dim() or any(a not in (1, b) for a, b in sizes):
+        raise ValueError(
+            f"weight must be 0-d, ({first.shape[0]},) or broadcast to the shape of {first_name}, "
+            f"{tuple(first.shape)}, with as many dimensions, got shape {tuple(weight.shape)}"
+        )
+    if weight.device != first.device:
+        raise ValueError(f"weight must be on {first.device}, got {weight.device}")
+
+
 # A loss, its ops, and the arguments that are not tensors.
 _Call = tuple["Loss", Kernels, tuple[Any, ...]]
 
@@ -215,7 +243,8 @@ class Loss(Op):
             if fallback:
                 return self.reference(call)
             inputs = tensors[: self.inputs]
-            tensors = (*inputs, *arguments.coefficients(tensors[self.inputs :]))
+            *levels, weight = arguments.coefficients(tensors[self.inputs :])
+            tensors = (*inputs, *levels, element_weight(weight, tensors[0]))
             overload = "default"
             if traced or not arguments.no_tensors(numbers):
                 overload, numbers = "tensor", tuple(arguments.coefficients(numbers))
@@ -241,7 +270,9 @@ class Loss(Op):
         for name in self.tensors[: self.inputs]:
             arguments.check_state(name, values[name], values[first], first)
         for name in (*self.tensors[self.inputs :], *self.numbers):
-            if values[name] is not None or name not in self.optional:
+            if name == "weight" and isinstance(values[name], Tensor):
+                check_weight(values[name], values[first], first)
+            elif values[name] is not None or name not in self.optional:
                 arguments.check_number(name, values[name], values[first])
         for name in self.flags:
             if not isinstance(values[name], str | bool) or values[name] not in CODES[name]:

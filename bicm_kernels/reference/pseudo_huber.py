@@ -79,26 +79,42 @@ def _mean(values: Tensor, *dim: int) -> Tensor:
     return torch.where(mean.isinf(), (values * 2.0**-64).mean(*dim) * 2.0**64, mean)
 
 
+def _squares(flat: Tensor, weights: Tensor | None) -> Tensor:
+    """The sums of the squares of rows, weighted; NaN where weights below 0 make one negative."""
+    wide = flat.double()
+    squares = wide * wide  # whose derivative does not double first
+    if weights is None:
+        return squares.sum(1)
+    sums = (weights * squares).sum(1)
+    return torch.where(sums < 0, math.nan, sums)
+
+
 def reduced(residual: Tensor, c: Number | None, weight: Number | None, kind: str, reduction: str) -> Tensor:
     """The loss of a residual (B, ...) in the compute type."""
     batch, elements = residual.shape[0], math.prod(residual.shape[1:])
     flat = residual.reshape(batch, elements)
     per_batch, wide = flat.new_empty((batch,)), flat.dtype == torch.float64
+    terms = None
+    if isinstance(weight, Tensor) and weight.dim() > 1:
+        terms, weight = weight.expand(residual.shape).reshape(batch, elements).double(), None
     if kind == "squared":
         assert c is None
-        wide_flat = flat.double()
-        values = (wide_flat * wide_flat).sum(1)  # whose derivative does not double first
+        values = _squares(flat, terms)
     elif kind == "vector":
         if c is None:
             c = 0.00054 * math.sqrt(elements)
-        if wide and elements:
+        if terms is not None:
+            values = distance(_squares(flat, terms), per_sample(c, per_batch, torch.float64))
+        elif wide and elements:
             values = _float64_distances(flat, per_sample(c, flat, torch.float64), True).squeeze(1)
         else:
             values = distance(flat.double().square().sum(1), per_sample(c, per_batch, torch.float64))
     else:
         assert c is not None
         c = per_sample(c, flat, flat.dtype)
-        values = _mean(_float64_distances(flat, c, False) if wide else _float32_distances(flat, c), 1)
+        values = _float64_distances(flat, c, False) if wide else _float32_distances(flat, c)
+        values = _mean(values if terms is None else terms * values, 1)
+        values = values if terms is None else torch.where(values < 0, math.nan, values)
     if weight is not None:
         values = per_sample(weight, per_batch, torch.float64) * values
     if reduction != "none":

@@ -17,7 +17,7 @@ from bicm_kernels.triton_kernels.checks import Integer, Number
 from bicm_kernels.triton_kernels.keys import integer, integer_argument, make_key, number, number_argument
 from bicm_kernels.triton_kernels.operands import WARPS, device_of, lay_out, load, locate, store
 from bicm_kernels.triton_kernels.philox import box_muller, high_word, low_word, philox, uniform_from_bits
-from bicm_kernels.triton_kernels.preconditioning_kernels import c_in
+from bicm_kernels.triton_kernels.preconditioning_kernels import bcm, c_in, cm
 
 FOLD_BLOCK = 256
 
@@ -105,6 +105,7 @@ def pair(
     high,
     x,
     x_hat,
+    network,
     mask,
     sizes,
     batch,
@@ -113,10 +114,13 @@ def pair(
     sigma_low,
     sigma_high,
     sigma_data,
+    end,
     seed: tl.int64,
     step: tl.int64,
     sample_id: tl.int64,
     key_tensors,
+    FORM: tl.constexpr,
+    SCALES: tl.constexpr,
     COUNTS: tl.constexpr,
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -124,12 +128,17 @@ def pair(
     GROUP: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """One noise at two levels on x, or on x_hat where there is a mask and it says so; a row reads one of them."""
+    """One noise at two levels on x, or on x_hat where there is a mask and it says so; a row reads one of them.
+
+    Or on what the network's output makes of x at the low level.
+    """
     sample, present, first, element, inside = locate(elements, batch, blocks, ROWS, COLUMNS, INDEX)
-    if mask is None:
+    generated = present
+    if mask is not None:
+        generated = tl.load(mask[0] + sample * mask[1], mask=present, other=0) != 0
+    if x_hat is None:
         y = load(x, sizes, sample, element, inside, COMPUTE)
     else:
-        generated = tl.load(mask[0] + sample * mask[1], mask=present, other=0) != 0
         y = tl.where(
             generated,
             load(x_hat, sizes, sample, element, inside & generated, COMPUTE),
@@ -138,8 +147,17 @@ def pair(
     n = draw(seed, step, sample_id, key_tensors, sample, present, first, True, COUNTS, COLUMNS, GROUP).to(COMPUTE)
     first_level = number(sigma_low, sample, present, COMPUTE)
     second_level = number(sigma_high, sample, present, COMPUTE)
+    if network is not None:
+        least = number(end, sample, present, COMPUTE)
+        deviation = number(sigma_data, sample, present, COMPUTE)
+        if FORM == "cm":
+            c_skip, c_out = cm(first_level, least, deviation, False)
+        else:
+            c_skip, c_out = bcm(first_level, least, deviation, False)
+        F = load(network, sizes, sample, element, inside & generated, COMPUTE)
+        y = tl.where(generated, c_skip * add_level(y, n, first_level) + c_out * F, y)
     noisy_low, noisy_high = add_level(y, n, first_level), add_level(y, n, second_level)
-    if sigma_data is not None:
+    if SCALES:
         data = number(sigma_data, sample, present, COMPUTE)
         noisy_low, noisy_high = c_in(first_level, data) * noisy_low, c_in(second_level, data) * noisy_high
     store(low, sizes, sample, element, inside, noisy_low)
@@ -199,32 +217,73 @@ def noisy_pair(
     sigma_data: Number | None,
 ) -> tuple[Tensor, Tensor]:
     """(x + sigma_low n, x + sigma_high n), with x_hat in place of x where the mask is true; with sigma_data, scaled."""
+    checks.require(x_hat is None or x_hat.dtype == x.dtype, "x_hat differs from x in dtype")
+    return launch_pair(x, sigma_low, sigma_high, (seed, step, sample_id), x_hat, mask, sigma_data)
+
+
+def generated_pair(
+    x: Tensor,
+    F: Tensor,
+    sigma_low: Number,
+    sigma_high: Number,
+    end: Number,
+    sigma_data: Number,
+    seed: Integer,
+    step: Integer,
+    sample_id: Integer,
+    mask: Tensor | None,
+    to_least: bool,
+    scales: bool,
+) -> tuple[Tensor, Tensor]:
+    """The pair of what the network makes of the samples at the low level, where the mask is true."""
+    key, form = (seed, step, sample_id), "cm" if to_least else "bcm"
+    return launch_pair(x, sigma_low, sigma_high, key, F, mask, sigma_data, end, form=form, scales=scales)
+
+
+def launch_pair(
+    x: Tensor,
+    sigma_low: Number,
+    sigma_high: Number,
+    whole_key: tuple[Integer, Integer, Integer],
+    x_hat: Tensor | None,
+    mask: Tensor | None,
+    sigma_data: Number | None,
+    end: Number | None = None,
+    *,
+    form: str = "",
+    scales: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """A pair of x and x_hat; with a form, x_hat is the network's output."""
     states = [x] if x_hat is None else [x, x_hat]
     checks.check_states(states, 1)
-    checks.require(states[-1].dtype == x.dtype, "x_hat differs from x in dtype")
     if mask is not None:
         fits = x_hat is not None and mask.dtype == torch.bool and mask.shape == x.shape[:1] and mask.device == x.device
         checks.require(fits, "mask must be a (B,) bool tensor beside x_hat")
     low, high = torch.empty_like(x), torch.empty_like(x)
-    key = make_key(seed, step, sample_id, x)
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    key = make_key(*whole_key, x)
+    wide = torch.float64 in [state.dtype for state in states]
+    compute = torch.float64 if wide else torch.float32
     layout = lay_out([low, high, *states], per_sample=True, in_order=True)
     layout.launch(
         pair,
         low=layout.operands[0],
         high=layout.operands[1],
         x=layout.operands[2],
-        x_hat=layout.operands[-1] if mask is not None else None,
+        x_hat=layout.operands[-1] if mask is not None and not form else None,
+        network=layout.operands[-1] if form else None,
         mask=None if mask is None else (mask.view(torch.uint8), mask.stride(0)),
         sigma_low=number_argument(sigma_low, compute, x),
         sigma_high=number_argument(sigma_high, compute, x),
         sigma_data=None if sigma_data is None else number_argument(sigma_data, compute, x),
+        end=None if end is None else number_argument(end, compute, x),
+        FORM=form,
+        SCALES=scales and sigma_data is not None,
         seed=key.seed,
         step=key.step,
         sample_id=key.sample_id,
         key_tensors=key.tensors,
         COUNTS=key.counts,
-        COMPUTE=tl.float64 if x.dtype == torch.float64 else tl.float32,
+        COMPUTE=tl.float64 if wide else tl.float32,
     )
     return low, high
 
@@ -260,5 +319,6 @@ def implementations() -> dict[str, Callable[..., Any]]:
         "uniform": uniform,
         "uniform.tensor": uniform,
         "noisy_pair": noisy_pair,
+        "generated_pair": generated_pair,
         "fold_in": fold_in,
     }

@@ -60,7 +60,6 @@ class Loss:
         kind: int,
         reduction: int,
     ) -> None:
-        checks.check_states(inputs, len(inputs))
         self.inputs, self.elementwise, self.squared = list(inputs), kind == 1, kind == 2
         self.reduction, self.form, self.scaled = REDUCTIONS[reduction], form, scaled
         first = inputs[0]
@@ -68,7 +67,9 @@ class Loss:
         self.float64 = any(x.dtype == torch.float64 for x in inputs)
         self.compute = torch.float64 if self.float64 else torch.float32
         self.levels = tuple([self.number(value) for value in levels])
-        self.weight = 1.0 if weight is None else weight
+        self.element_weight = [weight] if isinstance(weight, Tensor) and weight.dim() > 1 else []
+        checks.check_states([*inputs, *self.element_weight], len(inputs))
+        self.weight = 1.0 if weight is None or self.element_weight else weight
         checks.require(c is not None or not self.elementwise, "elementwise needs c")
         checks.require(c is None or not self.squared, "squared takes no c")
         checks.require(isinstance(c, Tensor) or c is None or c >= 0, "c must not be negative")
@@ -134,7 +135,7 @@ class Loss:
         loss, totals = self.numbers()
         if not self.batch:
             return loss if self.each else loss.fill_(math.nan if self.reduction == "mean" else 0.0), totals
-        layout = lay_out(self.inputs, per_sample=True, in_order=False)
+        layout = lay_out([*self.inputs, *self.element_weight], per_sample=True, in_order=False)
         chunks = max(1, -(-self.elements // CHUNK))
         with device_of(first):
             sums[(self.batch * chunks,)](
@@ -142,6 +143,7 @@ class Loss:
                 partial=totals if chunks == 1 else first.new_empty((self.batch * chunks,), dtype=torch.float64),
                 loss=loss.reshape(-1),
                 chunks=chunks,
+                element_weight=layout.operands[-1] if self.element_weight else None,
                 **self.summing(layout),
             )
         return loss, totals
@@ -150,7 +152,7 @@ class Loss:
         """The loss, and the derivatives for an upstream of 1; one program per sample, where its residuals fit."""
         results = self.outputs(needs)
         layout = lay_out([*self.inputs, *results.values()], per_sample=True, in_order=False)
-        fits = 0 < self.elements <= RESIDENT and not self.float64 and not layout.plan.sizes
+        fits = 0 < self.elements <= RESIDENT and not (self.float64 or layout.plan.sizes or self.element_weight)
         if not (fits and results and self.batch):
             loss, totals = self.value()
             return loss, self.differentiate(1.0, totals, results)
@@ -183,7 +185,8 @@ class Loss:
 
     def differentiate(self, upstream: Number, totals: Tensor, results: dict[int, Tensor]) -> list[Tensor]:
         """Fill the derivatives."""
-        layout = lay_out([*results.values(), *self.inputs], per_sample=True, in_order=False)
+        tensors = [*results.values(), *self.inputs, *self.element_weight]
+        layout = lay_out(tensors, per_sample=True, in_order=False)
         layout.launch(
             gradients,
             outs=self.places(results, layout.operands),
@@ -191,6 +194,7 @@ class Loss:
             weight=self.number(self.weight),
             upstream=self.number(upstream),
             totals=totals,
+            element_weight=layout.operands[-1] if self.element_weight else None,
             REDUCTION=self.reduction,
             **self.operands(layout, len(results)),
         )

@@ -72,6 +72,7 @@ def gradients(
     prediction,
     target,
     x,
+    element_weight,
     sizes,
     batch,
     elements,
@@ -108,6 +109,8 @@ def gradients(
         r = slope_anywhere(r, transition)
     else:
         r *= power
+    if element_weight is not None:
+        r *= load(element_weight, sizes, sample, element, inside, COMPUTE)
     store_gradients(outs, x, sizes, sample, element, inside, r, factor, weights)
 
 
@@ -230,6 +233,7 @@ def resident(
                 prediction,
                 target,
                 x,
+                None,
                 sizes,
                 sample,
                 tl.zeros((), INDEX),

@@ -71,10 +71,21 @@ def term_of(r, c, scale, ELEMENTWISE: tl.constexpr):
 
 
 @triton.jit
+def weighed_term(r, c, weight, ELEMENTWISE: tl.constexpr):
+    """A residual's part of a sum whose terms have weights, in float64."""
+    if ELEMENTWISE:
+        term = distance_anywhere(r, c, tl.full((), 1.0, r.dtype)).to(tl.float64)
+    else:
+        term = r.to(tl.float64) * r.to(tl.float64)
+    return weight * term
+
+
+@triton.jit
 def chunk_sum(
     prediction,
     target,
     x,
+    element_weight,
     sizes,
     sample,
     first,
@@ -88,12 +99,18 @@ def chunk_sum(
     STEPS: tl.constexpr,
 ):
     """Distances times `scale`, or squares of the residuals times `scale`, added up: (1,) in float64."""
-    high = tl.zeros((1, COLUMNS), COMPUTE)
-    low = tl.zeros((1, COLUMNS), COMPUTE)
+    SUM: tl.constexpr = COMPUTE if element_weight is None else tl.float64
+    high = tl.zeros((1, COLUMNS), SUM)
+    low = tl.zeros((1, COLUMNS), SUM)
     for step in range(STEPS):
         element = first + step * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        r = residual(prediction, target, x, weights, sizes, sample, element, element < elements, COMPUTE)
-        high, low = add_term(high, low, term_of(r, c, scale, ELEMENTWISE))
+        inside = element < elements
+        r = residual(prediction, target, x, weights, sizes, sample, element, inside, COMPUTE)
+        if element_weight is None:
+            term = term_of(r, c, scale, ELEMENTWISE)
+        else:
+            term = weighed_term(r, c, load(element_weight, sizes, sample, element, inside, tl.float64), ELEMENTWISE)
+        high, low = add_term(high, low, term)
     return sum_of(high, low)
 
 
@@ -106,6 +123,7 @@ def sums(
     prediction,
     target,
     x,
+    element_weight,
     sizes,
     batch,
     elements,
@@ -144,6 +162,7 @@ def sums(
             prediction,
             target,
             x,
+            element_weight,
             sizes,
             sample,
             first,
@@ -156,8 +175,13 @@ def sums(
             COLUMNS,
             STEPS,
         )
-        total, scale, again = scaled_back(total, scale, transition, ELEMENTWISE)
-        rounds += again - 1
+        rounds -= 1
+        if element_weight is None:
+            total, scale, again = scaled_back(total, scale, transition, ELEMENTWISE)
+            rounds += again
+        else:
+            # Weights below 0 have no norm, and such a sum says something else where sums are kept.
+            total = tl.where(total < 0.0, float("nan"), total)
     conclude(
         total,
         totals,

@@ -17,16 +17,19 @@ struct Noise {
 };
 
 // One noise at two levels: low = x + sigma_low n, high = x + sigma_high n, with x_hat for x where the mask says so; each
-// times c_in of its level where it is scaled.
+// times c_in of its level where it is scaled. Where it generates, x_hat holds the network's output F at the low level:
+// then it is c_skip (x + sigma_low n) + c_out F that takes the place of x, and never exists.
 struct NoisyPair {
   Layout layout;
   bool float64;
   Operand x, x_hat;
-  const bool* mask;  // null: x everywhere
+  const bool* mask;  // null: x everywhere, or where it generates x nowhere
   int64_t mask_stride;
   Number sigma_low, sigma_high;
   bool scales;
   Number sigma_data;
+  bool generates, to_least;  // by the parameterisation cm, whose weights differ
+  Number end;                // the level that the network leads to
   NoiseKey key;
   Operand low, high;
 };
@@ -44,6 +47,23 @@ BICM_HD Quad<uint32_t> random_quad(const SampleKey& k, int64_t quad) {
 template <class C>
 BICM_HD C pair_scale(const NoisyPair& p, int64_t sample, C sigma) {
   return p.scales ? c_in(sigma, load_number<C>(p.sigma_data, sample)) : C(1);
+}
+
+// Whether x_hat, or what the network generates, takes the place of a sample.
+BICM_HD bool takes_place(const NoisyPair& p, int64_t sample) {
+  return p.mask == nullptr ? p.generates : p.mask[sample * p.mask_stride];
+}
+
+template <class C>
+BICM_HD Preconditioning<C> pair_weights(const NoisyPair& p, int64_t sample, C sigma) {
+  const C end = load_number<C>(p.end, sample), sigma_data = load_number<C>(p.sigma_data, sample);
+  return p.to_least ? cm(sigma, end, sigma_data, false) : bcm(sigma, end, sigma_data, false);
+}
+
+// x + sigma n; a level of zero draws nothing.
+template <class C>
+BICM_HD C at_level(C x, C sigma, float n) {
+  return sigma == C(0) ? x : x + sigma * static_cast<C>(n);
 }
 
 template <Distribution D, class F>

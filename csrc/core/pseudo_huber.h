@@ -31,6 +31,11 @@ struct PseudoHuber {
   bool given_c;
   Number c, weight;
 
+  // The terms of a sample's sum are weighed one by one: w r^2, or w times an elementwise distance. They are float64 then,
+  // and neither taken again nor kept in other units.
+  bool weighs;
+  Operand element_weight;
+
   // The forward pass: one sum per chunk of a sample. The backward pass reads them, added up per sample.
   double* sums;
 
@@ -182,6 +187,24 @@ BICM_HD Slope slope_of(const PseudoHuber& p, int64_t sample, double sum, const P
   if (!lost) return {factor, 1.0};
   const int exponent = exponent_for_float(factor);
   return {factor * float_power(-exponent), float_power(exponent)};
+}
+
+// --- weights of elements ---
+
+template <class C>
+BICM_HD double weighed_term(const PseudoHuber& p, C r, C c, C weight) {
+  const double wide = static_cast<double>(r);
+  const double term = sums_squares(p) ? wide * wide : static_cast<double>(distance_anywhere(r, c, C(1)));
+  return static_cast<double>(weight) * term;
+}
+
+// Below 0, which weights below 0 may make it, there is no norm; and such a number says something else where sums are kept.
+BICM_HD double weighed_sum(double sum) { return sum < 0.0 ? __builtin_nan("") : sum; }
+
+// What a factor of the sample makes the gradient.
+template <class C>
+BICM_HD C weighed_slope(const PseudoHuber& p, C r, C c, C power, C weight) {
+  return (sums_squares(p) ? r * power : slope_anywhere(r, c)) * weight;
 }
 
 // --- which sums to take again ---

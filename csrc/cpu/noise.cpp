@@ -35,18 +35,29 @@ void add_level(const C* x, const float* noise, C sigma, C scale, C* out, int64_t
   for (int64_t i = 0; i < count; ++i) out[i] = scale * (x[i] + sigma * static_cast<C>(noise[i]));
 }
 
+// What the network makes of the noisy sample, in the place of x.
+template <class C>
+const C* generate(const NoisyPair& p, const Unit& unit, const C* x, const float* noise, C low, C* F, C* out) {
+  const C* from = load_unit(p.layout, p.x_hat, unit, F);
+  const Preconditioning<C> w = pair_weights(p, unit.sample, low);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < unit.count; ++i) out[i] = w.c_skip * at_level(x[i], low, noise[i]) + w.c_out * from[i];
+  return out;
+}
+
 template <class C>
 void pair_units(const NoisyPair& p, int64_t begin, int64_t end) {
   alignas(64) float noise[kChunk];
-  alignas(64) C input[kChunk], out[kChunk];
+  alignas(64) C input[kChunk], out[kChunk], generated[kChunk];
   for (int64_t i = begin; i < end; ++i) {
     const Unit unit = unit_at(p.layout, i);
-    const bool generated = p.mask != nullptr && p.mask[unit.sample * p.mask_stride];
-    const Operand& from = generated ? p.x_hat : p.x;
+    const bool other = takes_place(p, unit.sample);
+    const Operand& from = other && !p.generates ? p.x_hat : p.x;
     prefetch_unit(from, unit);
     fill_noise<Distribution::normal>(sample_key(p.key, unit.sample), unit.begin, unit.count, noise);
     const C* x = load_unit(p.layout, from, unit, input);
     const C low = load_number<C>(p.sigma_low, unit.sample), high = load_number<C>(p.sigma_high, unit.sample);
+    if (other && p.generates) x = generate(p, unit, x, noise, low, out, generated);
     add_level(x, noise, low, pair_scale(p, unit.sample, low), out, unit.count);
     store_unit(p.layout, p.low, unit, out);
     add_level(x, noise, high, pair_scale(p, unit.sample, high), out, unit.count);

@@ -29,6 +29,7 @@ struct Buffers {
   alignas(64) C x[kChunk];
   alignas(64) C residual[kChunk];
   alignas(64) C out[kChunk];
+  alignas(64) double terms[kChunk];  // where elements have weights
 };
 
 // Calls visit with the unit's residual, its inputs loaded.
@@ -64,7 +65,7 @@ BICM_HD void stream(Floats x, float* to) {
 inline bool stream_scaled(const PseudoHuber& p, const Unit& unit, const Preconditioning<float>& weights, float factor,
                           Buffers<float>& buffers) {
   const Operand& to = p.gradient[0];
-  const bool alone = p.wanted[0] && !p.wanted[1] && !p.wanted[2] && sums_squares(p);
+  const bool alone = p.wanted[0] && !p.wanted[1] && !p.wanted[2] && sums_squares(p) && !p.weighs;
   if (!alone || !to.streams || !is_compute_type<float>(to) || unit.count % kLanes != 0) return false;
   float* out = static_cast<float*>(to.data) + unit.sample * to.batch_stride + unit.begin;
   if (reinterpret_cast<uintptr_t>(out) % sizeof(Floats) != 0) return false;
@@ -125,9 +126,18 @@ void form_slopes(const Factors<C>& f, int64_t count, C* r) {
   }
 }
 
+template <class C>
+double sum_weighed_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
+  form_residual(p, unit, f.weights, buffers);
+  const C *r = buffers.residual, *weight = load_unit(p.layout, p.element_weight, unit, buffers.prediction);
+  for (int64_t i = 0; i < unit.count; ++i) buffers.terms[i] = weighed_term(p, r[i], f.c, weight[i]);
+  return sum_of<Identity, double>(Stored<double>{buffers.terms}, unit.count);
+}
+
 // Of residuals, or elementwise distances, times a power of two.
 template <class C>
 double sum_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, C scale, Buffers<C>& buffers) {
+  if (p.weighs) return sum_weighed_unit(p, unit, f, buffers);
   double total = 0.0;
   if (sums_squares(p) && scale == C(1)) {
     with_residual(p, unit, f.weights, buffers,
@@ -167,7 +177,10 @@ void differentiate_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>
   if (f.power == C(1) && stream_scaled(p, unit, f.weights, f.factor[0], buffers)) return;
   form_residual(p, unit, f.weights, buffers);
   C* r = buffers.residual;
-  if (p.distance == Distance::elementwise) {
+  if (p.weighs) {
+    const C* weight = load_unit(p.layout, p.element_weight, unit, buffers.prediction);
+    for (int64_t i = 0; i < unit.count; ++i) r[i] = weighed_slope(p, r[i], f.c, f.power, weight[i]);
+  } else if (p.distance == Distance::elementwise) {
     form_slopes(f, unit.count, r);
   } else if (f.power != C(1)) {
     for (int64_t i = 0; i < unit.count; ++i) r[i] = r[i] * f.power;
@@ -212,7 +225,7 @@ template <class C, bool Differentiates>
 void sums(const PseudoHuber& p, int64_t begin, int64_t end) {
   Buffers<C> buffers;
   const int64_t chunks = sum_chunks(p.layout), units = units_per_sample(p.layout);
-  const bool at_once = Differentiates && p.distance == Distance::elementwise;
+  const bool at_once = Differentiates && p.distance == Distance::elementwise && !p.weighs;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t sample = item / chunks, place = item % chunks * kUnitsPerSum, first = sample * units + place;
     const int64_t last = first + (units - place < kUnitsPerSum ? units - place : kUnitsPerSum);
@@ -220,7 +233,8 @@ void sums(const PseudoHuber& p, int64_t begin, int64_t end) {
     if (at_once) find_factors(p, sample, 0.0, f);  // which do not depend on the sum
     double total = sum_units(p, first, last, f, C(1), at_once, buffers);
     // Squares of float32 are float64.
-    const bool holds = sums_squares(p) && sizeof(C) < sizeof(double);
+    const bool holds = (sums_squares(p) && sizeof(C) < sizeof(double)) || p.weighs;
+    if (p.weighs) total = weighed_sum(total);
     if (!holds && !trusted(p, total, f.c)) {
       const C scale = scale_of(p, total, f.c);
       f.plain = false;

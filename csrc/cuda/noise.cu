@@ -40,7 +40,7 @@ cudaError_t run(const Noise& problem, cudaStream_t stream) {
 template <int G, class C>
 BICM_DEVICE void add_level(const C* x, const float* drawn, C sigma, C scale, C* y) {
   BICM_UNROLL(8)
-  for (int i = 0; i < G; ++i) y[i] = scale * (sigma == C(0) ? x[i] : x[i] + sigma * static_cast<C>(drawn[i]));
+  for (int i = 0; i < G; ++i) y[i] = scale * at_level(x[i], sigma, drawn[i]);
 }
 
 template <class Memory>
@@ -68,11 +68,46 @@ __global__ void __launch_bounds__(kThreads, 2) noisy_pair_kernel(const __grid_co
   }
 }
 
+// The same of what the network makes of the sample at the low level, where the mask says so.
+template <class Memory>
+__global__ void __launch_bounds__(kThreads, 2)
+    generated_pair_kernel(const __grid_constant__ NoisyPair p, bool aligned) {
+  using C = typename Memory::Compute;
+  constexpr int G = Memory::kGroup;
+  for (int64_t sample = blockIdx.y; sample < p.layout.batch; sample += gridDim.y) {
+    const SampleKey key = sample_key(p.key, sample);
+    const C low = load_number<C>(p.sigma_low, sample), high = load_number<C>(p.sigma_high, sample);
+    const C low_scale = pair_scale(p, sample, low), high_scale = pair_scale(p, sample, high);
+    const bool generated = p.mask == nullptr || number_at<bool>(p.mask, sample * p.mask_stride);
+    const Preconditioning<C> weights = pair_weights(p, sample, low);
+    for (int64_t begin = first_group() * G; begin < p.layout.elements; begin += group_stride() * G) {
+      const typename Memory::Place place = Memory::at(p.layout, sample, begin, aligned);
+      const typename Memory::Raw raw = Memory::load(p.layout, p.x, place);
+      typename Memory::Raw network = {};
+      if (generated) network = Memory::load(p.layout, p.x_hat, place);
+      float drawn[G];
+      draw<Distribution::normal, G>(key, begin, drawn);
+      C x[G], y[G];
+      Memory::widen(p.x, raw, x);
+      if (generated) {
+        Memory::widen(p.x_hat, network, y);
+        BICM_UNROLL(8)
+        for (int i = 0; i < G; ++i) x[i] = weights.c_skip * at_level(x[i], low, drawn[i]) + weights.c_out * y[i];
+      }
+      add_level<G>(x, drawn, low, low_scale, y);
+      Memory::store(p.layout, p.low, place, y);
+      add_level<G>(x, drawn, high, high_scale, y);
+      Memory::store(p.layout, p.high, place, y);
+    }
+  }
+}
+
 template <class Memory>
 cudaError_t run_pair(const NoisyPair& p, bool aligned, cudaStream_t stream) {
   Grid grid;
   const cudaError_t error = plan(p.layout, Memory::kGroup, grid);
-  return error != cudaSuccess ? error : launch(noisy_pair_kernel<Memory>, grid, stream, p, aligned);
+  if (error != cudaSuccess) return error;
+  return launch(p.generates ? generated_pair_kernel<Memory> : noisy_pair_kernel<Memory>, grid, stream, p, aligned);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -104,7 +139,10 @@ cudaError_t noisy_pair(const NoisyPair& p, cudaStream_t stream) {
     dense = dense && x->dense;
     aligned = aligned && access_aligned(p.layout, *x);
   }
-  if (!dense) return (p.float64 ? run_pair<Strided<double>> : run_pair<Strided<float>>)(p, false, stream);
+  const bool uniform = p.x_hat.dtype == p.x.dtype;
+  const bool mixed = dense && !uniform && !p.float64 && p.x_hat.dtype != DType::float64;
+  if (mixed) return run_pair<Mixed>(p, aligned, stream);
+  if (!dense || !uniform) return (p.float64 ? run_pair<Strided<double>> : run_pair<Strided<float>>)(p, false, stream);
   switch (p.x.dtype) {
     case DType::float16: return run_pair<Packed<Half>>(p, aligned, stream);
     case DType::bfloat16: return run_pair<Packed<BFloat16>>(p, aligned, stream);

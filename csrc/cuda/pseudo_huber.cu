@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 #include "pseudo_huber_resident.h"
+#include "pseudo_huber_weighed.h"
 #include "strided.h"
 
 namespace bicm {
@@ -100,6 +101,7 @@ Access access_of(const PseudoHuber& p, bool with_gradients) {
     see(*inputs[k]);
     if (with_gradients && p.wanted[k]) see(p.gradient[k]);
   }
+  if (p.weighs) see(p.element_weight);
   return access;
 }
 
@@ -110,6 +112,14 @@ struct Sums {
 struct Gradients {
   template <class Memory, bool Denoises>
   static constexpr auto kernel = run_gradient<Memory, Denoises>;
+};
+struct WeighedSums {
+  template <class Memory, bool Denoises>
+  static constexpr auto kernel = run_weighed_sums<Memory, Denoises>;
+};
+struct WeighedGradients {
+  template <class Memory, bool Denoises>
+  static constexpr auto kernel = run_weighed_gradient<Memory, Denoises>;
 };
 struct Resident {
   template <class Memory, bool Denoises>
@@ -136,10 +146,21 @@ cudaError_t run_pass(const PseudoHuber& p, const Results& to, const Access& acce
   }
 }
 
+// Weights of elements: fewer kernels, in which halves are asked for at run time.
+template <class Pass>
+cudaError_t run_weighed(const PseudoHuber& p, const Results& to, const Access& access, cudaStream_t stream) {
+  if (p.float64) return run<Pass, Strided<double>>(p, to, false, stream);
+  if (!access.dense || p.element_weight.dtype == DType::float64) {
+    return run<Pass, Strided<float>>(p, to, false, stream);
+  }
+  const bool floats = access.uniform && p.prediction.dtype == DType::float32;
+  return (floats ? run<Pass, Packed<float>> : run<Pass, Mixed>)(p, to, access.aligned, stream);
+}
+
 // Whether a block or a cluster can keep a sample's residuals, walking memory in the order in which sums alone are taken.
 cudaError_t fits_on_chip(const PseudoHuber& p, const Access& inputs, const Access& all, bool& fits) {
   const bool wide = p.prediction.dtype == DType::float32 || p.prediction.dtype == DType::float64;
-  const bool packed = all.dense && (all.uniform ? wide : !p.float64);
+  const bool packed = !p.weighs && all.dense && (all.uniform ? wide : !p.float64);
   const unsigned blocks = blocks_of_sample(p);
   bool exact = true;
   for (int k = 0; k < kLossInputs; ++k) {
@@ -177,12 +198,12 @@ cudaError_t pseudo_huber(const PseudoHuber& p, void* loss, double* scratch, cuda
   Results to;
   const cudaError_t error = prepare(p, loss, scratch, stream, to);
   if (error != cudaSuccess) return error;
-  return run_pass<Sums>(p, to, access_of(p, false), stream);
+  return (p.weighs ? run_weighed<WeighedSums> : run_pass<Sums>)(p, to, access_of(p, false), stream);
 }
 
 cudaError_t pseudo_huber_gradient(const PseudoHuber& p, cudaStream_t stream) {
   if (p.layout.batch == 0 || p.layout.elements == 0) return cudaSuccess;
-  return run_pass<Gradients>(p, {}, access_of(p, true), stream);
+  return (p.weighs ? run_weighed<WeighedGradients> : run_pass<Gradients>)(p, {}, access_of(p, true), stream);
 }
 
 cudaError_t pseudo_huber_with_gradient(const PseudoHuber& p, void* loss, double* scratch, cudaStream_t stream) {

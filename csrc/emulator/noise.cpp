@@ -36,19 +36,26 @@ void noise(const std::string& target, py::object out, py::object seed, py::objec
 
 void noisy_pair(const std::string& target, py::object low, py::object high, py::object x, py::object sigma_low,
                 py::object sigma_high, py::object x_hat, py::object mask, py::object sigma_data, py::object seed,
-                py::object step, py::object sample, bool counts, bool merge, bool streams, const Units& units) {
+                py::object step, py::object sample, bool counts, bool merge, bool streams, const Units& units,
+                py::object F, py::object end, bool to_least, bool scales) {
   NoisyPair p = {};
+  p.generates = !F.is_none();
+  p.to_least = to_least;
   const Views views = {{view_of(x), &p.x},
-                       {view_of(x_hat.is_none() ? x : x_hat), &p.x_hat},
+                       {view_of(p.generates       ? F
+                                : x_hat.is_none() ? x
+                                                  : x_hat),
+                        &p.x_hat},
                        {view_of(low), &p.low},
                        {view_of(high), &p.high}};
   lay_out(views, merge, p.layout);
   const int64_t batch = p.layout.batch;
   p.low.streams = p.high.streams = streams;
-  p.float64 = p.x.dtype == DType::float64;
+  p.float64 = p.x.dtype == DType::float64 || p.x_hat.dtype == DType::float64;
+  p.end = number_of(end, batch);
   p.sigma_low = number_of(sigma_low, batch);
   p.sigma_high = number_of(sigma_high, batch);
-  p.scales = !sigma_data.is_none();
+  p.scales = scales && !sigma_data.is_none();
   p.sigma_data = number_of(sigma_data, batch);
   p.key = key_of(seed, step, sample, counts, batch);
   if (!mask.is_none()) {
@@ -146,7 +153,8 @@ void bind_noise(py::module_& module) {
              py::arg("sigma_low"), py::arg("sigma_high"), py::kw_only(), py::arg("x_hat") = py::none(),
              py::arg("mask") = py::none(), py::arg("sigma_data") = py::none(), py::arg("seed") = 0, py::arg("step") = 0,
              py::arg("sample") = 0, py::arg("counts") = true, py::arg("merge") = true, py::arg("streams") = false,
-             py::arg("units") = py::none());
+             py::arg("units") = py::none(), py::arg("F") = py::none(), py::arg("end") = 0.0, py::arg("cm") = false,
+             py::arg("scales") = true);
   module.def("fold_in", &fold_in_all, py::arg("seed"), py::arg("data"), py::arg("out"));
   module.def("philox", &philox, py::arg("target"), py::arg("seed"), py::arg("counters"));
   module.def("evaluate", &evaluate, py::arg("target"), py::arg("function"), py::arg("u"));

@@ -25,6 +25,7 @@ struct Given {
   std::string parameterization;
   bool scaled;
   std::string kind, reduction;
+  bool weighs;  // elements, not samples
   bool merge;
 };
 
@@ -42,6 +43,7 @@ Given given_of(const py::dict& d) {
           d["scaled"].cast<bool>(),
           d["kind"].cast<std::string>(),
           d["reduction"].cast<std::string>(),
+          d["weighs"].cast<bool>(),
           d["merge"].cast<bool>()};
 }
 
@@ -61,6 +63,12 @@ PseudoHuber problem_of(const Given& g, const py::sequence& gradients) {
     p.wanted[k] = !gradients[k].is_none();
     if (p.wanted[k]) views.push_back({view_of(gradients[k]), &p.gradient[k]});
   }
+  py::object weight = g.weight.is_none() ? py::object(py::float_(1.0)) : g.weight;
+  if (g.weighs) {
+    p.weighs = true;
+    views.push_back({view_of(weight), &p.element_weight});
+    weight = py::float_(1.0);
+  }
   lay_out(views, g.merge, p.layout);
   const int64_t batch = p.layout.batch;
   p.parameterization = code_of<Parameterization>(g.parameterization, {"bcm", "cm", "edm"});
@@ -73,7 +81,7 @@ PseudoHuber problem_of(const Given& g, const py::sequence& gradients) {
   p.sigma_min = number_of(g.sigma_min, batch);
   p.given_c = !g.c.is_none();
   p.c = number_of(g.c, batch);
-  p.weight = g.weight.is_none() ? number_of(py::float_(1.0), batch) : number_of(g.weight, batch);
+  p.weight = number_of(weight, batch);
   return p;
 }
 

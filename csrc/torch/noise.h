@@ -48,13 +48,22 @@ Tensor fold_in_tensors(Tensor seed, Tensor data) {
   return out;
 }
 
+// The pair whose samples the network generates, where the mask says so, from those at the low level.
+struct Generated {
+  const Tensor& F;
+  const Tensor& end;
+  bool to_least, scales;
+};
+
 template <class Device>
-std::tuple<Tensor, Tensor> noisy_pair(Tensor x, Tensor sigma_low, Tensor sigma_high, Tensor seed, Tensor step,
-                                      Tensor sample_id, std::optional<Tensor> x_hat, std::optional<Tensor> mask,
-                                      std::optional<Tensor> sigma_data) {
+std::tuple<Tensor, Tensor> pair_of(const Tensor& x, const Tensor& sigma_low, const Tensor& sigma_high,
+                                   const KeyTensors& key, const std::optional<Tensor>& x_hat,
+                                   const std::optional<Tensor>& mask, const std::optional<Tensor>& sigma_data,
+                                   const Generated* generated) {
   const View view = view_of(x);
-  const View other = x_hat.has_value() ? view_of(*x_hat) : view;
-  STD_TORCH_CHECK(view.dim > 0 && same_sizes(view, other) && view.dtype == other.dtype && view.device == other.device,
+  const View other = generated != nullptr ? view_of(generated->F) : x_hat.has_value() ? view_of(*x_hat) : view;
+  STD_TORCH_CHECK(view.dim > 0 && same_sizes(view, other) && view.device == other.device &&
+                      (view.dtype == other.dtype || generated != nullptr),
                   "bicm_kernels: x_hat differs from x in shape, dtype or device");
   Tensor low = like(x, view), high = like(x, view);
   const View low_view = view_of(low), high_view = view_of(high);
@@ -63,16 +72,22 @@ std::tuple<Tensor, Tensor> noisy_pair(Tensor x, Tensor sigma_low, Tensor sigma_h
   const View* views[] = {&view, &low_view, &high_view, &other};
   Operand* operands[] = {&problem.x, &problem.low, &problem.high, &problem.x_hat};
   merge(views, operands, 4, true, true, problem.layout);
-  problem.float64 = view.dtype == DType::float64;
+  problem.float64 = view.dtype == DType::float64 || other.dtype == DType::float64;
   problem.sigma_low = number_of(sigma_low, batch, view.device);
   problem.sigma_high = number_of(sigma_high, batch, view.device);
   problem.scales = sigma_data.has_value();
   if (problem.scales) problem.sigma_data = number_of(*sigma_data, batch, view.device);
-  problem.key = key_of(KeyTensors{seed, step, sample_id}, batch, view.device);
+  if (generated != nullptr) {
+    problem.generates = true;
+    problem.to_least = generated->to_least;
+    problem.scales = generated->scales;
+    problem.end = number_of(generated->end, batch, view.device);
+  }
+  problem.key = key_of(key, batch, view.device);
   if (mask.has_value()) {
-    STD_TORCH_CHECK(x_hat.has_value() && mask->dim() == 1 && mask->size(0) == batch && mask->element_size() == 1 &&
-                        device_of(*mask) == view.device,
-                    "bicm_kernels: mask must be a (B,) bool tensor beside x_hat");
+    STD_TORCH_CHECK((x_hat.has_value() || generated != nullptr) && mask->dim() == 1 && mask->size(0) == batch &&
+                        mask->element_size() == 1 && device_of(*mask) == view.device,
+                    "bicm_kernels: mask must be a (B,) bool tensor beside x_hat or F");
     problem.mask = static_cast<const bool*>(mask->data_ptr());
     problem.mask_stride = mask->stride(0);
   }
@@ -84,6 +99,22 @@ std::tuple<Tensor, Tensor> noisy_pair(Tensor x, Tensor sigma_low, Tensor sigma_h
 }
 
 template <class Device>
+std::tuple<Tensor, Tensor> generated_pair(Tensor x, Tensor F, Tensor sigma_low, Tensor sigma_high, Tensor end,
+                                          Tensor sigma_data, Tensor seed, Tensor step, Tensor sample_id,
+                                          std::optional<Tensor> mask, bool cm, bool scales) {
+  const Generated generated = {F, end, cm, scales};
+  return pair_of<Device>(x, sigma_low, sigma_high, KeyTensors{seed, step, sample_id}, std::nullopt, mask, sigma_data,
+                         &generated);
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> noisy_pair(Tensor x, Tensor sigma_low, Tensor sigma_high, Tensor seed, Tensor step,
+                                      Tensor sample_id, std::optional<Tensor> x_hat, std::optional<Tensor> mask,
+                                      std::optional<Tensor> sigma_data) {
+  return pair_of<Device>(x, sigma_low, sigma_high, KeyTensors{seed, step, sample_id}, x_hat, mask, sigma_data, nullptr);
+}
+
+template <class Device>
 void register_noise(Library& library) {
   library.impl("normal", BICM_BOX((&draw_numbers<Device, Distribution::normal>)));
   library.impl("normal.tensor", BICM_BOX((&draw_tensors<Device, Distribution::normal>)));
@@ -91,6 +122,7 @@ void register_noise(Library& library) {
   library.impl("uniform.tensor", BICM_BOX((&draw_tensors<Device, Distribution::uniform>)));
   library.impl("fold_in", BICM_BOX((&fold_in_tensors<Device>)));
   library.impl("noisy_pair", BICM_BOX((&noisy_pair<Device>)));
+  library.impl("generated_pair", BICM_BOX((&generated_pair<Device>)));
 }
 
 }  // namespace bicm

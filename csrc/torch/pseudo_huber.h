@@ -37,7 +37,8 @@ class Loss {
     STD_TORCH_CHECK(distance >= 0 && distance < 3 && reduction >= 0 && reduction < 3, "bicm_kernels: unknown code");
     p.distance = static_cast<Distance>(distance);
     p.reduction = static_cast<Reduction>(reduction);
-    p.weight = weight.has_value() ? number(*weight) : number_of(1.0);
+    p.weight = number_of(1.0);
+    if (weight.has_value()) weigh(*weight);
     p.given_c = c.has_value();
     STD_TORCH_CHECK(p.given_c || p.distance != Distance::elementwise, "bicm_kernels: elementwise needs c");
     STD_TORCH_CHECK(!p.given_c || p.distance != Distance::squared, "bicm_kernels: squared takes no c");
@@ -100,6 +101,19 @@ class Loss {
   PseudoHuber p = {};
 
  private:
+  // By a number or one for each sample; or by one for each element, in a tensor like the inputs.
+  void weigh(const Tensor& weight) {
+    weight_ = view_of(weight);
+    p.weighs = weight_.dim > 1;
+    if (!p.weighs) {
+      p.weight = number_of(weight_, views_[0].sizes[0], views_[0].device);
+      return;
+    }
+    STD_TORCH_CHECK(same_sizes(weight_, views_[0]) && weight_.device == views_[0].device,
+                    "bicm_kernels: weight must be 0-d, (B,) or like the inputs");
+    add(weight_, p.element_weight);
+  }
+
   // The loss and the sums, uninitialised.
   std::tuple<Tensor, Tensor> numbers() const {
     const int64_t batch = p.layout.batch;
@@ -135,9 +149,9 @@ class Loss {
   void merge_all() { merge(pointers_, operands_, used_, false, true, p.layout); }
 
   const Tensor* inputs_[kLossInputs] = {};
-  View views_[kLossInputs], outputs_[kLossInputs];
-  const View* pointers_[2 * kLossInputs];
-  Operand* operands_[2 * kLossInputs];
+  View views_[kLossInputs], outputs_[kLossInputs], weight_;
+  const View* pointers_[2 * kLossInputs + 1];
+  Operand* operands_[2 * kLossInputs + 1];
   int count_ = 0, used_ = 0;
 };
 

@@ -32,6 +32,7 @@ class Loss:
     scaled: bool = False
     times: dict[str, Any] = field(default_factory=lambda: dict(TIMES))
     merge: bool = True
+    weighs: bool = False  # a number of each element
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -50,7 +51,19 @@ class Loss:
         return int(np.prod(self.target.bits.shape[1:]))
 
     def arguments(self) -> dict[str, Any]:
-        names = ("prediction", "target", "x", "c", "weight", "kind", "reduction", "parameterization", "scaled", "merge")
+        names = (
+            "prediction",
+            "target",
+            "x",
+            "c",
+            "weight",
+            "kind",
+            "reduction",
+            "parameterization",
+            "scaled",
+            "merge",
+            "weighs",
+        )
         given = {name: getattr(self, name) for name in names} | self.times
         return {name: x.argument if isinstance(x, Tensor) else x for name, x in given.items()}
 
@@ -109,13 +122,16 @@ class Loss:
         with np.errstate(all="ignore"):
             r, c = self.residual().astype(WIDE), self.transition().astype(WIDE)
             squares = r * r
+            terms = WIDE(1.0)
+            if self.weighs:
+                terms = self.weight.values.astype(self.compute).astype(WIDE).reshape(self.batch, self.elements)
             if self.kind != "elementwise":
-                sums = squares.sum(1)
+                sums = (terms * squares).sum(1)
                 distance = distances(sums, c) if self.kind == "vector" else sums
             else:
-                sums = distances(squares, c[:, None]).sum(1)
+                sums = (terms * distances(squares, c[:, None])).sum(1)
                 distance = sums / WIDE(self.elements)
-            weighted = self.number(1.0 if self.weight is None else self.weight, WIDE) * distance
+            weighted = self.number(1.0 if self.weight is None or self.weighs else self.weight, WIDE) * distance
             if self.reduction == "none":
                 return weighted.astype(np.float64), sums
             loss = weighted.sum() / (WIDE(self.batch) if self.reduction == "mean" else 1.0)

@@ -65,6 +65,28 @@ def test_reductions_and_weights(make: str, kind: str, reduction: str) -> None:
                 check(MAKERS[make]((batch, size), dtype, dtype, kind=kind, c=c, weight=weight, reduction=reduction))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize(("state", "network"), PAIRS)
+def test_weights_of_elements(make: str, kind: str, state: str, network: str) -> None:
+    """Of any dtype and layout, masks among them; value and gradient at once have the bits of two passes."""
+    for size in (1, 33, CHUNK + 5):
+        weight = np.abs(values(8, (2, size))) * (values(9, (2, size)) > 0)
+        for k, layout in enumerate(("contiguous", "every second")):
+            problem = MAKERS[make]((2, size), state, network, kind=kind, c=KINDS[kind], weighs=True)
+            problem.weight = Tensor.of(weight, ("float32", state, network)[(k + size) % 3], layout)
+            sums = check_value(problem)
+            check_gradients(problem, sums)
+            wanted = [True] * len(problem.inputs)
+            for target in ("cuda", *bicm_emulator.instruction_sets()):
+                loss, own = problem.run(target)
+                other, other_sums, gradients = problem.run_with_gradients(target, wanted)
+                assert np.array_equal(loss, other)
+                assert np.array_equal(own, other_sums)
+                for a, b in zip(gradients, problem.differentiate(target, own, 1.0, wanted), strict=True):
+                    assert same_bits(a.bits, b.bits, a.dtype)
+
+
 @pytest.mark.parametrize("parameterization", ["bcm", "cm", "edm"])
 @pytest.mark.parametrize(("state", "network"), PAIRS)
 def test_parameterizations(state: str, network: str, parameterization: str) -> None:

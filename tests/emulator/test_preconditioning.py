@@ -80,37 +80,66 @@ class Pair:
         self.levels: list[float | Tensor] = [0.4, 1.9]
         self.mask: np.ndarray | None = None
         self.sigma_data: float | Tensor | None = None
-        self.merge = True
+        self.F: Tensor | None = None
+        self.end: float | Tensor = 0.01
+        self.cm, self.scales, self.merge = False, True, True
 
     def run(self, target: str) -> None:
         given = [x.argument if isinstance(x, Tensor) else x for x in self.levels]
-        x_hat = None if self.mask is None else self.x_hat.argument
+        x_hat = None if self.mask is None or self.F else self.x_hat.argument
         outs = self.low.argument, self.high.argument
         data = self.sigma_data.argument if isinstance(self.sigma_data, Tensor) else self.sigma_data
         options = {"x_hat": x_hat, "mask": self.mask, "sigma_data": data, "merge": self.merge}
+        if self.F:
+            end = self.end.argument if isinstance(self.end, Tensor) else self.end
+            options |= {"F": self.F.argument, "end": end, "cm": self.cm, "scales": self.scales}
         bicm_emulator.noisy_pair(target, *outs, self.x.argument, *given, **options, **NOISE)
 
     def check(self, target: str) -> None:
-        compute = np.float64 if self.x.dtype == "float64" else np.float32
+        dtypes = (self.x.dtype, self.F.dtype if self.F else "")
+        compute = np.float64 if "float64" in dtypes else np.float32
         shape, column = self.x.bits.shape, (-1, *[1] * (self.x.bits.ndim - 1))
         noise = np.empty(shape, np.float32)
         bicm_emulator.noise("scalar", noise, **NOISE)
         base = self.x.values.astype(compute)
-        if self.mask is not None:
-            base = np.where(self.mask.reshape(column), self.x_hat.values.astype(compute), base)
-        self.run(target)
 
         def numbers_of(level: float | Tensor) -> np.ndarray:
             values_ = np.asarray(level.values if isinstance(level, Tensor) else level).astype(compute)
             return values_.reshape(column) if values_.ndim else values_
 
+        x_hat = self.x_hat.values.astype(compute)
+        if self.F:
+            form, sigma = model.cm if self.cm else model.bcm, numbers_of(self.levels[0])
+            c_skip, c_out = form(sigma, numbers_of(self.end), numbers_of(self.sigma_data))
+            noisy = np.where(sigma != 0, base + sigma * noise.astype(compute), base)
+            x_hat = c_skip * noisy + c_out * self.F.values.astype(compute)
+            base = x_hat if self.mask is None else base
+        if self.mask is not None:
+            base = np.where(self.mask.reshape(column), x_hat, base)
+        self.run(target)
+
         for out, level in zip((self.low, self.high), self.levels, strict=True):
             sigma = numbers_of(level)
             expected = np.where(sigma != 0, base + sigma * noise.astype(compute), base)
-            if self.sigma_data is not None:
+            if self.sigma_data is not None and self.scales:
                 expected = model.scaling(sigma, numbers_of(self.sigma_data))[0] * expected
             assert same_bits(out.bits, to_bits(expected, out.dtype), out.dtype)
             assert out.guards_intact()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "every second"])
+@pytest.mark.parametrize(("state", "network"), PAIRS)
+@pytest.mark.parametrize("size", [1, 65, 4099])
+def test_the_pair_of_what_the_network_generates(target: str, size: int, state: str, network: str, layout: str) -> None:
+    pair = Pair((3, size), state)
+    pair.F, pair.sigma_data = Tensor.of(values(7, (3, size)), network, layout), 0.5
+    for mask in (None, np.array([True, False, True])):
+        for pair.cm, pair.scales in ((False, True), (True, True), (False, False)):
+            pair.mask = mask
+            pair.levels = [0.4, 1.9]
+            pair.check(target)
+            pair.levels = [Tensor.of(np.array([0.0, 2.5, 0.3]), "float32"), 1.0]
+            pair.check(target)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -101,6 +101,20 @@ def test_noisy_pair(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
             assert_same(result, wanted)
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 5, 7), (3, 1025)], ids=str)
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F64, F64), (F32, BF16), (F16, F64)], ids=str)
+def test_generated_pair(dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[int, ...]) -> None:
+    x, F, mask = random(shape, dtypes[0]), random(shape, dtypes[1], 1), torch.tensor([True, False, True])
+    low, high, end = torch.tensor([0.0, 0.5, 1.0]), torch.tensor(2.5, dtype=F64), torch.tensor(0.01)
+    for chosen, form, data in ((mask, "bcm", DATA), (None, "cm", torch.tensor([0.5, 1.0, 2.0])), (mask, "bcm", None)):
+        deviation = torch.tensor(0.5, dtype=F64) if data is None else data
+        flags = (chosen, form == "cm", data is not None)
+        actual = OPS["generated_pair"](x, F, low, high, end, deviation, *TENSOR_KEY, *flags)
+        given = {"F": F, "mask": chosen, "sigma_data": data, "parameterization": form, "sigma_min": end}
+        for result, wanted in zip(actual, reference.noisy_pair(x, low, high, **KEY, **given), strict=True):
+            assert_same(result, wanted)
+
+
 def test_a_masked_sample_is_not_read() -> None:
     x, x_hat = torch.full((2, 9), float("nan")), torch.full((2, 9), float("nan"))
     x[0], x_hat[1] = 1.0, 2.0

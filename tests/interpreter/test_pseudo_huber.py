@@ -91,6 +91,28 @@ def test_value_and_gradients_at_once(kind: int, reduction: int) -> None:
         assert torch.isnan(loss) if kind == 1 and shape == (2, 0) else loss == 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtypes", PAIRS[::2], ids=str)
+def test_weights_of_elements(dtypes: tuple[torch.dtype, torch.dtype], kind: str) -> None:
+    shape, c, t = (3, 5, 7), None if kind == "squared" else 0.2, torch.tensor([0.5, 2.0, 70.0])
+    states = [random(shape, dtypes[k > 0], k) for k in range(3)]
+    weight = random(shape, seed=7).abs() * (random(shape, seed=8) > 0)
+    options = {"c": c, "weight": weight, "kind": kind}
+    check("pseudo_huber", states[:2], ["pred", "target"], (weight, c, KINDS.index(kind), 0), options)
+    check_both("pseudo_huber", states[:2], (weight, c, KINDS.index(kind), 1))
+    options["weight"] = weight = weight[:, :1].expand(shape)
+    call = (t, None, weight, c, 0.5, 0.002, 0, 0, KINDS.index(kind), 2)
+    check("consistency_loss", states, ["F", "target", "x"], call, options | {"t": t, "reduction": "none"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_elements_in_two_chunks(kind: str) -> None:
+    states, c = [random((1, CHUNK + 9), seed=k) for k in range(2)], None if kind == "squared" else 0.2
+    weight = random((1, CHUNK + 9), seed=7).abs()
+    options = {"c": c, "weight": weight, "kind": kind}
+    check("pseudo_huber", states, ["pred", "target"], (weight, c, KINDS.index(kind), 0), options)
+
+
 def test_squares_beyond_float32_at_once() -> None:
     for scale in (1e-36, 1e-20, 1e20, 1e35):
         states = [random((2, 300)) * scale, random((2, 300), seed=1) * scale]

@@ -73,6 +73,76 @@ def test_add_noise_saves_numbers_per_sample_only() -> None:
     assert max(saved) <= 3
 
 
+# --- renoise ----------------------------------------------------------------------------------------------------------
+
+FORMS: list[dict[str, Any]] = [{}, {"parameterization": "cm", "sigma_min": 0.01}, {"parameterization": "edm"}]
+RESULTS: list[Callable[[tuple[Tensor, Tensor]], Tensor]] = [
+    lambda both: both[0],
+    lambda both: both[1],
+    lambda both: both[0] + 2 * both[1],
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("result", RESULTS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_renoise(each_backend: str, level: str, result: Callable[..., Tensor], form: dict[str, Any]) -> None:
+    """In x and F from either result and from both; in the levels, and twice, through the reference."""
+    x, F, *levels = leaf(random(*SHAPE)), leaf(random(*SHAPE, seed=1)), *map(LEVELS[level], (2.0, 0.7, 0.4))
+    u = LEVELS[level](0.9) if not form else None
+
+    def op(x: Tensor, F: Tensor, t: Any, sigma: Any, following: Any, u: Any = u) -> Tensor:
+        return result(bk.renoise(x, F, t, u, sigma, next_sigma=following, **KEY, **form))
+
+    fixed = [y.detach() if isinstance(y, Tensor) else y for y in (*levels, u)]
+    assert gradcheck(lambda x, F: op(x, F, *fixed), (x, F), check_batched_grad=each_backend == "native")
+    assert gradcheck(lambda F: op(x.detach(), F, *fixed), (F,))
+    assert gradcheck(op, (x, F, *levels))
+    assert gradgradcheck(lambda x, F: op(x, F, *fixed), (x, F))
+
+
+@pytest.mark.parametrize("network", [torch.float16, torch.bfloat16, F32, F64])
+@pytest.mark.parametrize("state", [torch.float16, torch.bfloat16, F32, F64])
+def test_renoise_gradients_as_the_reference(state: torch.dtype, network: torch.dtype) -> None:
+    """Within two roundings of the derivative in float64; the dtypes and layouts of x and F."""
+    t, u, sigma = (torch.tensor(v) for v in ([2.0, 0.3, 80.0], [0.9, 0.3, 1.0], [0.2, 0.0, 3.0]))
+    x, F, *incoming = (random(3, 2, 5, 4, seed=k) for k in range(4))
+    x, F = x.to(state).contiguous(memory_format=torch.channels_last).requires_grad_(), F.to(network).requires_grad_()
+    given = [g.to(state) for g in incoming]
+    found = torch.autograd.grad(bk.renoise(x, F, t, u, sigma, **KEY), [x, F], given)
+    wide = [y.detach().double().requires_grad_() for y in (x, F)]
+    exact = torch.autograd.grad(reference.renoise(*wide, t, u, sigma, **KEY), wide, [g.double() for g in given])
+    for ours, wanted, like in zip(found, exact, (x, F), strict=True):
+        assert ours.dtype == like.dtype
+        rounding = torch.finfo(ours.dtype).eps + (torch.finfo(state).eps if state != F64 else 0) + 1e-6 * (state != F64)
+        assert (ours.double() - wanted).abs().max() <= rounding * wanted.abs().max() + 1e-12
+
+
+def test_renoise_differentiates_in_one_launch() -> None:
+    """Nothing but the gradients is made of the size of a sample, and the reference is not asked."""
+    x, F = leaf(random(*SHAPE)), leaf(random(*SHAPE, seed=1))
+    x_s, scaled = bk.renoise(x, F, 2.0, 0.9, 0.4, **KEY)
+    with torch.profiler.profile() as profile:
+        torch.autograd.grad([x_s, scaled], [x, F], [torch.ones(SHAPE, dtype=F64)] * 2)
+    names = [event.name for event in profile.events() if "bicm" in event.name]
+    assert [name for name in names if "Backward" not in name] == ["bicm_kernels::denoised_step"]
+
+
+def test_renoise_gradients_compile() -> None:
+    torch._dynamo.reset()
+    x, F = leaf(random(*SHAPE)), leaf(random(*SHAPE, seed=1))
+
+    def loss(x: Tensor, F: Tensor, t: float, step: int) -> Tensor:
+        x_s, scaled = bk.renoise(x, F, t, None, 0.3, seed=1, step=step)
+        return x_s.square().sum() + scaled.sum()
+
+    fast = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for k in range(3):
+        actual = torch.autograd.grad(fast(x, F, 2.0 + k, k), [x, F])
+        expected = torch.autograd.grad(loss(x, F, 2.0 + k, k), [x, F])
+        torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
+
+
 def test_add_noise_gradients_compile() -> None:
     torch._dynamo.reset()
     x, sigma = leaf(random(*SHAPE)), row(0.7)

@@ -94,6 +94,83 @@ def test_tracing(same_bits: Bits) -> None:
             same_bits(actual, expected)
 
 
+# --- what the network generates ---------------------------------------------------------------------------------------
+
+FORMS: list[dict[str, Any]] = [{}, {"parameterization": "cm", "sigma_min": 0.01}, {"parameterization": "edm"}]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mask", [MASK, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_generated(
+    each_backend: str, dtype: torch.dtype, mask: Tensor | None, form: dict[str, Any], same_bits: Bits
+) -> None:
+    """The pair of a sample that `denoise` makes of the noisy one (GC Alg. 1), bit by bit where no half rounds it."""
+    x, F = random(4, 3, 41, dtype=dtype), random(4, 3, 41, dtype=dtype, seed=1)
+    low, key = LEVELS, {"seed": 3, "step": 1, "sample_id": 5}
+    for data in (0.5, torch.tensor([0.4, 0.5, 0.6, 0.7])):
+        x_hat = bk.denoise(bk.add_noise(x, low, **key), F, low, sigma_data=data, **form)
+        chosen = torch.ones(4, dtype=torch.bool) if mask is None else mask
+        expected = bk.noisy_pair(x, low, 2.0, x_hat=x_hat, mask=chosen, sigma_data=data, **key)
+        found = bk.noisy_pair(x, low, 2.0, F=F, mask=mask, sigma_data=data, **form, **key)
+        for actual, wanted in zip(found, expected, strict=True):
+            same_bits(actual, wanted)
+    x_hat = bk.denoise(bk.add_noise(x, low, **key), F, low, **form)
+    chosen = torch.ones(4, dtype=torch.bool) if mask is None else mask
+    for actual, wanted in zip(
+        bk.noisy_pair(x, low, 2.0, F=F, mask=mask, **form, **key),
+        bk.noisy_pair(x, low, 2.0, x_hat=x_hat, mask=chosen, **key),
+        strict=True,
+    ):
+        same_bits(actual, wanted)
+
+
+@pytest.mark.parametrize("network", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(4, 1), (4, 6, 5), (4, 1025), (4, 0), (0, 3)])
+def test_generated_as_the_reference(
+    shape: tuple[int, ...], dtype: torch.dtype, network: torch.dtype, same_bits: Bits
+) -> None:
+    x, F = random(*shape, dtype=dtype), random(*shape, dtype=network, seed=1)
+    layouts = [lambda x: x] if len(shape) < 3 else [lambda x: x, lambda x: x.transpose(1, 2), lambda x: x[:, ::2]]
+    levels = (LEVELS[: shape[0]], 2.0)
+    for k, layout in enumerate(layouts):
+        given: dict[str, Any] = {"F": layouts[k - 1](F) if k != 2 else layout(F), "mask": MASK[: shape[0]]}
+        if given["F"].shape != layout(x).shape:
+            given["F"] = layout(F)
+        given |= {"sigma_data": 0.7, "seed": 3, "step": 1, "sample_id": torch.arange(shape[0])}
+        ours, plain = (module.noisy_pair(layout(x), *levels, **given) for module in (bk, reference))
+        for actual, expected in zip(ours, plain, strict=True):
+            same_bits(actual, expected)
+            assert actual.stride() == torch.empty_like(layout(x)).stride()
+
+
+def test_generated_rows_alone_are_read() -> None:
+    x, F = random(4, 9), torch.full((4, 9), float("nan"))
+    F[0], F[2] = 1.0, 2.0
+    low, high = bk.noisy_pair(x, 0.5, 2.0, F=F, mask=MASK, seed=1, step=2)
+    assert low.isfinite().all()
+    assert high.isfinite().all()
+
+
+def test_generated_gradients_and_tracing(same_bits: Bits) -> None:
+    key: dict[str, Any] = {"seed": 1, "step": 2, "mask": MASK, "sigma_data": 0.5}
+    x, F = (random(4, 3, dtype=torch.float64, seed=k).requires_grad_() for k in range(2))
+    low = LEVELS.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, F: bk.noisy_pair(x, 0.5, 2.0, F=F, **key), (x, F))
+    assert torch.autograd.gradcheck(lambda a: bk.noisy_pair(x, a, 2.0, F=F, **key), (low + 0.1,))
+    x, F = random(4, 3), random(4, 3, seed=1)
+
+    def body(x: Tensor, F: Tensor, low: float, step: int) -> tuple[Tensor, Tensor]:
+        return bk.noisy_pair(x, low, 2.0 + low, seed=1, step=step, F=F, mask=MASK, sigma_data=0.5)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(body, fullgraph=True, backend="aot_eager")
+    for k in range(3):
+        for actual, expected in zip(compiled(x, F, 0.5 + k, k), body(x, F, 0.5 + k, k), strict=True):
+            same_bits(actual, expected)
+
+
 X = torch.ones(4, 3)
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"x_hat": X}, ValueError, "x_hat and mask go together"),
@@ -104,6 +181,12 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sigma_high": torch.ones(3)}, ValueError, "sigma_high must be a 0-d or a "),
     ({"sigma_data": torch.ones(3)}, ValueError, "sigma_data must be a 0-d or a "),
     ({"sigma_data": "1"}, TypeError, "sigma_data must be a float"),
+    ({"F": X, "x_hat": X, "mask": MASK}, ValueError, "x_hat and F exclude one another"),
+    ({"F": X[:, :1]}, ValueError, "F must have the shape of x"),
+    ({"F": X.long()}, TypeError, "F must be float16"),
+    ({"F": X, "mask": MASK.float()}, TypeError, "mask must be a bool tensor"),
+    ({"F": X, "parameterization": "v"}, ValueError, "parameterization must be one of bcm, cm, edm"),
+    ({"F": X, "sigma_min": "0"}, TypeError, "sigma_min must be a float"),
     ({"sample_id": -1}, ValueError, "sample_id must be in"),
 ]
 

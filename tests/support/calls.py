@@ -59,6 +59,7 @@ CALLS: dict[str, list[dict[str, Any]]] = {
     "noisy_pair": [
         {"x": X, "sigma_low": ROW, "sigma_high": ROW, "x_hat": Y, "mask": MASK, "sigma_data": ROW, **KEY},
         {"x": X, "sigma_low": ONE, "sigma_high": ROW, **SEEDS},
+        {"x": X, "sigma_low": ROW, "sigma_high": ROW, "F": Y, "mask": MASK, "sigma_data": ROW, "sigma_min": ONE, **KEY},
     ],
     "ddim_step": [
         {"z": X, "eps": PAIR, "a": ROW, "b": ROW, **GUIDED, "out": state(4)},
@@ -92,6 +93,7 @@ CALLS: dict[str, list[dict[str, Any]]] = {
         {"pred": X, "target": Y},
         {"pred": X, "target": Y, "c": 0.1, "kind": "elementwise", "reduction": "none"},
         {"pred": X, "target": Y, "weight": ROW, "kind": "squared"},
+        {"pred": X, "target": Y, "weight": state(2).abs()},
     ],
     "consistency_loss": [
         {"x": X, "F": Y, "t": ROW, "u": ROW, "target": state(2), **LOSS, "sigma_data": ROW, "sigma_min": ONE},

@@ -122,6 +122,11 @@ def pair_samples() -> dict[str, list[tuple[Any, ...]]]:
             (x.clone().requires_grad_(tracked), d(0.5), d(2.0), *key, x_hat, mask, None, {}),
         ]
         for name, tracked in (("noisy_pair", False), ("noisy_pair_tracked", True))
+    } | {
+        "generated_pair": [
+            (x, x_hat, d(0.5), d(2.0), d(0.002), d(0.5), *key, None, False, True, {}),
+            (x, x_hat.half(), torch.rand(4), d(2.0), d(0.002), d(0.5), *key, mask, True, False, {}),
+        ]
     }
 
 
@@ -139,6 +144,7 @@ def preconditioning_samples() -> dict[str, list[tuple[Any, ...]]]:
         "denoise_gradient": [(x, t, t, deviation, False, True, True, torch.bfloat16, {})],
         "renoise": [(x, F, 2.0, 1.0, 0.3, 0.3, 0.5, False, 1, 2, 3, {})],
         "renoise.tensor": [(x, F, t, t, t, t, deviation, False, *key, {})],
+        "renoise_tracked": [(*tracked, t, t, t, t, deviation, False, *key, {})],
     }
 
 
@@ -154,12 +160,15 @@ def loss_samples() -> dict[str, list[tuple[Any, ...]]]:
         "consistency_loss": (*levels, *numbers, 0, 1, 0, 2),
         "consistency_loss.tensor": (*levels, *tensors, 0, 1, 1, 2),
     }
+    weighed = (pred, target, x.abs(), None, 2, 0)
     samples: dict[str, list[tuple[Any, ...]]] = {}
     for name, call in calls.items():
         packet, dot, overload = name.partition(".")
         samples[name] = [(*call, {})]
         samples[f"{packet}_backward{dot}{overload}"] = [(t, sums, 3, *call, {})]
         samples[f"{packet}_with_gradients{dot}{overload}"] = [(1, *call, {})]
+    samples["pseudo_huber"].append((*weighed, {}))
+    samples["pseudo_huber_backward"].append((torch.ones(()), sums, 3, *weighed, {}))
     samples["scale_gradients_"] = [(t, [state(3, 5), state(3, 5, dtype=F64)], {})]
     return samples
 
