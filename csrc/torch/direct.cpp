@@ -193,7 +193,8 @@ PyObject* known(PyObject*, PyObject* count) {
 
 template <auto Op, bool OfTorch = true>
 PyMethodDef method(const char* name) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<Op, OfTorch>)), METH_FASTCALL, nullptr};
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<Op, OfTorch>)), METH_FASTCALL,
+          nullptr};
 }
 
 }  // namespace

@@ -101,7 +101,7 @@ def augmented(
     step: int | Tensor,
     sample_id: int | Tensor,
     allowed: Tensor | None = None,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Return x̂ = sg f̊(x + t·z, t) and the mask of the samples that it replaces, as `noisy_pair` takes them, or nothing.
 
     Those that `generated` picks, of those that are `allowed`; x̂ has nothing to tell of the others.
