@@ -179,7 +179,7 @@ def _shown(value: Any) -> str:
 
 def checksum(*states: Tensor) -> Tensor:
     """Return sums of integers (B, …) that tell nearly all states from others, (B, n) int64, exact on every device."""
-    return torch.cat([_sums(q.reshape(len(q), -1) if len(q) else q.reshape(0, 1)) for q in states], dim=1)
+    return torch.cat([_sums(q.flatten(1) if q.dim() > 1 else q[:, None]) for q in states], dim=1)
 
 
 def _sums(q: Tensor) -> Tensor:
