@@ -267,6 +267,9 @@ class Loss(Op):
         values = dict(zip((*self.tensors, *self.numbers, *self.flags), call, strict=True))
         first = "x" if "x" in values else self.tensors[0]
         arguments.check_state(first, values[first])
+        if values["target"] is None and values.get("u") is not None:
+            given = arguments.describe(values["u"])
+            raise TypeError(f"target must be given by name, target=…, where u is left out, got None, and {given} as u")
         for name in self.tensors[: self.inputs]:
             arguments.check_state(name, values[name], values[first], first)
         for name in (*self.tensors[self.inputs :], *self.numbers):

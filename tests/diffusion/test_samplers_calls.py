@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -215,6 +216,10 @@ SCHEDULES: dict[str, tuple[Any, str]] = {
     "tensors": (torch.linspace(0, 1, 5), r"schedule: expected a Schedule, got a torch.float32 tensor of shape \(5,\)"),
     "a list": ([0.0, 1.0], "schedule: expected a Schedule, got a list of 2"),
     "None": (None, "schedule: expected a Schedule, got None"),
+    "a diffusers scheduler": (
+        SimpleNamespace(set_timesteps=None),
+        "; adapters.diffusers.from_diffusers",
+    ),
     "leaps": (LEAPS, "got a ConsistencySchedule; a ConsistencySchedule is for consistency_sample"),
 }
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 pytest.importorskip("safetensors", reason="checkpoints are safetensors, an extra of this package")
 
@@ -160,6 +160,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     assert not mine.exists() and other_run.exists()
     for changed, message in (
         ({"seed": 4, "notes": {"data": "first"}}, "was made with options .*'seed': 3.* expected .*'seed': 4"),
+        ({"seed": 4, "notes": {"data": "first"}}, r"was made with options \{'seed': 3\}, expected \{'seed': 4\}$"),
         ({"notes": {"data": "second"}}, "was made with data first, expected second"),
     ):
         with pytest.raises(ValueError, match=f"checkpoint: .* {message}"):
@@ -316,3 +317,14 @@ def test_two_processes_train_as_one(ranks: list[Any], parallel: str, micro_batch
             found.pop(name)
         assert_close(found, {name: x for name, x in expected.items() if name in found})
         assert len(found) == len(expected) - 2
+
+
+def test_a_loader_is_no_dataset() -> None:
+    with pytest.raises(TypeError, match=r"dataset: expected a Dataset, got a DataLoader; pass its \.dataset"):
+        trainer(DataLoader(samples()))
+
+
+def test_a_loss_that_is_a_tensor_is_told_of() -> None:
+    run = Trainer(network(), samples(), lambda *_: torch.ones(()), options(), device="cpu")  # type: ignore[arg-type,return-value]
+    with pytest.raises(TypeError, match=r"loss: expected an object with \.total and \.terms, .*objectives\.Loss"):
+        run.advance()

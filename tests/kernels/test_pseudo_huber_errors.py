@@ -17,6 +17,11 @@ ERRORS: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         r"target must have the shape of pred, \(2, 3\), got \(2, 4\)",
         lambda: bk.pseudo_huber(X, torch.ones(2, 4)),
     ),
+    (
+        TypeError,
+        r"target must be given by name, target=…, where u is left out, got None, and a torch.float32 tensor .* as u",
+        lambda: bk.consistency_loss(X, X, 2.0, X),
+    ),
     (TypeError, "target must be a tensor, got None", lambda: bk.pseudo_huber(X, None)),  # type: ignore[arg-type]
     (TypeError, "pred must be float16, .* got torch.int64", lambda: bk.pseudo_huber(X.long(), X)),
     (ValueError, "pred must have a batch dimension", lambda: bk.pseudo_huber(torch.ones(()), torch.ones(()))),

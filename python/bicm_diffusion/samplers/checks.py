@@ -41,6 +41,8 @@ def check_schedule(schedule: object) -> None:
         made = f"vp_schedule({schedule}) makes one of {schedule} steps"
     elif isinstance(schedule, str):
         made = f"vp_schedule(steps) makes one, and PRESETS[{schedule!r}] would be for consistency_sample"
+    elif hasattr(schedule, "set_timesteps"):
+        made = "adapters.diffusers.from_diffusers(network, scheduler, steps=…) makes one of a diffusers scheduler"
     elif hasattr(schedule, "levels") and hasattr(schedule, "zigzags"):
         made = "a ConsistencySchedule is for consistency_sample"
     raise TypeError(f"schedule: expected a Schedule, got {described(schedule)}; {made}")

@@ -245,7 +245,7 @@ class ExactPair(Pair):
         raise OverflowError(
             f"sample {wrong[0]} left the range of its integers in the step between indices {steps[wrong[0]] - 1} and "
             f"{steps[wrong[0]]} ({len(wrong)} of {len(steps)} samples did): {self._remedy()}; a model that returns NaN "
-            "or infinity ends here too"
+            "or infinity, or a guide whose shift is too large, ends here too"
         )
 
     def _remedy(self) -> str:

@@ -80,6 +80,8 @@ class Batches:
     processes: int = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.dataset, DataLoader):
+            raise TypeError("dataset: expected a Dataset, got a DataLoader; pass its .dataset")
         if self.batch_size % self.processes:
             raise ValueError(
                 f"batch_size: expected a multiple of the {self.processes} processes, got {self.batch_size}"

@@ -112,4 +112,7 @@ def check_same(path: Path, metadata: Mapping[str, str], wanted: Mapping[str, Any
     for name, value in wanted.items():
         made, asked = json.loads(metadata.get(name, "null")), json.loads(json.dumps(value))
         if made != asked:
+            if isinstance(made, dict) and isinstance(asked, dict):
+                differ = {key for key in {*made, *asked} if made.get(key) != asked.get(key)}
+                made, asked = ({key: of[key] for key in sorted(differ) if key in of} for of in (made, asked))
             raise ValueError(f"checkpoint: {path} was made with {name} {made}, expected {asked}")

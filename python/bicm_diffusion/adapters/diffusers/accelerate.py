@@ -57,8 +57,12 @@ def accelerated_class(cls: type[Any]) -> type[Any]:
         return cls
     if cls not in COVERED:
         raise TypeError(
-            f"scheduler must be one of {covered_names()}, got {cls.__name__}; accelerate_scheduler(..., strict=False) "
-            "returns others as they are"
+            f"scheduler must be one of {covered_names()}, got {cls.__name__}; "
+            + (
+                "its steps are fused already"
+                if cls.__module__.startswith("bicm_diffusion.")
+                else "accelerate_scheduler(..., strict=False) returns others as they are"
+            )
         )
     return derived(COVERED[cls], cls)  # type: ignore[arg-type]
 
