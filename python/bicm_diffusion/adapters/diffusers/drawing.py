@@ -110,8 +110,9 @@ class Drawing:
             raise ValueError("a sample and a model output of different shapes, or none")
         if like.layout is not torch.strided or sample.layout is not torch.strided:
             raise TypeError(f"sample of {sample.layout}, model output of {like.layout}")
-        _check_count(generator, shape[0])
-        several = isinstance(generator, list) and len(generator) > 1
+        several = isinstance(generator, list) and len(generator) != 1
+        if several and len(generator) < shape[0]:  # type: ignore[arg-type]
+            raise ValueError(f"{len(generator)} generators for {shape[0]} samples")  # type: ignore[arg-type]
         if not like.is_cpu or not all_on_host(generator):
             return randn_tensor(shape, generator=generator, device=like.device, dtype=dtype)
         if isinstance(generator, list):
