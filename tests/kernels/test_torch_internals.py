@@ -39,11 +39,14 @@ CPP = {
     "Tensor.__dlpack_c_exchange_api__",
     "autograd.forward_ad._current_level",
     "autograd.profiler._is_profiler_enabled",
+    "library._impls",
 }
 #: Where the package above takes one itself: it may use public names of the ops alone.
 ELSEWHERE = {
     "consistency/frozen.py": {"_C._autograd", "utils._pytree.tree_flatten", "utils._pytree.tree_unflatten"},
+    "adapters/diffusers/ddpm.py": {"_assert_async"},
     "adapters/diffusers/scheduler.py": {"_assert_async"},
+    "train/trainer.py": {"utils._pytree.tree_map_only"},
 }
 
 # In a process that has torch, one child for each name: without it, the package is imported and its ops are called.
