@@ -47,7 +47,12 @@ class Usage:
     shared: int = 0
 
 
-NAMES = "noisy_pair|noise|fold_in|multistep|pseudo_huber|gradient|resident|cluster|scale|reversible|fixed_point_decode"
+NAMES = "|".join(
+    [
+        *("generated_pair", "noisy_pair", "noise", "fold_in", "multistep", "weighed_gradient", "weighed_sums"),
+        *("pseudo_huber", "gradient", "resident", "cluster", "scale", "reversible", "fixed_point_decode"),
+    ]
+)
 
 
 def kernel_of(name: str) -> str:
