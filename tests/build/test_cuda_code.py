@@ -72,8 +72,8 @@ def test_contraction_would_be_seen(tmp_path: Path) -> None:
     assert "fma.rn.f32" in loose(operations(compile_ptx(source, tmp_path, fmad="true")))
 
 
-#: Kernels whose increments and values are float64, whatever the tensors hold.
-EXACT = re.compile("17reversible_kernel|25fixed_point_decode_kernel")
+#: Kernels that compute in float64 whatever the tensors hold: increments of integers, and terms with weights of their own.
+EXACT = re.compile("17reversible_kernel|25fixed_point_decode_kernel|weighed_(sums|gradient)_kernel")
 #: Kernels that compute in float64 what exists once per sample; the others do where a tensor is float64 alone.
 PER_SAMPLE = re.compile(r"(pseudo_huber|gradient|resident|cluster)_kernel\w+?Lb(\d)")
 
@@ -128,6 +128,10 @@ def expected_accesses(name: str) -> tuple[int, int] | None:
     if multistep := re.search(r"multistep_kernel\w+?Li(\d)ELb(\d)", name):
         # A guided step has a partner; a scaled one writes a third result.
         return (int(multistep[1]) + 1) * width, (2 + int(multistep[2])) * width
+    if "weighed_" in name:
+        return None  # weights lie in any strides
+    if "generated_pair_kernel" in name:
+        return 2 * width, 2 * width
     if "noisy_pair_kernel" in name:
         return width, 2 * width
     if "noise_kernel" in name:
