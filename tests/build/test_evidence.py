@@ -75,5 +75,6 @@ def test_registers_of_the_triton_kernels(name: str) -> None:
     low, _, high = row[3].partition(" to ")
     found = triton_resources.used(name, "sm_90")
     assert int(low) <= found.registers <= int(high or low), STALE
-    assert found.spilled == int(row[-2]) == 0
+    # Of all targets: two numbers on sm_120, which `test_triton_compile.ON_THE_STACK` names.
+    assert found.spilled == 0 and int(row[-2]) <= 8
     assert int(row[1]) == sum(triton_resources.title(other) == row[0] for other in triton_resources.CASES), STALE
