@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from tests.support.triton_cases import (
     I64,
     LOSSES,
     MIXED,
+    ON_THE_STACK,
     OTHERS,
     RESIDENTS,
     THREADS,
@@ -235,22 +235,8 @@ def test_quotients_and_roots_are_correctly_rounded() -> None:
 
 TARGETS = [*(GPUTarget("cuda", arch, 32) for arch in (80, 100, 120)), GPUTarget("hip", "gfx942", 64)]
 VARIANTS = {name: case[:2] for cases in (DENSE, LOSSES, RESIDENTS, EXACT) for name, case in cases.items()} | OTHERS
-#: Two numbers at most that the assembler of Triton 3.7.1 keeps on the stack, though it has registers: no element's.
-ON_THE_STACK = {
-    ("consistency_loss vector float32 with gradient", 120): 8,
-    ("pseudo_huber elementwise float32", 120): 8,
-}
-
-
-#: Every variant on one of the targets in turn, which takes half a minute; `make evidence` has every one on all of them.
-ELSEWHERE = [
-    (name, target)
-    for k, name in enumerate(VARIANTS)
-    for target in (TARGETS if os.environ.get("BICM_EVERY_TARGET") else [TARGETS[k % len(TARGETS)]])
-]
-
-
-@pytest.mark.parametrize(("name", "target"), ELSEWHERE, ids=lambda x: str(getattr(x, "arch", x)))
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
+@pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_elsewhere(name: str, target: GPUTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if target.backend == "hip":
         monkeypatch.setattr(operands, "WARPS", 2)

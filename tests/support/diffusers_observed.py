@@ -101,7 +101,7 @@ def agree(original: Any, ours: Any, **how: Any) -> None:
         assert (seen.dtype, seen.shape) == (expected.dtype, expected.shape), (seen.dtype, expected.dtype)
         finite = expected.isfinite()
         # A launch computes in float32, and stays finite where the original leaves float16's range on the way.
-        if half and not finite.all() and seen[finite].isfinite().all():
+        if half and not torch.equal(seen.isfinite(), finite) and seen[finite].isfinite().all():
             return
         assert torch.equal(seen.isfinite(), finite), (seen, expected)
         largest = max(largest, expected[finite].abs().max().item() if finite.any() else 0.0)
