@@ -96,11 +96,10 @@ def bct_loss(
             raise ValueError(f"{name}: expected one of {', '.join(CHOICES[name])}, got {choice!r}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     low, high, partner = (level.to(device=x.device, dtype=dtype) for level in levels)
-    scale = math.sqrt(x[0].numel()) if per_root and len(x) else 1.0
-    near, far = (
-        (scale * gap).reciprocal().to(x.device, dtype)
-        for gap in (levels.high - levels.low, (levels.low - levels.partner).abs())
-    )
+    gaps = levels.high - levels.low, (levels.low - levels.partner).abs()
+    if per_root and len(x):
+        gaps = gaps[0] * math.sqrt(x[0].numel()), gaps[1] * math.sqrt(x[0].numel())
+    near, far = (gap.reciprocal().to(x.device, dtype) for gap in gaps)
     end = torch.full_like(low, t_min)
     alike = draws_alike(dropout_key(seed, step), x.device)
 
