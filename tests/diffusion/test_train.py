@@ -221,8 +221,7 @@ def test_bfloat16_is_an_autocast_of_the_loss() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_networks_train_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._dynamo.config.suppress_errors", False)
+def test_compiled_networks_train_alike() -> None:
     compiled = trainer(compiled=True)
     compiled.network._compiled_call_impl = torch.compile(compiled.network._call_impl, backend="aot_eager")
     ours, theirs = trained(compiled, 3), trained(trainer(), 3)
