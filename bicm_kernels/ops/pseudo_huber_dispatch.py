@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -75,20 +76,36 @@ def element_weight(weight: Tensor | None, first: Tensor) -> Tensor | None:
     return weight
 
 
-def check_weight(weight: Tensor, first: Tensor, first_name: str) -> None:
-    """Raise unless a weight is floating or a mask, and one number, one per sample or one per element."""
+def _unsqueezed(weight: Tensor, first: Tensor) -> str:
+    """Say how a mask without some of the dimensions gets them: one of pixels, say, or one of the pixels of a sample."""
+    forms = {"weight[None]": weight[None], "weight[None, None]": weight[None, None]}
+    if weight.dim() > 1:
+        forms["weight[:, None]"] = weight[:, None]
+    fitting = [how for how, value in forms.items() if _broadcasts(value, first)]
+    return f"; pass {' or '.join(fitting)}" if fitting else ""
+
+
+def _broadcasts(weight: Tensor, first: Tensor) -> bool:
+    return weight.dim() == first.dim() and all(a in (1, b) for a, b in zip(weight.shape, first.shape, strict=True))
+
+
+def check_weight(weight: object, first: Tensor, first_name: str) -> None:
+    """Raise unless a weight is a number, or floating or a mask, and one number, one per sample or one per element."""
+    if not isinstance(weight, Tensor):
+        if not isinstance(weight, Real | torch.SymFloat | torch.SymInt):
+            given = arguments.describe(weight)
+            raise TypeError(f"weight must be a float, a floating tensor or a bool mask, got {given}")
+        return
     if weight.dtype != torch.bool and weight.dtype not in arguments.FLOATING:
         raise TypeError(f"weight must be a floating tensor or a bool mask, got {weight.dtype}")
-    if weight.dim() < 2:
-        arguments.check_per_sample("weight", weight, first.shape[0], first.device)
-        return
-    sizes = zip(weight.shape, first.shape, strict=False)
-    if weight.dim() != first.dim() or any(a not in (1, b) for a, b in sizes):
+    per_sample = weight.dim() == 1 and len(weight) == len(first)
+    if weight.dim() and not per_sample and not _broadcasts(weight, first):
+        shape, given = tuple(first.shape), tuple(weight.shape)
         raise ValueError(
-            f"weight must be 0-d, ({first.shape[0]},) or broadcast to the shape of {first_name}, "
-            f"{tuple(first.shape)}, with as many dimensions, got shape {tuple(weight.shape)}"
+            f"weight must be 0-d, ({len(first)},) or broadcast to the shape of {first_name}, {shape}, "
+            f"with as many dimensions, got shape {given}{_unsqueezed(weight, first)}"
         )
-    if weight.device != first.device:
+    if weight.device != first.device and not (weight.dim() == 0 and weight.device.type == "cpu"):
         raise ValueError(f"weight must be on {first.device}, got {weight.device}")
 
 
@@ -273,7 +290,7 @@ class Loss(Op):
         for name in self.tensors[: self.inputs]:
             arguments.check_state(name, values[name], values[first], first)
         for name in (*self.tensors[self.inputs :], *self.numbers):
-            if name == "weight" and isinstance(values[name], Tensor):
+            if name == "weight" and values[name] is not None:
                 check_weight(values[name], values[first], first)
             elif values[name] is not None or name not in self.optional:
                 arguments.check_number(name, values[name], values[first])

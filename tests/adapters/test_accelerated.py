@@ -65,7 +65,9 @@ def test_a_configuration_that_is_not_covered_can_be_seen() -> None:
 @pytest.mark.parametrize("cls", [HeunDiscreteScheduler, PNDMScheduler, OwnScheduler])
 def test_what_is_not_covered_passes_where_that_is_wanted(cls: type[Any]) -> None:
     scheduler = cls()
-    with pytest.raises(TypeError, match=f"scheduler must be one of .*got {cls.__name__}"):
+    with pytest.raises(
+        TypeError, match=f"^scheduler: {cls.__name__} has no accelerated form; .*strict=False.*; expected one of DDIM"
+    ):
         accelerate_scheduler(scheduler)
     with pytest.warns(UserWarning, match=f"{cls.__name__} has no accelerated form.*returned as it is") as caught:
         assert accelerate_scheduler(scheduler, strict=False) is scheduler
@@ -95,7 +97,9 @@ def test_a_pipeline_and_a_class_are_told_what_to_pass() -> None:
             TypeError, match=r"the class DDIMScheduler: pass an instance, .*accelerated_class\(DDIMSched"
         ):
             accelerate_scheduler(DDIMScheduler, strict=strict)
-        with pytest.raises(TypeError, match=r"the class PNDMScheduler: pass an instance, PNDMScheduler\(\.\.\.\)$"):
+        with pytest.raises(
+            TypeError, match=r"the class PNDMScheduler: pass an instance, PNDMScheduler\(\.\.\.\); expected"
+        ):
             accelerate_scheduler(PNDMScheduler, strict=strict)
 
 
@@ -135,7 +139,7 @@ def test_fewer_generators_than_samples_are_told_of(cls: type[Any]) -> None:
 @pytest.mark.parametrize("scheduler", [None, "ddim", DDIMScheduler])
 def test_what_is_no_scheduler_is_refused_even_so(scheduler: Any) -> None:
     for strict in (True, False):
-        with pytest.raises(TypeError, match="scheduler must be one of"):
+        with pytest.raises(TypeError, match=r"^scheduler: got .*; expected one of DDIM"):
             accelerate_scheduler(scheduler, strict=strict)
 
 

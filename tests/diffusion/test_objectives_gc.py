@@ -250,7 +250,22 @@ def test_two_diracs_have_no_velocity_variance(t: float) -> None:
         (
             lambda x, t: gc_loss(network(), x, t, predictor=nn.DataParallel(network()), **KEY),
             TypeError,
-            "network: expected .* got DataParallel",
+            "predictor: expected .* got DataParallel",
+        ),
+        (
+            lambda x, t: gc_loss(network(), x, t, predictor="average", **KEY),
+            TypeError,
+            r"predictor: expected a function or module, .* got 'average' \(str\)",
+        ),
+        (
+            lambda x, t: gc_loss(network(), x, t, mu=1.0, predictor=lambda x, t, u: x[:1], **KEY),
+            ValueError,
+            "predictor: expected a tensor of shape",
+        ),
+        (
+            lambda x, t: ect_loss(network(), x, t[1::-1], mu=1.0, predictor=lambda x, t: (x,), **KEY),
+            TypeError,
+            "predictor: expected a tensor of shape",
         ),
         (lambda x, t: gc_loss(network(), x, t, seed=0), TypeError, "step"),
         (

@@ -213,6 +213,7 @@ SCHEDULES: dict[str, tuple[Any, str]] = {
         "cifar10-zigzag",
         r"schedule: expected a Schedule, got 'cifar10-zigzag' \(str\); .*PRESETS\['cifar10-zigzag'\] would be",
     ),
+    "another name": ("karras", r"schedule: expected a Schedule, got 'karras' \(str\); vp_schedule\(steps\) makes one$"),
     "tensors": (torch.linspace(0, 1, 5), r"schedule: expected a Schedule, got a torch.float32 tensor of shape \(5,\)"),
     "a list": ([0.0, 1.0], "schedule: expected a Schedule, got a list of 2"),
     "None": (None, "schedule: expected a Schedule, got None"),

@@ -11,6 +11,7 @@ import torch
 import bicm_kernels as bk
 
 X = torch.ones(2, 3)
+IMAGES = torch.ones(4, 3, 8, 8)
 ERRORS: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (
         ValueError,
@@ -42,8 +43,25 @@ ERRORS: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (TypeError, "c must be a float", lambda: bk.pseudo_huber(X, X, c="0.5")),  # type: ignore[arg-type]
     (
         ValueError,
-        r"weight must be a 0-d or a \(2,\) tensor, got shape \(3,\)",
+        r"weight must be 0-d, \(2,\) or broadcast to the shape of pred, \(2, 3\), with as many dimensions, got shape "
+        r"\(3,\); pass weight\[None\]",
         lambda: bk.pseudo_huber(X, X, weight=X[0]),
+    ),
+    (
+        ValueError,
+        r"\(4, 3, 8, 8\), with as many dimensions, got shape \(4, 8, 8\); pass weight\[:, None\]$",
+        lambda: bk.pseudo_huber(IMAGES, IMAGES, weight=torch.ones(4, 8, 8)),
+    ),
+    (
+        ValueError,
+        r"got shape \(8, 8\); pass weight\[None, None\]$",
+        lambda: bk.consistency_loss(IMAGES, IMAGES, 1.0, None, IMAGES, weight=torch.ones(8, 8, dtype=torch.bool)),
+    ),
+    (ValueError, r"got shape \(5, 8\)$", lambda: bk.pseudo_huber(IMAGES, IMAGES, weight=torch.ones(5, 8))),
+    (
+        TypeError,
+        r"weight must be a float, a floating tensor or a bool mask, got \[1, 0\] \(list\)",
+        lambda: bk.pseudo_huber(X, X, weight=[1, 0]),  # type: ignore[arg-type]
     ),
     (TypeError, "weight must be a floating tensor", lambda: bk.pseudo_huber(X, X, weight=torch.tensor([1, 2]))),
     (

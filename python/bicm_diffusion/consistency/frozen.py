@@ -19,8 +19,10 @@ from bicm_diffusion.described import described
 _graph_is_retained: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def check_network(network: nn.Module) -> None:
+def check_network(network: nn.Module, name: str = "network") -> None:
     """Raise TypeError for wrappers that cannot evaluate a network several times before one backward pass.
+
+    name: what the caller calls the network.
 
     Replicas of `nn.DataParallel` do not share their dropout masks; FSDP1 frees parameters that are still needed; and a
     DistributedDataParallel that notes which parameters a pass uses is right only where it is the network itself, so
@@ -29,15 +31,15 @@ def check_network(network: nn.Module) -> None:
     wrapper = getattr(network, "_orig_mod", network)
     for module in _modules(network):
         if isinstance(module, DataParallel):
-            raise TypeError("network: expected a plain module or one in DistributedDataParallel, got DataParallel")
+            raise TypeError(f"{name}: expected a plain module or one in DistributedDataParallel, got DataParallel")
         if type(module).__name__ == "FullyShardedDataParallel":  # importing the class takes seconds
             raise TypeError(
-                "network: expected a plain module or one in torch.distributed.fsdp.fully_shard, got "
+                f"{name}: expected a plain module or one in torch.distributed.fsdp.fully_shard, got "
                 "FullyShardedDataParallel"
             )
         if isinstance(module, DistributedDataParallel) and module is not wrapper and _notes_what_is_used(module):
             raise TypeError(
-                "network: expected a DistributedDataParallel with static_graph or find_unused_parameters to be the "
+                f"{name}: expected a DistributedDataParallel with static_graph or find_unused_parameters to be the "
                 f"network itself, got one inside {type(wrapper).__name__}: wrap the whole network"
             )
 

@@ -106,8 +106,9 @@ def ect_loss(
     check_levels(times, x, ("t", "r"), name="times", made="(t, r), as draw_ect_times returns")
     form = Form(parameterization, sigma_data, t_min)
     key: dict[str, Any] = {"seed": seed, "step": step}
-    evaluate = evaluator(network, x, extra_args=extra_args, end=form.end, **key)
-    predict = evaluate if predictor is None else evaluator(predictor, x, extra_args=extra_args, end=form.end, **key)
+    asked: dict[str, Any] = {"extra_args": extra_args, "end": form.end, **key}
+    evaluate = evaluator(network, x, **asked)
+    predict = evaluate if predictor is None else evaluator(predictor, x, name="predictor", **asked)
     t, r = (time.to(x.device, level_dtype(x)) for time in times)
     replaced = augmented(x, r, mu, predict, form, sample_id=sample_id, allowed=times[1] > 0, **key)
     pair = noisy_pair(x, r, t, **noise_key(x, seed, step, sample_id), **replaced, sigma_data=sigma_data)

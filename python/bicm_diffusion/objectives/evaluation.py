@@ -46,6 +46,7 @@ class Evaluator:
     extra_args: Mapping[str, Any]
     end: float | None
     batch: int
+    name: str = "network"
 
     def __call__(self, scaled: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return F of the batch or of some of its rows, whose numbers are `rows`."""
@@ -53,7 +54,7 @@ class Evaluator:
         named = {name: self._of(rows, value) for name, value in self.extra_args.items()}
         with self.alike():
             output = asked(self.network, scaled, *times, **named)
-        check_output(output, scaled, name="network")
+        check_output(output, scaled, name=self.name)
         return output
 
     def _of(self, rows: Tensor | None, value: Any) -> Any:
@@ -69,17 +70,21 @@ def evaluator(
     step: int | Tensor,
     extra_args: Mapping[str, Any] | None,
     end: float | None,
+    name: str = "network",
 ) -> Evaluator:
     """Return (c_in(t)·x, t) -> F, of which all calls share the dropout mask of (seed, step).
 
     end: the level u that a network of two times leads to, which is called as network(c_in·x, t, u); None for one of
     one time, network(c_in·x, t).
-    Raises TypeError for wrappers that cannot evaluate a network several times, see `bct_loss`.
+    name: what the caller calls the network.
+    Raises TypeError for what cannot be called, and for wrappers that cannot evaluate a network several times, see
+    `bct_loss`.
     """
+    check_model(network, f"{name}(c_in(t)·x, t, …)", name)
     if isinstance(network, nn.Module):
-        check_network(network)
+        check_network(network, name)
     alike = draws_alike(dropout_key(seed, step), x.device)
-    return Evaluator(network, alike, extra_args or {}, end, len(x))
+    return Evaluator(network, alike, extra_args or {}, end, len(x), name)
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,9 @@ def gc_loss(
     check_pair(network, x, levels, t_min)
     form = Form(parameterization, sigma_data, t_min)
     key: dict[str, Any] = {"seed": seed, "step": step}
-    evaluate = evaluator(network, x, extra_args=extra_args, end=form.end, **key)
-    predict = evaluate if predictor is None else evaluator(predictor, x, extra_args=extra_args, end=form.end, **key)
+    asked: dict[str, Any] = {"extra_args": extra_args, "end": form.end, **key}
+    evaluate = evaluator(network, x, **asked)
+    predict = evaluate if predictor is None else evaluator(predictor, x, name="predictor", **asked)
     low, high = (level.to(x.device, level_dtype(x)) for level in levels[:2])
     replaced = augmented(x, low, mu, predict, form, sample_id=sample_id, **key)
     pair = noisy_pair(x, low, high, **noise_key(x, seed, step, sample_id), **replaced, sigma_data=sigma_data)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bicm_diffusion.consistency.schedules import PRESETS
 from bicm_diffusion.described import described
 from bicm_diffusion.schedules import Schedule
 
@@ -40,7 +41,8 @@ def check_schedule(schedule: object) -> None:
     if isinstance(schedule, int):
         made = f"vp_schedule({schedule}) makes one of {schedule} steps"
     elif isinstance(schedule, str):
-        made = f"vp_schedule(steps) makes one, and PRESETS[{schedule!r}] would be for consistency_sample"
+        preset = f", and PRESETS[{schedule!r}] would be for consistency_sample" if schedule in PRESETS else ""
+        made = f"vp_schedule(steps) makes one{preset}"
     elif hasattr(schedule, "set_timesteps"):
         made = "adapters.diffusers.from_diffusers(network, scheduler, steps=…) makes one of a diffusers scheduler"
     elif hasattr(schedule, "levels") and hasattr(schedule, "zigzags"):

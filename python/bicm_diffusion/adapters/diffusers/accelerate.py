@@ -56,14 +56,12 @@ def accelerated_class(cls: type[Any]) -> type[Any]:
     if issubclass(cls, Accelerated):
         return cls
     if cls not in COVERED:
-        raise TypeError(
-            f"scheduler must be one of {covered_names()}, got {cls.__name__}; "
-            + (
-                "its steps are fused already"
-                if cls.__module__.startswith("bicm_diffusion.")
-                else "accelerate_scheduler(..., strict=False) returns others as they are"
-            )
+        why = (
+            "has no accelerated form: its steps are fused already"
+            if cls.__module__.startswith("bicm_diffusion.")
+            else "has no accelerated form; accelerate_scheduler(..., strict=False) returns such schedulers as they are"
         )
+        raise TypeError(f"scheduler: {cls.__name__} {why}; expected one of {covered_names()}")
     return derived(COVERED[cls], cls)  # type: ignore[arg-type]
 
 
@@ -101,7 +99,7 @@ def accelerate_scheduler(
     """
     known: bool = isinstance(scheduler, SchedulerMixin)
     if not known:
-        raise TypeError(f"scheduler must be one of {covered_names()}, got {described(scheduler)}{_hint(scheduler)}")
+        raise TypeError(f"scheduler: got {described(scheduler)}{_hint(scheduler)}; expected one of {covered_names()}")
     if noise not in (None, "generator", "keyed"):
         raise ValueError(f"noise: expected 'generator' or 'keyed', got {noise!r}")
     if not strict and not _has_accelerated_form(type(scheduler)):
