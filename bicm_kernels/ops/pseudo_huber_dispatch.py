@@ -93,8 +93,8 @@ def check_weight(weight: object, first: Tensor, first_name: str) -> None:
     """Raise unless a weight is a number, or floating or a mask, and one number, one per sample or one per element."""
     if not isinstance(weight, Tensor):
         if not isinstance(weight, Real | torch.SymFloat | torch.SymInt):
-            given = arguments.describe(weight)
-            raise TypeError(f"weight must be a float, a floating tensor or a bool mask, got {given}")
+            what = arguments.describe(weight)
+            raise TypeError(f"weight must be a float, a floating tensor or a bool mask, got {what}")
         return
     if weight.dtype != torch.bool and weight.dtype not in arguments.FLOATING:
         raise TypeError(f"weight must be a floating tensor or a bool mask, got {weight.dtype}")
