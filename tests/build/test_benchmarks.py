@@ -44,6 +44,9 @@ FLOAT32_BYTES = {
     "consistency_loss": 86_016,
     "bct_loss": 49_152,
     "bct_loss_backward": 86_016,
+    "ict_loss": 49_152,
+    "gc_loss": 61_440,
+    "ect_loss": 49_152,
 }
 
 

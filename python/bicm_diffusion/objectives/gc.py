@@ -103,9 +103,9 @@ def augmented(
     sample_id: int | Tensor,
     allowed: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Return x̂ = sg f̊(x + t·z, t) and the mask of the samples that it replaces, as `noisy_pair` takes them, or nothing.
+    """Return what `noisy_pair` makes x̂ = sg f̊(x + t·z, t) of, and the mask of the samples that it replaces, or nothing.
 
-    Those that `generated` picks, of those that are `allowed`; x̂ has nothing to tell of the others.
+    Those that `generated` picks, of those that are `allowed`; F has nothing to tell of the others.
     t: (B,) on x's device, in the precision of a network's levels. allowed: (B,) bool on any device; None for all.
     """
     check_number("mu", mu)
@@ -120,24 +120,30 @@ def augmented(
     if allowed is not None:
         mask = mask & allowed.to(mask.device)
     rows = mask.nonzero()[:, 0] if on_host else None
+
+    def named(answer: Tensor, mask: Tensor) -> dict[str, Any]:
+        if x.requires_grad:  # x̂ is a constant, but what F gives with x is none
+            return {"x_hat": answer, "mask": mask}
+        return {"F": answer, "mask": mask, "parameterization": form.parameterization, "sigma_min": form.t_min}
+
     if rows is None or len(rows) == len(x):
-        return {"x_hat": _predicted(x, t, predict, form, key, None), "mask": mask.to(x.device)}
+        return named(_answer(x, t, predict, form, key, None), mask.to(x.device))
     first = torch.zeros(1, dtype=torch.int64)
     asked = (rows if len(rows) else first).to(x.device, non_blocking=True)
-    answer = _predicted(x[asked], t[asked], predict, form, key | {"sample_id": _ids_of(sample_id, asked)}, asked)
+    answer = _answer(x[asked], t[asked], predict, form, key | {"sample_id": _ids_of(sample_id, asked)}, asked)
     if not len(rows):
         return {}
-    return {"x_hat": torch.empty_like(x).index_copy_(0, asked, answer), "mask": mask.to(x.device, non_blocking=True)}
+    answer = torch.empty_like(x, dtype=answer.dtype, requires_grad=False).index_copy_(0, asked, answer)
+    return named(answer, mask.to(x.device, non_blocking=True))
 
 
 @torch.no_grad()
-def _predicted(
-    x: Tensor, t: Tensor, predict: Evaluator, form: Form, key: dict[str, Any], rows: Tensor | None
-) -> Tensor:
+def _answer(x: Tensor, t: Tensor, predict: Evaluator, form: Form, key: dict[str, Any], rows: Tensor | None) -> Tensor:
     c_in = 1 / (form.sigma_data**2 + t * t).sqrt()
     scaled = affine_step([x], [c_in], noise_weight=c_in * t, **key)
     # Of level 0, where f(x, 0) = x, networks take the logarithm: they are asked about another.
-    return form.sample(scaled, predict(scaled, torch.where(t > 0, t, 1.0), rows), t)
+    output = predict(scaled, torch.where(t > 0, t, 1.0), rows)
+    return form.sample(scaled, output, t) if x.requires_grad else output
 
 
 def _ids_of(sample_id: int | Tensor, rows: Tensor) -> Tensor:
