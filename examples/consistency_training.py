@@ -6,6 +6,8 @@ goes on with the draws that the interrupted one would have made.
 
     python examples/consistency_training.py --epochs 2
     torchrun --nproc_per_node 2 examples/consistency_training.py --epochs 2
+
+Needs the extra [diffusion], for the digits.
 """
 
 from __future__ import annotations

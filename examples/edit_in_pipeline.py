@@ -6,7 +6,7 @@ changes in an edit comes from the prompt.
     python examples/edit_in_pipeline.py
     python examples/edit_in_pipeline.py --pipeline path/to/pipeline --image cat.png --source "a cat" --target "a dog"
 
-needs diffusers and transformers. Without --pipeline, a small random pipeline shows the round trip.
+Needs the extra [diffusers], and transformers. Without --pipeline, a small random pipeline shows the round trip.
 """
 
 from __future__ import annotations

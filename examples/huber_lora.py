@@ -6,7 +6,8 @@ on its batch, and a run that is repeated draws the same numbers on any device.
 
     python examples/huber_lora.py --steps 20
 
-needs diffusers and peft. The U-Net here is small and random; load your own with `UNet2DConditionModel.from_pretrained`.
+Needs the extra [diffusers], and peft. The U-Net here is small and random; load your own with
+`UNet2DConditionModel.from_pretrained`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ Both integrate the probability-flow ODE dx/dσ = d(x, σ) = (x − D(x, σ))/σ 
 * leapfrog, x' = x₋ + (σ' − σ₋)·d(x), on integers: both directions add or subtract the same rounded increment.
 
     python examples/own_sampler.py
+
+Needs no extra.
 """
 
 from __future__ import annotations

@@ -344,7 +344,9 @@ def test_a_raw_network_is_tracked_by_kernels_with_a_derivative() -> None:
     found: list[tuple[Tensor, Tensor]] = []
 
     def guide(at: Evaluation) -> None:
-        z, x0 = at.tracked()
+        tracked = at.tracked()
+        assert tracked._fields == ("z", "x0")
+        z, x0 = tracked
         found.append((torch.autograd.grad(x0.sum(), z)[0], z))
 
     edm_sample(output_of, 10.0 * noise(3, 4), VE, prediction=Preconditioned(), guide=guide, solver="euler")

@@ -219,6 +219,8 @@ def test_what_is_no_pair_s_file_is_named(tmp_path: Path) -> None:
             load_pair(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="missing"):
         load_pair(tmp_path / "missing")
+    with pytest.raises(TypeError, match="path: expected the path of a file that save_pair wrote, got an ExactPair"):
+        load_pair(pair)  # type: ignore[arg-type]
 
 
 def test_a_state_dict_that_lost_something_is_named() -> None:

@@ -34,6 +34,13 @@ class Shift(NamedTuple):
     weight: Number = 1.0
 
 
+class Tracked(NamedTuple):
+    """What `Evaluation.tracked` returns: a state with gradients, and the denoised sample made of it."""
+
+    z: Tensor
+    x0: Tensor
+
+
 class Plain(NamedTuple):
     """An evaluation without a guide: the model's input and output for a state, and the denoised sample of both."""
 
@@ -77,8 +84,8 @@ class Evaluation:
                 self._known["x0"] = self._plain.denoised(self.z, output)
         return self._known["x0"]
 
-    def tracked(self) -> tuple[Tensor, Tensor]:
-        """Return z as a leaf that requires a gradient, and the denoised sample, differentiable in it.
+    def tracked(self) -> Tracked:
+        """Return z as a leaf that requires a gradient, and the denoised sample x0, differentiable in it.
 
         The model is asked with gradients; a guide that looks at `x0` or `output` does so afterwards, or the model is
         asked twice.
@@ -90,7 +97,7 @@ class Evaluation:
         # Not x0, which would live as long as this: whoever looks at it again has it made again from the output.
         self._known.update(output=_detached(output), tracked=True)
         self._known.pop("x0", None)
-        return z, x0
+        return Tracked(z, x0)
 
     @property
     def was_tracked(self) -> bool:

@@ -309,8 +309,11 @@ def save_pair(pair: Pair, path: str | os.PathLike[str]) -> None:
 def load_pair(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Any:
     """Return the pair that `save_pair` wrote, of whichever kind, on a device.
 
-    Raises ImportError where safetensors is missing, and ValueError where the path leads to anything but a pair's file.
+    Raises ImportError where safetensors is missing, TypeError for what is no path, and ValueError where a path leads to
+    anything but a pair's file.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: expected the path of a file that save_pair wrote, got {described(path)}")
     return Pair.from_state_dict(read(path, device))
 
 
