@@ -20,7 +20,7 @@ from diffusers import (
     EDMDPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
-    PNDMScheduler,
+    IPNDMScheduler,
     UNet2DModel,
 )
 
@@ -62,7 +62,7 @@ def test_a_configuration_that_is_not_covered_can_be_seen() -> None:
     assert not is_accelerated(ours)
 
 
-@pytest.mark.parametrize("cls", [HeunDiscreteScheduler, PNDMScheduler, OwnScheduler])
+@pytest.mark.parametrize("cls", [HeunDiscreteScheduler, IPNDMScheduler, OwnScheduler])
 def test_what_is_not_covered_passes_where_that_is_wanted(cls: type[Any]) -> None:
     scheduler = cls()
     with pytest.raises(
@@ -98,9 +98,9 @@ def test_a_pipeline_and_a_class_are_told_what_to_pass() -> None:
         ):
             accelerate_scheduler(DDIMScheduler, strict=strict)
         with pytest.raises(
-            TypeError, match=r"the class PNDMScheduler: pass an instance, PNDMScheduler\(\.\.\.\); expected"
+            TypeError, match=r"the class IPNDMScheduler: pass an instance, IPNDMScheduler\(\.\.\.\); expected"
         ):
-            accelerate_scheduler(PNDMScheduler, strict=strict)
+            accelerate_scheduler(IPNDMScheduler, strict=strict)
 
 
 #: What makes a scheduler draw; CogVideoX's DDIM takes a generator and never draws.

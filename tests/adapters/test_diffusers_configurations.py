@@ -45,7 +45,13 @@ def refused(cls: type[Any], config: Mapping[str, Any]) -> bool:
     return False
 
 
-SINGLES = [(cls, {name: value}) for cls, options in OPTIONS.items() for name, row in options.items() for value in row]
+SINGLES = [
+    (cls, {name: value})
+    for cls, options in OPTIONS.items()
+    if cls in CLASSES
+    for name, row in options.items()
+    for value in row
+]
 
 
 @pytest.mark.parametrize(("cls", "config"), SINGLES, ids=label)
@@ -180,7 +186,8 @@ def test_steps_that_cannot_be(cls: type[Any], at: str) -> None:
     ends = []
     for scheduler in both(cls, {}, None if at.startswith("before") else 2):
         x = torch.full(SHAPE, 0.5)
-        t = {"whole": 1, "unknown": 998.5}.get(at, scheduler.timesteps[-1])
+        last = None if scheduler.timesteps is None else scheduler.timesteps[-1]  # PNDM's, before they are set
+        t = {"whole": 1, "unknown": 998.5}.get(at, last)
         try:
             for _ in range(3):
                 torch.manual_seed(0)

@@ -22,14 +22,19 @@ from diffusers import (
     DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
     TCDScheduler,
+    UniPCMultistepScheduler,
 )
 from diffusers.configuration_utils import FrozenDict
 
@@ -175,6 +180,13 @@ SOLVER = [
     ("euler_at_final", True),
     ("final_sigmas_type", "sigma_min"),
 ]
+MULTISTEP = [
+    ("thresholding", True),
+    ("solver_order", 1),
+    ("solver_order", 3),
+    ("lower_order_final", False),
+    ("use_flow_sigmas", True),
+]
 OPTIONS: dict[type[Any], list[tuple[str, Any]]] = {
     DDIMScheduler: [*PREDICTED, *CLIPS, ("thresholding", True), ("num_train_timesteps", 700)],
     DDIMInverseScheduler: [*PREDICTED, *CLIPS, ("thresholding", True), ("num_train_timesteps", 700)],
@@ -202,6 +214,20 @@ OPTIONS: dict[type[Any], list[tuple[str, Any]]] = {
     EulerAncestralDiscreteScheduler: PREDICTED,
     TCDScheduler: PREDICTED,
     CogVideoXDDIMScheduler: [*PREDICTED, ("num_train_timesteps", 700)],
+    UniPCMultistepScheduler: [*PREDICTED, *MULTISTEP, ("prediction_type", "flow_prediction"), ("solver_type", "bh1")],
+    DEISMultistepScheduler: [*PREDICTED, *MULTISTEP, ("algorithm_type", "nonsense")],
+    LMSDiscreteScheduler: PREDICTED,
+    PNDMScheduler: [*PREDICTED, ("num_train_timesteps", 700), ("skip_prk_steps", True)],
+    DPMSolverSinglestepScheduler: [
+        *PREDICTED,
+        *(edit for edit in MULTISTEP if edit[0] != "lower_order_final"),
+        ("algorithm_type", "sde-dpmsolver++"),
+        ("algorithm_type", "dpmsolver"),
+        ("algorithm_type", "nonsense"),
+        ("solver_type", "heun"),
+        ("solver_type", "nonsense"),
+        ("variance_type", "learned"),
+    ],
     DDPMScheduler: [
         *PREDICTED,
         *CLIPS,
@@ -327,13 +353,38 @@ STATES: dict[str, Change] = {
     "model_outputs of NumPy": lambda s: setattr(
         s, "model_outputs", [x if x is None else x.numpy() for x in s.model_outputs]
     ),
+    "last_sample": lambda s: setattr(s, "last_sample", None),
+    "last_sample in place": lambda s: s.last_sample.mul_(0.5) and None,
+    "this_order": lambda s: setattr(s, "this_order", 1),
+    "disable_corrector": lambda s: setattr(s, "disable_corrector", [0, 1, 2]),
+    "predict_x0": lambda s: setattr(s, "predict_x0", False),
+    "timestep_list longer": lambda s: setattr(s, "timestep_list", [None, *s.timestep_list]),
+    "order_list": lambda s: setattr(s, "order_list", [1] * len(s.order_list)),
+    "order_list shorter": lambda s: setattr(s, "order_list", s.order_list[:1]),
+    "sample": lambda s: setattr(s, "sample", None),
+    "derivatives": lambda s: setattr(s, "derivatives", []),
+    "derivatives in place": lambda s: s.derivatives[-1].mul_(0.5) and None,
+    "derivatives of float64": lambda s: setattr(s, "derivatives", [x.double() for x in s.derivatives]),
+    "ets": lambda s: setattr(s, "ets", []),
+    "ets in place": lambda s: s.ets[-1].mul_(0.5) and None,
+    "counter": lambda s: setattr(s, "counter", 0),
+    "counter larger": lambda s: setattr(s, "counter", 14),
+    "cur_sample": lambda s: setattr(s, "cur_sample", None),
+    "cur_model_output": lambda s: setattr(s, "cur_model_output", 0),
+    "cur_model_output a number": lambda s: setattr(s, "cur_model_output", 0.5),
     "num_inference_steps None": lambda s: setattr(s, "num_inference_steps", None),
     "num_inference_steps 0": lambda s: setattr(s, "num_inference_steps", 0),
     "is_scale_input_called": lambda s: setattr(s, "is_scale_input_called", False),
 }
 
 
-SOLVERS = (DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler)
+SOLVERS = (
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+    DEISMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+)
 STATE_EDITS = [
     (cls, name, order)
     for cls in CLASSES

@@ -18,12 +18,14 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    LMSDiscreteScheduler,
     TCDScheduler,
 )
 
@@ -47,8 +49,10 @@ DRAWING: list[tuple[type[Any], dict[str, Any], dict[str, Any]]] = [
     (EulerAncestralDiscreteScheduler, {}, {}),
     (DDPMScheduler, {}, {}),
     (TCDScheduler, {}, {}),
+    (DPMSolverSinglestepScheduler, SDE, {}),
 ]
 FORESEEING = [
+    LMSDiscreteScheduler,
     EulerDiscreteScheduler,
     EulerAncestralDiscreteScheduler,
     EDMEulerScheduler,

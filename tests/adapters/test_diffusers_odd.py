@@ -16,6 +16,7 @@ pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
@@ -378,7 +379,7 @@ DRAWING = [cls for cls in CLASSES if accepts(cls.step, "generator")]
 @pytest.mark.parametrize("kind", GENERATORS)
 @pytest.mark.parametrize("cls", DRAWING, ids=label)
 def test_odd_generators(cls: type[Any], kind: str) -> None:
-    solver = cls in (DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler)
+    solver = cls in (DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler, DPMSolverSinglestepScheduler)
     churn = {"s_churn": 2.0} if accepts(cls.step, "s_churn") else {}
 
     def run(scheduler: Any) -> Any:

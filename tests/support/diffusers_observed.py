@@ -110,7 +110,7 @@ def agree(original: Any, ours: Any, **how: Any) -> None:
 
 def both(cls: type[Any], config: Mapping[str, Any], steps: int | None = 6, **timesteps: Any) -> tuple[Any, Any]:
     """An original and its accelerated form."""
-    if config.get("use_dynamic_shifting"):
+    if config.get("use_dynamic_shifting") and accepts(cls.set_timesteps, "mu"):
         timesteps = {"mu": 0.8, **timesteps}
     pair = cls(**config), accelerate_scheduler(cls(**config))
     for scheduler in pair:

@@ -11,10 +11,13 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor
 
@@ -86,5 +89,9 @@ CONFIGS: tuple[tuple[type[Any], dict[str, Any]], ...] = (
     (DPMSolverMultistepScheduler, {"variance_type": "learned"}),
     (EDMDPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     (FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}),
+    (UniPCMultistepScheduler, {"solver_order": 3, "predict_x0": False, "final_sigmas_type": "sigma_min"}),
+    (UniPCMultistepScheduler, {"prediction_type": "sample"}),
+    (PNDMScheduler, {"skip_prk_steps": True}),
+    (DPMSolverSinglestepScheduler, {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}),
     (DDPMScheduler, {"clip_sample": False, "prediction_type": "v_prediction"}),
 )

@@ -9,17 +9,23 @@ import torch
 from diffusers import (
     CMStochasticIterativeScheduler,
     CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
     DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
     TCDScheduler,
+    UniPCMultistepScheduler,
 )
 
 Options = Mapping[str, tuple[Any, ...]]
@@ -69,6 +75,18 @@ SOLVER: Options = {
     "lower_order_final": FLAG,
     "euler_at_final": FLAG,
 }
+#: Without what some do not know.
+PLAIN_SIGMAS: Options = {
+    name: values for name, values in SIGMAS.items() if name not in ("final_sigmas_type", "rescale_betas_zero_snr")
+}
+FLOW_SIGMAS: Options = {
+    "use_flow_sigmas": FLAG,
+    "flow_shift": (3.0,),
+    "use_dynamic_shifting": FLAG,
+    "time_shift_type": ("exponential",),
+}
+#: What singlestep solvers know of `SIGMAS`.
+SINGLE = frozenset(SIGMAS) - {"timestep_spacing", "steps_offset", "rescale_betas_zero_snr"}
 #: Every option of every scheduler, with values beside its default.
 OPTIONS: dict[type[Any], Options] = {
     DDIMScheduler: {**DDIM, **THRESHOLDING, "timestep_spacing": ("leading", "trailing", "linspace")},
@@ -140,6 +158,58 @@ OPTIONS: dict[type[Any], Options] = {
         "timestep_spacing": ("leading", "trailing", "linspace"),
         "snr_shift_scale": (1.0, 2.0),
         "sample_max_value": (2.0,),
+    },
+    CogVideoXDPMScheduler: {
+        **DDIM,
+        "timestep_spacing": ("leading", "trailing", "linspace"),
+        "snr_shift_scale": (1.0, 2.0),
+        "sample_max_value": (2.0,),
+    },
+    UniPCMultistepScheduler: {
+        **{name: values for name, values in SOLVER.items() if name not in ("algorithm_type", "euler_at_final")},
+        **SIGMAS,
+        **THRESHOLDING,
+        **FLOW_SIGMAS,
+        "prediction_type": ("sample", "v_prediction", "flow_prediction"),
+        "solver_order": (1, 2, 3, 4),
+        "solver_type": ("bh1", "bh2", "heun"),
+        "predict_x0": FLAG,
+        "disable_corrector": ([0], [1, 2]),
+        "shift_terminal": (0.1,),
+        "sigma_min": (0.1,),
+        "sigma_max": (20.0,),
+    },
+    DEISMultistepScheduler: {
+        **{name: values for name, values in SOLVER.items() if name != "euler_at_final"},
+        **{
+            name: values
+            for name, values in SIGMAS.items()
+            if name not in ("final_sigmas_type", "rescale_betas_zero_snr")
+        },
+        **THRESHOLDING,
+        **FLOW_SIGMAS,
+        "prediction_type": ("sample", "v_prediction", "flow_prediction"),
+        "algorithm_type": ("deis", "dpmsolver++"),
+        "solver_type": ("logrho", "heun"),
+    },
+    LMSDiscreteScheduler: PLAIN_SIGMAS,
+    PNDMScheduler: {
+        **{name: values for name, values in BETAS.items() if name != "rescale_betas_zero_snr"},
+        "skip_prk_steps": FLAG,
+        "set_alpha_to_one": FLAG,
+        "prediction_type": ("v_prediction",),
+        "timestep_spacing": ("leading", "trailing", "linspace"),
+        "steps_offset": (1,),
+    },
+    DPMSolverSinglestepScheduler: {
+        **{name: values for name, values in SIGMAS.items() if name in SINGLE},
+        **{name: values for name, values in SOLVER.items() if name != "euler_at_final"},
+        **THRESHOLDING,
+        **FLOW_SIGMAS,
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver"),
+        "prediction_type": ("sample", "v_prediction", "flow_prediction"),
+        "lambda_min_clipped": (-5.1,),
+        "variance_type": ("learned", "learned_range"),
     },
     DDPMScheduler: {
         **{name: values for name, values in DDIM.items() if name != "set_alpha_to_one"},

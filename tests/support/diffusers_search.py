@@ -10,7 +10,15 @@ import sys
 import warnings
 from typing import Any
 
-from diffusers import DDIMInverseScheduler, DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, TCDScheduler
+from diffusers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    TCDScheduler,
+)
 
 from tests.support.diffusers_cases import CLASSES
 from tests.support.diffusers_observed import NEAR, agree, both
@@ -32,9 +40,12 @@ def drawn(cls: type[Any], source: random.Random) -> tuple[dict[str, Any], dict[s
         how["use_clipped_model_output"] = source.random() < 0.5
     if cls is TCDScheduler:
         how["eta"] = source.choice((0.0, 0.3, 1.0))
+    if cls is LMSDiscreteScheduler:
+        how["order"] = source.choice((1, 2, 3, 4, 5))
     if cls in (EulerDiscreteScheduler, EDMEulerScheduler):
         how["s_churn"] = source.choice((0.0, 2.0))
-    return config, how, source.choice((3, 4, 6))
+    # PNDM begins with four steps of its own.
+    return config, how, source.choice((3, 4, 6)) if cls is not PNDMScheduler else source.choice((4, 6))
 
 
 def search(cls: type[Any], count: int) -> int:

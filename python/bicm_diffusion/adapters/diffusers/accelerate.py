@@ -10,15 +10,21 @@ import diffusers
 from diffusers import SchedulerMixin
 
 from bicm_diffusion.adapters.diffusers.ancestral import EulerAncestral
+from bicm_diffusion.adapters.diffusers.cogvideox import CogVideoXDpm
 from bicm_diffusion.adapters.diffusers.consistency import ConsistencyModel, LatentConsistencyModel
 from bicm_diffusion.adapters.diffusers.ddim import CogVideoXDdim, Ddim, DdimInverse
 from bicm_diffusion.adapters.diffusers.ddpm import Ddpm
+from bicm_diffusion.adapters.diffusers.deis import Deis
 from bicm_diffusion.adapters.diffusers.dpmsolver import DpmSolver, EdmDpmSolver
 from bicm_diffusion.adapters.diffusers.drawing import Integer, Noise, own_config
 from bicm_diffusion.adapters.diffusers.euler import EdmEuler, Euler
 from bicm_diffusion.adapters.diffusers.flow_match import FlowMatchEuler
+from bicm_diffusion.adapters.diffusers.lms import Lms
+from bicm_diffusion.adapters.diffusers.pndm import Pndm
 from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, derived
+from bicm_diffusion.adapters.diffusers.singlestep import DpmSolverSinglestep
 from bicm_diffusion.adapters.diffusers.tcd import Tcd
+from bicm_diffusion.adapters.diffusers.unipc import UniPc
 from bicm_diffusion.described import described
 
 #: The diffusers classes that have an accelerated form.
@@ -36,6 +42,12 @@ COVERED: dict[type[Any], type[Accelerated]] = {
     diffusers.DDPMScheduler: Ddpm,
     diffusers.CogVideoXDDIMScheduler: CogVideoXDdim,
     diffusers.TCDScheduler: Tcd,
+    diffusers.UniPCMultistepScheduler: UniPc,
+    diffusers.DEISMultistepScheduler: Deis,
+    diffusers.LMSDiscreteScheduler: Lms,
+    diffusers.PNDMScheduler: Pndm,
+    diffusers.DPMSolverSinglestepScheduler: DpmSolverSinglestep,
+    diffusers.CogVideoXDPMScheduler: CogVideoXDpm,
 }
 
 

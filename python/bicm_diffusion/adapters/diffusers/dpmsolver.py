@@ -15,18 +15,21 @@ from torch import Tensor
 from bicm_diffusion.adapters.diffusers.arguments import constant
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
 from bicm_diffusion.adapters.diffusers.euler import edm_denoiser
+from bicm_diffusion.adapters.diffusers.levels import (
+    LEAST_SIGNAL,
+    PREDICTIONS,
+    Level,
+    level_of,
+    log_ratio,
+    near_x0,
+    reading_x0,
+    step_of_no_length,
+)
 from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
 from bicm_diffusion.adapters.diffusers.scheduler import fused
 from bicm_diffusion.adapters.diffusers.sigmas import Sigmas, SigmaTables
 from bicm_diffusion.adapters.diffusers.tables import Row, Tables
 from bicm_kernels import affine_step
-
-Level = tuple[float, float]  # alpha and sigma of a level
-
-#: Below this alpha, predicting x0 from the noise loses more than a bit.
-LEAST_SIGNAL = 0.5
-#: Below this one, the weights that undo it leave float32's range: the original runs.
-NO_SIGNAL = 1e-15
 
 #: How many tensors, or pairs of them, a step adds up.
 MOST_TERMS = 5
@@ -35,19 +38,18 @@ ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++")
 SOLVERS = ("midpoint", "heun")
 
 
-def log_ratio(level: Level) -> float:
-    """Half the logarithm of the signal-to-noise ratio, infinite without noise."""
-    alpha, sigma = level
-    if sigma == 0.0:
-        return math.inf
-    return math.log(alpha) - math.log(sigma) if alpha else -math.inf
-
-
-def step_of_no_length(to: Level, here: Level) -> bool:
-    """Whether the originals, in float32, see no step between two levels: then they divide zero by zero."""
-    levels = torch.tensor([to, here], dtype=torch.float32).log()
-    there, now = (levels[:, 0] - levels[:, 1]).tolist()
-    return bool(there == now)
+def gains(to: Level, here: Level, h: float, *, order: int, noisy: bool) -> Row:
+    """Weights of the state, of x0 and of its first two derivatives over a step of length h, and of noise."""
+    (alpha, sigma), (_, sigma_here) = to, here
+    if noisy:
+        gain = -math.expm1(-2.0 * h)
+        slope = alpha * (gain / (-2.0 * h) + 1.0) if order > 1 else 0.0
+        curve = alpha * ((gain - 2.0 * h) / (2.0 * h) ** 2 - 0.5) if order == 3 else 0.0
+        return sigma / sigma_here * math.exp(-h), alpha * gain, slope, curve, sigma * math.sqrt(gain)
+    drop = math.expm1(-h)
+    slope = alpha * (drop / h + 1.0) if order > 1 else 0.0
+    curve = -alpha * ((drop + h) / h**2 - 0.5) if order == 3 else 0.0
+    return sigma / sigma_here, -alpha * drop, slope, curve, 0.0
 
 
 def solver_row(levels: list[Level], *, order: int, heun: bool, noisy: bool) -> Row:
@@ -55,21 +57,9 @@ def solver_row(levels: list[Level], *, order: int, heun: bool, noisy: bool) -> R
 
     levels: the one to reach, the current one, and the earlier ones that the order asks for.
     """
-    (alpha, sigma), (_, sigma_here) = levels[:2]
     lambdas = [log_ratio(level) for level in levels]
     h = lambdas[0] - lambdas[1]
-    if noisy:
-        kept = sigma / sigma_here * math.exp(-h)
-        gain = -math.expm1(-2.0 * h)
-        first, deviation = alpha * gain, sigma * math.sqrt(gain)
-        slope = alpha * (gain / (-2.0 * h) + 1.0)
-        curve = alpha * ((gain - 2.0 * h) / (2.0 * h) ** 2 - 0.5) if order == 3 else 0.0
-    else:
-        kept, deviation = sigma / sigma_here, 0.0
-        drop = math.expm1(-h)
-        first = -alpha * drop
-        slope = alpha * (drop / h + 1.0)
-        curve = -alpha * ((drop + h) / h**2 - 0.5) if order == 3 else 0.0
+    kept, first, slope, curve, deviation = gains(levels[0], levels[1], h, order=order, noisy=noisy)
     if order == 1:
         return kept, first, 0.0, 0.0, deviation
     before = (lambdas[1] - lambdas[2]) / h
@@ -251,31 +241,18 @@ class DpmSolver(_Solver):
 
     def _uncovered(self) -> str | None:
         prediction = self.config.prediction_type
-        if prediction not in ("epsilon", "sample", "v_prediction", "flow_prediction"):
+        if prediction not in PREDICTIONS:
             return f"prediction_type={prediction!r}"
         return super()._uncovered()
 
     def _level(self, sigma: float) -> Level:
-        if self.config.use_flow_sigmas:
-            return 1.0 - sigma, sigma
-        alpha = 1.0 / math.sqrt(sigma * sigma + 1.0)
-        return alpha, sigma * alpha
+        return level_of(sigma, self.config.use_flow_sigmas)
 
     def _reading(self, sigma: float) -> tuple[float, float]:
-        prediction, (alpha, noise) = self.config.prediction_type, self._level(sigma)
-        if prediction == "epsilon":
-            return 1.0 / alpha, -noise / alpha
-        if prediction == "sample":
-            return 0.0, 1.0
-        return (alpha, -noise) if prediction == "v_prediction" else (1.0, -sigma)
+        return reading_x0(self.config.prediction_type, sigma, self._level(sigma))
 
     def _near(self, sigma: float) -> float:
-        if self.config.prediction_type != "epsilon":
-            return 0.0
-        alpha, noise = self._level(sigma)
-        if alpha < NO_SIGNAL:
-            return math.nan
-        return 1.0 if self.config.use_flow_sigmas else alpha / (1.0 + noise)  # (1 - sigma)/alpha, without its loss
+        return near_x0(self.config.prediction_type, self._level(sigma), self.config.use_flow_sigmas)
 
     scale_model_input = DPMSolverMultistepScheduler.scale_model_input
 

@@ -84,9 +84,11 @@ class Tables:
     traced: dict[Any, Tensor] = field(default_factory=dict)
     holes: dict[Any, list[int]] = field(default_factory=dict)
 
-    def read(self, timesteps: Tensor, levels: list[float]) -> None:
-        """Copy a schedule to the host."""
+    def read(self, timesteps: Tensor | None, levels: list[float]) -> None:
+        """Copy a schedule to the host. PNDM has no timesteps before they are set."""
         self.levels = levels
+        if timesteps is None:
+            return
         # The alias keeps the memory when the tensor is given another: what lies at an address in it is a timestep.
         spacing = timesteps.stride(0) * timesteps.element_size()
         self.timesteps = Timesteps(timesteps.tolist(), timesteps.detach(), timesteps.data_ptr(), spacing)
@@ -129,6 +131,8 @@ def overrides(x: Any) -> bool:
 def unreadable(sources: tuple[Source, ...], options: tuple[tuple[str, Any], ...]) -> str | None:
     """Why weights cannot be made once, on the host, from a schedule and options: what they are, or that they change."""
     for name, source, _ in sources:
+        if source is None and name == "timesteps":
+            continue  # not set yet
         if not isinstance(source, Tensor | Real) or overrides(source):
             return f"{name} as {type(source).__name__}"
         if isinstance(source, Tensor) and source.is_floating_point() and source.dtype.itemsize < 4:
