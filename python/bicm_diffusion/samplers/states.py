@@ -23,6 +23,7 @@ P = TypeVar("P", bound="Pair")
 _REMEDIES = {
     "BDIA": "a gamma nearer to 1",
     "BDIADDIMScheduler": "a gamma nearer to 1",
+    "BDIAFlowMatchScheduler": "a gamma nearer to 1",
     "EDICT": "a p nearer to 1",
     "O-BELM": "levels more nearly uniform in sigma/alpha",
 }

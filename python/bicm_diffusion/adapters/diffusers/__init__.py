@@ -1,4 +1,4 @@
-"""Schedulers for diffusers: accelerated forms of its own, and BDIA-DDIM as one more. Needs the extra `[diffusers]`."""
+"""Schedulers for diffusers: accelerated forms of its own, and BDIA on DDIM and flows. Needs the extra `[diffusers]`."""
 
 from bicm_diffusion.extras import extra
 
@@ -8,6 +8,14 @@ with extra("diffusers"):
 
 from bicm_diffusion.adapters.diffusers.accelerate import accelerate_scheduler, accelerated_class, is_accelerated
 from bicm_diffusion.adapters.diffusers.bdia import BDIADDIMScheduler
+from bicm_diffusion.adapters.diffusers.bdia_flow import BDIAFlowMatchScheduler
 from bicm_diffusion.adapters.diffusers.bridge import from_diffusers
 
-__all__ = ["BDIADDIMScheduler", "accelerate_scheduler", "accelerated_class", "from_diffusers", "is_accelerated"]
+__all__ = [
+    "BDIADDIMScheduler",
+    "BDIAFlowMatchScheduler",
+    "accelerate_scheduler",
+    "accelerated_class",
+    "from_diffusers",
+    "is_accelerated",
+]

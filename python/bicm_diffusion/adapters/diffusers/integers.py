@@ -47,11 +47,11 @@ class Integers:
         output: Tensor,
         weights: list[float],
         *,
-        x0_weights: list[float],
+        x0_weights: list[float] | None,
         inverse: bool,
         mark: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the next state and x0, as floats; the first step of a trajectory has no state before it."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the next state, and x0 where it has weights; the first step of a trajectory has no state before it."""
         self._check(sample)
         last, forwards = self.last_q, self.last_q is None or not inverse
         op = exact_affine_step if forwards else exact_affine_inverse_step
@@ -64,7 +64,7 @@ class Integers:
             overflow=self.overflow,
             mark=mark,
         )
-        x0 = affine_step([sample, output], x0_weights)
+        x0 = None if x0_weights is None else affine_step([sample, output], x0_weights[:2])
         self.last_q, self.q = self.q, following
         if last is None:
             self.origin = checksum(self.last_q, self.q)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,19 +14,16 @@ from bicm_diffusion.rational import nearest
 from bicm_diffusion.samplers.record import Record, is_inner, notice_alone, report_remainder, same_values
 from bicm_diffusion.samplers.states import ExactPair, Pair, StatePair
 
-#: As the record of a pair calls the method.
-METHOD = "BDIADDIMScheduler"
 
-
-def check_pair(pair: object, exact: bool, settings: Mapping[str, Any]) -> None:
+def check_pair(pair: object, exact: bool, method: str, settings: Mapping[str, Any]) -> None:
     """Raise unless a pair is one that a configuration retraces, as far as can be told before its next loop."""
     kind = ExactPair if exact else StatePair
     if type(pair) is not kind:
         raise TypeError(f"pair: expected a scheduler's {kind.__name__} with exact={exact}, got {described(pair)}")
     made = pair.record
     if made is None:
-        raise ValueError("pair: expected one from BDIADDIMScheduler.pair, got one that does not say what made it")
-    turned = replace(made, method=METHOD, settings=settings, index=made.steps - made.index)
+        raise ValueError(f"pair: expected one from {method}.pair, got one that does not say what made it")
+    turned = replace(made, method=method, settings=settings, index=made.steps - made.index)
     turned.check(made, "turn_round", "", pair="pair")
 
 
@@ -45,7 +42,7 @@ def check_start(sample: Tensor, last_sample: Tensor | None, run: Record) -> None
         if sample is last_sample or same_values(sample, last_sample):
             raise ValueError("sample: expected the inner state of the pair, got the one that is its last_sample")
         return
-    if is_inner(sample, METHOD):  # by its values: pipelines copy what a loop starts from
+    if is_inner(sample, run.method):  # by its values: pipelines copy what a loop starts from
         raise ValueError(
             "sample: got the inner state of a pair, from which no trajectory begins; turn_round(pair) before "
             "set_timesteps retraces the one that it comes from"
@@ -72,7 +69,7 @@ class Retraced:
     _edit = False
     _at: int | None = None
     #: The levels' indices that a loop passes, in its order.
-    _indices: list[int]
+    _indices: Sequence[int] = ()
     config: Any
 
     @property
@@ -123,7 +120,7 @@ class Retraced:
         True
         """
         if pair is not None:
-            check_pair(pair, self._exact, self._settings())
+            check_pair(pair, self._exact, type(self).__name__, self._settings())
         elif self._at is not None and self._at < len(self._indices):
             raise ValueError(f"turn_round: expected the end of a loop, {len(self._indices) - self._at} steps are left")
         elif self._at is None and self._next is None:
@@ -138,11 +135,11 @@ class Retraced:
         return self._inner
 
     def _settings(self) -> dict[str, Any]:
-        gamma = nearest(self.config.gamma) if self._exact else float(self.config.gamma)
-        return {"gamma": gamma, "prediction_type": self.config.prediction_type}
+        """What the states of a pair depend on, beside its levels."""
+        return {"gamma": nearest(self.config.gamma) if self._exact else float(self.config.gamma)}
 
     def _report(self, made: Record) -> None:
         """Warn where a pair was retraced and integers are left that its trajectory did not begin with."""
         integers = self._integers
         if integers is not None and integers.last_q is not None and self._record is not None:
-            report_remainder(METHOD, made, self._record, integers.q, integers.last_q)
+            report_remainder(type(self).__name__, made, self._record, integers.q, integers.last_q)
