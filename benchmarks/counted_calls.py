@@ -71,7 +71,9 @@ def rows() -> Iterator[Row]:
 
     cases = {case.name: case for cases in FAMILIES.values() for case in cases}
     best = INSTRUCTION_SETS[:1]
-    above_ops = {case.name for family in ("consistency", "inverse", "samplers") for case in FAMILIES[family]}
+    above_ops = {
+        case.name for family in ("consistency", "idempotent", "inverse", "samplers") for case in FAMILIES[family]
+    }
     for name, case in cases.items():
         calls = LONG_CALLS if case.trains or case in FAMILIES["consistency"] else CALLS
         yield Row(name, of_case(case), calls, loops=() if name in above_ops else INSTRUCTION_SETS)

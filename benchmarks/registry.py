@@ -7,5 +7,5 @@ from bicm_kernels.families import FAMILIES as OPS
 
 FAMILIES: dict[str, tuple[Case, ...]] = {
     name: importlib.import_module(f"benchmarks.bench_{name}").CASES
-    for name in sorted((*OPS, "consistency", "inverse", "samplers"))
+    for name in sorted((*OPS, "consistency", "idempotent", "inverse", "samplers"))
 }

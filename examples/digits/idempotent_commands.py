@@ -14,6 +14,7 @@ from examples.digits.idempotent_objective import (
     METHODS,
     PAIR_STEPS,
     PAIRS,
+    WEIGHTS,
     Training,
     load_network,
     make_pairs,
@@ -24,6 +25,7 @@ from examples.digits.idempotent_objective import (
 )
 
 BUILD = Path("build/digits/idempotent")
+FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
@@ -88,4 +90,45 @@ def run_method(
     return path
 
 
-COMMANDS = (pairs, train_idempotent)
+@click.command("idempotent")
+@click.option("--output", default=BUILD, type=FOLDER, help="Folder for the table, the picture and all runs' weights.")
+@click.option("--pairs", "pairs_folder", default=BUILD / "pairs", type=FOLDER, help="What `pairs` has written.")
+@click.option("--methods", default=",".join(METHODS), help="Which methods are trained, those that are there apart.")
+@click.option(
+    "--seeds", default=3, type=click.IntRange(0), help="Runs of every method; 0 measures those that are there."
+)
+@click.option("--steps", default=None, type=click.IntRange(1), help="Optimizer steps; each method's own if left out.")
+@click.option("--weights", default=None, type=FILE, help="Weights that are drawn; the repository's if left out.")
+@click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
+def idempotent(
+    output: Path,
+    pairs_folder: Path,
+    methods: str,
+    seeds: int,
+    steps: int | None,
+    weights: Path | None,
+    threads: int,
+) -> None:
+    """Train IGN and SIGN with several seeds, and tell in a table and a picture what they are good for.
+
+    Runs that are there are not repeated, and one that was killed goes on.
+    """
+    # Plotting is slow to import, and training does without.
+    from examples.digits.idempotent import networks_in, table
+    from examples.digits.idempotent_picture import save_picture
+
+    torch.set_num_threads(threads)
+    chosen = methods.split(",")
+    if unknown := [name for name in chosen if name not in METHODS]:
+        raise click.ClickException(f"--methods: expected some of {', '.join(METHODS)}, got {', '.join(unknown)}")
+    for seed in range(seeds):
+        for name in chosen:
+            run_method(name, seed, output, pairs_folder, steps=steps, progress=True)
+    output.mkdir(parents=True, exist_ok=True)
+    text = table(networks_in(output))
+    (output / "table.md").write_text(text, encoding="utf-8")
+    save_picture(load_network(weights or WEIGHTS), output / "idempotent.png", seed=0)
+    click.echo(text)
+
+
+COMMANDS = (pairs, train_idempotent, idempotent)
