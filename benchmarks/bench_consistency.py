@@ -15,7 +15,7 @@ from bicm_diffusion import Levels, bct_loss
 T_MIN = 0.002
 
 
-class _PassThrough(torch.autograd.Function):
+class PassThrough(torch.autograd.Function):
     """A network's place: it answers what was stored, and its input gets the output's gradient.
 
     Its one parameter, an empty tensor, makes the answer differentiable; what a network does with the gradient of its
@@ -41,7 +41,7 @@ class _Turns(nn.Module):
 
     def forward(self, scaled: Tensor, *_: Tensor) -> Tensor:
         """Return the next output."""
-        result: Tensor = _PassThrough.apply(scaled, next(self.outputs), self.parameter)
+        result: Tensor = PassThrough.apply(scaled, next(self.outputs), self.parameter)
         return result
 
 

@@ -67,13 +67,11 @@ def of_case(case: Case, dtype: torch.dtype = torch.float32, every: int = 1) -> M
 def rows() -> Iterator[Row]:
     """Every benchmark's call, the ops that have none, and what is staged or streamed in each family."""
     import bicm_kernels as bk
-    from benchmarks.registry import FAMILIES
+    from benchmarks.registry import ABOVE_OPS, FAMILIES
 
     cases = {case.name: case for cases in FAMILIES.values() for case in cases}
     best = INSTRUCTION_SETS[:1]
-    above_ops = {
-        case.name for family in ("consistency", "inverse", "objectives", "samplers") for case in FAMILIES[family]
-    }
+    above_ops = {case.name for family in ABOVE_OPS for case in FAMILIES[family]}
     for name, case in cases.items():
         calls = LONG_CALLS if case.trains or case in FAMILIES["consistency"] else CALLS
         yield Row(name, of_case(case), calls, loops=() if name in above_ops else INSTRUCTION_SETS)

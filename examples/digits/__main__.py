@@ -17,6 +17,7 @@ from examples.digits.consistency_network import ConsistencyConfig
 from examples.digits.consistency_objective import CONSISTENCY, BctConfig
 from examples.digits.consistency_objective import WEIGHTS as BCM_WEIGHTS
 from examples.digits.denoising import DENOISING, WEIGHTS
+from examples.digits.idempotent_commands import COMMANDS
 from examples.digits.network import NetworkConfig
 from examples.digits.objectives import Setting
 from examples.digits.training import Run, TrainingConfig, save_weights, train
@@ -287,6 +288,10 @@ def inverse(
     size = QUICK if quick else Size(images, steps, iterations)
     networks = {"weights": weights, "consistency_weights": consistency_weights}
     run_inverse(output, **networks, size=size, seeds=1 if quick else seeds, console=Console(highlight=False))
+
+
+for command in COMMANDS:
+    main.add_command(command)
 
 
 def command_line(arguments: list[str]) -> str:

@@ -23,7 +23,9 @@ from bicm_diffusion.objectives import (
     ect_loss,
     gc_loss,
     ict_loss,
+    ign_loss,
     optimal_pairing,
+    sign_loss,
 )
 from bicm_diffusion.samplers import (
     Evaluation,
@@ -126,6 +128,7 @@ __all__ = [
     "flow_schedule",
     "gc_loss",
     "ict_loss",
+    "ign_loss",
     "karras_levels",
     "karras_schedule",
     "level_count",
@@ -136,6 +139,7 @@ __all__ = [
     "optimal_pairing",
     "partner_probabilities",
     "save_pair",
+    "sign_loss",
     "sign_masked",
     "sign_recursive",
     "slerp",

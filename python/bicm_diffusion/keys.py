@@ -12,6 +12,8 @@ RESERVED = 0x6269636D << 32
 
 # Training draws.
 LEVELS, PARTNERS, DROPOUT, TIMES, MASKS, ORDER, AUGMENTATION, TRAINING = (RESERVED + n for n in range(1, 9))
+# Of idempotent networks: latents, noise around their samples where scores are compared, and where one is learnt.
+LATENTS, MATCHING, LEARNING = (RESERVED + n for n in range(9, 12))
 # Fresh noise of samplers, of their forms for other libraries, and of accelerated schedulers.
 CONSISTENCY_SAMPLING, CONSISTENCY_INVERSION, CHURN, SIGN, K_DIFFUSION, SCHEDULER = (RESERVED + n for n in range(33, 39))
 # Inverse solvers: ancestral noise, noise around a denoised sample, the way back up, and new levels of CM inversion.

@@ -8,6 +8,7 @@ from bicm_diffusion.objectives.ect import draw_ect_times, ect_loss, ect_partner
 from bicm_diffusion.objectives.evaluation import Loss
 from bicm_diffusion.objectives.gc import gc_loss
 from bicm_diffusion.objectives.ict import ict_loss
+from bicm_diffusion.objectives.idempotent import ign_loss, sign_loss
 from bicm_diffusion.objectives.pairing import optimal_pairing
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "ect_partner",
     "gc_loss",
     "ict_loss",
+    "ign_loss",
     "optimal_pairing",
+    "sign_loss",
     "transport_cost",
     "transport_cost_derivative",
     "velocity_variance",

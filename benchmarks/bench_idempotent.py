@@ -1,0 +1,113 @@
+"""The loss part of a step of an idempotent network, the networks left out, against eager code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.bench_consistency import PassThrough
+from benchmarks.cases import SEED, Case
+from bicm_diffusion import Schedule, ign_loss, sign_loss
+
+#: One step, so that every sample has one level whatever draws it.
+SCHEDULE = Schedule((0.3, 0.7), (0.9, 0.6), (0.3, 0.8))
+NONE: dict[str, Any] = {"recon": 0.0, "idem": 0.0, "flow": 0.0}
+
+
+class _Answers(nn.Module):
+    """A network that costs nothing and answers what is stored, in turns; gradients pass to its input."""
+
+    def __init__(self, stored: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.stored = iter([output.detach() for output in stored])
+        self.parameter = nn.Parameter(stored[0].new_empty(0))
+
+    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+        """Return the next answer."""
+        result: Tensor = PassThrough.apply(x, next(self.stored), self.parameter)
+        return result
+
+
+def squared(a: Tensor, b: Tensor) -> Tensor:
+    """‖a - b‖² of every sample."""
+    return (a.float() - b.float()).flatten(1).square().sum(1)
+
+
+def ours_ign(first: Tensor, other: Tensor, x: Tensor) -> Tensor:
+    """``ign_loss``."""
+    return ign_loss(_Answers([first, other, first, first]), x, seed=SEED).total
+
+
+def ign(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
+    """SIGN eq. 3 to 5 with the bound of tanh, as they are written."""
+    f = _Answers([first, other, first, first])
+    recon = squared(f(x), x)
+    sample = f(draw(x))
+    idem = squared(sample, f(sample))
+    start = sample.detach()
+    reach = 1.5 * recon.detach()
+    tight = reach * (-squared(f(start), start) / reach).tanh()
+    return (20 * recon + 20 * idem + 2.5 * tight).mean()
+
+
+def ours_sign(first: Tensor, other: Tensor, x: Tensor) -> Tensor:
+    """``sign_loss`` with the empirical pair."""
+    f = _Answers([first, other, first, other, first])
+    return sign_loss(f, x, seed=SEED, schedule=SCHEDULE, idem=0.1, denoise=0.1).total
+
+
+def levels(x: Tensor) -> tuple[Tensor, ...]:
+    """Alpha and sigma of n and of n - 1, n uniform, in the shape in which they meet x."""
+    n = torch.randint(1, SCHEDULE.steps + 1, (len(x),))
+    return tuple(t.view(-1, 1, 1, 1).to(x) for k in (n, n - 1) for t in SCHEDULE.table[1:, k])
+
+
+def sign(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
+    """SIGN eq. 3, 4 and 8 and denoising, as they are written."""
+    f = _Answers([first, other, first, other, first])
+    recon = squared(f(x), x)
+    sample = f(draw(x))
+    idem = squared(sample, f(sample))
+    alpha, sigma, alpha_low, sigma_low = levels(x)
+    noise = draw(x)
+    answer = f(alpha * x + sigma * noise)
+    with torch.no_grad():
+        goal = f(alpha_low * x + sigma_low * noise)
+    flow, denoise = squared(answer, goal), squared(answer, x)
+    return (recon + 0.1 * idem + flow + 0.1 * denoise).mean()
+
+
+def ours_dmd(first: Tensor, other: Tensor, x: Tensor) -> Tensor:
+    """``sign_loss`` with dmd alone, and what the learned model minimises."""
+    models: dict[str, Any] = {"teacher": _Answers([other]), "learned": _Answers([first, first])}
+    return sign_loss(_Answers([x]), x, seed=SEED, schedule=SCHEDULE, dmd=1.0, prediction="x0", **NONE, **models).total
+
+
+def dmd(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
+    """SIGN eq. 7 by the surrogate that is written for it, and denoising score matching of the sample itself."""
+    f, teacher, learned = _Answers([x]), _Answers([other]), _Answers([first, first])
+    sample = f(draw(x))
+    alpha, sigma, _, _ = levels(x)
+    with torch.no_grad():
+        y = alpha * sample + sigma * draw(x)
+        g = alpha * (learned(y) - teacher(y)) / sigma.square()
+        goal = sample - g
+    alpha, sigma, _, _ = levels(x)
+    start = sample.detach()
+    own = squared(learned(alpha * start + sigma * draw(x)), start) / x[0].numel()
+    return (0.5 * squared(sample, goal) + own).mean()
+
+
+# Distances read two tensors and write a gradient, idem's two; x_n and x_s, z, and y and the learned model's input are
+# read and written once. A difference of scores is read with the sample.
+CASES = tuple(
+    Case(name, ours, eager, tensors=3, reads=reads, writes=writes, noise="added", trains=True)
+    for name, ours, eager, reads, writes in (
+        ("ign_loss", ours_ign, ign, 6, 5),
+        ("sign_loss", ours_sign, sign, 8, 7),
+        ("sign_loss_dmd", ours_dmd, dmd, 7, 5),
+    )
+)

@@ -1,0 +1,134 @@
+"""Commands of the idempotent networks: the teacher's pairs, one run, and all of them with a table and a picture."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from pathlib import Path
+
+import click
+import torch
+
+from bicm_diffusion.distributed.manifest import MANIFEST
+from examples.digits.idempotent_objective import (
+    METHODS,
+    PAIR_STEPS,
+    PAIRS,
+    WEIGHTS,
+    Training,
+    load_network,
+    make_pairs,
+    save_network,
+    shortened,
+    start,
+    trained,
+)
+
+BUILD = Path("build/digits/idempotent")
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.command("pairs")
+@click.option("--output", default=BUILD / "pairs", type=FOLDER, help="Folder for the shards; a killed run goes on.")
+@click.option("--count", default=PAIRS, type=click.IntRange(1), help="How many pairs.")
+@click.option(
+    "--steps", default=PAIR_STEPS, type=click.IntRange(1), help="Evaluations of the noise predictor for each."
+)
+@click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
+def pairs(output: Path, count: int, steps: int, threads: int) -> None:
+    """Have the noise predictor draw digits by DDIM, and keep each beside its noise."""
+    torch.set_num_threads(threads)
+    make_pairs(output, count=count, steps=steps)
+
+
+@click.command("train-idempotent")
+@click.option("--method", default="reg", type=click.Choice(list(METHODS)), help="What is minimised.")
+@click.option("--seed", default=0, help="Seed of everything random in the run.")
+@click.option("--steps", default=None, type=click.IntRange(1), help="Optimizer steps; the method's own if left out.")
+@click.option("--output", default=BUILD, type=FOLDER, help="Folder for METHOD-seed-SEED.safetensors and checkpoints.")
+@click.option("--pairs", "pairs_folder", default=BUILD / "pairs", type=FOLDER, help="What `pairs` has written.")
+@click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
+def train_idempotent(method: str, seed: int, steps: int | None, output: Path, pairs_folder: Path, threads: int) -> None:
+    """Train an idempotent network and write its averaged weights.
+
+    Killed at any moment and started again with the same options, it ends with the same bits.
+    """
+    torch.set_num_threads(threads)
+    path = run_method(method, seed, output, pairs_folder, steps=steps, progress=True)
+    click.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+def run_method(
+    name: str, seed: int, folder: Path, pairs_folder: Path, *, steps: int | None = None, progress: bool = False
+) -> Path:
+    """Train a method from a seed, after the one that it goes on from; weights that are there are not made again."""
+    method = shortened(METHODS[name], steps)
+    path = folder / f"{name}-seed-{seed}.safetensors"
+    if path.exists():
+        return path
+    initial = None
+    if method.start:
+        initial = load_network(run_method(method.start, seed, folder, pairs_folder, steps=steps, progress=progress))
+    if method.pairs and not (pairs_folder / MANIFEST).exists():
+        raise click.ClickException(f"{pairs_folder} holds no pairs: python -m examples.digits pairs makes them")
+    begun = time.process_time()
+    run = start(method, seed, Training(), pairs=pairs_folder, initial=initial)
+    checkpoint = folder / "checkpoints" / path.name
+    if checkpoint.exists():
+        run.load(checkpoint)
+    run.run(checkpoint=checkpoint, checkpoint_every=500, progress=progress)
+    notes = {
+        "command": f"python -m examples.digits train-idempotent --method {name} --seed {seed}"
+        + ("" if steps is None else f" --steps {steps}"),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "seconds": f"{time.process_time() - begun:.0f} of processor time",
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+    }
+    save_network(path, trained(run), notes)
+    return path
+
+
+@click.command("idempotent")
+@click.option("--output", default=BUILD, type=FOLDER, help="Folder for the table, the picture and all runs' weights.")
+@click.option("--pairs", "pairs_folder", default=BUILD / "pairs", type=FOLDER, help="What `pairs` has written.")
+@click.option("--methods", default=",".join(METHODS), help="Which methods are trained, those that are there apart.")
+@click.option(
+    "--seeds", default=3, type=click.IntRange(0), help="Runs of every method; 0 measures those that are there."
+)
+@click.option("--steps", default=None, type=click.IntRange(1), help="Optimizer steps; each method's own if left out.")
+@click.option("--weights", default=None, type=FILE, help="Weights that are drawn; the repository's if left out.")
+@click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
+def idempotent(
+    output: Path,
+    pairs_folder: Path,
+    methods: str,
+    seeds: int,
+    steps: int | None,
+    weights: Path | None,
+    threads: int,
+) -> None:
+    """Train IGN and SIGN with several seeds, and tell in a table and a picture what they are good for.
+
+    Runs that are there are not repeated, and one that was killed goes on.
+    """
+    # Plotting is slow to import, and training does without.
+    from examples.digits.idempotent import networks_in, table
+    from examples.digits.idempotent_picture import save_picture
+
+    torch.set_num_threads(threads)
+    chosen = methods.split(",")
+    if unknown := [name for name in chosen if name not in METHODS]:
+        raise click.ClickException(f"--methods: expected some of {', '.join(METHODS)}, got {', '.join(unknown)}")
+    for seed in range(seeds):
+        for name in chosen:
+            run_method(name, seed, output, pairs_folder, steps=steps, progress=True)
+    output.mkdir(parents=True, exist_ok=True)
+    text = table(networks_in(output))
+    (output / "table.md").write_text(text, encoding="utf-8")
+    save_picture(load_network(weights or WEIGHTS), output / "idempotent.png", seed=0)
+    click.echo(text)
+
+
+COMMANDS = (pairs, train_idempotent, idempotent)

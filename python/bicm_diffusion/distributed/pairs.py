@@ -1,0 +1,106 @@
+"""Pairs of noise and the image that a teacher makes of it: images in shards, and the noise from its key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from bicm_diffusion.distributed.formats import FORMATS
+from bicm_diffusion.distributed.manifest import load_manifest
+from bicm_diffusion.distributed.sampling import sample_shards
+from bicm_diffusion.distributed.shards import Shard, shard_path, shards_of
+from bicm_kernels import normal
+
+KEYS = ("pair_seed", "pair_std", "pair_shape")
+
+
+def sample_pairs(
+    sample: Callable[[Tensor], Tensor],
+    count: int,
+    directory: Path | str,
+    *,
+    shape: Sequence[int],
+    batch: int,
+    seed: int,
+    latent_std: float = 1.0,
+    settings: Mapping[str, Any],
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> None:
+    """Make pairs 0 … count - 1 of noise and sample(noise), and write the images to a directory as `sample_shards` does.
+
+    The noise of pair k is latent_std·normal(shape, seed=seed, sample_id=k): the manifest holds what makes it again.
+    sample: noise (batch, *shape) float32 on `device` -> images (batch, *shape) that depend on nothing else.
+    settings: whatever else decides the images (steps, weights). The others, and what is raised: see `sample_shards`.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     sample_pairs(torch.sign, 3, directory, shape=(2,), batch=2, seed=0, settings={}, progress=False)
+    ...     noise, image = PairDataset(directory)[2]
+    >>> torch.equal(image, noise.sign())
+    True
+    """
+    made = {"pair_seed": seed, "pair_std": latent_std, "pair_shape": list(shape)}
+
+    def images(shard: Shard) -> Tensor:
+        return sample(_noise(shard.sample_ids, made, device))
+
+    sample_shards(images, count, directory, batch=batch, settings={**settings, **made}, progress=progress)
+
+
+def _noise(ids: Tensor, made: Mapping[str, Any], device: torch.device | str | None = None) -> Tensor:
+    ids = ids.to(device) if device is not None else ids
+    shape = (len(ids), *made["pair_shape"])
+    return normal(shape, seed=made["pair_seed"], sample_id=ids, device=ids.device) * made["pair_std"]
+
+
+class PairDataset(Dataset[tuple[Tensor, Tensor]]):
+    """The pairs of a directory that `sample_pairs` has filled: item k is (noise, image), each of a sample's shape.
+
+    Files are opened when they are asked for, by every worker for itself, and an item is read alone; `tensors` reads
+    all pairs at once.
+    Raises FileNotFoundError where there is no run, ValueError where it is none of pairs; where a shard is missing,
+    reading it raises ValueError with its name.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self.manifest = load_manifest(self.directory)
+        if lacking := [name for name in KEYS if name not in self.manifest.settings]:
+            raise ValueError(f"directory: expected pairs, as sample_pairs writes, got a run without {lacking}")
+        self.shards = shards_of(self.manifest.count, self.manifest.batch)
+        self._files: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: expected one in [0, {len(self)}), got {index}")
+        place, offset = divmod(index, self.manifest.batch)
+        if place not in self._files:
+            self._files[place] = FORMATS["safetensors"].library().safe_open(self._path(place), framework="pt")
+        image = self._files[place].get_slice("samples")[offset : offset + 1]
+        return _noise(torch.tensor([index]), self.manifest.settings)[0], image[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Open files stay with the process that opened them."""
+        return self.__dict__ | {"_files": {}}
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Return all pairs: noise and images, each (count, …)."""
+        read = FORMATS["safetensors"].read
+        images = [read(self._path(k), shard.first, shard.stop) for k, shard in enumerate(self.shards)]
+        return _noise(torch.arange(len(self)), self.manifest.settings), torch.cat(images)
+
+    def _path(self, place: int) -> Path:
+        shard = self.shards[place]
+        path = shard_path(self.directory, shard.first, shard.stop, FORMATS["safetensors"].suffix)
+        if not path.exists():
+            raise ValueError(f"{self.directory}: pair {shard.first} of {len(self)} has not been written")
+        return path

@@ -1,0 +1,322 @@
+"""Idempotent networks, f(f(z)) = f(z): the losses of IGN and of SIGN, sums of terms that share their evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bicm_diffusion.consistency.frozen import asked, check_network, evaluate_frozen
+from bicm_diffusion.consistency.shared_draws import draws_alike, dropout_key
+from bicm_diffusion.keys import LATENTS, LEARNING, MATCHING
+from bicm_diffusion.objectives.evaluation import Loss, Network, noise_key
+from bicm_diffusion.objectives.score_models import (
+    ScoreModel,
+    draw_indices,
+    learning_loss,
+    levels_at,
+    matching_loss,
+    ode_step,
+)
+from bicm_diffusion.samplers.checks import (
+    check_arguments,
+    check_model,
+    check_number,
+    check_output,
+    check_schedule,
+    check_state,
+)
+from bicm_diffusion.samplers.prediction import Prediction, known_prediction
+from bicm_diffusion.schedules import Schedule, vp_schedule
+from bicm_kernels import affine_step, fold_in, pseudo_huber
+
+SOLVERS = ("empirical", "euler", "heun")
+DMD_WEIGHTS = ("variance", "normalised")
+#: Steps of the schedule where none is given.
+STEPS = 50
+
+
+def ign_loss(
+    network: Network,
+    x: Tensor,
+    *,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    sample_id: int | Tensor = 0,
+    extra_args: Mapping[str, Any] | None = None,
+    recon: float = 20.0,
+    idem: float = 20.0,
+    tight: float = 2.5,
+    bound: float | None = 1.5,
+    latent_std: float = 1.0,
+    gradient: str = "forward",
+) -> Loss:
+    """Return the loss of an idempotent generative network (SIGN eq. 3 to 6), a weighted sum of means over the batch:
+
+    recon: D(x, f(x)); idem: D(f(z), f'(f(z))); tight: -D(f(sg f(z)), sg f(z)), with D(a, b) = ‖a - b‖².
+
+    f' has frozen parameters, yet gradients flow through its input, and idem's lead through both of its arguments.
+    tight is bounded by the sample's own recon r, a·r·tanh(tight/(a·r)) with r detached, as the authors' code has it;
+    so are the default weights. All evaluations share their dropout mask, keyed by (seed, step) apart from the noise.
+    This is a baseline: it tends to collapse, for which `sign_loss` is the remedy.
+
+    network: called as network(x, **extra_args) -> (B, …), without a time. x: clean samples (B, …), floating.
+    recon, idem, tight: weights >= 0; a term of weight 0 is not evaluated, except that recon bounds tight.
+    bound: a, or None for the paper's unbounded tight. latent_std: z ~ N(0, latent_std²), of a key of its own.
+    gradient: see `bicm_kernels.pseudo_huber`. seed, step, sample_id: the key, see `bicm_kernels.normal`.
+    Returns a `Loss`, whose terms are not weighted. Raises ValueError for a weight below 0 or weights that are all 0,
+    and TypeError for arguments of another kind and networks that `bct_loss` refuses.
+
+    >>> x = torch.tensor([[1.0], [-1.0]])
+    >>> ign_loss(torch.sign, x, seed=0).total
+    tensor(0.)
+    """
+    weights = _weights(recon=recon, idem=idem, tight=tight)
+    f = _applied(network, x, seed=seed, step=step, extra_args=extra_args)
+    if bound is not None:
+        check_number("bound", bound)
+    found = _Sum(weights, {"gradient": gradient})
+    bounded = bound is not None and weights["tight"] > 0
+    distance: dict[str, Any] = {"kind": "squared", "reduction": "none", "gradient": "backward"}
+    errors = pseudo_huber(f(x), x, **distance) if bounded else None
+    if errors is not None:
+        found.add("recon", errors.mean())
+    elif weights["recon"]:
+        found.distance("recon", f(x), x)
+    if weights["idem"] or weights["tight"]:
+        sample = f(_latents(x, latent_std, seed=seed, step=step, sample_id=sample_id))
+        if weights["idem"]:
+            found.distance("idem", sample, f.frozen(sample))
+    if weights["tight"]:
+        start = sample.detach()
+        away = -pseudo_huber(f(start), start, **distance)
+        if errors is not None and bound is not None:
+            reach = bound * errors.detach()
+            # Where nothing is left to reconstruct the bound is 0.
+            away = torch.where(reach > 0, reach * (away / torch.where(reach > 0, reach, 1.0)).tanh(), 0.0 * away)
+        found.add("tight", away.mean())
+    return found.loss()
+
+
+def sign_loss(
+    network: Network,
+    x: Tensor,
+    *,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    sample_id: int | Tensor = 0,
+    extra_args: Mapping[str, Any] | None = None,
+    schedule: Schedule | None = None,
+    teacher: Callable[[Tensor, Tensor], Tensor] | None = None,
+    learned: nn.Module | None = None,
+    prediction: Prediction = "noise",
+    pairs: Sequence[Any] | None = None,
+    recon: float = 1.0,
+    idem: float = 1.0,
+    flow: float = 1.0,
+    dmd: float = 0.0,
+    reg: float = 0.0,
+    denoise: float = 0.0,
+    solver: str | None = None,
+    dmd_weight: str = "variance",
+    alpha_power: int = 1,
+    kind: str = "squared",
+    c: float | None = None,
+    gradient: str = "forward",
+) -> Loss:
+    """Return the score-based loss of an idempotent network (SIGN eq. 9), a weighted sum of means over the batch.
+
+    recon: D(x, f(x)); idem: D(f(z), f'(f(z))); flow: D(f(x_n), sg f(x_s)), s = n - 1; denoise: D(f(x_n), x);
+    reg: D(f(noise), image) of stored pairs; dmd: ½‖g‖² with gradient g = s_learned(y) - s_teacher(y) in f(z), at
+    y = α_n·f(z) + σ_n·n' (eq. 7). x_n = α_n·x + σ_n·n of the schedule, n uniform in 1 … N; D(a, b) = ‖a - b‖².
+
+    f' has frozen parameters, yet gradients flow through its input, and idem's lead through both of its arguments.
+    f(z) and f(x_n) are evaluated once for the terms that have them, and all evaluations share their dropout mask.
+
+    network: called as network(x, **extra_args) -> (B, …), without a time, so that x_n goes in as it is.
+    x: clean samples (B, …), floating. recon … denoise: weights >= 0; a term of weight 0 is not evaluated. The paper
+        takes those in [0, 1] that bring terms to one magnitude; on the digits idem wants .01 beside flow alone.
+    schedule: alpha, sigma and the models' times; None for `vp_schedule(50)`. z ~ N(0, σ_N²), of a key of its own:
+        N(0, I) where variance is preserved, N(0, T²) on EDM's levels. That is what one samples from.
+    teacher: a diffusion model, called as teacher(z, times) -> (B, …), of what `prediction` says, as samplers take it;
+        nothing is learnt by it. It makes x_s, and dmd needs it. learned: a module of the same kind, which starts
+        as a copy of the teacher; dmd asks it about f(z). Its own denoising loss on sg f(z) is the term "learned", with
+        weight 1 in `total`: gradients of its parameters are those of this term alone.
+    pairs: (noise, image), each (M, …) like x, or (noise, image, extra_args); noise as z. reg needs them.
+    solver: how x_s follows: "empirical" from x itself, α_s·x + σ_s·n with the same n; "euler" or "heun", a step of the
+        ODE by the teacher. None is "euler" where there is a teacher.
+    dmd_weight, alpha_power: g = α^p·(D_learned - D_teacher)/w. "variance" has w = σ², with p = 1 SIGN eq. 7; p = 2 is
+        the divergence's own gradient, since dy/df = α. "normalised" has w = mean |f(z) - D_teacher| (Yin et al.).
+    kind, c: of the distance D, see `bicm_kernels.pseudo_huber`, where gradient is explained as well.
+    seed, step, sample_id: the key, see `bicm_kernels.normal`; n of x_n is drawn from it as in every objective.
+    Returns a `Loss`, whose terms are not weighted. Values of flow and dmd are no measure of progress.
+    Raises ValueError for a weight below 0, weights that are all 0, an unknown choice, and a term without what it needs;
+    TypeError for arguments of another kind and networks that `bct_loss` refuses.
+
+    >>> x = torch.tensor([[1.0], [-1.0]])
+    >>> sorted(sign_loss(torch.sign, x, seed=0, denoise=0.5).terms)
+    ['denoise', 'flow', 'idem', 'recon']
+    """
+    weights = _weights(recon=recon, idem=idem, flow=flow, dmd=dmd, reg=reg, denoise=denoise)
+    f = _applied(network, x, seed=seed, step=step, extra_args=extra_args)
+    schedule = _standard() if schedule is None else schedule
+    check_schedule(schedule)
+    prediction = known_prediction(prediction)
+    solver = ("empirical" if teacher is None else "euler") if solver is None else solver
+    for name, given, known in (("solver", solver, SOLVERS), ("dmd_weight", dmd_weight, DMD_WEIGHTS)):
+        if given not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {given!r}")
+    by_teacher = bool(weights["flow"]) and solver != "empirical"
+    _check_needs(weights, teacher, learned, pairs, by_teacher=by_teacher)
+    if (by_teacher or weights["dmd"]) and not schedule.alpha[-1] and prediction != "flow":
+        raise ValueError("schedule: expected alpha > 0 for a teacher whose prediction is not 'flow', got alpha_N = 0")
+    key: dict[str, Any] = {"seed": seed, "step": step, "sample_id": sample_id}
+    guide = ScoreModel(teacher, prediction, f.alike, "teacher") if teacher is not None else None
+    index = draw_indices(len(x), schedule, **key) if any(weights[name] for name in ("flow", "dmd", "denoise")) else None
+    found = _Sum(weights, {"kind": kind, "c": c, "gradient": gradient})
+
+    if weights["recon"]:
+        found.distance("recon", f(x), x)
+    if weights["idem"] or weights["dmd"]:
+        sample = f(_latents(x, schedule.sigma[-1], **key))
+        if weights["idem"]:
+            found.distance("idem", sample, f.frozen(sample))
+    if index is not None and (weights["flow"] or weights["denoise"]):
+        level = levels_at(schedule, index, x.device)
+        x_n = affine_step([x], [level.alpha], noise_weight=level.sigma, **noise_key(x, **key))
+        answer = f(x_n)
+        if weights["flow"]:
+            with torch.no_grad():
+                if guide is not None and by_teacher:
+                    x_s = ode_step(guide, schedule, x_n, index, heun=solver == "heun")
+                else:
+                    below = levels_at(schedule, index - 1, x.device)
+                    kept = below.sigma / level.sigma
+                    x_s = affine_step([x_n, x], [kept, below.alpha - kept * level.alpha])
+                goal = f(x_s)
+            found.distance("flow", answer, goal)
+        if weights["denoise"]:
+            found.distance("denoise", answer, x)
+    if weights["reg"]:
+        noise, image, named = _checked_pairs(pairs, x, extra_args)
+        found.distance("reg", f(noise, named), image)
+    if weights["dmd"] and learned is not None and guide is not None and index is not None:
+        follower = ScoreModel(learned, prediction, f.alike, "learned")
+        with torch.no_grad():
+            level = levels_at(schedule, index, x.device)
+            start = sample.detach().to(x.dtype)
+            around = noise_key(x, fold_in(seed, MATCHING), step, sample_id)
+            y = affine_step([start], [level.alpha], noise_weight=level.sigma, **around)
+            answers = follower(y, level), guide(y, level)
+        values = matching_loss(sample, *answers, follower, weight=dmd_weight, alpha_power=alpha_power)
+        found.add("dmd", values.mean())
+        own = fold_in(seed, LEARNING)
+        found.add("learned", learning_loss(follower, start, schedule, seed=own, step=step, ids=sample_id), weight=1.0)
+    return found.loss()
+
+
+@dataclass(frozen=True)
+class _Applied:
+    """f, all calls of which share the dropout mask of one key."""
+
+    network: Network
+    alike: Callable[[], Any]
+    extra_args: Mapping[str, Any]
+
+    def __call__(self, x: Tensor, extra_args: Mapping[str, Any] | None = None) -> Tensor:
+        with self.alike():
+            output = asked(self.network, x, **(self.extra_args if extra_args is None else extra_args))
+        check_output(output, x, name="network")
+        return output
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """Return f'(x): gradients reach x, and no parameter."""
+        with self.alike():
+            return evaluate_frozen(self.network, (x,), self.extra_args)  # type: ignore[arg-type]
+
+
+class _Sum:
+    """Terms, and their weighted sum; the weights go into the distances, so that gradients need no scaling later."""
+
+    def __init__(self, weights: Mapping[str, float], distance: Mapping[str, Any]) -> None:
+        self.weights, self.options = weights, {"kind": "squared", **distance}
+        self.terms: dict[str, Tensor] = {}
+        self.parts: list[Tensor] = []
+
+    def distance(self, name: str, sample: Tensor, goal: Tensor) -> None:
+        """Add D(sample, goal), a mean over samples."""
+        weight = self.weights[name]
+        part = pseudo_huber(sample, goal, weight=None if weight == 1 else weight, **self.options)
+        self.parts.append(part)
+        self.terms[name] = part / weight
+
+    def add(self, name: str, term: Tensor, *, weight: float | None = None) -> None:
+        """Add a term as it is."""
+        weight = self.weights[name] if weight is None else weight
+        self.terms[name] = term
+        if weight:
+            self.parts.append(term * weight)
+
+    def loss(self) -> Loss:
+        total = self.parts[0]
+        for part in self.parts[1:]:
+            total = total + part
+        return Loss(total, self.terms)
+
+
+def _applied(network: Network, x: Tensor, *, seed: Any, step: Any, extra_args: Any) -> _Applied:
+    check_model(network, "network(x)", "network")
+    if isinstance(network, nn.Module):
+        check_network(network)
+    check_state("x", x)
+    check_arguments("extra_args", extra_args)
+    return _Applied(network, draws_alike(dropout_key(seed, step), x.device), extra_args or {})
+
+
+def _latents(x: Tensor, std: float, *, seed: Any, step: Any, sample_id: Any) -> Tensor:
+    # Nothing of x and std of the noise, in one pass, where a normal and a product would be two.
+    return affine_step([x.detach()], [0.0], noise_weight=std, **noise_key(x, fold_in(seed, LATENTS), step, sample_id))
+
+
+@lru_cache(maxsize=1)
+def _standard() -> Schedule:
+    return vp_schedule(STEPS)
+
+
+def _weights(**weights: float) -> dict[str, float]:
+    for name, weight in weights.items():
+        check_number(name, weight)
+        if not weight >= 0:
+            raise ValueError(f"{name}: expected a weight of at least 0, got {weight}")
+    if not any(weights.values()):
+        raise ValueError(f"{', '.join(weights)}: expected a weight above 0, got none")
+    return weights
+
+
+def _check_needs(weights: Mapping[str, float], teacher: Any, learned: Any, pairs: Any, *, by_teacher: bool) -> None:
+    for name, model in (("teacher", teacher), ("learned", learned)):
+        if model is not None:
+            check_model(model, f"{name}(z, times)", name)
+    if weights["reg"] and pairs is None:
+        raise ValueError("pairs: expected (noise, image) for reg, got None")
+    if by_teacher and teacher is None:
+        raise ValueError("teacher: expected one for a step of the ODE, got None; solver='empirical' needs none")
+    if weights["dmd"] and (teacher is None or learned is None):
+        missing = "teacher" if teacher is None else "learned"
+        raise ValueError(f"{missing}: expected a diffusion model for dmd, got None")
+
+
+def _checked_pairs(pairs: Any, x: Tensor, extra_args: Any) -> tuple[Tensor, Tensor, Mapping[str, Any]]:
+    if not isinstance(pairs, tuple | list) or len(pairs) not in (2, 3):
+        raise TypeError(f"pairs: expected (noise, image) or (noise, image, extra_args), got {type(pairs).__name__}")
+    noise, image, named = (*pairs, extra_args or {}) if len(pairs) == 2 else pairs
+    check_arguments("pairs[2]", named)
+    for name, part in (("noise", noise), ("image", image)):
+        check_state(f"pairs: {name}", part)
+        if part.shape[1:] != x.shape[1:] or part.shape != noise.shape:
+            raise ValueError(f"pairs: expected {name} (M, …) like x, {tuple(x.shape)}, got {tuple(part.shape)}")
+    return noise, image, named
