@@ -10,7 +10,14 @@ import sys
 import warnings
 from typing import Any
 
-from diffusers import DDIMInverseScheduler, DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, TCDScheduler
+from diffusers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    TCDScheduler,
+)
 
 from tests.support.diffusers_cases import CLASSES
 from tests.support.diffusers_observed import NEAR, agree, both
@@ -32,7 +39,7 @@ def drawn(cls: type[Any], source: random.Random) -> tuple[dict[str, Any], dict[s
         how["use_clipped_model_output"] = source.random() < 0.5
     if cls is TCDScheduler:
         how["eta"] = source.choice((0.0, 0.3, 1.0))
-    if cls in (EulerDiscreteScheduler, EDMEulerScheduler):
+    if cls in (EulerDiscreteScheduler, EDMEulerScheduler, FlowMatchHeunDiscreteScheduler):
         how["s_churn"] = source.choice((0.0, 2.0))
     return config, how, source.choice((3, 4, 6))
 

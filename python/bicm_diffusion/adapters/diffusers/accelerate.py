@@ -17,6 +17,8 @@ from bicm_diffusion.adapters.diffusers.dpmsolver import DpmSolver, EdmDpmSolver
 from bicm_diffusion.adapters.diffusers.drawing import Integer, Noise, own_config
 from bicm_diffusion.adapters.diffusers.euler import EdmEuler, Euler
 from bicm_diffusion.adapters.diffusers.flow_match import FlowMatchEuler
+from bicm_diffusion.adapters.diffusers.heun import FlowMatchHeun, Heun
+from bicm_diffusion.adapters.diffusers.kdpm2 import Kdpm2, Kdpm2Ancestral
 from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, derived
 from bicm_diffusion.adapters.diffusers.tcd import Tcd
 from bicm_diffusion.described import described
@@ -36,6 +38,10 @@ COVERED: dict[type[Any], type[Accelerated]] = {
     diffusers.DDPMScheduler: Ddpm,
     diffusers.CogVideoXDDIMScheduler: CogVideoXDdim,
     diffusers.TCDScheduler: Tcd,
+    diffusers.FlowMatchHeunDiscreteScheduler: FlowMatchHeun,
+    diffusers.HeunDiscreteScheduler: Heun,
+    diffusers.KDPM2DiscreteScheduler: Kdpm2,
+    diffusers.KDPM2AncestralDiscreteScheduler: Kdpm2Ancestral,
 }
 
 

@@ -57,7 +57,7 @@ class Accelerated(Drawing):
     #: The attributes, and the options of the configuration, that a step's numbers come from.
     _sources: ClassVar[tuple[str, ...]] = ("sigmas", "timesteps")
     _options: ClassVar[tuple[str, ...]] = ()
-    _chosen: ClassVar[itemgetter[Any]]
+    _chosen: ClassVar[Callable[[Any], Any]] = staticmethod(lambda options: ())
     _kind: ClassVar[type[Tables]] = Tables
     _tables: Tables | None = None
     _pending: tuple[Any, ...] | None = None
