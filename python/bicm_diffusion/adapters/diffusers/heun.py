@@ -110,7 +110,8 @@ class Heun(Sigmas, Slopes):
             self.prev_derivative = affine_step([state, output if tables.gives_output else x0], [inverse, -inverse])
             return out, x0
         sigma, below = tables.levels[index], tables.levels[index + 1]
-        length, quotients, slope = below - sigma, (), None
+        length, slope = below - sigma, None
+        quotients: tuple[Any, ...] = ()
         if holds:
             quotients = (out, sample, length), (sample, x0, sigma), (out, x0, below)
         else:
@@ -188,6 +189,7 @@ class FlowMatchHeun(Churning, Slopes):
         # The original computes in float32 whatever it is given; only a float64 output is kept as it is.
         dtype = torch.float64 if model_output.dtype is torch.float64 else torch.float32
         state = sample if sample.dtype is dtype else sample.to(dtype)
+        out: Tensor | None
         if first:
             out = self._first(tables, index, row[0], state, model_output, lift, s_noise, generator, graph)
         else:

@@ -36,7 +36,7 @@ class MidpointTables(SigmaTables):
 
 class Kdpm2(Sigmas):
     _kind: ClassVar[type[Tables]] = MidpointTables
-    _sources = ("sigmas", "sigmas_interpol", "timesteps")
+    _sources: ClassVar[tuple[str, ...]] = ("sigmas", "sigmas_interpol", "timesteps")
     _options = ("prediction_type",)
     _remembers = False
     _output: Any = KDPM2DiscreteSchedulerOutput
