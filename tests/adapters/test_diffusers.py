@@ -19,7 +19,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
+    IPNDMScheduler,
     LCMScheduler,
     UNet2DModel,
 )
@@ -281,8 +281,8 @@ def test_in_a_pipeline() -> None:
 
 
 def test_other_schedulers_and_noises_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"DDIMScheduler.*got HeunDiscreteScheduler"):
-        accelerate_scheduler(HeunDiscreteScheduler())
+    with pytest.raises(TypeError, match=r"DDIMScheduler.*got IPNDMScheduler"):
+        accelerate_scheduler(IPNDMScheduler())
     with pytest.raises(ValueError, match="noise: expected 'generator' or 'keyed', got 'philox'"):
         accelerate_scheduler(DDIMScheduler(), noise="philox")
     cls = accelerated_class(DDIMScheduler)

@@ -30,6 +30,10 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     LCMScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
@@ -40,7 +44,7 @@ from diffusers.configuration_utils import FrozenDict
 
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler
 from bicm_diffusion.adapters.diffusers.accelerate import COVERED
-from tests.support.diffusers_cases import CLASSES, model_input
+from tests.support.diffusers_cases import CLASSES, made, model_input
 from tests.support.diffusers_observed import SHAPE, agree, both, label
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -107,13 +111,17 @@ SCHEDULES: dict[str, dict[str, Change]] = {
         "fill_": _written("initial_alpha_cumprod", lambda x: x.fill_(0.97)),
         "replaced": _replaced("initial_alpha_cumprod", 0.97),
     },
+    **{
+        name: {"mul_": _written(name, lambda x: x.mul_(0.9)), "replaced": _replaced(name, 0.9)}
+        for name in ("sigmas_interpol", "sigmas_up", "sigmas_down")
+    },
     "num_inference_steps": {"fewer": lambda s: setattr(s, "num_inference_steps", 4)},
 }
 
 
 def _schedule_edits() -> Iterator[tuple[type[Any], str, str, tuple[int, str]]]:
     for cls in CLASSES:
-        scheduler = cls()
+        scheduler = made(cls)
         scheduler.set_timesteps(6)
         for name, changes in SCHEDULES.items():
             if hasattr(scheduler, name):
@@ -152,7 +160,7 @@ def test_a_timestep_that_is_moved_in_place(cls: type[Any], as_number: bool) -> N
 @pytest.mark.parametrize("cls", CLASSES, ids=label)
 def test_schedules_made_in_inference_mode(cls: type[Any]) -> None:
     """Writes to inference tensors are not counted, so `set_timesteps` makes none."""
-    schedulers = cls(), accelerate_scheduler(cls())
+    schedulers = made(cls), accelerate_scheduler(made(cls))
     for scheduler in schedulers:
         with torch.inference_mode():
             scheduler.set_timesteps(6)
@@ -212,6 +220,10 @@ OPTIONS: dict[type[Any], list[tuple[str, Any]]] = {
     LCMScheduler: [*PREDICTED, *CLIPS, ("thresholding", True), ("timestep_scaling", 3.0)],
     FlowMatchEulerDiscreteScheduler: [("num_train_timesteps", 500), ("stochastic_sampling", True)],
     EulerAncestralDiscreteScheduler: PREDICTED,
+    FlowMatchHeunDiscreteScheduler: [],
+    HeunDiscreteScheduler: [*PREDICTED, *CLIPS],
+    KDPM2DiscreteScheduler: PREDICTED,
+    KDPM2AncestralDiscreteScheduler: PREDICTED,
     TCDScheduler: PREDICTED,
     CogVideoXDDIMScheduler: [*PREDICTED, ("num_train_timesteps", 700)],
     UniPCMultistepScheduler: [*PREDICTED, *MULTISTEP, ("prediction_type", "flow_prediction"), ("solver_type", "bh1")],
@@ -361,7 +373,6 @@ STATES: dict[str, Change] = {
     "timestep_list longer": lambda s: setattr(s, "timestep_list", [None, *s.timestep_list]),
     "order_list": lambda s: setattr(s, "order_list", [1] * len(s.order_list)),
     "order_list shorter": lambda s: setattr(s, "order_list", s.order_list[:1]),
-    "sample": lambda s: setattr(s, "sample", None),
     "derivatives": lambda s: setattr(s, "derivatives", []),
     "derivatives in place": lambda s: s.derivatives[-1].mul_(0.5) and None,
     "derivatives of float64": lambda s: setattr(s, "derivatives", [x.double() for x in s.derivatives]),
@@ -374,8 +385,25 @@ STATES: dict[str, Change] = {
     "cur_model_output a number": lambda s: setattr(s, "cur_model_output", 0.5),
     "num_inference_steps None": lambda s: setattr(s, "num_inference_steps", None),
     "num_inference_steps 0": lambda s: setattr(s, "num_inference_steps", 0),
+    "prev_derivative": lambda s: s.dt is None or setattr(s, "prev_derivative", 0.9 * s.prev_derivative),
+    "dt": lambda s: s.dt is None or setattr(s, "dt", 0.9 * s.dt),
+    "dt in place": lambda s: s.dt is None or (s.dt.mul_(0.9) and None),
+    "sample": lambda s: s.sample is None or setattr(s, "sample", 0.9 * s.sample),
+    "sample in place": lambda s: s.sample is None or (s.sample.mul_(0.9) and None),
+    "sample of None": lambda s: setattr(s, "sample", None),
+    "sample of float64": lambda s: s.sample is None or setattr(s, "sample", s.sample.double()),
+    "sample that broadcasts": lambda s: s.sample is None or setattr(s, "sample", s.sample[:1]),
     "is_scale_input_called": lambda s: setattr(s, "is_scale_input_called", False),
 }
+
+
+def _ready(cls: type[Any]) -> Any:
+    """A scheduler whose state is there: some make it in the first step."""
+    scheduler = made(cls)
+    scheduler.set_timesteps(6)
+    t, x = scheduler.timesteps[0], torch.ones(1, 1)
+    scheduler.step(model_input(scheduler, x, t), t, x)
+    return scheduler
 
 
 SOLVERS = (
@@ -390,14 +418,15 @@ STATE_EDITS = [
     for cls in CLASSES
     for name in STATES
     for order in ((1, 2, 3) if cls in SOLVERS else (1,))
-    if hasattr(cls(), name.split()[0])
+    if hasattr(_ready(cls), name.split()[0])
 ]
 
 
 @pytest.mark.parametrize(("cls", "name", "order"), STATE_EDITS, ids=label)
 def test_a_state_that_is_edited(cls: type[Any], name: str, order: int) -> None:
     config = {"solver_order": order} if cls in SOLVERS else {}
-    for moment in ((2, "input"), (2, "step")):
+    # Of a step in two halves, in the first one and in the second.
+    for moment in ((2, "input"), (2, "step"), (3, "input"), (3, "step")):
         agree(*both(cls, config), **at(moment, STATES[name]))
 
 

@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler
-from tests.support.diffusers_cases import CLASSES, model_input, start
+from tests.support.diffusers_cases import CLASSES, made, model_input, start
 
 STEPS = 20
 #: torch.compile gives up at the ninth graph of a function.
@@ -24,7 +24,7 @@ MOST_GRAPHS = 8
 
 def three(cls: type[Any], **config: Any) -> tuple[Any, Any, Tensor]:
     """Two accelerated schedulers of one kind, their timesteps set, and a state to begin with."""
-    eager, compiled = (accelerate_scheduler(cls(**config), noise="keyed", seed=3) for _ in range(2))
+    eager, compiled = (accelerate_scheduler(made(cls, **config), noise="keyed", seed=3) for _ in range(2))
     for scheduler in (eager, compiled):
         scheduler.set_timesteps(STEPS)
     torch.compiler.reset()

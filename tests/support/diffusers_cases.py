@@ -25,6 +25,10 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     LCMScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
@@ -54,6 +58,8 @@ def _cases() -> Iterator[Case]:
         yield DDIMScheduler, {"timestep_spacing": spacing}, {}
         yield EulerDiscreteScheduler, {"timestep_spacing": spacing}, {}
         yield DPMSolverMultistepScheduler, {"timestep_spacing": spacing}, {}
+        for cls in (HeunDiscreteScheduler, KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler):
+            yield cls, {"timestep_spacing": spacing}, {}
     yield DDIMInverseScheduler, {"timestep_spacing": "trailing"}, {}
     for prediction in ("epsilon", "sample", "v_prediction"):
         config: dict[str, Any] = {"prediction_type": prediction}
@@ -66,12 +72,16 @@ def _cases() -> Iterator[Case]:
                 yield DDPMScheduler, {**config, "clip_sample": clips, "variance_type": variance}, {}
         yield DDIMScheduler, {**config, "clip_sample_range": 2.0}, {"use_clipped_model_output": True}
         yield EulerDiscreteScheduler, {**config, "use_karras_sigmas": True}, {}
+        for clips in (False, True):
+            yield HeunDiscreteScheduler, {**config, "clip_sample": clips, "use_karras_sigmas": True}, {}
         yield EulerDiscreteScheduler, config, {"s_churn": 3.0, "s_noise": 1.01, "s_tmax": 100.0}
         for order in (1, 2, 3):
             for algorithm in ("dpmsolver++", "sde-dpmsolver++"):
                 yield DPMSolverMultistepScheduler, {**config, "solver_order": order, "algorithm_type": algorithm}, {}
         if prediction != "sample":
             yield EulerAncestralDiscreteScheduler, config, {}
+            yield KDPM2DiscreteScheduler, {**config, "use_karras_sigmas": True}, {}
+            yield KDPM2AncestralDiscreteScheduler, {**config, "use_exponential_sigmas": True}, {}
             yield DDIMInverseScheduler, {**config, "clip_sample": False}, {}
             yield EDMEulerScheduler, config, {"s_churn": 3.0}
             yield EDMDPMSolverMultistepScheduler, config, {}
@@ -87,6 +97,8 @@ def _cases() -> Iterator[Case]:
         yield FlowMatchEulerDiscreteScheduler, {"shift": 3.0, "stochastic_sampling": stochastic}, {}
     yield FlowMatchEulerDiscreteScheduler, {"use_karras_sigmas": True, "invert_sigmas": True}, {}
     yield from _multistep_cases()
+    for churn in ({}, {"s_churn": 3.0, "s_noise": 1.01}):
+        yield FlowMatchHeunDiscreteScheduler, {"shift": 3.0}, churn
     yield CMStochasticIterativeScheduler, {}, {}
     yield CMStochasticIterativeScheduler, {"clip_denoised": False, "s_noise": 1.005}, {}
 
@@ -123,6 +135,21 @@ CASES = tuple(_cases())
 DEFAULTS: tuple[Case, ...] = tuple((cls, {}, {}) for cls in CLASSES)
 
 
+#: Their constructors take most of a second.
+SLOW = (KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler)
+_made: dict[str, Any] = {}
+
+
+def made(cls: type[Any], **config: Any) -> Any:
+    """A new scheduler; of the slow ones a copy of one that was made before."""
+    if cls not in SLOW:
+        return cls(**config)
+    name = f"{cls.__name__}({sorted(config.items())})"
+    if name not in _made:
+        _made[name] = cls(**config)
+    return copy.deepcopy(_made[name])
+
+
 def name_of(case: Case) -> str:
     cls, config, arguments = case
     return "-".join([cls.__name__.removesuffix("Scheduler"), *map(str, [*config.values(), *arguments])])
@@ -151,7 +178,8 @@ def start(scheduler: Any, dtype: torch.dtype, shape: tuple[int, ...] = (2, 4, 16
 def in_float64(scheduler: Any) -> Any:
     """A copy that computes in float64, from the same float32 schedule."""
     twin = copy.deepcopy(scheduler)
-    for name in ("alphas_cumprod", "final_alpha_cumprod", "initial_alpha_cumprod", "one", "sigmas"):
+    alphas = "alphas_cumprod", "final_alpha_cumprod", "initial_alpha_cumprod", "one"
+    for name in (*alphas, "sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down"):
         if name in twin.__dict__:
             setattr(twin, name, getattr(twin, name).double())
     return twin
@@ -198,7 +226,7 @@ def generator(seed: int = 5, device: str = "cpu") -> torch.Generator:
 def pair(case: Case, device: str = "cpu", **options: Any) -> tuple[Any, Any]:
     """An original and its accelerated form, their timesteps set."""
     cls, config, _ = case
-    original, ours = cls(**config), accelerate_scheduler(cls(**config), **options)
+    original, ours = made(cls, **config), accelerate_scheduler(made(cls, **config), **options)
     for scheduler in (original, ours):
         scheduler.set_timesteps(STEPS, device=device)
     return original, ours

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler
-from tests.support.diffusers_cases import first_level, model_input, network
+from tests.support.diffusers_cases import first_level, made, model_input, network
 
 SHAPE = (2, 3, 6, 6)
 #: Steps are chaotic where x0 is a hundredfold of a difference: the errors of each are held by `test_diffusers.py`.
@@ -112,7 +112,7 @@ def both(cls: type[Any], config: Mapping[str, Any], steps: int | None = 6, **tim
     """An original and its accelerated form."""
     if config.get("use_dynamic_shifting") and accepts(cls.set_timesteps, "mu"):
         timesteps = {"mu": 0.8, **timesteps}
-    pair = cls(**config), accelerate_scheduler(cls(**config))
+    pair = made(cls, **config), accelerate_scheduler(made(cls, **config))
     for scheduler in pair:
         if steps is not None or timesteps:
             scheduler.set_timesteps(steps, **timesteps)

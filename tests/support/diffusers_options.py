@@ -21,6 +21,10 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     LCMScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
@@ -87,6 +91,9 @@ FLOW_SIGMAS: Options = {
 }
 #: What singlestep solvers know of `SIGMAS`.
 SINGLE = frozenset(SIGMAS) - {"timestep_spacing", "steps_offset", "rescale_betas_zero_snr"}
+KDPM2: Options = {
+    name: values for name, values in SIGMAS.items() if name not in ("rescale_betas_zero_snr", "final_sigmas_type")
+}
 #: Every option of every scheduler, with values beside its default.
 OPTIONS: dict[type[Any], Options] = {
     DDIMScheduler: {**DDIM, **THRESHOLDING, "timestep_spacing": ("leading", "trailing", "linspace")},
@@ -153,6 +160,15 @@ OPTIONS: dict[type[Any], Options] = {
         "prediction_type": ("sample", "v_prediction"),
         "steps_offset": (1,),
     },
+    FlowMatchHeunDiscreteScheduler: {"num_train_timesteps": (10, 500), "shift": (0.5, 3.0)},
+    HeunDiscreteScheduler: {
+        **KDPM2,
+        "beta_schedule": ("scaled_linear", "squaredcos_cap_v2", "exp"),
+        "clip_sample": FLAG,
+        "clip_sample_range": (0.5, 2.0),
+    },
+    KDPM2DiscreteScheduler: KDPM2,
+    KDPM2AncestralDiscreteScheduler: KDPM2,
     CogVideoXDDIMScheduler: {
         **DDIM,
         "timestep_spacing": ("leading", "trailing", "linspace"),

@@ -15,6 +15,7 @@ from diffusers import (
     DDIMScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
     TCDScheduler,
@@ -42,7 +43,7 @@ def drawn(cls: type[Any], source: random.Random) -> tuple[dict[str, Any], dict[s
         how["eta"] = source.choice((0.0, 0.3, 1.0))
     if cls is LMSDiscreteScheduler:
         how["order"] = source.choice((1, 2, 3, 4, 5))
-    if cls in (EulerDiscreteScheduler, EDMEulerScheduler):
+    if cls in (EulerDiscreteScheduler, EDMEulerScheduler, FlowMatchHeunDiscreteScheduler):
         how["s_churn"] = source.choice((0.0, 2.0))
     # PNDM begins with four steps of its own.
     return config, how, source.choice((3, 4, 6)) if cls is not PNDMScheduler else source.choice((4, 6))

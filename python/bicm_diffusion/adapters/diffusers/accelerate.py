@@ -19,6 +19,8 @@ from bicm_diffusion.adapters.diffusers.dpmsolver import DpmSolver, EdmDpmSolver
 from bicm_diffusion.adapters.diffusers.drawing import Integer, Noise, own_config
 from bicm_diffusion.adapters.diffusers.euler import EdmEuler, Euler
 from bicm_diffusion.adapters.diffusers.flow_match import FlowMatchEuler
+from bicm_diffusion.adapters.diffusers.heun import FlowMatchHeun, Heun
+from bicm_diffusion.adapters.diffusers.kdpm2 import Kdpm2, Kdpm2Ancestral
 from bicm_diffusion.adapters.diffusers.lms import Lms
 from bicm_diffusion.adapters.diffusers.pndm import Pndm
 from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, derived
@@ -48,6 +50,10 @@ COVERED: dict[type[Any], type[Accelerated]] = {
     diffusers.PNDMScheduler: Pndm,
     diffusers.DPMSolverSinglestepScheduler: DpmSolverSinglestep,
     diffusers.CogVideoXDPMScheduler: CogVideoXDpm,
+    diffusers.FlowMatchHeunDiscreteScheduler: FlowMatchHeun,
+    diffusers.HeunDiscreteScheduler: Heun,
+    diffusers.KDPM2DiscreteScheduler: Kdpm2,
+    diffusers.KDPM2AncestralDiscreteScheduler: Kdpm2Ancestral,
 }
 
 

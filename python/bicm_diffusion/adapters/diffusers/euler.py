@@ -12,13 +12,12 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.arguments import is_whole, numbers
+from bicm_diffusion.adapters.diffusers.churn import Churning
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
 from bicm_diffusion.adapters.diffusers.outputs import as_output
 from bicm_diffusion.adapters.diffusers.scheduler import fused
 from bicm_diffusion.adapters.diffusers.sigmas import ROWS, Sigmas, SigmaTables
-from bicm_diffusion.adapters.diffusers.tables import Row, Tables, single
-from bicm_diffusion.adapters.k_diffusion import MOST_LIFT
-from bicm_kernels import add_noise, affine_step
+from bicm_diffusion.adapters.diffusers.tables import Row, Tables
 
 #: What both schedulers' `step` takes by default for its churn.
 NO_CHURN = (0.0, 0.0, math.inf, 1.0)
@@ -43,13 +42,19 @@ def euler_weights(prediction: str, sigma: float, raised: float, below: float) ->
     return 0.0, 1.0, below / raised, -ratio
 
 
+def derivative_weights(prediction: str, sigma: float) -> Row:
+    """Weights of sample and output in x0, then in the slope (x - x0)/sigma."""
+    x0_sample, x0_output, _, _ = euler_weights(prediction, sigma, sigma, 0.0)
+    return x0_sample, x0_output, (1.0 - x0_sample) / sigma, -x0_output / sigma
+
+
 @dataclass
 class EulerTables(SigmaTables):
     #: Whether x0 is what the model predicts.
     gives_output: bool = False
 
 
-class _EulerSteps(Sigmas):
+class _EulerSteps(Sigmas, Churning):
     """What both of diffusers' Euler schedulers do alike."""
 
     _kind: ClassVar[type[Tables]] = EulerTables
@@ -101,21 +106,6 @@ class _EulerSteps(Sigmas):
         if tables.gives_output:
             x0 = model_output
         return as_output(graph, self._output, out, "pred_original_sample", x0) if return_dict else (out, x0)
-
-    def _lift(self, tables: EulerTables, index: int, churn: float, low: float, high: float) -> float:
-        # PyTorch compares a level with a number in the level's dtype.
-        rounded = single if self.sigmas.dtype is torch.float32 else float
-        if not rounded(low) <= tables.levels[index] <= rounded(high):
-            return 0.0
-        return min(churn / (len(tables.levels) - 1), MOST_LIFT)
-
-    def _churned(
-        self, state: Tensor, model_output: Tensor, deviation: float, index: int, generator: Generators
-    ) -> Tensor:
-        if self._noise == "keyed":
-            seed, sample_id = self._key(generator, state, index)
-            return add_noise(state, deviation, seed=seed, step=index, sample_id=sample_id)
-        return affine_step([state, self._drawn(model_output, state, generator)], [1.0, deviation])
 
 
 class Euler(_EulerSteps):

@@ -57,7 +57,7 @@ class Accelerated(Drawing):
     #: The attributes, and the options of the configuration, that a step's numbers come from.
     _sources: ClassVar[tuple[str, ...]] = ("sigmas", "timesteps")
     _options: ClassVar[tuple[str, ...]] = ()
-    _chosen: ClassVar[itemgetter[Any]]
+    _chosen: ClassVar[itemgetter[Any] | _Nothing]
     _kind: ClassVar[type[Tables]] = Tables
     _tables: Tables | None = None
     _pending: tuple[Any, ...] | None = None
@@ -76,8 +76,7 @@ class Accelerated(Drawing):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if cls._options:
-            cls._chosen = itemgetter(*cls._options)
+        cls._chosen = itemgetter(*cls._options) if cls._options else _nothing
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         if torch.is_inference_mode_enabled():
@@ -223,6 +222,16 @@ class Accelerated(Drawing):
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name not in ("_tables", "_pending", "_seeds")}
         return _restore, (self._mixin, self._original), state
+
+
+class _Nothing:
+    """Of options that none reads. No function: as an attribute of a class it would be a method."""
+
+    def __call__(self, options: Any) -> Any:
+        return ()
+
+
+_nothing = _Nothing()
 
 
 @lru_cache

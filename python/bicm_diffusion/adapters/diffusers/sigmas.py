@@ -77,6 +77,8 @@ class Sigmas(Counted):
     """Those that scale the model's input by the level."""
 
     _kind: ClassVar[type[Tables]] = SigmaTables
+    #: Whether the original remembers that an input was scaled.
+    _remembers: ClassVar[bool] = True
     is_scale_input_called: bool
 
     def _scale(self, sigma: float) -> float:
@@ -96,7 +98,16 @@ class Sigmas(Counted):
         # A half has to be rounded before it is scaled, as the original does.
         if result.itemsize <= 2 or traced() or following >= min(len(tables.timesteps.values), len(tables.scales) - 1):
             return None
-        return tables.scales[following] if self._may_foresee(sample, output) else None
+        return self._coming_scale(tables, following) if self._may_foresee(sample, output) else None
+
+    def _coming_scale(self, tables: Any, following: int) -> float | None:
+        """The scale of the input after the step that is taken now."""
+        scale: float = tables.scales[following]
+        return scale
+
+    def _present_scale(self, tables: Any, index: int, graph: bool) -> Any:
+        """The scale of the input that is asked for now, in a graph as a tensor; None for the original's."""
+        return tables.traced["scales"][index] if graph else tables.scales[index]
 
     @fused
     def scale_model_input(self, sample: Tensor, timestep: Any) -> Any:
@@ -107,7 +118,10 @@ class Sigmas(Counted):
             if tables is None:
                 return None
             index = self._index(timestep)
-            scale = tables.traced["scales"][index].to(sample.device) if graph else tables.scales[index]
-            scaled = affine_step([sample], [scale])
-        self.is_scale_input_called = True
+            scale = self._present_scale(tables, index, graph)
+            if scale is None:
+                return None
+            scaled = affine_step([sample], [scale.to(sample.device) if graph else scale])
+        if self._remembers:
+            self.is_scale_input_called = True
         return scaled

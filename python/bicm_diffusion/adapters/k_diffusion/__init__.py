@@ -1,13 +1,25 @@
 """Samplers, denoisers and noise samplers that are called as k-diffusion's are."""
 
 from bicm_diffusion.adapters.k_diffusion.denoisers import Denoiser, EDMDenoiser
-from bicm_diffusion.adapters.k_diffusion.noise import NoiseSampler, default_noise_sampler, keyed_noise_sampler
+from bicm_diffusion.adapters.k_diffusion.noise import (
+    NoiseSampler,
+    brownian_noise_sampler,
+    default_noise_sampler,
+    keyed_noise_sampler,
+)
 from bicm_diffusion.adapters.k_diffusion.run import MOST_LIFT, Callback, Network
 from bicm_diffusion.adapters.k_diffusion.samplers import (
     sample_dpmpp_2m,
     sample_euler,
     sample_euler_ancestral,
     sample_heun,
+)
+from bicm_diffusion.adapters.k_diffusion.solvers import (
+    sample_dpmpp_2m_sde,
+    sample_dpmpp_2s_ancestral,
+    sample_dpmpp_3m_sde,
+    sample_dpmpp_sde,
+    sample_lms,
 )
 
 __all__ = [
@@ -17,10 +29,16 @@ __all__ = [
     "EDMDenoiser",
     "Network",
     "NoiseSampler",
+    "brownian_noise_sampler",
     "default_noise_sampler",
     "keyed_noise_sampler",
     "sample_dpmpp_2m",
+    "sample_dpmpp_2m_sde",
+    "sample_dpmpp_2s_ancestral",
+    "sample_dpmpp_3m_sde",
+    "sample_dpmpp_sde",
     "sample_euler",
     "sample_euler_ancestral",
     "sample_heun",
+    "sample_lms",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -23,6 +24,33 @@ def default_noise_sampler(x: Tensor) -> NoiseSampler:
     torch.Size([1, 2])
     """
     return lambda sigma, sigma_next: randn_like(x)
+
+
+def brownian_noise_sampler(x: Tensor, sigmas: Tensor, seed: int | None = None) -> NoiseSampler:
+    """Return a noise sampler whose noises are increments of one Brownian path, as k-diffusion's SDE samplers draw.
+
+    noise_sampler(sigma, sigma_next) is (W(sigma_next) - W(sigma))/√|sigma_next - sigma|: intervals that overlap share
+    what they have in common. x: the state, for shape, dtype and device; sigmas: the path runs from the least of them
+    above 0 to the largest. seed: without one it is drawn from torch's default generator, as k-diffusion draws it.
+    Raises ImportError where torchsde, whose `BrownianTree` it is, is not installed.
+    """
+    try:
+        torchsde = import_module("torchsde")
+    except ImportError as error:
+        raise ImportError(
+            "torchsde is not installed: pip install torchsde, or pass noise_sampler=, as default_noise_sampler(x) or "
+            "keyed_noise_sampler(x, sigmas, seed)"
+        ) from error
+    least, most = sigmas[sigmas > 0].min(), sigmas.max()
+    entropy = torch.randint(0, 2**63 - 1, []).item() if seed is None else seed
+    path = torchsde.BrownianTree(least, torch.zeros_like(x), most, entropy=entropy)
+
+    def sampler(sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        low, high = (sigma, sigma_next) if sigma < sigma_next else (sigma_next, sigma)
+        noise: Tensor = path(low, high) / (high - low).sqrt()
+        return noise if sigma < sigma_next else -noise
+
+    return sampler
 
 
 def keyed_noise_sampler(x: Tensor, sigmas: Tensor, seed: int | Tensor, sample_id: int | Tensor = 0) -> NoiseSampler:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.adapters.arithmetic import joined, two_sums, weighted_sum
+from bicm_diffusion.adapters.k_diffusion.ancestral import ancestral_ratios
 from bicm_diffusion.adapters.k_diffusion.noise import NoiseSampler, default_noise_sampler
 from bicm_diffusion.adapters.k_diffusion.run import Callback, Churn, ChurnedRun, Network, Run, shifted
 
@@ -183,20 +184,3 @@ def sample_euler_ancestral(
                 tensors, weights = [denoised, noise], [*weights, amount]
         x = weighted_sum(joined(x, *tensors), weights)
     return x
-
-
-def ancestral_ratios(level: float, below: float, eta: float) -> tuple[float, float]:
-    """Return σ_down/σ and σ_up of a step from one level to another.
-
-    >>> ancestral_ratios(2.0, 1.0, 0.0), ancestral_ratios(2.0, 1.0, 1.0)[0]
-    ((0.5, 0.0), 0.25)
-    """
-    if below > level:
-        raise ValueError(f"sigmas: expected levels that do not rise, got {level} and then {below}")
-    if below == level:
-        return 1.0, 0.0
-    ratio = below / level
-    up = min(1.0, eta * math.sqrt(1.0 - ratio * ratio))
-    # (σ_down/σ')² = 1 - η²·(1 - ρ) without its difference, which at η = 1 is ρ.
-    kept = 0.0 if up == 1.0 else (1.0 - eta) * (1.0 + eta) + eta * eta * ratio * ratio
-    return ratio * math.sqrt(kept), below * up
