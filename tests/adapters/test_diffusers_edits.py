@@ -7,6 +7,7 @@ import inspect
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -397,6 +398,7 @@ STATES: dict[str, Change] = {
 }
 
 
+@cache
 def _ready(cls: type[Any]) -> Any:
     """A scheduler whose state is there: some make it in the first step."""
     scheduler = made(cls)
