@@ -15,6 +15,7 @@ pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
 
 from diffusers import (
     DDIMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
@@ -144,7 +145,8 @@ SOME = ("complex output", "integer output", "an output of more channels", "requi
 def test_odd_samples_and_outputs(cls: type[Any], config: dict[str, Any], name: str) -> None:
     for odd_from, scales in ((0, True), (2, False)):
         # Halves are rounded once here, and after every operation there.
-        near = 0.05 if "hal" in name else 1e-4
+        # So does DEIS's original what it predicts, a difference of terms as large as the sample.
+        near = 0.05 if "hal" in name or (cls is DEISMultistepScheduler and "integer" in name) else 1e-4
         told = alike(both(cls, config), two_steps(KINDS[name], odd_from, scales), near)
         assert len(told) <= 2  # the input and the step are calls of their own
 

@@ -200,18 +200,23 @@ class UniPc(Counted):
             nothing = [0.0] * len(earlier)
             out, converted, _ = denoised_step(tensors, [*reading, *nothing], [kept, 0.0, *earlier], x0_weight=now)
             return converted, sample, out
+        # The output is the second of the tensors in every launch: what refuses it says the same each time.
         of_last, *of_history, of_converted = correction
-        tensors, weights = [last, *history[: len(of_history)]], [of_last, *of_history]
-        if alone or len(tensors) > MOST_ORDER:
-            converted = output if alone else affine_step([sample, output], [*reading])
-            corrected = affine_step([*tensors, converted], [*weights, of_converted])
-        else:
+        before = history[: len(of_history)]
+        if alone:
+            converted = output
+            corrected = affine_step([last, output, *before], [of_last, of_converted, *of_history])
+        elif len(before) < MOST_ORDER:
+            nothing = [0.0] * (1 + len(before))
             corrected, converted, _ = denoised_step(
-                [*tensors, sample, output],
-                [*[0.0] * len(tensors), *reading],
-                [*weights, 0.0, 0.0],
+                [sample, output, last, *before],
+                [*reading, *nothing],
+                [0.0, 0.0, of_last, *of_history],
                 x0_weight=of_converted,
             )
+        else:
+            converted = affine_step([sample, output], [*reading])
+            corrected = affine_step([last, *before, converted], [of_last, *of_history, of_converted])
         return (
             converted,
             corrected,
