@@ -179,8 +179,8 @@ def table(runs: Mapping[str, Sequence[tuple[int, nn.Module]]]) -> str:
         "One application unless it is said; mean ± half the range over the seeds. Idempotence is ‖f(y) − y‖/‖y‖ for",
         "y = f(z), then after 2, 4 and 8 applications; so is the Fréchet distance.",
         "",
-        "| model | runs | Fréchet | total variance | p ≥ .9 | least class | reconstruction | idempotence |"
-        " Fréchet again |",
+        "| model | runs | Fréchet | total variance | p ≥ .9 | least class | reconstruction | idempotence | "
+        "Fréchet again |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, networks in runs.items():

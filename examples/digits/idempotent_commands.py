@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -48,19 +49,27 @@ def pairs(output: Path, count: int, steps: int, threads: int) -> None:
 @click.option("--steps", default=None, type=click.IntRange(1), help="Optimizer steps; the method's own if left out.")
 @click.option("--output", default=BUILD, type=FOLDER, help="Folder for METHOD-seed-SEED.safetensors and checkpoints.")
 @click.option("--pairs", "pairs_folder", default=BUILD / "pairs", type=FOLDER, help="What `pairs` has written.")
+@click.option("--checkpoint-every", default=500, type=click.IntRange(1), help="Steps between checkpoints.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
-def train_idempotent(method: str, seed: int, steps: int | None, output: Path, pairs_folder: Path, threads: int) -> None:
+def train_idempotent(method: str, seed: int, output: Path, pairs_folder: Path, threads: int, **numbers: Any) -> None:
     """Train an idempotent network and write its averaged weights.
 
     Killed at any moment and started again with the same options, it ends with the same bits.
     """
     torch.set_num_threads(threads)
-    path = run_method(method, seed, output, pairs_folder, steps=steps, progress=True)
+    path = run_method(method, seed, output, pairs_folder, progress=True, **numbers)
     click.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 
 
 def run_method(
-    name: str, seed: int, folder: Path, pairs_folder: Path, *, steps: int | None = None, progress: bool = False
+    name: str,
+    seed: int,
+    folder: Path,
+    pairs_folder: Path,
+    *,
+    steps: int | None = None,
+    checkpoint_every: int = 500,
+    progress: bool = False,
 ) -> Path:
     """Train a method from a seed, after the one that it goes on from; weights that are there are not made again."""
     method = shortened(METHODS[name], steps)
@@ -69,7 +78,10 @@ def run_method(
         return path
     initial = None
     if method.start:
-        initial = load_network(run_method(method.start, seed, folder, pairs_folder, steps=steps, progress=progress))
+        made = run_method(
+            method.start, seed, folder, pairs_folder, steps=steps, checkpoint_every=checkpoint_every, progress=progress
+        )
+        initial = load_network(made)
     if method.pairs and not (pairs_folder / MANIFEST).exists():
         raise click.ClickException(f"{pairs_folder} holds no pairs: python -m examples.digits pairs makes them")
     begun = time.process_time()
@@ -77,7 +89,7 @@ def run_method(
     checkpoint = folder / "checkpoints" / path.name
     if checkpoint.exists():
         run.load(checkpoint)
-    run.run(checkpoint=checkpoint, checkpoint_every=500, progress=progress)
+    run.run(checkpoint=checkpoint, checkpoint_every=checkpoint_every, progress=progress)
     notes = {
         "command": f"python -m examples.digits train-idempotent --method {name} --seed {seed}"
         + ("" if steps is None else f" --steps {steps}"),
@@ -94,10 +106,8 @@ def run_method(
 @click.option("--output", default=BUILD, type=FOLDER, help="Folder for the table, the picture and all runs' weights.")
 @click.option("--pairs", "pairs_folder", default=BUILD / "pairs", type=FOLDER, help="What `pairs` has written.")
 @click.option("--methods", default=",".join(METHODS), help="Which methods are trained, those that are there apart.")
-@click.option(
-    "--seeds", default=3, type=click.IntRange(0), help="Runs of every method; 0 measures those that are there."
-)
-@click.option("--steps", default=None, type=click.IntRange(1), help="Optimizer steps; each method's own if left out.")
+@click.option("--seeds", default=3, type=click.IntRange(0), help="Runs of every method; 0 measures what is there.")
+@click.option("--steps", default=None, type=click.IntRange(1), help="Optimizer steps; a method's own if left out.")
 @click.option("--weights", default=None, type=FILE, help="Weights that are drawn; the repository's if left out.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
 def idempotent(

@@ -30,7 +30,7 @@ WEIGHTS = Path(__file__).parent / "weights" / "idempotent.safetensors"
 # Purposes that need random numbers of their own: each gets its key from the run's seed.
 INITIAL, RUN = 31, 32
 PAIR_SEED = 33
-PAIRS, PAIR_STEPS, PAIR_BATCH = 10_000, 20, 500
+PAIRS, PAIR_STEPS, PAIR_BATCH = 20_000, 20, 500
 
 
 @dataclass(frozen=True)
