@@ -48,6 +48,10 @@ library: Any = None
 #: The same for the ops, which try them first; None where ``BICM_KERNELS_DIRECT=0`` says so.
 direct: Any = None
 
+#: The devices on which kernels run, as bits of DLPack's codes; a device's comes when an op first asks what runs there.
+kernel_devices = 0
+_DLPACK = {"cpu": 1, "cuda": 2 if torch.version.hip is None else 10, "xpu": 14}
+
 _goes_direct = True
 
 _draws_like_torch: bool | None = None
@@ -162,8 +166,11 @@ def _devices() -> list[str]:
 
 def running(device_type: str) -> str:
     """The implementation that runs on a device type: ``native``, ``triton`` or ``reference``."""
+    global kernel_devices
     if device_type not in _running:
         _running[device_type] = _start(device_type)
+        if _running[device_type][0] != "reference" and device_type in _DLPACK:
+            kernel_devices |= 1 << _DLPACK[device_type]
     return _running[device_type][0]
 
 
@@ -200,16 +207,16 @@ def choose(name: str) -> None:
 
 
 def _choose(name: str, chosen_by: str) -> None:
-    global _choice, _chosen_by, _running, cpu_is_compiled, library, direct
+    global _choice, _chosen_by, _running, cpu_is_compiled, library, direct, kernel_devices
     if name not in CHOICES:
         raise ValueError(f"the backend must be one of {', '.join(CHOICES)}, got {name!r}")
-    before, registered = (_choice, _chosen_by, _running), set(_registrations)
-    _choice, _chosen_by, _running = name, chosen_by, {}
+    before, registered = (_choice, _chosen_by, _running, kernel_devices), set(_registrations)
+    _choice, _chosen_by, _running, kernel_devices = name, chosen_by, {}, 0
     try:
         cpu_is_compiled, library = _make_ready()
         direct = library if _goes_direct else None
     except BaseException:
-        _choice, _chosen_by, _running = before
+        _choice, _chosen_by, _running, kernel_devices = before
         _unregister(set(_registrations) - registered)
         raise
     _unregister({device for device in _registrations if _running.get(device, ("",))[0] != "triton"})

@@ -8,6 +8,7 @@ feature, as its comment says; importing the package never fails for it. The C++ 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,15 +77,18 @@ def transformed() -> bool:
 
 
 def undisturbed() -> bool:
-    """Whether nobody traces, watches by a mode, or transforms: what every call asks, in one go."""
-    if not _transforms_are_known or isinstance(_transform(), _Transform):
+    """Whether nobody traces, watches by a mode, or transforms; not for code that Dynamo reads."""
+    if not _transforms_are_known or _transform() is not None:
         return False
     return forward_ad._current_level < 0 and not dispatch_modes() and not is_tracing()
 
 
 def bare(op: Any) -> Callable[..., Any]:
-    """What an op's overload calls. Gone: the overload."""
-    return getattr(op, "_op", op)
+    """An op's overload, called without a look for overrides of torch's functions. Gone: the overload."""
+    boxed, handle = find("_C._dispatch_call_boxed", None), getattr(op, "_handle", None)
+    if boxed is None or handle is None:
+        return getattr(op, "_op", op)
+    return partial(boxed, handle)
 
 
 def inside_vmap() -> bool:

@@ -26,7 +26,6 @@ from bicm_kernels.torch_internals import (
     is_tracing,
     transformed,
     transforms_alone,
-    undisturbed,
 )
 
 Number = float | Tensor
@@ -59,13 +58,8 @@ def unseen(first: Tensor) -> bool:
     return compiling() or dispatch_modes() > 0 or first.is_meta
 
 
-def quiet(first: Tensor, tensors: Sequence[Tensor]) -> bool:
-    """Whether a kernel runs for a tensor's device, and nobody traces, watches, transforms or differentiates."""
-    if dynamo() or not undisturbed():
-        return False
-    for x in tensors:
-        if x.requires_grad and torch.is_grad_enabled():
-            return False
+def has_kernel(first: Tensor) -> bool:
+    """Whether a kernel runs where a tensor lies."""
     if first.is_cpu:
         return backend.cpu_is_compiled
     return not first.is_meta and backend.running(first.device.type) != "reference"
@@ -163,14 +157,16 @@ def coefficient(value: Number) -> Tensor:
 
 def coefficients(values: Sequence[Any]) -> list[Any]:
     """The values of a step as tensors: lists element by element, None as it is."""
+    make = coefficient if compiling() or dispatch_modes() > 0 else _kept
     return [
-        [coefficient(x) for x in value]
-        if isinstance(value, list | tuple)
-        else None
-        if value is None
-        else coefficient(value)
+        None if value is None else [make(x) for x in value] if isinstance(value, (list, tuple)) else make(value)
         for value in values
     ]
+
+
+def _kept(value: Number) -> Tensor:
+    # Asked first, because isinstance takes long to say that a number is no tensor.
+    return _kept_float(value, math.copysign(1.0, value)) if type(value) is float else coefficient(value)
 
 
 def signed(seed: int) -> int:
@@ -326,14 +322,6 @@ def check_key(seed: object, step: object, sample_id: object, batch: int, device:
     per_sample_seed = isinstance(seed, Tensor) and seed.dim() == 1
     if per_sample_seed and (isinstance(sample_id, Tensor) or sample_id != 0):
         raise ValueError(f"sample_id must be left at 0 where seed holds one seed per sample, got {describe(sample_id)}")
-
-
-def check_noise(name: str, weight: object, seed: object, *, optional: bool) -> None:
-    """Raise where noise is weighted but not keyed, or would repeat under ``torch.vmap``."""
-    if seed is not None:
-        check_vmap(seed)
-    elif not optional or isinstance(weight, Tensor) or weight != 0:
-        raise ValueError(f"seed must be given where noise is drawn, got None and {name}={weight!r}")
 
 
 def faithful(derivative: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from bicm_kernels.ops import arguments
 from bicm_kernels.ops.arguments import UNWEIGHTED, Integer, Number
 from bicm_kernels.ops.op import Op
 
-Operand = Tensor | tuple[Tensor, Tensor]
+TensorOrPair = Tensor | tuple[Tensor, Tensor]
 
 _BDIA = ("a", "b", "a_last", "b_last", "gamma")
 DDIM_STEP = Op("ddim_step", ("z", "eps"), guided=True, coefficients=("a", "b"))
@@ -31,7 +31,7 @@ DENOISED_STEP = Op(
 
 def ddim_step(
     z: Tensor,
-    eps: Operand,
+    eps: TensorOrPair,
     *,
     a: Number,
     b: Number,
@@ -63,7 +63,7 @@ def ddim_step(
 def bdia_step(
     z_last: Tensor,
     z: Tensor,
-    eps: Operand,
+    eps: TensorOrPair,
     *,
     a: Number,
     b: Number,
@@ -102,7 +102,7 @@ def bdia_step(
 def bdia_inverse_step(
     z_next: Tensor,
     z: Tensor,
-    eps: Operand,
+    eps: TensorOrPair,
     *,
     a: Number,
     b: Number,
@@ -136,7 +136,7 @@ def bdia_inverse_step(
 
 
 def affine_step(
-    tensors: Sequence[Operand],
+    tensors: Sequence[TensorOrPair],
     weights: Sequence[Number],
     *,
     noise_weight: Number = UNWEIGHTED,
@@ -183,7 +183,7 @@ class DenoisedStep(NamedTuple):
 
 
 def denoised_step(
-    tensors: Sequence[Operand],
+    tensors: Sequence[TensorOrPair],
     x0_weights: Sequence[Number],
     weights: Sequence[Number],
     *,

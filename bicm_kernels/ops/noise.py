@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bicm_kernels import backend, reference
+from bicm_kernels import reference
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.arguments import Integer, Number
-from bicm_kernels.ops.library import define, library
 from bicm_kernels.ops.op import Op
-from bicm_kernels.torch_internals import transformed
+from bicm_kernels.ops.row import Call
 
 #: The version of the mapping from keys to numbers. Stored vectors guard it; it changes only with a new major version.
 NOISE_VERSION = 1
@@ -20,50 +21,31 @@ NOISE_VERSION = 1
 _ops = torch.ops.bicm_kernels
 
 
-def _check_draw(out: Tensor, seed: Integer, step: Integer, sample_id: Integer) -> None:
-    arguments.check_state("shape", out)
-    arguments.check_key(seed, step, sample_id, out.shape[0], out.device)
+@dataclass(eq=False)
+class Draw(Op):
+    """Keyed numbers, written to a tensor of the shape that was asked for: (out, seed, step, sample_id)."""
+
+    keyed: bool = True
+    outs: tuple[str, ...] = ()
+
+    def reference(self, call: Call) -> Tensor:
+        named = self.named(call)
+        out = named.pop("out")
+        return getattr(reference, self.name)(out.shape, dtype=out.dtype, device=out.device, **named)
+
+    def check_tensor(self, name: str, x: object, first: Tensor | None, first_name: str) -> None:
+        arguments.check_state("shape", x)
 
 
-def _fake_draw(out: Tensor, seed: Integer, step: Integer, sample_id: Integer) -> None:
-    """Nothing: the output is there."""
+NORMAL = Draw("normal", ("out!",))
+UNIFORM = Draw("uniform", ("out!",))
 
 
-for _name in ("normal", "uniform"):
-    define(f"{_name}(Tensor(a!) out, SymInt seed, SymInt step, SymInt sample_id) -> ()", ["out"], _fake_draw)
-    define(f"{_name}.tensor(Tensor(a!) out, Tensor seed, Tensor step, Tensor sample_id) -> ()", ["out"], _fake_draw)
-
-
-def _draw(
-    name: str,
-    shape: Sequence[int],
-    seed: Integer,
-    step: Integer,
-    sample_id: Integer,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-) -> Tensor:
+def _empty(shape: Sequence[int], dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
     dtype = dtype or torch.get_default_dtype()
     if dtype not in arguments.FLOATING:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
-    out = torch.empty(shape, dtype=dtype, device=device)
-    arguments.check_state("shape", out)
-    arguments.check_vmap(seed)
-    fallback = transformed() or backend.running(out.device.type) == "reference"
-    if fallback or arguments.unseen(out):
-        _check_draw(out, seed, step, sample_id)
-    if fallback:
-        draw = getattr(reference, name)
-        return draw(out.shape, seed=seed, step=step, sample_id=sample_id, dtype=dtype, device=out.device)
-    op = getattr(_ops, name)
-    try:
-        if type(seed) is type(step) is type(sample_id) is int and not arguments.compiling():
-            op.default(out, arguments.signed(seed), step, sample_id)
-        else:
-            op.tensor(out, *arguments.key(seed, step, sample_id, out))
-    except arguments.FAILURES as error:
-        arguments.explain(error, lambda: _check_draw(out, seed, step, sample_id))
-    return out
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def normal(
@@ -94,7 +76,7 @@ def normal(
     >>> torch.equal(bk.normal((8, 3), seed=1)[5:], bk.normal((3, 3), seed=1, sample_id=5))
     True
     """
-    return _draw("normal", shape, seed, step, sample_id, dtype, device)
+    return NORMAL.call(_empty(shape, dtype, device), seed, step, sample_id)
 
 
 def uniform(
@@ -120,28 +102,43 @@ def uniform(
     >>> bool(bk.uniform((4, 100), seed=1).min() > 0)
     True
     """
-    return _draw("uniform", shape, seed, step, sample_id, dtype, device)
+    return UNIFORM.call(_empty(shape, dtype, device), seed, step, sample_id)
 
 
-def _fake_fold_in(seed: Tensor, data: Tensor) -> Tensor:
-    shape = (seed if seed.dim() >= data.dim() else data).shape
-    return seed.new_empty(shape, device=_device_of(seed, data))
+@dataclass(eq=False)
+class FoldIn(Op):
+    """Seeds of seeds: its tensors are integers, 0-d or (B,), and one that is 0-d may lie on the host."""
+
+    def states(self) -> tuple[str, ...]:
+        return ()
+
+    def fake(self, seed: Tensor, data: Tensor) -> Tensor:
+        shaped, placed = (data, seed)[seed.dim() >= data.dim()], (data, seed)[data.is_cpu]
+        return seed.new_empty(shaped.shape, device=placed.device)
+
+    def call(self, *call: Any, outs: Any = None) -> Tensor:
+        return self.run(call, outs)
+
+    def step(self, call: Call) -> Call:
+        if not all(isinstance(x, Tensor) for x in call):
+            self.check(call, None)  # a tensor cannot tell any more what is wrong with the number that it was
+        return tuple(arguments.integer(x) for x in call)
+
+    def returns(self, call: Call, outs: Any) -> bool:
+        return True
+
+    def spread(self, step: Call) -> tuple[list[Tensor], list[Any]]:
+        return sorted(step, key=lambda x: x.is_cpu), [*step]
+
+    def check(self, call: Call, outs: Any) -> None:
+        tensors = [x for x in call if isinstance(x, Tensor)]
+        device = next((x.device for x in tensors if not x.is_cpu), torch.device("cpu"))
+        batch = next((x.shape[0] for x in tensors if x.dim() == 1), 1)
+        for name, x in zip(self.tensors, call, strict=True):
+            arguments.check_integer(name, x, batch, device, -(2**63), 2**64)
 
 
-define("fold_in(Tensor seed, Tensor data) -> Tensor", [], _fake_fold_in)
-
-
-def _device_of(seed: object, data: object) -> torch.device:
-    """Where a new seed lies: on the host only if both parts do."""
-    devices = [x.device for x in (seed, data) if isinstance(x, Tensor)]
-    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
-
-
-def _check_fold_in(seed: object, data: object) -> None:
-    device = _device_of(seed, data)
-    batch = next((x.shape[0] for x in (seed, data) if isinstance(x, Tensor) and x.dim() == 1), 1)
-    arguments.check_integer("seed", seed, batch, device, -(2**63), 2**64)
-    arguments.check_integer("data", data, batch, device, -(2**63), 2**64)
+FOLD_IN = FoldIn("fold_in", ("seed", "data"))
 
 
 def fold_in(seed: Integer, data: Integer) -> Integer:
@@ -160,56 +157,28 @@ def fold_in(seed: Integer, data: Integer) -> Integer:
     >>> bk.fold_in(0, 1) != bk.fold_in(0, 2)
     True
     """
-    _check_fold_in(seed, data)
-    both_numbers = not isinstance(seed, Tensor) and not isinstance(data, Tensor)
-    if both_numbers and not arguments.compiling():
+    if not isinstance(seed, Tensor) and not isinstance(data, Tensor) and not arguments.compiling():
+        FOLD_IN.check((seed, data), None)
         return reference.fold_in_words(int(seed), int(data))
-    if transformed() or backend.running(_device_of(seed, data).type) == "reference":
-        return reference.fold_in(arguments.integer(seed), data)
-    try:
-        return _ops.fold_in.default(arguments.integer(seed), arguments.integer(data))
-    except RuntimeError as error:
-        arguments.fail(error)
+    return FOLD_IN.call(seed, data)
 
 
-def _add_noise(x: Tensor, sigma: Tensor, scale: Tensor, seed: Tensor, step: Tensor, sample_id: Tensor) -> Tensor:
-    """add_noise is the affine step of one tensor: the op exists to carry the derivative."""
-    return _ops.affine_step.tensor([x], [scale], None, sigma, seed, step, sample_id)
+ADD_NOISE = Op("add_noise", ("x",), numbers=("scale", "sigma"), noise="sigma", differentiable=True)
 
 
-define(
-    "add_noise(Tensor x, Tensor sigma, Tensor scale, Tensor seed, Tensor step, Tensor sample_id) -> Tensor",
-    ["x"],
-    lambda x, *_: torch.empty_like(x),
-)
-library.impl("add_noise", _add_noise, "CompositeExplicitAutograd")
-
-
-def _save_scale(ctx: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[2])  # type: ignore[attr-defined]
+def _save_scale(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
 
 
 @arguments.faithful
-def _scale_gradient(ctx: object, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    (scale,) = ctx.saved_tensors  # type: ignore[attr-defined]
+def _scale_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    (scale,) = ctx.saved_tensors
     if not arguments.plain_gradient(gradient):
         return reference.affine_step([gradient], [scale]), *[None] * 5
     return _ops.affine_step.tensor([gradient], [scale], None, None, None, None, None), *[None] * 5
 
 
-torch.library.register_autograd("bicm_kernels::add_noise", _scale_gradient, setup_context=_save_scale, lib=library)
-
-ADD_NOISE = Op(
-    "add_noise",
-    ("x",),
-    guided=True,
-    coefficients=("scale",),
-    numbers=("sigma",),
-    noise="sigma",
-    schema="affine_step",
-    plain=lambda guidance_scale, **named: reference.add_noise(**named),
-    tracked=lambda tensors, scales, _, sigma, *key: _ops.add_noise.default(tensors[0], sigma, scales[0], *key),
-)
+ADD_NOISE.differentiate(_scale_gradient, _save_scale)
 
 
 def add_noise(
@@ -238,4 +207,4 @@ def add_noise(
     >>> x = torch.zeros(2, 3); torch.equal(bk.add_noise(x, 2.0, seed=1), 2 * bk.normal((2, 3), seed=1))
     True
     """
-    return ADD_NOISE.call((x,), (scale,), None, sigma, seed, step, sample_id)
+    return ADD_NOISE.call(x, scale, sigma, seed, step, sample_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,79 +11,65 @@ from torch import Tensor
 from bicm_kernels import reference
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.arguments import Integer, Number
-from bicm_kernels.ops.library import define, library
-from bicm_kernels.ops.preconditioning import PARAMETERIZATIONS
-
-_PAIR = (
-    "Tensor x, Tensor sigma_low, Tensor sigma_high, Tensor seed, Tensor step, Tensor sample_id, Tensor? x_hat, "
-    "Tensor? mask, Tensor? sigma_data"
-)
+from bicm_kernels.ops.op import Op
+from bicm_kernels.ops.preconditioning import target_level
+from bicm_kernels.ops.row import Call
 
 _ops = torch.ops.bicm_kernels
 
 
-def _check_noisy_pair(
-    x: Any,
-    sigma_low: object,
-    sigma_high: object,
-    key: tuple[object, ...],
-    x_hat: Any,
-    mask: Any,
-    sigma_data: object,
-    F: Any,
-    sigma_min: object,
-    parameterization: object,
-) -> None:
-    arguments.check_state("x", x)
-    arguments.check_number("sigma_low", sigma_low, x)
-    arguments.check_number("sigma_high", sigma_high, x)
-    if sigma_data is not None:
-        arguments.check_number("sigma_data", sigma_data, x)
-    arguments.check_key(key[0], key[1], key[2], x.shape[0], x.device)
-    if F is None:
-        if (x_hat is None) != (mask is None):
+@dataclass(eq=False)
+class PairOp(Op):
+    """One noise at two levels, of samples that others take the place of where a mask says so."""
+
+    keyed: bool = True
+    outs: tuple[str, ...] = ("low", "high")
+
+    def states(self) -> tuple[str, ...]:
+        return tuple(name for name in super().states() if name != "mask")
+
+    def check_tensor(self, name: str, x: object, first: Tensor | None, first_name: str) -> None:
+        if first is None or name != "mask":
+            arguments.check_state(name, x, first, first_name)
+            if first is not None and name == "x_hat" and x.dtype != first.dtype:  # type: ignore[attr-defined]
+                raise TypeError(f"x_hat must have the dtype of x, {first.dtype}, got {x.dtype}")  # type: ignore[attr-defined]
+            return
+        if not isinstance(x, Tensor) or x.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor, got {arguments.describe(x)}")
+        if x.shape != first.shape[:1] or x.device != first.device:
+            shape = f"({first.shape[0]},)"
+            raise ValueError(f"mask must have shape {shape} and lie on {first.device}, got {arguments.describe(x)}")
+
+    def check_tensors(self, call: Call) -> dict[str, Any]:
+        if "x_hat" in self.optional and (call[1] is None) != (call[2] is None):
             raise ValueError("x_hat and mask go together: mask tells for which samples x_hat takes the place of x")
-        if x_hat is None:
-            return
-        arguments.check_state("x_hat", x_hat, x, "x")
-        if x_hat.dtype != x.dtype:
-            raise TypeError(f"x_hat must have the dtype of x, {x.dtype}, got {x_hat.dtype}")
-    else:
-        if x_hat is not None:
-            raise ValueError("x_hat and F exclude one another: x_hat is made of F, which is the network's output")
-        arguments.check_state("F", F, x, "x")
-        arguments.check_number("sigma_min", sigma_min, x)
-        if parameterization not in PARAMETERIZATIONS:
-            given = ", ".join(PARAMETERIZATIONS)
-            raise ValueError(f"parameterization must be one of {given}, got {parameterization!r}")
-        if mask is None:
-            return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a bool tensor, got {arguments.describe(mask)}")
-    if mask.shape != x.shape[:1] or mask.device != x.device:
-        raise ValueError(f"mask must have shape ({x.shape[0]},) and lie on {x.device}, got {arguments.describe(mask)}")
+        return super().check_tensors(call)
 
 
-def _fake_noisy_pair(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x)
+def _plain_generated(*, sigma_data: Any, cm: bool, scales: bool, **named: Any) -> tuple[Tensor, Tensor]:
+    form = "cm" if cm else "bcm"
+    data = sigma_data if scales else None
+    return reference.noisy_pair(sigma_data=data, parameterization=form, **named)
 
 
-for _name in ("noisy_pair", "noisy_pair_tracked"):
-    define(f"{_name}({_PAIR}) -> (Tensor, Tensor)", ["x", "x_hat"], _fake_noisy_pair)
-
-# What the network generates at the low level takes the place of x: GC's pair without a generated sample in memory.
-define(
-    "generated_pair(Tensor x, Tensor F, Tensor sigma_low, Tensor sigma_high, Tensor end, Tensor sigma_data, "
-    "Tensor seed, Tensor step, Tensor sample_id, Tensor? mask, bool cm, bool scales) -> (Tensor, Tensor)",
-    ["x", "F"],
-    _fake_noisy_pair,
+NOISY_PAIR = PairOp(
+    "noisy_pair",
+    ("x", "x_hat?", "mask?"),
+    numbers=("sigma_low", "sigma_high", "sigma_data?"),
+    differentiable=True,
 )
-
-library.impl("noisy_pair_tracked", lambda *args: _ops.noisy_pair.default(*args), "CompositeExplicitAutograd")
+# What the network generates at the low level takes the place of x: GC's pair without a generated sample in memory.
+GENERATED_PAIR = PairOp(
+    "generated_pair",
+    ("x", "F", "mask?"),
+    numbers=("sigma_low", "sigma_high", "sigma_min", "sigma_data"),
+    flags=("bool cm", "bool scales"),
+    plain=_plain_generated,
+)
 
 
 def _save_levels(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
-    _, low, high, _, _, _, _, mask, sigma_data = inputs
+    _, _, mask, low, high, sigma_data, *_ = inputs
     ctx.save_for_backward(low, high, mask, sigma_data)
 
 
@@ -103,8 +90,8 @@ def _pair_gradient(ctx: Any, low: Tensor, high: Tensor) -> tuple[Tensor | None, 
         return reference.affine_step([low, high], weights)
 
     x = summed(None if mask is None else ~mask) if ctx.needs_input_grad[0] else None
-    x_hat = summed(mask) if ctx.needs_input_grad[6] else None
-    return x, *[None] * 5, x_hat, None, None
+    x_hat = summed(mask) if ctx.needs_input_grad[1] else None
+    return x, x_hat, *[None] * 7
 
 
 def _scale(sigma: Tensor, sigma_data: Tensor, compute: torch.dtype) -> Tensor:
@@ -112,9 +99,7 @@ def _scale(sigma: Tensor, sigma_data: Tensor, compute: torch.dtype) -> Tensor:
     return reference.c_in(sigma.to(compute), sigma_data.to(compute))
 
 
-torch.library.register_autograd(
-    "bicm_kernels::noisy_pair_tracked", _pair_gradient, setup_context=_save_levels, lib=library
-)
+NOISY_PAIR.differentiate(_pair_gradient, _save_levels)
 
 
 def noisy_pair(
@@ -161,42 +146,10 @@ def noisy_pair(
     >>> low, high = bk.noisy_pair(torch.zeros(2, 3), 1.0, 2.0, seed=1, step=0); torch.equal(2 * low, high)
     True
     """
-    arguments.check_vmap(seed)
-    key = (arguments.signed(seed) if type(seed) is int else seed, step, sample_id)
-
-    def check() -> None:
-        _check_noisy_pair(x, sigma_low, sigma_high, key, x_hat, mask, sigma_data, F, sigma_min, parameterization)
-
-    try:
-        tracked = arguments.requires_grad(sigma_low, sigma_high, sigma_data)
-        if F is not None:
-            tracked = tracked or arguments.requires_grad(x, F, sigma_min)
-        fallback = arguments.needs_reference(x, tracked=tracked)
-        if fallback or x_hat is not None or mask is not None or F is not None or arguments.unseen(x):
-            check()
-        if fallback:
-            return reference.noisy_pair(
-                x,
-                sigma_low,
-                sigma_high,
-                seed=seed,
-                step=step,
-                sample_id=sample_id,
-                x_hat=x_hat,
-                mask=mask,
-                sigma_data=sigma_data,
-                F=F,
-                parameterization=parameterization,
-                sigma_min=sigma_min,
-            )
-        levels = [arguments.coefficient(level) for level in (sigma_low, sigma_high)]
-        if F is not None:
-            end = 0.0 if parameterization == "edm" else sigma_min
-            numbers = arguments.coefficients((end, 0.5 if sigma_data is None else sigma_data))
-            flags = (mask, parameterization == "cm", sigma_data is not None)
-            return _ops.generated_pair.default(x, F, *levels, *numbers, *arguments.key(*key, x), *flags)
-        op = _ops.noisy_pair_tracked if arguments.requires_grad(x, x_hat) else _ops.noisy_pair
-        data = None if sigma_data is None else arguments.coefficient(sigma_data)
-        return op.default(x, *levels, *arguments.key(*key, x), x_hat, mask, data)
-    except arguments.FAILURES as error:
-        arguments.explain(error, check)
+    if F is None:
+        return NOISY_PAIR.call(x, x_hat, mask, sigma_low, sigma_high, sigma_data, seed, step, sample_id)
+    if x_hat is not None:
+        raise ValueError("x_hat and F exclude one another: x_hat is made of F, which is the network's output")
+    end, data = target_level(parameterization, None, sigma_min), 0.5 if sigma_data is None else sigma_data
+    flags = parameterization == "cm", sigma_data is not None
+    return GENERATED_PAIR.call(x, F, mask, sigma_low, sigma_high, end, data, *flags, seed, step, sample_id)

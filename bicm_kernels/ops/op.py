@@ -1,4 +1,4 @@
-"""An op as one row of a table: its schemas, what it returns without values, its checks, its reference and its call.
+"""An op as one row of a table: how it is called, its reference, and what was wrong with a call.
 
 A row names the arguments; everything that an op needs beside its kernels is derived from it. A public function is a
 signature, a docstring and a call of its row.
@@ -7,30 +7,17 @@ signature, a docstring and a call of its row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bicm_kernels import backend, reference
 from bicm_kernels.ops import arguments, outputs
 from bicm_kernels.ops.arguments import dynamo
-from bicm_kernels.ops.library import define, library, without_lists
-from bicm_kernels.torch_internals import bare, implementations
-
-_KEY = ("seed", "step", "sample_id")
-#: Every op comes with numbers, for eager calls, and with tensors: for traced graphs, where a number would be compiled
-#: in, and for per-sample arguments. The types of a number, a list of numbers and a key's integers.
-NUMBERS: Types = ("float", "float[]", ("SymInt?", "SymInt", "SymInt"))
-TENSORS: Types = ("Tensor?", "Tensor[]", ("Tensor?",) * 3)
-
-#: What an overload with numbers takes as it is.
-PLAIN = frozenset((float, int, bool, type(None)))
-
-Call = Sequence[Any]
-Types = tuple[str, str, tuple[str, ...]]
-
+from bicm_kernels.ops.library import without_lists
+from bicm_kernels.ops.row import KEY, Call, Row
+from bicm_kernels.torch_internals import implementations
 
 #: How many implementations there were at the last look.
 _implementations = -1
@@ -51,233 +38,137 @@ def _may_go_direct() -> bool:
 
 
 @dataclass(eq=False)
-class Op:
-    """An op that makes tensors like its first one.
-
-    A call holds its arguments in the schema's order: the tensors (of a guided op, in one sequence), coefficients in a
-    sequence or the weights' sequences, guidance_scale of a guided op, numbers, flags, and the key of the noise.
-    """
-
-    name: str
-    #: With "?", here and among the numbers: may be None.
-    tensors: tuple[str, ...] = ()
-    #: The last tensor may be a pair, and the op writes to tensors that the caller gives.
-    guided: bool = False
-    #: Numbers that a schema takes in one list.
-    coefficients: tuple[str, ...] = ()
-    #: After the tensors with names come 1 to 5 without, each with a weight of every kind.
-    weights: tuple[str, ...] = ()
-    numbers: tuple[str, ...] = ()
-    flags: tuple[str, ...] = ()
-    #: The number that weighs keyed noise; only where there are weights may the key be left out.
-    noise: str = ""
-    outs: tuple[str, ...] = ("out",)
-    #: How many of these are returned, where it is not all.
-    results: int = 0
-    #: A result is empty where the number is None that is named here.
-    needs: dict[str, str] = field(default_factory=dict)
-    #: Has a twin of tensors that records the derivative in the tensors; else the reference does.
-    differentiable: bool = False
-    #: The twin, where it is another op.
-    tracked: Callable[..., Any] | None = None
-    #: The reference, called with the arguments by name; by default the one of this name.
-    plain: Callable[..., Any] | None = None
-    #: The schemas' name: another op's, where this one is a form of it.
-    schema: str = ""
-
-    def __post_init__(self) -> None:
-        self.results = self.results or len(self.outs)
-        self.optional = {name[:-1] for name in (*self.tensors, *self.numbers) if name.endswith("?")}
-        self.tensors = tuple(name.rstrip("?") for name in self.tensors)
-        self.numbers = tuple(name.rstrip("?") for name in self.numbers)
-        self.lists = self.weights or (("coefficients",) if self.coefficients else ())
-        # Where the parts of a call begin and end.
-        self.first_number = 1 if self.guided else len(self.tensors)
-        self.first_flag = self.first_number + len(self.lists) + self.guided + len(self.numbers)
-        self.first_key = self.first_flag + len(self.flags)
-        self.guidance_at = self.first_number + len(self.lists)
-        self.noise_at = self.guidance_at + self.guided + self.numbers.index(self.noise) if self.noise else -1
-        if not self.schema:
-            self.schema = self.name
-            self.define()
-        packet = getattr(torch.ops.bicm_kernels, self.schema)
-        self.default: Any = packet.default
-        self.tensor: Any = getattr(packet, "tensor", None)
-        self.bare, self.bare_tensor = bare(self.default), bare(self.tensor)
-        if self.guided:
-            self.out, self.tensor_out = packet.out, packet.tensor_out
-        if self.differentiable:
-            self.tracked = getattr(torch.ops.bicm_kernels, f"{self.name}_tracked").default
-
-    # What torch is told.
-
-    def parameters(self, types: Types) -> list[str]:
-        """The schema's arguments, of one flavour."""
-        number, numbers, key = types
-        found = ["Tensor[] tensors"] if self.guided else [f"Tensor {name}" for name in self.tensors]
-        found += [f"{numbers} {name}" for name in self.lists]
-        found += [f"{number} guidance_scale"] if self.guided else []
-        for name in self.numbers:
-            found.append(f"{number}{'?' if name in self.optional and not number.endswith('?') else ''} {name}")
-        found += [f"bool {name}" for name in self.flags]
-        return found + [f"{kind} {name}" for kind, name in zip(key, _KEY, strict=True) if self.noise]
-
-    def states(self) -> tuple[str, ...]:
-        """The arguments that are tensors of one shape, (B, ...)."""
-        return (*(("tensors",) if self.guided else self.tensors), *self.outs)
-
-    def extra(self, types: Types) -> list[str]:
-        """Arguments that only an op with outputs takes."""
-        return []
-
-    def define(self) -> None:
-        """Define the schemas, with numbers and with tensors, that return and that write."""
-        returns = "Tensor" if self.results == 1 else f"({', '.join(['Tensor'] * self.results)})"
-        outs = ", ".join(f"Tensor({chr(ord('a') + k)}!) {name}" for k, name in enumerate(self.outs))
-        for overload, types in (("", NUMBERS), ("tensor", TENSORS)):
-            given = self.parameters(types)
-            define(
-                f"{self.name}{'.' * bool(overload)}{overload}({', '.join(given)}) -> {returns}",
-                self.states(),
-                self.fake,
-            )
-            if self.guided:
-                writing = ".".join([self.name, "_".join([*overload.split(), "out"])])
-                given += [*self.extra(types), "*", outs]
-                define(f"{writing}({', '.join(given)}) -> ()", self.states(), write_nothing)
-        if self.differentiable:
-            twin = f"{self.name}_tracked"
-            define(f"{twin}({', '.join(self.parameters(TENSORS))}) -> {returns}", self.states(), self.fake)
-            library.impl(twin, lambda *call: self.tensor(*call), "CompositeExplicitAutograd")
-
-    def differentiate(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
-        """Give the differentiable twin its derivative."""
-        name = f"bicm_kernels::{self.name}_tracked"
-        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
-
-    def fake(self, *call: Any) -> Any:
-        """What the op returns for tensors without values."""
-        first = call[0][0] if self.guided else call[0]
-        numbers = dict(zip(self.numbers, call[self.first_flag - len(self.numbers) :], strict=False))
-        empty = {name for name, number in self.needs.items() if numbers[number] is None}
-        results = tuple(first.new_empty((0,)) if name in empty else torch.empty_like(first) for name in self.outs)
-        return results if len(results) > 1 else results[0]
-
-    # How it is called.
+class Op(Row):
+    """A row that can be called."""
 
     def call(self, *call: Any, outs: Any = None) -> Any:
         """Run the kernel, beside the dispatcher where it can be; a reference where something asks for it."""
         direct = backend.direct
         if direct is not None and outs is None and not dynamo():
-            result = getattr(direct, self.schema)(*call)
+            result = getattr(direct, self.name)(*call)
             if result is None and _may_go_direct():
-                result = getattr(direct, self.schema)(*call)
+                result = getattr(direct, self.name)(*call)
             if result is not None:
                 return result
         return self.run(call, outs)
 
-    def run(self, call: Call, outs: Sequence[Tensor] | None) -> Any:
+    def run(self, call: Call, outs: Any) -> Any:
         """The way through the dispatcher."""
-        if self.weights:
-            lists = map(arguments.weight_list, self.weights, call[1:])
-            call = (call[0], *lists, *call[self.guidance_at :])
-        if self.noise:
-            arguments.check_noise(self.noise, call[self.noise_at], call[self.first_key], optional=bool(self.weights))
         try:
-            tensors, full = self.spread(call)
-            first = tensors[0]
-            if outs is None and arguments.quiet(first, tensors):
-                if self.simple(full):
+            # Plain tensors and numbers, which nobody traces, transforms or differentiates.
+            if self.returns(call, outs) and not dynamo() and backend.library is not None:
+                step = self.step(call)
+                full = backend.library.schema_arguments(self.shape, step, backend.kernel_devices)
+                if type(full) is tuple:
                     return self.asked_for(call, self.bare(*full))
-                numbers = arguments.numbers(full[self.first_number :])
-                if not arguments.requires_grad(*numbers):
-                    return self.asked_for(call, self.bare_tensor(*self.as_tensors(call, full)))
-            tracked = arguments.requires_grad(*tensors, *(outs or ()))
-            numbers = arguments.numbers(full[self.first_number :])
-            untracked = arguments.requires_grad(*numbers) or (tracked and self.tracked is None)
-            fallback = arguments.needs_reference(first, tracked=untracked)
-            if fallback or arguments.unseen(first):
+                if full is not None:
+                    return self.asked_for(call, self.bare_tensor(*self.as_tensors(step, full)))
+            if self.weights:
+                call = self.listed(call)
+            if self.keyed:
+                self.check_noise(call)
+            tensors, full = self.spread(self.step(call))
+            tracked, by_reference = self.tracking(tensors, full, outs)
+            fallback = arguments.needs_reference(tensors[0], tracked=by_reference)
+            if fallback or arguments.unseen(tensors[0]):
                 self.check(call, outs)
-            if fallback:
-                results = self.reference(call)
-                if outs is None:
-                    return results
-                outputs.write(outs, results, untracked)
-                return self.given(outs)
-            return self.asked_for(call, self.launch(*self.flavour(call, full, tracked, outs), outs))
+            results = self.reference(call) if fallback else self.launch(call, full, tracked, outs)
+            if outs is None:
+                return results
+            outputs.write(outs, results, by_reference)
+            return (*outs, *[None] * (self.results - len(outs))) if self.results > 1 else outs[0]
         except arguments.FAILURES as error:
             arguments.explain(error, lambda: self.check(call, outs))
 
-    def spread(self, call: Call) -> tuple[list[Tensor], list[Any]]:
+    def listed(self, call: Call) -> Call:
+        """A call whose weights can be counted."""
+        at, after = self.first_number, self.first_number + len(self.weights)
+        weights = [arguments.weight_list(name, x) for name, x in zip(self.weights, call[at:after], strict=True)]
+        return (*call[:at], *weights, *call[after:])
+
+    def returns(self, call: Call, outs: Any) -> bool:
+        """Whether the op makes its results itself."""
+        return outs is None
+
+    def step(self, call: Call) -> Call:
+        """What the schema takes of a call."""
+        return call
+
+    def spread(self, step: Call) -> tuple[list[Tensor], list[Any]]:
         """The tensors of a call, and the arguments as the schema takes them; TypeError for what no kernel can tell."""
-        full = [*call]
-        if self.noise:
+        full = [*step]
+        if self.keyed:
             full[self.first_key :] = map(arguments.counter, full[self.first_key :])
         if not self.guided:
-            return full[: self.first_number], full
-        operands, guidance = call[0], call[self.guidance_at]
+            return [x for x in full[: self.first_number] if x is not None], full
+        operands, guidance = step[0], step[self.guidance_at]
         if isinstance(operands, Tensor):
             raise TypeError("one tensor for a sequence of them")
         last = operands[-1]
         paired = not isinstance(last, Tensor)
         if paired != (guidance is not None):
             raise TypeError("guidance_scale and a pair of predictions go together")
-        if self.weights and len(full[1]) != len(operands) - len(self.tensors):  # a pair has one weight, and two tensors
+        # A pair has one weight, and two tensors.
+        if self.weights and len(step[self.first_number]) != len(operands) - len(self.tensors):
             raise TypeError("as many weights as tensors")
         full[0] = tensors = [*operands[:-1], *last] if paired else [*operands]
         if not paired:
             full[self.guidance_at] = 0.0
         return tensors, full
 
-    def simple(self, full: Call) -> bool:
-        """Whether all that is no tensor is a plain Python number, the usual call."""
-        numbers = self.first_number
-        for values in full[numbers : self.guidance_at]:
-            if not PLAIN.issuperset(map(type, values)):
-                return False
-        return PLAIN.issuperset(map(type, full[self.guidance_at :]))
+    def tracking(self, tensors: list[Tensor], full: Call, outs: Any) -> tuple[bool, bool]:
+        """Whether a derivative is recorded, and whether the reference has to record it."""
+        tracked = arguments.requires_grad(*tensors, *(outs or ()))
+        numbers = arguments.numbers(full[self.first_number :])
+        return tracked, arguments.requires_grad(*numbers) or (tracked and not self.differentiable)
 
-    def flavour(self, call: Call, full: list[Any], tracked: bool, outs: Any) -> tuple[Any, Call]:
-        """The overload that takes a call, and its arguments."""
-        if not tracked and arguments.plain(full[self.first_number :]):
-            function = self.default if outs is None else self.out
-        else:
-            full = self.as_tensors(call, full)
-            if tracked:
-                return self.tracked, full
-            function = self.tensor if outs is None else self.tensor_out
-        return without_lists(function) if self.guided and arguments.scripting() else function, full
+    def loose(self, call: Call, full: Call) -> Sequence[Any]:
+        """What may be numbers or tensors."""
+        return full[self.first_number :]
 
-    def as_tensors(self, call: Call, full: list[Any]) -> list[Any]:
+    def as_tensors(self, step: Call, full: Call) -> list[Any]:
         """The arguments of the overload with tensors."""
-        values = arguments.coefficients(full[self.first_number : self.first_flag])
-        if self.guided and call[self.guidance_at] is None:
+        values = arguments.coefficients(full[self.first_number : self.first_integer])
+        if self.guided and step[self.guidance_at] is None:
             values[len(self.lists)] = None
+        integers = map(arguments.integer, full[self.first_integer : self.first_flag])
         key: tuple[Any, ...] = ()
-        if self.noise:
-            seed, step, sample_id = full[self.first_key :]
-            key = arguments.key(seed, step, sample_id, call[0][0] if self.guided else call[0])
-        return [*full[: self.first_number], *values, *full[self.first_flag : self.first_key], *key]
+        if self.keyed:
+            seed, at, sample_id = full[self.first_key :]
+            key = arguments.key(seed, at, sample_id, full[0][0] if self.guided else full[0])
+        flags = full[self.first_flag : self.first_key]
+        return [*full[: self.first_number], *values, *integers, *flags, *key]
 
     def asked_for(self, call: Call, results: Any) -> Any:
         """The results, None for one that its number did not ask for."""
-        if not self.needs:
-            return results
-        numbers = dict(zip(self.numbers, call[self.first_flag - len(self.numbers) :], strict=False))
-        wanted = [name not in self.needs or numbers[self.needs[name]] is not None for name in self.outs]
-        return tuple(x if want else None for x, want in zip(results, wanted, strict=True))
+        if self.needs:
+            return tuple(x if want else None for x, want in zip(results, self.wanted(call), strict=True))
+        return results if self.results else call[0]
 
-    def launch(self, function: Callable[..., Any], full: Call, outs: Sequence[Tensor] | None) -> Any:
-        """Call an overload; the results."""
-        if outs is None:
-            return function(*full)
-        unused = [outs[0].new_empty((0,))] * (len(self.outs) - len(outs))
-        function(*full, **dict(zip(self.outs, (*outs, *unused), strict=True)))
-        return self.given(outs)
+    def launch(self, call: Call, full: Call, tracked: bool, outs: Any) -> Any:
+        """The results of the overload that takes a call."""
+        plain = not tracked and arguments.plain(self.loose(call, full))
+        if not plain:
+            full = self.as_tensors(self.step(call), full)
+        if self.returns(call, outs):
+            name = "default" if plain else "tracked" if tracked else "tensor"
+            return self.asked_for(call, self.traceable(self.overloads[name])(*full))
+        places = self.places(call, outs)
+        function = self.traceable(self.overloads["out" if plain else "tensor_out"])
+        function(*full, *self.extras(call, plain), **dict(zip(self.outs, places, strict=True)))
+        return self.asked_for(call, places[: self.results] if self.results > 1 else places[0])
 
-    def given(self, outs: Sequence[Tensor]) -> Any:
-        """The results of a call that wrote them."""
-        return (*outs, *[None] * (len(self.outs) - len(outs))) if len(self.outs) > 1 else outs[0]
+    def traceable(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """An overload as TorchScript can trace it."""
+        return without_lists(function) if self.guided and arguments.scripting() else function
+
+    def places(self, call: Call, outs: Any) -> Sequence[Tensor]:
+        """What a writing overload writes to."""
+        return (*outs, *[outs[0].new_empty((0,))] * (len(self.outs) - len(outs)))
+
+    def extras(self, call: Call, plain: bool) -> Sequence[Any]:
+        """The arguments that only a writing overload takes."""
+        return ()
 
     def reference(self, call: Call) -> Any:
         """The result of a call in plain PyTorch."""
@@ -288,10 +179,11 @@ class Op:
         named = dict(zip(self.tensors, call[0] if self.guided else call, strict=False))
         if self.weights:
             named["tensors"] = call[0][len(self.tensors) :]
-        named |= dict(zip(self.coefficients, call[1], strict=True)) if self.coefficients else {}
-        rest = (*self.weights, *["guidance_scale"][: self.guided], *self.numbers, *self.flags, *_KEY)
-        at = self.first_number + bool(self.coefficients)
-        return named | dict(zip(rest, call[at:], strict=False))
+        rest = list(call[1 if self.guided else self.first_number :])
+        if self.coefficients:
+            named |= zip(self.coefficients, rest.pop(len(self.others)), strict=True)
+        names = (*self.others, *self.weights, *["guidance_scale"][: self.guided], *self.numbers, *self.integers)
+        return named | dict(zip((*names, *self.flag_names, *KEY), rest, strict=False))
 
     # What was wrong with a call.
 
@@ -302,12 +194,26 @@ class Op:
         for name, value in self.labelled(call):
             if value is not None or name not in self.optional:
                 arguments.check_number(name, value, first)
-        if self.noise and call[self.first_key] is not None:
+        if self.keyed and (call[self.first_key] is not None or not self.noise):
             seed, step, sample_id = call[self.first_key :]
             arguments.check_key(seed, step, sample_id, first.shape[0], first.device)
-        empty = {name for name, number in self.needs.items() if dict(self.labelled(call))[number] is None}
-        given = {name: out for name, out in zip(self.outs, outs or (), strict=False) if name not in empty}
-        outputs.check_outs(given, tensors, first)
+        given = zip(self.outs, self.wanted(call), outs or (), strict=False)
+        first_name = next(iter(tensors))
+        outputs.check_outs(
+            {name: out for name, want, out in given if want},
+            tensors,
+            lambda name, out: outputs.check_out(name, out, first, first_name),
+        )
+
+    def check_noise(self, call: Call) -> None:
+        """Raise where noise is weighted but not keyed, or would repeat under ``torch.vmap``."""
+        seed = call[self.first_key]
+        if seed is not None:
+            arguments.check_vmap(seed)
+        elif self.noise:
+            weight = call[self.guidance_at + self.guided + self.numbers.index(self.noise)]
+            if not self.weights or isinstance(weight, Tensor) or weight != 0:
+                raise ValueError(f"seed must be given where noise is drawn, got None and {self.noise}={weight!r}")
 
     def check_tensors(self, call: Call) -> dict[str, Any]:
         """The tensors by name, pairs opened, after a look at each."""
@@ -328,9 +234,12 @@ class Op:
                 given = arguments.describe(operand)
                 raise TypeError(f"{name} must be a tensor, got {given}; a pair (eps_uncond, eps_cond) goes last")
             for k, x in enumerate(operand if pair else [operand]):
+                if x is None and name in self.optional:
+                    continue
                 self.check_tensor(name, x, next(iter(found.values()), None), names[0])
                 found[f"{name}[{k}]" if pair else name] = x
-        self.check_guidance(call, names[-1], operands[-1], len(found) - len(operands))
+        if self.guided:
+            self.check_guidance(call, names[-1], operands[-1], len(found) - len(operands))
         return found
 
     def check_tensor(self, name: str, x: object, first: Tensor | None, first_name: str) -> None:
@@ -339,7 +248,7 @@ class Op:
 
     def check_guidance(self, call: Call, name: str, last: object, pairs: int) -> None:
         """Raise unless a pair and its scale come together."""
-        guidance = call[self.guidance_at] if self.guided else None
+        guidance = call[self.guidance_at]
         if pairs not in (0, 1) or bool(pairs) != (guidance is not None):
             raise ValueError(
                 f"guidance_scale goes with a pair (eps_uncond, eps_cond) as {name}, "
@@ -348,12 +257,12 @@ class Op:
 
     def labelled(self, call: Call) -> list[tuple[str, Any]]:
         """Every number of a call and its name."""
-        values = iter(call[self.first_number : self.first_flag])
+        values = iter(call[self.first_number : self.first_integer])
         found: list[tuple[str, Any]] = []
         if self.coefficients:
             found += zip(self.coefficients, next(values), strict=True)
         for name in self.weights:
-            weights = next(values)
+            weights = arguments.weight_list(name, next(values))
             unnamed = len(call[0]) - len(self.tensors)
             if len(weights) != unnamed:
                 raise ValueError(f"{name} must be as many as the tensors, {unnamed}, got {len(weights)}")
@@ -362,7 +271,3 @@ class Op:
             guidance = next(values)
             found += [("guidance_scale", guidance)] if guidance is not None else []
         return [*found, *zip(self.numbers, values, strict=True)]
-
-
-def write_nothing(*_: Any, **outs: Tensor) -> None:
-    """What an op does that writes, for tensors without values: the outputs are there."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -75,26 +76,27 @@ def write(outs: Sequence[Tensor], results: Any, tracked: bool) -> None:
         raise ValueError("out must not be given where a tensor requires grad: what is written there has no derivative")
     results = (results,) if isinstance(results, Tensor) else results
     for out, result in zip(outs, results, strict=False):  # what was not asked for is None, and last
-        out.copy_(result)
+        if out is not result:
+            out.copy_(result)
 
 
-def check_outs(outs: Mapping[str, Any], tensors: Mapping[str, Tensor], first: Tensor) -> None:
-    """Raise unless the outputs can take the results: like the first tensor, and no overlap but an exact one."""
+def check_outs(outs: Mapping[str, Any], tensors: Mapping[str, Tensor], check: Callable[[str, Any], None]) -> None:
+    """Raise unless the outputs pass a check of their own, and overlap nothing but a tensor that is exactly the same."""
     if outs and transforms_alone():
         raise ValueError("out must not be given under a torch.func transform: what is written there is lost to it")
-    first_name = next(iter(tensors))
     for name, out in outs.items():
-        check_out(name, out, first, first_name)
-        if not has_memory(out):  # the kernel looks when the graph runs
-            continue
+        check(name, out)
+    # Where there is no memory, the kernel looks when the graph runs.
+    real = {name: out for name, out in outs.items() if has_memory(out)}
+    for name, out in real.items():
         if overlaps_itself(out):
             raise ValueError(f"{name} must not overlap itself, got strides {out.stride()}")
         for other, x in tensors.items():
             if not same_place(out, x) and shares_memory(out, x):
                 raise ValueError(f"{name} must be exactly {other} or lie apart from it: they overlap in part")
-        for other, x in outs.items():
-            if other < name and shares_memory(out, x):
-                raise ValueError(f"{name} and {other} must not share memory")
+    for (name, out), (other, x) in combinations(real.items(), 2):
+        if shares_memory(out, x):
+            raise ValueError(f"{name} and {other} must not share memory")
 
 
 def check_out(name: str, out: object, first: Tensor, first_name: str) -> None:

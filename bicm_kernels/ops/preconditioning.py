@@ -34,7 +34,7 @@ DENOISE = Op(
     "denoise",
     ("x", "F"),
     numbers=("t", "u", "sigma_data"),
-    flags=("cm", "scaled"),
+    flags=("bool cm", "bool scaled"),
     differentiable=True,
     plain=_plain_denoise,
 )
@@ -42,7 +42,7 @@ RENOISE = Op(
     "renoise",
     ("x", "F"),
     numbers=("t", "u", "sigma", "next_sigma", "sigma_data"),
-    flags=("cm",),
+    flags=("bool cm",),
     noise="sigma",
     outs=("x_s", "scaled"),
     differentiable=True,
@@ -134,7 +134,7 @@ RENOISE.differentiate(_renoise_gradient, _save_renoise)
 SCALE_INPUT.differentiate(_input_gradient, _save_input)
 
 
-def _target(parameterization: str, u: Number | None, sigma_min: float) -> Number:
+def target_level(parameterization: str, u: Number | None, sigma_min: Number) -> Number:
     """The level that a denoiser leads to: u, or the parameterisation's own end."""
     if parameterization not in PARAMETERIZATIONS:
         raise ValueError(f"parameterization must be one of {', '.join(PARAMETERIZATIONS)}, got {parameterization!r}")
@@ -202,7 +202,7 @@ def denoise(
     >>> bk.denoise(torch.ones(1, 2), torch.ones(1, 2), 3.0, 3.0)
     tensor([[1., 1.]])
     """
-    target = _target(parameterization, u, sigma_min)
+    target = target_level(parameterization, u, sigma_min)
     return DENOISE.call(x, F, t, target, sigma_data, parameterization == "cm", scaled)
 
 
@@ -241,5 +241,5 @@ def renoise(
     tensor([[2., 2.]])
     """
     following = sigma if next_sigma is None else next_sigma
-    target, cm = _target(parameterization, u, sigma_min), parameterization == "cm"
+    target, cm = target_level(parameterization, u, sigma_min), parameterization == "cm"
     return RENOISE.call(x, F, t, target, sigma, following, sigma_data, cm, seed, step, sample_id)

@@ -14,8 +14,9 @@ from torch import Tensor
 from bicm_kernels.ops import arguments, kept_gradient
 from bicm_kernels.ops.kept_gradient import Gradients, Kept, can_be_kept, wanted_bits
 from bicm_kernels.ops.library import define, library
-from bicm_kernels.ops.op import NUMBERS, PLAIN, TENSORS, Call, Op, Types
-from bicm_kernels.torch_internals import apply_of, bare, is_batched_gradient, transformed
+from bicm_kernels.ops.op import Op
+from bicm_kernels.ops.row import NUMBERS, TENSORS, Call, Types
+from bicm_kernels.torch_internals import apply_of, bare, is_batched_gradient, transformed, undisturbed
 
 _Kernel = Callable[..., Any]
 
@@ -28,6 +29,8 @@ class Kernels(NamedTuple):
     both: _Kernel
 
 
+#: What an overload with numbers takes as it is.
+_PLAIN = frozenset((float, int, bool, type(None)))
 _SUFFIXES = ("", "_backward", "_with_gradients")
 
 CODES: dict[str, dict[Any, int]] = {
@@ -44,7 +47,7 @@ _GRADIENT = {"backward": False, "forward": True}
 
 @arguments.faithful
 def _gradients(
-    loss: Loss, kernel: _Kernel, upstream: Tensor, sums: Tensor, needs: Sequence[bool], call: Sequence[Any]
+    loss: LossOp, kernel: _Kernel, upstream: Tensor, sums: Tensor, needs: Sequence[bool], call: Sequence[Any]
 ) -> Gradients:
     """The derivatives that are needed, in one pass; through the reference where they are differentiated themselves."""
     if torch.is_grad_enabled() or is_batched_gradient(upstream) or transformed():
@@ -55,7 +58,9 @@ def _gradients(
     return tuple(next(found) if need else None for need in needs)
 
 
-def _reference_gradients(loss: Loss, upstream: Tensor, needs: Sequence[bool], call: Sequence[Any]) -> Sequence[Tensor]:
+def _reference_gradients(
+    loss: LossOp, upstream: Tensor, needs: Sequence[bool], call: Sequence[Any]
+) -> Sequence[Tensor]:
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, because one tensor may be given twice.
@@ -110,7 +115,7 @@ def check_weight(weight: object, first: Tensor, first_name: str) -> None:
 
 
 # A loss, its ops, and the arguments that are not tensors.
-_Call = tuple["Loss", Kernels, tuple[Any, ...]]
+_Call = tuple["LossOp", Kernels, tuple[Any, ...]]
 
 
 class Tracked(torch.autograd.Function):
@@ -138,7 +143,7 @@ _apply_kept = apply_of(Kept)
 
 
 @dataclass(eq=False)
-class Loss(Op):
+class LossOp(Op):
     """A loss: tensors, the first ``inputs`` of which it differentiates; numbers; and flags, which have codes."""
 
     inputs: int = 2
@@ -147,7 +152,7 @@ class Loss(Op):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        tables = [CODES[flag] for flag in self.flags]
+        tables = [CODES[name] for name in self.flag_names]
         #: The codes of names.
         self.codes = {names: tuple(t[n] for t, n in zip(tables, names, strict=True)) for names in product(*tables)}
 
@@ -155,7 +160,7 @@ class Loss(Op):
         number = types[0].rstrip("?")
         kinds = [*[("Tensor", name) for name in self.tensors], *[(number, name) for name in self.numbers]]
         found = [f"{kind}{'?' * (name in self.optional)} {name}" for kind, name in kinds]
-        return found + [f"int {name}" for name in self.flags]
+        return [*found, *self.flags]
 
     def define(self) -> None:
         """Define the ops, with numbers and with tensors; the latter, for traced graphs, have autograd."""
@@ -210,7 +215,7 @@ class Loss(Op):
 
     def plain_value(self, call: Sequence[Any]) -> Tensor:
         """The reference of a call of codes."""
-        names = [_NAMES[name][code] for name, code in zip(self.flags, call[self.first_flag :], strict=True)]
+        names = [_NAMES[name][code] for name, code in zip(self.flag_names, call[self.first_flag :], strict=True)]
         return self.reference((*call[: self.first_flag], *names))
 
     def call(self, *call: Any, outs: Any = None, gradient: str = "backward") -> Tensor:
@@ -226,7 +231,7 @@ class Loss(Op):
 
     def quick(self, call: tuple[Any, ...], gradient: str) -> Tensor | None:
         """The loss of an eager call whose numbers need no conversion; None where a call is another."""
-        if not arguments.quiet(call[0], ()):
+        if not undisturbed() or not arguments.has_kernel(call[0]):
             return None
         tensors, tracked = call[: self.first_number], False
         for x in tensors[: self.inputs]:
@@ -236,7 +241,7 @@ class Loss(Op):
                 return None
         numbers = call[self.first_number : self.first_flag]
         for number in numbers:
-            if type(number) not in PLAIN:
+            if type(number) not in _PLAIN:
                 return None
         options, kernels = numbers + self.codes[call[self.first_flag :]], self.kernels["bare"]
         keeps = _GRADIENT[gradient]
@@ -281,7 +286,7 @@ class Loss(Op):
             arguments.explain(error, lambda: self.check(call, gradient))
 
     def check(self, call: Call, gradient: object) -> None:
-        values = dict(zip((*self.tensors, *self.numbers, *self.flags), call, strict=True))
+        values = dict(zip((*self.tensors, *self.numbers, *self.flag_names), call, strict=True))
         first = "x" if "x" in values else self.tensors[0]
         arguments.check_state(first, values[first])
         if values["target"] is None and values.get("u") is not None:
@@ -294,7 +299,7 @@ class Loss(Op):
                 check_weight(values[name], values[first], first)
             elif values[name] is not None or name not in self.optional:
                 arguments.check_number(name, values[name], values[first])
-        for name in self.flags:
+        for name in self.flag_names:
             if not isinstance(values[name], str | bool) or values[name] not in CODES[name]:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, CODES[name]))}, got {values[name]!r}")
         c = values["c"]
@@ -311,11 +316,13 @@ class Loss(Op):
             raise ValueError(f"gradient must be one of {', '.join(_GRADIENT)}, got {gradient!r}")
 
 
-PSEUDO_HUBER = Loss("pseudo_huber", ("pred", "target", "weight?"), numbers=("c?",), flags=("kind", "reduction"))
-CONSISTENCY_LOSS = Loss(
+PSEUDO_HUBER = LossOp(
+    "pseudo_huber", ("pred", "target", "weight?"), numbers=("c?",), flags=("int kind", "int reduction")
+)
+CONSISTENCY_LOSS = LossOp(
     "consistency_loss",
     ("F", "target", "x", "t", "u?", "weight?"),
     numbers=("c?", "sigma_data", "sigma_min"),
-    flags=("parameterization", "scaled", "kind", "reduction"),
+    flags=("int parameterization", "int scaled", "int kind", "int reduction"),
     inputs=3,
 )

@@ -17,23 +17,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bicm_kernels import reference
-from bicm_kernels.ops import arguments
 from bicm_kernels.ops.arguments import Integer, Number
-from bicm_kernels.ops.reversible_checks import check_encode, refuse_derivative
 from bicm_kernels.ops.reversible_dispatch import (
     AFFINE_INVERSE_STEP,
     AFFINE_STEP,
     BDIA_INVERSE_STEP,
     BDIA_STEP,
     DECODE,
+    ENCODE,
     Pair,
 )
 
-Operand = Tensor | tuple[Tensor, Tensor]
+TensorOrPair = Tensor | tuple[Tensor, Tensor]
 Ratio = tuple[Integer, Integer]
-
-_ops = torch.ops.bicm_kernels
 
 
 def fixed_point_encode(
@@ -64,27 +60,7 @@ def fixed_point_encode(
     >>> bk.fixed_point_encode(torch.tensor([[1.5, -0.125]]), fraction_bits=4)
     tensor([[24, -2]])
     """
-
-    def check() -> None:
-        check_encode(x, fraction_bits, dtype, overflow, mark)
-
-    try:
-        refuse_derivative(x)
-        fallback = arguments.needs_reference(x, tracked=False)
-        if fallback or arguments.unseen(x):
-            check()
-        if fallback:
-            return reference.fixed_point_encode(
-                x, fraction_bits=fraction_bits, dtype=dtype, overflow=overflow, mark=mark
-            )
-        if overflow is None:
-            return _ops.fixed_point_encode.default(x, fraction_bits, dtype)
-        check()
-        out = torch.empty_like(x, dtype=dtype)
-        _ops.fixed_point_encode.out(x, fraction_bits, arguments.integer(mark), out=out, overflow=overflow)
-        return out
-    except arguments.FAILURES as error:
-        arguments.explain(error, check)
+    return ENCODE.call(x, fraction_bits, dtype, overflow, mark)
 
 
 def fixed_point_decode(q: Tensor, *, fraction_bits: int = 32, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -111,7 +87,7 @@ def fixed_point_decode(q: Tensor, *, fraction_bits: int = 32, dtype: torch.dtype
 
 def exact_affine_step(
     q_last: Tensor,
-    tensors: Sequence[Operand],
+    tensors: Sequence[TensorOrPair],
     weights: Sequence[Number],
     info: Tensor,
     *,
@@ -165,7 +141,7 @@ def exact_affine_step(
 
 def exact_affine_inverse_step(
     q_next: Tensor,
-    tensors: Sequence[Operand],
+    tensors: Sequence[TensorOrPair],
     weights: Sequence[Number],
     info: Tensor,
     *,
@@ -206,7 +182,7 @@ def exact_affine_inverse_step(
 def bdia_exact_step(
     q_last: Tensor,
     q: Tensor,
-    eps: Operand,
+    eps: TensorOrPair,
     info: Tensor,
     *,
     a: Number,
@@ -255,7 +231,7 @@ def bdia_exact_step(
 def bdia_exact_inverse_step(
     q_next: Tensor,
     q: Tensor,
-    eps: Operand,
+    eps: TensorOrPair,
     info: Tensor,
     *,
     a: Number,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -107,28 +106,6 @@ def check_ratio(name: str, ratio: Any, last: Tensor) -> None:
     tensors = any(isinstance(value, Tensor) for value in ratio)
     if last.dtype == torch.int32 and (tensors or ratio[0] != ratio[1]):
         raise ValueError(f"{name} must be (1, 1) for int32 states: other ratios need int64, got {ratio!r}")
-
-
-def check_outs(out: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Raise unless (q_next, info) can take the results."""
-    if transformed():
-        raise ValueError("out must not be given under a torch.func transform: what is written there is lost to it")
-    arguments.check_sequence("out", out, "(q, info)")
-    if not isinstance(out, tuple | list) or len(out) != 2:
-        raise TypeError(f"out must be a pair of tensors for the state and the buffer, got {arguments.describe(out)}")
-    first = next(iter(tensors))
-    check_fixed_point("out[0]", out[0], tensors[first], first)
-    check_fixed_point("out[1]", out[1], tensors["info"], "info")
-    if not outputs.has_memory(out[0]):
-        return
-    for k, x in enumerate(out):
-        if outputs.overlaps_itself(x):
-            raise ValueError(f"out[{k}] must not overlap itself, got strides {x.stride()}")
-        for name, other in tensors.items():
-            if not outputs.same_place(x, other) and outputs.shares_memory(x, other):
-                raise ValueError(f"out[{k}] must be exactly {name} or lie apart from it: they overlap in part")
-    if outputs.shares_memory(*out):
-        raise ValueError("out[0] and out[1] must not share memory")
 
 
 def check_info(info: object, first: Tensor, first_name: str) -> None:

@@ -11,10 +11,10 @@ from bicm_kernels.reference.arithmetic import check_sequence, compute_dtype, lik
 from bicm_kernels.reference.noise import plus_noise
 
 Number = float | Tensor
-Operand = Tensor | tuple[Tensor, Tensor]
+TensorOrPair = Tensor | tuple[Tensor, Tensor]
 
 
-def guide(operands: Sequence[Operand], guidance_scale: Number | None, compute: torch.dtype) -> list[Tensor]:
+def guide(operands: Sequence[TensorOrPair], guidance_scale: Number | None, compute: torch.dtype) -> list[Tensor]:
     """The operands in the compute type; a pair becomes eps_uncond + s (eps_cond - eps_uncond)."""
     tensors: list[Tensor] = []
     for operand in operands:
@@ -27,13 +27,13 @@ def guide(operands: Sequence[Operand], guidance_scale: Number | None, compute: t
     return tensors
 
 
-def first_of(operands: Sequence[Operand]) -> Tensor:
+def first_of(operands: Sequence[TensorOrPair]) -> Tensor:
     """The first state tensor, which gives the result its dtype and layout."""
     check_sequence("tensors", operands)
     return operands[0] if isinstance(operands[0], Tensor) else operands[0][0]
 
 
-def flatten(operands: Sequence[Operand]) -> list[Tensor]:
+def flatten(operands: Sequence[TensorOrPair]) -> list[Tensor]:
     """Every tensor, pairs opened."""
     return [x for operand in operands for x in ([operand] if isinstance(operand, Tensor) else operand)]
 
@@ -47,7 +47,7 @@ def fold(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
 
 
 def affine_step(
-    tensors: Sequence[Operand],
+    tensors: Sequence[TensorOrPair],
     weights: Sequence[Number],
     *,
     noise_weight: Number = 0.0,
@@ -65,7 +65,7 @@ def affine_step(
     return like_first(result, first)
 
 
-def ddim_step(z: Tensor, eps: Operand, *, a: Number, b: Number, guidance_scale: Number | None = None) -> Tensor:
+def ddim_step(z: Tensor, eps: TensorOrPair, *, a: Number, b: Number, guidance_scale: Number | None = None) -> Tensor:
     """BDIA eq. 6: a z + b eps."""
     return affine_step([z, eps], [a, b], guidance_scale=guidance_scale)
 
@@ -73,7 +73,7 @@ def ddim_step(z: Tensor, eps: Operand, *, a: Number, b: Number, guidance_scale: 
 def bdia_step(
     z_last: Tensor,
     z: Tensor,
-    eps: Operand,
+    eps: TensorOrPair,
     *,
     a: Number,
     b: Number,
@@ -94,7 +94,7 @@ def bdia_step(
 def bdia_inverse_step(
     z_next: Tensor,
     z: Tensor,
-    eps: Operand,
+    eps: TensorOrPair,
     *,
     a: Number,
     b: Number,
@@ -114,7 +114,7 @@ def bdia_inverse_step(
 
 
 def denoised_step(
-    tensors: Sequence[Operand],
+    tensors: Sequence[TensorOrPair],
     x0_weights: Sequence[Number],
     weights: Sequence[Number],
     *,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bicm_kernels.reference.arithmetic import check_sequence, like_first, per_sample
-from bicm_kernels.reference.multistep import Number, Operand, fold, guide
+from bicm_kernels.reference.multistep import Number, TensorOrPair, fold, guide
 
 Integer = int | Tensor
 Ratio = tuple[Integer, Integer]
@@ -129,13 +129,13 @@ def _step(
 
 def _affine(
     last: Tensor,
-    tensors: Sequence[Operand],
+    tensors: Sequence[TensorOrPair],
     weights: Sequence[Tensor],
     guidance_scale: Number | None,
     fraction_bits: int,
 ) -> Tensor:
     """rint(2^fraction_bits sum of w_k x_k), in float64 and from the left."""
-    operands: list[Operand] = [
+    operands: list[TensorOrPair] = [
         _operand(x, fraction_bits)
         if isinstance(x, Tensor)
         else (_operand(x[0], fraction_bits), _operand(x[1], fraction_bits))
@@ -167,7 +167,7 @@ def fixed_point_decode(q: Tensor, *, fraction_bits: int = 32, dtype: torch.dtype
 
 def _affine_step(
     last: Tensor,
-    tensors: Sequence[Operand],
+    tensors: Sequence[TensorOrPair],
     weights: Sequence[Number],
     info: Tensor,
     inverse: bool,
@@ -185,7 +185,7 @@ def _affine_step(
 
 def exact_affine_step(
     q_last: Tensor,
-    tensors: Sequence[Operand],
+    tensors: Sequence[TensorOrPair],
     weights: Sequence[Number],
     info: Tensor,
     *,
@@ -201,7 +201,7 @@ def exact_affine_step(
 
 def exact_affine_inverse_step(
     q_next: Tensor,
-    tensors: Sequence[Operand],
+    tensors: Sequence[TensorOrPair],
     weights: Sequence[Number],
     info: Tensor,
     *,
@@ -218,7 +218,7 @@ def exact_affine_inverse_step(
 def _bdia_step(
     last: Tensor,
     q: Tensor,
-    eps: Operand,
+    eps: TensorOrPair,
     info: Tensor,
     inverse: bool,
     coefficients: Sequence[Number],
@@ -238,7 +238,7 @@ def _bdia_step(
 def bdia_exact_step(
     q_last: Tensor,
     q: Tensor,
-    eps: Operand,
+    eps: TensorOrPair,
     info: Tensor,
     *,
     a: Number,
@@ -259,7 +259,7 @@ def bdia_exact_step(
 def bdia_exact_inverse_step(
     q_next: Tensor,
     q: Tensor,
-    eps: Operand,
+    eps: TensorOrPair,
     info: Tensor,
     *,
     a: Number,

@@ -307,13 +307,20 @@ def denoised_step_out(tensors: list[Tensor], *arguments: Any, **outputs: Tensor)
     launch_denoised(outs, tensors, *arguments)
 
 
+def add_noise(x: Tensor, scale: Number, sigma: Number, *key: Integer | None) -> Tensor:
+    """The affine step of one tensor."""
+    out = torch.empty_like(x)
+    launch_multistep((out,), [x], [scale], **noise_arguments(sigma, *key))
+    return out
+
+
 def implementations() -> dict[str, Callable[..., Any]]:
     """Every overload of the family by the name of its schema."""
     table: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         name: form_step(form) for name, form in FORMS.items()
     }
     table["denoised_step"] = (denoised_step, denoised_step_out)
-    found: dict[str, Callable[..., Any]] = {}
+    found: dict[str, Callable[..., Any]] = {"add_noise": add_noise, "add_noise.tensor": add_noise}
     for name, (returning, writing) in table.items():
         found |= {name: returning, f"{name}.tensor": returning}
         found |= {f"{name}.out": writing, f"{name}.tensor_out": writing}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bicm_kernels.triton_kernels import checks
 from bicm_kernels.triton_kernels.checks import Integer, Number
-from bicm_kernels.triton_kernels.keys import integer, integer_argument, make_key, number, number_argument
+from bicm_kernels.triton_kernels.keys import Key, integer, integer_argument, make_key, number, number_argument
 from bicm_kernels.triton_kernels.operands import WARPS, device_of, lay_out, load, locate, store
 from bicm_kernels.triton_kernels.philox import box_muller, high_word, low_word, philox, uniform_from_bits
 from bicm_kernels.triton_kernels.preconditioning_kernels import bcm, c_in, cm
@@ -178,10 +178,19 @@ def fold(
     tl.store(out + place, folded, mask=inside)
 
 
-def launch_noise(out: Tensor, seed: Integer, step: Integer, sample_id: Integer, *, normal: bool) -> None:
+def given_key(seed: Integer | None, step: Integer | None, sample_id: Integer | None, like: Tensor) -> Key:
+    """The key of an op that always draws."""
+    checks.require(seed is not None and step is not None and sample_id is not None, "incomplete noise key")
+    assert seed is not None and step is not None and sample_id is not None
+    return make_key(seed, step, sample_id, like)
+
+
+def launch_noise(
+    out: Tensor, seed: Integer | None, step: Integer | None, sample_id: Integer | None, *, normal: bool
+) -> None:
     """Fill `out` (B, ...) with keyed noise."""
     checks.check_outputs((out,), ())
-    key = make_key(seed, step, sample_id, out)
+    key = given_key(seed, step, sample_id, out)
     layout = lay_out([out], per_sample=True, in_order=True)
     layout.launch(
         noise,
@@ -195,28 +204,29 @@ def launch_noise(out: Tensor, seed: Integer, step: Integer, sample_id: Integer, 
     )
 
 
-def normal(out: Tensor, seed: Integer, step: Integer, sample_id: Integer) -> None:
+def normal(out: Tensor, seed: Integer | None, step: Integer | None, sample_id: Integer | None) -> None:
     """Fill `out` (B, ...) with keyed normal numbers."""
     launch_noise(out, seed, step, sample_id, normal=True)
 
 
-def uniform(out: Tensor, seed: Integer, step: Integer, sample_id: Integer) -> None:
+def uniform(out: Tensor, seed: Integer | None, step: Integer | None, sample_id: Integer | None) -> None:
     """Fill `out` (B, ...) with keyed uniform numbers."""
     launch_noise(out, seed, step, sample_id, normal=False)
 
 
 def noisy_pair(
     x: Tensor,
-    sigma_low: Number,
-    sigma_high: Number,
-    seed: Integer,
-    step: Integer,
-    sample_id: Integer,
     x_hat: Tensor | None,
     mask: Tensor | None,
+    sigma_low: Number,
+    sigma_high: Number,
     sigma_data: Number | None,
+    seed: Integer | None,
+    step: Integer | None,
+    sample_id: Integer | None,
 ) -> tuple[Tensor, Tensor]:
     """(x + sigma_low n, x + sigma_high n), with x_hat in place of x where the mask is true; with sigma_data, scaled."""
+    checks.require((x_hat is None) == (mask is None), "x_hat goes with a mask")
     checks.require(x_hat is None or x_hat.dtype == x.dtype, "x_hat differs from x in dtype")
     return launch_pair(x, sigma_low, sigma_high, (seed, step, sample_id), x_hat, mask, sigma_data)
 
@@ -224,27 +234,27 @@ def noisy_pair(
 def generated_pair(
     x: Tensor,
     F: Tensor,
+    mask: Tensor | None,
     sigma_low: Number,
     sigma_high: Number,
-    end: Number,
+    sigma_min: Number,
     sigma_data: Number,
-    seed: Integer,
-    step: Integer,
-    sample_id: Integer,
-    mask: Tensor | None,
-    to_least: bool,
+    cm: bool,
     scales: bool,
+    seed: Integer | None,
+    step: Integer | None,
+    sample_id: Integer | None,
 ) -> tuple[Tensor, Tensor]:
     """The pair of what the network makes of the samples at the low level, where the mask is true."""
-    key, form = (seed, step, sample_id), "cm" if to_least else "bcm"
-    return launch_pair(x, sigma_low, sigma_high, key, F, mask, sigma_data, end, form=form, scales=scales)
+    key, form = (seed, step, sample_id), "cm" if cm else "bcm"
+    return launch_pair(x, sigma_low, sigma_high, key, F, mask, sigma_data, sigma_min, form=form, scales=scales)
 
 
 def launch_pair(
     x: Tensor,
     sigma_low: Number,
     sigma_high: Number,
-    whole_key: tuple[Integer, Integer, Integer],
+    whole_key: tuple[Integer | None, Integer | None, Integer | None],
     x_hat: Tensor | None,
     mask: Tensor | None,
     sigma_data: Number | None,
@@ -260,7 +270,7 @@ def launch_pair(
         fits = x_hat is not None and mask.dtype == torch.bool and mask.shape == x.shape[:1] and mask.device == x.device
         checks.require(fits, "mask must be a (B,) bool tensor beside x_hat")
     low, high = torch.empty_like(x), torch.empty_like(x)
-    key = make_key(*whole_key, x)
+    key = given_key(*whole_key, x)
     wide = torch.float64 in [state.dtype for state in states]
     compute = torch.float64 if wide else torch.float32
     layout = lay_out([low, high, *states], per_sample=True, in_order=True)
@@ -313,12 +323,7 @@ def fold_in(seed: Tensor, data: Tensor) -> Tensor:
 
 def implementations() -> dict[str, Callable[..., Any]]:
     """Every overload of the family by the name of its schema."""
-    return {
-        "normal": normal,
-        "normal.tensor": normal,
-        "uniform": uniform,
-        "uniform.tensor": uniform,
-        "noisy_pair": noisy_pair,
-        "generated_pair": generated_pair,
-        "fold_in": fold_in,
-    }
+    found: dict[str, Callable[..., Any]] = {"fold_in": fold_in}
+    for function in (normal, uniform, noisy_pair, generated_pair):
+        found |= {function.__name__: function, f"{function.__name__}.tensor": function}
+    return found

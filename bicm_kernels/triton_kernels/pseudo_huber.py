@@ -46,7 +46,7 @@ def counter(device: torch.device) -> Tensor:
     return _counters[device]
 
 
-class Loss:
+class LossCall:
     """A loss's arguments, checked, in the form that the kernels take."""
 
     def __init__(
@@ -203,9 +203,9 @@ class Loss:
 
 def distance_of(
     pred: Tensor, target: Tensor, weight: Number | None, c: Number | None, kind: int, reduction: int
-) -> Loss:
+) -> LossCall:
     """The loss of a schema of pseudo_huber."""
-    return Loss((pred, target), (), weight, c, "", False, kind, reduction)
+    return LossCall((pred, target), (), weight, c, "", False, kind, reduction)
 
 
 def consistency_of(
@@ -222,13 +222,13 @@ def consistency_of(
     scaled: int,
     kind: int,
     reduction: int,
-) -> Loss:
+) -> LossCall:
     """The loss of a schema of consistency_loss."""
     name = PARAMETERIZATIONS[parameterization]
     checks.require(u is None or name == "bcm", "only bcm takes u")
     end: Number = 0.0 if name == "edm" else sigma_min if u is None else u
     form = "cm" if name == "cm" else "bcm"
-    return Loss((F, target, x), (t, end, sigma_data), weight, c, form, scaled == 1, kind, reduction)
+    return LossCall((F, target, x), (t, end, sigma_data), weight, c, form, scaled == 1, kind, reduction)
 
 
 def scale_gradients(upstream: Tensor, kept: Sequence[Tensor]) -> None:
@@ -240,7 +240,7 @@ def scale_gradients(upstream: Tensor, kept: Sequence[Tensor]) -> None:
         layout.launch(scale, gradient=layout.operands[0], upstream=argument, COMPUTE=compute)
 
 
-def passes(make: Callable[..., Loss]) -> tuple[Callable[..., Any], ...]:
+def passes(make: Callable[..., LossCall]) -> tuple[Callable[..., Any], ...]:
     """A loss's op, its derivative and both at once, for numbers and for tensors alike."""
 
     def value(*call: Any) -> tuple[Tensor, Tensor]:

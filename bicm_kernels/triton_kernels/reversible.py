@@ -200,11 +200,13 @@ def fixed_point_encode(x: Tensor, fraction_bits: int, dtype: torch.dtype) -> Ten
     return out
 
 
-def fixed_point_encode_out(x: Tensor, fraction_bits: int, mark: Integer, *, out: Tensor, overflow: Tensor) -> None:
+def fixed_point_encode_out(
+    x: Tensor, fraction_bits: int, dtype: torch.dtype, mark: Integer, *, out: Tensor, overflow: Tensor
+) -> None:
     """The same into a tensor that the caller gives, overflows noted."""
     checks.check_states([x], 1)
-    check_bits(fraction_bits, out.dtype)
-    check_outs([(out, out.dtype)], [x])
+    check_bits(fraction_bits, dtype)
+    check_outs([(out, dtype)], [x])
     launch_exact([out], [x], [(ONE, None)], fraction_bits=fraction_bits, overflow=overflow, mark=mark)
 
 
@@ -231,6 +233,7 @@ def implementations() -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {
         "fixed_point_encode": fixed_point_encode,
         "fixed_point_encode.out": fixed_point_encode_out,
+        "fixed_point_encode.tensor_out": fixed_point_encode_out,
         "fixed_point_decode": fixed_point_decode,
     }
     for name, kind in STEPS.items():

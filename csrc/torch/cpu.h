@@ -28,8 +28,10 @@ struct Cpu {
 
   static void run(const struct Multistep& problem);
   static void run(const struct Multistep& problem, const Tensor&) { run(problem); }
-  static void run(const struct Noise& problem, const Tensor&);
-  static void run(const struct NoisyPair& problem, const Tensor&);
+  static void run(const struct Noise& problem);
+  static void run(const struct Noise& problem, const Tensor&) { run(problem); }
+  static void run(const struct NoisyPair& problem);
+  static void run(const struct NoisyPair& problem, const Tensor&) { run(problem); }
   static void sums(struct PseudoHuber& problem, const Tensor& loss, const Tensor& sums);
   static void gradients(const struct PseudoHuber& problem, const Tensor&);
   static void sums_and_gradients(struct PseudoHuber& problem, const Tensor& loss, const Tensor& sums);

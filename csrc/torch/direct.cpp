@@ -62,10 +62,12 @@ bool read(PyObject* from, PythonArguments::Guidance& to) {
   return !to.given || read(from, to.scale);
 }
 
+bool is_sequence(PyObject* value) { return PyList_Check(value) || PyTuple_Check(value); }
+
 template <class Visit>
 bool each(PyObject* sequence, Visit visit) {
   const bool list = PyList_Check(sequence);
-  if (!list && !PyTuple_Check(sequence)) return false;
+  if (!is_sequence(sequence)) return false;
   const Py_ssize_t count = list ? PyList_Size(sequence) : PyTuple_Size(sequence);
   for (Py_ssize_t i = 0; i < count; ++i) {
     if (!visit(list ? PyList_GetItem(sequence, i) : PyTuple_GetItem(sequence, i), i == count - 1)) return false;
@@ -81,9 +83,9 @@ bool read(PyObject* from, Few<T, N>& to) {
   });
 }
 
-bool read(PyObject* from, Operands& to) {
+bool read(PyObject* from, StepTensors& to) {
   return each(from, [&](PyObject* item, bool last) {
-    const bool pair = last && (PyTuple_Check(item) || PyList_Check(item));
+    const bool pair = last && is_sequence(item);
     if (pair) return to.paired = true, read(item, static_cast<Few<Object, kMaxTerms + 1>&>(to));
     Object* place = to.add();
     return place != nullptr && read(item, *place);
@@ -116,6 +118,8 @@ class Released {
 };
 
 int64_t grain_of(const Multistep& problem) { return problem.draws ? Cpu::kNoiseGrain : Cpu::kGrain; }
+int64_t grain_of(const Noise&) { return Cpu::kNoiseGrain; }
+int64_t grain_of(const NoisyPair&) { return Cpu::kNoiseGrain; }
 int64_t grain_of(const Reversible&) { return Cpu::kGrain; }
 int64_t grain_of(const FixedPointDecode&) { return Cpu::kGrain; }
 
@@ -128,6 +132,13 @@ struct Direct {
     Cpu::run(problem);
   }
 };
+
+// Fills a tensor with keyed numbers, and returns it.
+template <Distribution D>
+Object draw(Object out, PythonArguments::Seed seed, PythonArguments::Counter at, PythonArguments::Counter sample_id) {
+  Draw<Direct, D>::template fill<PythonArguments>(out, seed, at, sample_id);
+  return out;
+}
 
 struct ExactArguments {
   using Tensor = Object;
@@ -144,7 +155,7 @@ struct ExactArguments {
 
 // An exact step that notes overflows where it is asked to; the buffer it left, or the one given where it needs none.
 template <Increment I, bool Inverse>
-std::tuple<Object, Object> exact_step(Object last, Operands operands, Object info,
+std::tuple<Object, Object> exact_step(Object last, StepTensors operands, Object info,
                                       PythonArguments::Coefficients coefficients, PythonArguments::Guidance guidance,
                                       Few<PythonArguments::Counter, 2> ratio, int64_t fraction_bits,
                                       std::optional<Object> overflow, PythonArguments::Counter mark) {
@@ -162,6 +173,17 @@ std::tuple<Object, Object> exact_step(Object last, Operands operands, Object inf
   if (overflow.has_value()) step.overflow(*overflow, integer(step, mark));
   step.run(Direct(), step.p, last);
   return {out, info_out};
+}
+
+// Encodes, and notes overflows where it is asked to.
+Object encode_state(Object x, int64_t fraction_bits, DType dtype, std::optional<Object> overflow,
+                    PythonArguments::Counter mark) {
+  ExactStep step(x, Kinds::floating);
+  Object out = empty_in_layout_of(x, dtype);
+  prepare_encode(step, x, out, fraction_bits);
+  if (overflow.has_value()) step.overflow(*overflow, integer(step, mark));
+  step.run(Direct(), step.p, x);
+  return out;
 }
 
 template <bool OfTorch, class Result, class... Arguments>
@@ -186,6 +208,99 @@ PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call<OfTorch>(Op, arguments, count);
 }
 
+bool is_signed(PyObject* integer) {
+  int overflow;
+  PyLong_AsLongLongAndOverflow(integer, &overflow);
+  return overflow == 0;
+}
+
+// A number, a type or None as overloads take them; or a tensor, which asks for the overload with tensors.
+bool is_plain(PyObject* value, bool& tensors) {
+  DType dtype;
+  if (value == Py_None || PyFloat_CheckExact(value) || PyBool_Check(value)) return true;
+  if (PyLong_CheckExact(value)) return is_signed(value);
+  if (is_untracked_tensor(value)) return tensors = true;
+  return read(value, dtype);
+}
+
+// The tensors of a step in a list of their own, a pair opened.
+PyObject* opened(PyObject* operands, bool& paired) {
+  PyObject* list = PyList_New(0);
+  const auto append = [list](PyObject* item, bool) {
+    return is_untracked_tensor(item) && PyList_Append(list, item) == 0;
+  };
+  const bool plain = each(operands, [&](PyObject* item, bool last) {
+    paired = last && is_sequence(item);
+    return paired ? each(item, append) : append(item, last);
+  });
+  if (plain) return list;
+  Py_DECREF(list);
+  return nullptr;
+}
+
+// What an op's row says of its calls.
+struct Shape {
+  // Of a guided op the first argument is a sequence of tensors, the last of which may be a pair.
+  bool guided;
+  // Where numbers begin, and where guidance_scale is. -1 here and below: there is none.
+  Py_ssize_t first_number, guidance;
+  // How many tensors have no weight, where the others have.
+  Py_ssize_t unweighted;
+  // The number that weighs noise, and its seed.
+  Py_ssize_t noise, seed;
+};
+
+bool is_zero(PyObject* value) { return PyFloat_CheckExact(value) && PyFloat_AsDouble(value) == 0.0; }
+
+// Called with an op's shape, its call, and the devices on which kernels run (bits by DLPack's codes). The arguments as the
+// dispatcher's overloads take them: in a tuple for the one with numbers, in a list for the one with tensors. None for a
+// call that is not plain: tensors of torch's own type without a derivative, numbers of Python's own types, nobody who
+// traces or transforms; or that no kernel could tell from another: weights of no tensor, noise without a seed.
+PyObject* schema_arguments(PyObject*, PyObject* const* given, Py_ssize_t) {
+  const auto number = [&](Py_ssize_t i) { return PyLong_AsSsize_t(PyTuple_GetItem(given[0], i)); };
+  const Shape shape = {number(0) != 0, number(1), number(2), number(3), number(4), number(5)};
+  const Py_ssize_t count = PyTuple_Size(given[1]);
+  const auto item = [&](Py_ssize_t i) { return PyTuple_GetItem(given[1], i); };
+  bool paired = false, of_tensors = false, plain = PyTuple_Check(given[1]) && nobody_transforms();
+  const auto plain_number = [&of_tensors](PyObject* value, bool) { return is_plain(value, of_tensors); };
+  PyObject* taken = PyTuple_New(count);
+  for (Py_ssize_t i = 0; plain && i < count; ++i) {
+    PyObject* value = item(i);
+    if (shape.guided && i == 0) {
+      value = opened(value, paired);
+      plain = value != nullptr;
+    } else if (i == shape.guidance && (value == Py_None) == paired) {
+      plain = false;
+      value = nullptr;
+    } else if (i == shape.guidance && !paired) {
+      value = PyFloat_FromDouble(0.0);
+    } else if (i < shape.first_number) {
+      plain = value == Py_None || is_untracked_tensor(value);
+      Py_INCREF(value);
+    } else {
+      plain = is_sequence(value) ? each(value, plain_number) : plain_number(value, true);
+      Py_INCREF(value);
+    }
+    if (value != nullptr) PyTuple_SetItem(taken, i, value);
+  }
+  if (plain && shape.unweighted >= 0) {
+    PyObject* const weights = item(shape.first_number);
+    plain = is_sequence(weights) && PySequence_Size(weights) == PySequence_Size(item(0)) - shape.unweighted;
+  }
+  if (plain && shape.noise >= 0 && item(shape.seed) == Py_None) {
+    plain = shape.unweighted >= 0 && is_zero(item(shape.noise));
+  }
+  if (plain) {
+    PyObject* const first = PyTuple_GetItem(taken, 0);
+    PyObject* const tensor = shape.guided ? PyList_GetItem(first, 0) : first;
+    plain = tensor != nullptr && is_on(tensor, PyLong_AsLong(given[2]));
+  }
+  PyObject* result = !plain ? Py_NewRef(Py_None) : of_tensors ? PySequence_List(taken) : Py_NewRef(taken);
+  Py_DECREF(taken);
+  if (!plain) PyErr_Clear();
+  return result;
+}
+
 PyObject* known(PyObject*, PyObject* count) {
   know_implementations(PyLong_AsLongLong(count));
   Py_RETURN_NONE;
@@ -206,17 +321,25 @@ bool add_direct(PyObject* module) {
       method<&FormStep<Direct, Form::bdia>::run<A>>("bdia_step"),
       method<&FormStep<Direct, Form::bdia_inverse>::run<A>>("bdia_inverse_step"),
       method<&AffineStep<Direct>::run<A>>("affine_step"),
+      method<&AddNoise<Direct>::run<A>>("add_noise"),
       method<&DenoisedStep<Direct>::run<A>>("denoised_step"),
       method<&ScaleInput<Direct>::run<A>>("scale_input"),
       method<&Denoise<Direct>::run<A>>("denoise"),
       method<&Renoise<Direct>::run<A>>("renoise"),
+      method<&draw<Distribution::normal>>("normal"),
+      method<&draw<Distribution::uniform>>("uniform"),
+      method<&GivenPair<Direct>::run<A>>("noisy_pair"),
+      method<&GeneratedPair<Direct>::run<A>>("generated_pair"),
       method<&exact_step<Increment::affine, false>>("exact_affine_step"),
       method<&exact_step<Increment::affine, true>>("exact_affine_inverse_step"),
       method<&exact_step<Increment::bdia, false>>("bdia_exact_step"),
       method<&exact_step<Increment::bdia, true>>("bdia_exact_inverse_step"),
       method<&generator_normal, false>("generator_normal"),
+      method<&encode_state>("fixed_point_encode"),
       method<&fixed_point_decode<Direct, Object, DType>>("fixed_point_decode"),
       {"know_implementations", known, METH_O, nullptr},
+      {"schema_arguments", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&schema_arguments)),
+       METH_FASTCALL, nullptr},
       {nullptr, nullptr, 0, nullptr},
   };
   if (!open_torch()) return true;

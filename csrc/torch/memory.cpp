@@ -43,7 +43,7 @@ void* map(int64_t bytes) {
   return data;
 }
 
-void unmap(Block* block) {
+void unmap(KeptBlock* block) {
   munmap(block->data, static_cast<size_t>(block->capacity));
   delete block;
 }
@@ -51,12 +51,12 @@ void unmap(Block* block) {
 // The blocks that nobody uses, the latest first. Never destroyed: tensors may outlive static objects.
 class Kept {
  public:
-  Block* take(int64_t bytes, bool streamed) {
+  KeptBlock* take(int64_t bytes, bool streamed) {
     // A forked process may inherit a lock that nobody holds: whoever does not get it at once goes without.
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock.owns_lock()) return nullptr;
-    Block** best = nullptr;
-    for (Block** place = &first_; *place != nullptr; place = &(*place)->next) {
+    KeptBlock** best = nullptr;
+    for (KeptBlock** place = &first_; *place != nullptr; place = &(*place)->next) {
       const int64_t capacity = (*place)->capacity;
       if (capacity < bytes || capacity / 2 > bytes) continue;
       const bool alike = best != nullptr && capacity == (*best)->capacity;
@@ -66,7 +66,7 @@ class Kept {
     return best == nullptr ? nullptr : remove(best);
   }
 
-  bool give(Block* block) {
+  bool give(KeptBlock* block) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     const int64_t most = most_kept.load(std::memory_order_relaxed);
     if (!lock.owns_lock() || block->capacity > most) return false;
@@ -86,21 +86,21 @@ class Kept {
   }
 
  private:
-  Block* remove(Block** place) {
-    Block* const block = *place;
+  KeptBlock* remove(KeptBlock** place) {
+    KeptBlock* const block = *place;
     *place = block->next;
     bytes_ -= block->capacity;
     return block;
   }
 
-  Block** last() {
-    Block** place = &first_;
+  KeptBlock** last() {
+    KeptBlock** place = &first_;
     while ((*place)->next != nullptr) place = &(*place)->next;
     return place;
   }
 
   std::mutex mutex_;
-  Block* first_ = nullptr;
+  KeptBlock* first_ = nullptr;
   int64_t bytes_ = 0;
 };
 
@@ -116,18 +116,18 @@ void keep_at_most(int64_t bytes) {
   most_kept.store(kSanitized ? 0 : bytes, std::memory_order_relaxed);
 }
 
-Block* take_block(int64_t bytes, bool streamed) {
+KeptBlock* take_block(int64_t bytes, bool streamed) {
   if (most_kept.load(std::memory_order_relaxed) == 0) return nullptr;
   const int64_t capacity = (bytes + kPage - 1) / kPage * kPage;
-  if (Block* const block = kept().take(capacity, streamed)) return block->streamed = streamed, block;
+  if (KeptBlock* const block = kept().take(capacity, streamed)) return block->streamed = streamed, block;
   void* const data = map(capacity);
   if (data == nullptr) return nullptr;
-  Block* const block = new (std::nothrow) Block{data, capacity, nullptr, streamed};
+  KeptBlock* const block = new (std::nothrow) KeptBlock{data, capacity, nullptr, streamed};
   if (block == nullptr) munmap(data, static_cast<size_t>(capacity));
   return block;
 }
 
-void give_back(Block* block) {
+void give_back(KeptBlock* block) {
   if (!kept().give(block)) unmap(block);
 }
 

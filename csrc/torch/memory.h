@@ -16,14 +16,14 @@ void keep_at_most(int64_t bytes);
 
 // A block of memory, owned by whoever took it until it is given back; nullptr where there is none.
 // `streamed`: last written past the cache. What is to be written past it, or not, had better find it as it needs it.
-struct Block {
+struct KeptBlock {
   void* data;
   int64_t capacity;
-  Block* next;
+  KeptBlock* next;
   bool streamed;
 };
-Block* take_block(int64_t bytes, bool streamed = false);
-void give_back(Block* block);
+KeptBlock* take_block(int64_t bytes, bool streamed = false);
+void give_back(KeptBlock* block);
 
 // Gives what is kept to the system; the number of bytes.
 int64_t release_blocks();

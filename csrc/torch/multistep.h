@@ -21,6 +21,7 @@ struct NumberArguments {
   using Maybe = std::optional<double>;
   using Seed = std::optional<int64_t>;
   using Counter = int64_t;
+  using Mask = std::optional<bicm::Tensor>;
 };
 struct TensorArguments {
   using Tensor = bicm::Tensor;
@@ -31,19 +32,42 @@ struct TensorArguments {
   using Maybe = std::optional<Tensor>;
   using Seed = std::optional<Tensor>;
   using Counter = std::optional<Tensor>;
+  using Mask = std::optional<Tensor>;
 };
 
 // Only memory that is handed to Python directly is kept apart by how it is written.
 inline Tensor like(const Tensor& first, const View& view, bool) { return like(first, view); }
 
+// What the numbers and integers of a call are held to: the view of its first tensor, which lives as long as this does.
+template <class A>
+class Inputs {
+ public:
+  explicit Inputs(const View& first) : first_(first) {}
+
+  const View& first() const { return first_; }
+  int64_t batch() const { return first_.sizes[0]; }
+  Number number(const typename A::Tensor& value) {
+    const View view = view_of(value);
+    per_sample_ = per_sample_ || view.dim == 1;
+    return number_of(view, batch(), first_.device);
+  }
+
+ protected:
+  bool per_sample_ = false;
+
+ private:
+  const View& first_;
+};
+
 // The inputs of a step, checked against the first; the problem's operands point at them.
 template <class A>
-class Step {
+class Step : public Inputs<A> {
  public:
   using Tensor = typename A::Tensor;
   using Tensors = typename A::Tensors;
+  using Inputs<A>::batch, Inputs<A>::first;
 
-  Step(const Tensors& tensors, int64_t terms) : tensors_(tensors) {
+  Step(const Tensors& tensors, int64_t terms) : Inputs<A>(storage_[0]), tensors_(tensors) {
     const int64_t count = static_cast<int64_t>(tensors.size());
     STD_TORCH_CHECK(terms >= 1 && terms <= kMaxTerms && (count == terms || count == terms + 1),
                     "bicm_kernels: wrong number of tensors or coefficients");
@@ -60,24 +84,16 @@ class Step {
   }
 
   const Tensors& tensors() const { return tensors_; }
-  const View& first() const { return storage_[0]; }
-  int64_t batch() const { return first().sizes[0]; }
-  Number number(const Tensor& value) {
-    const View view = view_of(value);
-    per_sample_ = per_sample_ || view.dim == 1;
-    return number_of(view, batch(), first().device);
-  }
 
   template <class Coefficients>
   void weights(const Coefficients& values, Number* into) {
     for (size_t k = 0; k < values.size(); ++k) into[k] = given(*this, values[k]);
   }
 
-  template <class KeyArguments>
-  void noise(const Number& weight, const KeyArguments& key) {
+  void noise(const Number& weight, const NoiseKey& key) {
     m.draws = true;
     m.noise_weight = weight;
-    m.key = key_of(key, batch(), first().device);
+    m.key = key;
   }
 
   Tensor output(Operand& operand) {
@@ -121,7 +137,7 @@ class Step {
 
   template <class Device>
   void run(Device) {
-    merge(views_, operands_, used_, m.draws, per_sample_, m.layout);
+    merge(views_, operands_, used_, m.draws, this->per_sample_, m.layout);
     if (m.layout.batch == 0 || m.layout.elements == 0) return;
     for (int out = inputs_; out < used_; ++out) operands_[out]->streams = streamed(*operands_[out]);
     Device::run(m, tensors_[0]);
@@ -153,36 +169,47 @@ class Step {
   const View* views_[kMaxOperands];
   Operand* operands_[kMaxOperands];
   int used_ = 0, inputs_ = 0;
-  bool per_sample_ = false;
 };
 
 template <class A>
-Number given(Step<A>&, double value) {
+Number given(Inputs<A>&, double value) {
   return number_of(value);
 }
 template <class A>
-Number given(Step<A>&, const std::optional<double>& value) {
+Number given(Inputs<A>&, const std::optional<double>& value) {
   return number_of(value.value_or(0.0));
 }
 template <class A>
-Number given(Step<A>& step, const Tensor& value) {
-  return step.number(value);
+Number given(Inputs<A>& inputs, const Tensor& value) {
+  return inputs.number(value);
 }
 template <class A>
-Number given(Step<A>& step, const std::optional<Tensor>& value) {
-  return value.has_value() ? step.number(*value) : number_of(0.0);
+Number given(Inputs<A>& inputs, const std::optional<Tensor>& value) {
+  return value.has_value() ? inputs.number(*value) : number_of(0.0);
 }
 
+// The key of a call that draws noise.
 template <class A>
-void draw_noise(Step<A>& step, double weight, const std::optional<int64_t>& seed, int64_t at, int64_t sample) {
-  if (seed.has_value()) step.noise(number_of(weight), KeyNumbers{*seed, at, sample});
+NoiseKey key_given(const Inputs<A>& inputs, const std::optional<int64_t>& seed, int64_t at, int64_t sample) {
+  STD_TORCH_CHECK(seed.has_value(), "bicm_kernels: noise without a seed");
+  return key_of(KeyNumbers{*seed, at, sample}, inputs.batch(), inputs.first().device);
 }
 template <class A>
-void draw_noise(Step<A>& step, const std::optional<Tensor>& weight, const std::optional<Tensor>& seed,
-                const std::optional<Tensor>& at, const std::optional<Tensor>& sample) {
+NoiseKey key_given(const Inputs<A>& inputs, const std::optional<Tensor>& seed, const std::optional<Tensor>& at,
+                   const std::optional<Tensor>& sample) {
+  STD_TORCH_CHECK(seed.has_value() && at.has_value() && sample.has_value(), "bicm_kernels: incomplete noise key");
+  return key_of(KeyTensors{*seed, *at, *sample}, inputs.batch(), inputs.first().device);
+}
+
+inline bool is_number(double) { return true; }
+inline bool is_number(const std::optional<Tensor>& value) { return value.has_value(); }
+
+// A seed that is not there draws nothing.
+template <class A, class Weight, class Seed, class Counter>
+void draw_noise(Step<A>& step, const Weight& weight, const Seed& seed, const Counter& at, const Counter& sample) {
   if (!seed.has_value()) return;
-  STD_TORCH_CHECK(weight.has_value() && at.has_value() && sample.has_value(), "bicm_kernels: incomplete noise key");
-  step.noise(step.number(*weight), KeyTensors{*seed, *at, *sample});
+  STD_TORCH_CHECK(is_number(weight), "bicm_kernels: noise without a weight");
+  step.noise(given(step, weight), key_given(step, seed, at, sample));
 }
 
 template <Form F, class Coefficients>
@@ -220,6 +247,21 @@ struct AffineStep {
     prepare<Form::affine, A>(step, weights, guidance_scale);
     draw_noise(step, noise_weight, seed, at, sample_id);
     return step.finish(Device(), step.m.out, outs...);
+  }
+};
+
+// The affine step of one tensor whose noise is always drawn: a schema without lists.
+template <class Device>
+struct AddNoise {
+  template <class A>
+  static typename A::Tensor run(typename A::Tensor x, typename A::Coefficient scale, typename A::Coefficient sigma,
+                                typename A::Seed seed, typename A::Counter at, typename A::Counter sample_id) {
+    const typename A::Tensors tensors = {x};
+    Step<A> step(tensors, 1);
+    step.m.form = Form::affine;
+    step.m.coefficient[0] = given(step, scale);
+    draw_noise(step, sigma, seed, at, sample_id);
+    return step.finish(Device(), step.m.out);
   }
 };
 
@@ -286,6 +328,7 @@ void register_multistep(Library& library) {
   register_step<FormStep<Device, Form::bdia>, Tensor>(library, "bdia_step");
   register_step<FormStep<Device, Form::bdia_inverse>, Tensor>(library, "bdia_inverse_step");
   register_step<AffineStep<Device>, Tensor>(library, "affine_step");
+  register_op<AddNoise<Device>, NumberArguments, TensorArguments>(library, "add_noise");
   register_step<DenoisedStep<Device>, Tensor, Tensor, Tensor>(library, "denoised_step");
 }
 

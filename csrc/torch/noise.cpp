@@ -4,13 +4,9 @@
 
 namespace bicm {
 
-void Cpu::run(const Noise& problem, const Tensor&) {
-  split(problem, problem.layout, kNoiseGrain, active_kernels().noise);
-}
+void Cpu::run(const Noise& problem) { split(problem, problem.layout, kNoiseGrain, active_kernels().noise); }
 
-void Cpu::run(const NoisyPair& problem, const Tensor&) {
-  split(problem, problem.layout, kNoiseGrain, active_kernels().noisy_pair);
-}
+void Cpu::run(const NoisyPair& problem) { split(problem, problem.layout, kNoiseGrain, active_kernels().noisy_pair); }
 
 void Cpu::fold_in(const Integer& seed, const Integer& data, const Tensor& out) {
   int64_t* results = static_cast<int64_t*>(out.data_ptr());

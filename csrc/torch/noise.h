@@ -4,35 +4,36 @@
 #include <tuple>
 
 #include "../core/noise.h"
-#include "numbers.h"
+#include "multistep.h"
 
 namespace bicm {
 
-template <class Device, Distribution D, class KeyArguments>
-void draw(const Tensor& out, const KeyArguments& key) {
-  const View view = view_of(out);
-  STD_TORCH_CHECK(view.dim > 0, "bicm_kernels: noise needs a batch dimension");
-  STD_TORCH_CHECK(!overlaps_itself(view), "bicm_kernels: out overlaps itself");
-  Noise problem = {};
-  const View* views[] = {&view};
-  Operand* operands[] = {&problem.out};
-  merge(views, operands, 1, true, true, problem.layout);
-  problem.distribution = D;
-  problem.key = key_of(key, problem.layout.batch, view.device);
-  if (problem.layout.batch == 0 || problem.layout.elements == 0) return;
-  problem.out.streams = problem.layout.batch * problem.layout.elements * size_of(view.dtype) >= kStreamBytes;
-  Device::run(problem, out);
-}
-
+// Fills a tensor with keyed numbers.
 template <class Device, Distribution D>
-void draw_numbers(Tensor out, int64_t seed, int64_t step, int64_t sample_id) {
-  draw<Device, D>(out, KeyNumbers{seed, step, sample_id});
-}
+struct Draw {
+  template <class A>
+  static void run(typename A::Tensor out, typename A::Seed seed, typename A::Counter at,
+                  typename A::Counter sample_id) {
+    fill<A>(out, seed, at, sample_id);
+  }
 
-template <class Device, Distribution D>
-void draw_tensors(Tensor out, Tensor seed, Tensor step, Tensor sample_id) {
-  draw<Device, D>(out, KeyTensors{seed, step, sample_id});
-}
+  template <class A>
+  static void fill(const typename A::Tensor& out, const typename A::Seed& seed, const typename A::Counter& at,
+                   const typename A::Counter& sample_id) {
+    const View view = view_of(out);
+    STD_TORCH_CHECK(view.dim > 0, "bicm_kernels: noise needs a batch dimension");
+    STD_TORCH_CHECK(!overlaps_itself(view), "bicm_kernels: out overlaps itself");
+    Noise problem = {};
+    const View* views[] = {&view};
+    Operand* operands[] = {&problem.out};
+    merge(views, operands, 1, true, true, problem.layout);
+    problem.distribution = D;
+    problem.key = key_given(Inputs<A>(view), seed, at, sample_id);
+    if (problem.layout.batch == 0 || problem.layout.elements == 0) return;
+    problem.out.streams = problem.layout.batch * problem.layout.elements * size_of(view.dtype) >= kStreamBytes;
+    Device::run(problem, out);
+  }
+};
 
 // Seeds and data are both 0-d, or (B,), or one of each; one that is 0-d may lie on the host.
 template <class Device>
@@ -48,81 +49,115 @@ Tensor fold_in_tensors(Tensor seed, Tensor data) {
   return out;
 }
 
-// The pair whose samples the network generates, where the mask says so, from those at the low level.
-struct Generated {
-  const Tensor& F;
-  const Tensor& end;
-  bool to_least, scales;
+// The samples that something takes the place of.
+struct Replaced {
+  const bool* rows = nullptr;
+  int64_t stride = 0;
+};
+
+inline Replaced replaced_rows(const std::optional<Tensor>& mask, const View& first) {
+  if (!mask.has_value()) return {};
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(mask->get(), &dtype));
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_bool() && mask->dim() == 1 && mask->size(0) == first.sizes[0] &&
+                      device_of(*mask) == first.device,
+                  "bicm_kernels: mask must be a (B,) bool tensor");
+  return {static_cast<const bool*>(mask->data_ptr()), mask->stride(0)};
+}
+
+// Two levels of one noise. Where the mask says so, other samples take the place of x: those that are given, or those
+// that the network generates from the low level.
+template <class A>
+class Pair : public Inputs<A> {
+ public:
+  using Tensor = typename A::Tensor;
+
+  Pair(const Tensor& x, const Tensor* other) : Inputs<A>(x_view_), x_(x), x_view_(view_of(x)) {
+    other_view_ = other != nullptr ? view_of(*other) : x_view_;
+    STD_TORCH_CHECK(x_view_.dim > 0 && same_sizes(x_view_, other_view_) && x_view_.device == other_view_.device,
+                    "bicm_kernels: tensors differ in shape or device");
+    problem.float64 = x_view_.dtype == DType::float64 || other_view_.dtype == DType::float64;
+  }
+
+  bool of_one_dtype() const { return x_view_.dtype == other_view_.dtype; }
+
+  void rows(const typename A::Mask& mask) {
+    const Replaced found = replaced_rows(mask, x_view_);
+    problem.mask = found.rows;
+    problem.mask_stride = found.stride;
+  }
+
+  template <class Device>
+  std::tuple<Tensor, Tensor> run(Device) {
+    Tensor low = like(x_, x_view_, false), high = like(x_, x_view_, false);
+    const View low_view = view_of(low), high_view = view_of(high);
+    const View* views[] = {&x_view_, &low_view, &high_view, &other_view_};
+    Operand* operands[] = {&problem.x, &problem.low, &problem.high, &problem.x_hat};
+    Layout& layout = problem.layout;
+    merge(views, operands, 4, true, true, layout);
+    if (layout.batch > 0 && layout.elements > 0) {
+      const int64_t bytes = layout.batch * layout.elements * size_of(x_view_.dtype);
+      problem.low.streams = problem.high.streams = bytes >= kStreamBytes;
+      Device::run(problem, x_);
+    }
+    return {std::move(low), std::move(high)};
+  }
+
+  bicm::NoisyPair problem = {};
+
+ private:
+  const Tensor& x_;
+  View x_view_, other_view_;
 };
 
 template <class Device>
-std::tuple<Tensor, Tensor> pair_of(const Tensor& x, const Tensor& sigma_low, const Tensor& sigma_high,
-                                   const KeyTensors& key, const std::optional<Tensor>& x_hat,
-                                   const std::optional<Tensor>& mask, const std::optional<Tensor>& sigma_data,
-                                   const Generated* generated) {
-  const View view = view_of(x);
-  const View other = generated != nullptr ? view_of(generated->F) : x_hat.has_value() ? view_of(*x_hat) : view;
-  STD_TORCH_CHECK(view.dim > 0 && same_sizes(view, other) && view.device == other.device &&
-                      (view.dtype == other.dtype || generated != nullptr),
-                  "bicm_kernels: x_hat differs from x in shape, dtype or device");
-  Tensor low = like(x, view), high = like(x, view);
-  const View low_view = view_of(low), high_view = view_of(high);
-  const int64_t batch = view.sizes[0];
-  NoisyPair problem = {};
-  const View* views[] = {&view, &low_view, &high_view, &other};
-  Operand* operands[] = {&problem.x, &problem.low, &problem.high, &problem.x_hat};
-  merge(views, operands, 4, true, true, problem.layout);
-  problem.float64 = view.dtype == DType::float64 || other.dtype == DType::float64;
-  problem.sigma_low = number_of(sigma_low, batch, view.device);
-  problem.sigma_high = number_of(sigma_high, batch, view.device);
-  problem.scales = sigma_data.has_value();
-  if (problem.scales) problem.sigma_data = number_of(*sigma_data, batch, view.device);
-  if (generated != nullptr) {
-    problem.generates = true;
-    problem.to_least = generated->to_least;
-    problem.scales = generated->scales;
-    problem.end = number_of(generated->end, batch, view.device);
+struct GivenPair {
+  template <class A>
+  static std::tuple<typename A::Tensor, typename A::Tensor> run(
+      typename A::Tensor x, std::optional<typename A::Tensor> x_hat, typename A::Mask mask,
+      typename A::Coefficient sigma_low, typename A::Coefficient sigma_high, typename A::Maybe sigma_data,
+      typename A::Seed seed, typename A::Counter at, typename A::Counter sample_id) {
+    Pair<A> pair(x, x_hat.has_value() ? &*x_hat : nullptr);
+    STD_TORCH_CHECK(x_hat.has_value() == mask.has_value() && pair.of_one_dtype(),
+                    "bicm_kernels: x_hat has the dtype of x, and a mask beside it");
+    pair.rows(mask);
+    pair.problem.sigma_low = given(pair, sigma_low);
+    pair.problem.sigma_high = given(pair, sigma_high);
+    pair.problem.scales = sigma_data.has_value();
+    pair.problem.sigma_data = given(pair, sigma_data);
+    pair.problem.key = key_given(pair, seed, at, sample_id);
+    return pair.run(Device());
   }
-  problem.key = key_of(key, batch, view.device);
-  if (mask.has_value()) {
-    STD_TORCH_CHECK((x_hat.has_value() || generated != nullptr) && mask->dim() == 1 && mask->size(0) == batch &&
-                        mask->element_size() == 1 && device_of(*mask) == view.device,
-                    "bicm_kernels: mask must be a (B,) bool tensor beside x_hat or F");
-    problem.mask = static_cast<const bool*>(mask->data_ptr());
-    problem.mask_stride = mask->stride(0);
-  }
-  if (batch > 0 && problem.layout.elements > 0) {
-    problem.low.streams = problem.high.streams = batch * problem.layout.elements * size_of(view.dtype) >= kStreamBytes;
-    Device::run(problem, x);
-  }
-  return {low, high};
-}
+};
 
 template <class Device>
-std::tuple<Tensor, Tensor> generated_pair(Tensor x, Tensor F, Tensor sigma_low, Tensor sigma_high, Tensor end,
-                                          Tensor sigma_data, Tensor seed, Tensor step, Tensor sample_id,
-                                          std::optional<Tensor> mask, bool cm, bool scales) {
-  const Generated generated = {F, end, cm, scales};
-  return pair_of<Device>(x, sigma_low, sigma_high, KeyTensors{seed, step, sample_id}, std::nullopt, mask, sigma_data,
-                         &generated);
-}
-
-template <class Device>
-std::tuple<Tensor, Tensor> noisy_pair(Tensor x, Tensor sigma_low, Tensor sigma_high, Tensor seed, Tensor step,
-                                      Tensor sample_id, std::optional<Tensor> x_hat, std::optional<Tensor> mask,
-                                      std::optional<Tensor> sigma_data) {
-  return pair_of<Device>(x, sigma_low, sigma_high, KeyTensors{seed, step, sample_id}, x_hat, mask, sigma_data, nullptr);
-}
+struct GeneratedPair {
+  template <class A>
+  static std::tuple<typename A::Tensor, typename A::Tensor> run(
+      typename A::Tensor x, typename A::Tensor F, typename A::Mask mask, typename A::Coefficient sigma_low,
+      typename A::Coefficient sigma_high, typename A::Coefficient sigma_min, typename A::Coefficient sigma_data,
+      bool cm, bool scales, typename A::Seed seed, typename A::Counter at, typename A::Counter sample_id) {
+    Pair<A> pair(x, &F);
+    pair.rows(mask);
+    pair.problem.sigma_low = given(pair, sigma_low);
+    pair.problem.sigma_high = given(pair, sigma_high);
+    pair.problem.generates = true;
+    pair.problem.to_least = cm;
+    pair.problem.end = given(pair, sigma_min);
+    pair.problem.scales = scales;
+    pair.problem.sigma_data = given(pair, sigma_data);
+    pair.problem.key = key_given(pair, seed, at, sample_id);
+    return pair.run(Device());
+  }
+};
 
 template <class Device>
 void register_noise(Library& library) {
-  library.impl("normal", BICM_BOX((&draw_numbers<Device, Distribution::normal>)));
-  library.impl("normal.tensor", BICM_BOX((&draw_tensors<Device, Distribution::normal>)));
-  library.impl("uniform", BICM_BOX((&draw_numbers<Device, Distribution::uniform>)));
-  library.impl("uniform.tensor", BICM_BOX((&draw_tensors<Device, Distribution::uniform>)));
+  register_op<Draw<Device, Distribution::normal>, NumberArguments, TensorArguments>(library, "normal");
+  register_op<Draw<Device, Distribution::uniform>, NumberArguments, TensorArguments>(library, "uniform");
+  register_op<GivenPair<Device>, NumberArguments, TensorArguments>(library, "noisy_pair");
+  register_op<GeneratedPair<Device>, NumberArguments, TensorArguments>(library, "generated_pair");
   library.impl("fold_in", BICM_BOX((&fold_in_tensors<Device>)));
-  library.impl("noisy_pair", BICM_BOX((&noisy_pair<Device>)));
-  library.impl("generated_pair", BICM_BOX((&generated_pair<Device>)));
 }
 
 }  // namespace bicm

@@ -11,7 +11,7 @@ namespace bicm {
 using MaybeTensor = std::optional<Tensor>;
 
 // A loss's arguments, checked; the problem's operands point at them.
-class Loss {
+class LossCall {
  public:
   // Keeps pointers to them.
   void inputs(const Tensor& prediction, const Tensor& target, const Tensor* x = nullptr) {
@@ -166,14 +166,14 @@ struct LossTensors {
 };
 
 template <class A>
-void pseudo_huber_of(Loss& loss, const Tensor& pred, const Tensor& target, const MaybeTensor& weight,
+void pseudo_huber_of(LossCall& loss, const Tensor& pred, const Tensor& target, const MaybeTensor& weight,
                      const typename A::Maybe& c, const int64_t& distance, const int64_t& reduction) {
   loss.inputs(pred, target);
   loss.distance(weight, c, distance, reduction);
 }
 
 template <class A>
-void consistency_of(Loss& loss, const Tensor& F, const Tensor& target, const Tensor& x, const Tensor& t,
+void consistency_of(LossCall& loss, const Tensor& F, const Tensor& target, const Tensor& x, const Tensor& t,
                     const MaybeTensor& u, const MaybeTensor& weight, const typename A::Maybe& c,
                     const typename A::Numeric& sigma_data, const typename A::Numeric& sigma_min,
                     const int64_t& parameterization, const int64_t& scaled, const int64_t& distance,
@@ -186,20 +186,20 @@ void consistency_of(Loss& loss, const Tensor& F, const Tensor& target, const Ten
 // The three ops of a loss: its value, its derivative, and both at once. Read takes the arguments that they share.
 template <class Device, auto Read>
 struct LossOps;
-template <class Device, class... Arguments, void (*Read)(Loss&, const Arguments&...)>
+template <class Device, class... Arguments, void (*Read)(LossCall&, const Arguments&...)>
 struct LossOps<Device, Read> {
   static std::tuple<Tensor, Tensor> value(Arguments... arguments) {
-    Loss loss;
+    LossCall loss;
     Read(loss, arguments...);
     return loss.value<Device>();
   }
   static std::tuple<Tensor, std::vector<Tensor>> with_gradients(int64_t needs, Arguments... arguments) {
-    Loss loss;
+    LossCall loss;
     Read(loss, arguments...);
     return loss.value_and_gradients<Device>(needs);
   }
   static std::vector<Tensor> backward(Tensor upstream, Tensor sums, int64_t needs, Arguments... arguments) {
-    Loss loss;
+    LossCall loss;
     Read(loss, arguments...);
     return loss.gradients<Device>(upstream, sums, needs);
   }

@@ -2,14 +2,26 @@
 
 #include <algorithm>
 #include <array>
+#include <memory>
 #include <string>
+#include <vector>
 
 #include "torch_abi.h"
 
-// Since torch 1.9, and no part of its stable ABI: whether anybody records what operations run (at::hasCallbacks).
+// No part of torch's stable ABI. Since torch 1.9: whether anybody records what operations run.
 namespace at {
 __attribute__((weak)) bool hasCallbacks();
 }
+// Python's questions for these two take ten times as long: the torch.func transforms in force, and what TorchScript traces
+// into, null where it does not trace.
+namespace at::functorch {
+struct DynamicLayer;
+__attribute__((weak)) const std::vector<DynamicLayer>& getDynamicLayerStack();
+}  // namespace at::functorch
+namespace torch::jit::tracer {
+struct TracingState;
+__attribute__((weak)) const std::shared_ptr<TracingState>& getTracingState();
+}  // namespace torch::jit::tracer
 
 namespace bicm {
 namespace {
@@ -57,9 +69,9 @@ class Question {
 // Functions and objects of torch, looked up once.
 struct Torch {
   PyObject *tensor, *empty_strided, *empty_like, *forward_mode, *profiler, *implementations;
-  Question is_negated;
+  Question is_negated, is_tracing, transforms;
   // Whoever answers with something true wants to see or to change every operation.
-  std::array<Question, 4> watchers;
+  std::array<Question, 2> watchers;
   std::array<PyObject*, std::size(kKinds)> dtypes;
   PyObject *requires_grad, *profiling, *level;
   const abi::Exchange* exchange;
@@ -100,9 +112,9 @@ bool look_into(PyObject* object, View& view) {
   return false;
 }
 
-// Not a tensor that only looks like ordinary memory: a negated view, or one that autograd follows.
-bool plain(PyObject* tensor) {
-  if (!torch_.is_negated.says_no(tensor)) return false;
+bool is_of_torch(PyObject* object) { return reinterpret_cast<PyObject*>(Py_TYPE(object)) == torch_.tensor; }
+
+bool untracked(PyObject* tensor) {
   if (!aoti_torch_grad_mode_is_enabled()) return true;
   PyObject* follows = PyObject_GetAttr(tensor, torch_.requires_grad);
   Py_XDECREF(follows);
@@ -113,9 +125,9 @@ bool plain(PyObject* tensor) {
 PyObject* object_in_kept_memory(const View& view, bool streamed) {
   struct Owner {
     ManagedTensor managed;
-    Block* block;
+    KeptBlock* block;
   };
-  Block* const block = worth_keeping(view) ? take_block(bytes_of(view), streamed) : nullptr;
+  KeptBlock* const block = worth_keeping(view) ? take_block(bytes_of(view), streamed) : nullptr;
   if (block == nullptr) return nullptr;
   const Kind& kind = kKinds[static_cast<size_t>(view.dtype)];
   const ExchangedTensor tensor = {block->data,
@@ -186,18 +198,50 @@ void know_implementations(int64_t count) { torch_.known_implementations = static
 
 bool nobody_replaced_ops() { return PySet_Size(torch_.implementations) == torch_.known_implementations; }
 
-bool nobody_watches() {
+static bool transformed() {
+  if (at::functorch::getDynamicLayerStack != nullptr) return !at::functorch::getDynamicLayerStack().empty();
+  return !torch_.transforms.says_no();
+}
+
+static bool traced() {
+  if (torch::jit::tracer::getTracingState != nullptr) return torch::jit::tracer::getTracingState() != nullptr;
+  return !torch_.is_tracing.says_no();
+}
+
+bool nobody_transforms() {
   for (const Question& watcher : torch_.watchers) {
     if (!watcher.says_no()) return false;
   }
   PyObject* level = PyDict_GetItemWithError(torch_.forward_mode, torch_.level);
-  return level != nullptr && PyLong_AsLong(level) < 0 && !recorded();
+  return level != nullptr && PyLong_AsLong(level) < 0 && !transformed() && !traced();
+}
+
+bool nobody_watches() { return nobody_transforms() && !recorded(); }
+
+bool is_untracked_tensor(PyObject* object) { return is_of_torch(object) && untracked(object); }
+
+bool is_on(PyObject* tensor, int64_t devices) {
+  ExchangedTensor found;
+  const bool known = is_of_torch(tensor) && torch_.exchange->look_into(tensor, &found) == 0;
+  return known && (devices >> found.device_type & 1) != 0;
+}
+
+bool read(PyObject* from, PythonArguments::Mask& to) {
+  if (from == Py_None) return true;
+  ExchangedTensor found;
+  if (!is_of_torch(from) || torch_.exchange->look_into(from, &found) != 0) return false;
+  const bool bools = found.device_type == kCpuDevice && found.kind == abi::kBool && found.bits == 8;
+  if (!bools || found.dim != 1 || found.data == nullptr) return false;
+  to.rows = {reinterpret_cast<const bool*>(static_cast<char*>(found.data) + found.byte_offset), found.strides[0]};
+  to.count = found.sizes[0];
+  return true;
 }
 
 bool read(PyObject* from, Object& to) {
-  if (reinterpret_cast<PyObject*>(Py_TYPE(from)) != torch_.tensor) return false;
   View view;
-  if (!look_into(from, view) || !plain(from)) return false;
+  // A negated view only looks like ordinary memory.
+  if (!is_of_torch(from) || !look_into(from, view) || !torch_.is_negated.says_no(from) || !untracked(from))
+    return false;
   Py_INCREF(from);
   to = Object(from, view);
   return true;
@@ -212,8 +256,7 @@ bool read(PyObject* from, DType& to) {
 
 void* bytes_of(PyObject* tensor, int64_t& count) {
   ExchangedTensor found;
-  const bool tensors = reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == torch_.tensor;
-  if (!tensors || torch_.exchange->look_into(tensor, &found) != 0) return nullptr;
+  if (!is_of_torch(tensor) || torch_.exchange->look_into(tensor, &found) != 0) return nullptr;
   const bool bytes = found.device_type == kCpuDevice && found.kind == abi::kUnsigned && found.bits == 8;
   if (!bytes || found.dim != 1 || found.strides[0] != 1) return nullptr;
   count = found.sizes[0];
@@ -250,8 +293,7 @@ bool open_torch() {
       {&torch_.profiler, "torch.autograd.profiler.__dict__"},
       {&torch_.implementations, "torch.library._impls"},
   };
-  const char* const watchers[] = {"torch._C._len_torch_dispatch_stack", "torch._C._len_torch_function_stack",
-                                  "torch._C._functorch.peek_interpreter_stack", "torch._C._is_tracing"};
+  const char* const watchers[] = {"torch._C._len_torch_dispatch_stack", "torch._C._len_torch_function_stack"};
   bool found = true;
   const auto look_up = [&found](const char* path) {
     PyObject* object = found ? find(path) : nullptr;
@@ -263,6 +305,9 @@ bool open_torch() {
   for (size_t i = 0; i < std::size(watchers); ++i) {
     if (PyObject* function = look_up(watchers[i])) torch_.watchers[i] = Question(function);
   }
+  if (PyObject* function = look_up("torch._C._is_tracing")) torch_.is_tracing = Question(function);
+  if (PyObject* function = look_up("torch._C._functorch.peek_interpreter_stack"))
+    torch_.transforms = Question(function);
   torch_.requires_grad = PyUnicode_InternFromString("requires_grad");
   torch_.profiling = PyUnicode_InternFromString("_is_profiler_enabled");
   torch_.level = PyUnicode_InternFromString("_current_level");

@@ -7,14 +7,15 @@
 
 #include <utility>
 
-#include "multistep.h"
+#include "noise.h"
 
 namespace bicm {
 
 // Looks up what is needed of torch; false where it is not there.
 bool open_torch();
 
-// Whether nobody traces, transforms, overrides or records operations.
+// Whether nobody traces, transforms or overrides operations; and whether nobody records them either.
+bool nobody_transforms();
 bool nobody_watches();
 
 // Whether Python has registered no more implementations of ops since it told how many there are, none of them of ours.
@@ -58,6 +59,12 @@ bool read(PyObject* from, DType& to);
 // The memory of a row of bytes on the CPU and how many there are; null for anything else.
 void* bytes_of(PyObject* tensor, int64_t& count);
 
+// Whether an object is a tensor of torch's own type, wherever it lies, that autograd does not follow.
+bool is_untracked_tensor(PyObject* object);
+
+// Whether such a tensor lies on one of these devices, bits by DLPack's codes.
+bool is_on(PyObject* tensor, int64_t devices);
+
 // An uninitialised tensor in the dtype and layout of another; `streamed`: it will be written past the cache.
 Object like(const Object& first, const View& view, bool streamed = false);
 
@@ -84,7 +91,7 @@ class Few {
 };
 
 // The tensors of a step; the last two may be a pair (eps_uncond, eps_cond).
-struct Operands : Few<Object, kMaxTerms + 1> {
+struct StepTensors : Few<Object, kMaxTerms + 1> {
   using Few::Few;
   bool paired = false;
 };
@@ -99,7 +106,7 @@ struct OrTensor {
 
 struct PythonArguments {
   using Tensor = Object;
-  using Tensors = Operands;
+  using Tensors = StepTensors;
   using Coefficient = OrTensor<double>;
   using Coefficients = Few<Coefficient, kMaxTerms>;
   struct Guidance {
@@ -109,16 +116,24 @@ struct PythonArguments {
   using Maybe = std::optional<Coefficient>;
   using Counter = OrTensor<int64_t>;
   using Seed = std::optional<Counter>;
+  struct Mask {
+    Replaced rows;
+    int64_t count = 0;
+    bool has_value() const { return rows.rows != nullptr; }
+  };
 };
+
+// False for what is not a (B,) bool tensor on the CPU, or None.
+bool read(PyObject* from, PythonArguments::Mask& to);
 
 using PythonStep = Step<PythonArguments>;
 
 template <class T>
-Number given(PythonStep& step, const OrTensor<T>& value) {
-  return value.is_tensor() ? step.number(value.tensor) : number_of(value.value);
+Number given(Inputs<PythonArguments>& inputs, const OrTensor<T>& value) {
+  return value.is_tensor() ? inputs.number(value.tensor) : number_of(value.value);
 }
-inline Number given(PythonStep& step, const PythonArguments::Maybe& value) {
-  return value.has_value() ? given(step, *value) : number_of(0.0);
+inline Number given(Inputs<PythonArguments>& inputs, const PythonArguments::Maybe& value) {
+  return value.has_value() ? given(inputs, *value) : number_of(0.0);
 }
 inline Number given(PythonStep& step, const PythonArguments::Guidance& guidance) {
   const bool paired = step.tensors().paired;
@@ -143,11 +158,22 @@ inline NoiseKey key_of(const KeyObjects& key, int64_t batch, int32_t device) {
           numbers.counts && !per_sample && key.sample.tensor.view.dim == 0};
 }
 
+inline Replaced replaced_rows(const PythonArguments::Mask& mask, const View& first) {
+  STD_TORCH_CHECK(!mask.has_value() || mask.count == first.sizes[0], "bicm_kernels: mask must be a (B,) bool tensor");
+  return mask.rows;
+}
+
+inline NoiseKey key_given(const Inputs<PythonArguments>& inputs, const PythonArguments::Seed& seed,
+                          const PythonArguments::Counter& at, const PythonArguments::Counter& sample) {
+  STD_TORCH_CHECK(seed.has_value(), "bicm_kernels: noise without a seed");
+  return key_of(KeyObjects{*seed, at, sample}, inputs.batch(), inputs.first().device);
+}
+
 inline void draw_noise(PythonStep& step, const PythonArguments::Coefficient& weight, const PythonArguments::Seed& seed,
                        const PythonArguments::Counter& at, const PythonArguments::Counter& sample) {
   STD_TORCH_CHECK(seed.has_value() || (!weight.is_tensor() && weight.value == 0.0),
                   "bicm_kernels: noise without a key");
-  if (seed.has_value()) step.noise(given(step, weight), KeyObjects{*seed, at, sample});
+  if (seed.has_value()) step.noise(given(step, weight), key_given(step, seed, at, sample));
 }
 
 }  // namespace bicm

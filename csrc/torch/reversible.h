@@ -227,7 +227,8 @@ struct ExactUpdate {
   }
 };
 
-inline void prepare_encode(ExactStep& step, const Tensor& x, const Tensor& out, int64_t fraction_bits) {
+template <class T>
+void prepare_encode(ExactStep& step, const T& x, const T& out, int64_t fraction_bits) {
   step.p.terms = 1;
   step.p.coefficient[0] = number_of(1.0);
   step.add(x, step.p.input[0], Kinds::floating);
@@ -262,8 +263,8 @@ Tensor fixed_point_encode(Tensor x, int64_t fraction_bits, ScalarType dtype) {
   return out;
 }
 
-template <class Device>
-void fixed_point_encode_out(Tensor x, int64_t fraction_bits, Tensor mark, Tensor out, Tensor overflow) {
+template <class Device, class Mark>
+void fixed_point_encode_out(Tensor x, int64_t fraction_bits, ScalarType, Mark mark, Tensor out, Tensor overflow) {
   ExactStep step(x, Kinds::floating);
   prepare_encode(step, x, out, fraction_bits);
   step.check_overlap();
@@ -303,7 +304,8 @@ void register_reversible(Library& library) {
   register_exact_step<Device, bdia, false>(library, "bdia_exact_step");
   register_exact_step<Device, bdia, true>(library, "bdia_exact_inverse_step");
   library.impl("fixed_point_encode", BICM_BOX((&fixed_point_encode<Device>)));
-  library.impl("fixed_point_encode.out", BICM_BOX((&fixed_point_encode_out<Device>)));
+  library.impl("fixed_point_encode.out", BICM_BOX((&fixed_point_encode_out<Device, int64_t>)));
+  library.impl("fixed_point_encode.tensor_out", BICM_BOX((&fixed_point_encode_out<Device, Tensor>)));
   library.impl("fixed_point_decode", BICM_BOX((&fixed_point_decode<Device, Tensor, ScalarType>)));
 }
 

@@ -78,13 +78,13 @@ bool dense(const View& x) {
 }
 
 std::optional<Tensor> in_kept_memory(const View& view) {
-  Block* const block = torch_from_blob != nullptr && worth_keeping(view) ? take_block(bytes_of(view)) : nullptr;
+  KeptBlock* const block = torch_from_blob != nullptr && worth_keeping(view) ? take_block(bytes_of(view)) : nullptr;
   if (block == nullptr) return std::nullopt;
   AtenTensorHandle result;
   const auto failed = torch_from_blob(
       block->data, view.dim, view.sizes, view.strides, 0, torch_code(view.dtype), aoti_torch_device_type_cpu(), -1,
       &result, aoti_torch_layout_strided(), nullptr, 0,
-      [](void*, void* block) { give_back(static_cast<Block*>(block)); }, block);
+      [](void*, void* block) { give_back(static_cast<KeptBlock*>(block)); }, block);
   if (failed == 0) return Tensor(result);
   give_back(block);
   return std::nullopt;

@@ -36,7 +36,7 @@ struct Exchange {
   int (*look_into)(void* object, ExchangedTensor* result);
 };
 constexpr int32_t kCpuDevice = 1;
-constexpr uint8_t kSigned = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4;
+constexpr uint8_t kSigned = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4, kBool = 6;
 
 // The table in a capsule; nullptr where it does not say of `sample`, a contiguous (2, 3) float32 tensor on the CPU, what
 // the tensor says of itself.

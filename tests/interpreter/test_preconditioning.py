@@ -95,7 +95,7 @@ def test_noisy_pair(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     mixed = {"x_hat": x_hat, "mask": mask}
     for given in ({}, mixed, mixed | {"sigma_data": DATA}, {"sigma_data": torch.tensor([0.5, 1.0, 2.0])}):
         rest = [given.get(name) for name in ("x_hat", "mask", "sigma_data")]
-        actual = OPS["noisy_pair"](x, low, high, *TENSOR_KEY, *rest)
+        actual = OPS["noisy_pair"](x, *rest[:2], low, high, rest[2], *TENSOR_KEY)
         expected = reference.noisy_pair(x, low, high, **KEY, **given)
         for result, wanted in zip(actual, expected, strict=True):
             assert_same(result, wanted)
@@ -108,8 +108,8 @@ def test_generated_pair(dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[in
     low, high, end = torch.tensor([0.0, 0.5, 1.0]), torch.tensor(2.5, dtype=F64), torch.tensor(0.01)
     for chosen, form, data in ((mask, "bcm", DATA), (None, "cm", torch.tensor([0.5, 1.0, 2.0])), (mask, "bcm", None)):
         deviation = torch.tensor(0.5, dtype=F64) if data is None else data
-        flags = (chosen, form == "cm", data is not None)
-        actual = OPS["generated_pair"](x, F, low, high, end, deviation, *TENSOR_KEY, *flags)
+        flags = (form == "cm", data is not None)
+        actual = OPS["generated_pair"](x, F, chosen, low, high, end, deviation, *flags, *TENSOR_KEY)
         given = {"F": F, "mask": chosen, "sigma_data": data, "parameterization": form, "sigma_min": end}
         for result, wanted in zip(actual, reference.noisy_pair(x, low, high, **KEY, **given), strict=True):
             assert_same(result, wanted)
@@ -118,7 +118,7 @@ def test_generated_pair(dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[in
 def test_a_masked_sample_is_not_read() -> None:
     x, x_hat = torch.full((2, 9), float("nan")), torch.full((2, 9), float("nan"))
     x[0], x_hat[1] = 1.0, 2.0
-    low, _ = OPS["noisy_pair"](x, *[torch.zeros(())] * 2, *TENSOR_KEY, x_hat, torch.tensor([False, True]), None)
+    low, _ = OPS["noisy_pair"](x, x_hat, torch.tensor([False, True]), *[torch.zeros(())] * 2, None, *TENSOR_KEY)
     assert low.tolist() == [[1.0] * 9, [2.0] * 9]
 
 
@@ -126,7 +126,7 @@ def test_wrong_arguments_raise() -> None:
     x, one = torch.zeros(3, 4), torch.ones(())
     for rest in ((x.double(), torch.zeros(3, dtype=torch.bool)), (None, torch.zeros(3, dtype=torch.bool)), (x, one)):
         with pytest.raises(RuntimeError, match="bicm_kernels: "):
-            OPS["noisy_pair"](x, one, one, *TENSOR_KEY, *rest, None)
+            OPS["noisy_pair"](x, *rest, one, one, None, *TENSOR_KEY)
     with pytest.raises(RuntimeError, match="bicm_kernels: "):
         OPS["denoise"](x, x[:2], 1.0, 0.5, 0.5, False, False)
 

@@ -123,7 +123,7 @@ def test_encoding_rounds_to_even(dtype: torch.dtype) -> None:
         expected = reference.fixed_point_encode(x, fraction_bits=0, dtype=dtype, overflow=plain, mark=3)
         assert_same(OPS["fixed_point_encode"](x, 0, dtype), expected)
         out = torch.empty_like(x, dtype=dtype)
-        OPS["fixed_point_encode.out"](x, 0, 3, out=out, overflow=ours)
+        OPS["fixed_point_encode.out"](x, 0, dtype, 3, out=out, overflow=ours)
         assert_same(out, expected)
         assert torch.equal(ours, plain)
     x = random(SHAPE).to(memory_format=torch.channels_last)

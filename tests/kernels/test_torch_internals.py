@@ -15,6 +15,7 @@ NATIVE = ROOT / "csrc" / "torch" / "python.cpp"
 #: The names, by who looks them up.
 PYTHON = {
     "_C._autograd._get_current_graph_task_keep_graph",
+    "_C._dispatch_call_boxed",
     "_C._functions.DelayedError",
     "_C._functorch.CInterpreter",
     "_C._functorch.TransformType.Vmap",

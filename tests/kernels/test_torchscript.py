@@ -122,7 +122,7 @@ UNDEFINED = {
     "noisy_pair": (
         """graph(%x : Tensor, %w : Tensor, %k : Tensor):
   %none : Tensor = prim::AutogradZero()
-  %low : Tensor, %high : Tensor = bicm_kernels::noisy_pair(%x, %w, %w, %k, %k, %k, %none, %none, %none)
+  %low : Tensor, %high : Tensor = bicm_kernels::noisy_pair(%x, %none, %none, %w, %w, %none, %k, %k, %k)
   return (%low)""",
         lambda x, w, k: bk.noisy_pair(x, w, w, seed=k, step=k, sample_id=k)[0],
     ),

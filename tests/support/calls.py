@@ -127,7 +127,7 @@ def opened(results: Any) -> list[Tensor]:
 
 def takes_tensors(name: str) -> set[str]:
     """The parameters of an op that a tensor may be given for."""
-    words = re.compile("Tensor|Number|Integer|Operand|Ratio|Pair")
+    words = re.compile("Tensor|Number|Integer|TensorOrPair|Ratio|Pair")
     parameters = inspect.signature(op_of(name)).parameters.items()
     return {parameter for parameter, kind in parameters if words.search(str(kind.annotation))}
 

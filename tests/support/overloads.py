@@ -104,10 +104,11 @@ def noise_samples() -> dict[str, list[tuple[Any, ...]]]:
         samples[f"{name}.tensor"] = [(torch.empty(3, 5), i(-2), i(3), torch.arange(3), {}), seeds]
     samples["fold_in"] = [(i(1), i(2), {}), (torch.arange(4), i(2), {}), (i(1), torch.arange(4), {})]
     key = (i(2), i(3), i(4))
-    samples["add_noise"] = [
-        (state(3, 4), d(0.5), d(1.0), *key, {}),
+    samples["add_noise"] = [(state(3, 4), 1.0, 0.5, 2, 3, 4, {})]
+    samples["add_noise.tensor"] = [(state(3, 4), d(1.0), d(0.5), *key, {})]
+    samples["add_noise_tracked"] = [
         (state(3, 4, dtype=F64).requires_grad_(), ROW.double(), ROW.double(), *key, {}),
-        (state(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_(), d(0.5), d(0.7), *key, {}),
+        (state(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_(), d(0.7), d(0.5), *key, {}),
     ]
     return samples
 
@@ -117,16 +118,21 @@ def pair_samples() -> dict[str, list[tuple[Any, ...]]]:
     key = (i(1), i(2), torch.arange(4))
     return {
         name: [
-            (x, d(0.5), d(2.0), *key, None, None, None, {}),
-            (x, torch.rand(4), d(2.0), *key, None, None, d(0.5), {}),
-            (x.clone().requires_grad_(tracked), d(0.5), d(2.0), *key, x_hat, mask, None, {}),
+            (x, None, None, d(0.5), d(2.0), None, *key, {}),
+            (x, None, None, torch.rand(4), d(2.0), d(0.5), *key, {}),
+            (x.clone().requires_grad_(tracked), x_hat, mask, d(0.5), d(2.0), None, *key, {}),
         ]
-        for name, tracked in (("noisy_pair", False), ("noisy_pair_tracked", True))
+        for name, tracked in (("noisy_pair.tensor", False), ("noisy_pair_tracked", True))
     } | {
-        "generated_pair": [
-            (x, x_hat, d(0.5), d(2.0), d(0.002), d(0.5), *key, None, False, True, {}),
-            (x, x_hat.half(), torch.rand(4), d(2.0), d(0.002), d(0.5), *key, mask, True, False, {}),
-        ]
+        "noisy_pair": [
+            (x, None, None, 0.5, 2.0, None, 1, 2, 3, {}),
+            (x, x_hat, mask, 0.5, 2.0, 0.5, 1, 2, 3, {}),
+        ],
+        "generated_pair": [(x, x_hat, mask, 0.5, 2.0, 0.002, 0.5, False, True, 1, 2, 3, {})],
+        "generated_pair.tensor": [
+            (x, x_hat, None, d(0.5), d(2.0), d(0.002), d(0.5), False, True, *key, {}),
+            (x, x_hat.half(), mask, torch.rand(4), d(2.0), d(0.002), d(0.5), True, False, *key, {}),
+        ],
     }
 
 
@@ -199,7 +205,8 @@ def reversible_samples() -> dict[str, list[tuple[Any, ...]]]:
                     ]
     samples["fixed_point_encode"] = [(EPS, 32, torch.int64, {}), (EPS.bfloat16().T, 20, torch.int32, {})]
     notes = {"out": Q.clone(), "overflow": torch.zeros(3, dtype=torch.int64)}
-    samples["fixed_point_encode.out"] = [(EPS, 32, torch.tensor(2), notes)]
+    samples["fixed_point_encode.out"] = [(EPS, 32, torch.int64, 2, notes)]
+    samples["fixed_point_encode.tensor_out"] = [(EPS, 32, torch.int64, torch.tensor(2), notes)]
     samples["fixed_point_decode"] = [(Q, 32, torch.float16, {}), (Q.int().T, 20, torch.float64, {})]
     return samples
 

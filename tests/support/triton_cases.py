@@ -42,7 +42,7 @@ def levels() -> tuple[float, ...]:
 def preconditioning(kind: str, state: torch.dtype, network: torch.dtype) -> dict[str, Case]:
     pair, one = states(state, network), states(state)
     renoise = (*levels()[:2], 0.7, 0.6, 0.5, False, *KEY)
-    noise = (0.3, 0.5, *KEY, None, None, 0.5)
+    noise = (None, None, 0.3, 0.5, 0.5, *KEY)
     return {
         f"scale_input {kind}": ("multistep", lambda: OPS["scale_input"](one[0], 2.0, 0.5), one, one),
         f"denoise {kind}": ("multistep", lambda: OPS["denoise"](*pair, *levels(), False, False), pair, one),
