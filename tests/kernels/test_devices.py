@@ -105,6 +105,7 @@ def test_numbers_on_the_cpu_beside_a_gpu(name: str, k: int, dtype: torch.dtype) 
             assert (actual.device, actual.shape, actual.dtype) == (GPU, wanted.shape, wanted.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "k"), EVERY)
 def test_compiled(name: str, k: int) -> None:
     torch._dynamo.reset()

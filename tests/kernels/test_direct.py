@@ -194,6 +194,7 @@ assert torch.equal(bk.ddim_step(x, x, a=2.0, b=0.5), 2.5 * x)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("value", "off"), [("0", True), ("1", False), (None, False)])
 def test_it_can_be_switched_off(value: str | None, off: bool, python: Callable[..., Any]) -> None:
     python(SWITCHED.format(off=off), BICM_KERNELS_DIRECT=value, BICM_KERNELS_BACKEND="native")
@@ -282,6 +283,7 @@ def test_errors_are_those_of_the_long_way(name: str, states: tuple[Tensor, Tenso
     assert (type(raised[0]), str(raised[0])) == (type(raised[1]), str(raised[1]))
 
 
+@pytest.mark.slow
 def test_nothing_is_kept(states: tuple[Tensor, Tensor]) -> None:
     x, y = states
     weights, tensors = [0.9, PER_SAMPLE], [x, (y, x)]

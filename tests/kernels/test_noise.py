@@ -125,6 +125,7 @@ def uniforms() -> Tensor:
     return bk.uniform((10, DRAWS // 10), seed=20_240_229, dtype=torch.float64).flatten()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "law"), [("normals", "norm"), ("uniforms", "uniform")])
 def test_kolmogorov_smirnov(name: str, law: str, request: pytest.FixtureRequest) -> None:
     from scipy import stats

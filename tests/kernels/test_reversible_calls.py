@@ -62,6 +62,7 @@ BODIES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BODIES)
 @pytest.mark.parametrize("tensors", [False, True])
 def test_twelve_values_compile_at_most_three_times(name: str, tensors: bool, same_bits: Bits) -> None:

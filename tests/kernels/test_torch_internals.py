@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 INTERNALS = ROOT / "bicm_kernels" / "torch_internals.py"
 NATIVE = ROOT / "csrc" / "torch" / "python.cpp"
@@ -53,6 +55,7 @@ ELSEWHERE = {
 # In a process that has torch, one child for each name: without it, the package is imported and its ops are called.
 WITHOUT = """
 import os, sys, traceback
+import pytest
 import torch
 
 def use():
@@ -138,6 +141,7 @@ def test_the_names_are_listed() -> None:
     assert private | {f"{words[word]}.{word}" for word in words if f'"{word}"' in native} == CPP
 
 
+@pytest.mark.slow
 def test_the_package_works_without_each(python: Callable[..., Any]) -> None:
     names = sorted((PYTHON | CPP) - {"library._impls"})  # torch.library itself does not work without that one
     program = f"import sys\nsys.argv[1:] = {names!r}\n{WITHOUT}"
