@@ -44,9 +44,9 @@ FLOAT32_BYTES = {
     "consistency_loss": 86_016,
     "bct_loss": 49_152,
     "bct_loss_backward": 86_016,
-    "ign_loss": 135_168,
-    "sign_loss": 184_320,
-    "sign_loss_dmd": 147_456,
+    "ign_loss": 49_152,
+    "sign_loss": 49_152,
+    "sign_loss_dmd": 49_152,
 }
 
 
