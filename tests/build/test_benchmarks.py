@@ -47,9 +47,9 @@ FLOAT32_BYTES = {
     "ict_loss": 49_152,
     "gc_loss": 61_440,
     "ect_loss": 49_152,
-    "ign_loss": 135_168,
-    "sign_loss": 184_320,
-    "sign_loss_dmd": 147_456,
+    "ign_loss": 49_152,
+    "sign_loss": 49_152,
+    "sign_loss_dmd": 49_152,
 }
 
 
