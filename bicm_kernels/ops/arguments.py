@@ -292,6 +292,8 @@ def check_integer(name: str, value: object, batch: int, device: torch.device, lo
     elif not isinstance(value, Integral | torch.SymInt):
         several = hasattr(value, "__len__") and not isinstance(value, str | bytes)
         hint = f"; torch.as_tensor({name}, dtype=torch.int64) makes one" if several else ""
+        if isinstance(value, torch.Generator):
+            raise TypeError(f"{name} must be an int or an int64 tensor, got a torch.Generator; pass its initial_seed()")
         raise TypeError(f"{name} must be an int or an int64 tensor, got {describe(value)}{hint}")
     else:
         check_range(name, value, low, high)

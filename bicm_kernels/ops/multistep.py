@@ -155,7 +155,8 @@ def affine_step(
         noise_weight: weight of the noise; a sample whose weight is exactly 0 draws none. Where it is left out beside a
             seed, nothing is drawn, and a warning says so, once.
         guidance_scale: s in eps_uncond + s (eps_cond - eps_uncond), which the kernel forms.
-        seed, step, sample_id: the noise's key, see ``normal``; None draws no noise.
+        seed, step, sample_id: the noise's key, see ``normal``; None draws no noise. A loop gives every step another
+            ``step``, or all of them draw the same noise.
         out: takes the result; exactly one of the tensors, or apart from them all.
 
     Returns:

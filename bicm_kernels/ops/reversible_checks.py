@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -100,7 +101,8 @@ def check_decode(q: Any, fraction_bits: object, dtype: object) -> None:
 def check_ratio(name: str, ratio: Any, last: Tensor) -> None:
     """Raise unless the ratio is a pair of numbers that the state can be multiplied with."""
     if not isinstance(ratio, tuple | list) or len(ratio) != 2:
-        raise TypeError(f"{name} must be a pair (n, m) that stands for n/m, got {arguments.describe(ratio)}")
+        hint = f"; pass {ratio.as_integer_ratio()}" if isinstance(ratio, Fraction) else ""
+        raise TypeError(f"{name} must be a pair (n, m) that stands for n/m, got {arguments.describe(ratio)}{hint}")
     for part, value in zip(("n", "m"), ratio, strict=True):
         arguments.check_integer(f"{part} of {name}", value, last.shape[0], last.device, 1, MAX_RATIO + 1)
     tensors = any(isinstance(value, Tensor) for value in ratio)

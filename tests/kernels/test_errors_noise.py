@@ -13,6 +13,11 @@ KEYS: dict[str, Wrong] = {
         TypeError,
         ("seed must be an int or an int64 tensor", "1.5 (float)"),
     ),
+    "generator": (
+        lambda: normal(seed=torch.Generator().manual_seed(3)),
+        TypeError,
+        ("seed must be an int or an int64 tensor", "got a torch.Generator; pass its initial_seed()"),
+    ),
     "word": (lambda: normal(seed="1"), TypeError, ("seed must be an int", "'1' (str)")),
     "no seed": (lambda: normal(seed=None), ValueError, ("seed must be given",)),
     "large seed": (
