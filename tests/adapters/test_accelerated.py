@@ -17,6 +17,7 @@ from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -103,6 +104,7 @@ def test_a_pipeline_and_a_class_are_told_what_to_pass() -> None:
 DRAWS: dict[type[Any], dict[str, Any]] = {
     DPMSolverMultistepScheduler: {"algorithm_type": "sde-dpmsolver++"},
     EDMDPMSolverMultistepScheduler: {"algorithm_type": "sde-dpmsolver++"},
+    DPMSolverSinglestepScheduler: {"algorithm_type": "sde-dpmsolver++"},
     FlowMatchEulerDiscreteScheduler: {"stochastic_sampling": True},
 }
 
