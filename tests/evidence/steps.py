@@ -157,6 +157,11 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
     "diffusers EDM-DPM++ 2M": ("EDMDPMSolverMultistepScheduler", {}),
     "diffusers CMStochasticIterative": ("CMStochasticIterativeScheduler", {}),
     "diffusers LCM": ("LCMScheduler", {}),
+    "diffusers UniPC": ("UniPCMultistepScheduler", {}),
+    "diffusers DEIS": ("DEISMultistepScheduler", {}),
+    "diffusers LMS": ("LMSDiscreteScheduler", {}),
+    "diffusers PNDM, Runge-Kutta": ("PNDMScheduler", {}),
+    "diffusers DPM++ singlestep": ("DPMSolverSinglestepScheduler", {}),
 }
 #: What public code launches for the same step, and how to count ours.
 OTHERS: dict[str, tuple[str, Callable[[], int]]] = {

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -36,7 +37,7 @@ def seen(x: Any) -> Any:
         if values.dtype.itemsize == 1 and values.is_floating_point():
             values = values.float()
         return type(x), x.dtype, x.layout, tuple(x.shape), x.device.type, x.requires_grad, values
-    return type(x), x
+    return type(x), torch.from_numpy(x) if isinstance(x, np.ndarray) else x
 
 
 def outcome(scheduler: Any, run: Callable[[Any], Any]) -> tuple[list[Any], list[str]]:

@@ -37,7 +37,8 @@ def second_order_row(a: Number, below: Number, back: Number | None) -> Row:
     """
     here = log_ratio(a)
     h = log_ratio(below) - here
-    exp, expm1 = (torch.exp, torch.expm1) if isinstance(h, Tensor) else (math.exp, math.expm1)
+    exp: Any = torch.exp if isinstance(h, Tensor) else math.exp
+    expm1: Any = torch.expm1 if isinstance(h, Tensor) else math.expm1
     kept = root((1.0 - below) / (1.0 - a)) * exp(-h)
     gain = -expm1(-2.0 * h)
     first, deviation = gain * root(below), root(1.0 - below) * root(gain)
@@ -167,4 +168,4 @@ class CogVideoXDpm(Alphas):
 def _either(first: Any, row: Row, other: Row) -> Row:
     if not isinstance(first, Tensor):
         return row if first else other
-    return tuple(torch.where(first, *map(torch.as_tensor, both)) for both in zip(row, other, strict=True))
+    return tuple(torch.where(first, torch.as_tensor(x), torch.as_tensor(y)) for x, y in zip(row, other, strict=True))

@@ -169,7 +169,8 @@ class DpmSolverSinglestep(Counted):
             if config.prediction_type == "epsilon":
                 # x0 = near (m + g (s - m)), in terms no larger than itself.
                 keyed["guidance_scale"] = of_sample / near
-                terms, reading = [(output, state)], [near]
+                terms: list[Any] = [(output, state)]
+                reading = [near]
             else:
                 terms, reading = [state, output], [of_sample, of_output]
                 # A kernel takes five terms; what is the sixth is added afterwards.

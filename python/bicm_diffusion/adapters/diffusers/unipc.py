@@ -181,7 +181,7 @@ class UniPc(Counted):
 
     def _launch(
         self,
-        given: tuple[Tensor, Tensor, Tensor | None, list[Any]],
+        given: tuple[Tensor, Tensor, Any, list[Any]],
         reading: Any,
         correction: Any,
         row: Any,
