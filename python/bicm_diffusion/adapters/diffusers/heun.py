@@ -110,13 +110,11 @@ class Heun(Sigmas, Slopes):
             self.prev_derivative = affine_step([state, output if tables.gives_output else x0], [inverse, -inverse])
             return out, x0
         sigma, below = tables.levels[index], tables.levels[index + 1]
-        length, slope = below - sigma, None
-        quotients: tuple[Any, ...] = ()
         if holds:
-            quotients = (out, sample, length), (sample, x0, sigma), (out, x0, below)
+            self._hold(tables.lengths[index], below - sigma, out, x0, (sigma, below, 0.0))
         else:
             slope = affine_step([state, output if tables.gives_output else x0], [inverse, -inverse])
-        self._leave(tables.lengths[index], length, out, quotients, slope)
+            self._leave(tables.lengths[index], below - sigma, slope)
         return out, x0
 
     def _second(
@@ -227,9 +225,9 @@ class FlowMatchHeun(Churning, Slopes):
             self.dt, self._ended = dt, out if holds else None
             self.prev_derivative = affine_step([output.to(state.dtype)], [share])
         elif holds:
-            self._leave(dt, length, out, ((out, state, length), (output, None, 1.0 / share)), None)
+            self._hold(dt, length, out, output, (0.0, 0.0, 1.0 / share))
         else:
-            self._leave(dt, length, out, (), affine_step([output.to(state.dtype)], [share]))
+            self._leave(dt, length, affine_step([output.to(state.dtype)], [share]))
         return out if whole else out.to(output.dtype)
 
     def _second(self, state: Tensor, output: Tensor, lift: float, generator: Generators, graph: bool) -> Tensor | None:
