@@ -121,9 +121,8 @@ class Heun(Sigmas, Slopes):
         self, tables: HeunTables, index: int, state: Tensor, output: Tensor, sample: Tensor, graph: bool
     ) -> Any:
         row: Any = tables.row(SECOND, index, sample.device if graph else None)
-        kept, length = kept_sample(self.sample, state), self._length()
-        if graph:
-            length = self.dt.to(sample.device, torch.float64)
+        kept = kept_sample(self.sample, state)
+        length: Any = self.dt.to(sample.device, torch.float64) if graph else self._length()
         if row is None or kept is None or length is None:
             return None
         x0_sample, x0_output, of_sample, of_output, of_x0 = row
@@ -232,9 +231,8 @@ class FlowMatchHeun(Churning, Slopes):
 
     def _second(self, state: Tensor, output: Tensor, lift: float, generator: Generators, graph: bool) -> Tensor | None:
         """The sample of a second half drops out of its slope, and so does its noise, which the original draws."""
-        kept, length = kept_sample(self.sample, state), self._length()
-        if graph:
-            length = self.dt.to(state.device, torch.float64)
+        kept = kept_sample(self.sample, state)
+        length: Any = self.dt.to(state.device, torch.float64) if graph else self._length()
         if kept is None or length is None or kept.dtype is not state.dtype or output.shape != kept.shape:
             return None
         half = 0.5 * length
