@@ -45,6 +45,15 @@ def test_steps_in_public_code_and_ours() -> None:
     assert written("steps") == steps.steps(), STALE
 
 
+def test_pipelines_that_load_a_covered_scheduler() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    if f"diffusers {diffusers.__version__} " not in written("pipelines"):
+        pytest.skip("they were counted in another version")
+    from tests.evidence import pipelines
+
+    assert written("pipelines") == pipelines.pipelines(), STALE
+
+
 @pytest.mark.skipif(
     not resources.LIBRARY.exists() or resources.tool("cuobjdump") is None,
     reason="no CUDA library was built, or there is no cuobjdump",

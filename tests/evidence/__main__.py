@@ -6,7 +6,7 @@ import sys
 
 from tests.emulator import evidence as emulated
 
-from . import ladder, resources, steps, triton_resources
+from . import ladder, pipelines, resources, steps, triton_resources
 from .document import write
 
 
@@ -17,6 +17,7 @@ def main() -> None:
     write("ladder", ladder.ladder(ladder.outcomes(reports)))
     write("counted", emulated.table())
     write("steps", steps.steps())
+    write("pipelines", pipelines.pipelines())
     if resources.LIBRARY.exists() and resources.tool("cuobjdump"):
         write("cuda", resources.of_cuda())
     else:

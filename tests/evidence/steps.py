@@ -71,7 +71,7 @@ def identity(x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def diffusers_step(name: str, ours: bool, **arguments: Any) -> int:
-    """`scale_model_input` and `step`, in the middle of a loop of twenty."""
+    """`scale_model_input` and `step`, in the middle of a loop of twenty; of a step in halves, both."""
     import diffusers
 
     scheduler = getattr(diffusers, name)()
@@ -80,11 +80,16 @@ def diffusers_step(name: str, ours: bool, **arguments: Any) -> int:
 
         scheduler = accelerate_scheduler(scheduler)
     scheduler.set_timesteps(20)
-    x = start()
-    for t in scheduler.timesteps[:3]:
-        x = scheduler.step(scheduler.scale_model_input(x, t), t, x, **arguments).prev_sample
-    t = scheduler.timesteps[3]
-    return launches(lambda: scheduler.step(scheduler.scale_model_input(x, t), t, x, **arguments), scalars=False)
+    scale = getattr(scheduler, "scale_model_input", identity)
+
+    def loop(x: Tensor, timesteps: Tensor) -> Tensor:
+        for t in timesteps:
+            x = scheduler.step(scale(x, t), t, x, **arguments).prev_sample
+        return x
+
+    first = 4 - scheduler.order
+    x = loop(start(), scheduler.timesteps[:first])
+    return launches(lambda: loop(x, scheduler.timesteps[first:4]), scalars=False)
 
 
 def levels(steps: int) -> Tensor:
@@ -162,6 +167,10 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
     "diffusers LMS": ("LMSDiscreteScheduler", {}),
     "diffusers PNDM, Runge-Kutta": ("PNDMScheduler", {}),
     "diffusers DPM++ singlestep": ("DPMSolverSinglestepScheduler", {}),
+    "diffusers Heun, both halves": ("HeunDiscreteScheduler", {}),
+    "diffusers FlowMatchHeun, both halves": ("FlowMatchHeunDiscreteScheduler", {}),
+    "diffusers KDPM2, both halves": ("KDPM2DiscreteScheduler", {}),
+    "diffusers KDPM2Ancestral, both halves": ("KDPM2AncestralDiscreteScheduler", {}),
 }
 #: What public code launches for the same step, and how to count ours.
 OTHERS: dict[str, tuple[str, Callable[[], int]]] = {

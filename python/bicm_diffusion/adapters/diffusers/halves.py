@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.arguments import plain
 from bicm_diffusion.adapters.diffusers.sigmas import Counted
-from bicm_diffusion.adapters.diffusers.tables import version_of
 from bicm_kernels import affine_step
 
 #: Names of rows: of a step's first half, and of its second one.
@@ -20,34 +17,49 @@ FIRST, SECOND = "first", "second"
 
 def kept_sample(kept: Any, state: Tensor) -> Tensor | None:
     """The sample that a first half began with; None where the original has to go on from it."""
-    if not isinstance(kept, Tensor) or not plain(kept) or kept.shape != state.shape or kept.device != state.device:
+    if type(kept) is not Tensor and not (isinstance(kept, Tensor) and plain(kept)):
         return None
-    return kept if torch.promote_types(kept.dtype, state.dtype) is state.dtype else None
+    if kept.dtype is not state.dtype and torch.promote_types(kept.dtype, state.dtype) is not state.dtype:
+        return None
+    return kept if kept.shape == state.shape and kept.device == state.device else None
 
 
-@dataclass
-class Halfway:
+class Left(NamedTuple):
+    """A tensor that a first half left behind, and how often it had been written to."""
+
+    tensor: Tensor
+    version: int
+
+    def unchanged(self) -> bool:
+        return self.tensor._version == self.version
+
+
+class Halfway(NamedTuple):
     """What a first half left behind.
 
-    dt: the scheduler's; written: how often, as PyTorch counts it; length: its value.
-    quotients: (a, b, c) whose (a - b)/c is the slope, a/c where b is None; none where the slope was made at once.
+    dt: the scheduler's; length: its value. sample, out: with what it began and ended. other: what else the slope can be
+    made of, x0 or the output, and from_other: its quotients (divisor beside the sample, beside out, alone).
     """
 
-    dt: Any
-    written: int | None
-    length: Any
-    sample: Tensor
-    quotients: Sequence[tuple[Tensor, Tensor | None, float]]
-    versions: dict[int, int]
-
-    def unchanged(self, *tensors: Tensor | None) -> bool:
-        return all(x is None or x._version == self.versions[id(x)] for x in tensors)
+    dt: Left
+    length: float
+    sample: Left | None = None
+    out: Left | None = None
+    other: Left | None = None
+    from_other: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def slope(self) -> Tensor:
         """The slope, from tensors that nobody wrote to since."""
-        for a, b, c in self.quotients:
-            if c and self.unchanged(a, b):
-                return affine_step([a], [1.0 / c]) if b is None else affine_step([a, b], [1.0 / c, -1.0 / c])
+        beside_sample, beside_out, alone = self.from_other
+        for a, b, c in (
+            (self.out, self.sample, self.length),
+            (self.sample, self.other, beside_sample),
+            (self.out, self.other, beside_out),
+        ):
+            if c and a is not None and b is not None and a.unchanged() and b.unchanged():
+                return affine_step([a.tensor, b.tensor], [1.0 / c, -1.0 / c])
+        if alone and self.other is not None and self.other.unchanged():
+            return affine_step([self.other.tensor], [1.0 / alone])
         raise RuntimeError(
             "prev_derivative: expected the sample, the result or x0 of a step's first half as they were, but they were "
             "written to; accelerate_scheduler(..., foresee=False) keeps a slope of its own"
@@ -82,28 +94,33 @@ class Slopes(Counted):
         lengths = (self.sigmas[1:] - self.sigmas[:-1]).detach()
         tables.traced["lengths"], tables.lengths = lengths, list(lengths.unbind())
 
-    def _may_hold(self, graph: bool, *tensors: Tensor) -> bool:
+    def _may_hold(self, graph: bool, sample: Tensor, output: Tensor) -> bool:
         """Whether a slope may be made later of what it comes from: only where PyTorch counts what is written to it."""
-        if not self._foresight or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        if not self._foresight or (torch.is_grad_enabled() and (sample.requires_grad or output.requires_grad)):
             return False
-        return graph or not (torch.is_inference_mode_enabled() or any(x.is_inference() for x in tensors))
+        return graph or not (torch.is_inference_mode_enabled() or sample.is_inference() or output.is_inference())
 
-    def _leave(self, dt: Any, length: float, out: Tensor, quotients: Sequence[Any], slope: Tensor | None) -> None:
-        """End a first half. quotients: what the slope can be made of later, where it was not made already."""
-        versions = {id(x): x._version for a, b, _ in quotients for x in (a, b) if x is not None}
-        self._halfway = Halfway(dt, version_of(dt), length, self.sample, quotients, versions)
-        self.dt, self._ended = dt, out if slope is None else None
-        if slope is None:
-            self.__dict__.pop("prev_derivative", None)
-        else:
-            self.prev_derivative = slope
+    def _hold(
+        self, dt: Tensor, length: float, out: Tensor, other: Tensor, from_other: tuple[float, float, float]
+    ) -> None:
+        """End a first half, with its slope in the tensors that it comes from."""
+        sample = self.sample
+        left = Left(sample, sample._version), Left(out, out._version), Left(other, other._version)
+        self._halfway = Halfway(Left(dt, dt._version), length, *left, from_other)
+        self.dt, self._ended = dt, out
+        self.__dict__.pop("prev_derivative", None)
+
+    def _leave(self, dt: Tensor, length: float, slope: Tensor) -> None:
+        """End a first half, with a slope of its own."""
+        self._halfway = Halfway(Left(dt, 0 if dt.is_inference() else dt._version), length)
+        self.dt, self._ended, self.prev_derivative = dt, None, slope
 
     def _length(self) -> float | None:
         """The length of the step whose second half is due; None where `dt` is not what that left."""
         halfway = self._halfway
-        if halfway is None or halfway.dt is not self.dt or version_of(self.dt) != halfway.written:
+        if halfway is None or halfway.dt.tensor is not self.dt:
             return None
-        return float(halfway.length)
+        return halfway.length if self.dt.is_inference() or halfway.dt.unchanged() else None
 
     def _earlier(
         self, kept: Tensor, state: Tensor | None, dtype: torch.dtype, half: Any, graph: bool
@@ -114,9 +131,11 @@ class Slopes(Counted):
         """
         ended, halfway = self._ended, self._halfway
         if not graph and ended is not None:
+            sample, out = (None, None) if halfway is None else (halfway.sample, halfway.out)
             # As the first half left it, and nobody wrote to it.
-            later = halfway is not None and "prev_derivative" not in self.__dict__ and kept is halfway.sample
-            ended = ended if later and halfway.unchanged(kept, ended) else None  # type: ignore[union-attr]
+            known = sample is not None and out is not None and "prev_derivative" not in self.__dict__
+            if not (known and sample.tensor is kept and sample.unchanged() and out.unchanged()):  # type: ignore[union-attr]
+                ended = None
         if ended is not None:
             # x + h/2·d is the mean of x and of Euler's result, x + h·d.
             return ([kept], [0.5], 0.5) if state is ended else ([kept, ended], [0.5, 0.5], 0.0)

@@ -110,22 +110,19 @@ class Heun(Sigmas, Slopes):
             self.prev_derivative = affine_step([state, output if tables.gives_output else x0], [inverse, -inverse])
             return out, x0
         sigma, below = tables.levels[index], tables.levels[index + 1]
-        length, slope = below - sigma, None
-        quotients: tuple[Any, ...] = ()
         if holds:
-            quotients = (out, sample, length), (sample, x0, sigma), (out, x0, below)
+            self._hold(tables.lengths[index], below - sigma, out, x0, (sigma, below, 0.0))
         else:
             slope = affine_step([state, output if tables.gives_output else x0], [inverse, -inverse])
-        self._leave(tables.lengths[index], length, out, quotients, slope)
+            self._leave(tables.lengths[index], below - sigma, slope)
         return out, x0
 
     def _second(
         self, tables: HeunTables, index: int, state: Tensor, output: Tensor, sample: Tensor, graph: bool
     ) -> Any:
         row: Any = tables.row(SECOND, index, sample.device if graph else None)
-        kept, length = kept_sample(self.sample, state), self._length()
-        if graph:
-            length = self.dt.to(sample.device, torch.float64)
+        kept = kept_sample(self.sample, state)
+        length: Any = self.dt.to(sample.device, torch.float64) if graph else self._length()
         if row is None or kept is None or length is None:
             return None
         x0_sample, x0_output, of_sample, of_output, of_x0 = row
@@ -227,16 +224,15 @@ class FlowMatchHeun(Churning, Slopes):
             self.dt, self._ended = dt, out if holds else None
             self.prev_derivative = affine_step([output.to(state.dtype)], [share])
         elif holds:
-            self._leave(dt, length, out, ((out, state, length), (output, None, 1.0 / share)), None)
+            self._hold(dt, length, out, output, (0.0, 0.0, 1.0 / share))
         else:
-            self._leave(dt, length, out, (), affine_step([output.to(state.dtype)], [share]))
+            self._leave(dt, length, affine_step([output.to(state.dtype)], [share]))
         return out if whole else out.to(output.dtype)
 
     def _second(self, state: Tensor, output: Tensor, lift: float, generator: Generators, graph: bool) -> Tensor | None:
         """The sample of a second half drops out of its slope, and so does its noise, which the original draws."""
-        kept, length = kept_sample(self.sample, state), self._length()
-        if graph:
-            length = self.dt.to(state.device, torch.float64)
+        kept = kept_sample(self.sample, state)
+        length: Any = self.dt.to(state.device, torch.float64) if graph else self._length()
         if kept is None or length is None or kept.dtype is not state.dtype or output.shape != kept.shape:
             return None
         half = 0.5 * length
