@@ -108,7 +108,7 @@ def run_method(
 @click.option("--methods", default=",".join(METHODS), help="Which methods are trained, those that are there apart.")
 @click.option("--seeds", default=3, type=click.IntRange(0), help="Runs of every method; 0 measures what is there.")
 @click.option("--steps", default=None, type=click.IntRange(1), help="Optimizer steps; a method's own if left out.")
-@click.option("--weights", default=None, type=FILE, help="Weights that are drawn; the repository's if left out.")
+@click.option("--weights", default=None, type=FILE, help="Weights that are drawn; reg's of seed 0 if left out.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
 def idempotent(
     output: Path,
@@ -137,7 +137,8 @@ def idempotent(
     output.mkdir(parents=True, exist_ok=True)
     text = table(networks_in(output))
     (output / "table.md").write_text(text, encoding="utf-8")
-    save_picture(load_network(weights or WEIGHTS), output / "idempotent.png", seed=0)
+    made = output / "reg-seed-0.safetensors"
+    save_picture(load_network(weights or (made if made.exists() else WEIGHTS)), output / "idempotent.png", seed=0)
     click.echo(text)
 
 
