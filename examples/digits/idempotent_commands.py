@@ -33,14 +33,13 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.command("pairs")
 @click.option("--output", default=BUILD / "pairs", type=FOLDER, help="Folder for the shards; a killed run goes on.")
 @click.option("--count", default=PAIRS, type=click.IntRange(1), help="How many pairs.")
-@click.option(
-    "--steps", default=PAIR_STEPS, type=click.IntRange(1), help="Evaluations of the noise predictor for each."
-)
+@click.option("--steps", default=PAIR_STEPS, type=click.IntRange(1), help="Steps of the sampler.")
+@click.option("--sampler", default="ddim", type=click.Choice(["ddim", "heun"]), help="Heun's asks twice in a step.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
-def pairs(output: Path, count: int, steps: int, threads: int) -> None:
-    """Have the noise predictor draw digits by DDIM, and keep each beside its noise."""
+def pairs(output: Path, count: int, steps: int, sampler: str, threads: int) -> None:
+    """Have the noise predictor draw digits, and keep each beside its noise."""
     torch.set_num_threads(threads)
-    make_pairs(output, count=count, steps=steps)
+    make_pairs(output, count=count, steps=steps, sampler=sampler)
 
 
 @click.command("train-idempotent")
@@ -92,7 +91,8 @@ def run_method(
     run.run(checkpoint=checkpoint, checkpoint_every=checkpoint_every, progress=progress)
     notes = {
         "command": f"python -m examples.digits train-idempotent --method {name} --seed {seed}"
-        + ("" if steps is None else f" --steps {steps}"),
+        + ("" if steps is None else f" --steps {steps}")
+        + (f" --pairs {pairs_folder}" if method.pairs and pairs_folder != BUILD / "pairs" else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "seconds": f"{time.process_time() - begun:.0f} of processor time",
         "threads": str(torch.get_num_threads()),
