@@ -33,14 +33,13 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.command("pairs")
 @click.option("--output", default=BUILD / "pairs", type=FOLDER, help="Folder for the shards; a killed run goes on.")
 @click.option("--count", default=PAIRS, type=click.IntRange(1), help="How many pairs.")
-@click.option(
-    "--steps", default=PAIR_STEPS, type=click.IntRange(1), help="Evaluations of the noise predictor for each."
-)
+@click.option("--steps", default=PAIR_STEPS, type=click.IntRange(1), help="Steps of the sampler.")
+@click.option("--sampler", default="ddim", type=click.Choice(["ddim", "heun"]), help="Heun's asks twice in a step.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
-def pairs(output: Path, count: int, steps: int, threads: int) -> None:
-    """Have the noise predictor draw digits by DDIM, and keep each beside its noise."""
+def pairs(output: Path, count: int, steps: int, sampler: str, threads: int) -> None:
+    """Have the noise predictor draw digits, and keep each beside its noise."""
     torch.set_num_threads(threads)
-    make_pairs(output, count=count, steps=steps)
+    make_pairs(output, count=count, steps=steps, sampler=sampler)
 
 
 @click.command("train-idempotent")
@@ -92,7 +91,8 @@ def run_method(
     run.run(checkpoint=checkpoint, checkpoint_every=checkpoint_every, progress=progress)
     notes = {
         "command": f"python -m examples.digits train-idempotent --method {name} --seed {seed}"
-        + ("" if steps is None else f" --steps {steps}"),
+        + ("" if steps is None else f" --steps {steps}")
+        + (f" --pairs {pairs_folder}" if method.pairs and pairs_folder != BUILD / "pairs" else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "seconds": f"{time.process_time() - begun:.0f} of processor time",
         "threads": str(torch.get_num_threads()),
@@ -108,7 +108,7 @@ def run_method(
 @click.option("--methods", default=",".join(METHODS), help="Which methods are trained, those that are there apart.")
 @click.option("--seeds", default=3, type=click.IntRange(0), help="Runs of every method; 0 measures what is there.")
 @click.option("--steps", default=None, type=click.IntRange(1), help="Optimizer steps; a method's own if left out.")
-@click.option("--weights", default=None, type=FILE, help="Weights that are drawn; the repository's if left out.")
+@click.option("--weights", default=None, type=FILE, help="Weights that are drawn; reg's of seed 0 if left out.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
 def idempotent(
     output: Path,
@@ -137,7 +137,8 @@ def idempotent(
     output.mkdir(parents=True, exist_ok=True)
     text = table(networks_in(output))
     (output / "table.md").write_text(text, encoding="utf-8")
-    save_picture(load_network(weights or WEIGHTS), output / "idempotent.png", seed=0)
+    made = output / "reg-seed-0.safetensors"
+    save_picture(load_network(weights or (made if made.exists() else WEIGHTS)), output / "idempotent.png", seed=0)
     click.echo(text)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from bicm_diffusion import Schedule, ddim_sample, vp_schedule
+from bicm_diffusion import Schedule, ddim_sample, edm_sample, karras_schedule, vp_schedule, vp_time
 from bicm_diffusion.distributed import PairDataset, sample_pairs
 from bicm_diffusion.objectives import Loss, ign_loss, sign_loss
 from bicm_diffusion.train import Step, Trainer, TrainingOptions
@@ -30,6 +30,7 @@ WEIGHTS = Path(__file__).parent / "weights" / "idempotent.safetensors"
 # Purposes that need random numbers of their own: each gets its key from the run's seed.
 INITIAL, RUN = 31, 32
 PAIR_SEED = 33
+T_MAX = 20.0
 PAIRS, PAIR_STEPS, PAIR_BATCH = 20_000, 20, 500
 
 
@@ -111,13 +112,23 @@ class Together(nn.Module):
         self.network, self.learned = network, learned
 
 
-def make_pairs(directory: Path, *, count: int = PAIRS, steps: int = PAIR_STEPS, progress: bool = True) -> None:
-    """Have the noise predictor draw digits without labels by DDIM, and keep them beside the noise that they are of."""
-    teacher, schedule = Teacher(load_denoiser()), vp_schedule(steps)
+def make_pairs(
+    directory: Path, *, count: int = PAIRS, steps: int = PAIR_STEPS, sampler: str = "ddim", progress: bool = True
+) -> None:
+    """Have the noise predictor draw digits without labels, and keep them beside the noise that they are of.
+
+    sampler: "ddim" with one evaluation a step, or "heun", EDM's on levels up to 20 with two in all steps but the last.
+    """
+    teacher = Teacher(load_denoiser())
+
+    def at_level(x: Tensor, level: Tensor) -> Tensor:
+        return teacher(x / (1 + level * level).sqrt()[:, None, None, None].to(x.dtype), vp_time(level.double()))
 
     @torch.no_grad()
     def sample(noise: Tensor) -> Tensor:
-        return ddim_sample(teacher, noise, schedule).clamp(-1, 1)
+        if sampler == "heun":
+            return edm_sample(at_level, T_MAX * noise, karras_schedule(steps, t_max=T_MAX)).clamp(-1, 1)
+        return ddim_sample(teacher, noise, vp_schedule(steps)).clamp(-1, 1)
 
     sample_pairs(
         sample,
@@ -126,7 +137,7 @@ def make_pairs(directory: Path, *, count: int = PAIRS, steps: int = PAIR_STEPS, 
         shape=(1, SIDE, SIDE),
         batch=min(PAIR_BATCH, count),
         seed=PAIR_SEED,
-        settings={"weights": TEACHER.name, "sampler": "ddim_sample", "steps": steps},
+        settings={"weights": TEACHER.name, "sampler": f"{sampler}_sample", "steps": steps},
         progress=progress,
     )
 

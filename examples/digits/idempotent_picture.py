@@ -12,18 +12,18 @@ from examples.digits.canvas import DPI, NOISE, PAPER, Canvas, Row
 from examples.digits.data import CLASSES, load_split, one_per_class
 from examples.digits.idempotent import CORRUPTED, CORRUPTIONS, Network, checkerboard, edited, latents, occluded
 
-WIDTH, HEIGHT = 17.2, 7.6
+WIDTH, HEIGHT = 17.2, 8.6
 LEFT, RIGHT = 0.55, 9.05
 SUMMARY = (
     "f maps noise to a digit and leaves digits as they are, so that f(f(z)) = f(z). What is near a digit, it moves to"
-    " one: noise is removed and gaps are filled without being told where or how much."
+    " one: noise of an unknown level is removed, and what is marked as missing is filled in."
 )
 
 
 @torch.no_grad()
 def save_picture(network: Network, path: Path, *, seed: int) -> None:
     """Draw what a network makes of noise, of masks and of corrupted digits."""
-    canvas = Canvas(WIDTH, HEIGHT, "One network, applied until it changes nothing", SUMMARY)
+    canvas = Canvas(WIDTH, HEIGHT, "From noise to a digit, from a digit to itself", SUMMARY)
     z = latents(seed, count=2 * CLASSES)
     groups = []
     for k, part in enumerate(z.split(CLASSES)):

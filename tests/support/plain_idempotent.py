@@ -106,7 +106,7 @@ def denoised(kind: str, z: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor)
     return {
         "noise": lambda: (z - sigma * output) / alpha,
         "x0": lambda: output,
-        "v": lambda: alpha * z - sigma * output,
+        "v": lambda: (alpha * z - sigma * output) / (alpha.square() + sigma.square()),
         "flow": lambda: z - sigma * output,
     }[kind]()
 

@@ -26,7 +26,9 @@ def draw_indices(count: int, schedule: Schedule, *, seed: Any, step: Any, sample
     [1, 2]
     """
     key: dict[str, Any] = {"seed": fold_in(seed, LEVELS), "step": step, "sample_id": sample_id}
-    u = uniform((count, 1), **key, dtype=torch.float64)[:, 0]
+    # Where the key lies: on the host, unless it is advanced on a device.
+    device = next((value.device for value in key.values() if isinstance(value, Tensor)), None)
+    u = uniform((count, 1), **key, dtype=torch.float64, device=device)[:, 0]
     return (u * schedule.steps).ceil().long()
 
 
