@@ -105,7 +105,8 @@ class Op:
         self.tensor: Any = getattr(packet, "tensor", None)
         self.bare, self.bare_tensor = bare(self.default), bare(self.tensor)
         if self.guided:
-            self.out, self.tensor_out = packet.out, packet.tensor_out
+            self.out: Any = getattr(packet, "out", None)
+            self.tensor_out: Any = getattr(packet, "tensor_out", None)
         if self.differentiable:
             self.tracked = getattr(torch.ops.bicm_kernels, f"{self.name}_tracked").default
 

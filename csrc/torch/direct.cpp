@@ -4,6 +4,7 @@
 #include "direct.h"
 
 #include "cpu.h"
+#include "gaussian.h"
 #include "generator.h"
 #include "preconditioning.h"
 #include "python.h"
@@ -207,6 +208,7 @@ bool add_direct(PyObject* module) {
       method<&FormStep<Direct, Form::bdia_inverse>::run<A>>("bdia_inverse_step"),
       method<&AffineStep<Direct>::run<A>>("affine_step"),
       method<&DenoisedStep<Direct>::run<A>>("denoised_step"),
+      method<&GaussianStep<Direct>::run<A>>("gaussian_step"),
       method<&ScaleInput<Direct>::run<A>>("scale_input"),
       method<&Denoise<Direct>::run<A>>("denoise"),
       method<&Renoise<Direct>::run<A>>("renoise"),
