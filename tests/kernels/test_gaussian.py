@@ -18,6 +18,7 @@ from tests.support.gaussian_calls import (
     form,
     log_density,
     mean_of,
+    opened,
     operands,
     plain_log_prob,
 )
@@ -39,7 +40,7 @@ def test_values(
         after, log_prob = bk.gaussian_step(tensors, weights, std=std, reduction=reduction, **KEY, **more)
         same_bits(after, bk.affine_step(tensors, weights, noise_weight=std, **KEY, **more))
         exact = log_density(after, mean_of(tensors, weights, **more), std, reduction)
-        wide = F64 in (state, network)
+        wide = F64 in [x.dtype for x in opened(tensors)]
         assert log_prob.dtype == (F64 if wide else F32) and log_prob.shape == shape[:1]
         scale = 1 if reduction == "mean" else after[0].numel()
         assert (log_prob.double() - exact).abs().max() <= (1e-14 if wide else 2e-6) * scale

@@ -35,6 +35,11 @@ def form(name: str, x: list[Tensor]) -> tuple[list[Any], list[float], dict[str, 
     return tensors, WEIGHTS[: len(tensors)], more
 
 
+def opened(tensors: Sequence[Any]) -> list[Tensor]:
+    """The tensors of a call, the pair's one by one."""
+    return [y for x in tensors for y in (x if isinstance(x, tuple) else (x,))]
+
+
 def mean_of(tensors: Sequence[Any], weights: Sequence[Any], guidance_scale: Any = None) -> Tensor:
     """The affine map, in float64."""
 
