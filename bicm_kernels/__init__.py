@@ -4,6 +4,7 @@ Every op is one kernel launch and gives the same bits on every backend; ``backen
 """
 
 from bicm_kernels import backend, reference
+from bicm_kernels.ops.gaussian import gaussian_kl, gaussian_log_prob, gaussian_step
 from bicm_kernels.ops.generator import torch_randn
 from bicm_kernels.ops.multistep import DenoisedStep, affine_step, bdia_inverse_step, bdia_step, ddim_step, denoised_step
 from bicm_kernels.ops.noise import NOISE_VERSION, add_noise, fold_in, normal, uniform
@@ -42,6 +43,9 @@ __all__ = [
     "fixed_point_decode",
     "fixed_point_encode",
     "fold_in",
+    "gaussian_kl",
+    "gaussian_log_prob",
+    "gaussian_step",
     "noisy_pair",
     "normal",
     "pseudo_huber",

@@ -5,5 +5,6 @@ FAMILIES = (
     "multistep",
     "preconditioning",
     "pseudo_huber",
+    "gaussian",
     "reversible",
 )

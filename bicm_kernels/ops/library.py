@@ -71,7 +71,8 @@ def _define_without_lists(name: str, signature: str, lists: Sequence[int]) -> No
         filled = [[*x, *[None] * (_MOST - len(x))] if k in lists else [x] for k, x in enumerate(call)]
         return opened(*[x for part in filled for x in part], **keywords)
 
-    library.impl(twin, closed, "CompositeExplicitAutograd")
+    # Implicit, because the op inside records its own derivative.
+    library.impl(twin, closed, "CompositeImplicitAutograd")
     _WITHOUT_LISTS[op] = spread
 
 

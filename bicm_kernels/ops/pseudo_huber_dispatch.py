@@ -137,7 +137,7 @@ class Tracked(torch.autograd.Function):
         )
 
 
-# Without the detour through Function.apply, which looks for the transforms that `quiet` ruled out.
+# Without the detour through Function.apply, which looks for the transforms that `quick` ruled out.
 _apply = apply_of(Tracked)
 _apply_kept = apply_of(Kept)
 

@@ -5,6 +5,7 @@ formulas, differentiable, and slow; ``design``: halves are computed in float32 a
 separate operations, and a float32 root is taken through float64, because torch's own is not correctly rounded.
 """
 
+from bicm_kernels.reference.gaussian import gaussian_kl, gaussian_log_prob, gaussian_step
 from bicm_kernels.reference.generator import torch_randn
 from bicm_kernels.reference.multistep import (
     affine_step,
@@ -52,6 +53,9 @@ __all__ = [
     "fixed_point_encode",
     "fold_in",
     "fold_in_words",
+    "gaussian_kl",
+    "gaussian_log_prob",
+    "gaussian_step",
     "noisy_pair",
     "normal",
     "philox4x32",

@@ -2,6 +2,7 @@
 // so any split over threads gives the same bits.
 #pragma once
 
+#include "../core/gaussian.h"
 #include "../core/mersenne.h"
 #include "../core/multistep.h"
 #include "../core/noise.h"
@@ -20,11 +21,14 @@ constexpr int64_t kUnitsPerSum = 64;
   KERNEL(void, noise, (const Noise&, int64_t begin, int64_t end))                                          \
   KERNEL(void, noisy_pair, (const NoisyPair&, int64_t begin, int64_t end))                                 \
   KERNEL(void, multistep, (const Multistep&, int64_t begin, int64_t end))                                  \
-  /* Of partial sums, these two; the others: of units. */                                                  \
+  /* Of partial sums, these two and the first two of gaussian; the others: of units. */                    \
   KERNEL(void, pseudo_huber, (const PseudoHuber&, int64_t begin, int64_t end))                             \
   KERNEL(void, pseudo_huber_with_gradient, (const PseudoHuber&, int64_t begin, int64_t end))               \
   KERNEL(void, pseudo_huber_gradient, (const PseudoHuber&, int64_t begin, int64_t end))                    \
   KERNEL(void, scale_gradient, (const KeptGradient&, int64_t begin, int64_t end))                          \
+  KERNEL(void, gaussian, (const Gaussian&, int64_t begin, int64_t end))                                    \
+  KERNEL(void, gaussian_with_gradient, (const Gaussian&, int64_t begin, int64_t end))                      \
+  KERNEL(void, gaussian_gradient, (const Gaussian&, int64_t begin, int64_t end))                           \
   KERNEL(void, reversible, (const Reversible&, int64_t begin, int64_t end))                                \
   KERNEL(void, fixed_point_decode, (const FixedPointDecode&, int64_t begin, int64_t end))                  \
   /* As torch.randn draws them, 16 numbers or more; false where the instruction set has nothing for it. */ \

@@ -1,86 +1,19 @@
 // Sampler updates on one unit at a time: stage what does not lie ready, fold, round once, store.
 #include "../core/multistep.h"
 
-#include "blocks.h"
-#include "noise_block.h"
+#include "affine.h"
 
 BICM_NAMESPACE_BEGIN
 namespace {
 
-// Weights in registers. Behind a pointer they would be read again for every element, since any store might change them.
-template <class C, int K>
-struct Weights {
-  explicit Weights(const C* from) {
-    for (int k = 0; k < K; ++k) of[k] = from[k];
-  }
-  C of[K];
-};
-
-// out[i] = ((w_0 x_0 + w_1 x_1) + ...) + w_n n. Exact aliasing of out and an input is fine: each i is read, then written.
-template <class C, int K, bool Draws>
-void fold(const C* const* x, const C* weights, const float* noise, C noise_weight, C* out, int64_t count) {
-  const Weights<C, K> weight(weights);
-#pragma GCC ivdep
-  for (int64_t i = 0; i < count; ++i) {
-    C y = weight.of[0] * x[0][i];
-    for (int k = 1; k < K; ++k) y = y + weight.of[k] * x[k][i];
-    if (Draws) y = y + noise_weight * static_cast<C>(noise[i]);
-    out[i] = y;
-  }
-}
-
-template <class C, bool Draws>
-void fold_terms(int terms, const C* const* x, const C* weight, const float* noise, C noise_weight, C* out,
-                int64_t count) {
-  switch (terms) {
-    case 1: return fold<C, 1, Draws>(x, weight, noise, noise_weight, out, count);
-    case 2: return fold<C, 2, Draws>(x, weight, noise, noise_weight, out, count);
-    case 3: return fold<C, 3, Draws>(x, weight, noise, noise_weight, out, count);
-    case 4: return fold<C, 4, Draws>(x, weight, noise, noise_weight, out, count);
-    default: return fold<C, 5, Draws>(x, weight, noise, noise_weight, out, count);
-  }
-}
-
-// Keeps the buffers from lying a multiple of a page apart, where they would compete for the same cache sets.
-constexpr int64_t kPad = 48;
-
 template <class C>
-struct Buffers {
-  alignas(64) C input[kMaxTerms][kChunk + kPad];
-  alignas(64) C conditional[kChunk + kPad];
+struct Buffers : Inputs<C> {
   alignas(64) C out[kChunk + kPad];
   alignas(64) C x0[kChunk + kPad];
   alignas(64) C next[kChunk + kPad];
-  alignas(64) float noise[kChunk];
   int64_t weighed = -1;  // the sample whose weights these are: forming them costs as much as a hundred elements
   C weight[kMaxTerms];
 };
-
-template <class C>
-void load_inputs(const Multistep& m, const Unit& unit, Buffers<C>& buffers, const C* x[kMaxTerms]) {
-  for (int k = 0; k < m.terms; ++k) x[k] = load_unit(m.layout, m.input[k], unit, buffers.input[k]);
-  if (!m.guided) return;
-  const C* unconditional = x[m.terms - 1];
-  const C* conditional = load_unit(m.layout, m.conditional, unit, buffers.conditional);
-  const C scale = load_number<C>(m.guidance_scale, unit.sample);
-  C* guided = buffers.input[m.terms - 1];
-#pragma GCC ivdep
-  for (int64_t i = 0; i < unit.count; ++i) guided[i] = guide(unconditional[i], conditional[i], scale);
-  x[m.terms - 1] = guided;
-}
-
-// Noise of weight zero is not drawn.
-template <class C>
-C draw(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
-  if (!m.draws) return C(0);
-  const C weight = load_number<C>(m.noise_weight, unit.sample);
-  if (weight != C(0)) {
-    for (int k = 0; k < m.terms; ++k) prefetch_unit(m.input[k], unit);
-    if (!m.out.streams) prefetch_unit(m.out, unit);
-    fill_noise<Distribution::normal>(sample_key(m.key, unit.sample), unit.begin, unit.count, buffers.noise);
-  }
-  return weight;
-}
 
 // The results of a unit that lie in buffers: the state, and its scaled copy for the next evaluation.
 template <class C>
@@ -229,11 +162,9 @@ int64_t fold_terms_of_runs(const Multistep& m, const Unit& unit, Buffers<float>&
     Block y = {}, clean = {};
     BICM_UNROLL(5)
     for (int k = 0; k < K; ++k) {
-      Block x = load_block<kFloats>(input[k], i);
-      if (m.guided && k == K - 1) {
-        const Block c = load_block<kFloats>(conditional, i);
-        x = each_part([&](int j) { return guide(x.part[j], c.part[j], Floats{} + guidance); });
-      }
+      const bool guided = m.guided && k == K - 1;
+      const Block x =
+          guided ? guided_block<kFloats>(input[k], conditional, guidance, i) : load_block<kFloats>(input[k], i);
       const Block last = y, last_clean = clean;
       y = each_part([&](int j) { return k ? last.part[j] + weight[k] * x.part[j] : weight[k] * x.part[j]; });
       if (!m.denoises) continue;
@@ -293,12 +224,6 @@ int64_t fold_in_registers(const Multistep&, const Unit&, Buffers<C>&, Registers)
 }
 
 #endif
-
-// Elements `done` to `done + width` of a unit, or of what follows it in the sample.
-Unit part_of(const Layout& layout, const Unit& unit, int64_t done, int64_t width) {
-  const int64_t left = layout.elements - unit.begin - done;
-  return {unit.sample, unit.begin + done, left < width ? left : width};
-}
 
 // A staged tensor is read in a burst per unit, too short for the hardware to see far ahead: ask for the next one now.
 template <class C>

@@ -154,21 +154,11 @@ double sum_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, C s
   return sum_of<Identity, C>(Stored<C>{r}, unit.count);
 }
 
-template <class C>
-void store_scaled(const PseudoHuber& p, const Operand& to, const Unit& unit, C factor, Buffers<C>& buffers) {
-  const bool in_place = is_compute_type<C>(to) && !to.streams;
-  C* out = in_place ? static_cast<C*>(to.data) + unit.sample * to.batch_stride + unit.begin : buffers.out;
-  const C* residual = buffers.residual;
-#pragma GCC ivdep
-  for (int64_t i = 0; i < unit.count; ++i) out[i] = factor * residual[i];
-  if (!in_place) store_unit(p.layout, to, unit, out);
-}
-
 // From the buffer, which holds the residual or what the elementwise distance makes of it.
 template <class C>
 void store_gradients(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
   for (int k = 0; k < kLossInputs; ++k) {
-    if (p.wanted[k]) store_scaled(p, p.gradient[k], unit, f.factor[k], buffers);
+    if (p.wanted[k]) store_scaled(p.layout, p.gradient[k], unit, f.factor[k], buffers.residual, buffers.out);
   }
 }
 

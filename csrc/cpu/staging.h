@@ -252,4 +252,14 @@ inline void store_unit(const Layout& layout, const Operand& x, const Unit& unit,
   }
 }
 
+// factor times the unit's numbers: in place where the tensor takes them so, else by way of a buffer.
+template <class C>
+void store_scaled(const Layout& layout, const Operand& to, const Unit& unit, C factor, const C* from, C* buffer) {
+  const bool in_place = is_compute_type<C>(to) && !to.streams;
+  C* out = in_place ? static_cast<C*>(to.data) + unit.sample * to.batch_stride + unit.begin : buffer;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < unit.count; ++i) out[i] = factor * from[i];
+  if (!in_place) store_unit(layout, to, unit, out);
+}
+
 BICM_NAMESPACE_END

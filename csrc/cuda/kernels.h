@@ -2,6 +2,7 @@
 // launch can be captured. An error comes back as the runtime reported it; an empty problem launches nothing.
 #pragma once
 
+#include "../core/gaussian.h"
 #include "../core/multistep.h"
 #include "../core/noise.h"
 #include "../core/pseudo_huber.h"
@@ -30,6 +31,12 @@ cudaError_t pseudo_huber_gradient(const PseudoHuber& p, cudaStream_t stream);
 // Both, with the same bits: in one launch and with one reading of the inputs where a sample fits on chip.
 cudaError_t pseudo_huber_with_gradient(const PseudoHuber& p, void* loss, double* scratch, cudaStream_t stream);
 cudaError_t scale_gradient(const KeptGradient& p, cudaStream_t stream);
+
+// A step or a density: one number per sample at `g.results`, the next state, and gradients where they are wanted. Needs as
+// many doubles of scratch memory as gaussian_scratch says.
+int64_t gaussian_scratch(const Gaussian& g);
+cudaError_t gaussian(const Gaussian& g, double* scratch, cudaStream_t stream);
+cudaError_t gaussian_gradient(const Gaussian& g, cudaStream_t stream);
 
 // out[i] = the seed for another purpose, from seed i and data i.
 cudaError_t fold_in(const Integer& seed, const Integer& data, int64_t* out, int64_t count, cudaStream_t stream);

@@ -51,6 +51,7 @@ void run_units(void (*kernel)(const Problem&, int64_t, int64_t), const Problem& 
 void bind_noise(py::module_& module);
 void bind_multistep(py::module_& module);
 void bind_pseudo_huber(py::module_& module);
+void bind_gaussian(py::module_& module);
 void bind_reversible(py::module_& module);
 void bind_cooperation(py::module_& module);
 

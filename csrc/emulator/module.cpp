@@ -217,6 +217,7 @@ PYBIND11_MODULE(bicm_emulator, module) {
   bind_noise(module);
   bind_multistep(module);
   bind_pseudo_huber(module);
+  bind_gaussian(module);
   bind_reversible(module);
   bind_cooperation(module);
 }

@@ -36,6 +36,9 @@ struct Cpu {
   static void gradients(const struct PseudoHuber& problem, const Tensor&);
   static void sums_and_gradients(struct PseudoHuber& problem, const Tensor& loss, const Tensor& sums);
   static void scale(const struct KeptGradient& problem, const Tensor&);
+  static void run(const struct Gaussian& problem);
+  static void run(const struct Gaussian& problem, const Tensor&) { run(problem); }
+  static void gradients(const struct Gaussian& problem, const Tensor&);
   static void run(const struct Reversible& problem);
   static void run(const struct Reversible& problem, const Tensor&) { run(problem); }
   static void run(const struct FixedPointDecode& problem);

@@ -4,6 +4,7 @@
 #include "direct.h"
 
 #include "cpu.h"
+#include "gaussian.h"
 #include "generator.h"
 #include "preconditioning.h"
 #include "python.h"
@@ -323,6 +324,7 @@ bool add_direct(PyObject* module) {
       method<&AffineStep<Direct>::run<A>>("affine_step"),
       method<&AddNoise<Direct>::run<A>>("add_noise"),
       method<&DenoisedStep<Direct>::run<A>>("denoised_step"),
+      method<&GaussianStep<Direct>::run<A>>("gaussian_step"),
       method<&ScaleInput<Direct>::run<A>>("scale_input"),
       method<&Denoise<Direct>::run<A>>("denoise"),
       method<&Renoise<Direct>::run<A>>("renoise"),

@@ -137,10 +137,14 @@ class Step : public Inputs<A> {
 
   template <class Device>
   void run(Device) {
-    merge(views_, operands_, used_, m.draws, this->per_sample_, m.layout);
-    if (m.layout.batch == 0 || m.layout.elements == 0) return;
+    place(m.draws, this->per_sample_);
+    if (m.layout.batch > 0 && m.layout.elements > 0) Device::run(m, tensors_[0]);
+  }
+
+  // Where the operands lie, once all are there.
+  void place(bool ordered, bool per_sample) {
+    merge(views_, operands_, used_, ordered, per_sample, m.layout);
     for (int out = inputs_; out < used_; ++out) operands_[out]->streams = streamed(*operands_[out]);
-    Device::run(m, tensors_[0]);
   }
 
   Multistep m = {};

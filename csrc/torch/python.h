@@ -71,6 +71,11 @@ Object like(const Object& first, const View& view, bool streamed = false);
 // The same in another dtype; throws where the tensor is not contiguous.
 Object empty_in_layout_of(const Object& first, DType dtype);
 
+inline Object row_like(const Object& first, int64_t size, DType dtype) {
+  const int64_t stride = 1;
+  return like(first, View{nullptr, &size, &stride, 1, dtype, first.view.device});
+}
+
 inline Object nothing_like(const Object&) { return Object(); }
 
 // At most N of something, without a heap.

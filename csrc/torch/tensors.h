@@ -135,6 +135,10 @@ inline Tensor empty_tensor(const Tensor& like, int64_t dim, int64_t size, int32_
   return Tensor(result);
 }
 
+inline Tensor row_like(const Tensor& like, int64_t size, DType dtype) {
+  return empty_tensor(like, 1, size, torch_code(dtype));
+}
+
 // Whether an output may be written while an input is read: they are the same memory element by element, or disjoint.
 // Two tensors of the same strides that are nested (each stride spans the smaller ones) are compared exactly; others by
 // their address ranges.

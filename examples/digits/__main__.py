@@ -20,6 +20,7 @@ from examples.digits.denoising import DENOISING, WEIGHTS
 from examples.digits.idempotent_commands import COMMANDS
 from examples.digits.network import NetworkConfig
 from examples.digits.objectives import Setting
+from examples.digits.policy import Setting as PolicySetting
 from examples.digits.training import Run, TrainingConfig, save_weights, train
 
 #: Where commands write unless they are told otherwise: never over the weights that come with the code.
@@ -256,6 +257,33 @@ def compare_objectives(output: Path, seeds: int, threads: int, **numbers: int) -
     (output / "table.md").write_text(text, encoding="utf-8")
     save_plot(results, output / "objectives.png")
     save_two_diracs(output / "two-diracs.png")
+    click.echo(text)
+
+
+@main.command("policy")
+@click.option(
+    "--output",
+    default=BUILD / "policy",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the table, the picture and every run's figures; runs that are there are not repeated.",
+)
+@click.option("--seeds", default=3, type=click.IntRange(1), help="Runs of every method and reward.")
+@click.option("--updates", default=PolicySetting.updates, type=click.IntRange(2), help="Updates of a run.")
+@click.option("--batch", default=PolicySetting.batch, type=click.IntRange(2), help="Rollouts of an update.")
+@click.option("--steps", default=PolicySetting.steps, type=click.IntRange(2), help="Steps of a rollout.")
+@click.option("--flow-steps", default=PolicySetting.flow_steps, type=click.IntRange(1), help="Of the flow's training.")
+@click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
+def tune_for_rewards(output: Path, seeds: int, threads: int, **numbers: int) -> None:
+    """Tune the denoiser by DDPO and a flow model by Flow-GRPO: for sevens, and for thick strokes of any class."""
+    from examples.digits.policy import run_all as run_policies
+    from examples.digits.policy import table_of
+    from examples.digits.policy_picture import save_picture
+
+    torch.set_num_threads(threads)
+    results = run_policies(seeds, PolicySetting(**numbers), output / "runs")
+    text = table_of(results)
+    (output / "table.md").write_text(text, encoding="utf-8")
+    save_picture(results, output / "policy.png")
     click.echo(text)
 
 

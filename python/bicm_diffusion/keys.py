@@ -18,3 +18,5 @@ LATENTS, MATCHING, LEARNING = (RESERVED + n for n in range(9, 12))
 CONSISTENCY_SAMPLING, CONSISTENCY_INVERSION, CHURN, SIGN, K_DIFFUSION, SCHEDULER = (RESERVED + n for n in range(33, 39))
 # Inverse solvers: ancestral noise, noise around a denoised sample, the way back up, and new levels of CM inversion.
 ANCESTRAL, AROUND, TRAVEL, CM_INVERSION = (RESERVED + n for n in range(65, 69))
+# Rollouts of policies.
+POLICY = RESERVED + 97

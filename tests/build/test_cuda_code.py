@@ -75,12 +75,12 @@ def test_contraction_would_be_seen(tmp_path: Path) -> None:
 #: Kernels that compute in float64 whatever the tensors hold: increments of integers, and terms with weights of their own.
 EXACT = re.compile("17reversible_kernel|25fixed_point_decode_kernel|weighed_(sums|gradient)_kernel")
 #: Kernels that compute in float64 what exists once per sample; the others do where a tensor is float64 alone.
-PER_SAMPLE = re.compile(r"(pseudo_huber|gradient|resident|cluster)_kernel\w+?Lb(\d)")
+PER_SAMPLE = re.compile(r"(?:(gaussian(?:_gradient)?)_kernel|(pseudo_huber|gradient|resident|cluster)_kernel\w+?Lb(\d))")
 
 
 def test_float32_kernels_compute_in_float32(ptx: dict[str, str]) -> None:
     """Per sample there is as much float64 in kernels of one, four and eight elements a thread: none is per element."""
-    per_sample: dict[tuple[str, ...], set[int]] = {}
+    per_sample: dict[tuple[str | None, ...], set[int]] = {}
     checked = 0
     for name, body in ptx.items():
         if "PackedIdE" in name or "StridedIdE" in name or EXACT.search(name):
@@ -93,7 +93,7 @@ def test_float32_kernels_compute_in_float32(ptx: dict[str, str]) -> None:
             assert count == 0, name
         checked += 1
     assert checked > 40
-    assert len(per_sample) == 8
+    assert len(per_sample) == 10
     assert all(len(counts) == 1 for counts in per_sample.values()), per_sample
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-GUIDES = ["training.md", "reproducibility.md", "inverse.md", "idempotent.md", "guides.md", "samplers.md"]
+GUIDES = ["training.md", "reproducibility.md", "inverse.md", "idempotent.md", "guides.md", "samplers.md", "policy.md"]
 
 
 def program(name: str, *arguments: str, processes: int = 1) -> str:

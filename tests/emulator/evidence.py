@@ -9,6 +9,8 @@ import bicm_emulator
 import numpy as np
 
 from .exact import Exact
+from .gaussian import Policy, density
+from .gaussian import step as gaussian_step
 from .losses import Loss, consistency, pseudo_huber
 from .model import Problem
 from .problems import NOISE, Shape, affine, denoised, states, values
@@ -160,6 +162,27 @@ def at_once(make: Callable[..., Loss], **options: object) -> Callable[[str, str]
     return run
 
 
+def policy(make: Callable[..., Policy], *, at_once: bool = False) -> Callable[[str, str], Count]:
+    """A step; or a density and the gradient of the network's output, in one pass or by reading the tensors again."""
+
+    def run(state: str, network: str) -> Count:
+        problem = make(SHAPE, state, network, std=each(0.4), weights=[each(0.9), each(-0.3)])
+        given = [x.dtype for x in problem.operands]
+        if problem.steps:
+            return count(lambda: problem.run("cuda"), given)
+        problem.upstream, wanted = each(1.0).argument, [False] * (len(given) - 1) + [True]
+        if at_once:
+            return count(lambda: problem.run("cuda", wanted), [*given, network])
+
+        def both() -> None:
+            problem.run("cuda")
+            problem.differentiate("cuda", wanted)
+
+        return count(both, [*given, *given, network])
+
+    return run
+
+
 def plain(terms: int, form: str = "affine") -> Callable[[str, str], Count]:
     return lambda state, network: step(affine(SHAPE, state, network if terms > 1 else state, terms, form))
 
@@ -191,6 +214,9 @@ ROWS: dict[str, Callable[[str, str], Count]] = {
     '`pseudo_huber`, elementwise, `gradient="forward"`': at_once(pseudo_huber, kind="elementwise", c=0.1),
     '`pseudo_huber`, squared, `gradient="forward"`': at_once(pseudo_huber, kind="squared"),
     '`consistency_loss`, `gradient="forward"`': at_once(consistency),
+    "`gaussian_step`": policy(gaussian_step),
+    "`gaussian_log_prob`, forward and backward": policy(density),
+    '`gaussian_log_prob`, `gradient="forward"`': policy(density, at_once=True),
 }
 
 

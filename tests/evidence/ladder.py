@@ -36,6 +36,7 @@ EMULATED = {
     "multistep": ("test_sampler_updates.py", "test_sampler_memory.py", "test_sampler_properties.py"),
     "preconditioning": ("test_preconditioning.py",),
     "pseudo_huber": ("test_losses.py", "test_kept_gradients.py"),
+    "gaussian": ("test_gaussian.py",),
     "reversible": ("test_reversible.py",),
 }
 IN_FLOAT64 = of_each("tests/kernels/test_NAME.py") | {"multistep": ("tests/kernels/test_multistep_accuracy.py",)}

@@ -50,7 +50,17 @@ class Usage:
 NAMES = "|".join(
     [
         *("generated_pair", "noisy_pair", "noise", "fold_in", "multistep", "weighed_gradient", "weighed_sums"),
-        *("pseudo_huber", "gradient", "resident", "cluster", "scale", "reversible", "fixed_point_decode"),
+        *(
+            "gaussian_gradient",
+            "gaussian",
+            "pseudo_huber",
+            "gradient",
+            "resident",
+            "cluster",
+            "scale",
+            "reversible",
+            "fixed_point_decode",
+        ),
     ]
 )
 

@@ -146,6 +146,21 @@ def consistency(F: Tensor, target: Tensor, x: Tensor) -> Tensor:
     return bicm_kernels.consistency_loss(x, F, 2.0, None, target)
 
 
+def policy_step() -> int:
+    """A step of Flow-GRPO in bfloat16, its noise and its log-probability."""
+    x, v = start().bfloat16(), start().bfloat16()
+    return launches(lambda: bicm_kernels.gaussian_step([x, v], [0.9, -0.1], std=0.3, seed=1))
+
+
+def policy_training() -> int:
+    """The log-probability of a recorded state, forward and backward, for the gradient of the network's output."""
+    after, x, v = (start().bfloat16() for _ in range(3))
+    v.requires_grad_()
+    upstream = torch.ones(SHAPE[0])
+    log_prob = bicm_kernels.gaussian_log_prob
+    return launches(lambda: torch.autograd.grad(log_prob(after, [x, v], [0.9, -0.1], std=0.3), v, upstream))
+
+
 def bct() -> int:
     x, network, table_ = start(), Stub(), bicm_diffusion.LevelTable(bicm_diffusion.karras_levels(11))
     drawn = bicm_diffusion.draw_levels(table_, SHAPE[0], seed=0, step=0)
@@ -205,6 +220,8 @@ OTHERS: dict[str, tuple[str, Callable[[], int]]] = {
         lambda: distance(bicm_kernels.pseudo_huber, 2, kind="elementwise", c=0.1),
     ),
     "the loss of a denoised sample": ("", lambda: distance(consistency, 3)),
+    "Flow-GRPO's step with its log-probability": ("50", policy_step),
+    "log-probability in training, forward and backward": ("55", policy_training),
     "BCM's whole loss of four evaluations": ("176", bct),
 }
 

@@ -146,4 +146,20 @@ LOSSES: dict[str, Call] = {
     )
 }
 
+LOSSES |= {
+    "gaussian_step": lambda x: opened(
+        bk.gaussian_step([x[1], (x[2], x[3])], [0.9, -0.2], std=levels(x[0], 0.1), guidance_scale=2.5, **KEY)
+    ),
+    "gaussian_log_prob": gradients(
+        lambda x: bk.gaussian_log_prob(x[0], [x[1], x[2]], [0.9, -0.2], std=levels(x[0], 0.1)), (2,)
+    ),
+    "gaussian_log_prob, all": gradients(
+        lambda x: bk.gaussian_log_prob(
+            x[0], [x[1], (x[2], x[3])], [0.9, -0.2], std=0.3, guidance_scale=2.5, reduction="sum", gradient="forward"
+        ),
+        (0, 1, 2, 3),
+    ),
+    "gaussian_kl": gradients(lambda x: bk.gaussian_kl([x[1], x[2]], [x[1], x[3]], [0.9, -0.2], std=0.3), (2, 3)),
+}
+
 CALLS = EXACT | LOSSES

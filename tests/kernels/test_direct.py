@@ -42,6 +42,10 @@ OPS: dict[str, Op] = {
     "denoised_step all": lambda x, y: bk.denoised_step(
         (x, (y, x)), **DENOISED, clip=ALONE, next_scale=0.6, noise_weight=0.2, guidance_scale=1.5, **KEY
     ),
+    "gaussian_step": lambda x, y: bk.gaussian_step([x, y], [0.9, -0.1], std=0.3, **KEY),
+    "gaussian_step seeds": lambda x, y: bk.gaussian_step(
+        [x, (y, x)], (ALONE, 1.0), std=PER_SAMPLE.abs(), guidance_scale=2.0, reduction="sum", **SEEDS
+    ),
     "add_noise": lambda x, y: bk.add_noise(x, 0.7, scale=PER_SAMPLE, **KEY),
     "scale_input": lambda x, y: bk.scale_input(x, PER_SAMPLE, sigma_data=0.4),
     "denoise": lambda x, y: bk.denoise(x, y, **LEVELS),

@@ -85,12 +85,15 @@ def test_lists_stay_whole(name: str, same_bits: Bits) -> None:
             same_bits(actual, expected)
 
 
+@pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
 @pytest.mark.parametrize("gradient", ["backward", "forward"])
 def test_gradients(gradient: str, same_bits: Bits) -> None:
     def loss(x: Tensor, y: Tensor) -> Tensor:
         low, _ = bk.noisy_pair(x, 0.5, 1.0, seed=1, step=2)
         moved = bk.denoise(bk.scale_input(bk.add_noise(low, 0.1, seed=3), 0.4), y, 0.7, 0.2)
-        return bk.pseudo_huber(moved, y, gradient=gradient) + bk.consistency_loss(x, y, 0.7, None, x, gradient=gradient)
+        density = bk.gaussian_log_prob(y, [x, low], [0.9, -0.1], std=0.3, gradient=gradient).sum()
+        density = density + bk.pseudo_huber(moved, y, gradient=gradient)
+        return density + bk.consistency_loss(x, y, 0.7, None, x, gradient=gradient)
 
     def inputs(seed: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)

@@ -58,6 +58,15 @@ BODIES: dict[str, Callable[[Tensor, float, dict[str, int]], Any]] = {
     "denoised_step": lambda x, v, key: bk.denoised_step(
         [x, -x], [v, 2.0], [0.1, v], x0_weight=v, clip=1 + v, next_scale=v, noise_weight=v, **key
     ),
+    "gaussian_step": lambda x, v, key: bk.gaussian_step([x, -x], [v, 0.5], std=v, **key),
+    "gaussian_step per sample": lambda x, v, key: bk.gaussian_step(
+        [x, (x, -x)], [v * x[:, 0], 0.5], std=x[:, 0].abs(), guidance_scale=v, reduction="sum", **key
+    ),
+    "gaussian_log_prob": lambda x, v, key: bk.gaussian_log_prob(x.cos(), [x, x.sin()], [v, 0.5], std=1 + v),
+    "gaussian_log_prob guided": lambda x, v, key: bk.gaussian_log_prob(
+        x.cos(), [x, (x.sin(), x)], [v, 0.5], std=x[:, 0].detach().abs(), guidance_scale=v, reduction="sum"
+    ),
+    "gaussian_kl": lambda x, v, key: bk.gaussian_kl([x, x.sin()], [x, x.cos()], [v, 0.5], std=1 + v),
     "add_noise": lambda x, v, key: bk.add_noise(x, v, scale=1 - v, **key),
     "add_noise per sample": lambda x, v, key: bk.add_noise(
         x, x[:, 0], seed=key["step"] + torch.arange(x.shape[0]), step=7
@@ -89,6 +98,7 @@ def compare(actual: Any, expected: Any, same_bits: Bits) -> None:
 
 CHANGING = [(name, False) for name in BODIES]
 CHANGING += [(name, True) for name in ("ddim_step guided", "bdia_step", "affine_step", "add_noise")]
+CHANGING += [(name, True) for name in BODIES if name.startswith(("gaussian_log_prob", "gaussian_kl"))]
 
 
 @pytest.mark.parametrize(("name", "tracked"), CHANGING)

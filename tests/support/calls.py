@@ -82,6 +82,18 @@ CALLS: dict[str, list[dict[str, Any]]] = {
         {**DENOISED, "out": (state(4), state(5), state(6))},
         {"tensors": [X, Y], "x0_weights": [ONE, ROW], "weights": [ROW, ROW], "x0_weight": ONE},
     ],
+    "gaussian_step": [
+        {**AFFINE, "std": ROW, **KEY},
+        {"tensors": [X, Y], "weights": [ROW, ONE], "std": ONE, **SEEDS, "reduction": "sum"},
+    ],
+    "gaussian_log_prob": [
+        {"next": state(5), **AFFINE, "std": ROW},
+        {"next": state(5), "tensors": [X, Y], "weights": [ROW, ONE], "std": ONE, "reduction": "sum"},
+    ],
+    "gaussian_kl": [
+        {"tensors": [X, Y], "reference": [X, state(2)], "weights": [ROW, ONE], "std": ROW},
+        {"tensors": [X], "reference": [Y], "weights": [ONE], "std": ONE, "reduction": "sum"},
+    ],
     "scale_input": [{"x": X, "t": ROW}],
     "denoise": [{"x": X, "F": Y, "t": ROW, "u": ROW}, {"x": X, "F": Y, "t": ONE, "parameterization": "cm"}],
     "renoise": [

@@ -179,6 +179,35 @@ def loss_samples() -> dict[str, list[tuple[Any, ...]]]:
     return samples
 
 
+def gaussian_samples() -> dict[str, list[tuple[Any, ...]]]:
+    x, y, z, last = (state(3, 4, seed=k) for k in range(4))
+    w, row, key, keys = [0.9, -0.2], [d(0.9), ROW], (2, 3, 4), (i(2), i(3), torch.arange(3))
+    samples: dict[str, list[tuple[Any, ...]]] = {
+        "gaussian_step": [
+            ([x, y.half()], w, 0.0, 0.3, False, *key, {}),
+            ([x, y, z], w, 2.0, 0.0, True, None, 0, 0, {}),
+        ],
+        "gaussian_step.tensor": [
+            ([x, y], row, None, ROW, True, *keys, {}),
+            ([x.double(), y, z], row, ROW, d(0.3), False, torch.arange(3), i(1), i(0), {}),
+        ],
+    }
+    tracked = [q.clone().requires_grad_() for q in (last, x, y)]
+    densities = {
+        "gaussian_log_prob": [([last, x, y.half()], w, 0.0, 0.3, False), ([last, x, y, z], w, 2.0, 0.3, True)],
+        "gaussian_log_prob.tensor": [(tracked, row, None, ROW, False), ([last, x, y, z], row, ROW, d(0.3), True)],
+        "gaussian_kl": [([x, last, x, y.half()], w, 0.0, 0.3, False)],
+        "gaussian_kl.tensor": [([*tracked[1:], *tracked[1:]], row, None, ROW, True)],
+    }
+    for name, calls in densities.items():
+        packet, dot, overload = name.partition(".")
+        samples[name] = [(*call, {}) for call in calls]
+        plain = [([q.detach() for q in call[0]], *call[1:]) for call in calls]
+        samples[f"{packet}_backward{dot}{overload}"] = [(ROW, 3, *call, {}) for call in plain]
+        samples[f"{packet}_with_gradients{dot}{overload}"] = [(2, *call, {}) for call in plain]
+    return samples
+
+
 def reversible_samples() -> dict[str, list[tuple[Any, ...]]]:
     samples: dict[str, list[tuple[Any, ...]]] = {}
     row, ids, empty = torch.linspace(0.5, 1.5, 3), torch.arange(3) + 1, torch.empty(0, dtype=torch.int64)
@@ -213,7 +242,7 @@ def reversible_samples() -> dict[str, list[tuple[Any, ...]]]:
 
 SAMPLES = step_samples() | noise_samples() | pair_samples()
 
-SAMPLES |= preconditioning_samples() | loss_samples() | reversible_samples()
+SAMPLES |= preconditioning_samples() | loss_samples() | gaussian_samples() | reversible_samples()
 
 
 def overload_of(name: str) -> Any:

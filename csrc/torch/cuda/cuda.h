@@ -34,6 +34,15 @@ struct Cuda {
   static void run(const NoisyPair& problem, const Tensor& x) {
     on_stream(x, [&](cudaStream_t stream) { return cuda::noisy_pair(problem, stream); });
   }
+  static void run(const Gaussian& problem, const Tensor& first) {
+    const Tensor scratch = row_like(first, cuda::gaussian_scratch(problem), DType::float64);
+    on_stream(first, [&](cudaStream_t stream) {
+      return cuda::gaussian(problem, static_cast<double*>(scratch.data_ptr()), stream);
+    });
+  }
+  static void gradients(const Gaussian& problem, const Tensor& first) {
+    on_stream(first, [&](cudaStream_t stream) { return cuda::gaussian_gradient(problem, stream); });
+  }
   // With the scratch memory that it needs.
   template <class Launch>
   static void loss(PseudoHuber& problem, const Tensor& loss, const Tensor& sums, Launch launch) {

@@ -58,7 +58,7 @@ class Ancestral:
     def __init__(self, loop: Loop, seed: Integer, sample_id: Integer, eta: float = 1.0) -> None:
         self.loop, self.sample_id = loop, sample_id
         self.key = fold_in(seed, ANCESTRAL)
-        self.rows = loop.rows(_ancestral, range(1, loop.schedule.steps + 1), (-1, 0), eta)
+        self.rows = loop.rows(ancestral_row, range(1, loop.schedule.steps + 1), (-1, 0), eta)
 
     def walk(self, z: Tensor) -> Tensor:
         """Return z_0 from z_N."""
@@ -84,7 +84,7 @@ class Ancestral:
         return *self.loop.advance_with_noise([z, output], (of_z, of_output), noise, then), output
 
 
-def _ancestral(prediction: Prediction, below: Level, here: Level, eta: Number) -> Row:
+def ancestral_row(prediction: Prediction, below: Level, here: Level, eta: Number) -> Row:
     """Weights of z_i, the output there and the noise: Euler's step to σ_down, and noise back to σ'."""
     ratio = (below.sigma / below.alpha) / (here.sigma / here.alpha)
     # σ_down²/σ'² = 1 - η²·(1 - ρ), without its difference: at η = 1 it is ρ itself.

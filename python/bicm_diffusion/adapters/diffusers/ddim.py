@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.arguments import constant, host_value, numbers
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
+from bicm_diffusion.adapters.diffusers.log_prob import check_states, per_sample, timesteps_of, with_log_prob
 from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
 from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, fused
 from bicm_diffusion.adapters.diffusers.tables import Number, Row, Tables, root
@@ -210,6 +211,32 @@ class Alphas(Accelerated):
         # What the model predicts is x0 itself: it keeps its dtype.
         return out, x0.to(output.dtype) if tables.gives_output else x0
 
+    def _with_log_prob(
+        self,
+        rows: list[Row],
+        model_output: Tensor,
+        sample: Tensor,
+        prev_sample: Tensor | None,
+        generator: Generators,
+        at: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """A step of rows as `ddim_row` makes them, one or one for each sample, and its log-probability.
+
+        A clipped x0 is no affine map: then the mean is formed first, and the step is one around it.
+        """
+        columns: Any = per_sample([[float(x) for x in row[:6]] for row in rows], sample)
+        x0_sample, x0_output, of_sample, of_output, of_x0, deviation = columns
+        clip = float(self.config.clip_sample_range) if self._clips and self.config.clip_sample else None
+        tensors, weights = [sample, model_output], [of_sample, of_output]
+        if clip is not None:
+            both = [x0_sample, x0_output], [of_sample, of_output]
+            mean, _, _ = denoised_step(
+                [as_state(sample, model_output), model_output], *both, x0_weight=of_x0, clip=clip
+            )
+            tensors, weights = [mean], [1.0]
+        step = with_log_prob(self, tensors, weights, deviation, prev_sample, generator, model_output, at)
+        return step[0].to(sample.dtype), step[1]
+
 
 class Ddim(Alphas):
     _beyond = "final_alpha_cumprod"
@@ -266,6 +293,43 @@ class Ddim(Alphas):
         else:
             out, x0 = self._two(tables, state, model_output, row)
         return as_output(graph, DDIMSchedulerOutput, out, "pred_original_sample", x0) if return_dict else (out, x0)
+
+    def step_with_log_prob(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generators = None,
+        prev_sample: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Take a step of DDIM with η as DDPO does, or find the log-probability of one that was taken.
+
+        model_output, sample: (B, …). timestep: one of the schedule's, or (B,) of them; as DDPO has it, the last step
+        leads to timestep 0 and not beyond the schedule's end. prev_sample: the state that was taken; None takes a new
+        one, with noise from generator or from the scheduler's key.
+
+        Returns (prev_sample, log_prob): the state in the dtype of sample, and (B,) as a mean over elements, of the
+        rounded state; differentiable in model_output.
+        Raises TypeError, ValueError for an argument of another type, shape or range, or where x0 is thresholded.
+        """
+        check_states(model_output, sample, prev_sample, generator)
+        numbers(eta=eta)
+        tables = self._current()
+        if tables.reason is not None or not tables.gap:
+            raise ValueError(f"scheduler: expected steps that are set and covered, got {tables.reason or 'none'}")
+        times = [int(t) for t in timesteps_of(timestep, len(sample))]
+        if not all(0 <= t < len(tables.levels) - 1 for t in times):
+            raise ValueError(f"timestep: expected values in [0, {len(tables.levels) - 1}), got {times}")
+        options = {"clips": self.config.clip_sample, "rederives": use_clipped_model_output}
+        rows = [
+            ddim_row(
+                self.config.prediction_type, tables.levels[t], tables.levels[max(t - tables.gap, 0)], eta, **options
+            )
+            for t in times
+        ]
+        return self._with_log_prob(rows, model_output, sample, prev_sample, generator, times[0])
 
 
 class DdimInverse(Alphas):

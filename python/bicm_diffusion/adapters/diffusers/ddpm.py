@@ -13,6 +13,7 @@ from torch import Tensor
 from bicm_diffusion.adapters.diffusers.arguments import host_value
 from bicm_diffusion.adapters.diffusers.ddim import CANCELS, LEAST, Alphas, AlphaTables, reading
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
+from bicm_diffusion.adapters.diffusers.log_prob import check_states, timesteps_of
 from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
 from bicm_diffusion.adapters.diffusers.scheduler import fused
 from bicm_diffusion.adapters.diffusers.sigmas import ROWS
@@ -116,3 +117,39 @@ class Ddpm(Alphas):
             # A graph cannot tell the last step, and draws noise for it too, with a deviation of zero.
             out, x0 = self._two(tables, state, model_output, row, self._drawn(model_output, sample, generator))
         return as_output(graph, DDPMSchedulerOutput, out, "pred_original_sample", x0) if return_dict else (out, x0)
+
+    def step_with_log_prob(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        prev_sample: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Take an ancestral step, or find the log-probability of one that was taken.
+
+        model_output, sample: (B, …). timestep: one of the schedule's, or (B,) of them; the last step draws no noise,
+        and its log-probability is 0. prev_sample: the state that was taken; None takes a new one, with noise from
+        generator or from the scheduler's key.
+
+        Returns (prev_sample, log_prob): the state in the dtype of sample, and (B,) as a mean over elements, of the
+        rounded state; differentiable in model_output.
+        Raises TypeError, ValueError for an argument of another type, shape or range, or a configuration that is not
+        accelerated.
+        """
+        check_states(model_output, sample, prev_sample, generator)
+        tables = self._current()
+        if tables.reason is not None:
+            raise ValueError(f"scheduler: expected a configuration that is accelerated, got {tables.reason}")
+        times = [int(t) for t in timesteps_of(timestep, len(sample))]
+        known = tables.timesteps.values
+        if not all(t in known for t in times):
+            raise ValueError(f"timestep: expected timesteps of the schedule, got {times}")
+        rows = []
+        for t in times:
+            row = self._row_of(tables, known.index(t))
+            if row[6] and tables.clip is not None:  # where sample and noise cancel, x0 has weights of its own
+                x0 = reading("epsilon", tables.levels[t])
+                row = (float(x0[0]), float(x0[1]), *row[2:])
+            rows.append(row)
+        return self._with_log_prob(rows, model_output, sample, prev_sample, generator, times[0])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.arguments import is_whole
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
+from bicm_diffusion.adapters.diffusers.log_prob import FlowLogProb
 from bicm_diffusion.adapters.diffusers.outputs import as_output
 from bicm_diffusion.adapters.diffusers.scheduler import fused
 from bicm_diffusion.adapters.diffusers.sigmas import ROWS, Counted
@@ -20,7 +21,7 @@ from bicm_kernels import affine_step, normal
 BELOW = 1e-6
 
 
-class FlowMatchEuler(Counted):
+class FlowMatchEuler(FlowLogProb, Counted):
     _options = ("num_train_timesteps", "stochastic_sampling")
 
     def _row(self, tables: Any, index: int) -> Row:
