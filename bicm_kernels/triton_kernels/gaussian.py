@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bicm_kernels.triton_kernels import checks
 from bicm_kernels.triton_kernels.checks import Integer, Number
-from bicm_kernels.triton_kernels.gaussian_kernels import gradients, sums
+from bicm_kernels.triton_kernels.gaussian_kernels import density_gradients, density_sums
 from bicm_kernels.triton_kernels.keys import NO_KEY, make_key, number_argument
 from bicm_kernels.triton_kernels.operands import TILE, WARPS, Layout, device_of, lay_out
 from bicm_kernels.triton_kernels.pseudo_huber import CHUNK, counter
@@ -90,7 +90,7 @@ class Policy:
         columns = min(TILE, max(8, triton.next_power_of_2(self.elements)))
         alone = chunks == 1
         with device_of(first):
-            sums[(self.batch * chunks,)](
+            density_sums[(self.batch * chunks,)](
                 results=results,
                 partial=results if alone else first.new_empty((self.batch * chunks,), dtype=torch.float64),
                 finished=None if alone else counter(first.device),
@@ -123,7 +123,7 @@ class Policy:
         places = dict(zip(found, layout.operands, strict=False))
         if found and self.batch and self.elements:
             layout.launch(
-                gradients,
+                density_gradients,
                 outs=tuple([places.get(k) for k in range(len(self.tensors))]),
                 upstream=self.number(upstream),
                 **self.operands(layout, len(found)),

@@ -112,7 +112,7 @@ def density(
 
 
 @triton.jit(do_not_specialize=["batch", "chunks", "seed", "step", "sample_id"])
-def sums(
+def density_sums(
     results,
     partial,
     finished,
@@ -210,7 +210,7 @@ def split_power(base):
 
 
 @triton.jit(do_not_specialize=["batch", "blocks"])
-def gradients(
+def density_gradients(
     outs,
     inputs,
     conditional,

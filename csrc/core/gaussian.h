@@ -69,35 +69,42 @@ struct Pull {
   C power, factor[kGaussianInputs];
 };
 
-template <class C>
-BICM_HD Pull<C> pull_of(const Gaussian& g, int64_t sample, const C weight[kMaxTerms]) {
+// Writes the factors of a sample's gradients to `factor`, and returns the power.
+template <class C, class Factors>
+BICM_HD C form_pull(const Gaussian& g, int64_t sample, const C weight[kMaxTerms], Factors& factor) {
   const double s = deviation_of<C>(g, sample), upstream = load_number<double>(g.upstream, sample);
   double base = upstream / (g.adds_up ? s * s : s * s * static_cast<double>(g.layout.elements));
   if (s == 0.0) base = 0.0;
-  Pull<C> pull = {};
-  pull.power = C(1);
+  C power = C(1);
   if (sizeof(C) < sizeof(double) && outside_float(base)) {
     const int exponent = exponent_for_float(base);
-    pull.power = static_cast<C>(float_power(exponent));
+    power = static_cast<C>(float_power(exponent));
     base = base * float_power(-exponent);
   }
   const int given = g.diverges ? g.terms : 1;  // inputs that are not the mean's
-  if (!g.diverges) pull.factor[0] = static_cast<C>(-base);
+  if (!g.diverges) factor[0] = static_cast<C>(-base);
   BICM_UNROLL(5)
   for (int k = 0; k < kMaxTerms; ++k) {
     if (k >= g.terms) continue;
     double w = static_cast<double>(weight[k]);
     if (g.diverges) {
-      pull.factor[k] = static_cast<C>(base * w);
+      factor[k] = static_cast<C>(base * w);
       w = -w;
     }
     if (g.guided && k == g.terms - 1) {
       const double scale = static_cast<double>(load_number<C>(g.guidance_scale, sample));
-      pull.factor[given + k + 1] = static_cast<C>(base * (w * scale));
+      factor[given + k + 1] = static_cast<C>(base * (w * scale));
       w = w * (1.0 - scale);
     }
-    pull.factor[given + k] = static_cast<C>(base * w);
+    factor[given + k] = static_cast<C>(base * w);
   }
+  return power;
+}
+
+template <class C>
+BICM_HD Pull<C> pull_of(const Gaussian& g, int64_t sample, const C weight[kMaxTerms]) {
+  Pull<C> pull = {};
+  pull.power = form_pull(g, sample, weight, pull.factor);
   return pull;
 }
 

@@ -127,9 +127,9 @@ template <class C>
 BICM_DEVICE Pull<C> shared_pull(const Gaussian& g, int64_t sample, const C* weight) {
   BICM_SHARED(C, shared, kGaussianInputs + 1);
   if (threadIdx.x == 0) {
-    const Pull<C> own = pull_of(g, sample, weight);
-    shared[kGaussianInputs] = own.power;
-    for (int k = 0; k < kGaussianInputs; ++k) shared[k] = own.factor[k];
+    // Where they go is found at run time, which registers cannot be asked for.
+    for (int k = 0; k < kGaussianInputs; ++k) shared[k] = C(0);
+    shared[kGaussianInputs] = form_pull(g, sample, weight, shared);
   }
   __syncthreads();
   Pull<C> pull;
@@ -173,8 +173,12 @@ BICM_DEVICE void finish_sample(const Gaussian& g, int64_t sample, double sum) {
   store_at(static_cast<C*>(g.results) + sample, static_cast<C>(density_of<C>(g, sample, sum)));
 }
 
+// Blocks that must fit on a processor: as many as leave each thread the registers it needs.
 template <class Memory>
-__global__ void __launch_bounds__(kThreads, 2)
+constexpr int kResident = Memory::kGroup == 1 || sizeof(typename Memory::Compute) == 8 ? 1 : 2;
+
+template <class Memory>
+__global__ void __launch_bounds__(kThreads, kResident<Memory>)
     gaussian_kernel(const __grid_constant__ Gaussian g, const __grid_constant__ Totals to, bool aligned) {
   using C = typename Memory::Compute;
   const int64_t items = g.layout.batch * to.chunks;
@@ -207,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <class Memory>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kResident<Memory>)
     gaussian_gradient_kernel(const __grid_constant__ Gaussian g, bool aligned) {
   using C = typename Memory::Compute;
   constexpr int G = Memory::kGroup;

@@ -32,6 +32,7 @@ from tests.support.triton_cases import (
     MIXED,
     ON_THE_STACK,
     OTHERS,
+    POLICIES,
     RESIDENTS,
     THREADS,
     TILE,
@@ -92,6 +93,24 @@ def test_losses_move_128_bits_at_a_time(case: Case, tmp_path: Path) -> None:
     else:  # the numbers of the sample, and its sum
         assert {size for _, size in found} <= {4, 8, 16}
         assert sum(count for (_, size), count in found.items() if size < 16) <= 6
+
+
+@pytest.mark.parametrize("case", POLICIES.values(), ids=POLICIES)
+def test_policies_move_128_bits_at_a_time(case: Case, tmp_path: Path) -> None:
+    """Nothing of an element is contracted or in double precision; the logarithm of a sample, which is both, is CUDA's."""
+    name, call, read, written = case
+    binary = compiled(name, call)
+    ptx = binary.asm["ptx"]
+    check_resources(binary, tmp_path)
+    found = accesses(ptx)
+    for kind, tensors in (("ld", read), ("st", written)):
+        assert found[kind, 16] == sum(x.element_size() for x in tensors) * TILE // THREADS // 16
+    assert "fma.rn.f32" not in ptx and "div.rn.f32" not in ptx
+    if name == "density_gradients":
+        check_arithmetic(binary)
+    else:
+        (loop,) = element_loops(ptx)
+        assert not DOUBLE.search(loop)
 
 
 @pytest.mark.parametrize("name", RESIDENTS)

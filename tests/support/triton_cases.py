@@ -106,6 +106,39 @@ def losses() -> dict[str, Case]:
 LOSSES = losses()
 
 
+def policies() -> dict[str, Case]:
+    """Steps, densities and the gradient of the network's output."""
+    cases: dict[str, Case] = {}
+    numbers, upstream = (BDIA[:2], 0.0, 0.3, False), torch.empty(4)
+    step, density, backward = (OPS[f"gaussian_{name}"] for name in ("step", "log_prob", "log_prob_backward"))
+    for kind, (state, network) in NETWORKS.items():
+        pair, three = states(state, network), states(state, state, network)
+        cases |= {
+            f"gaussian_step {kind}": (
+                "density_sums",
+                lambda x=pair: step(x, *numbers, *KEY),
+                pair,
+                pair[:1],
+            ),
+            f"gaussian_log_prob {kind}": (
+                "density_sums",
+                lambda x=three: density(x, *numbers),
+                three,
+                [],
+            ),
+            f"gaussian_log_prob {kind} backward": (
+                "density_gradients",
+                lambda x=three: backward(upstream, 4, x, *numbers),
+                three,
+                three[2:],
+            ),
+        }
+    return cases
+
+
+POLICIES = policies()
+
+
 def resident(tiles: int | None = None) -> dict[str, Case]:
     """Losses with their gradients from one program per sample, of so many tiles, or of as many as registers hold."""
     cases: dict[str, Case] = {}

@@ -21,11 +21,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from bicm_kernels.triton_kernels import multistep, noise, pseudo_huber, reversible
+from bicm_kernels.triton_kernels import gaussian, multistep, noise, pseudo_huber, reversible
 
 SM90 = GPUTarget("cuda", 90, 32)
 KERNELS = {"multistep": multistep} | dict.fromkeys(("noise", "pair", "fold"), noise)
 KERNELS |= dict.fromkeys(("sums", "gradients", "resident", "scale"), pseudo_huber)
+KERNELS |= dict.fromkeys(("density_sums", "density_gradients"), gaussian)
 KERNELS |= dict.fromkeys(("exact_step", "decode_fixed_point"), reversible)
 
 
