@@ -109,7 +109,6 @@ DRAWS: dict[type[Any], dict[str, Any]] = {
     DPMSolverMultistepScheduler: {"algorithm_type": "sde-dpmsolver++"},
     DPMSolverSinglestepScheduler: {"algorithm_type": "sde-dpmsolver++"},
     EDMDPMSolverMultistepScheduler: {"algorithm_type": "sde-dpmsolver++"},
-    DPMSolverSinglestepScheduler: {"algorithm_type": "sde-dpmsolver++"},
     FlowMatchEulerDiscreteScheduler: {"stochastic_sampling": True},
 }
 #: They draw in the second half of a step.

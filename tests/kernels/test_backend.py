@@ -326,11 +326,11 @@ def test_the_library_registers_every_op() -> None:
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("bicm_kernels::")]
     assert len(names) >= 26
     for name in names:
-        composed = name == "bicm_kernels::add_noise" or name.partition(".")[0].endswith(("_tracked", "_traced"))
-        key = "CompositeExplicitAutograd" if composed else "CPU"
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), name
-        # A twin for TorchScript calls its op, which has the fake.
+        # A twin for TorchScript calls its op, which has the fake and the derivative.
         twin = name.partition(".")[0].endswith("_traced")
+        composed = "CompositeExplicitAutograd" if name.partition(".")[0].endswith("_tracked") else "CPU"
+        key = "CompositeImplicitAutograd" if twin else composed
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), name
         assert twin or torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"), name
 
 
