@@ -22,6 +22,12 @@ ARITHMETIC = "fma|mad|mul|add|sub|div|sqrt|rcp|rsqrt|ex2|lg2|sin|cos"
 REGISTERS = 128  # at which two blocks of 256 threads fit on a processor
 
 
+#: What CUDA's float64 logarithm is made of: of a deviation's, once per sample.
+LOGARITHM = ("rcp.approx.ftz.f64", "fma.rn.f64")
+#: One block of 256 threads fits on a processor: up to nine operands of any strides, or float64.
+WIDE, WIDE_REGISTERS = re.compile(r"gaussian(_gradient)?_kernelINS0_(7Strided|6PackedId)"), 202
+
+
 def compile_ptx(source: Path, folder: Path, fmad: str = "false") -> str:
     result = folder / f"{source.stem}.ptx"
     output("nvcc", "-arch=compute_90", f"--fmad={fmad}", "-O3", "-std=c++17", "-ptx", source, "-o", result)
@@ -60,7 +66,10 @@ def loose(found: Counter[str]) -> list[str]:
 
 def test_no_operation_is_contracted_or_approximate(ptx: dict[str, str]) -> None:
     """ptxas never fuses operations that name their rounding, and takes no short cut for their quotients."""
-    found = sum((operations(body) for body in ptx.values()), Counter())
+    found: Counter[str] = Counter()
+    for name, body in ptx.items():
+        counts = operations(body)
+        found += Counter({key: n for key, n in counts.items() if not ("gaussian" in name and key in LOGARITHM)})
     assert {"mul.rn.f32", "add.rn.f32", "div.rn.f32", "sqrt.rn.f32"} <= set(found)
     assert loose(found) == []
 
@@ -75,7 +84,9 @@ def test_contraction_would_be_seen(tmp_path: Path) -> None:
 #: Kernels that compute in float64 whatever the tensors hold: increments of integers, and terms with weights of their own.
 EXACT = re.compile("17reversible_kernel|25fixed_point_decode_kernel|weighed_(sums|gradient)_kernel")
 #: Kernels that compute in float64 what exists once per sample; the others do where a tensor is float64 alone.
-PER_SAMPLE = re.compile(r"(?:(gaussian(?:_gradient)?)_kernel|(pseudo_huber|gradient|resident|cluster)_kernel\w+?Lb(\d))")
+PER_SAMPLE = re.compile(
+    r"(?:(gaussian(?:_gradient)?)_kernel|(pseudo_huber|gradient|resident|cluster)_kernel\w+?Lb(\d))"
+)
 
 
 def test_float32_kernels_compute_in_float32(ptx: dict[str, str]) -> None:
@@ -109,7 +120,7 @@ def test_registers_only() -> None:
     assert len(usage) > 80
     for name, registers, stack, shared, local in usage:
         assert (stack, local) == ("0", "0"), name
-        assert int(registers) <= REGISTERS, name
+        assert int(registers) <= (WIDE_REGISTERS if WIDE.search(name) else REGISTERS), name
         assert int(shared) <= 2048, name
 
 
@@ -140,8 +151,10 @@ def expected_accesses(name: str) -> tuple[int, int] | None:
         return width, width
     loss = PER_SAMPLE.search(name)
     assert loss is not None, name
-    inputs = 2 + int(loss[2])
-    return inputs * width, (0 if loss[1] == "pseudo_huber" else inputs) * width
+    if loss[1]:
+        return None  # how many tensors there are is known at run time; the emulator counts their bytes
+    inputs = 2 + int(loss[3])
+    return inputs * width, (0 if loss[2] == "pseudo_huber" else inputs) * width
 
 
 @needs_library
