@@ -462,7 +462,8 @@ def test_public_names_exist() -> None:
     expected = (
         "affine_step denoised_step ddim_step bdia_step bdia_inverse_step normal uniform fold_in add_noise noisy_pair "
         "scale_input denoise renoise pseudo_huber consistency_loss fixed_point_encode fixed_point_decode "
-        "exact_affine_step exact_affine_inverse_step bdia_exact_step bdia_exact_inverse_step torch_randn"
+        "exact_affine_step exact_affine_inverse_step bdia_exact_step bdia_exact_inverse_step torch_randn "
+        "gaussian_step gaussian_log_prob gaussian_kl"
     )
     assert {name for name, _ in public_functions()} == set(expected.split())
     for module in pkgutil.walk_packages([str(KERNELS / "reference"), str(KERNELS / "ops")]):
