@@ -149,14 +149,19 @@ def test_the_ratio_is_exactly_one(name: str, dtype: torch.dtype, noise: str) -> 
     assert torch.equal(one.detach(), old[1:2])
 
 
-def test_keyed_noise_does_not_depend_on_the_batch() -> None:
-    scheduler = SCHEDULERS["flow"](noise="keyed", seed=5)
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_keyed_noise_does_not_depend_on_the_batch(name: str, several: bool) -> None:
+    """Nor where samples stand at timesteps of their own."""
+    scheduler = SCHEDULERS[name](noise="keyed", seed=5)
     x, v = states()
-    whole = scheduler.step_with_log_prob(v, scheduler.timesteps[3], x)
-    alone = SCHEDULERS["flow"](noise="keyed", seed=5, sample_id=2)
-    part = alone.step_with_log_prob(v[2:], scheduler.timesteps[3], x[2:])
-    for a, b in zip(whole[:3], part[:3], strict=True):
-        assert torch.equal(a[2:], b)
+    times = scheduler.timesteps[[3, 5, 4] if several else [3, 3, 3]]
+    whole = scheduler.step_with_log_prob(v, times, x, **options(name))
+    for k in range(3):
+        alone = SCHEDULERS[name](noise="keyed", seed=5, sample_id=k)
+        part = alone.step_with_log_prob(v[k : k + 1], times[k], x[k : k + 1], **options(name))
+        for a, b in zip(whole[:3], part[:3], strict=False):
+            assert torch.equal(a[k : k + 1], b)
 
 
 def test_the_mean_is_differentiable_and_the_step_index_stays() -> None:

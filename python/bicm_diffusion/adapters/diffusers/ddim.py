@@ -218,7 +218,7 @@ class Alphas(Accelerated):
         sample: Tensor,
         prev_sample: Tensor | None,
         generator: Generators,
-        at: Any,
+        at: list[int],
     ) -> tuple[Tensor, Tensor]:
         """A step of rows as `ddim_row` makes them, one or one for each sample, and its log-probability.
 
@@ -329,7 +329,7 @@ class Ddim(Alphas):
             )
             for t in times
         ]
-        return self._with_log_prob(rows, model_output, sample, prev_sample, generator, times[0])
+        return self._with_log_prob(rows, model_output, sample, prev_sample, generator, times)
 
 
 class DdimInverse(Alphas):

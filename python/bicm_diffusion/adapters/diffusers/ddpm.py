@@ -152,4 +152,4 @@ class Ddpm(Alphas):
                 x0 = reading("epsilon", tables.levels[t])
                 row = (float(x0[0]), float(x0[1]), *row[2:])
             rows.append(row)
-        return self._with_log_prob(rows, model_output, sample, prev_sample, generator, times[0])
+        return self._with_log_prob(rows, model_output, sample, prev_sample, generator, times)

@@ -68,17 +68,19 @@ def with_log_prob(
     prev_sample: Tensor | None,
     generator: Generators,
     like: Tensor,
-    at: Any,
+    at: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """The next state, formed or given, and its log-probability (B,) under the mean that tensors and weights make.
 
-    like: what the noise of a generator is drawn like, the model's output.
+    like: what the noise of a generator is drawn like, the model's output. at: the step that keys the noise, or that of
+    every sample.
     """
     state = tensors[0]
     if prev_sample is None:
         if scheduler._noise == "keyed":
-            seed, sample_id = scheduler._key(generator, state, at)
-            return gaussian_step(tensors, weights, std=std, seed=seed, step=at, sample_id=sample_id)
+            seed, sample_id = scheduler._key(generator, state, at[0] if len(at) == 1 else tuple(at))
+            step = at[0] if len(at) == 1 else torch.tensor(at, device=state.device)
+            return gaussian_step(tensors, weights, std=std, seed=seed, step=step, sample_id=sample_id)
         noise = scheduler._drawn(like, state, generator)
         with torch.no_grad():
             prev_sample = affine_step([*tensors, noise], [*weights, std])
@@ -131,7 +133,7 @@ class FlowLogProb:
         if sde_type == "cps" and given is not None:
             after = given
         else:
-            step = with_log_prob(scheduler, tensors, weights, std, given, generator, tensors[1], indices[0])
+            step = with_log_prob(scheduler, tensors, weights, std, given, generator, tensors[1], indices)
             after, log_prob = step
         if sde_type == "cps":
             squares = pseudo_huber(mean, after.detach(), kind="squared", reduction="none")
