@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
+
 
 def ancestral_ratios(level: float, below: float, eta: float) -> tuple[float, float]:
     """Return σ_down/σ and σ_up of a step from one level to another.
@@ -20,3 +22,16 @@ def ancestral_ratios(level: float, below: float, eta: float) -> tuple[float, flo
     # (σ_down/σ')² = 1 - η²·(1 - ρ) without its difference, which at η = 1 is ρ.
     kept = 0.0 if up == 1.0 else (1.0 - eta) * (1.0 + eta) + eta * eta * ratio * ratio
     return ratio * math.sqrt(kept), below * up
+
+
+def with_noise(
+    tensors: list[Tensor], weights: list[float], noise: Tensor, s_noise: float | Tensor, deviation: float
+) -> None:
+    """Add noise of a deviation to the terms of an update; without one it was drawn all the same: generators move on."""
+    if isinstance(s_noise, Tensor):
+        noise = noise * s_noise
+    else:
+        deviation *= s_noise
+    if deviation != 0.0:
+        tensors.append(noise)
+        weights.append(deviation)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.adapters.arithmetic import joined, two_sums, weighted_sum
-from bicm_diffusion.adapters.k_diffusion.ancestral import ancestral_ratios
+from bicm_diffusion.adapters.k_diffusion.ancestral import ancestral_ratios, with_noise
 from bicm_diffusion.adapters.k_diffusion.noise import NoiseSampler, default_noise_sampler
 from bicm_diffusion.adapters.k_diffusion.run import Callback, Churn, ChurnedRun, Network, Run, shifted
 
@@ -178,9 +178,6 @@ def sample_euler_ancestral(
         down, up = ratios[i]
         tensors, weights = [denoised], [down, 1.0 - down]
         if run.levels[i + 1] > 0.0:
-            noise = draw(sigmas[i], sigmas[i + 1])  # in a step without noise too: generators move on
-            noise, amount = (noise * s_noise, up) if isinstance(s_noise, Tensor) else (noise, up * s_noise)
-            if amount != 0.0:
-                tensors, weights = [denoised, noise], [*weights, amount]
+            with_noise(tensors, weights, draw(sigmas[i], sigmas[i + 1]), s_noise, up)
         x = weighted_sum(joined(x, *tensors), weights)
     return x

@@ -11,25 +11,12 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.adapters.arithmetic import joined, two_sums, weighted_sum
-from bicm_diffusion.adapters.k_diffusion.ancestral import ancestral_ratios
+from bicm_diffusion.adapters.k_diffusion.ancestral import ancestral_ratios, with_noise
 from bicm_diffusion.adapters.k_diffusion.noise import NoiseSampler, brownian_noise_sampler, default_noise_sampler
 from bicm_diffusion.adapters.k_diffusion.run import Callback, Network, Run
 
 #: How many tensors one launch adds up.
 MOST_TERMS = 5
-
-
-def with_noise(
-    tensors: list[Tensor], weights: list[float], noise: Tensor, s_noise: float | Tensor, deviation: float
-) -> None:
-    """Add noise of a deviation to the terms of an update."""
-    if isinstance(s_noise, Tensor):
-        noise = noise * s_noise
-    else:
-        deviation *= s_noise
-    if deviation != 0.0:
-        tensors.append(noise)
-        weights.append(deviation)
 
 
 @torch.no_grad()
