@@ -87,9 +87,10 @@ inline Unit part_of(const Layout& layout, const Unit& unit, int64_t done, int64_
 
 #if defined(BICM_VECTOR)
 
+// The guided block of an unconditional one that is loaded.
 template <bool kFloats>
-BICM_HD Block guided_block(const Run& unconditional, const Run& conditional, float scale, int64_t i) {
-  const Block u = load_block<kFloats>(unconditional, i), c = load_block<kFloats>(conditional, i);
+BICM_HD Block guided_block(const Block& u, const Run& conditional, float scale, int64_t i) {
+  const Block c = load_block<kFloats>(conditional, i);
   return each_part([&](int j) { return guide(u.part[j], c.part[j], Floats{} + scale); });
 }
 

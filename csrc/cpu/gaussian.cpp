@@ -107,9 +107,9 @@ BICM_HD Block fold_block(const Mean& m, int64_t i) {
   Block y = {};
   BICM_UNROLL(5)
   for (int k = 0; k < K; ++k) {
-    const bool guided = m.guided && k == K - 1;
-    const Block last = y, x = guided ? guided_block<false>(m.input[k], m.conditional, m.guidance, i)
-                                     : load_block<false>(m.input[k], i);
+    Block x = load_block<false>(m.input[k], i);
+    if (m.guided && k == K - 1) x = guided_block<false>(x, m.conditional, m.guidance, i);
+    const Block last = y;
     y = each_part([&](int j) { return k ? last.part[j] + m.weight[k] * x.part[j] : m.weight[k] * x.part[j]; });
   }
   return y;

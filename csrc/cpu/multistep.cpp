@@ -162,9 +162,8 @@ int64_t fold_terms_of_runs(const Multistep& m, const Unit& unit, Buffers<float>&
     Block y = {}, clean = {};
     BICM_UNROLL(5)
     for (int k = 0; k < K; ++k) {
-      const bool guided = m.guided && k == K - 1;
-      const Block x =
-          guided ? guided_block<kFloats>(input[k], conditional, guidance, i) : load_block<kFloats>(input[k], i);
+      Block x = load_block<kFloats>(input[k], i);
+      if (m.guided && k == K - 1) x = guided_block<kFloats>(x, conditional, guidance, i);
       const Block last = y, last_clean = clean;
       y = each_part([&](int j) { return k ? last.part[j] + weight[k] * x.part[j] : weight[k] * x.part[j]; });
       if (!m.denoises) continue;
