@@ -38,7 +38,7 @@ def squared(a: Tensor, b: Tensor) -> Tensor:
 
 def ours_ign(first: Tensor, other: Tensor, x: Tensor) -> Tensor:
     """``ign_loss``."""
-    return ign_loss(_Answers([first, other, first, first]), x, seed=SEED).total
+    return ign_loss(_Answers([first, other, first, first]), x, seed=SEED, step=0).total
 
 
 def ign(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
@@ -56,7 +56,7 @@ def ign(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Ten
 def ours_sign(first: Tensor, other: Tensor, x: Tensor) -> Tensor:
     """``sign_loss`` with the empirical pair."""
     f = _Answers([first, other, first, other, first])
-    return sign_loss(f, x, seed=SEED, schedule=SCHEDULE, idem=0.1, denoise=0.1).total
+    return sign_loss(f, x, seed=SEED, step=0, schedule=SCHEDULE, idem=0.1, denoise=0.1).total
 
 
 def levels(x: Tensor) -> tuple[Tensor, ...]:
@@ -83,7 +83,8 @@ def sign(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Te
 def ours_dmd(first: Tensor, other: Tensor, x: Tensor) -> Tensor:
     """``sign_loss`` with dmd alone, and what the learned model minimises."""
     models: dict[str, Any] = {"teacher": _Answers([other]), "learned": _Answers([first, first])}
-    return sign_loss(_Answers([x]), x, seed=SEED, schedule=SCHEDULE, dmd=1.0, prediction="x0", **NONE, **models).total
+    options: dict[str, Any] = {"schedule": SCHEDULE, "dmd": 1.0, "prediction": "x0", **NONE, **models}
+    return sign_loss(_Answers([x]), x, seed=SEED, step=0, **options).total
 
 
 def dmd(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:

@@ -45,7 +45,7 @@ def ign_loss(
     x: Tensor,
     *,
     seed: int | Tensor,
-    step: int | Tensor = 0,
+    step: int | Tensor,
     sample_id: int | Tensor = 0,
     extra_args: Mapping[str, Any] | None = None,
     recon: float = 20.0,
@@ -72,7 +72,7 @@ def ign_loss(
     and TypeError for arguments of another kind and networks that `bct_loss` refuses.
 
     >>> x = torch.tensor([[1.0], [-1.0]])
-    >>> ign_loss(torch.sign, x, seed=0).total
+    >>> ign_loss(torch.sign, x, seed=0, step=0).total
     tensor(0.)
     """
     weights = _weights(recon=recon, idem=idem, tight=tight)
@@ -107,7 +107,7 @@ def sign_loss(
     x: Tensor,
     *,
     seed: int | Tensor,
-    step: int | Tensor = 0,
+    step: int | Tensor,
     sample_id: int | Tensor = 0,
     extra_args: Mapping[str, Any] | None = None,
     schedule: Schedule | None = None,
@@ -158,7 +158,7 @@ def sign_loss(
     TypeError for arguments of another kind and networks that `bct_loss` refuses.
 
     >>> x = torch.tensor([[1.0], [-1.0]])
-    >>> sorted(sign_loss(torch.sign, x, seed=0, denoise=0.5).terms)
+    >>> sorted(sign_loss(torch.sign, x, seed=0, step=0, denoise=0.5).terms)
     ['denoise', 'flow', 'idem', 'recon']
     """
     weights = _weights(recon=recon, idem=idem, flow=flow, dmd=dmd, reg=reg, denoise=denoise)
