@@ -15,13 +15,14 @@ def test_bytes_and_launches(name: str, kind: str) -> None:
     found = ROWS[name](*KINDS[kind])
     # A block reads each number of its samples once: a few bytes beside the 8 KiB and more that it moves.
     assert found.numbers < 0.05
-    if "loss" in name or "huber" in name:
+    if any(word in name for word in ("loss", "huber", "gaussian")):
         # Beside the tensors, the sums: one of each chunk is written and read, and one of each sample written.
         assert found.least <= found.counted < found.least + 0.01
-        assert found.launches == 2
     else:
         assert found.counted == found.least
-        assert found.launches == 1
+    # Losses that keep their gradients scale them in a second one; of a density it is the caller who weighs them.
+    twice = "forward and backward" in name if "gaussian" in name else "loss" in name or "huber" in name
+    assert found.launches == 1 + twice
 
 
 def test_the_document_is_up_to_date() -> None:
