@@ -115,7 +115,7 @@ def test_options_together(run: tuple[type[Any], dict[str, Any], dict[str, Any]])
 def test_timesteps_are_set_again(cls: type[Any]) -> None:
     """In the middle of a loop and after one, to another number and to the same."""
     original, ours = both(cls, {})
-    for steps in (5, 5, 3):
+    for steps in (5, 5, 4):  # PNDM takes four at least
         agree(original, ours)
         for scheduler in (original, ours):
             scheduler.set_timesteps(steps)
@@ -184,7 +184,7 @@ def test_timesteps_that_cannot_be(cls: type[Any], timesteps: dict[str, Any]) -> 
 def test_steps_that_cannot_be(cls: type[Any], at: str) -> None:
     """The same error, or the same step, where the original takes one."""
     ends = []
-    for scheduler in both(cls, {}, None if at.startswith("before") else 2):
+    for scheduler in both(cls, {}, None if at.startswith("before") else 4):
         x = torch.full(SHAPE, 0.5)
         last = None if scheduler.timesteps is None else scheduler.timesteps[-1]  # PNDM's, before they are set
         t = {"whole": 1, "unknown": 998.5}.get(at, last)

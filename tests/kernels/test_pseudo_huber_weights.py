@@ -204,7 +204,7 @@ X = torch.ones(2, 3, 4)
 WRONG: list[tuple[type[Exception], str, Tensor]] = [
     (ValueError, r"weight must be 0-d, \(2,\) or broadcast to the shape of pred, \(2, 3, 4\).*\(3, 4\)", X[0]),
     (ValueError, r"weight must be 0-d, \(2,\) or broadcast to the shape of pred.*\(2, 3, 2\)", X[..., :2]),
-    (ValueError, r"weight must be a 0-d or a \(2,\) tensor, got shape \(3,\)", X[0, :, 0]),
+    (ValueError, r"weight must be 0-d, \(2,\) or broadcast to the shape of pred.*got shape \(3,\)", X[0, :, 0]),
     (TypeError, "weight must be a floating tensor or a bool mask, got torch.int64", X.long()),
 ]
 

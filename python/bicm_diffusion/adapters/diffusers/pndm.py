@@ -148,3 +148,5 @@ class Pndm(Alphas):
         first = self.counter < len(self.prk_timesteps) and not self._internal_dict.skip_prk_steps
         step = self.step_prk if first else self.step_plms
         return step(model_output=model_output, timestep=timestep, sample=sample, return_dict=return_dict)
+
+    step.__qualname__ = "PNDMScheduler.step"  # what Python's own error names
