@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cases", type=int, default=0, help="run at most so many cases of a test, spread evenly; 0: all")
+    words = "run at most so many cases of a test, a third as many of a slow one, spread evenly; 0: all"
+    parser.addoption("--cases", type=int, default=0, help=words)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -37,8 +38,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    # The first, the last and some between them: parameters vary slowly from the left and fast from the right.
-    kept = {some[place * (len(some) - 1) // max(1, most - 1)] for some in cases.values() for place in range(most)}
+    kept: set[pytest.Item] = set()
+    for some in cases.values():
+        count = most if not any(item.get_closest_marker("slow") for item in some) else max(1, most // 3)
+        # The first, the last and some between them: parameters vary slowly from the left and fast from the right.
+        kept |= {some[place * (len(some) - 1) // max(1, count - 1)] for place in range(count)}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 

@@ -37,6 +37,7 @@ def loop(scheduler: Any, x: Tensor, step: Callable[..., Any]) -> Tensor:
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_twenty_steps_are_one_graph(cls: type[Any]) -> None:
     eager, compiled, x = three(cls)
@@ -45,6 +46,7 @@ def test_twenty_steps_are_one_graph(cls: type[Any]) -> None:
     assert torch.equal(whole(x), loop(eager, x, eager.step)) and counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "config"),
     [

@@ -17,6 +17,10 @@ def test_two(i): ...
 
 def test_one(): ...
 
+@pytest.mark.slow
+@pytest.mark.parametrize("i", range(4))
+def test_slow(i): ...
+
 """
 
 
@@ -29,7 +33,9 @@ def collected(folder: Path, *options: str) -> list[str]:
 def test_so_many_cases_of_every_test(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text((Path(__file__).parents[1] / "conftest.py").read_text())
     (tmp_path / "test_cases.py").write_text(CASES)
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    assert len(collected(tmp_path)) == len(collected(tmp_path, "--cases", "0")) == 9 + 2 + 1
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
+    assert len(collected(tmp_path)) == len(collected(tmp_path, "--cases", "0")) == 9 + 2 + 1 + 4
     few = collected(tmp_path, "--cases", "3")
-    assert few == ["test_many[0]", "test_many[4]", "test_many[8]", "test_two[0]", "test_two[1]", "test_one"]
+    often = ["test_many[0]", "test_many[4]", "test_many[8]", "test_two[0]", "test_two[1]", "test_one"]
+    assert few == [*often, "test_slow[0]"]
+    assert collected(tmp_path, "--cases", "6")[-2:] == ["test_slow[0]", "test_slow[3]"]

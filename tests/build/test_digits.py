@@ -113,6 +113,7 @@ def test_training_is_a_function_of_seed_and_step() -> None:
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1].values(), runs[1][1].values(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train-denoiser", "train"])
 def test_a_killed_run_resumes_to_the_same_bits(command: str, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"

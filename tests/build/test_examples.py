@@ -92,6 +92,7 @@ def denoiser(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output / "checkpoint.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["ict", "cd", "bct", "gc", "batch-ot", "ect"])
 def test_cifar10_trains_with_every_objective(
     objective: str, images: Path, denoiser: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -113,6 +113,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 def test_a_missing_package_names_its_extra(call: str) -> None:
     module, name, code = CALLS[call]

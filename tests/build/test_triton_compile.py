@@ -113,6 +113,7 @@ def test_policies_move_128_bits_at_a_time(case: Case, tmp_path: Path) -> None:
         assert not DOUBLE.search(loop)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESIDENTS)
 def test_a_loss_with_its_gradient_reads_once(name: str, tmp_path: Path) -> None:
     """All that a sample has moves once, 128 bits at a time; only what it has one of is in double precision.

@@ -377,6 +377,7 @@ def test_a_network_without_parameters_to_train() -> None:
 # --- compiled networks ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["network", "blocks"])
 @pytest.mark.parametrize("wrap", [None, "not reentrant"])
 def test_compiled_networks(part: str, wrap: str | None) -> None:

@@ -70,6 +70,7 @@ def averaged(parts: list[Found], name: str) -> Tensor:
     return first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", [name for name in parallel_training.WRAPPERS if name not in REFUSED])
 def test_two_processes_train_as_one(ranks: list[Found], alone: Found, wrapper: str) -> None:
     """To rounding, for gradients of halves of the batch are added: float64, three steps, eight samples."""

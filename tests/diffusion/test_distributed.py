@@ -57,6 +57,7 @@ def written_at(directory: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in shards}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "save_as"), [("torchrun", "safetensors"), ("accelerate", "png")])
 def test_two_processes_make_what_one_makes_and_a_killed_run_goes_on(
     alone: torch.Tensor, launcher: str, save_as: str, tmp_path: Path

@@ -347,6 +347,7 @@ def two_ranks(directory: Path, rank_1: Mapping[str, Any] | None = None, save_as:
     return [process.communicate(timeout=100)[1] for process in running]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank_1", "told"),
     [

@@ -151,6 +151,7 @@ for op in (copy_of, in_graphs):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("most", "kept"), [("0", "True 0"), ("3", "False 0"), ("5", "False 4"), ("64", "False 64"), (None, "False 256")]
 )
