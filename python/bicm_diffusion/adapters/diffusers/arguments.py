@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -13,6 +14,9 @@ from bicm_diffusion.adapters.diffusers.tables import Timesteps, overrides
 
 #: Dtypes that the originals index or compute with otherwise than with the number that they hold.
 NARROW = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16))
+#: What most arguments are that are no tensors.
+NO_TENSORS = frozenset((float, int, bool, type(None)))
+ODD = "a tensor of a subclass, or one on the meta device"
 
 
 def plain(argument: Any) -> bool:
@@ -23,6 +27,24 @@ def plain(argument: Any) -> bool:
     if not isinstance(argument, Tensor):
         return True
     return not (argument.is_meta or overrides(argument))
+
+
+def check_plain(arguments: Iterable[Any]) -> None:
+    """Raise TypeError unless every argument is plain. Every step of a scheduler calls this.
+
+    Reading an attribute of a tensor takes as long as a function call, so that only the first tensor's device is read: a
+    tensor on the meta device beside others makes the launch raise.
+    """
+    first: Any = None
+    for argument in arguments:
+        kind = type(argument)
+        if kind is Tensor:
+            if first is None:
+                first = argument
+        elif kind not in NO_TENSORS and not plain(argument):
+            raise TypeError(ODD)
+    if first is not None and first.is_meta:
+        raise TypeError(ODD)
 
 
 def numbers(**arguments: Any) -> None:

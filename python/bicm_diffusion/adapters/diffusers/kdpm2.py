@@ -89,14 +89,15 @@ class Kdpm2(Sigmas):
             return tables.traced[BETWEEN][index]
         return tables.scales_between[index] if index > 0 else None
 
-    def _coming_scale(self, tables: MidpointTables, following: int) -> float | None:
+    def _coming_scales(self, tables: MidpointTables) -> list[float]:
         self._for_second = self.sample is None
-        return (tables.scales_between if self._for_second else tables.scales)[following]
+        return tables.scales_between if self._for_second else tables.scales
 
-    def _foreseen(self, sample: Tensor) -> Tensor | None:
-        if self._pending is not None and self._for_second is (self.sample is None):
-            self._pending = None
-        return super()._foreseen(sample)
+    def _foreseen(self, sample: Any) -> Tensor | None:
+        if self._for_second is not (self.sample is None):
+            return super()._foreseen(sample)
+        self._pending = None
+        return None
 
     # --- a step -------------------------------------------------------------------------------------------------------
     @fused

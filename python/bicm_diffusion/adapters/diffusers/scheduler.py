@@ -6,7 +6,6 @@ state, and another `step`. Whatever its step does not cover goes to the original
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from operator import itemgetter
@@ -15,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bicm_diffusion.adapters.diffusers.arguments import host_value, plain
+from bicm_diffusion.adapters.diffusers.arguments import check_plain, host_value
 from bicm_diffusion.adapters.diffusers.drawing import Drawing, KeyedConfig, WrongKeyError, traced
 from bicm_diffusion.adapters.diffusers.tables import Reading, Tables, unreadable, version_of
 
@@ -34,8 +33,9 @@ def fused(attempt: Callable[..., Any]) -> Any:
             result = attempt(self, *args, **kwargs)
         else:
             try:
-                if not all(map(plain, args)) or not all(map(plain, kwargs.values())):
-                    raise TypeError("a tensor of a subclass, or one on the meta device")
+                check_plain(args)
+                if kwargs:
+                    check_plain(kwargs.values())
                 result = attempt(self, *args, **kwargs)
             except WrongKeyError:
                 raise
@@ -59,6 +59,8 @@ class Accelerated(Drawing):
     _options: ClassVar[tuple[str, ...]] = ()
     _chosen: ClassVar[itemgetter[Any] | _Nothing]
     _kind: ClassVar[type[Tables]] = Tables
+    #: Whether steps find their numbers by the timestep; otherwise timesteps serve to find the first step alone.
+    _looks_up: ClassVar[bool] = True
     _tables: Tables | None = None
     _pending: tuple[Any, ...] | None = None
     #: Whether the next evaluation's input may be made ahead, and whether there is a use for it in this run.
@@ -90,19 +92,18 @@ class Accelerated(Drawing):
         self._prepare()
 
     # --- tables -------------------------------------------------------------------------------------------------------
-    def _stale(self, tables: Tables) -> bool:
-        """Whether the tables were made from anything that is another now, so that no weight can be taken from them."""
-        return tables.reading.stale(self.__dict__, self._chosen, tables.reason is None)
-
     def _current(self) -> Any:
         """The tables of the schedule as it is now."""
         tables = self._tables
-        return self._prepare() if tables is None or self._stale(tables) else tables
+        return self._prepare() if tables is None or tables.reading.stale(self.__dict__) else tables
 
     def _prepare(self) -> Tables:
         own = self.__dict__
-        sources = tuple((name, own.get(name), version_of(own.get(name))) for name in self._sources)
-        tables = self._kind(Reading(sources, own.get("num_inference_steps")))
+        sources = tuple(
+            (name, own.get(name), version_of(own.get(name)) if name != "timesteps" or self._looks_up else None)
+            for name in self._sources
+        )
+        tables = self._kind(Reading(sources, own.get("num_inference_steps"), chosen=self._chosen))
         try:
             options = vars(own["_internal_dict"])
             tables.reading.options = self._chosen(options)
@@ -114,6 +115,7 @@ class Accelerated(Drawing):
         except Exception as error:
             tables.reason = f"a schedule or configuration that cannot be read ({error})"
         if tables.reason is not None:
+            tables.reading.used = False
             self._say(tables.reason)
         self._tables = tables
         return tables
@@ -130,7 +132,14 @@ class Accelerated(Drawing):
 
     def _ready(self, graph: bool) -> Any:
         """The tables of the schedule as it is now; None sends a step to the original. graph: whether one is traced."""
-        tables = self._tables if graph else self._current()
+        if graph:
+            tables = self._tables
+        else:
+            # Attributes of a class with __getattr__ are slow: one look at all of them.
+            own = self.__dict__
+            tables = own.get("_tables")
+            if tables is None or tables.reading.stale(own):
+                tables = self._prepare()
         return None if tables is None or tables.reason is not None else tables
 
     def reason_not_fused(self) -> str | None:
@@ -151,10 +160,12 @@ class Accelerated(Drawing):
 
     # --- the index of a step ------------------------------------------------------------------------------------------
     def _index(self, timestep: Any) -> int:
-        if self._step_index is None:
+        index = self._step_index
+        if index is None:
             self._init_step_index(timestep)
-        assert self._step_index is not None
-        return self._step_index
+            index = self._step_index
+            assert index is not None
+        return index
 
     def _init_step_index(self, timestep: Any) -> None:
         if self.begin_index is not None:
@@ -173,6 +184,8 @@ class Accelerated(Drawing):
     def _position(self, timestep: Any) -> int | None:
         """Where a timestep is found among the scheduler's; None where the original has to search."""
         tables = self._current()
+        if not self._looks_up and tables.reason is None and version_of(self.timesteps) != tables.timesteps.version:
+            tables = self._prepare()
         value = host_value(timestep, tables.timesteps)
         if value is None or tables.reason is not None or value not in tables.timesteps.values:
             return None
@@ -182,31 +195,19 @@ class Accelerated(Drawing):
         return tables.timesteps.values.index(value, first + 1) if again else first
 
     # --- the next evaluation's input ----------------------------------------------------------------------------------
-    def _foreseen(self, sample: Tensor) -> Tensor | None:
+    def _foreseen(self, sample: Any) -> Tensor | None:
         """The scaled sample, where the last step made it already."""
-        pending, tables = self._pending, self._tables
-        if pending is None or traced():
-            return None
-        self._pending = None
-        made_for, version, at, scaled = pending
-        unchanged = made_for() is sample and at == self._step_index and sample._version == version
-        # What was made ahead is no function of the sample that autograd knows.
-        recorded = torch.is_grad_enabled() and sample.requires_grad
-        if unchanged and not recorded and tables is not None and not self._stale(tables):
-            return scaled
+        own = self.__dict__
+        made_for, version, at, scaled = own["_pending"]
+        own["_pending"] = None
+        if made_for() is sample and at == own["_step_index"] and sample._version == version:
+            tables = own.get("_tables")
+            # What was made ahead is no function of the sample that autograd knows.
+            recorded = torch.is_grad_enabled() and sample.requires_grad
+            if not recorded and tables is not None and not tables.reading.stale(own):
+                return scaled  # type: ignore[no-any-return]
         self._foresees = False  # a caller who changes the sample first has no use for it
         return None
-
-    def _foresee(self, sample: Tensor, index: int, scaled: Tensor) -> None:
-        self._pending = weakref.ref(sample), sample._version, index, scaled
-
-    def _may_foresee(self, sample: Tensor, model_output: Tensor) -> bool:
-        if not self._foresees:
-            return False
-        if torch.is_grad_enabled():
-            return not (sample.requires_grad or model_output.requires_grad)
-        # Inference tensors do not tell whether they were written to.
-        return not torch.is_inference_mode_enabled()
 
     # --- configurations and copies ------------------------------------------------------------------------------------
     def register_to_config(self, **kwargs: Any) -> None:

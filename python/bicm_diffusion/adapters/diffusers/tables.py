@@ -29,21 +29,26 @@ class Reading:
     sources: tuple[Source, ...]
     #: The scheduler's number of steps.
     steps: int | None
-    #: The values of the options that a step reads.
+    #: The values of the options that a step reads, and what takes them from a configuration's attributes.
     options: Any = ()
 
-    def stale(self, own: dict[str, Any], chosen: Callable[[Any], Any], used: bool) -> bool:
-        """Whether any of it is another object now, or was written to. used: whether the tables give weights."""
-        for name, source, version in self.sources:
-            if own.get(name) is not source or (version is not None and source._version != version):  # type: ignore[union-attr]
-                return True
-        # Recording or not is a matter of gradients alone: without them the tables serve as they are.
-        if torch.is_grad_enabled() and used and any(_requires_grad(source) for _, source, _ in self.sources):
-            return True
+    chosen: Callable[[Any], Any] = tuple
+    #: Whether the tables give weights.
+    used: bool = True
+
+    def stale(self, own: dict[str, Any]) -> bool:
+        """Whether any of it is another object now, or was written to. own: the scheduler's attributes."""
         try:
+            for name, source, version in self.sources:
+                if own.get(name) is not source or (version is not None and source._version != version):  # type: ignore[union-attr]
+                    return True
+            # Recording or not is a matter of gradients alone: without them the tables serve as they are.
+            if torch.is_grad_enabled() and self.used and any(_requires_grad(source) for _, source, _ in self.sources):
+                return True
             # The originals read attributes of the configuration, which may differ from its items.
-            options = chosen(own["_internal_dict"].__dict__)
-            return bool(options != self.options) or own.get("num_inference_steps") is not self.steps
+            if self.chosen(own["_internal_dict"].__dict__) != self.options:
+                return True
+            return own.get("num_inference_steps") is not self.steps
         except Exception:  # an option that was deleted, or that is no number
             return True
 
@@ -57,6 +62,8 @@ class Timesteps:
     memory: Tensor | None = None
     address: int = 0
     spacing: int = 0
+    #: How often the tensor had been written to.
+    version: int | None = None
 
     def at(self, timestep: Tensor) -> float | None:
         """The timestep that a 0-d tensor is, told by where it lies, without asking its device; None for another one."""
@@ -91,7 +98,8 @@ class Tables:
             return
         # The alias keeps the memory when the tensor is given another: what lies at an address in it is a timestep.
         spacing = timesteps.stride(0) * timesteps.element_size()
-        self.timesteps = Timesteps(timesteps.tolist(), timesteps.detach(), timesteps.data_ptr(), spacing)
+        address, version = timesteps.data_ptr(), version_of(timesteps)
+        self.timesteps = Timesteps(timesteps.tolist(), timesteps.detach(), address, spacing, version)
 
     def put(self, name: Any, make: Callable[[int], Row], count: int) -> None:
         """Make a row for each of so many steps; one that cannot be made, or that is not finite, is the original's."""
