@@ -21,7 +21,7 @@ from diffusers import (
     TCDScheduler,
 )
 
-from tests.support.diffusers_cases import CLASSES
+from bicm_diffusion.adapters.diffusers.accelerate import COVERED
 from tests.support.diffusers_observed import NEAR, agree, both
 from tests.support.diffusers_options import OPTIONS
 
@@ -73,5 +73,5 @@ def search(cls: type[Any], count: int) -> int:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     number, *names = sys.argv[1:]
-    chosen = [cls for cls in CLASSES if not names or cls.__name__ in names]
+    chosen = [cls for cls in COVERED if not names or cls.__name__ in names]
     raise SystemExit(bool(sum([search(cls, int(number)) for cls in chosen])))
