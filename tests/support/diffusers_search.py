@@ -22,6 +22,7 @@ from diffusers import (
 )
 
 from bicm_diffusion.adapters.diffusers.accelerate import COVERED
+from tests.support.diffusers_cases import made
 from tests.support.diffusers_observed import NEAR, agree, both
 from tests.support.diffusers_options import OPTIONS
 
@@ -55,7 +56,7 @@ def search(cls: type[Any], count: int) -> int:
     for _ in range(count):
         config, how, steps = drawn(cls, source)
         try:
-            cls(**config)
+            made(cls, **config)
         except (ValueError, NotImplementedError):
             refused += 1  # by the original
             continue
