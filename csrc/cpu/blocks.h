@@ -32,18 +32,43 @@ BICM_HD Block each_part(Function function) {
   return block;
 }
 
-BICM_HD Floats widen_bfloat16(Shorts x) { return bit_cast<Floats>(__builtin_convertvector(x, Words) << 16); }
+// By instruction: the compiler's own conversions between words and halves take three times as many.
+BICM_HD Floats widen_bfloat16(Shorts x) {
+#if defined(BICM_ISA_AVX512)
+  const Words words = (Words)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+  const Words words = (Words)_mm256_cvtepu16_epi32((__m128i)x);
+#endif
+  return bit_cast<Floats>(words << 16);
+}
 
-BICM_HD Shorts narrow_bfloat16(Floats x) {
-  const Words bits = bit_cast<Words>(x);
-  const Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  const Words nan = ((bits >> 16) & 0x8000u) | 0x7FC0u;
+// Rounded once, in the low half of every word.
+BICM_HD Words to_bfloat16(Floats x) {
+  const Words bits = bit_cast<Words>(x), high = bits >> 16;
+  const Words rounded = (bits + 0x7FFFu + (high & 1u)) >> 16;
+  const Words nan = (high & 0x8000u) | 0x7FC0u;
 #if defined(BICM_ISA_AVX512)
   const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
-  return (Shorts)_mm512_cvtepi32_epi16(_mm512_mask_mov_epi32((__m512i)rounded, is_nan, (__m512i)nan));
+  return (Words)_mm512_mask_mov_epi32((__m512i)rounded, is_nan, (__m512i)nan);
 #else
-  const Words is_nan = bit_cast<Words>((Ints)(x != x));
-  return __builtin_convertvector((nan & is_nan) | (rounded & ~is_nan), Shorts);
+  const __m256 is_nan = _mm256_cmp_ps((__m256)x, (__m256)x, _CMP_UNORD_Q);
+  return (Words)_mm256_blendv_ps((__m256)rounded, (__m256)nan, is_nan);
+#endif
+}
+
+BICM_HD void store_bfloat16(const Block& x, uint16_t* to) {
+#if defined(BICM_ISA_AVX512)
+  BICM_UNROLL(4)
+  for (int i = 0; i < kBlockVectors; ++i) {
+    _mm256_storeu_si256((__m256i*)(to + i * kLanes), _mm512_cvtepi32_epi16((__m512i)to_bfloat16(x.part[i])));
+  }
+#else
+  BICM_UNROLL(4)
+  for (int i = 0; i < kBlockVectors; i += 2) {
+    // Quarters of the first vector and of the second take turns.
+    const __m256i mixed = _mm256_packus_epi32((__m256i)to_bfloat16(x.part[i]), (__m256i)to_bfloat16(x.part[i + 1]));
+    _mm256_storeu_si256((__m256i*)(to + i * kLanes), _mm256_permute4x64_epi64(mixed, 0xD8));
+  }
 #endif
 }
 
@@ -74,14 +99,12 @@ inline void stream_block(const Block& x, float* data) {
 
 // Rounds once.
 BICM_HD void store_block(const Block& x, void* data, DType dtype, int64_t place) {
+  if (dtype == DType::bfloat16) return store_bfloat16(x, static_cast<uint16_t*>(data) + place);
   BICM_UNROLL(4)
   for (int i = 0; i < kBlockVectors; ++i) {
     const int64_t at = place + i * kLanes;
     if (dtype == DType::float32) {
       __builtin_memcpy(static_cast<float*>(data) + at, &x.part[i], sizeof(Floats));
-    } else if (dtype == DType::bfloat16) {
-      const Shorts narrow = narrow_bfloat16(x.part[i]);
-      __builtin_memcpy(static_cast<uint16_t*>(data) + at, &narrow, sizeof(narrow));
     } else {
       floats_to_halves(x.part[i], static_cast<Half*>(data) + at);
     }

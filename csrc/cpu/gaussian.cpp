@@ -86,7 +86,7 @@ bool all_runs(const Gaussian& g) {
 }
 
 BICM_HD Block rounded(const Block& x, DType dtype) {
-  if (dtype == DType::bfloat16) return each_part([&](int j) { return widen_bfloat16(narrow_bfloat16(x.part[j])); });
+  if (dtype == DType::bfloat16) return each_part([&](int j) { return bit_cast<Floats>(to_bfloat16(x.part[j]) << 16); });
   if (dtype == DType::float32) return x;
   Half halves[kLanes];
   return each_part([&](int j) {

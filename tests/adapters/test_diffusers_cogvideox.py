@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ import bicm_kernels as bk
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler, is_accelerated
 from bicm_diffusion.keys import SCHEDULER
 from tests.support.diffusers_cases import STEPS, exactly, generator, in_float64, network
-from tests.support.diffusers_observed import NEAR, SHAPE, both, label
+from tests.support.diffusers_observed import NEAR, SHAPE, agree, both, label
 from tests.support.diffusers_options import OPTIONS
 
 SHIPPED = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -33,43 +33,6 @@ CONFIGS: list[dict[str, Any]] = [
 
 def begin(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(SHAPE, generator=generator(0)).to(dtype)
-
-
-def walk(scheduler: Any, x: Tensor, output: torch.dtype | None = None, **arguments: Any) -> Iterator[Any]:
-    """A loop as CogVideoX's pipelines write it."""
-    old, times = None, scheduler.timesteps
-    for k, t in enumerate(times):
-        predicted = network(x, k).to(output or x.dtype)
-        back = times[k - 1] if k else None
-        result = scheduler.step(predicted, old, t, back, x, **arguments)
-        x, old = result[0], result[1]
-        yield type(result)
-        yield from (x, old)
-
-
-def seen(scheduler: Any, **how: Any) -> list[Any]:
-    drawn = generator()
-    try:
-        return [*walk(scheduler, begin(how.pop("dtype")), generator=drawn, **how), drawn.get_state()]
-    except Exception as error:
-        return [type(error)]
-
-
-def compare(config: dict[str, Any], dtype: torch.dtype, output: torch.dtype, steps: int = 6, **how: Any) -> None:
-    theirs, ours = (seen(s, dtype=dtype, output=output, **how) for s in both(CogVideoXDPMScheduler, config, steps))
-    assert len(theirs) == len(ours)
-    near, largest = max(NEAR[dtype], NEAR[output]), 1.0
-    for expected, got in zip(theirs, ours, strict=True):
-        if not isinstance(expected, Tensor) or not expected.is_floating_point():
-            assert torch.equal(got, expected) if isinstance(expected, Tensor) else got == expected
-            continue
-        assert got.dtype == expected.dtype
-        finite = expected.isfinite()
-        if torch.float16 in (dtype, output) and not finite.all() and got[finite].isfinite().all():
-            return  # a launch computes in float32
-        assert torch.equal(got.isfinite(), finite)
-        largest = max(largest, expected[finite].abs().max().item() if finite.any() else 0.0)
-        torch.testing.assert_close(got[finite].double(), expected[finite].double(), rtol=0.0, atol=near * largest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -104,8 +67,8 @@ def test_options_together() -> None:
     for _ in range(60):
         names = source.sample(sorted(options), source.randint(0, 4))
         config = {name: source.choice(options[name]) for name in names}
-        how = {"return_dict": source.random() < 0.5}
-        compare(config, source.choice(dtypes), source.choice(dtypes), source.choice((3, 4, 6)), **how)
+        how = {"return_dict": source.random() < 0.5, "dtypes": (source.choice(dtypes), source.choice(dtypes))}
+        agree(*both(CogVideoXDPMScheduler, config, source.choice((3, 4, 6))), **how)
 
 
 @pytest.mark.parametrize("config", CONFIGS[:2], ids=label)
@@ -173,6 +136,28 @@ def test_a_loop_in_one_graph() -> None:
     x = begin()
     whole = torch.compile(lambda z: loop(compiled, z), fullgraph=True, backend="eager")
     torch.testing.assert_close(whole(x), loop(eager, x))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("config", [SHIPPED, {"set_alpha_to_one": False}], ids=label)
+def test_a_graph_draws_as_the_original_does(config: dict[str, Any], backend: str) -> None:
+    """The last step is of the first order, and draws once."""
+    original, compiled = both(CogVideoXDPMScheduler, config)
+    ends = []
+    for scheduler in (original, compiled):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+
+        def loop(x: Tensor, scheduler: Any = scheduler) -> Tensor:
+            old, times = None, scheduler.timesteps
+            for k in range(6):
+                x, old = scheduler.step(torch.tanh(x), old, times[k], times[k - 1] if k else None, x)
+            return x
+
+        run = loop if scheduler is original else torch.compile(loop, fullgraph=True, backend=backend)
+        ends.append((run(begin()), torch.get_rng_state()))
+    torch.testing.assert_close(ends[1][0], ends[0][0])
+    assert torch.equal(ends[1][1], ends[0][1])
 
 
 def test_what_is_not_covered_runs_the_original_and_says_so_once() -> None:

@@ -11,7 +11,13 @@ from torch import Tensor
 
 pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
 
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, TCDScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    TCDScheduler,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler
@@ -68,6 +74,25 @@ def test_a_step_compiled_by_inductor() -> None:
     eager, compiled, x = three(DDIMScheduler)
     step = torch.compile(compiled.step, fullgraph=True)
     assert torch.equal(loop(compiled, x, step), loop(eager, x, eager.step))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_graph_of_ddpm_draws_as_the_original_does(backend: str) -> None:
+    """Its last step draws nothing."""
+    original, ends = made(DDPMScheduler), []
+    compiled = accelerate_scheduler(original)
+    torch.compiler.reset()
+    for scheduler in (original, compiled):
+        scheduler.set_timesteps(4)
+        torch.manual_seed(0)
+
+        def run(z: Tensor, scheduler: Any = scheduler) -> Tensor:
+            return loop(scheduler, z, scheduler.step)
+
+        steps = run if scheduler is original else torch.compile(run, fullgraph=True, backend=backend)
+        ends.append((steps(start(original, torch.float32, (2, 4, 8, 8))), torch.get_rng_state()))
+    torch.testing.assert_close(ends[1][0], ends[0][0])
+    assert torch.equal(ends[1][1], ends[0][1])
 
 
 def test_an_eta_that_one_step_had_before() -> None:

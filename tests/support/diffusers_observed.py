@@ -56,8 +56,9 @@ def observed(
     **arguments: Any,
 ) -> Iterator[Any]:
     """All that a loop lets its caller see; an error is seen by its type."""
-    generator = torch.Generator().manual_seed(0)
-    takes_generator = accepts(scheduler.step, "generator")
+    generator, drawn = (torch.Generator().manual_seed(seed) for seed in (0, 4))
+    old: Any = None
+    back: Any = None
     with Heard() as heard:
         try:
             x = torch.randn(SHAPE, generator=generator).to(dtypes[0]) * first_level(scheduler)
@@ -69,8 +70,9 @@ def observed(
                     x = scheduler.scale_noise(x / 9, at, noise)
                 else:
                     x = scheduler.add_noise(x / 9, noise, at)
-            if takes_generator:
-                arguments = {"generator": torch.Generator().manual_seed(4), **arguments}
+            if accepts(scheduler.step, "generator"):
+                arguments = {"generator": drawn, **arguments}
+            takes_old = accepts(scheduler.step, "old_pred_original_sample")
             for k, t in enumerate(scheduler.timesteps[start:]):
                 at = t.item() if as_number else t
                 if edit is not None:
@@ -79,14 +81,17 @@ def observed(
                 output = network(inputs, k).to(dtypes[1])
                 if edit is not None:
                     edit(scheduler, k, "step")
-                result = scheduler.step(output, at, x, return_dict=return_dict, **arguments)
+                states = (output, old, at, back, x) if takes_old else (output, at, x)
+                result = scheduler.step(*states, return_dict=return_dict, **arguments)
                 yield inputs
                 yield type(result)
                 yield from result if isinstance(result, tuple) else result.values()
                 yield [getattr(scheduler, name, None) for name in ("step_index", "begin_index", "lower_order_nums")]
-                x = result[0]
+                x, back = result[0], at
+                old = result[1] if takes_old else None
         except Exception as error:
             yield type(error)
+    yield drawn.get_state().numpy().tobytes()
     yield heard.messages
 
 

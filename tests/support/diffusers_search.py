@@ -21,7 +21,8 @@ from diffusers import (
     TCDScheduler,
 )
 
-from tests.support.diffusers_cases import CLASSES
+from bicm_diffusion.adapters.diffusers.accelerate import COVERED
+from tests.support.diffusers_cases import made
 from tests.support.diffusers_observed import NEAR, agree, both
 from tests.support.diffusers_options import OPTIONS
 
@@ -55,7 +56,7 @@ def search(cls: type[Any], count: int) -> int:
     for _ in range(count):
         config, how, steps = drawn(cls, source)
         try:
-            cls(**config)
+            made(cls, **config)
         except (ValueError, NotImplementedError):
             refused += 1  # by the original
             continue
@@ -73,5 +74,5 @@ def search(cls: type[Any], count: int) -> int:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     number, *names = sys.argv[1:]
-    chosen = [cls for cls in CLASSES if not names or cls.__name__ in names]
+    chosen = [cls for cls in COVERED if not names or cls.__name__ in names]
     raise SystemExit(bool(sum([search(cls, int(number)) for cls in chosen])))

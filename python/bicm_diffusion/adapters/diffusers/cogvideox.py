@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.arguments import host_value
 from bicm_diffusion.adapters.diffusers.ddim import LEAST, Alphas, AlphaTables
-from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
-from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
+from bicm_diffusion.adapters.diffusers.drawing import FLOATING, Generators, traced
+from bicm_diffusion.adapters.diffusers.outputs import as_dtype, as_output, as_state
 from bicm_diffusion.adapters.diffusers.scheduler import fused
 from bicm_diffusion.adapters.diffusers.tables import Number, Row, Tables, root
 from bicm_kernels import denoised_step
@@ -121,26 +121,30 @@ class CogVideoXDpm(Alphas):
                 isinstance(x, Integral) and x in known for x in (at, *([] if timestep_back is None else [back]))
             ):
                 return None
-            if at - tables.gap < 0:
-                old = None
+        if not isinstance(at, Tensor) and at - tables.gap < 0:
+            old = None
         second = old is not None
-        if second and (back is None or not self._fits(old, sample, model_output)):
+        if second and (back is None or not self._fits(old, sample)):
             return None
         row = self._weights(tables, at, back if second else None, sample)
         if row is None:
             return None
         x0_sample, x0_output, kept, now, before, deviation, near, guidance = row
         state = as_state(sample, model_output)
-        tensors: list[Any] = [state, *([old] if second else [])]
+        tensors: list[Any] = [as_state(state, old), old] if second else [state]
         weights = [kept, before][: len(tensors)]
         if self._noise == "keyed":
             seed, sample_id = self._key(generator, sample, at)
             keyed: dict[str, Any] = {"noise_weight": deviation, "seed": seed, "step": at, "sample_id": sample_id}
         else:
             keyed = {}
-            if second:
-                self._drawn(sample, model_output, generator)  # the original's first order, which it throws away
-            tensors.append(self._drawn(sample, model_output, generator))
+            noise = self._drawn(sample, model_output, generator)
+            if second and isinstance(at, Tensor):  # of a graph, which cannot tell the last step
+                again = self._drawn_from(at, tables.gap, sample, generator)
+                noise = torch.where((at < tables.gap).to(noise.device), noise, again)
+            elif second:  # the first was of the original's first order, which it throws away
+                noise = self._drawn(sample, model_output, generator)
+            tensors.append(noise)
             weights.append(deviation)
         reads = [0.0] * len(tensors)
         prediction = self._internal_dict.prediction_type
@@ -152,15 +156,14 @@ class CogVideoXDpm(Alphas):
             tensors.append(model_output)
             reads = [x0_sample, *reads[1:], x0_output]
         out, x0, _ = denoised_step(tensors, reads, [*weights, 0.0], x0_weight=now, **keyed)
-        if prediction == "sample":
-            x0 = model_output
-        if not return_dict or (old is None and not graph):
+        x0 = model_output if prediction == "sample" else as_dtype(x0, state.dtype)
+        if not return_dict or old is None:
             return out, x0  # a tuple at the first order, whatever is asked for
         return as_output(graph, DDIMSchedulerOutput, out, "pred_original_sample", x0)
 
-    def _fits(self, old: Any, sample: Tensor, output: Tensor) -> bool:
+    def _fits(self, old: Any, sample: Tensor) -> bool:
         """Whether a launch takes the last x0: to be known before anything is drawn."""
-        if not isinstance(old, Tensor) or old.dtype not in (sample.dtype, output.dtype):
+        if not isinstance(old, Tensor) or old.dtype not in FLOATING:
             return False
         return old.shape == sample.shape and old.device == sample.device and old.layout is torch.strided
 

@@ -114,8 +114,12 @@ class Ddpm(Alphas):
             seed, sample_id = self._key(generator, sample, at)
             out, x0 = self._two(tables, state, model_output, row, seed=seed, step=at, sample_id=sample_id)
         else:
-            # A graph cannot tell the last step, and draws noise for it too, with a deviation of zero.
-            out, x0 = self._two(tables, state, model_output, row, self._drawn(model_output, sample, generator))
+            noise = (
+                self._drawn_from(at, 1, model_output, generator)
+                if graph
+                else self._drawn(model_output, sample, generator)
+            )
+            out, x0 = self._two(tables, state, model_output, row, noise)
         return as_output(graph, DDPMSchedulerOutput, out, "pred_original_sample", x0) if return_dict else (out, x0)
 
     def step_with_log_prob(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import partial, reduce
 from typing import Any, ClassVar
 
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.drawing import traced
 from bicm_diffusion.adapters.diffusers.levels import PREDICTIONS, level_of, reading_noise
-from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
+from bicm_diffusion.adapters.diffusers.outputs import as_dtype, as_output, as_state
 from bicm_diffusion.adapters.diffusers.scheduler import fused
 from bicm_diffusion.adapters.diffusers.sigmas import Counted
 from bicm_diffusion.adapters.diffusers.tables import Row, Tables
@@ -108,15 +108,15 @@ class Deis(Counted):
         order = self._order(tables, index)
         row: Any = tables.row(order, index, sample.device if graph else None)
         history: list[Any] = self.model_outputs[:-order:-1] if order > 1 else []
-        dtypes = sample.dtype, model_output.dtype
-        if row is None or any(x is None or x.dtype not in dtypes for x in history):
+        if row is None or any(x is None for x in history):
             return None
         of_sample, of_output, kept, now, *earlier = row
-        tensors = [as_state(sample, model_output), model_output, *history]
+        state = as_state(sample, model_output)
+        tensors = [reduce(as_state, history, state), model_output, *history]
         nothing = [0.0] * len(history)
         out, noise, _ = denoised_step(tensors, [of_sample, of_output, *nothing], [kept, 0.0, *earlier], x0_weight=now)
         self.model_outputs[:-1] = self.model_outputs[1:]
-        self.model_outputs[-1] = noise
+        self.model_outputs[-1] = as_dtype(noise, state.dtype)
         if self.lower_order_nums < most:
             self.lower_order_nums += 1
         self._step_index = index + 1

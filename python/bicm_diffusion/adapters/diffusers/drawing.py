@@ -25,6 +25,29 @@ traced = torch.compiler.is_compiling
 FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
+def _draw_from(timestep: Tensor, least: int, like: Tensor, generator: Generator | None) -> Tensor:
+    draws = int(timestep) >= least
+    return (
+        randn_tensor(like.shape, generator=generator, dtype=like.dtype)
+        if draws
+        else torch.zeros(like.shape, dtype=like.dtype)
+    )
+
+
+_library = torch.library.Library("bicm_diffusion", "FRAGMENT")
+# No compiler may leave a draw out, or take two for one.
+_library.define(
+    "drawn_from(Tensor timestep, int least, Tensor like, Generator? generator) -> Tensor",
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+_library.impl("drawn_from", _draw_from, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("bicm_diffusion::drawn_from", lib=_library)
+def _fake_draw(timestep: Tensor, least: int, like: Tensor, generator: Generator | None) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
 class WrongKeyError(ValueError):
     """A seed, sample id or list of generators that does not fit the batch: the original has no step for it either."""
 
@@ -118,6 +141,15 @@ class Drawing:
         if isinstance(generator, list):
             generator = generator[: shape[0]] if several else generator[0]
         return torch_randn(shape, generator=generator, dtype=dtype)
+
+    def _drawn_from(self, timestep: Tensor, least: int, like: Tensor, generator: Generators) -> Tensor:
+        """Noise of a graph's step that the original draws from a timestep on; below it, nothing is drawn on the CPU.
+
+        Elsewhere a graph draws always: whether to could only be read from the device.
+        """
+        if not like.is_cpu or isinstance(generator, list):
+            return self._drawn(like, like, generator)
+        return torch.ops.bicm_diffusion.drawn_from(timestep, least, like.detach(), generator)
 
     # --- keyed --------------------------------------------------------------------------------------------------------
     def _key(self, generator: Generators, sample: Tensor, step: Any) -> tuple[Integer, Integer]:

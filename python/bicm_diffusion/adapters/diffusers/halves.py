@@ -24,46 +24,43 @@ def kept_sample(kept: Any, state: Tensor) -> Tensor | None:
     return kept if kept.shape == state.shape and kept.device == state.device else None
 
 
-class Left(NamedTuple):
-    """A tensor that a first half left behind, and how often it had been written to."""
-
-    tensor: Tensor
-    version: int
-
-    def unchanged(self) -> bool:
-        return self.tensor._version == self.version
-
-
 class Halfway(NamedTuple):
-    """What a first half left behind.
+    """What a first half left behind, with how often each tensor had been written to.
 
     dt: the scheduler's; length: its value. sample, out: with what it began and ended. other: what else the slope can be
     made of, x0 or the output, and from_other: its quotients (divisor beside the sample, beside out, alone).
     """
 
-    dt: Left
+    dt: Tensor
+    dt_version: int
     length: float
-    sample: Left | None = None
-    out: Left | None = None
-    other: Left | None = None
+    sample: Tensor | None = None
+    sample_version: int = 0
+    out: Tensor | None = None
+    out_version: int = 0
+    other: Tensor | None = None
+    other_version: int = 0
     from_other: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def slope(self) -> Tensor:
         """The slope, from tensors that nobody wrote to since."""
         beside_sample, beside_out, alone = self.from_other
-        for a, b, c in (
-            (self.out, self.sample, self.length),
-            (self.sample, self.other, beside_sample),
-            (self.out, self.other, beside_out),
-        ):
-            if c and a is not None and b is not None and a.unchanged() and b.unchanged():
-                return affine_step([a.tensor, b.tensor], [1.0 / c, -1.0 / c])
-        if alone and self.other is not None and self.other.unchanged():
-            return affine_step([self.other.tensor], [1.0 / alone])
+        sample = _unchanged(self.sample, self.sample_version)
+        out = _unchanged(self.out, self.out_version)
+        other = _unchanged(self.other, self.other_version)
+        for a, b, c in ((out, sample, self.length), (sample, other, beside_sample), (out, other, beside_out)):
+            if c and a is not None and b is not None:
+                return affine_step([a, b], [1.0 / c, -1.0 / c])
+        if alone and other is not None:
+            return affine_step([other], [1.0 / alone])
         raise RuntimeError(
             "prev_derivative: expected the sample, the result or x0 of a step's first half as they were, but they were "
             "written to; accelerate_scheduler(..., foresee=False) keeps a slope of its own"
         )
+
+
+def _unchanged(x: Tensor | None, version: int) -> Tensor | None:
+    return x if x is not None and x._version == version else None
 
 
 class Slopes(Counted):
@@ -105,22 +102,23 @@ class Slopes(Counted):
     ) -> None:
         """End a first half, with its slope in the tensors that it comes from."""
         sample = self.sample
-        left = Left(sample, sample._version), Left(out, out._version), Left(other, other._version)
-        self._halfway = Halfway(Left(dt, dt._version), length, *left, from_other)
+        self._halfway = Halfway(
+            dt, dt._version, length, sample, sample._version, out, out._version, other, other._version, from_other
+        )
         self.dt, self._ended = dt, out
         self.__dict__.pop("prev_derivative", None)
 
     def _leave(self, dt: Tensor, length: float, slope: Tensor) -> None:
         """End a first half, with a slope of its own."""
-        self._halfway = Halfway(Left(dt, 0 if dt.is_inference() else dt._version), length)
+        self._halfway = Halfway(dt, 0 if dt.is_inference() else dt._version, length)
         self.dt, self._ended, self.prev_derivative = dt, None, slope
 
     def _length(self) -> float | None:
         """The length of the step whose second half is due; None where `dt` is not what that left."""
-        halfway = self._halfway
-        if halfway is None or halfway.dt.tensor is not self.dt:
+        halfway, dt = self._halfway, self.dt
+        if halfway is None or halfway.dt is not dt:
             return None
-        return halfway.length if self.dt.is_inference() or halfway.dt.unchanged() else None
+        return halfway.length if dt.is_inference() or dt._version == halfway.dt_version else None
 
     def _earlier(
         self, kept: Tensor, state: Tensor | None, dtype: torch.dtype, half: Any, graph: bool
@@ -131,10 +129,9 @@ class Slopes(Counted):
         """
         ended, halfway = self._ended, self._halfway
         if not graph and ended is not None:
-            sample, out = (None, None) if halfway is None else (halfway.sample, halfway.out)
             # As the first half left it, and nobody wrote to it.
-            known = sample is not None and out is not None and "prev_derivative" not in self.__dict__
-            if not (known and sample.tensor is kept and sample.unchanged() and out.unchanged()):  # type: ignore[union-attr]
+            known = halfway is not None and halfway.sample is kept and "prev_derivative" not in self.__dict__
+            if not known or kept._version != halfway.sample_version or ended._version != halfway.out_version:  # type: ignore[union-attr]
                 ended = None
         if ended is not None:
             # x + h/2·d is the mean of x and of Euler's result, x + h·d.

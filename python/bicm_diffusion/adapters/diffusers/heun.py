@@ -16,7 +16,7 @@ from bicm_diffusion.adapters.diffusers.churn import Churning
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
 from bicm_diffusion.adapters.diffusers.euler import NO_CHURN, derivative_weights, euler_weights
 from bicm_diffusion.adapters.diffusers.halves import FIRST, SECOND, Slopes, kept_sample
-from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
+from bicm_diffusion.adapters.diffusers.outputs import as_dtype, as_output, as_state
 from bicm_diffusion.adapters.diffusers.scheduler import fused
 from bicm_diffusion.adapters.diffusers.sigmas import Sigmas, SigmaTables
 from bicm_diffusion.adapters.diffusers.tables import Row, Tables
@@ -83,16 +83,13 @@ class Heun(Sigmas, Slopes):
             return None
         index = self._index(timestep)
         state = as_state(sample, model_output)
-        # What is clipped is the output itself, in its own dtype.
-        if tables.predicts_x0 and tables.clip is not None and model_output.dtype is not state.dtype:
-            return None
         half = self._first if self.dt is None else self._second
         result = half(tables, index, state, model_output, sample, graph)
         if result is None:
             return None
         out, x0 = result
-        if tables.gives_output:
-            x0 = model_output
+        if tables.predicts_x0:  # the output itself, or what is left of it
+            x0 = model_output if tables.gives_output else as_dtype(x0, model_output.dtype)
         cls = HeunDiscreteSchedulerOutput
         return as_output(graph, cls, out, "pred_original_sample", x0) if return_dict else (out, x0)
 

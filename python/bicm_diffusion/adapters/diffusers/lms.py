@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any, ClassVar
 
 from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteSchedulerOutput
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.drawing import traced
 from bicm_diffusion.adapters.diffusers.euler import euler_weights
-from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
+from bicm_diffusion.adapters.diffusers.outputs import as_dtype, as_output, as_state
 from bicm_diffusion.adapters.diffusers.scheduler import fused
 from bicm_diffusion.adapters.diffusers.sigmas import Sigmas, SigmaTables
 from bicm_diffusion.adapters.diffusers.tables import Row, Tables
@@ -106,19 +106,17 @@ class Lms(Sigmas):
         used = min(index + 1, order)
         # The original pairs what there is, from the newest on.
         history: list[Any] = kept[::-1][: used - 1]
-        dtypes = sample.dtype, model_output.dtype
-        if row is None or len(kept) >= order or any(x.dtype not in dtypes for x in history):
+        if row is None or len(kept) >= order:
             return None
         state = as_state(sample, model_output)
+        wide = reduce(as_state, history, state)
         x0_sample, x0_output, of_sample, of_output, now, *earlier = row
         weights = [1.0 + now * of_sample, now * of_output, *earlier[: len(history)]]
         derivative = affine_step([state, model_output], [of_sample, of_output])
-        scale = self._next_scale(tables, index, state.dtype, sample, model_output)
-        out, x0 = self._advance(
-            ([state, model_output, *history], [x0_sample, x0_output], weights), index, state.dtype, scale
-        )
-        if self._internal_dict.prediction_type == "sample":
-            x0 = model_output
+        scale = self._next_scale(tables, index, wide.dtype, sample, model_output)
+        terms = [wide, model_output, *history], [x0_sample, x0_output], weights
+        out, x0 = self._advance(terms, index, wide.dtype, scale)
+        x0 = model_output if self._internal_dict.prediction_type == "sample" else as_dtype(x0, state.dtype)
         self.derivatives.append(derivative)
         if len(self.derivatives) > order:
             self.derivatives.pop(0)

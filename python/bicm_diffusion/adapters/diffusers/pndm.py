@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -132,11 +133,11 @@ class Pndm(Alphas):
             shares = MULTISTEP[min(count, 4)]  # type: ignore[assignment]
         else:
             return None
-        dtypes = sample.dtype, model_output.dtype
-        if row is None or current is None or any(x.dtype not in dtypes for x in (current, *terms)):
+        if row is None or current is None:
             return None
         of_sample, of_output = row
-        out = affine_step([as_state(current, model_output), *terms], [of_sample, *(of_output * x for x in shares)])
+        state = reduce(as_state, terms, current)
+        out = affine_step([state, *terms], [of_sample, *(of_output * x for x in shares)])
         if not again:
             self.ets = outputs
         if count == 1:

@@ -31,20 +31,25 @@ def fused(attempt: Callable[..., Any]) -> Any:
     def method(self: Accelerated, *args: Any, **kwargs: Any) -> Any:
         if traced():
             result = attempt(self, *args, **kwargs)
+            return getattr(self._original, name)(self, *args, **kwargs) if result is None else result
+        why = ", for its dtypes, arguments or level,"
+        try:
+            check_plain(args)
+            if kwargs:
+                check_plain(kwargs.values())
+            result = attempt(self, *args, **kwargs)
+            if result is not None:
+                return result
+        except WrongKeyError:
+            raise
+        except Exception as error:
+            # Where the original raises, its error is the one that counts, and this one its context.
+            result, why = getattr(self._original, name)(self, *args, **kwargs), f" ({error})"
         else:
-            try:
-                check_plain(args)
-                if kwargs:
-                    check_plain(kwargs.values())
-                result = attempt(self, *args, **kwargs)
-            except WrongKeyError:
-                raise
-            except Exception as error:
-                # Where the original raises, its error is the one that counts, and this one its context.
-                result = getattr(self._original, name)(self, *args, **kwargs)
-                if self._ready(graph=False) is not None:  # a schedule that cannot be read is told of already
-                    self._say(f"a call that no kernel takes ({error})")
-        return getattr(self._original, name)(self, *args, **kwargs) if result is None else result
+            result = getattr(self._original, name)(self, *args, **kwargs)
+        if self._ready(graph=False) is not None:  # a schedule that cannot be read is told of already
+            self._say(f"a call that no kernel takes{why}")
+        return result
 
     return method
 

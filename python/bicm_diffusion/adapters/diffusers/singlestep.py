@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from bicm_diffusion.adapters.diffusers.levels import (
     reading_x0,
     step_of_no_length,
 )
-from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
+from bicm_diffusion.adapters.diffusers.outputs import as_dtype, as_output, as_state
 from bicm_diffusion.adapters.diffusers.scheduler import fused
 from bicm_diffusion.adapters.diffusers.sigmas import Counted
 from bicm_diffusion.adapters.diffusers.tables import Row, Tables
@@ -146,22 +146,22 @@ class DpmSolverSinglestep(Counted):
         order = self._order(index)
         row: Any = tables.row(order, index, sample.device if graph else None)
         history: list[Any] = self.model_outputs[:-order:-1] if order > 1 else []
-        dtypes = sample.dtype, output.dtype
         began = sample if order == 1 else self.sample
-        if row is None or began is None or any(x is None or x.dtype not in dtypes for x in (began, *history)):
+        if row is None or began is None or any(x is None for x in history):
             return None
         of_sample, of_output, kept, now, before, earlier, deviation, near = row
         state = as_state(sample, output)
         # What is predicted may be the output itself, in its own dtype.
         plain = config.algorithm_type == "dpmsolver"
         alone = config.prediction_type == ("epsilon" if plain else "sample")
-        tensors: list[Any] = [as_state(began, state), *history]
+        own = output if alone else state
+        wide = reduce(as_state, (own, *history), began)
+        tensors: list[Any] = [wide, *history]
         weights, keyed = [kept, before, earlier][: len(tensors)], {}
         if config.algorithm_type == ALGORITHMS[1]:
             if any(x.shape != sample.shape for x in (began, *history)):
                 return None
-            dtype = output.dtype if alone else state.dtype
-            keyed = self._noisy(tensors, weights, deviation, index, generator, output, sample, dtype)
+            keyed = self._noisy(tensors, weights, deviation, index, generator, output, sample, own.dtype)
         late: Tensor | None = None
         if alone:
             out, converted = affine_step([*tensors, output], [*weights, now], **keyed), output
@@ -186,7 +186,7 @@ class DpmSolverSinglestep(Counted):
         if late is not None:
             out = affine_step([out, late], [1.0, deviation])
         self.model_outputs[:-1] = self.model_outputs[1:]
-        self.model_outputs[-1] = converted
+        self.model_outputs[-1] = as_dtype(converted, own.dtype)
         if order == 1:
             self.sample = sample
         self._step_index = index + 1

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
-from torch import Tensor
+from torch import Tensor, promote_types
 
 from bicm_diffusion.adapters.diffusers.drawing import traced
 from bicm_diffusion.adapters.diffusers.levels import (
@@ -22,7 +22,7 @@ from bicm_diffusion.adapters.diffusers.levels import (
     reading_x0,
     step_of_no_length,
 )
-from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
+from bicm_diffusion.adapters.diffusers.outputs import as_dtype, as_output, as_state
 from bicm_diffusion.adapters.diffusers.scheduler import fused
 from bicm_diffusion.adapters.diffusers.sigmas import ROWS, Counted
 from bicm_diffusion.adapters.diffusers.tables import Row, Tables
@@ -157,26 +157,30 @@ class UniPc(Counted):
         depth = max(corrector, order - 1)
         history: list[Any] = self.model_outputs[-depth:][::-1] if depth else []
         state = as_state(sample, model_output)
-        # The original multiplies tensors of one dtype alone, and by way of (B, C, ...).
         others = [*history, *(() if last is None else (last,))]
         if reading is None or correction is None or row is None or any(x is None for x in others):
             return None
-        if state is not sample or any(x.dtype is not sample.dtype for x in others) or (depth > 1 and sample.dim() < 2):
+        alone = self._internal_dict.prediction_type == ("sample" if self.predict_x0 else "epsilon")
+        result = sample.dtype if last is None else last.dtype
+        # The original multiplies by way of (B, C, ...), and two differences at once in one dtype alone.
+        if depth > 1 and sample.dim() < 2:
             return None
-        reads_alone = self._internal_dict.prediction_type == ("sample" if self.predict_x0 else "epsilon")
-        if reads_alone and model_output.dtype is not sample.dtype:
+        own = model_output if alone else state
+        if max(corrector, order) > 2 and any(x.dtype is not result for x in (own, *others)):
             return None
-        converted, corrected, previous = self._launch(
-            (sample, model_output, last, history), reading, correction, row, reads_alone
-        )
+        if not alone and result is not state.dtype and promote_types(result, state.dtype) is not state.dtype:
+            return None  # a launch corrects in the dtype of the state
+        given = sample if alone else state, model_output, last, history
+        converted, corrected, previous = self._launch(given, reading, correction, row, alone)
         self.model_outputs[:-1] = self.model_outputs[1:]
         self.timestep_list[:-1] = self.timestep_list[1:]
         self.model_outputs[-1] = converted
         self.timestep_list[-1] = timestep
-        self.this_order, self.last_sample = order, corrected
+        self.this_order, self.last_sample = order, as_dtype(corrected, result) if corrector else sample
         if self.lower_order_nums < most:
             self.lower_order_nums += 1
         self._step_index = index + 1
+        previous = as_dtype(previous, result)
         return as_output(graph, SchedulerOutput, previous) if return_dict else (previous,)
 
     def _launch(
