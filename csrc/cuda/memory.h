@@ -3,7 +3,7 @@
 // third. Policies share one interface:
 //
 //   Place at(layout, sample, begin, aligned)    where the group lies, and how many of its elements exist
-//   Raw load(layout, operand, place)            the bits, in flight until `widen` asks for their values
+//   Raw load(layout, operand, place)            the bits, in flight until `widen` uses them
 //   void widen(operand, raw, values)            the values in the compute type
 //   void store(layout, operand, place, values)  rounded once to the operand's dtype
 //
@@ -60,7 +60,7 @@ inline bool access_aligned(const Layout& layout, const Operand& x) {
   return (reinterpret_cast<int64_t>(x.data) | row) % kAccess == 0;
 }
 
-// A group's bits. Elements are taken out and put in by shifts, because registers cannot be addressed.
+// A group's bits. Elements are extracted and inserted by shifts, because registers cannot be indexed.
 template <int Words>
 struct alignas(kAccess) Bits {
   uint32_t word[Words];
@@ -169,7 +169,7 @@ struct Packed : Dense<Value<T>, sizeof(T) == 2 ? 8 : 4> {
   }
 };
 
-// Every operand is dense and holds float32 or a half; which of them, is asked at run time, once per group.
+// Every operand is dense and float32 or a half; the dtype is checked at run time, once per group.
 struct Mixed : Dense<float, 8> {
   using Raw = Bits<8>;  // halves fill the first four words
 

@@ -15,7 +15,7 @@ struct Extent {
   int64_t size, stride;
 };
 
-// Dimensions that move the address, largest stride first.
+// Dimensions with more than one element, largest stride first.
 int moving(const View& x, Extent* extents) {
   int count = 0;
   for (int64_t i = 0; i < x.dim; ++i) {
