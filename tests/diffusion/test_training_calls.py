@@ -108,9 +108,9 @@ class OneTime(nn.Module):
     [
         (
             lambda: loss(one_time),
-            r"as network\(x, t, u\), but .*\(x: .*; f\(x, t, u\) leads .* lambda x, t, u: network",
+            r"as network\(x, t, u\), but .*\(x: .*; f\(x, t, u\) goes .* lambda x, t, u: network",
         ),
-        (lambda: loss(OneTime()), r"as network\(x, t, u\), but .*; f\(x, t, u\) leads from t to u"),
+        (lambda: loss(OneTime()), r"as network\(x, t, u\), but .*; f\(x, t, u\) goes from t to u"),
         (lambda: ict(one_time), r"as network\(x, t, u\), but .* ict_loss with parameterization='cm'"),
         (
             lambda: ict(two_times, parameterization="cm"),

@@ -3,7 +3,7 @@
 from bicm_diffusion.extras import extra
 
 with extra("diffusers"):
-    # Pipelines that are loaded look a component's base class up in the component's own module.
+    # Loading a pipeline looks up a component's base class in the component's own module.
     from diffusers import SchedulerMixin as SchedulerMixin
 
 from bicm_diffusion.adapters.diffusers.accelerate import accelerate_scheduler, accelerated_class, is_accelerated

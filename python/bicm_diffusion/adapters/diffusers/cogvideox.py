@@ -1,4 +1,4 @@
-"""CogVideoX's stochastic DPM-Solver++ of the second order, whose caller keeps the last x0: one launch a step."""
+"""CogVideoX's stochastic DPM-Solver++ of the second order, whose caller keeps the last x0: one launch per step."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class CogVideoXDpm(Alphas):
             try:
                 row = self._made(tables, at, back, sample)
             except (ZeroDivisionError, ValueError, OverflowError):
-                row = None  # the original's infinities
+                row = None  # the original gives infinities
             tables.rows[key] = row if row is not None and all(map(math.isfinite, row)) else None
         return tables.rows[key]
 
@@ -78,7 +78,7 @@ class CogVideoXDpm(Alphas):
         row = second_order_row(a, below, None)
         if before is not None:
             second = second_order_row(a, below, before[0])
-            # A graph cannot tell the last step, which is of the first order.
+            # A graph cannot detect the last step, which is of the first order.
             last = at - tables.gap < 0
             row = _either(last, row, second)
         prediction = self.config.prediction_type
@@ -107,7 +107,7 @@ class CogVideoXDpm(Alphas):
     ) -> Any:
         graph = traced()
         if not (sample.is_floating_point() and model_output.is_floating_point()):
-            return None  # the original's float64 levels would decide on the dtype
+            return None  # the original's float64 levels would determine the dtype
         tables = self._ready(graph) if self.num_inference_steps else None
         if tables is None:
             return None
@@ -115,7 +115,7 @@ class CogVideoXDpm(Alphas):
         back: Any = timestep_back if graph or timestep_back is None else host_value(timestep_back, tables.timesteps)
         old = old_pred_original_sample
         if not graph:
-            # The original looks the timestep before up wherever there is one, and counts negative ones from the end.
+            # The original looks up the previous timestep wherever there is one, and counts negative ones from the end.
             known = range(len(tables.levels) - 1)
             if not all(
                 isinstance(x, Integral) and x in known for x in (at, *([] if timestep_back is None else [back]))
@@ -139,7 +139,7 @@ class CogVideoXDpm(Alphas):
         else:
             keyed = {}
             if second:
-                self._drawn(sample, model_output, generator)  # the original's first order, which it throws away
+                self._drawn(sample, model_output, generator)  # the original draws at the first order and discards it
             tensors.append(self._drawn(sample, model_output, generator))
             weights.append(deviation)
         reads = [0.0] * len(tensors)
@@ -155,11 +155,11 @@ class CogVideoXDpm(Alphas):
         if prediction == "sample":
             x0 = model_output
         if not return_dict or (old is None and not graph):
-            return out, x0  # a tuple at the first order, whatever is asked for
+            return out, x0  # a tuple at the first order, whatever return_dict is
         return as_output(graph, DDIMSchedulerOutput, out, "pred_original_sample", x0)
 
     def _fits(self, old: Any, sample: Tensor, output: Tensor) -> bool:
-        """Whether a launch takes the last x0: to be known before anything is drawn."""
+        """Whether a launch takes the last x0; needed before anything is drawn."""
         if not isinstance(old, Tensor) or old.dtype not in (sample.dtype, output.dtype):
             return False
         return old.shape == sample.shape and old.device == sample.device and old.layout is torch.strided

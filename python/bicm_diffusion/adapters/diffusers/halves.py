@@ -1,4 +1,4 @@
-"""Steps in two halves: the slope that the first half leaves to the second, kept as the tensors that it comes from."""
+"""Steps in two halves: the first half's slope, kept for the second as the tensors that it is computed from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIRST, SECOND = "first", "second"
 
 
 def kept_sample(kept: Any, state: Tensor) -> Tensor | None:
-    """The sample that a first half began with; None where the original has to go on from it."""
+    """The sample that a first half began with; None where the original has to continue from it."""
     if type(kept) is not Tensor and not (isinstance(kept, Tensor) and plain(kept)):
         return None
     if kept.dtype is not state.dtype and torch.promote_types(kept.dtype, state.dtype) is not state.dtype:
@@ -25,7 +25,7 @@ def kept_sample(kept: Any, state: Tensor) -> Tensor | None:
 
 
 class Left(NamedTuple):
-    """A tensor that a first half left behind, and how often it had been written to."""
+    """A tensor kept by a first half, and its version counter."""
 
     tensor: Tensor
     version: int
@@ -35,10 +35,10 @@ class Left(NamedTuple):
 
 
 class Halfway(NamedTuple):
-    """What a first half left behind.
+    """The state kept by a first half.
 
-    dt: the scheduler's; length: its value. sample, out: with what it began and ended. other: what else the slope can be
-    made of, x0 or the output, and from_other: its quotients (divisor beside the sample, beside out, alone).
+    dt: the scheduler's; length: its value. sample, out: its input and result. other: a tensor that the slope can be
+    made of, x0 or the output, and from_other: its quotients (divisor with the sample, with out, alone).
     """
 
     dt: Left
@@ -49,7 +49,7 @@ class Halfway(NamedTuple):
     from_other: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def slope(self) -> Tensor:
-        """The slope, from tensors that nobody wrote to since."""
+        """The slope, from tensors that were not written to since."""
         beside_sample, beside_out, alone = self.from_other
         for a, b, c in (
             (self.out, self.sample, self.length),
@@ -61,7 +61,7 @@ class Halfway(NamedTuple):
         if alone and self.other is not None and self.other.unchanged():
             return affine_step([self.other.tensor], [1.0 / alone])
         raise RuntimeError(
-            "prev_derivative: expected the sample, the result or x0 of a step's first half as they were, but they were "
+            "prev_derivative: expected the sample, the result or x0 of a step's first half unchanged, but they were "
             "written to; accelerate_scheduler(..., foresee=False) keeps a slope of its own"
         )
 
@@ -69,9 +69,9 @@ class Halfway(NamedTuple):
 class Slopes(Counted):
     """Schedulers whose second half takes the mean of two slopes (Heun's method)."""
 
-    #: What `prev_derivative` is made of where it is no attribute.
+    #: The tensors that `prev_derivative` is computed from where it is no attribute.
     _halfway: Halfway | None = None
-    #: What a first half returned, where it and its sample stand for the slope, in graphs too.
+    #: The result of a first half, where it and its sample determine the slope, in graphs too.
     _ended: Tensor | None = None
     sample: Any
     dt: Any
@@ -90,12 +90,12 @@ class Slopes(Counted):
         return super().__reduce_ex__(protocol)
 
     def _fill_lengths(self, tables: Any) -> None:
-        """What `dt` is after a first half: differences of levels, in their dtype, where they lie."""
+        """`dt` after a first half: differences of levels, in their dtype and on their device."""
         lengths = (self.sigmas[1:] - self.sigmas[:-1]).detach()
         tables.traced["lengths"], tables.lengths = lengths, list(lengths.unbind())
 
     def _may_hold(self, graph: bool, sample: Tensor, output: Tensor) -> bool:
-        """Whether a slope may be made later of what it comes from: only where PyTorch counts what is written to it."""
+        """Whether a slope may be computed later from its tensors: only where PyTorch counts writes to them."""
         if not self._foresight or (torch.is_grad_enabled() and (sample.requires_grad or output.requires_grad)):
             return False
         return graph or not (torch.is_inference_mode_enabled() or sample.is_inference() or output.is_inference())
@@ -103,7 +103,7 @@ class Slopes(Counted):
     def _hold(
         self, dt: Tensor, length: float, out: Tensor, other: Tensor, from_other: tuple[float, float, float]
     ) -> None:
-        """End a first half, with its slope in the tensors that it comes from."""
+        """End a first half; its slope is kept as the tensors that it is computed from."""
         sample = self.sample
         left = Left(sample, sample._version), Left(out, out._version), Left(other, other._version)
         self._halfway = Halfway(Left(dt, dt._version), length, *left, from_other)
@@ -111,12 +111,12 @@ class Slopes(Counted):
         self.__dict__.pop("prev_derivative", None)
 
     def _leave(self, dt: Tensor, length: float, slope: Tensor) -> None:
-        """End a first half, with a slope of its own."""
+        """End a first half; its slope is stored."""
         self._halfway = Halfway(Left(dt, 0 if dt.is_inference() else dt._version), length)
         self.dt, self._ended, self.prev_derivative = dt, None, slope
 
     def _length(self) -> float | None:
-        """The length of the step whose second half is due; None where `dt` is not what that left."""
+        """The length of the step whose second half is due; None where `dt` was changed."""
         halfway = self._halfway
         if halfway is None or halfway.dt.tensor is not self.dt:
             return None
@@ -125,14 +125,14 @@ class Slopes(Counted):
     def _earlier(
         self, kept: Tensor, state: Tensor | None, dtype: torch.dtype, half: Any, graph: bool
     ) -> tuple[list[Any], list[Any], float] | None:
-        """What is added to half of the second slope: tensors, their weights, and a weight of the state itself.
+        """The terms added to half of the second slope: tensors, their weights, and a weight of the state itself.
 
-        half: half the step's length. None where the original has to go on.
+        half: half the step's length. None where the original has to continue.
         """
         ended, halfway = self._ended, self._halfway
         if not graph and ended is not None:
             sample, out = (None, None) if halfway is None else (halfway.sample, halfway.out)
-            # As the first half left it, and nobody wrote to it.
+            # Unchanged since the first half.
             known = sample is not None and out is not None and "prev_derivative" not in self.__dict__
             if not (known and sample.tensor is kept and sample.unchanged() and out.unchanged()):  # type: ignore[union-attr]
                 ended = None

@@ -1,7 +1,7 @@
-"""What every accelerated scheduler shares: tables made on the host, the next evaluation's input, the way back.
+"""Shared by all accelerated schedulers: tables on the host, the next evaluation's input, fallback to the original.
 
-An accelerated scheduler is a subclass of the diffusers class that it stands for, with the same name, configuration and
-state, and another `step`. Whatever its step does not cover goes to the original step, on the same state.
+An accelerated scheduler is a subclass of the original diffusers class, with the same name, configuration and
+state, and another `step`. Unsupported calls run the original step, on the same state.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bicm_diffusion.adapters.diffusers.tables import Reading, Tables, unreadable
 
 
 def fused(attempt: Callable[..., Any]) -> Any:
-    """Let the original's method of the same name do what an attempt does not cover: there it returns None or raises.
+    """Fall back to the original's method of the same name where the attempt returns None or raises.
 
     An attempt raises before it changes anything that the original will read.
     """
@@ -40,9 +40,9 @@ def fused(attempt: Callable[..., Any]) -> Any:
             except WrongKeyError:
                 raise
             except Exception as error:
-                # Where the original raises, its error is the one that counts, and this one its context.
+                # Where the original raises too, its error is raised, with this one as its context.
                 result = getattr(self._original, name)(self, *args, **kwargs)
-                if self._ready(graph=False) is not None:  # a schedule that cannot be read is told of already
+                if self._ready(graph=False) is not None:  # an unreadable schedule was reported already
                     self._say(f"a call that no kernel takes ({error})")
         return getattr(self._original, name)(self, *args, **kwargs) if result is None else result
 
@@ -50,18 +50,18 @@ def fused(attempt: Callable[..., Any]) -> Any:
 
 
 class Accelerated(Drawing):
-    """A scheduler whose step is one fused launch; mixed into a diffusers class by `accelerate_scheduler`."""
+    """A scheduler whose step is one fused launch; a mixin that `accelerate_scheduler` adds to a diffusers class."""
 
     _original: ClassVar[Any]
     _mixin: ClassVar[type[Accelerated]]
-    #: The attributes, and the options of the configuration, that a step's numbers come from.
+    #: The attributes, and the options of the configuration, that a step's weights depend on.
     _sources: ClassVar[tuple[str, ...]] = ("sigmas", "timesteps")
     _options: ClassVar[tuple[str, ...]] = ()
     _chosen: ClassVar[itemgetter[Any] | _Nothing]
     _kind: ClassVar[type[Tables]] = Tables
     _tables: Tables | None = None
     _pending: tuple[Any, ...] | None = None
-    #: Whether the next evaluation's input may be made ahead, and whether there is a use for it in this run.
+    #: Whether the next evaluation's input may be precomputed, and whether this run uses it.
     _foresight = True
     _foresees = True
 
@@ -91,11 +91,11 @@ class Accelerated(Drawing):
 
     # --- tables -------------------------------------------------------------------------------------------------------
     def _stale(self, tables: Tables) -> bool:
-        """Whether the tables were made from anything that is another now, so that no weight can be taken from them."""
+        """Whether an input of the tables has changed, so that they are invalid."""
         return tables.reading.stale(self.__dict__, self._chosen, tables.reason is None)
 
     def _current(self) -> Any:
-        """The tables of the schedule as it is now."""
+        """The tables of the current schedule."""
         tables = self._tables
         return self._prepare() if tables is None or self._stale(tables) else tables
 
@@ -126,10 +126,10 @@ class Accelerated(Drawing):
         return self.sigmas.tolist()
 
     def _fill(self, tables: Any) -> None:
-        """Make rows of weights, and what a graph will need, since nothing can be made while one is traced."""
+        """Make rows of weights, and the tensors of a graph, since none can be made while one is traced."""
 
     def _ready(self, graph: bool) -> Any:
-        """The tables of the schedule as it is now; None sends a step to the original. graph: whether one is traced."""
+        """The tables of the current schedule; None if the original has to run. graph: whether a graph is traced."""
         tables = self._tables if graph else self._current()
         return None if tables is None or tables.reason is not None else tables
 
@@ -171,7 +171,7 @@ class Accelerated(Drawing):
                 self._step_index = position
 
     def _position(self, timestep: Any) -> int | None:
-        """Where a timestep is found among the scheduler's; None where the original has to search."""
+        """The index of a timestep among the scheduler's; None where the original has to search."""
         tables = self._current()
         value = host_value(timestep, tables.timesteps)
         if value is None or tables.reason is not None or value not in tables.timesteps.values:
@@ -183,18 +183,18 @@ class Accelerated(Drawing):
 
     # --- the next evaluation's input ----------------------------------------------------------------------------------
     def _foreseen(self, sample: Tensor) -> Tensor | None:
-        """The scaled sample, where the last step made it already."""
+        """The scaled sample, if the last step precomputed it."""
         pending, tables = self._pending, self._tables
         if pending is None or traced():
             return None
         self._pending = None
         made_for, version, at, scaled = pending
         unchanged = made_for() is sample and at == self._step_index and sample._version == version
-        # What was made ahead is no function of the sample that autograd knows.
+        # Autograd has no record of the precomputed input as a function of the sample.
         recorded = torch.is_grad_enabled() and sample.requires_grad
         if unchanged and not recorded and tables is not None and not self._stale(tables):
             return scaled
-        self._foresees = False  # a caller who changes the sample first has no use for it
+        self._foresees = False  # the caller changes the sample first: do not precompute again
         return None
 
     def _foresee(self, sample: Tensor, index: int, scaled: Tensor) -> None:
@@ -205,7 +205,7 @@ class Accelerated(Drawing):
             return False
         if torch.is_grad_enabled():
             return not (sample.requires_grad or model_output.requires_grad)
-        # Inference tensors do not tell whether they were written to.
+        # Inference tensors have no version counter.
         return not torch.is_inference_mode_enabled()
 
     # --- configurations and copies ------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ class Accelerated(Drawing):
 
 
 class _Nothing:
-    """Of options that none reads. No function: as an attribute of a class it would be a method."""
+    """A reader of no options. Not a function: as a class attribute it would become a method."""
 
     def __call__(self, options: Any) -> Any:
         return ()
@@ -238,7 +238,7 @@ _nothing = _Nothing()
 def derived(mixin: type[Accelerated], original: Any) -> type[Any]:
     """Return the accelerated subclass of a diffusers class, with its name and module."""
 
-    # Pipelines look at a scheduler's signatures to see what it takes.
+    # Pipelines inspect a scheduler's signatures.
     @wraps(original.set_timesteps)
     def set_timesteps(self: Accelerated, *args: Any, **kwargs: Any) -> None:
         mixin.set_timesteps(self, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Schedulers that count their steps: rows of weights by the count, and the launch that ends such a step."""
+"""Schedulers that count their steps: rows of weights by the count, and the launch of such a step."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class SigmaTables(Tables):
 
 
 class Counted(Accelerated):
-    """Schedulers that look their numbers up by how many steps were taken."""
+    """Schedulers that look up their weights by the number of steps taken."""
 
     def _row(self, tables: Any, index: int) -> Row:
-        """A step's weights. One that raises as a division does, or is not finite, leaves the step to the original."""
+        """A step's weights. If they raise an arithmetic error or are not finite, the original step runs."""
         raise NotImplementedError
 
     def _fill(self, tables: Any) -> None:
@@ -60,7 +60,7 @@ class Counted(Accelerated):
         scale: float | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Launch the step, count it, and keep the next evaluation's input where the launch made it.
+        """Launch the step, count it, and keep the next evaluation's input if the launch computed it.
 
         terms: tensors, and the weights in x0 of the first of them, in the result of all.
         """
@@ -93,7 +93,7 @@ class Sigmas(Counted):
         tables.traced["scales"] = torch.tensor(tables.scales, dtype=torch.float64)
 
     def _next_scale(self, tables: SigmaTables, index: int, result: torch.dtype, sample: Tensor, output: Tensor) -> Any:
-        """The scale of the input that a step may make ahead; None where it may not."""
+        """The scale of the input that a step may precompute; None where it may not."""
         following = index + 1
         # A half has to be rounded before it is scaled, as the original does.
         if result.itemsize <= 2 or traced() or following >= min(len(tables.timesteps.values), len(tables.scales) - 1):
@@ -101,12 +101,12 @@ class Sigmas(Counted):
         return self._coming_scale(tables, following) if self._may_foresee(sample, output) else None
 
     def _coming_scale(self, tables: Any, following: int) -> float | None:
-        """The scale of the input after the step that is taken now."""
+        """The scale of the input after the current step."""
         scale: float = tables.scales[following]
         return scale
 
     def _present_scale(self, tables: Any, index: int, graph: bool) -> Any:
-        """The scale of the input that is asked for now, in a graph as a tensor; None for the original's."""
+        """The scale of the requested input, in a graph as a tensor; None if the original has to run."""
         return tables.traced["scales"][index] if graph else tables.scales[index]
 
     @fused
