@@ -12,7 +12,7 @@ CSRC := $(shell find csrc -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv native emulator evidence demo test test-fast counts lint format sanitize bench gpu-check clean distclean
+.PHONY: help venv native emulator evidence demo test test-fast counts lint format docs sanitize bench gpu-check clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -33,6 +33,10 @@ help: ## list the targets
 
 .venv/.native: .venv/.requirements setup.py CMakeLists.txt $(CSRC)
 	$(BIN)/python -m pip install -q -e . --no-build-isolation --no-deps
+	@touch $@
+
+.venv/.docs: .venv/.requirements
+	$(BIN)/python -m pip install -q -e ".[docs]" --no-build-isolation
 	@touch $@
 
 venv: .venv/.requirements ## make .venv: torch, every extra, and this package as an editable installation
@@ -77,6 +81,9 @@ format: .venv/.requirements ## rewrite the sources the way lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+
+docs: .venv/.docs ## the documentation site, in build/site; a dead link is an error. Nothing is executed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The preloaded runtimes must come before Python's own libraries; libstdc++ among them, because the sanitizer looks for
 # the function that throws when it starts. Python leaks on purpose at exit. --capture=sys lets the report through.

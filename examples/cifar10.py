@@ -192,9 +192,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mu", type=float, default=0.5, help="fraction of generated samples; ECT: 0.3 with --generate")
     parser.add_argument("--generate", action="store_true", help="ECT with generated samples")
     parser.add_argument("--predictor", choices=["ema", "online"], default="ema", help="who generates them in GC")
-    parser.add_argument(
-        "--q", type=float, default=2.0, help="ratio by which ECT's times converge per stage"
-    )
+    parser.add_argument("--q", type=float, default=2.0, help="ratio by which ECT's times converge per stage")
     parser.add_argument("--stages", type=int, default=8, help="ECT's stages in a run")
     parser.add_argument("--start", type=Path, help="checkpoint to start from; CD: that of its denoiser")
     parser.add_argument("--seed", type=int, default=0)

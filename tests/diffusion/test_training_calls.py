@@ -114,7 +114,7 @@ class OneTime(nn.Module):
         (lambda: ict(one_time), r"as network\(x, t, u\), but .* ict_loss with parameterization='cm'"),
         (
             lambda: ict(two_times, parameterization="cm"),
-            r"as network\(x, t\), but .* argument: 'u'\); extra_args=",
+            r"as network\(x, t\), but .* argument: 'u'\); pass its other arguments by extra_args=",
         ),
         (lambda: ect(two_times, parameterization="edm"), r"as network\(x, t\), but .* argument: 'u'"),
         (lambda: loss(labelled), r"as network\(x, t, u\), but .*missing a required argument: 'y'"),
