@@ -80,7 +80,7 @@ def gaussian_log_prob(
     Args:
         next: the state that the step took, like the tensors, of any floating dtype.
         tensors, weights, std, guidance_scale, reduction: as for ``gaussian_step``.
-        gradient: "backward" reads the tensors again in the backward pass, and nothing of their size is kept between
+        gradient: "backward" reads the tensors again in the backward pass, and no tensor of their size is kept between
             the passes. "forward" reads them once, forms the gradients with the value and keeps them in place of the
             tensors; the backward pass scales them by the upstream gradient. Where a gradient is a half, which
             could not be scaled without loss, "forward" acts as "backward".

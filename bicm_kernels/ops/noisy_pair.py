@@ -38,7 +38,7 @@ class PairOp(Op):
             raise TypeError(f"mask must be a bool tensor, got {arguments.describe(x)}")
         if x.shape != first.shape[:1] or x.device != first.device:
             shape = f"({first.shape[0]},)"
-            raise ValueError(f"mask must have shape {shape} and lie on {first.device}, got {arguments.describe(x)}")
+            raise ValueError(f"mask must have shape {shape} and be on {first.device}, got {arguments.describe(x)}")
 
     def check_tensors(self, call: Call) -> dict[str, Any]:
         if "x_hat" in self.optional and (call[1] is None) != (call[2] is None):

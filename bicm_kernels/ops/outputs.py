@@ -73,7 +73,7 @@ def same_place(x: Tensor, y: Tensor) -> bool:
 def write(outs: Sequence[Tensor], results: Any, tracked: bool) -> None:
     """Copy the results of a reference into the caller's outputs, which carry no derivative."""
     if tracked:
-        raise ValueError("out must not be given where a tensor requires grad: what is written there has no derivative")
+        raise ValueError("out must not be given where a tensor requires grad: results written to it have no derivative")
     results = (results,) if isinstance(results, Tensor) else results
     for out, result in zip(outs, results, strict=False):  # results that were not requested are None, and last
         if out is not result:
@@ -83,7 +83,7 @@ def write(outs: Sequence[Tensor], results: Any, tracked: bool) -> None:
 def check_outs(outs: Mapping[str, Any], tensors: Mapping[str, Tensor], check: Callable[[str, Any], None]) -> None:
     """Raise unless the outputs pass ``check`` and overlap no tensor, except one that is exactly the same memory."""
     if outs and transforms_alone():
-        raise ValueError("out must not be given under a torch.func transform: what is written there is lost to it")
+        raise ValueError("out must not be given under a torch.func transform, which cannot record writes to it")
     for name, out in outs.items():
         check(name, out)
     # Without memory, the kernel checks when the graph runs.
@@ -93,7 +93,7 @@ def check_outs(outs: Mapping[str, Any], tensors: Mapping[str, Tensor], check: Ca
             raise ValueError(f"{name} must not overlap itself, got strides {out.stride()}")
         for other, x in tensors.items():
             if not same_place(out, x) and shares_memory(out, x):
-                raise ValueError(f"{name} must be exactly {other} or lie apart from it: they overlap in part")
+                raise ValueError(f"{name} must be exactly {other} or disjoint from it: they overlap in part")
     for (name, out), (other, x) in combinations(real.items(), 2):
         if shares_memory(out, x):
             raise ValueError(f"{name} and {other} must not share memory")
@@ -106,4 +106,4 @@ def check_out(name: str, out: object, first: Tensor, first_name: str) -> None:
     if out.dtype != first.dtype:
         raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {out.dtype}")
     if arguments.requires_grad(out):
-        raise ValueError(f"{name} must not require grad: what is written into it has no derivative")
+        raise ValueError(f"{name} must not require grad: results written to it have no derivative")

@@ -75,7 +75,7 @@ def check_overflow(overflow: Any, mark: object, batch: int, device: torch.device
     if overflow.device != device:
         raise ValueError(f"overflow must be on {device}, got {overflow.device}")
     if transformed():
-        raise ValueError("overflow must not be given under a torch.func transform: what is noted there is lost to it")
+        raise ValueError("overflow must not be given under a torch.func transform, which cannot record writes to it")
     if outputs.has_memory(overflow) and outputs.overlaps_itself(overflow):
         raise ValueError(f"overflow must not overlap itself, got strides {overflow.stride()}")
 
@@ -102,7 +102,7 @@ def check_ratio(name: str, ratio: Any, last: Tensor) -> None:
     """Raise unless the ratio is a pair of numbers that the state can be multiplied with."""
     if not isinstance(ratio, tuple | list) or len(ratio) != 2:
         hint = f"; pass {ratio.as_integer_ratio()}" if isinstance(ratio, Fraction) else ""
-        raise TypeError(f"{name} must be a pair (n, m) that stands for n/m, got {arguments.describe(ratio)}{hint}")
+        raise TypeError(f"{name} must be a pair (n, m), the ratio n/m, got {arguments.describe(ratio)}{hint}")
     for part, value in zip(("n", "m"), ratio, strict=True):
         arguments.check_integer(f"{part} of {name}", value, last.shape[0], last.device, 1, MAX_RATIO + 1)
     tensors = any(isinstance(value, Tensor) for value in ratio)

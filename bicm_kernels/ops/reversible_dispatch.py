@@ -144,7 +144,7 @@ class ExactStep(Encode):
             self.check_outs(outs, tensors | {"info": info})
 
     def check_integers(self, last: Tensor, ratio: Any, fraction_bits: object) -> None:
-        """Raise unless the integers beside the tensors are in range."""
+        """Raise unless the integer arguments are in range."""
         reversible_checks.check_ratio(self.ratio, ratio, last)
         reversible_checks.check_fraction_bits(fraction_bits, last.dtype)
 

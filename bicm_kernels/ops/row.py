@@ -36,7 +36,7 @@ class Row:
     tensors: tuple[str, ...] = ()
     #: The last tensor may be a pair, and the op writes to tensors that the caller gives.
     guided: bool = False
-    #: Tensors beside the sequence of a guided op.
+    #: Tensors after the sequence of a guided op.
     others: tuple[str, ...] = ()
     #: Numbers that a schema takes in one list.
     coefficients: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class Row:
     flags: tuple[str, ...] = ()
     #: The name of the noise weight; the key is optional only with one.
     noise: str = ""
-    #: Noise is drawn, whatever the numbers are.
+    #: Noise is always drawn.
     keyed: bool = False
     outs: tuple[str, ...] = ("out",)
     #: How many of these are returned, where it is not all.

@@ -42,7 +42,7 @@ def _rounded(x: Tensor, fraction_bits: int) -> Tensor:
 
 
 def _bound(x: Tensor, largest: int) -> Tensor:
-    """x, or missing where it lies outside [-largest, largest]."""
+    """x, or missing where it is outside [-largest, largest]."""
     return torch.where((x >= -largest) & (x <= largest), x, _MISSING)
 
 

@@ -133,7 +133,7 @@ def apart(x: Tensor, y: Tensor) -> bool:
 
 
 def reaches(distance: int, extents: Extents) -> bool:
-    """Whether `distance` elements lead from one element of a nested tensor to another."""
+    """Whether `distance` is the offset between two elements of a nested tensor."""
     if not extents:
         return distance == 0
     (stride, size), rest = extents[0], extents[1:]

@@ -199,7 +199,7 @@ def scaled_back(total, scale, c, ELEMENTWISE: tl.constexpr):
 
 @triton.jit
 def norm_with(total, c):
-    """sqrt(total + c^2) times a power of two in the type of c, and that power; float32 whatever the size of the sum."""
+    """sqrt(total + c^2) times a power of two in the type of c, and that power; float32 for any size of the sum."""
     if c.dtype == tl.float32:
         high = total.to(tl.float32)
         large = high > 2.0**100
@@ -207,7 +207,7 @@ def norm_with(total, c):
         small = (high < 2.0**-100) & (c < FAINT_32)
         shift = tl.where(large, -192, tl.where(wide, -132, tl.where(small & (total > 0.0), 192, 0))).to(tl.int64) << 52
         bits = total.to(tl.int64, bitcast=True)
-        # A float64 sum of float32 squares is far from the ends of its range; 0 and what is not finite stay.
+        # A float64 sum of float32 squares is far from the ends of its range; 0 and non-finite values are unchanged.
         moved = (bits + shift).to(tl.float64, bitcast=True).to(tl.float32)
         high = tl.where((total > 0.0) & (total < float("inf")), moved, high)
         power = tl.where(large, 2.0**-96, tl.where(wide, 2.0**-66, tl.where(small, 2.0**96, 1.0)))

@@ -1,7 +1,7 @@
 """Per-sample arguments: numbers in the compute type, and the key of a sample's noise.
 
 A number is (value,) or (tensor, stride), the stride 0 for one number, or else from sample to sample. The integers of
-a key are passed beside their tensors, so that a new seed or step compiles nothing. Triton 3.6 can neither count nor
+a key are passed separately from tensors, so that a new seed or step compiles nothing. Triton 3.6 can neither count nor
 compare with None a tuple that holds a None: kernels distinguish such forms by their length, or by a constant.
 """
 

@@ -22,7 +22,7 @@ from bicm_kernels.triton_kernels.pseudo_huber_gradients import gradients, reside
 from bicm_kernels.triton_kernels.pseudo_huber_kernels import sums
 
 CHUNK = 8 * TILE  # elements that one program sums
-#: Elements of a sample whose float32 residuals fit in the registers of a program, whatever the distance.
+#: Elements of a sample whose float32 residuals fit in the registers of a program, for every distance.
 RESIDENT = 3 * TILE
 #: Samples finished together, by whether distances are elementwise: the largest numbers that compile without spills.
 FINISH_BLOCK = {False: 128, True: 256}

@@ -27,7 +27,7 @@
 #define BICM_LOOP
 #endif
 
-// Every unit that is compiled once per instruction set lives in an inline namespace of its own. Without it the
+// Every unit that is compiled once per instruction set has its own inline namespace. Without it the
 // linker may take the AVX-512 copy of an inline function for the baseline and crash older processors.
 #if !defined(BICM_ISA)
 #define BICM_ISA portable

@@ -30,7 +30,7 @@ constexpr int64_t kMaxGridY = 65535;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// At most `limit` workers, and no more than give every one the same number of rounds.
+// At most `limit` workers, and only as many as have the same number of rounds.
 inline int64_t even_share(int64_t work, int64_t limit) {
   return work <= limit ? work : divide_up(work, divide_up(work, limit));
 }

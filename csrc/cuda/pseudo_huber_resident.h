@@ -21,7 +21,7 @@ static_assert(kRounds<Packed<float>> * kThreads * Packed<float>::kGroup == kSumC
 static_assert(kRounds<Mixed> * kThreads * Mixed::kGroup == kSumChunk, "a chunk must fit");
 static_assert(kRounds<Packed<double>> * kThreads * Packed<double>::kGroup * 2 == kSumChunk, "a chunk must fit");
 
-// Gradients that are kept are of the compute type, whatever the inputs are.
+// Kept gradients have the compute type, for every dtype of the inputs.
 template <class Memory>
 struct Unrounded : Memory {
   template <class Place, class C>

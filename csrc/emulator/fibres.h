@@ -265,7 +265,7 @@ class Fibres {
     throw std::logic_error(describe_deadlock());
   }
 
-  // Two threads that cannot meet, the first of those that have not ended among them.
+  // Two threads that wait in different places, one of them the first that has not exited.
   std::string describe_deadlock() const {
     unsigned waiting = 0;
     while (threads_[waiting].wait == Wait::ended) ++waiting;

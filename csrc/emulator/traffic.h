@@ -1,4 +1,4 @@
-// Every access of a kernel to global memory: its bytes are counted, and it must lie inside an argument of the problem.
+// Every access of a kernel to global memory: its bytes are counted, and it must be inside an argument of the problem.
 #pragma once
 
 #include <stddef.h>

@@ -122,7 +122,7 @@ class LossCall {
             empty_tensor(*inputs_[0], 1, batch, aoti_torch_dtype_float64())};
   }
 
-  // Tensors for the gradients, laid out beside the inputs.
+  // Tensors for the gradients, with the inputs' layout.
   std::vector<Tensor> outputs(int64_t needs) {
     std::vector<Tensor> results;
     for (int i = 0; i < count_; ++i) {

@@ -90,7 +90,7 @@ def _notes_what_is_used(wrapper: DistributedDataParallel) -> bool:
 def evaluate_frozen(network: nn.Module, inputs: tuple[Tensor, ...], extra_args: Mapping[str, Any]) -> Tensor:
     """Return network(*inputs, **extra_args), differentiable in the inputs and extra_args, not in the parameters.
 
-    The gradient is taken with respect to the inputs only, so that it is correct whatever the network does with its
+    The gradient is taken with respect to the inputs only, so that it is correct for any use of the network's
     parameters. They are detached meanwhile, where nothing else manages them, which saves the work of their gradients;
     gradient checkpoints recomputed in the backward pass use detached parameters too.
     Raises RuntimeError in the backward pass of a network with reentrant checkpoints.

@@ -66,7 +66,7 @@ class Manifest:
             return
         if directory.exists() and (orphans := shards_in(directory)):
             raise ValueError(
-                f"{directory}: expected a {MANIFEST} beside {listed(orphans)}, got none, so that it is unknown which "
+                f"{directory}: expected a {MANIFEST} with {listed(orphans)}, got none, so that it is unknown which "
                 f"settings made them: restore it, move them away, or choose another directory"
             )
         directory.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Distribution of samples over processes and batches, and restarts after a kill.
 
 Samples 0 … N - 1 are divided into batches of one size, the last one padded with samples that are not kept. A batch has
-the same samples whatever the world size, so even a network whose result depends on its batch makes the same bits;
+the same samples for any world size, so even a network whose result depends on its batch makes the same bits;
 each process writes its batches at once, and a restarted run makes only the missing batches.
 """
 
@@ -133,7 +133,7 @@ def _common(everyone: list[Manifest | Exception]) -> Manifest:
     first, *others = (asked for asked in everyone if isinstance(asked, Manifest))
     told = [(rank, differences(asked, first, "rank 0 has")) for rank, asked in enumerate(others, 1)]
     if differing := [f"rank {rank}: {difference}" for rank, difference in told if difference]:
-        raise ValueError(f"every rank must ask for the same samples; {'; '.join(differing)}")
+        raise ValueError(f"every rank must request the same samples; {'; '.join(differing)}")
     return first
 
 

@@ -17,7 +17,7 @@ from bicm_diffusion.schedules import Schedule
 
 
 class SolverOptions(TypedDict, total=False):
-    """The keyword arguments of every solver on a `Schedule`, including `operator` and `y`.
+    """The keyword arguments of every solver on a `Schedule`; `operator` and `y` are required.
 
     operator: called as `operator(x0)` with x0 (B, …), returns the prediction of y; any function that torch
         differentiates. y: the measurement (B, …). A solver's result for a sample does not depend on its batch where

@@ -37,7 +37,7 @@ def optimal_pairing(
     if cost not in COSTS:
         raise ValueError(f"cost: expected one of {', '.join(COSTS)}, got {cost!r}")
     if isinstance(seed, Tensor) and seed.dim() == 1:
-        raise ValueError("seed: expected one for the batch, whose samples are told apart by ids, got one for each")
+        raise ValueError("seed: expected one for the batch, whose samples are distinguished by ids, got one for each")
     named = isinstance(sample_id, Tensor) and sample_id.dim() == 1
     ids = torch.as_tensor(sample_id, dtype=torch.int64, device=x.device)
     ids = ids if named else ids + torch.arange(len(x), device=x.device)

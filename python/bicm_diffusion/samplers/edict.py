@@ -198,7 +198,7 @@ def down_weights(prediction: Prediction, below: Level, here: Level) -> Row:
 
 
 def mixed_weights(prediction: Prediction, below: Level, here: Level, p: Number) -> Row:
-    """Weights of z_inter, y_i and the output at z_inter in z_{i-1} and in y_{i-1}, there beside that of z_{i-1}."""
+    """Weights of z_inter, y_i and the output at z_inter in z_{i-1} and in y_{i-1}, the latter with z_{i-1}."""
     a, other, output = down_weights(prediction, below, here)
     rest = 1.0 - p
     return p + rest * other, rest * a, rest * output, p * other, p * a, p * output, rest
@@ -211,7 +211,7 @@ def _mixed_to_z(prediction: Prediction, below: Level, here: Level, p: Number) ->
 
 
 def _swapped(prediction: Prediction, below: Level, here: Level, p: Number) -> Row:
-    """Weights of y_inter, z_i and the output at y_inter in z_{i-1} and in y_{i-1}, there beside that of z_{i-1}."""
+    """Weights of y_inter, z_i and the output at y_inter in z_{i-1} and in y_{i-1}, the latter with z_{i-1}."""
     a, other, output = down_weights(prediction, below, here)
     rest = 1.0 - p
     return rest + p * other, p * a, p * output, p, 0.0, 0.0, rest

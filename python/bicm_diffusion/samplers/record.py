@@ -196,7 +196,7 @@ def _sums(q: Tensor) -> Tensor:
 def report_remainder(caller: str, start: Record, end: Record, *states: Tensor) -> None:
     """Warn where a retraced trajectory did not return to its start although the conditions are the same.
 
-    start: of the pair that the retrace began with; end, states: of the pair that it led to. Reads the device once.
+    start: of the pair that the retrace began with; end, states: of the resulting pair. Reads the device once.
     """
     if start.origin is None:
         return

@@ -229,7 +229,7 @@ class ExactPair(Pair):
 
     @property
     def previous(self) -> Tensor:
-        """The state beside it, (B, …) in `dtype`."""
+        """The state at the adjacent index, (B, …) in `dtype`."""
         state = decode(self.previous_q, self.previous_unit, torch.float64).to(self.dtype)
         return hand_out(state, self.record, inner=True)
 

@@ -1,4 +1,4 @@
-"""Schedulers for diffusers: accelerated forms of its own, and BDIA on DDIM and flows. Needs the extra `[diffusers]`."""
+"""Schedulers for diffusers: accelerated forms, and BDIA on DDIM and flows. Needs the extra `[diffusers]`."""
 
 from bicm_diffusion.extras import extra
 

@@ -108,7 +108,7 @@ class BDIADDIMScheduler(BdiaSteps, DDIMScheduler):
 
         last_sample: the other state of a pair, to retrace its trajectory: `timesteps` then holds the N - 1 evaluations
         that are left, the first of them at the pair's inner state. Neither is needed after `turn_round`.
-        Raises ValueError where inverse meets gamma = 0, or where a pair was made with other steps or another
+        Raises ValueError for inverse with gamma = 0, or where a pair was made with other steps or another
         configuration.
         """
         way = self._direction(num_inference_steps, inverse, last_sample)

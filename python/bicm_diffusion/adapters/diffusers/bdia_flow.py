@@ -103,7 +103,7 @@ class BDIAFlowMatchScheduler(BdiaSteps, FlowMatchEulerDiscreteScheduler):
         last_sample: the other state of a pair, to retrace its trajectory: `timesteps` then holds the N - 1 evaluations
         that are left, the first of them at the pair's inner state. Neither is needed after `turn_round`.
         `sigmas` then holds the levels in the loop's order, that of its end as the last.
-        Raises ValueError where inverse meets gamma = 0, or where a pair was made with other steps or another
+        Raises ValueError for inverse with gamma = 0, or where a pair was made with other steps or another
         configuration.
         """
         steps = num_inference_steps

@@ -228,7 +228,7 @@ class BdiaSteps(Retraced):
     def _weights(self, i: int, paired: bool) -> tuple[float, float, float]:
         """Weights of the last state, of the current one at index i and of the second term.
 
-        With integers, both directions add or subtract the same increment: its weights are the way down's.
+        With integers, both directions add or subtract the same increment, with the weights of the sampling direction.
         """
         if not paired:
             return 0.0, *self._transfer(i, i + 1 if self._inverse else i - 1)

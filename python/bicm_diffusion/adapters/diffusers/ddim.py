@@ -119,7 +119,7 @@ class Alphas(Accelerated):
         return tables.levels[max(int(timestep), -1)], tables.levels[max(int(other), -1)]
 
     def _ends(self, timestep: Any, tables: AlphaTables) -> tuple[Any, Any]:
-        """The timesteps of the state as it is and of the next one."""
+        """The timesteps of the current state and of the next one."""
         raise NotImplementedError
 
     def _row_at(

@@ -148,7 +148,7 @@ class Ddpm(Alphas):
         rows = []
         for t in times:
             row = self._row_of(tables, known.index(t))
-            if row[6] and tables.clip is not None:  # where sample and noise cancel, x0 has weights of its own
+            if row[6] and tables.clip is not None:  # where sample and noise cancel, x0 has separate weights
                 x0 = reading("epsilon", tables.levels[t])
                 row = (float(x0[0]), float(x0[1]), *row[2:])
             rows.append(row)

@@ -62,7 +62,7 @@ class Halfway(NamedTuple):
             return affine_step([self.other.tensor], [1.0 / alone])
         raise RuntimeError(
             "prev_derivative: expected the sample, the result or x0 of a step's first half unchanged, but they were "
-            "written to; accelerate_scheduler(..., foresee=False) keeps a slope of its own"
+            "written to; accelerate_scheduler(..., foresee=False) stores the slope itself"
         )
 
 

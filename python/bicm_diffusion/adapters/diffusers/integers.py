@@ -73,7 +73,7 @@ class Integers:
         return self.seen, x0
 
     def pair(self, record: Record) -> ExactPair:
-        """Return the states that the last step led to."""
+        """Return the states after the last step."""
         assert self.last_q is not None
         return ExactPair(self.q, self.last_q, self.info, self.overflow, 1.0, 1.0, self.dtype, record=record)
 

@@ -73,7 +73,7 @@ class Kdpm2(Sigmas):
         return euler_weights(self.config.prediction_type, sigma, sigma, tables.between[index + 1])
 
     def _second_row(self, tables: MidpointTables, index: int) -> Row:
-        """Weights of sample and output in x0, then in the result beside the first sample, and the noise's deviation."""
+        """Weights of sample and output in x0, those of both samples in the result, and the noise's deviation."""
         if index < 1:
             raise ValueError("a second half without a first one")
         x0_sample, x0_output, *slope = derivative_weights(self.config.prediction_type, tables.between[index])

@@ -79,7 +79,7 @@ class Retraced:
 
     @property
     def pair(self) -> StatePair | ExactPair:
-        """The two states that the last loop led to: an `ExactPair` with exact=True, else a `StatePair`.
+        """The final two states of the last loop: an `ExactPair` with exact=True, else a `StatePair`.
 
         It can be saved (`save_pair`, `torch.save`) and given to another scheduler's `turn_round`.
         Raises ValueError before the end of a loop, OverflowError where integer states left their range.
@@ -101,7 +101,7 @@ class Retraced:
         """Reverse the direction of the next `set_timesteps`; return the state that its loop starts from.
 
         After a loop that is the state before the last one, (B, …), from which the trajectory is retraced in N - 1
-        steps. Before any loop it is None: the next one leads from data to noise. pair: another scheduler's `pair`, of
+        steps. Before any loop it is None: the next one goes from data to noise. pair: another scheduler's `pair`, of
         another process too, to continue from instead of this one's. edit: the reverse loop has other conditions, so
         that no warning is issued where it ends in another state. Raises ValueError in the middle of a loop or for a
         pair of another configuration, TypeError for another kind of pair, OverflowError where integer states left their

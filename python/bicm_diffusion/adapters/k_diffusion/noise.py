@@ -17,7 +17,7 @@ NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 
 
 def default_noise_sampler(x: Tensor) -> NoiseSampler:
-    """Return a noise sampler that draws `torch.randn_like(x)` from torch's default generator, whatever the levels.
+    """Return a noise sampler that draws `torch.randn_like(x)` from torch's default generator, for all levels.
 
     >>> import torch
     >>> default_noise_sampler(torch.ones(1, 2))(torch.tensor(2.0), torch.tensor(1.0)).shape
