@@ -5,14 +5,14 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 CMAKE = $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)" \
 	-DPython_EXECUTABLE="$(abspath $(BIN)/python)" -DBICM_TORCH=OFF -DBICM_EMULATOR=ON
-# A process per core, each with one thread; tests of threads ask for more.
+# A process per core, each with one thread; tests of threads set more.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 INTERPRETED = TRITON_INTERPRET=1 BICM_KERNELS_BACKEND=reference $(PYTEST)
 CSRC := $(shell find csrc -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv native emulator evidence demo test test-fast counts lint format sanitize bench gpu-check clean distclean
+.PHONY: help venv native emulator evidence demo test test-fast counts lint format docs sanitize bench gpu-check clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -33,6 +33,10 @@ help: ## list the targets
 
 .venv/.native: .venv/.requirements setup.py CMakeLists.txt $(CSRC)
 	$(BIN)/python -m pip install -q -e . --no-build-isolation --no-deps
+	@touch $@
+
+.venv/.docs: .venv/.requirements
+	$(BIN)/python -m pip install -q -e ".[docs]" --no-build-isolation
 	@touch $@
 
 venv: .venv/.requirements ## make .venv: torch, every extra, and this package as an editable installation
@@ -73,12 +77,15 @@ lint: .venv/.requirements ## ruff, clang-format and mypy
 	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 	$(BIN)/mypy
 
-format: .venv/.requirements ## rewrite the sources the way lint wants them
+format: .venv/.requirements ## rewrite the sources as lint requires
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 
-# The preloaded runtimes must come before Python's own libraries; libstdc++ among them, because the sanitizer looks for
+docs: .venv/.docs ## the documentation site, in build/site; a dead link is an error. Nothing is executed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The preloaded runtimes must come before Python's own libraries; libstdc++ among them, because the sanitizer looks up
 # the function that throws when it starts. Python leaks on purpose at exit. --capture=sys lets the report through.
 CXX_FILE = $(shell $(CXX) -print-file-name=$(1))
 sanitize: .venv/.requirements ## CPU and emulated CUDA kernels under the address and undefined-behaviour sanitizers

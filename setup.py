@@ -38,7 +38,7 @@ def reason_to_skip() -> str | None:
 
 
 def find_tool(name: str) -> str:
-    """The executable of the PyPI package beside this interpreter, known to be recent, else the system's."""
+    """The executable of the PyPI package of this interpreter, which is recent, else the system's."""
     path = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
     if path is None:
         raise SystemExit(f"{name} is needed to build the native library: python -m pip install {name}")

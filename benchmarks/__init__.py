@@ -1,1 +1,1 @@
-"""Ours against eager PyTorch, ``torch.compile`` and the bandwidth that a copy reaches, in one run."""
+"""Benchmarks against eager PyTorch, ``torch.compile`` and the bandwidth of a copy, in one run."""

@@ -84,7 +84,7 @@ def chosen(families: tuple[str, ...], names: tuple[str, ...]) -> list[tuple[str,
     default="wall",
     help="processor: this thread's own time, for one thread on a busy machine.",
 )
-@click.option("--keep-memory", "keeps_memory", is_flag=True, help="Beside an allocator that keeps what is freed.")
+@click.option("--keep-memory", "keeps_memory", is_flag=True, help="With an allocator that keeps freed memory.")
 @click.option("--quick", is_flag=True, help="A few short rounds at the two smallest sizes: a smoke test.")
 def main(
     families: tuple[str, ...],
@@ -105,7 +105,7 @@ def main(
     sizes = sizes or (SIZES[:2] if quick else SIZES)
     threads = threads or ((1,) if clock == "processor" else tuple(sorted({1, cores()})))
     if clock == "processor" and threads != (1,):
-        raise click.BadParameter("processor time says nothing of several threads", param_hint="--clock")
+        raise click.BadParameter("processor time does not measure several threads", param_hint="--clock")
     effort = QUICK if quick else Effort()
     try:
         shapes = shapes or tuple(shape_of(elements) for elements in sizes)

@@ -1,8 +1,8 @@
-"""``python -m benchmarks.bench_adapters``: a step of each diffusers scheduler beside its accelerated form, in one run.
+"""``python -m benchmarks.bench_adapters``: a step of each diffusers scheduler and of its accelerated form, in one run.
 
 A step is `scale_model_input` and `step` as pipelines call them, on one thread, in a loop of twenty; `set_timesteps` is
-called once, before. Every scheduler has a process of its own: what an allocator hands out fast depends on all that the
-process freed before. It needs diffusers: the extra `[diffusers]`.
+called once, before. Every scheduler runs in a separate process, because an allocator's speed depends on what the
+process freed before. Needs diffusers: the extra `[diffusers]`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SHAPES: tuple[Shape, ...] = ((1, 4, 64, 64), (16, 4, 128, 128))
 
 
 def steps_of(scheduler: Any, shape: Shape) -> Call:
-    """A call that takes the next step of an endless row of loops."""
+    """A call that takes the next step of an endless sequence of loops."""
     generator = torch.Generator().manual_seed(SEED)
     start, output = (torch.randn(shape, generator=generator) for _ in range(2))
 
@@ -62,7 +62,7 @@ Row = tuple[str, dict[str, float]]
 
 
 def measure(name: str, quick: bool, clock: str) -> list[Row]:
-    """Medians in microseconds at every shape; at the largest one, also beside an allocator that keeps its memory."""
+    """Medians in microseconds at every shape; at the largest one, also with an allocator that keeps its memory."""
     cls = next(cls for cls in COVERED if cls.__name__ == name)
     effort = QUICK if quick else Effort(rounds=11, least_rounds=5, sample=2e-2, budget=1.5)
 
@@ -74,7 +74,7 @@ def measure(name: str, quick: bool, clock: str) -> list[Row]:
         }
         calls = {key: steps_of(scheduler, shape) for key, scheduler in contestants.items()}
         times = interleave(calls, effort, CLOCKS[clock])
-        # Apart, because they empty the cache.
+        # Separate, because they empty the cache.
         draws = {"torch's draw": partial(torch.randn, shape), "our draw": partial(torch_randn, shape)}
         times |= interleave(draws, effort, CLOCKS[clock])
         return "×".join(map(str, shape)) + label, {key: t.median * 1e6 for key, t in times.items()}

@@ -1,4 +1,4 @@
-"""The loss part of a step of bidirectional consistency training, the network left out, against eager code."""
+"""The loss part of a step of bidirectional consistency training, without the network, against eager code."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ T_MIN = 0.002
 
 
 class PassThrough(torch.autograd.Function):
-    """A network's place: it answers what was stored, and its input gets the output's gradient.
+    """A stand-in for a network: it returns a stored output, and its input gets the output's gradient.
 
-    Its one parameter, an empty tensor, makes the answer differentiable; what a network does with the gradient of its
-    output is left out.
+    Its one parameter, an empty tensor, makes the output differentiable; the rest of a network's backward pass
+    is omitted.
     """
 
     @staticmethod
@@ -32,7 +32,7 @@ class PassThrough(torch.autograd.Function):
 
 
 class _Turns(nn.Module):
-    """A network that costs nothing: `other`, where gradients pass to the input alone, is its output first and last."""
+    """A network without cost: `other`, with gradients only to the input, is its first and last output."""
 
     def __init__(self, first: Tensor, other: Tensor) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def bct(
     *,
     draw: Callable[[Tensor], Tensor] = torch.randn_like,
 ) -> Tensor:
-    """BCM eq. 9, 11 and 20 as they are written, with as few operations as that takes."""
+    """BCM eq. 9, 11 and 20 as written, with as few operations as possible."""
     low_weight, partner_weight = 1 / (high - low), 1 / (low - partner).abs()
     low, high, partner = (t.view(-1, 1, 1, 1) for t in (low, high, partner))
     network = _Turns(first, other)
@@ -86,7 +86,7 @@ def bct(
     return (consistency + trajectory).mean()
 
 
-# The outputs that are stored and the clean samples, read once or forward and backward; one output's gradient.
+# Reads of the stored outputs and the clean samples, once or forward and backward; one output's gradient.
 CASES = tuple(
     Case(name, ours, bct, tensors=3, reads=reads, writes=1, noise="added", trains=True, per_sample=3)
     for name, ours, reads in (

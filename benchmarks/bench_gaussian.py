@@ -46,7 +46,7 @@ def ours_rollout(x: Tensor, v: Tensor, *, of_state: float, of_output: float, std
 
 
 def training(v: Tensor, x: Tensor, state: Tensor, *, of_state: float, of_output: float, std: float) -> Tensor:
-    """The log-probability of a recorded state, whose gradient arrives at the network's output."""
+    """The log-probability of a recorded state, with its gradient in the network's output."""
     mean = of_state * x.float() + of_output * v.float()
     return mean_log_density(state.float() - mean, std).sum()
 
@@ -68,7 +68,7 @@ def divergence(v: Tensor, x: Tensor, reference: Tensor, *, of_state: float, of_o
 def ours_divergence(
     v: Tensor, x: Tensor, reference: Tensor, *, of_state: float, of_output: float, std: float
 ) -> Tensor:
-    """``gaussian_kl`` of the outputs alone: the state takes no part in the difference."""
+    """``gaussian_kl`` of the outputs only: the state cancels in the difference."""
     return bk.gaussian_kl([v], [reference], [of_output], std=std).mean()
 
 

@@ -1,4 +1,4 @@
-"""The loss part of a step of an idempotent network, the networks left out, against eager code."""
+"""The loss part of a step of an idempotent network, without the networks, against eager code."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from benchmarks.bench_consistency import PassThrough
 from benchmarks.cases import SEED, Case
 from bicm_diffusion import Schedule, ign_loss, sign_loss
 
-#: One step, so that every sample has one level whatever draws it.
+#: One step, so that every sample has the same level however it is drawn.
 SCHEDULE = Schedule((0.3, 0.7), (0.9, 0.6), (0.3, 0.8))
 NONE: dict[str, Any] = {"recon": 0.0, "idem": 0.0, "flow": 0.0}
 
 
 class _Answers(nn.Module):
-    """A network that costs nothing and answers what is stored, in turns; gradients pass to its input."""
+    """A network without cost that returns stored outputs in turn; gradients pass to its input."""
 
     def __init__(self, stored: Sequence[Tensor]) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class _Answers(nn.Module):
         self.parameter = nn.Parameter(stored[0].new_empty(0))
 
     def forward(self, x: Tensor, *_: Tensor) -> Tensor:
-        """Return the next answer."""
+        """Return the next output."""
         result: Tensor = PassThrough.apply(x, next(self.stored), self.parameter)
         return result
 
@@ -42,7 +42,7 @@ def ours_ign(first: Tensor, other: Tensor, x: Tensor) -> Tensor:
 
 
 def ign(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
-    """SIGN eq. 3 to 5 with the bound of tanh, as they are written."""
+    """SIGN eq. 3 to 5 with the bound of tanh, as written."""
     f = _Answers([first, other, first, first])
     recon = squared(f(x), x)
     sample = f(draw(x))
@@ -60,13 +60,13 @@ def ours_sign(first: Tensor, other: Tensor, x: Tensor) -> Tensor:
 
 
 def levels(x: Tensor) -> tuple[Tensor, ...]:
-    """Alpha and sigma of n and of n - 1, n uniform, in the shape in which they meet x."""
+    """Alpha and sigma of n and of n - 1, n uniform, shaped to broadcast against x."""
     n = torch.randint(1, SCHEDULE.steps + 1, (len(x),))
     return tuple(t.view(-1, 1, 1, 1).to(x) for k in (n, n - 1) for t in SCHEDULE.table[1:, k])
 
 
 def sign(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
-    """SIGN eq. 3, 4 and 8 and denoising, as they are written."""
+    """SIGN eq. 3, 4 and 8 and denoising, as written."""
     f = _Answers([first, other, first, other, first])
     recon = squared(f(x), x)
     sample = f(draw(x))
@@ -81,14 +81,14 @@ def sign(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Te
 
 
 def ours_dmd(first: Tensor, other: Tensor, x: Tensor) -> Tensor:
-    """``sign_loss`` with dmd alone, and what the learned model minimises."""
+    """``sign_loss`` with dmd only, and the learned model's loss."""
     models: dict[str, Any] = {"teacher": _Answers([other]), "learned": _Answers([first, first])}
     options: dict[str, Any] = {"schedule": SCHEDULE, "dmd": 1.0, "prediction": "x0", **NONE, **models}
     return sign_loss(_Answers([x]), x, seed=SEED, step=0, **options).total
 
 
 def dmd(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
-    """SIGN eq. 7 by the surrogate that is written for it, and denoising score matching of the sample itself."""
+    """SIGN eq. 7 by the usual surrogate, and denoising score matching of the sample."""
     f, teacher, learned = _Answers([x]), _Answers([other]), _Answers([first, first])
     sample = f(draw(x))
     alpha, sigma, _, _ = levels(x)
@@ -102,7 +102,7 @@ def dmd(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Ten
     return (0.5 * squared(sample, goal) + own).mean()
 
 
-# The answers that are stored and the clean samples, read once; one answer's gradient.
+# Reads of the stored outputs and the clean samples, once; one output's gradient.
 CASES = tuple(
     Case(name, ours, eager, tensors=3, reads=3, writes=1, noise="added", trains=True)
     for name, ours, eager in (

@@ -1,6 +1,6 @@
-"""A guided update of the inverse solvers, network and gradient left out, against the equations as papers write them.
+"""A guided update of the inverse solvers, without network and gradient, against the equations as written in the papers.
 
-Ours is what a solver launches once the gradient is there: the raw output F, the correction and the ancestral noise in
+Ours is the solver's launch after the gradient is computed: the raw output F, the correction and the ancestral noise in
 one op.
 """
 
@@ -27,7 +27,7 @@ RATIO = (BELOW / SIGMA) ** 2
 
 
 def guiding(at: Evaluation) -> None:
-    """A guide that is never asked; with it, a run looks for what a guide has changed."""
+    """A guide that is never called; it makes a run handle guided outputs."""
 
 
 LOOP = Loop("benchmark", silent, torch.empty(1, 1), EDM, prediction=Preconditioned(sigma_data=DATA), guide=guiding)
@@ -36,7 +36,7 @@ OF_STATE, OF_OUTPUT = denoised_weights(LOOP.prediction, HERE)
 
 
 def update(x: Tensor, F: Tensor, direction: Tensor, weight: float) -> Tensor:
-    """What a run does after its guide has answered with a shift of the denoised sample."""
+    """The part of a run after its guide has returned a shift of the denoised sample."""
     at = Evaluation(INDEX, *HERE, x, Plain(lambda z, tracked: F, lambda z, output: z))
     output = changed(Shift(direction, weight), at, OF_STATE, OF_OUTPUT)
     noise: dict[str, Any] = {"noise_weight": ROW[2], "seed": SEED}
@@ -44,12 +44,12 @@ def update(x: Tensor, F: Tensor, direction: Tensor, weight: float) -> Tensor:
 
 
 def ours_dps(x: Tensor, F: Tensor, gradient: Tensor) -> Tensor:
-    """One launch: DPS, and LGD, FreeDoM and CM posterior sampling, whose gradients come from elsewhere."""
+    """One launch: DPS, and LGD, FreeDoM and CM posterior sampling, which differ only in their gradients."""
     return update(x, F, gradient, -SCALE / (1.0 - RATIO))
 
 
 def ours_mpgd(x: Tensor, F: Tensor, gradient: Tensor) -> Tensor:
-    """One launch: the correction is the denoised sample's."""
+    """One launch: the correction is applied to the denoised sample."""
     return update(x, F, gradient, -SCALE)
 
 

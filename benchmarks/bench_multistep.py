@@ -1,4 +1,4 @@
-"""Sampler updates against the equations as their papers write them."""
+"""Sampler updates against the equations as written in the papers."""
 
 from __future__ import annotations
 

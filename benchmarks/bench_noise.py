@@ -32,7 +32,7 @@ def add_noise(x: Tensor, *, sigma: float) -> Tensor:
 
 
 def torch_add_noise(x: Tensor, *, sigma: float, draw: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
-    """Forward diffusion as everybody writes it."""
+    """Forward diffusion as usually written."""
     return x + sigma * draw(x)
 
 

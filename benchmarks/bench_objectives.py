@@ -1,4 +1,4 @@
-"""The loss part of a step of iCT, GC and ECT, the network left out, against eager code."""
+"""The loss part of a step of iCT, GC and ECT, without the network, against eager code."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ Draw = Callable[[Tensor], Tensor]
 
 
 def answering(*outputs: Tensor) -> Callable[..., Tensor]:
-    """Return a network that costs nothing: its outputs in turn."""
+    """Return a network without cost: its outputs in turn."""
     turns = iter(outputs)
     return lambda scaled, *_: next(turns)
 
 
 @cache
 def rows(batch: int) -> Tensor:
-    """Return the samples that GC replaces; eager code gets them for nothing."""
+    """Return the samples that GC replaces; eager code gets them without cost."""
     return generated(batch, MU, **KEY)
 
 
 def ours_ict(first: Tensor, other: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """`ict_loss` with a network that answers `other` at the low level."""
+    """`ict_loss` with a network that returns `other` at the low level."""
     return ict_loss(answering(other, first), x, (low.double(), high.double()), **KEY, t_min=T_MIN).total
 
 
 def ours_gc(first: Tensor, other: Tensor, x: Tensor, third: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """`gc_loss` with a predictor that answers for the samples that are replaced."""
+    """`gc_loss` with a predictor that returns the outputs of the replaced samples."""
     network, predictor = answering(other, first), answering(third[rows(len(x))])
     return gc_loss(network, x, (low.double(), high.double()), mu=MU, predictor=predictor, **KEY, t_min=T_MIN).total
 
@@ -48,7 +48,7 @@ def ours_ect(first: Tensor, other: Tensor, x: Tensor, low: Tensor, high: Tensor)
 
 
 def ict(first: Tensor, other: Tensor, x: Tensor, low: Tensor, high: Tensor, draw: Draw = torch.randn_like) -> Tensor:
-    """BCM eq. 5 and 20 as they are written, with as few operations as that takes."""
+    """BCM eq. 5 and 20 as written, with as few operations as possible."""
     return pair_loss(first, other, x, draw(x.float()), low, high, sample_of_bcm, 0.00054 * x[0].numel() ** 0.5)
 
 
@@ -61,7 +61,7 @@ def gc(
     high: Tensor,
     draw: Draw = torch.randn_like,
 ) -> Tensor:
-    """GC eq. 13 to 15 and 21: the predictor's samples in place of some of x."""
+    """GC eq. 13 to 15 and 21: the predictor's samples replace some of x."""
     noise = draw(x.float())
     with torch.no_grad():
         t = column(low)
@@ -95,7 +95,7 @@ def pair_loss(
 
 
 def column(numbers: Tensor) -> Tensor:
-    """Return a number per sample as it multiplies images."""
+    """Return a number per sample, shaped to multiply images."""
     return numbers.view(-1, 1, 1, 1)
 
 
@@ -116,7 +116,7 @@ def sample_of_edm(x_t: Tensor, output: Tensor, t: Tensor) -> Tensor:
     return (0.25 / s * x_t + 0.5 * t / s.sqrt() * output).to(x_t.dtype)
 
 
-# The outputs that are stored and the clean samples, read once forward and backward; one output's gradient.
+# Reads of the stored outputs and the clean samples, once forward and backward; one output's gradient.
 CASES = tuple(
     Case(name, ours, eager, tensors=tensors, reads=tensors, writes=1, noise="added", trains=True, per_sample=2)
     for name, ours, eager, tensors in (

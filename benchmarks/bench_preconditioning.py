@@ -1,4 +1,4 @@
-"""Preconditioning against the tensor operations that consistency models write, with a level per sample."""
+"""Preconditioning against the tensor operations of consistency models' code, with a level per sample."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def torch_renoise(
 
 
 def generated_pair(x: Tensor, F: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """``noisy_pair`` of what the network generates, as networks take it."""
+    """``noisy_pair`` of the network's predictions, scaled for the network."""
     return bk.noisy_pair(x, t, 1.5 * t, F=F, sigma_data=SIGMA_DATA, seed=SEED, step=0)
 
 

@@ -1,4 +1,4 @@
-"""Exact BDIA steps against the integer arithmetic that one would write in PyTorch, without its checks of overflow."""
+"""Exact BDIA steps against the same integer arithmetic in PyTorch, without checks of overflow."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A sampler's step, the network left out, against the equations as their papers write them.
+"""A sampler's step, without the network, against the equations as written in the papers.
 
-Ours is what the loops of `bicm_diffusion.samplers` launch between two evaluations of the model, with the weights that
-their tables hold for a step in the middle of the schedule.
+Ours is the launch of `bicm_diffusion.samplers` between two evaluations of the model, with the weights of
+a step in the middle of the schedule.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VP, EDM = vp_schedule(STEPS), karras_schedule(STEPS)
 
 
 def silent(z: Tensor, times: Tensor) -> Tensor:
-    """A network that the benchmarks never ask."""
+    """A network that the benchmarks never call."""
     return z
 
 
@@ -81,7 +81,7 @@ def ours_euler(x: Tensor, denoised: Tensor) -> Tensor:
 
 
 def ours_euler_raw(x: Tensor, F: Tensor) -> tuple[Tensor, Tensor | None]:
-    """One launch, which leaves the network's next input as well."""
+    """One launch, which also computes the network's next input."""
     return RAW.advance([x, F], RAW_ROW, then=INDEX - 1)
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark compares: one op of ours and the PyTorch that people write in its place."""
+"""A benchmark case: one op and the usual PyTorch code for it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, STATE: 1e-9}
 class Case:
     """One row of the comparison: ``ours`` and ``eager`` take the same tensors and the same Python numbers.
 
-    ``reads`` and ``writes`` count the full tensors that any implementation has to read and write. Where
-    ``noise`` is "added", ``eager`` takes the noise's function as ``draw``; where it is "alone", nothing but
+    ``reads`` and ``writes`` count the full tensors that any implementation must read and write. Where
+    ``noise`` is "added", ``eager`` takes the noise's function as ``draw``; where it is "alone", only
     noise is returned. Where it ``trains``, the functions return a loss and are measured
     with the backward pass down to the gradient of the first tensor. ``per_sample`` (B,) tensors follow the others, and
     then ``states`` fixed-point states (int64), of which ``state_passes`` have to be read or written.
@@ -48,7 +48,7 @@ class Case:
     state_passes: int = 0
 
     def least_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
-        """Bytes that have to be read and written at least."""
+        """Minimum bytes to be read and written."""
         return math.prod(shape) * ((self.reads + self.writes) * dtype.itemsize + self.state_passes * STATE.itemsize)
 
     def inputs(self, shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
@@ -60,7 +60,7 @@ class Case:
         return [*tensors, *numbers, *states]
 
     def measured(self, function: Callable[..., Results]) -> Callable[..., Results | None]:
-        """What is timed: the function itself, or for a loss a step that leaves the gradient and returns nothing."""
+        """The timed function: itself, or for a loss a step that computes the gradient and returns nothing."""
         if not self.trains:
             return function
 
@@ -74,7 +74,7 @@ class Case:
         return step
 
     def error(self, shape: Shape, dtype: torch.dtype, device: str = "cpu") -> float:
-        """How far ours and eager are apart, in units of what rounding, or chance for noise alone, allows."""
+        """The difference of ours and eager, in units of the tolerance for rounding, or for chance in noise alone."""
         inputs = self.inputs(shape, dtype, device)
         extra = {"draw": keyed_noise} if self.noise == "added" else {}
         ours = opened(self.ours(*inputs, **self.coefficients))
@@ -82,12 +82,12 @@ class Case:
         pairs = [(x.detach(), y.detach()) for x, y in zip(ours, eager, strict=True)]
         if self.noise == "alone":
             return max(moments_apart(x, y) for x, y in pairs)
-        # A loss of halves is float32, and no nearer for it.
+        # A loss of halves is float32, but not more accurate.
         return max(values_apart(x, y) / TOLERANCE[STATE if y.dtype == STATE else dtype] for x, y in pairs)
 
 
 def shape_of(elements: int) -> Shape:
-    """The batch of 3x32x32 images with so many elements."""
+    """The batch of 3x32x32 images with this number of elements."""
     batch, rest = divmod(elements, math.prod(SAMPLE))
     if rest or batch < 1:
         raise ValueError(f"elements must be a multiple of {math.prod(SAMPLE)}, got {elements}")
@@ -95,12 +95,12 @@ def shape_of(elements: int) -> Shape:
 
 
 def keyed_noise(x: Tensor) -> Tensor:
-    """The noise that every case of ours draws, so that eager code can be given the same."""
+    """The noise drawn by every case, so that eager code gets the same."""
     return bk.normal(x.shape, seed=SEED, dtype=x.dtype, device=x.device)
 
 
 def opened(results: Results) -> tuple[Tensor, ...]:
-    """The tensors among the results as a tuple, however many."""
+    """The tensors among the results as a tuple."""
     return (results,) if isinstance(results, Tensor) else tuple(x for x in results if x is not None)
 
 

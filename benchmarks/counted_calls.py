@@ -1,7 +1,7 @@
 """The calls whose instructions are counted; run under Callgrind by ``instruction_counts``, once per instruction set.
 
 A call's count is that of 2N calls less that of N, over N; an element's is that of a call on many elements less that of
-a call on fewer. What a measurement itself costs, and what happens but once, is in neither.
+a call on fewer. Fixed costs of a measurement and one-time costs are in neither.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 Call = Callable[[], object]
 Make = Callable[[int], Call]
 
-#: Calls and elements of the smaller and of the larger measurement: enough of them for what comes with every tenth call.
+#: Calls and elements of the smaller and of the larger measurement: enough to average costs of every tenth call.
 CALLS, LONG_CALLS = (8, 40), (2, 6)
 FEW, MANY = 8_192, 49_152
-#: The same where results are written past the cache.
+#: The same where results are written with non-temporal stores.
 STREAMED = (2_162_688, 2_228_224)
 SMALL = 16
-#: Random numbers are drawn for so many elements, and repeated: drawing takes long under Callgrind.
+#: Random numbers are drawn for this many elements, and repeated: drawing is slow under Callgrind.
 DRAWN = 4_096
 
 
 @dataclass(frozen=True)
 class Row:
-    """A call by the number of its elements, and what is counted of it."""
+    """A call by the number of its elements, and which counts are made of it."""
 
     name: str
     make: Make
@@ -48,7 +48,7 @@ class Row:
 
 
 def repeated(x: Tensor, elements: int) -> Tensor:
-    """A row as many elements long, of those of another one."""
+    """A row of a given length, from the elements of another one."""
     return x.repeat(1, -(-elements // x.shape[1]))[:, :elements].contiguous()
 
 
@@ -65,7 +65,7 @@ def of_case(case: Case, dtype: torch.dtype = torch.float32, every: int = 1) -> M
 
 
 def rows() -> Iterator[Row]:
-    """Every benchmark's call, the ops that have none, and what is staged or streamed in each family."""
+    """Every benchmark's call, the ops without a benchmark, and staged and streamed calls of each family."""
     import bicm_kernels as bk
     from benchmarks.registry import ABOVE_OPS, FAMILIES
 
@@ -129,7 +129,7 @@ def rows() -> Iterator[Row]:
 
 
 class Asked:
-    """The functions beside the dispatcher, and whether one of them was asked for."""
+    """The direct functions, and whether one of them was called."""
 
     def __init__(self, functions: Any) -> None:
         self.functions = functions
@@ -141,13 +141,13 @@ class Asked:
 
 
 def repeat(call: Call, count: int) -> None:
-    """Make a call so many times."""
+    """Make a call repeatedly."""
     for _ in range(count):
         call()
 
 
 def takes_the_short_way(call: Call) -> bool:
-    """Whether a call asks for the functions beside the dispatcher."""
+    """Whether a call tries the direct functions."""
     from bicm_kernels import backend
 
     kept, backend.direct = backend.direct, Asked(backend.direct)
@@ -178,7 +178,7 @@ def count(callgrind: ctypes.CDLL, instructions: str) -> None:
 
     for backend.direct, some in ways.values():
         for row in some:
-            repeat(small[row.name], 100)  # what the interpreter learns of a call it has learnt
+            repeat(small[row.name], 100)  # warm up the interpreter's specialisation
     backend.direct = kept
     for pair in large.values():
         for call in pair:
@@ -200,7 +200,7 @@ def count(callgrind: ctypes.CDLL, instructions: str) -> None:
 
 
 def main(library: str) -> int:
-    """Count on every instruction set, each in a process of its own: importing torch takes the longest."""
+    """Count on every instruction set, each in a separate process: importing torch takes the longest."""
     torch.set_num_threads(1)
     callgrind = ctypes.CDLL(library)
     callgrind.write_down.argtypes = [ctypes.c_char_p]

@@ -1,7 +1,7 @@
 """Instructions in the innermost loops of compiled functions, counted in the library's disassembly.
 
-Callgrind knows no AVX-512, and a machine may have none: what can be told of those kernels everywhere is how long their
-loops are. A longer loop does more for the same elements, or has run out of registers.
+Callgrind does not support AVX-512, and a machine may lack it: the length of those kernels' loops can be counted
+everywhere. A longer loop does more work per element, or spills registers.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def functions(lines: Iterable[str]) -> Iterator[tuple[str, list[Instruction]]]:
 
 
 def innermost_loops(body: list[Instruction]) -> Iterator[list[Instruction]]:
-    """The stretches between a jump back and its target, where none lies in another."""
+    """The ranges between a backward jump and its target that contain no other such range."""
     places = {address: place for place, (address, _, _) in enumerate(body)}
     loops: dict[int, int] = {}
     for place, (_, operation, operands) in enumerate(body):
@@ -88,6 +88,6 @@ def of_library(path: Path, namespace: str, registers: str) -> Counter[str]:
 
 
 def compiler_of(path: Path) -> str:
-    """The compiler that a library's comment names."""
+    """The compiler named in a library's comment section."""
     dump = subprocess.run(["readelf", "-p", ".comment", str(path)], capture_output=True, text=True, check=True).stdout
     return ", ".join(sorted(set(re.findall(r"^\s*\[\s*[0-9a-f]+\]\s+(.+)$", dump, re.MULTILINE))))

@@ -28,7 +28,7 @@ from benchmarks.timing import EVENTS, GPU, cold_cuda
 from bicm_kernels import backend
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Where the tests that need a GPU are. Others may ask for what `make gpu-check` does not build.
+#: The folder of tests that need a GPU. Others may need parts that `make gpu-check` does not build.
 TESTS = "tests/gpu"
 PYTEST = (sys.executable, "-m", "pytest", TESTS, "-m", "gpu")
 DEVICE = "cuda"
@@ -45,7 +45,7 @@ Row = tuple[str, str, str, int]
 
 
 def run_tests(jobs: int) -> list[str]:
-    """Run the tests that are marked gpu; what is wrong with them."""
+    """Run the tests that are marked gpu; returns the failures."""
     command = [*PYTEST, "-n", str(jobs), "--junitxml=build/results/gpu.xml"]
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
     if status == NO_TESTS_COLLECTED:
@@ -54,7 +54,7 @@ def run_tests(jobs: int) -> list[str]:
 
 
 def check_backend() -> list[str]:
-    """Whether kernels of ours run on the GPU at all."""
+    """Check that this library's kernels run on the GPU."""
     if backend.running(DEVICE) == "reference":
         return [f"no kernel runs on the GPU, the figures would be the reference's: {backend.describe()}"]
     return []
@@ -67,12 +67,12 @@ def check_agreement() -> list[str]:
         for case in cases:
             error = case.error(shape_of(SIZES[0]), dtype, DEVICE)
             if not error <= 1:
-                wrong.append(f"{case.name} {name} differs from eager by {error:.3g} times what rounding allows")
+                wrong.append(f"{case.name} {name} differs from eager by {error:.3g} times the rounding tolerance")
     return wrong
 
 
 def compile_row(row: Row, device: str) -> bool:
-    """Compile one row's eager function into the compiler's cache on disk; what fails is tried again and named later."""
+    """Compile one row's eager function into the compiler's cache on disk; failures are retried and reported later."""
     family, name, dtype, elements = row
     case = next(case for case in FAMILIES[family] if case.name == name)
     try:
@@ -83,7 +83,7 @@ def compile_row(row: Row, device: str) -> bool:
 
 
 def compile_ahead(rows: Sequence[Row], jobs: int) -> int:
-    """Compile what will be measured, in several processes, because one would take longer than to measure; how many."""
+    """Compile all rows in several processes, because one would take longer than measuring; returns their number."""
     with ProcessPoolExecutor(max_workers=jobs, mp_context=get_context("spawn")) as pool:
         done = pool.map(partial(compile_row, device=DEVICE), rows)
         return sum(tqdm(done, total=len(rows), desc="compiling", disable=None, leave=False))
@@ -128,7 +128,7 @@ def main(
 ) -> None:
     """Run every test and benchmark of the FAMILIES (default: all) that needs a GPU."""
     if not torch.cuda.is_available():
-        click.echo(f"torch {torch.__version__} sees no GPU: nothing was checked", err=True)
+        click.echo(f"torch {torch.__version__} finds no GPU: nothing was checked", err=True)
         sys.exit(1)
     wrong = [*(run_tests(jobs) if tests_too else []), *check_backend(), *check_agreement()]
     rows = [

@@ -1,7 +1,8 @@
-"""``python -m benchmarks.instruction_counts``: instructions of every op's call and loop, held to a table of limits.
+"""``python -m benchmarks.instruction_counts``: instructions of every op's call and loop, against limits.
 
-Time on a shared machine swings by half; instructions do not, so that a slower redesign shows on any machine. Valgrind's
-Callgrind counts calls and elements (``counted_calls``), a disassembly the loops that it cannot run (``disassembly``).
+Time on a shared machine varies by half; instruction counts do not, so that a slowdown is detected on any machine.
+Valgrind's Callgrind counts calls and elements (``counted_calls``), a disassembly the loops it cannot run
+(``disassembly``).
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ Environment = dict[str, str]
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the table: how far a count may lie above its limit, and what has to be the same for it to be one."""
+    """A part of the table: the tolerance above a limit, and the environment that must be the same."""
 
     tolerance: float
     needs: tuple[str, ...]
-    #: Whether a smaller count is looked at too, because it need not be a faster one.
+    #: Whether a smaller count is reported too, because it need not be faster.
     both_ways: bool = False
 
 
@@ -53,13 +54,13 @@ SECTIONS = {
     "loops, avx512": Section(0.05, ("compiler",), both_ways=True),
 }
 
-#: A change that is printed, at fault or not.
+#: The relative change above which a count is printed.
 NOTABLE = 0.01
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A count beside its limit; None where one of the two is missing."""
+    """A count and its limit; None where one of the two is missing."""
 
     section: str
     name: str
@@ -73,7 +74,7 @@ class Comparison:
 
     @property
     def fault(self) -> str:
-        """What is wrong; empty where nothing is."""
+        """The fault; empty where there is none."""
         if self.limit is None:
             return "has no limit"
         if self.count is None:
@@ -85,7 +86,7 @@ class Comparison:
 
 
 def environment(library: Path) -> Environment:
-    """What counts depend on besides the sources."""
+    """The environment that counts depend on, besides the sources."""
     return {
         "compiler": disassembly.compiler_of(library),
         "python": sys.version,
@@ -95,7 +96,7 @@ def environment(library: Path) -> Environment:
 
 
 def totals(directory: Path) -> dict[str, int]:
-    """The counts that Callgrind wrote on request, by their labels."""
+    """The counts in Callgrind's dumps, by their labels."""
     found: dict[str, int] = {}
     for path in directory.glob("counts.*"):
         text = path.read_text()
@@ -107,7 +108,7 @@ def totals(directory: Path) -> dict[str, int]:
 
 
 def counts_of(found: Mapping[str, int]) -> Counts:
-    """Instructions per call or element: what more of them took than fewer did, by labels "section|name|number"."""
+    """Instructions per call or element: the difference of two measurements, by labels "section|name|number"."""
     measured: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
     for label, total in found.items():
         section, name, number = label.split("|")
@@ -120,14 +121,14 @@ def counts_of(found: Mapping[str, int]) -> Counts:
 
 
 def run_callgrind(directory: Path) -> dict[str, int]:
-    """Run the calls under Callgrind, with nothing in the environment that changes what they do."""
+    """Run the calls under Callgrind, without environment variables that change their behaviour."""
     helper = directory / "callgrind.so"
     source = Path(__file__).with_name("callgrind.c")
     compile_helper = [os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", str(source), "-o", str(helper)]
     if subprocess.run(compile_helper, check=False).returncode:
         raise click.ClickException("valgrind/callgrind.h, which comes with valgrind, could not be compiled")
     folders = [ROOT / name for name in ("benchmarks", "bicm_kernels", "python")]
-    # Where modules are compiled first, memory looks another way from then on.
+    # The first run may compile modules, which changes the memory layout.
     subprocess.run([sys.executable, "-m", "compileall", "-q", *map(str, folders)], check=True)
     settings = {
         "HOME": str(directory),
@@ -146,7 +147,7 @@ def run_callgrind(directory: Path) -> dict[str, int]:
     ]
     done = subprocess.run(command, env=settings, cwd=directory, check=False)
     if done.returncode:
-        raise click.ClickException("the calls failed under Callgrind; what they printed stands above")
+        raise click.ClickException("the calls failed under Callgrind; their output is above")
     return totals(directory)
 
 
@@ -159,7 +160,7 @@ def measure(library: Path) -> Counts:
 
 
 def compare(counts: Counts, limits: Counts) -> list[Comparison]:
-    """Every count beside its limit."""
+    """Every count with its limit."""
     return [
         Comparison(section, name, limits.get(section, {}).get(name), counts[section].get(name))
         for section in counts
@@ -174,19 +175,19 @@ def line(row: Comparison) -> str:
 
 
 def missing_tool() -> str | None:
-    """A program that is needed and not there."""
+    """A required program that is missing."""
     tools = ("valgrind", os.environ.get("CC", "cc"), "objdump", "readelf")
     return next((name for name in tools if shutil.which(name) is None), None)
 
 
 def has_avx2() -> bool:
-    """Whether this processor runs what is counted. Callgrind shows programs no AVX-512, whether it is there or not."""
+    """Whether this processor supports the counted instruction sets. Callgrind hides AVX-512 from programs."""
     return "avx2" in Path("/proc/cpuinfo").read_text().split()
 
 
 @click.command()
 @click.option("--update", is_flag=True, help="Write today's counts as the limits.")
-@click.option("--all", "show_all", is_flag=True, help="Print every count, not the changed ones alone.")
+@click.option("--all", "show_all", is_flag=True, help="Print every count, not only the changed ones.")
 def main(update: bool, show_all: bool) -> None:
     """Compare the instructions of every op's call and loop with the table of limits."""
     spec = importlib.util.find_spec("bicm_kernels")
@@ -219,7 +220,7 @@ def main(update: bool, show_all: bool) -> None:
         click.echo(line(row))
     click.echo(f"{len(compared)} of {len(rows)} counts compared, {len(faults)} at fault")
     if faults:
-        click.echo(f"Where the change is meant and worth its cost: {UPDATE}")
+        click.echo(f"If the change is intended: {UPDATE}")
         sys.exit(1)
 
 

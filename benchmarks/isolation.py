@@ -1,4 +1,4 @@
-"""A process for every op: what an allocator hands out fast depends on all that the process freed before."""
+"""A process for every op, because an allocator's speed depends on what the process freed before."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.registry import FAMILIES
 
 
 def keep_memory() -> None:
-    """Have the C library keep what is freed: large blocks go back to the system until one larger still was freed."""
+    """Make the C library keep freed memory: by default it returns large blocks until a larger one was freed."""
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
@@ -34,8 +34,8 @@ def measure_apart(
 ) -> list[Measurement]:
     """The same in a new process, so that figures do not depend on which cases ran before.
 
-    The C library adapts to what a process frees: after a few large blocks it keeps memory that it gave back
-    to the system before, and eager PyTorch with its many temporaries runs up to twice as fast for it.
+    The C library adapts to the blocks that a process frees: after a few large ones it keeps memory that it returned
+    to the system before, and eager PyTorch with its many temporaries becomes up to twice as fast.
     """
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(measure_shapes, family, name, shapes, dtype, keeps_memory, options).result()

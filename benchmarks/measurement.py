@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of a case, and what could not be."""
+    """The measurements of a case, and the contestants that failed."""
 
     family: str
     case: str
@@ -34,7 +34,7 @@ class Measurement:
     least_bytes: int
     times: dict[str, Timing]
     failures: dict[str, str]
-    #: How often a second another process took a processor from this one.
+    #: Preemptions of this process per second.
     preemptions: float
 
     @property
@@ -43,16 +43,16 @@ class Measurement:
         return math.prod(self.shape)
 
     def ratio(self, other: str) -> float | None:
-        """How many times as long as ours another takes; for "copy", the part of the bound that is reached."""
+        """The ratio of another's time to ours; for "copy", the fraction of the bound that is reached."""
         return self.times[other].median / self.times["ours"].median if other in self.times else None
 
     def faulted(self, name: str) -> bool:
-        """Whether a contestant's memory came page by page from the system rather than from the allocator."""
+        """Whether a contestant's memory was page-faulted in every call rather than kept by the allocator."""
         faulted = self.times[name].page_faults * resource.getpagesize()
         return self.device == "cpu" and faulted > 0.1 * self.least_bytes
 
     def bandwidth(self, name: str = "ours") -> float | None:
-        """Bytes that have to be moved, per second."""
+        """Required bytes per second."""
         return self.least_bytes / self.times[name].median if name in self.times else None
 
 
@@ -63,7 +63,7 @@ def cores() -> int:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let PyTorch use so many threads for the length of a ``with`` block."""
+    """Set PyTorch's number of threads for the length of a ``with`` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -73,12 +73,12 @@ def threads(count: int) -> Iterator[None]:
 
 
 def preemptions() -> int:
-    """How often this process had to leave a processor so far, though it wanted to go on."""
+    """The number of involuntary context switches of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def copy_of(least_bytes: int, device: str) -> Callable[[], Tensor]:
-    """A copy that moves so many bytes, half of them read and half written."""
+    """A copy that moves this number of bytes, half of them read and half written."""
     source = torch.ones(least_bytes // 8, device=device)
     return partial(torch.empty_like(source).copy_, source)
 
@@ -106,7 +106,7 @@ def measure(
     clock: str = "wall",
     sampler: Sampler | None = None,
 ) -> Measurement:
-    """Measure a case; a contestant that fails is named with its error, not hidden.
+    """Measure a case; a contestant that fails is reported with its error.
 
     ``clock`` names one of the host's clocks, or that of the ``sampler``.
     """
@@ -116,7 +116,7 @@ def measure(
     failures: dict[str, str] = {}
     with torch.no_grad(), threads(thread_count):
         if compile_too:
-            # Whatever the compiler or the C++ toolchain below it raises is the result of this contestant.
+            # Any error of the compiler or its C++ toolchain is this contestant's result.
             try:
                 functions["compile"] = compiled(case, inputs)
             except Exception as error:

@@ -17,7 +17,7 @@ from benchmarks.timing import CLOCKS, Call, Effort, Timing, interleave
 SIZES: dict[str, Shape] = {"3,072 elements": (1, 3, 32, 32), "1 element": (1, 1)}
 GUIDED = "3,072 elements, guided"
 COLUMNS = ("3,072 elements", GUIDED, "1 element")
-#: What PyTorch itself pays, for scale: an allocation, and one operation on two tensors.
+#: PyTorch's own overhead, for scale: an allocation, and one operation on two tensors.
 ATEN: dict[str, Any] = {"torch.empty_like": torch.empty_like, "torch.add": lambda x: torch.add(x, x)}
 
 

@@ -1,11 +1,11 @@
-"""What has benchmarks: every family, and what is built of them; a new one adds its module."""
+"""The modules with benchmarks: every family, and higher-level code; a new one adds its module."""
 
 import importlib
 
 from benchmarks.cases import Case
 from bicm_kernels.families import FAMILIES as OPS
 
-#: What is built of the families.
+#: Higher-level code on the families.
 ABOVE_OPS = ("consistency", "idempotent", "inverse", "objectives", "samplers")
 
 FAMILIES: dict[str, tuple[Case, ...]] = {

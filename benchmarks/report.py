@@ -1,4 +1,4 @@
-"""What was measured as tables, as JSON and as a picture."""
+"""Measurements as tables, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ WIDTH = 140
 #: Preemptions per second on a machine that is not quiet.
 BUSY = 20
 NOTES = """\
-ours, eager, compile, copy: median time of a call; every op and dtype in a process of its own.
+ours, eager, compile, copy: median time of a call; every op and dtype in a separate process.
 ±: interquartile range of ours over the rounds.
-moved: what any implementation must read and write at least. copy: Tensor.copy_ moving as many bytes.
+moved: the minimum bytes that any implementation must read and write. copy: Tensor.copy_ of as many bytes.
 GB/s: moved / ours. vs eager, vs compile: how many times faster ours is.
-of bound: copy / ours, the part of the bandwidth bound that ours reaches.
-†: the allocator returned memory to the system and got it anew, page by page, in every call.\
+of bound: copy / ours, the fraction of the bandwidth bound that ours reaches.
+†: the allocator returned memory to the system and page-faulted it again in every call.\
 """
 STYLES = {
     "ours": ("C3", "o", "-"),
@@ -43,7 +43,7 @@ LABELS = {"ours": "bicm_kernels", "eager": "eager", "compile": "torch.compile", 
 
 
 def processor() -> str:
-    """The processor by the name that it gives itself."""
+    """The processor's model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -53,7 +53,7 @@ def processor() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on."""
+    """The environment of the figures."""
     about: dict[str, Any] = {
         "processor": processor(),
         "cores": cores(),
@@ -67,7 +67,7 @@ def environment() -> dict[str, Any]:
 
 
 def console() -> Console:
-    """A console that is wide enough for the tables: cells that wrap are worse than lines that do."""
+    """A console that is wide enough for the tables, so that cells do not wrap."""
     terminal = Console()
     return terminal if terminal.width >= WIDTH else Console(width=WIDTH)
 
@@ -80,7 +80,7 @@ def duration(seconds: float) -> str:
 
 
 def time_of(m: Measurement, name: str) -> str:
-    """What a contestant took, marked where it took page faults."""
+    """A contestant's time, marked where it includes page faults."""
     if name not in m.times:
         return "failed" if name in m.failures else "–"
     return duration(m.times[name].median) + (" †" if m.faulted(name) else "")
@@ -102,7 +102,7 @@ def quotient(value: float | None) -> str:
 
 
 def title(group: Sequence[Measurement]) -> str:
-    """What the measurements of a table have in common."""
+    """The common settings of a table's measurements."""
     first = group[0]
     if first.device != "cpu":
         return f"{first.family} on {torch.cuda.get_device_name(first.device)}, cold L2"
@@ -169,7 +169,7 @@ def sorted_by_first_seen(rows: Sequence[Overhead]) -> list[Overhead]:
 
 
 def show(measurements: Sequence[Measurement], overheads: Sequence[Overhead] = ()) -> None:
-    """Print the tables and, below them, what failed and what the columns mean."""
+    """Print the tables and, below them, failures and the meaning of the columns."""
     screen = console()
     about = environment()
     screen.print(", ".join(f"{name} {value}" for name, value in about.items()), highlight=False)
@@ -212,7 +212,7 @@ def document(measurements: Sequence[Measurement], overheads: Sequence[Overhead] 
 
 
 def panel(axes: Axes, curves: Sequence[Measurement]) -> None:
-    """One op: the bandwidth that each contestant reaches, by size, and the gain at the largest size."""
+    """One op: the bandwidth of each contestant by size, and the speedup at the largest size."""
     for name, (color, marker, line) in STYLES.items():
         points = [(m.elements, bandwidth / 1e9) for m in curves if (bandwidth := m.bandwidth(name))]
         if points:

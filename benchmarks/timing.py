@@ -1,4 +1,4 @@
-"""Interleaved timing: the contestants take turns in rounds, so that a drift of the machine hits all alike."""
+"""Interleaved timing: the contestants take turns in rounds, so that drift of the machine affects all equally."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Sampler = Callable[[Call, int], float]
 class Effort:
     """How long to measure: ``rounds`` of samples of at least ``sample`` seconds.
 
-    Where the rounds take more than ``budget`` seconds, ``least_rounds`` of them are enough.
+    If the rounds take more than ``budget`` seconds, only ``least_rounds`` are made.
     """
 
     rounds: int = 21
@@ -39,7 +39,7 @@ GPU = Effort(rounds=101, least_rounds=21, sample=0.0, budget=5.0)
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call over the rounds, and the pages that a call had the system fault in."""
+    """Seconds per call over the rounds, and page faults per call."""
 
     median: float
     low: float
@@ -73,23 +73,23 @@ def clocked(clock: Callable[[], float]) -> Sampler:
     return sample
 
 
-#: On a quiet machine both agree on one thread. Where other processes take turns on the processor, the wall's
-#: clock adds their turns, more of them to long calls than to short ones; the thread's own time has none.
+#: On an idle machine both agree on one thread. Where other processes share the processor, the wall
+#: clock includes their time, more for long calls than for short ones; the thread's own time does not.
 CLOCKS: dict[str, Sampler] = {"wall": clocked(time.perf_counter), "processor": clocked(time.thread_time)}
 EVENTS = "events"
 
 
 def minor_faults() -> int:
-    """Pages that the system has mapped for this process so far without reading them from a disk."""
+    """The number of minor page faults of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def cold_cuda(device: str) -> Sampler:
     """A sampler of GPU time with nothing of the operands in the L2 cache.
 
-    Events around the call read the GPU's clock. Before each call a large buffer is read: that empties the
+    Events around the call read the GPU's clock. Before each call a large buffer is read: this empties the
     cache and, being a read, leaves no dirty lines whose eviction the call would pay for. It also takes longer
-    than launching the kernels of one call, so they wait in the queue and the events do not see the host.
+    than launching the kernels of one call, so they wait in the queue and the events exclude host time.
     """
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     timer: Any = torch.cuda.Event
@@ -109,7 +109,7 @@ def cold_cuda(device: str) -> Sampler:
 
 
 def repeats_for(call: Call, sampler: Sampler, seconds: float) -> int:
-    """How many calls take so many seconds; the best of three tries, lest a disturbance end the search."""
+    """The number of calls that take a given time; the best of three tries, to exclude disturbances."""
     repeats = 1
     while True:
         elapsed = min(sampler(call, repeats) for _ in range(3)) * repeats
@@ -132,7 +132,7 @@ def no_collection() -> Iterator[None]:
 
 
 def interleave(calls: Mapping[str, Call], effort: Effort, sampler: Sampler = CLOCKS["wall"]) -> dict[str, Timing]:
-    """Time the calls in turns; each round starts with another one, so that all of them follow the others."""
+    """Time the calls in turns; each round starts with another one, so that each follows every other."""
     for call in calls.values():
         call()
     repeats = {name: repeats_for(call, sampler, effort.sample) for name, call in calls.items()}

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.triton_overhead``: microseconds of our own Python before a Triton kernel is launched.
+"""``python -m benchmarks.triton_overhead``: microseconds of Python before a Triton kernel is launched.
 
-The kernels are replaced by nothing, so that it runs without a GPU: checks, plan, arguments and outputs remain. Triton's
-own launcher comes on top.
+The kernels are replaced by no-ops, so that it runs without a GPU: checks, plan, arguments and outputs remain. Triton's
+own launcher is not included.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KERNELS = (
 
 
 class Nothing:
-    """Takes a kernel's place."""
+    """Replaces a kernel."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *args, **kwargs: None
@@ -47,7 +47,7 @@ def without_kernels() -> Iterator[dict[str, Callable[..., Any]]]:
 
 
 def calls(ops: dict[str, Callable[..., Any]]) -> dict[str, Call]:
-    """Eager calls with numbers, as samplers and training make them."""
+    """Eager calls with numbers, as in samplers and training."""
     x, y, z = (torch.zeros(SHAPE) for _ in range(3))
     q, info = (torch.zeros(SHAPE, dtype=torch.int64) for _ in range(2))
     levels, upstream, sums = torch.ones(SHAPE[0]), torch.ones(()), torch.ones(SHAPE[0], dtype=torch.float64)

@@ -1,6 +1,6 @@
 """Fused ops for diffusion and consistency models: the same noise everywhere, exact arithmetic, batch invariance.
 
-Every op is one kernel launch and gives the same bits on every backend; ``backend.describe()`` tells which one runs.
+Every op is one kernel launch and gives the same bits on every backend; ``backend.describe()`` returns which one runs.
 """
 
 from bicm_kernels import backend, reference

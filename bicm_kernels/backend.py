@@ -2,11 +2,11 @@
 
 Three implementations give the same bits: ``native`` (C++ on the CPU, CUDA on NVIDIA GPUs), ``triton`` (any GPU that
 Triton supports) and ``reference`` (plain PyTorch, slow). The environment variable ``BICM_KERNELS_BACKEND`` chooses:
-``auto`` (the default) takes the first that is there, any other name forces that one and makes its absence an error.
+``auto`` (the default) takes the first one available; any other name forces that one, and raises if it is missing.
 ``BICM_KERNELS_ISA`` (scalar, avx2, avx512) forces an instruction set of the native CPU library,
 ``BICM_KERNELS_KEPT_MEMORY`` bounds the memory that it keeps for results, in MiB (256; 0 keeps none), and
-``BICM_KERNELS_GENERATOR`` says who draws ``torch_randn``: ``native`` (the default: the native library where its
-bits are torch's) or ``torch``. ``BICM_KERNELS_DIRECT=0`` sends every call on the CPU through torch's dispatcher. They
+``BICM_KERNELS_GENERATOR`` selects what draws ``torch_randn``: ``native`` (the default: the native library where its
+bits match torch's) or ``torch``. ``BICM_KERNELS_DIRECT=0`` sends every CPU call through torch's dispatcher. They
 are read once, when the package is imported.
 """
 
@@ -30,7 +30,7 @@ CHOICES = ("auto", "native", "triton", "reference")
 DRAWERS = ("native", "torch")
 
 _choice = "auto"
-#: What named the choice, for messages.
+#: Where the choice came from, for messages.
 _chosen_by = "the backend auto"
 _running: dict[str, tuple[str, str]] = {}
 #: Triton's kernels by the device they are registered for.
@@ -39,16 +39,16 @@ _registrations: dict[str, torch.library.Library] = {}
 _kept_bytes = 256 << 20
 _drawer = "native"
 
-#: Whether kernels run on CPU tensors, native or interpreted: what calls ask first.
+#: Whether kernels run on CPU tensors, native or interpreted. Every call reads it first.
 cpu_is_compiled = False
 
-#: The native library's own functions for CPU tensors, beside the dispatcher: they return None for every call that is
-#: not plain. None where another implementation runs.
+#: The native library's functions for CPU tensors that bypass the dispatcher. They return None for every call that they
+#: do not support. None where another implementation runs.
 library: Any = None
-#: The same for the ops, which try them first; None where ``BICM_KERNELS_DIRECT=0`` says so.
+#: The same for the ops, which try them first; None under ``BICM_KERNELS_DIRECT=0``.
 direct: Any = None
 
-#: The devices on which kernels run, as bits of DLPack's codes; a device's comes when an op first asks what runs there.
+#: The devices on which kernels run, as bits of DLPack's codes; a bit is set at the first call on that device.
 kernel_devices = 0
 _DLPACK = {"cpu": 1, "cuda": 2 if torch.version.hip is None else 10, "xpu": 14}
 
@@ -126,7 +126,7 @@ def _triton(device_type: str) -> str:
 
 
 def _implementations(device_type: str) -> dict[str, Callable[[], str]]:
-    """What can run on a device, best first; each call makes it ready and tells what it is, or raises ImportError."""
+    """The candidates for a device, best first; each prepares itself and returns its name, or raises ImportError."""
     native = {"cpu": _native_cpu, "cuda": _native_cuda}
     found: dict[str, Callable[[], str]] = {}
     if device_type in native:
@@ -137,7 +137,7 @@ def _implementations(device_type: str) -> dict[str, Callable[[], str]]:
 
 
 def _start(device_type: str) -> tuple[str, str]:
-    """Choose the implementation for a device and make it ready."""
+    """Choose and load the implementation for a device."""
     if device_type == "meta":  # tensors without memory: what an op returns there is the same for every implementation
         return "native", "shapes and dtypes alone"
     failures: list[str] = []
@@ -175,7 +175,7 @@ def running(device_type: str) -> str:
 
 
 def describe() -> str:
-    """Say which implementation runs on each device that torch has, and why.
+    """Return which implementation runs on each device that torch has, and why, as text.
 
     >>> import bicm_kernels
     >>> bicm_kernels.backend.describe().startswith("cpu: ")
@@ -197,11 +197,11 @@ def _describe(device_type: str) -> str:
 
 
 def choose(name: str) -> None:
-    """Choose the implementation from here on: ``auto``, ``native``, ``triton`` or ``reference``.
+    """Set the implementation for all later calls: ``auto``, ``native``, ``triton`` or ``reference``.
 
     Raises ValueError for another name, ImportError where that implementation cannot run on the CPU. On a machine with a
     GPU ``triton`` has to run there alone, and ops on CPU tensors raise ImportError, unless ``TRITON_INTERPRET=1``.
-    A choice that raises leaves the one before.
+    A choice that raises leaves the previous one in place.
     """
     _choose(name, f"the backend {name}")
 
@@ -223,7 +223,7 @@ def _choose(name: str, chosen_by: str) -> None:
 
 
 def _make_ready() -> tuple[bool, Any]:
-    """Start what the choice has to run on: the values of `cpu_is_compiled` and `library`."""
+    """Load what the choice needs; returns the values of `cpu_is_compiled` and `library`."""
     gpus = _devices()[1:] if _choice == "triton" and not _interpreted() else []
     for device_type in gpus:
         running(device_type)
@@ -239,12 +239,12 @@ def _unregister(devices: set[str]) -> None:
 
 
 def release_memory() -> int:
-    """Give the memory that is kept for large results on the CPU back to the system; the number of bytes.
+    """Return the memory kept for large CPU results to the system; returns the number of bytes.
 
-    The native library keeps blocks of 64 KiB and more that results lay in, because the C library would page them anew
-    in every step. At most 256 MiB lie unused, or as many MiB as ``BICM_KERNELS_KEPT_MEMORY`` says: with 0 nothing is
-    kept, and torch allocates every result. So it does in a library that was built for the address sanitizer. Results
-    in use are not touched.
+    CPU results of 64 KiB and more come from a free list, which avoids page faults: the C library would map and
+    fault such blocks in every step. It holds at most 256 MiB, or ``BICM_KERNELS_KEPT_MEMORY`` MiB: with 0 nothing is
+    kept, and torch allocates every result; so does a library built for the address sanitizer. Results
+    in use are not affected.
 
     >>> import bicm_kernels
     >>> bicm_kernels.backend.release_memory() >= 0
@@ -271,7 +271,7 @@ def use(name: str) -> Iterator[None]:
 
 
 def _mebibytes(name: str, default: int) -> int:
-    """The bytes that a variable of the environment gives in MiB."""
+    """The value of an environment variable in MiB, as bytes."""
     text = os.environ.get(name, str(default))
     if not (text.isascii() and text.isdecimal()):
         raise ValueError(f"{name}: expected a whole number of MiB, got {text!r}")
@@ -279,7 +279,7 @@ def _mebibytes(name: str, default: int) -> int:
 
 
 def start() -> None:
-    """Read the environment at import, after the schemas are defined, and make its choice."""
+    """Read the environment at import, after the schemas are defined, and apply its choice."""
     global _kept_bytes, _drawer, _goes_direct
     _kept_bytes = _mebibytes("BICM_KERNELS_KEPT_MEMORY", 256)
     _drawer = os.environ.get("BICM_KERNELS_GENERATOR", "native")

@@ -1,4 +1,4 @@
-"""The families of ops: what build, kernels, tests, evidence and benchmarks read."""
+"""The names of the op families; the build, kernels, tests, evidence and benchmarks read this list."""
 
 FAMILIES = (
     "noise",

@@ -1,7 +1,7 @@
 """A comparison, made once, of the native library's draws from torch's generator with torch's own.
 
-What torch.randn makes of a generator's words is torch's affair: which polynomials, and where their sums are rounded.
-Another build or another processor may take another way, so the native library draws only where the bits agree.
+How torch.randn turns a generator's words into numbers is an implementation detail of torch (polynomials, roundings).
+Another build or processor may differ, so the native library draws only where the bits agree.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Generator, Tensor
 
 Draw = Callable[[Sequence[int], Generator], Tensor | None]
 
-#: Sizes that end in blocks and between them, within the generator's 624 words and beyond them.
+#: Sizes that end on and off block boundaries, within the generator's 624 words and beyond them.
 SIZES = (16, 17, 31, 100, 600, 625, 2048, 5000)
 
-#: Words of a state that become hard cases: numbers on which the last bit of any coefficient shows, or a single product
-#: that is rounded before it is added; the ends of the range are among them.
+#: State words that yield hard cases: numbers that reveal the last bit of any coefficient, or a single product
+#: that is rounded before it is added; includes the ends of the range.
 HARD = (
     *(0xE9D193D5, 0x21473856, 0xC74E43B4, 0xF62D7A6F, 0x809B1C78, 0x21473856, 0x809B1C78, 0xE9D193D5),
     *(0xBEE89E1A, 0x3438F708, 0x00000000, 0x4FC029DA, 0xBEE89E1A, 0x7F3C2FCD, 0x102600C8, 0x4FC029DA),
@@ -30,7 +30,7 @@ STATE, WORDS = 632, 3
 
 
 def hard_generator() -> Generator | None:
-    """A generator that gives out the hard cases next; None where states look otherwise."""
+    """A generator whose next draws are the hard cases; None where the state has another layout."""
     generator = Generator()
     state = generator.get_state()
     if state.shape != (8 * STATE,):
@@ -43,7 +43,7 @@ def hard_generator() -> Generator | None:
 
 
 def agree(draw: Draw) -> bool | None:
-    """Whether draws and what they leave of a generator are torch's, bit by bit; None where nothing can be told now."""
+    """Whether draws and the state after them equal torch's, bit by bit; None where this cannot be checked now."""
     plain = Generator().manual_seed(0)
     if draw((16,), plain) is None:
         return None

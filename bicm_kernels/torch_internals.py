@@ -1,8 +1,8 @@
-"""What is used of torch that torch promises nobody, and what happens where a name is gone.
+"""Private names of torch that this package uses, and what happens where one is missing.
 
-Every name is looked up once, here, and nothing else in the package takes one. A name that is gone costs speed or one
-feature, as its comment says; importing the package never fails for it. The C++ side looks its own up in
-`csrc/torch/python.cpp`, and leaves the calls beside the dispatcher out where one is missing.
+Every name is looked up once, here, and only here. A missing name costs speed or one
+feature, as its comment says; importing the package never fails for it. The C++ side looks up its names in
+`csrc/torch/python.cpp`, and disables the direct calls where one is missing.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ def find(path: str, default: Any) -> Any:
     return found
 
 
-#: How many dispatch modes are active. Gone: one, always: every call is checked before it runs, and no tensor made of a
+#: How many dispatch modes are active. If missing, one: every call is checked before it runs, and no tensor made of a
 #: number is kept for the next call.
 dispatch_modes: Callable[[], int] = find("_C._len_torch_dispatch_stack", lambda: 1)
 
-#: Whether TorchScript traces. Gone: the public function, which asks twice.
+#: Whether TorchScript traces. If missing: the public function, which is slower.
 is_tracing: Callable[[], bool] = find("_C._is_tracing", find("jit.is_tracing", lambda: False))
 
-#: Whether a gradient stands for many (``is_grads_batched=True``). Gone: always, and derivatives take the reference.
+#: Whether a gradient is batched (``is_grads_batched=True``). If missing, always: derivatives take the reference.
 is_batched_gradient: Callable[[Tensor], bool] = find("_C._functorch.is_legacy_batchedtensor", lambda x: True)
 
-#: Whether a graph is kept for another backward pass. Gone: always, and gradients lie in memory of their own.
+#: Whether a graph is kept for another backward pass. If missing, always: gradients are copied.
 keeps_graph: Callable[[], bool] = find("_C._autograd._get_current_graph_task_keep_graph", lambda: True)
 
-#: The torch.func transforms in force. Gone: every call takes the reference, which they see through.
+#: The active torch.func transforms. If missing: every call takes the reference, which supports them.
 _transform: Callable[[], Any] = find("_C._functorch.peek_interpreter_stack", lambda: None)
 _Transform: Any = find("_C._functorch.CInterpreter", None)
 _transforms: Callable[[], Any] = find("_C._functorch.get_interpreter_stack", lambda: None)
@@ -50,19 +50,19 @@ _unwrapped: Callable[[Tensor], Tensor] = find("_C._functorch.get_unwrapped", lam
 _is_mapped: Callable[[Tensor], bool] = find("_C._functorch.is_batchedtensor", lambda x: False)
 _transforms_are_known = None not in (find("_C._functorch.peek_interpreter_stack", None), _Transform)
 
-#: The implementations that Python registered, as ``library/op/key``. Gone: one that replaces ours on the CPU is seen
+#: Implementations registered from Python, as ``library/op/key``. If missing: one that replaces ours on the CPU is used
 #: only by calls that go through the dispatcher.
 implementations: set[str] = find("library._impls", set())
 
 
 def transforms_alone() -> bool:
-    """Whether a torch.func transform is active, where that can be told."""
-    # isinstance, because Dynamo holds the None of an empty stack for an object that is not None.
+    """Whether a torch.func transform is active, where that can be determined."""
+    # isinstance, because Dynamo treats the None of an empty stack as an object that is not None.
     return _transforms_are_known and isinstance(_transform(), _Transform)
 
 
 if not hasattr(forward_ad, "_current_level"):
-    # The level of forward-mode differentiation, -1 outside. Gone: 0, and every call takes the reference.
+    # The level of forward-mode differentiation, -1 outside. If missing, 0: every call takes the reference.
     forward_ad._current_level = 0
 
 
@@ -72,19 +72,19 @@ def forward_level() -> int:
 
 
 def transformed() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is active, or that cannot be told."""
+    """Whether a torch.func transform or forward-mode differentiation is active, or this cannot be determined."""
     return not _transforms_are_known or isinstance(_transform(), _Transform) or forward_level() >= 0
 
 
 def undisturbed() -> bool:
-    """Whether nobody traces, watches by a mode, or transforms; not for code that Dynamo reads."""
+    """Whether no tracing, mode or transform is active; not for code that Dynamo traces."""
     if not _transforms_are_known or _transform() is not None:
         return False
     return forward_ad._current_level < 0 and not dispatch_modes() and not is_tracing()
 
 
 def bare(op: Any) -> Callable[..., Any]:
-    """An op's overload, called without a look for overrides of torch's functions. Gone: the overload."""
+    """An op's overload, called without torch's check for overrides. If missing: the overload."""
     boxed, handle = find("_C._dispatch_call_boxed", None), getattr(op, "_handle", None)
     if boxed is None or handle is None:
         return getattr(op, "_op", op)
@@ -92,25 +92,25 @@ def bare(op: Any) -> Callable[..., Any]:
 
 
 def inside_vmap() -> bool:
-    """Whether a transform is ``torch.vmap``. Gone: never, and a seed that every slice repeats is not refused."""
+    """Whether a transform is ``torch.vmap``. If missing, never: a seed that every slice repeats is not refused."""
     return any(level.key() == _vmap for level in _transforms() or [])
 
 
-# torch.compiler.assume_constant_result, without the second that importing Dynamo takes: the stack is what it is while a
-# graph is traced, and Dynamo guards a graph with it. Where Dynamo does not know the mark, such graphs break here.
+# torch.compiler.assume_constant_result, without importing Dynamo, which takes a second: the stack is constant while a
+# graph is traced, and Dynamo guards a graph with it. Where Dynamo does not support the mark, such graphs break here.
 inside_vmap._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def differs_between_slices(x: Tensor) -> bool:
-    """Whether ``torch.vmap`` maps over a tensor, which other transforms may have wrapped since. Gone: no."""
-    # Dynamo cannot look below the innermost transform: a graph of vmap over grad raises.
+    """Whether ``torch.vmap`` maps over a tensor, which other transforms may have wrapped since. If missing: no."""
+    # Dynamo reads only the innermost transform: a graph of vmap over grad raises.
     while not torch.compiler.is_compiling() and _is_differentiated(x):
         x = _unwrapped(x)
     return _is_mapped(x)
 
 
 def refusing(message: bytes, tensors: list[Tensor]) -> list[Tensor]:
-    """Tensors like these that raise a RuntimeError where they are differentiated. Gone: they carry no derivative."""
+    """Tensors like these that raise a RuntimeError if differentiated. If missing: they carry no derivative."""
     delayed = find("_C._functions.DelayedError", None)
     if delayed is None:
         return tensors
@@ -119,10 +119,10 @@ def refusing(message: bytes, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply`` without its look for transforms. Gone: with it."""
+    """``function.apply`` without its check for transforms. If missing: with it."""
     return getattr(super(torch.autograd.Function, function), "apply", function.apply)
 
 
 def unregister(library: torch.library.Library) -> None:
-    """Take a library's registrations back. Gone: when it is collected."""
+    """Undo a library's registrations. If missing: when it is collected."""
     getattr(library, "_destroy", lambda: None)()

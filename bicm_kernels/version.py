@@ -1,4 +1,4 @@
-"""The version of both packages: pyproject.toml's in a source tree, the installed distribution's elsewhere."""
+"""The version of both packages: from pyproject.toml in a source tree, else from the installed distribution."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DISTRIBUTION = "bicm-kernels"
 def _version(root: Path) -> str:
     """Return the version of the package in the directory `root`."""
     project = root / "pyproject.toml"
-    # In a source tree the metadata may be of another installation, or of a former version.
+    # In a source tree the metadata may belong to another installation, or to an older version.
     if project.is_file():
         text = project.read_text(encoding="utf-8")
         found = re.search(r'^version = "(.+)"$', text, re.MULTILINE)

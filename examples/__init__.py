@@ -1,1 +1,1 @@
-"""Programs that show the packages at work; none of the packages imports them."""
+"""Example programs; the packages do not import them."""

@@ -3,10 +3,10 @@
     python examples/cifar10.py --objective ict --data FOLDER
     torchrun --nproc_per_node 8 examples/cifar10.py --objective gc --mu 0.5 --batch-size 512 --data cifar10
 
-FOLDER holds images, in folders as deep as one likes; `cifar10` is torchvision's data set, where that is installed.
-Killed and started again with the same arguments, a run goes on. Needs the extras [diffusers] and [diffusion].
+FOLDER contains images, in nested folders or not; `cifar10` is torchvision's data set, if that is installed.
+A killed run resumes when started again with the same arguments. Needs the extras [diffusers] and [diffusion].
 
-The defaults are the papers' for CIFAR-10 where they fit a run of 400,000 steps; --steps, --width and --batch-size make
+The defaults are the papers' for CIFAR-10 where they suit a run of 400,000 steps; --steps, --width and --batch-size make
 it smaller. ECT starts from a denoiser: train one with --objective denoising, then --start its checkpoint.
 """
 
@@ -46,7 +46,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
 class Images(Dataset[Any]):
-    """Images in [-1, 1], (3, 32, 32), each mirrored in half of the epochs by torch's generator, which the loop keys."""
+    """Images in [-1, 1], (3, 32, 32), each mirrored with probability 1/2 by torch's generator, which the loop keys."""
 
     def __init__(self, data: str) -> None:
         if data == "cifar10":
@@ -90,14 +90,14 @@ class Network(nn.Module):
         )
 
     def forward(self, scaled: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
-        # The U-Net embeds its times as numbers up to a thousand.
+        # The U-Net expects times up to a thousand.
         other = None if u is None else 250 * u.log()
         return self.unet(scaled, 250 * t.log(), class_labels=other, return_dict=False)[0]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """loss(network, x, step) with the arguments of the command; form: the parameterization that it trains."""
+    """loss(network, x, step) with the command's arguments; form: the parameterization that it trains."""
 
     loss: Callable[[nn.Module, Tensor, Step], Any]
     form: str
@@ -157,7 +157,7 @@ def samples(network: nn.Module, objective: str, form: str, count: int, device: t
 
 
 def save_picture(images: Tensor, path: Path) -> None:
-    """Write images (N, 3, H, W) in [-1, 1] side by side, eight in a row."""
+    """Write images (N, 3, H, W) in [-1, 1] as a grid, eight per row."""
     rows = [torch.cat(list(row), dim=2) for row in images.split(8) if len(row) == min(8, len(images))]
     pixels = ((torch.cat(rows, dim=1).clamp(-1, 1) + 1) * 127.5).round().byte()
     Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(path)
@@ -177,7 +177,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("build/cifar10-run"), help="folder to write to")
     parser.add_argument("--steps", type=int, default=400_000)
     parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--micro-batch", type=int, help="samples that a process evaluates at a time")
+    parser.add_argument("--micro-batch", type=int, help="samples that a process evaluates together")
     parser.add_argument("--width", type=int, default=128, help="channels at 32×32; twice as many below")
     parser.add_argument("--dropout", type=float, default=0.3, help="0 for GC")
     parser.add_argument("--optimizer", choices=["radam", "adamw", "lion"], default="radam", help="GC: lion")
@@ -189,10 +189,10 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--s0", type=int, default=10, help="levels at first")
     parser.add_argument("--s1", type=int, default=1280, help="levels at last")
-    parser.add_argument("--mu", type=float, default=0.5, help="share of generated samples; ECT: 0.3 with --generate")
+    parser.add_argument("--mu", type=float, default=0.5, help="fraction of generated samples; ECT: 0.3 with --generate")
     parser.add_argument("--generate", action="store_true", help="ECT with generated samples")
     parser.add_argument("--predictor", choices=["ema", "online"], default="ema", help="who generates them in GC")
-    parser.add_argument("--q", type=float, default=2.0, help="how much nearer ECT's times come with a stage")
+    parser.add_argument("--q", type=float, default=2.0, help="ratio by which ECT's times converge per stage")
     parser.add_argument("--stages", type=int, default=8, help="ECT's stages in a run")
     parser.add_argument("--start", type=Path, help="checkpoint to start from; CD: that of its denoiser")
     parser.add_argument("--seed", type=int, default=0)

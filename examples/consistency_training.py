@@ -1,8 +1,8 @@
 """Consistency training (iCT) from fused ops: bfloat16 autocast, accumulation, DDP, and a run that can be resumed.
 
 Every random number is keyed by (seed, epoch, index of the image in the data set). An image therefore gets the same
-noise level and the same noise however the data are split into batches, micro-batches and processes, and a resumed run
-goes on with the draws that the interrupted one would have made.
+noise level and the same noise for any split of the data into batches, micro-batches and processes, and a resumed run
+makes the draws that the interrupted one would have made.
 
     python examples/consistency_training.py --epochs 2
     torchrun --nproc_per_node 2 examples/consistency_training.py --epochs 2
@@ -58,7 +58,7 @@ def ict_loss(network: nn.Module, x: Tensor, ids: Tensor, table: LevelTable, *, e
         with torch.no_grad():
             target = network(x_low, low)
         output = network(x_high, high)
-    # The ops take bfloat16 outputs beside float32 states; the sum and the loss are float32.
+    # The ops take bfloat16 outputs together with float32 states; the sum and the loss are float32.
     goal = bk.denoise(x_low, target, low, **options)
     return bk.consistency_loss(x_high, output, high, None, goal, weight=1 / (high - low), **options)
 
@@ -72,7 +72,7 @@ def batches(count: int, size: int, epoch: int, rank: int, world: int) -> list[Te
 def train(
     epochs: int, *, batch: int = 256, micro_batch: int = 64, checkpoint: Path | None = None, images: int | None = None
 ) -> nn.Module:
-    """Train and return the average of the weights; goes on from `checkpoint` where that exists."""
+    """Train and return the average of the weights; resumes from `checkpoint` if it exists."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else "cpu"
     data = torch.tensor(load_digits().images[:images], dtype=torch.float32)[:, None] / 16 - 0.5
@@ -117,7 +117,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--checkpoint", type=Path, help="written after every epoch; a run goes on from it")
+    parser.add_argument("--checkpoint", type=Path, help="written after every epoch; a run resumes from it")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--images", type=int, help="how many of the data set's images to use; all of them by default")
     arguments = parser.parse_args()

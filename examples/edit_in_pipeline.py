@@ -1,7 +1,7 @@
 """Edit an image in a Stable Diffusion pipeline: invert it under one prompt, sample it under another (BDIA Alg. 2).
 
-BDIA-DDIM keeps integer states, so that the same prompt both ways returns the latents to the bit, and everything that
-changes in an edit comes from the prompt.
+BDIA-DDIM keeps integer states, so that the same prompt in both directions returns the latents to the bit, and every
+change in an edit comes from the prompt.
 
     python examples/edit_in_pipeline.py
     python examples/edit_in_pipeline.py --pipeline path/to/pipeline --image cat.png --source "a cat" --target "a dog"
@@ -27,12 +27,12 @@ from bicm_diffusion.adapters.diffusers import BDIADDIMScheduler
 def edit(
     pipeline: Any, latents: Tensor, source: dict[str, Any], target: dict[str, Any], *, steps: int = 40, **options: Any
 ) -> Tensor:
-    """Edited latents (B, …): up to noise with the keyword arguments `source`, down with `target`."""
+    """Edited latents (B, …): inverted with the keyword arguments `source`, sampled with `target`."""
     pipeline.scheduler = BDIADDIMScheduler.from_config(pipeline.scheduler.config, gamma=0.96, exact=True)
     options = {"num_inference_steps": steps, "output_type": "latent", **options}
-    pipeline.scheduler.turn_round()  # the next call leads from data to noise
+    pipeline.scheduler.turn_round()  # the next call goes from data to noise
     pipeline(latents=latents, **source, **options)
-    inner = pipeline.scheduler.turn_round(edit=True)  # and the next one back, from here, with other conditions
+    inner = pipeline.scheduler.turn_round(edit=True)  # the next one goes back from here, with other conditions
     return pipeline(latents=inner, **target, **options).images
 
 
@@ -78,7 +78,7 @@ def random_pipeline() -> StableDiffusionPipeline:
 
 
 def round_trip(steps: int = 10) -> tuple[float, float]:
-    """How far the latents move under the same prompt and under another, in the random pipeline."""
+    """The change of the latents under the same prompt and under another, in the random pipeline."""
     pipeline = random_pipeline()
     latents = torch.randint(-255, 256, (1, 4, 8, 8)) / 256
     prompts = [
@@ -91,7 +91,7 @@ def round_trip(steps: int = 10) -> tuple[float, float]:
 
 
 def edit_file(pipeline: str, image: Path, source: str, target: str, output: Path, steps: int) -> None:
-    """Edit an image file with a pipeline that is loaded from a directory."""
+    """Edit an image file with a pipeline loaded from a directory."""
     from PIL import Image
 
     loaded = StableDiffusionPipeline.from_pretrained(pipeline)
@@ -99,7 +99,7 @@ def edit_file(pipeline: str, image: Path, source: str, target: str, output: Path
     with torch.no_grad():
         pixels = processor.preprocess(Image.open(image).convert("RGB"))
         latents = loaded.vae.encode(pixels).latent_dist.mean * loaded.vae.config.scaling_factor
-        # Without guidance on the way up, as in the paper; 2 or 3 on the way down strengthens the edit.
+        # Without guidance in the inversion, as in the paper; 2 or 3 in the sampling strengthens the edit.
         edited = edit(loaded, latents, {"prompt": source}, {"prompt": target}, steps=steps, guidance_scale=1.0)
         decoded = loaded.vae.decode(edited / loaded.vae.config.scaling_factor).sample
     processor.postprocess(decoded)[0].save(output)

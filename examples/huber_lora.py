@@ -22,7 +22,7 @@ from torch import Tensor
 import bicm_kernels as bk
 
 SEED = 0
-TIME_STEPS = 1  # this program's own purpose of a seed, see `fold_in`
+TIME_STEPS = 1  # a purpose of this program's seed, see `fold_in`
 
 
 def keyed_integers(count: int, batch: int, *, seed: int, step: int, sample_id: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def huber_constant(t: Tensor, count: int, least: float = 0.1) -> Tensor:
 
 
 def small_unet() -> UNet2DConditionModel:
-    """A random U-Net with cross-attention that fits a test."""
+    """A small random U-Net with cross-attention."""
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
@@ -59,14 +59,14 @@ def huber_loss(
     t = keyed_integers(count, len(x), seed=bk.fold_in(SEED, TIME_STEPS), **key)
     alpha_bar = scheduler.alphas_cumprod.double()[t]
     noisy = bk.add_noise(x, (1 - alpha_bar).sqrt(), scale=alpha_bar.sqrt(), seed=SEED, **key)
-    noise = bk.normal(x.shape, seed=SEED, **key)  # the same numbers again: nothing was kept
+    noise = bk.normal(x.shape, seed=SEED, **key)  # the same numbers again, recomputed
     with torch.autocast(x.device.type, torch.bfloat16):
         prediction = unet(noisy, t, encoder_hidden_states=text).sample
     return bk.pseudo_huber(prediction, noise, c=huber_constant(t, count), kind="elementwise")
 
 
 def train(steps: int, *, batch: int = 4) -> list[float]:
-    """Train a LoRA on made latents; the losses."""
+    """Train a LoRA on synthetic latents; returns the losses."""
     torch.manual_seed(SEED)
     unet, scheduler = small_unet(), DDPMScheduler()
     unet.requires_grad_(False)

@@ -2,7 +2,7 @@
 
 Both integrate the probability-flow ODE dx/dσ = d(x, σ) = (x − D(x, σ))/σ of a variance-exploding process:
 
-* Adams–Bashforth of order two, one launch a step: x' = x + h·(d + h/(2h₋)·(d − d₋)), h and h₋ this and the last step;
+* Adams–Bashforth of order two, one launch per step: x' = x + h·(d + h/(2h₋)·(d − d₋)), h and h₋ this and the last step;
 * leapfrog, x' = x₋ + (σ' − σ₋)·d(x), on integers: both directions add or subtract the same rounded increment.
 
     python examples/own_sampler.py
@@ -43,7 +43,7 @@ def adams_bashforth_sample(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float
 
 
 def slope(denoiser: Denoiser, q: Tensor, levels: tuple[float, float, float]) -> tuple[list[Tensor], list[float]]:
-    """The tensors and weights of (σ' − σ₋)·d at the middle level: from the middle state alone, both ways alike."""
+    """The tensors and weights of (σ' − σ₋)·d at the middle level, from the middle state only."""
     before, sigma, after = levels
     x, weight = bk.fixed_point_decode(q), (after - before) / sigma
     return [x, denoiser(x, sigma)], [weight, -weight]
@@ -79,7 +79,7 @@ def main() -> None:
         return 0.25 / (0.25 + sigma * sigma) * x
 
     sigmas = karras_levels(60).flip(0).tolist()
-    # On the grid of the integers, so that the way back returns these very numbers.
+    # On the integers' grid, so that the inversion returns the same numbers.
     x = (80 * bk.normal((16, 3, 8, 8), seed=0) * 2**16).round() / 2**16
     exact = x * ((0.25 + sigmas[-1] ** 2) / (0.25 + sigmas[0] ** 2)) ** 0.5
     error = (adams_bashforth_sample(denoiser, x, sigmas) - exact).abs().max()

@@ -1,7 +1,7 @@
-"""Arguments of the ops: when a kernel may run, how numbers become tensors, and what was wrong with a call.
+"""Arguments of the ops: when a kernel may run, how numbers become tensors, and messages for invalid calls.
 
-The kernels check their arguments in C++ and say little; after a failure `explain` walks through the same rules here and
-names the argument, what was given and what was expected. The good path never pays for the explanation.
+The kernels check their arguments in C++ and raise terse errors; after a failure `explain` builds the full message. It
+applies the same rules and names the argument, what was given and what was expected. Valid calls skip it.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ Integer = int | Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WORD = 2**32
-#: What a call may fail with that was wrong: then `explain` says what.
+#: The errors of an invalid call; `explain` then builds the message.
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, OverflowError)
-#: What the kernels' own checks of arguments begin with; errors of CUDA and of torch do not.
+#: The prefix of errors from the kernels' argument checks; errors of CUDA and of torch lack it.
 REFUSED = "bicm_kernels: "
 
-#: The default of noise_weight. That a caller left it out is told by identity, which costs nothing; a 0.0 that is passed
-#: is another object, and where it is not, a needless warning is all that comes of it.
+#: The default of noise_weight. Identity shows that the caller omitted it, at no cost; a 0.0 that is passed
+#: is another object, and where it is the same one, the only effect is a needless warning.
 UNWEIGHTED = 0.0
 _unweighted: set[str] = set()
 
 compiling = torch.compiler.is_compiling
-#: Whether Dynamo reads the code, which knows nothing of the native library's own functions.
+#: Whether Dynamo traces, which does not support the native library's own functions.
 dynamo = torch.compiler.is_dynamo_compiling
 
 
 def scripting() -> bool:
-    """Whether TorchScript traces; Dynamo, which cannot trace the question, never asks it."""
+    """Whether TorchScript traces; never called under Dynamo, which cannot trace this check."""
     return not dynamo() and is_tracing()
 
 
 def unseen(first: Tensor) -> bool:
-    """Whether no kernel sees this call and checks it: it is traced, or its tensors have no memory."""
+    """Whether no kernel checks this call: it is traced, or its tensors have no memory."""
     return compiling() or dispatch_modes() > 0 or first.is_meta
 
 
 def has_kernel(first: Tensor) -> bool:
-    """Whether a kernel runs where a tensor lies."""
+    """Whether a kernel runs on the tensor's device."""
     if first.is_cpu:
         return backend.cpu_is_compiled
     return not first.is_meta and backend.running(first.device.type) != "reference"
@@ -75,12 +75,12 @@ def requires_grad(*values: object) -> bool:
 
 
 def needs_reference(first: Tensor, *, tracked: bool) -> bool:
-    """Whether the differentiable PyTorch reference must do the work."""
+    """Whether the call needs the differentiable PyTorch reference."""
     return backend.running(first.device.type) == "reference" or tracked or transformed()
 
 
 def plain_gradient(gradient: Tensor) -> bool:
-    """Whether a kernel may compute a derivative: nothing differentiates or maps the derivative itself."""
+    """Whether a kernel may compute a derivative: it is not differentiated or mapped again."""
     return not (is_batched_gradient(gradient) or requires_grad(gradient) or transformed())
 
 
@@ -96,7 +96,7 @@ def check_vmap(seed: object) -> None:
 
 
 def numbers(values: Sequence[Any]) -> list[Any]:
-    """The numbers of a step, lists of coefficients opened."""
+    """The numbers of a step, with lists of coefficients flattened."""
     flat: list[Any] = []
     for value in values:
         if isinstance(value, list | tuple):
@@ -115,12 +115,12 @@ def weight_list(name: str, weights: Sequence[Any]) -> list[Any]:
 
 
 def plain(values: Sequence[Any]) -> bool:
-    """Whether a call holds Python numbers alone and is not traced: then they pass as they are."""
+    """Whether a call holds Python numbers only and is not traced: they are then passed unchanged."""
     return not compiling() and no_tensors(values)
 
 
 def no_tensors(values: Sequence[Any]) -> bool:
-    """Whether there are Python numbers alone."""
+    """Whether all values are Python numbers."""
     for value in values:
         kind = type(value)
         if kind is float or kind is int or value is None:
@@ -130,7 +130,7 @@ def no_tensors(values: Sequence[Any]) -> bool:
     return True
 
 
-# Making a tensor of a number takes longer than a small kernel, and nobody writes to these: they are kept. An inference
+# Making a tensor of a number takes longer than a small kernel, and these are never written to: cache them. An inference
 # tensor could not be saved for a backward pass.
 @lru_cache(1024)
 def _kept_float(value: float, sign: float) -> Tensor:
@@ -145,18 +145,18 @@ def _kept_integer(value: int) -> Tensor:
 
 
 def coefficient(value: Number) -> Tensor:
-    """A float as a 0-d float64 tensor; tensors as they are. In a traced graph a product does not specialise."""
+    """A float as a 0-d float64 tensor; tensors unchanged. In a traced graph a product avoids specialisation."""
     if isinstance(value, Tensor):
         return value
     if compiling():
         return torch.ones((), dtype=torch.float64) * value
-    if dispatch_modes() > 0:  # such a mode would leave its own kind of tensor behind
+    if dispatch_modes() > 0:  # such a mode would put its own tensor class into the cache
         return torch.tensor(value, dtype=torch.float64, device="cpu")
     return _kept_float(value, math.copysign(1.0, value))  # 0.0 and -0.0 are equal
 
 
 def coefficients(values: Sequence[Any]) -> list[Any]:
-    """The values of a step as tensors: lists element by element, None as it is."""
+    """The values of a step as tensors: lists element by element, None unchanged."""
     make = coefficient if compiling() or dispatch_modes() > 0 else _kept
     return [
         None if value is None else [make(x) for x in value] if isinstance(value, (list, tuple)) else make(value)
@@ -165,7 +165,7 @@ def coefficients(values: Sequence[Any]) -> list[Any]:
 
 
 def _kept(value: Number) -> Tensor:
-    # Asked first, because isinstance takes long to say that a number is no tensor.
+    # Checked first, because isinstance with Tensor is slow for numbers.
     return _kept_float(value, math.copysign(1.0, value)) if type(value) is float else coefficient(value)
 
 
@@ -175,14 +175,14 @@ def signed(seed: int) -> int:
 
 
 def counter(value: Any) -> Any:
-    """An integer of a key as schemas take it: NumPy's as Python's, seeds signed; whatever else as it is."""
+    """An integer of a key as schemas take it: NumPy's as Python's, seeds signed; other values unchanged."""
     if type(value) is int:
         return signed(value)
     return signed(int(value)) if isinstance(value, Integral) else value
 
 
 def integer(value: Integer) -> Tensor:
-    """An int as a 0-d int64 tensor; tensors as they are."""
+    """An int as a 0-d int64 tensor; tensors unchanged."""
     if isinstance(value, Tensor):
         return value
     if compiling():
@@ -192,7 +192,7 @@ def integer(value: Integer) -> Tensor:
 
 
 def key(seed: Integer | None, step: Integer, sample_id: Integer, like: Tensor) -> tuple[Tensor | None, ...]:
-    """The integers of a noise key as tensors; what is wrong raises here, since a tensor cannot tell any more."""
+    """The integers of a noise key as tensors; checked here, because a tensor's value is not read later."""
     if seed is None:
         return None, None, None
     batch = like.shape[0]
@@ -206,7 +206,7 @@ def key(seed: Integer | None, step: Integer, sample_id: Integer, like: Tensor) -
 
 
 def notice_unweighted(name: str) -> None:
-    """Say once that a seed without a noise_weight draws nothing."""
+    """Warn once that a seed without a noise_weight draws nothing."""
     if dynamo() or name in _unweighted:
         return
     _unweighted.add(name)
@@ -215,7 +215,7 @@ def notice_unweighted(name: str) -> None:
 
 
 def describe(value: object) -> str:
-    """What was given, in a form short enough for an error message."""
+    """A short description of a value, for error messages."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
     kind, text = type(value).__name__, repr(value)
@@ -228,7 +228,7 @@ def describe(value: object) -> str:
 
 
 def tensor_in(value: Any) -> str:
-    """Where the tensor lies in what a network returned, as an error says it; empty where nobody knows."""
+    """The tensor's place in a network's output, for error messages; empty where it is not known."""
     if isinstance(value, tuple | list):
         return "; pass its first element" if value and isinstance(value[0], Tensor) else ""
     for name in ("sample", *getattr(value, "__dict__", {})):
@@ -240,7 +240,7 @@ def tensor_in(value: Any) -> str:
 
 
 def check_sequence(name: str, value: Any, instead: str = "[x]") -> None:
-    """Raise unless ``value`` is a sequence of tensors, and no tensor."""
+    """Raise unless ``value`` is a sequence of tensors rather than one tensor."""
     arithmetic.check_sequence(name, value, instead)
     if not hasattr(value, "__len__") or not hasattr(value, "__getitem__"):
         raise TypeError(f"{name}: expected a sequence of tensors, got {describe(value)}")
@@ -274,7 +274,7 @@ def check_number(name: str, value: object, first: Tensor) -> None:
 
 
 def check_per_sample(name: str, value: Tensor, batch: int, device: torch.device) -> None:
-    """Raise unless a tensor argument is 0-d or (B,) and where the kernel can read it."""
+    """Raise unless a tensor argument is 0-d or (B,) and on a device that the kernel can read."""
     if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != batch):
         raise ValueError(f"{name} must be a 0-d or a ({batch},) tensor, got shape {tuple(value.shape)}")
     if value.device != device and not (value.dim() == 0 and value.device.type == "cpu"):
@@ -300,13 +300,13 @@ def check_integer(name: str, value: object, batch: int, device: torch.device, lo
 
 
 def check_range(name: str, value: object, low: int, high: int) -> None:
-    """Raise unless an int is in [low, high); tensors are not looked into."""
+    """Raise unless an int is in [low, high); tensors are not read."""
     if not isinstance(value, Tensor) and not low <= value < high:  # type: ignore[operator]
         raise ValueError(f"{name} must be in [{power(low)}, {power(high)}), got {value}")
 
 
 def power(bound: int) -> str:
-    """A bound of an integer range as people write it."""
+    """A bound of an integer range in readable form, such as 2**32."""
     if abs(bound) < WORD:
         return str(bound)
     return f"{'-' if bound < 0 else ''}2**{round(math.log2(abs(bound)))}"
@@ -327,7 +327,7 @@ def check_key(seed: object, step: object, sample_id: object, batch: int, device:
 
 
 def faithful(derivative: Callable[..., Any]) -> Callable[..., Any]:
-    """A derivative whose errors have the classes that torch has for them."""
+    """A derivative whose errors have torch's exception classes."""
 
     @wraps(derivative)
     def call(*args: Any) -> Any:
@@ -340,7 +340,7 @@ def faithful(derivative: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def explain(error: Exception, check: Callable[[], None]) -> NoReturn:
-    """Raise what the check has to say of a call that failed, or the error itself where the check finds nothing."""
+    """Raise the error that the check finds in a failed call, or the original error where it finds none."""
     try:
         check()
     except (TypeError, ValueError) as better:
@@ -352,9 +352,9 @@ def explain(error: Exception, check: Callable[[], None]) -> NoReturn:
 
 
 def fail(error: Exception) -> NoReturn:
-    """Raise an error that is no argument's fault, as the class that torch has for it.
+    """Raise an error that no argument caused, with torch's exception class.
 
-    Whatever crosses the stable ABI arrives as a RuntimeError.
+    Every error that crosses the stable ABI arrives as a RuntimeError.
     """
     if type(error) is RuntimeError and "out of memory" in str(error):
         raise torch.OutOfMemoryError(str(error)) from None

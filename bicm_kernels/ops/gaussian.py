@@ -1,7 +1,7 @@
 """Steps as Gaussian policies: a step with its log-probability, that of a recorded state, and a divergence.
 
-Reinforcement learning asks a step twice for its log-probability: when it is taken, and when the network that took it is
-trained. Both answers are the same bits where the network's output is.
+Reinforcement learning computes a step's log-probability twice: when it is taken, and when the network that took it is
+trained. Both are the same bits where the network's output is.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def gaussian_step(
     Raises:
         TypeError, ValueError: an argument has another type, shape, device or range.
 
-    Where a gradient is asked for, the reference gives it: log_prob has that of the density of a given state.
+    Where a gradient is required, the reference computes it: log_prob has that of the density of a given state.
 
     >>> import torch, bicm_kernels as bk
     >>> x, v = torch.zeros(2, 3), torch.ones(2, 3)
@@ -80,10 +80,10 @@ def gaussian_log_prob(
     Args:
         next: the state that the step took, like the tensors, of any floating dtype.
         tensors, weights, std, guidance_scale, reduction: as for ``gaussian_step``.
-        gradient: "backward" reads the tensors again in the backward pass, and nothing of their size is kept between
+        gradient: "backward" reads the tensors again in the backward pass, and no tensor of their size is kept between
             the passes. "forward" reads them once, forms the gradients with the value and keeps them in place of the
-            tensors; the backward pass gives them out, times the incoming gradient. Where a gradient is a half, which
-            could not be scaled without loss, "forward" is as "backward".
+            tensors; the backward pass scales them by the upstream gradient. Where a gradient is a half, which
+            could not be scaled without loss, "forward" acts as "backward".
 
     Returns:
         (B,), float64 where any tensor is, else float32. A sample whose std is exactly 0 has 0 and no gradient. The
@@ -111,11 +111,11 @@ def gaussian_kl(
     std: Number,
     reduction: str = "mean",
 ) -> Tensor:
-    """The divergence of a step from a reference's step of the same std: (m - m_ref)^2 / (2 s^2), reduced.
+    """The KL divergence of two steps of the same std, a policy's and a reference's: (m - m_ref)^2 / (2 s^2), reduced.
 
     Args:
         tensors: of the mean m = sum of w_k x_k; 1 to 5 tensors (B, ...), any floating dtypes and strides.
-        reference: as many of the reference's mean m_ref, with the same weights; those that both steps share are given
+        reference: as many tensors of the reference's mean m_ref, with the same weights; shared tensors are passed
             twice.
         weights, std, reduction: as for ``gaussian_step``.
 

@@ -1,6 +1,6 @@
 """The gaussian family as rows of the table of ops: a step, and densities, which are three ops each.
 
-A density's gradients form in the backward pass, from the tensors read again, or with the value, and are kept.
+A density's gradients are formed in the backward pass by re-reading the tensors, or together with the value and kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bicm_kernels.torch_internals import apply_of, bare, is_batched_gradient, tr
 
 _Kernel = Callable[..., Any]
 
-#: What the flag of the schemas says.
+#: The codes of the schemas' reduction flag.
 ADDS_UP = {"mean": False, "sum": True}
 _REDUCTIONS = {adds_up: name for name, adds_up in ADDS_UP.items()}
 #: Whether the gradient is formed with the value.
@@ -40,7 +40,7 @@ def _row_of(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class Gaussian(Op):
-    """What steps and densities share: a standard deviation, and a reduction that the schemas know as a flag."""
+    """Shared by steps and densities: a standard deviation, and a reduction that schemas take as a flag."""
 
     def named(self, call: Call) -> dict[str, Any]:
         named = super().named(call)
@@ -54,7 +54,7 @@ class Gaussian(Op):
 
 
 class Step(Gaussian):
-    """A step and its log-probability, which makes its results itself."""
+    """A step and its log-probability; allocates its results itself."""
 
     @property
     def writes(self) -> bool:
@@ -86,7 +86,7 @@ _SUFFIXES = ("", "_backward", "_with_gradients")
 
 
 def _bits(needs: Sequence[bool]) -> int:
-    """The tensors whose gradients are needed, as the schemas say it."""
+    """The tensors whose gradients are needed, as the schemas' bit mask."""
     found = 0
     for k, need in enumerate(needs):
         found += need << k
@@ -106,7 +106,7 @@ _Call = tuple["Density", Kernels, tuple[Any, ...]]
 def _gradients(
     density: Density, kernel: _Kernel, upstream: Tensor, needs: Sequence[bool], tensors: Sequence[Tensor], rest: Any
 ) -> Gradients:
-    """The derivatives that are needed, in one pass; through the reference where they are differentiated themselves."""
+    """The derivatives that are needed, in one pass; through the reference for double backward."""
     if not (torch.is_grad_enabled() or is_batched_gradient(upstream) or transformed()):
         return _fill(needs, kernel(upstream, _bits(needs), [*tensors], *rest))
     differentiable = torch.is_grad_enabled()
@@ -119,7 +119,7 @@ def _gradients(
 
 
 class Tracked(torch.autograd.Function):
-    """The densities for eager calls; what ``register_autograd`` makes for traced graphs costs several times as much."""
+    """The densities for eager calls; ``register_autograd``, used for traced graphs, costs several times as much."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Tensor:
@@ -151,14 +151,14 @@ class Kept(torch.autograd.Function):
         return None, *differentiate(upstreams[0], ctx.saved_tensors, ctx.needs)
 
 
-# Without the detour through Function.apply, which looks for the transforms that `quick` ruled out.
+# Skips Function.apply's check for transforms, which `quick` has ruled out.
 _apply = apply_of(Tracked)
 _apply_kept = apply_of(Kept)
 
 
 @dataclass(eq=False)
 class Density(Gaussian):
-    """A number per sample from states: differentiable in all of them."""
+    """A number per sample from states; differentiable in each of them."""
 
     #: By the overload's name; "bare" is the one with numbers, called without torch's wrapper.
     kernels: dict[str, Kernels] = field(default_factory=dict)
@@ -194,7 +194,7 @@ class Density(Gaussian):
         return _row_of(tensors), self.fake_gradients(tensors[0], needs, tensors)
 
     def register_derivatives(self) -> None:
-        """Give the traced ops their derivatives."""
+        """Register the derivatives of the traced ops."""
 
         def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
             tensors, weights, *rest = inputs
@@ -230,7 +230,7 @@ class Density(Gaussian):
             torch.library.register_autograd(name, derivative, setup_context=context, lib=library)
 
     def plain_value(self, tensors: Sequence[Tensor], rest: Sequence[Any]) -> Tensor:
-        """The reference of states one by one, and of what a schema takes beside them."""
+        """The reference, called with states one by one and the schema's other arguments."""
         weights, guidance, std, adds_up = rest
         terms = len(weights)
         operands: list[Any] = [*tensors]
@@ -242,7 +242,7 @@ class Density(Gaussian):
         return result
 
     def reduced(self, reduction: str, gradient: str, *call: Any) -> Tensor:
-        """The density of a call without its flag, by a kernel, or by the reference where something asks for it."""
+        """The density of a call without its flag, by a kernel, or by the reference where one is needed."""
         try:
             call = (*call, ADDS_UP[reduction])
             keeps = _GRADIENT[gradient]
@@ -256,11 +256,11 @@ class Density(Gaussian):
                 if value is not None:
                     return value
             except arguments.FAILURES:
-                pass  # the long way says why
+                pass  # the checked path below raises the full message
         return self.long(call, keeps)
 
     def quick(self, call: Call, keeps: bool) -> Tensor | None:
-        """The value of an eager call of plain numbers; None where a call is another."""
+        """The value of an eager call with plain numbers; None for other calls."""
         tensors, full = self.spread(call)
         if not (undisturbed() and arguments.has_kernel(tensors[0]) and arguments.no_tensors(full[1:])):
             return None
@@ -279,7 +279,7 @@ class Density(Gaussian):
             tensors, full = self.spread(call)
             numbers = arguments.numbers(full[1:])
             fallback = arguments.needs_reference(tensors[0], tracked=arguments.requires_grad(*numbers))
-            # What TorchScript traces takes tensors one by one, and fewer than a divergence has.
+            # Under TorchScript, ops take tensors one by one, and fewer than a divergence needs.
             fallback = fallback or (arguments.scripting() and not self.tensors)
             if fallback or arguments.unseen(tensors[0]):
                 self.check(call, None)
@@ -288,14 +288,14 @@ class Density(Gaussian):
                 return plain
             tracked, traced = arguments.requires_grad(*tensors), arguments.compiling() or arguments.scripting()
             overload = "default"
-            # The overload with tensors alone records its derivative.
+            # Only the overload with tensors records its derivative.
             if (traced and tracked) or arguments.compiling() or not arguments.no_tensors(numbers):
                 overload, full = "tensor", self.as_tensors(call, full)
             kernels = self.kernels[overload]
             keeps = keeps and tracked and can_be_kept(tensors)
             if traced or not tracked:
                 return self.traced(kernels, full, keeps)
-            # Copies, because nothing would notice if they were overwritten before the backward pass.
+            # Copies, because autograd would not detect that they were overwritten before the backward pass.
             copied = [[_copied(x) for x in full[1]], *map(_copied, full[2:])]
             function: Any = Kept if keeps else Tracked
             value: Tensor = function.apply((self, kernels, tuple(copied)), *tensors)
@@ -304,7 +304,7 @@ class Density(Gaussian):
             arguments.explain(error, lambda: self.check(call, None))
 
     def traced(self, kernels: Kernels, full: Sequence[Any], keeps: bool) -> Tensor:
-        """The value by ops that record their own derivative."""
+        """The value, from ops that record their own derivative."""
         if keeps:
             needs = _bits([x.requires_grad for x in full[0]])
             value: Tensor = self.traceable(kernels.both)(needs, *full)[0]
@@ -318,7 +318,7 @@ def _copied(x: Any) -> Any:
 
 
 class Divergence(Density):
-    """The divergence of two means, whose tensors are one list to the schemas: the reference's, then ours."""
+    """The divergence of two means. Schemas take their tensors as one list: the reference's, then the policy's."""
 
     def named(self, call: Call) -> dict[str, Any]:
         named = super().named(call)

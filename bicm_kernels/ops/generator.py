@@ -1,4 +1,4 @@
-"""Torch's own noise, drawn faster: for code whose numbers have to stay those of a torch.Generator."""
+"""The numbers of a torch.Generator, drawn faster."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def torch_randn(
     Args:
         shape: the result's shape.
         generator: None is torch's default one; a list or tuple of shape[0] has one for each sample (1, *shape[1:]).
-        dtype: torch's default, if None; float32 is what is faster, from 16 numbers on.
-        device: where the result lies.
+        dtype: torch's default, if None; only float32 is faster, from 16 numbers on.
+        device: the result's device.
 
     Raises:
         RuntimeError, TypeError: what ``torch.randn`` raises.
         ValueError: if there are not as many generators as samples.
 
-    MT19937 (Matsumoto & Nishimura 1998) and Box-Muller, rounded as torch rounds them. That was compared with torch
-    before the first draw; where the bits differ, and for whatever is not covered, this is ``torch.randn``.
+    MT19937 (Matsumoto & Nishimura 1998) and Box-Muller, rounded as in torch. The bits are compared with torch's once
+    before the first draw; where they differ, and for unsupported arguments, ``torch.randn`` is called.
 
     >>> import torch, bicm_kernels as bk
     >>> noise = bk.torch_randn((4, 8), generator=torch.Generator().manual_seed(0))

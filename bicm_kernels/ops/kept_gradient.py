@@ -24,27 +24,27 @@ define(
 
 
 def can_be_kept(inputs: Sequence[Tensor]) -> bool:
-    """Whether no gradient would lose digits to a half before a scaled loss tells its scale."""
+    """Whether no gradient is a half, which would lose digits before the upstream gradient is known."""
     return not any(x.dtype in _HALVES and x.requires_grad for x in inputs)
 
 
 def wanted_bits(needs: Sequence[bool]) -> int:
-    """The inputs whose gradients are needed, as the schemas say it; the third may be a weight, which needs none."""
+    """The inputs whose gradients are needed, as the schemas' bit mask; the third may be a weight, which needs none."""
     return needs[0] + 2 * needs[1] + 4 * needs[2]
 
 
 def _products(upstream: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
-    """In memory of their own."""
+    """Copies in new memory."""
     columns = (-1, *[1] * (kept[0].dim() - 1)) if kept and upstream.dim() else ()
     return [upstream.reshape(columns).to(x.dtype) * x for x in kept]
 
 
 def scaled(upstream: Tensor, kept: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Gradients for an upstream of 1 made those of another: the same tensors, unless a retained graph needs them again.
+    """Scale gradients for an upstream of 1 to the given upstream, in place unless a retained graph needs them again.
 
-    On the CPU one number is looked at here; elsewhere the kernel looks, and leaves at once where it is 1.
+    On the CPU the upstream is read here; elsewhere the kernel reads it, and returns at once where it is 1.
     """
-    # Tracers hand in tensors of types of their own, which have no value to look at.
+    # Tracers pass tensor subclasses that have no value to read.
     plain = type(upstream) is Tensor and not (arguments.compiling() or is_batched_gradient(upstream))
     if not plain or transformed() or keeps_graph():
         return _products(upstream, kept)
@@ -54,7 +54,7 @@ def scaled(upstream: Tensor, kept: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def differentiate(upstream: Tensor, kept: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
-    """The gradients of the inputs that need one, in their order; whoever differentiates them again is told no."""
+    """The gradients of the inputs that need one, in their order; double backward raises."""
     with torch.no_grad():
         results = scaled(upstream, kept)
     if torch.is_grad_enabled() and results:
@@ -64,7 +64,7 @@ def differentiate(upstream: Tensor, kept: Sequence[Tensor], needs: Sequence[bool
 
 
 class Kept(torch.autograd.Function):
-    """The losses for eager calls, with ``call``: the op that gives value and gradients, and what is not a tensor."""
+    """The losses for eager calls; ``call`` holds the op for value and gradients, and its non-tensor arguments."""
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Callable[..., Any], tuple[Any, ...]], *tensors: Any) -> Tensor:
@@ -80,7 +80,7 @@ class Kept(torch.autograd.Function):
 
 
 def register(name: str) -> None:
-    """Give a traced op (int needs, ...) -> (value, gradients) its derivative."""
+    """Register the derivative of a traced op (int needs, ...) -> (value, gradients)."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
         gradients = output[1]

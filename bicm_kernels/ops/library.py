@@ -12,9 +12,9 @@ from torch import Tensor
 
 library = torch.library.Library("bicm_kernels", "DEF")
 
-#: Outputs that a call may have no use for: then they are empty.
+#: Optional outputs: empty where a call does not need them.
 _PLACEHOLDERS = frozenset(("next", "info_out", "overflow"))
-#: Numbers that may be one for each element, and have the shape of the states then.
+#: Numbers that may be given per element, with the shape of the states.
 _OF_ELEMENTS = frozenset(("weight",))
 
 
@@ -24,7 +24,7 @@ def define(schema: str, states: Sequence[str], fake: Callable[..., Any]) -> None
     Args:
         schema: name, arguments and results.
         states: the arguments that are tensors (B, ...) of one shape, or lists of such; others are 0-d or (B,).
-        fake: makes the results. It is called with tensors that lie on one device and have these shapes.
+        fake: makes the results. It is called with tensors on one device and of these shapes.
     """
     library.define(schema)
     name, _, signature = schema.partition("(")
@@ -41,8 +41,8 @@ def define(schema: str, states: Sequence[str], fake: Callable[..., Any]) -> None
         _define_without_lists(name, signature, [names.index(found) for found in _LIST.findall(signature)])
 
 
-# The stable ABI takes the tensors out of a list that it is given. A list in TorchScript's graphs may be a constant, or
-# another op's too, and who reads it next finds undefined tensors: there, ops take tensors one by one.
+# The stable ABI moves the tensors out of a list argument. A list in TorchScript's graphs may be a constant, or
+# shared with another op, whose next read would find undefined tensors: there, ops take tensors one by one.
 _LIST = re.compile(r"\bTensor\[\] (\w+)")
 _MOST = 7
 _WITHOUT_LISTS: dict[Any, Callable[..., Any]] = {}
@@ -77,14 +77,14 @@ def _define_without_lists(name: str, signature: str, lists: Sequence[int]) -> No
 
 
 def without_lists(op: Any) -> Callable[..., Any]:
-    """What takes the place of an op that TorchScript traces, called alike."""
+    """The replacement of an op under TorchScript, with the same arguments."""
     return _WITHOUT_LISTS[op]
 
 
 def _check_alike(call: Mapping[str, Any], states: Sequence[str]) -> None:
     """Raise unless the tensors of a call agree.
 
-    A meta tensor among others brings the dispatcher to a fake, whose result would be memory that nobody wrote.
+    With a meta tensor among others the dispatcher calls the fake, whose result would be uninitialised memory.
     """
     tensors = [(name, x) for name, value in call.items() for x in _opened(value)]
     devices = {x.device for _, x in tensors if x.dim() or x.device.type != "cpu"}

@@ -45,7 +45,7 @@ def ddim_step(
         eps: predicted noise like z, of any of these dtypes; or a pair (eps_uncond, eps_cond) with ``guidance_scale``.
         a, b: alpha_{i-1}/alpha_i and sigma_{i-1} - sigma_i a; float, 0-d or (B,) tensor.
         guidance_scale: s in eps_uncond + s (eps_cond - eps_uncond), which the kernel forms.
-        out: takes the result; exactly z or eps, or apart from both.
+        out: receives the result; exactly z or eps, or disjoint from both.
 
     Returns:
         The next state, in the dtype and layout of z.
@@ -83,7 +83,7 @@ def bdia_step(
         a, b, a_last, b_last: DDIM's coefficients at i and at i + 1; float, 0-d or (B,) tensor.
         gamma: 1 is time-symmetric, 0 is DDIM; float, 0-d or (B,) tensor.
         guidance_scale: s in eps_uncond + s (eps_cond - eps_uncond), which the kernel forms.
-        out: takes the result; exactly one of the tensors, or apart from them all.
+        out: receives the result; exactly one of the tensors, or disjoint from all.
 
     Returns:
         z_{i-1}, in the dtype and layout of z_last.
@@ -146,18 +146,18 @@ def affine_step(
     sample_id: Integer = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The shape of every sampler update: sum of w_k x_k plus w_n n, a left fold with keyed noise last.
+    """An affine sampler update: sum of w_k x_k plus w_n n, a left fold with keyed noise last.
 
     Args:
         tensors: 1 to 5 tensors (B, ...), any floating dtypes and strides; the last may be a pair
             (eps_uncond, eps_cond) with ``guidance_scale``.
         weights: one per tensor; float, 0-d or (B,) tensor.
-        noise_weight: weight of the noise; a sample whose weight is exactly 0 draws none. Where it is left out beside a
-            seed, nothing is drawn, and a warning says so, once.
+        noise_weight: weight of the noise; a sample whose weight is exactly 0 draws none. If it is omitted while a seed
+            is given, nothing is drawn, and a warning is issued once.
         guidance_scale: s in eps_uncond + s (eps_cond - eps_uncond), which the kernel forms.
-        seed, step, sample_id: the noise's key, see ``normal``; None draws no noise. A loop gives every step another
-            ``step``, or all of them draw the same noise.
-        out: takes the result; exactly one of the tensors, or apart from them all.
+        seed, step, sample_id: the noise's key, see ``normal``; None draws no noise. A loop must pass a different
+            ``step`` each time, or all steps draw the same noise.
+        out: receives the result; exactly one of the tensors, or disjoint from all.
 
     Returns:
         The sum, in the dtype and layout of the first tensor.
@@ -211,7 +211,7 @@ def denoised_step(
         noise_weight, seed, step, sample_id: keyed noise, see ``affine_step``.
         next_scale: c_in of the next evaluation; None returns no scaled input.
         guidance_scale: s in eps_uncond + s (eps_cond - eps_uncond), which the kernel forms.
-        out: (out, x0) or, with next_scale, (out, x0, next) to take the results; they may replace inputs exactly.
+        out: (out, x0) or, with next_scale, (out, x0, next) that receive the results; each may be exactly an input.
 
     Returns:
         A named tuple (out, x0, next), all in the dtype and layout of the first tensor; next is None without

@@ -15,7 +15,7 @@ from bicm_kernels.ops.arguments import Integer, Number
 from bicm_kernels.ops.op import Op
 from bicm_kernels.ops.row import Call
 
-#: The version of the mapping from keys to numbers. Stored vectors guard it; it changes only with a new major version.
+#: The version of the mapping from keys to numbers. Stored test vectors check it; a change is a breaking change.
 NOISE_VERSION = 1
 
 _ops = torch.ops.bicm_kernels
@@ -23,7 +23,7 @@ _ops = torch.ops.bicm_kernels
 
 @dataclass(eq=False)
 class Draw(Op):
-    """Keyed numbers, written to a tensor of the shape that was asked for: (out, seed, step, sample_id)."""
+    """Keyed numbers, written to a tensor of the requested shape: (out, seed, step, sample_id)."""
 
     keyed: bool = True
     outs: tuple[str, ...] = ()
@@ -62,10 +62,10 @@ def normal(
     Args:
         shape: (B, ...); sample b draws as sample ``sample_id + b``.
         seed: int in [-2^63, 2^64), a 0-d int64 tensor, or a (B,) int64 tensor of one seed per sample (then sample = 0).
-        step: int in [0, 2^32) or an int64 tensor, 0-d or (B,): another step, other noise.
+        step: int in [0, 2^32) or an int64 tensor, 0-d or (B,); different steps draw different noise.
         sample_id: int in [0, 2^32), a 0-d int64 tensor, or a (B,) int64 tensor of the ids themselves.
         dtype: float16, bfloat16, float32 or float64 (torch's default); float32 numbers rounded once, |n| <= 6.77.
-        device: where the result lies.
+        device: the result's device.
 
     Raises:
         TypeError, ValueError: an argument has another type, shape or range.
@@ -107,7 +107,7 @@ def uniform(
 
 @dataclass(eq=False)
 class FoldIn(Op):
-    """Seeds of seeds: its tensors are integers, 0-d or (B,), and one that is 0-d may lie on the host."""
+    """Seeds derived from seeds: the tensors are integers, 0-d or (B,); a 0-d one may be on the host."""
 
     def states(self) -> tuple[str, ...]:
         return ()
@@ -121,7 +121,7 @@ class FoldIn(Op):
 
     def step(self, call: Call) -> Call:
         if not all(isinstance(x, Tensor) for x in call):
-            self.check(call, None)  # a tensor cannot tell any more what is wrong with the number that it was
+            self.check(call, None)  # checked before conversion, because a tensor's value is not read later
         return tuple(arguments.integer(x) for x in call)
 
     def returns(self, call: Call, outs: Any) -> bool:

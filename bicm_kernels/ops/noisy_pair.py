@@ -1,4 +1,4 @@
-"""One noise at two levels: what consistency training compares."""
+"""One noise at two levels, for consistency training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ops = torch.ops.bicm_kernels
 
 @dataclass(eq=False)
 class PairOp(Op):
-    """One noise at two levels, of samples that others take the place of where a mask says so."""
+    """One noise at two levels; a mask selects the samples that others replace."""
 
     keyed: bool = True
     outs: tuple[str, ...] = ("low", "high")
@@ -38,11 +38,11 @@ class PairOp(Op):
             raise TypeError(f"mask must be a bool tensor, got {arguments.describe(x)}")
         if x.shape != first.shape[:1] or x.device != first.device:
             shape = f"({first.shape[0]},)"
-            raise ValueError(f"mask must have shape {shape} and lie on {first.device}, got {arguments.describe(x)}")
+            raise ValueError(f"mask must have shape {shape} and be on {first.device}, got {arguments.describe(x)}")
 
     def check_tensors(self, call: Call) -> dict[str, Any]:
         if "x_hat" in self.optional and (call[1] is None) != (call[2] is None):
-            raise ValueError("x_hat and mask go together: mask tells for which samples x_hat takes the place of x")
+            raise ValueError("x_hat and mask go together: mask selects the samples that x_hat replaces")
         return super().check_tensors(call)
 
 
@@ -58,7 +58,7 @@ NOISY_PAIR = PairOp(
     numbers=("sigma_low", "sigma_high", "sigma_data?"),
     differentiable=True,
 )
-# What the network generates at the low level takes the place of x: GC's pair without a generated sample in memory.
+# The network's prediction at the low level replaces x: GC's pair without a generated sample in memory.
 GENERATED_PAIR = PairOp(
     "generated_pair",
     ("x", "F", "mask?"),
@@ -95,7 +95,7 @@ def _pair_gradient(ctx: Any, low: Tensor, high: Tensor) -> tuple[Tensor | None, 
 
 
 def _scale(sigma: Tensor, sigma_data: Tensor, compute: torch.dtype) -> Tensor:
-    """c_in as the forward pass formed it, 0-d or (B,): on the host where both numbers are, so that nothing waits."""
+    """c_in as the forward pass formed it, 0-d or (B,); on the host where both numbers are, to avoid a device sync."""
     return reference.c_in(sigma.to(compute), sigma_data.to(compute))
 
 
@@ -122,9 +122,9 @@ def noisy_pair(
     Args:
         x: clean samples (B, ...), float16, bfloat16, float32 or float64, any strides.
         sigma_low, sigma_high: noise levels; float, 0-d or (B,) tensor. A level of exactly 0 adds nothing.
-        seed, step, sample_id: the noise's key, see ``normal``. Without another step, training would see one noise
-            again and again.
-        x_hat: generated samples like x that take its place where ``mask`` is true (GC eq. 21, Alg. 1).
+        seed, step, sample_id: the noise's key, see ``normal``. Pass a new step each time: otherwise training sees the
+            same noise in every step.
+        x_hat: generated samples like x that replace it where ``mask`` is true (GC eq. 21, Alg. 1).
         mask: (B,) bool tensor.
         sigma_data: standard deviation of the data. Where it is given, both are multiplied by c_in of their level, as
             networks take them (EDM; BCM eq. 20); ``denoise`` and ``consistency_loss`` go on from there with

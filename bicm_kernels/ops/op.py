@@ -1,6 +1,6 @@
-"""An op as one row of a table: how it is called, its reference, and what was wrong with a call.
+"""An op as one row of a table: how it is called, its reference, and the checks that explain invalid calls.
 
-A row names the arguments; everything that an op needs beside its kernels is derived from it. A public function is a
+A row names the arguments; everything that an op needs apart from its kernels is derived from it. A public function is a
 signature, a docstring and a call of its row.
 """
 
@@ -19,7 +19,7 @@ from bicm_kernels.ops.library import without_lists
 from bicm_kernels.ops.row import KEY, Call, Row
 from bicm_kernels.torch_internals import implementations
 
-#: How many implementations there were at the last look.
+#: How many implementations were registered at the last check.
 _implementations = -1
 #: What the package itself registers from Python: shapes without values, Triton kernels.
 _OURS = ("Meta", "CUDA", "XPU")
@@ -42,7 +42,7 @@ class Op(Row):
     """A row that can be called."""
 
     def call(self, *call: Any, outs: Any = None) -> Any:
-        """Run the kernel, beside the dispatcher where it can be; a reference where something asks for it."""
+        """Run the kernel, bypassing the dispatcher where possible; the reference where it is needed."""
         direct = backend.direct
         if direct is not None and outs is None and not dynamo():
             result = getattr(direct, self.name)(*call)
@@ -53,9 +53,9 @@ class Op(Row):
         return self.run(call, outs)
 
     def run(self, call: Call, outs: Any) -> Any:
-        """The way through the dispatcher."""
+        """The call through the dispatcher."""
         try:
-            # Plain tensors and numbers, which nobody traces, transforms or differentiates.
+            # Plain tensors and numbers, not traced, transformed or differentiated.
             if self.returns(call, outs) and not dynamo() and backend.library is not None:
                 step = self.step(call)
                 full = backend.library.schema_arguments(self.shape, step, backend.kernel_devices)
@@ -87,15 +87,15 @@ class Op(Row):
         return (*call[:at], *weights, *call[after:])
 
     def returns(self, call: Call, outs: Any) -> bool:
-        """Whether the op makes its results itself."""
+        """Whether the op allocates its results itself."""
         return outs is None
 
     def step(self, call: Call) -> Call:
-        """What the schema takes of a call."""
+        """The arguments of a call that the schema takes."""
         return call
 
     def spread(self, step: Call) -> tuple[list[Tensor], list[Any]]:
-        """The tensors of a call, and the arguments as the schema takes them; TypeError for what no kernel can tell."""
+        """The tensors of a call, and the arguments as the schema takes them; TypeError where kernels cannot check."""
         full = [*step]
         if self.keyed:
             full[self.first_key :] = map(arguments.counter, full[self.first_key :])
@@ -123,7 +123,7 @@ class Op(Row):
         return tracked, arguments.requires_grad(*numbers) or (tracked and not self.differentiable)
 
     def loose(self, call: Call, full: Call) -> Sequence[Any]:
-        """What may be numbers or tensors."""
+        """The arguments that may be numbers or tensors."""
         return full[self.first_number :]
 
     def as_tensors(self, step: Call, full: Call) -> list[Any]:
@@ -140,7 +140,7 @@ class Op(Row):
         return [*full[: self.first_number], *values, *integers, *flags, *key]
 
     def asked_for(self, call: Call, results: Any) -> Any:
-        """The results, None for one that its number did not ask for."""
+        """The results; None for one that was not requested."""
         if self.needs:
             return tuple(x if want else None for x, want in zip(results, self.wanted(call), strict=True))
         return results if self.results else call[0]
@@ -163,11 +163,11 @@ class Op(Row):
         return without_lists(function) if self.guided and arguments.scripting() else function
 
     def places(self, call: Call, outs: Any) -> Sequence[Tensor]:
-        """What a writing overload writes to."""
+        """The outputs of an overload that writes to given tensors."""
         return (*outs, *[outs[0].new_empty((0,))] * (len(self.outs) - len(outs)))
 
     def extras(self, call: Call, plain: bool) -> Sequence[Any]:
-        """The arguments that only a writing overload takes."""
+        """The arguments that only an overload with outputs takes."""
         return ()
 
     def reference(self, call: Call) -> Any:
@@ -175,7 +175,7 @@ class Op(Row):
         return (self.plain or getattr(reference, self.name))(**self.named(call))
 
     def named(self, call: Call) -> dict[str, Any]:
-        """The arguments of a call by the names that the reference has for them."""
+        """The arguments of a call by the reference's parameter names."""
         named = dict(zip(self.tensors, call[0] if self.guided else call, strict=False))
         if self.weights:
             named["tensors"] = call[0][len(self.tensors) :]
@@ -185,10 +185,10 @@ class Op(Row):
         names = (*self.others, *self.weights, *["guidance_scale"][: self.guided], *self.numbers, *self.integers)
         return named | dict(zip((*names, *self.flag_names, *KEY), rest, strict=False))
 
-    # What was wrong with a call.
+    # Checks of a call's arguments.
 
     def check(self, call: Call, outs: Any) -> None:
-        """Raise what is wrong with the arguments, if anything is."""
+        """Raise if an argument is invalid."""
         tensors = self.check_tensors(call)
         first = next(iter(tensors.values()))
         for name, value in self.labelled(call):
@@ -206,7 +206,7 @@ class Op(Row):
         )
 
     def check_noise(self, call: Call) -> None:
-        """Raise where noise is weighted but not keyed, or would repeat under ``torch.vmap``."""
+        """Raise where noise has a weight but no key, or would repeat under ``torch.vmap``."""
         seed = call[self.first_key]
         if seed is not None:
             arguments.check_vmap(seed)
@@ -216,7 +216,7 @@ class Op(Row):
                 raise ValueError(f"seed must be given where noise is drawn, got None and {self.noise}={weight!r}")
 
     def check_tensors(self, call: Call) -> dict[str, Any]:
-        """The tensors by name, pairs opened, after a look at each."""
+        """The tensors by name, each checked, with pairs flattened."""
         operands = call[0] if self.guided else call[: self.first_number]
         arguments.check_sequence("tensors", operands)
         unnamed = len(operands) - len(self.tensors)
@@ -243,11 +243,11 @@ class Op(Row):
         return found
 
     def check_tensor(self, name: str, x: object, first: Tensor | None, first_name: str) -> None:
-        """Raise unless a tensor is what the op takes in its place."""
+        """Raise unless a tensor is valid for its argument."""
         arguments.check_state(name, x, first, first_name)
 
     def check_guidance(self, call: Call, name: str, last: object, pairs: int) -> None:
-        """Raise unless a pair and its scale come together."""
+        """Raise unless a pair and its guidance scale are given together."""
         guidance = call[self.guidance_at]
         if pairs not in (0, 1) or bool(pairs) != (guidance is not None):
             raise ValueError(

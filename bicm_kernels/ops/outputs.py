@@ -1,4 +1,4 @@
-"""Outputs that the caller gives: what they must be like, and that writing them destroys nothing still to be read."""
+"""Outputs given by the caller: checks of shape, dtype and overlap with inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGE = 2**26  # bytes
 
 
 def has_memory(x: Tensor) -> bool:
-    """Whether a tensor lies somewhere: not where it is traced, nor a meta or fake tensor."""
+    """Whether a tensor has memory: it is not traced, meta or fake."""
     return not arguments.compiling() and x.untyped_storage().device.type != "meta"
 
 
@@ -29,7 +29,7 @@ def _elements(x: Tensor) -> tuple[int, int]:
 def shares_memory(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors have a byte in common; exact, and as slow as touching every byte.
 
-    Large tensors whose ranges of addresses overlap count as sharing: looking closer would take many times their memory.
+    Large tensors whose address ranges overlap count as sharing: an exact check would take many times their memory.
     """
     if x.numel() == 0 or y.numel() == 0 or x.device != y.device:
         return False
@@ -52,7 +52,7 @@ def _bytes(x: Tensor, begin: int) -> Tensor:
 
 
 def overlaps_itself(x: Tensor) -> bool:
-    """Whether two elements of a tensor lie at one address."""
+    """Whether two elements of a tensor share an address."""
     dims = sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
     span = 0
     for stride, size in dims:
@@ -60,7 +60,7 @@ def overlaps_itself(x: Tensor) -> bool:
             break
         span += (size - 1) * stride
     else:
-        return False  # each dimension steps over all that the smaller ones reach
+        return False  # each stride exceeds the range of the smaller ones
     offsets = _bytes(x, x.data_ptr())
     return offsets.unique().numel() != offsets.numel()
 
@@ -73,27 +73,27 @@ def same_place(x: Tensor, y: Tensor) -> bool:
 def write(outs: Sequence[Tensor], results: Any, tracked: bool) -> None:
     """Copy the results of a reference into the caller's outputs, which carry no derivative."""
     if tracked:
-        raise ValueError("out must not be given where a tensor requires grad: what is written there has no derivative")
+        raise ValueError("out must not be given where a tensor requires grad: results written to it have no derivative")
     results = (results,) if isinstance(results, Tensor) else results
-    for out, result in zip(outs, results, strict=False):  # what was not asked for is None, and last
+    for out, result in zip(outs, results, strict=False):  # results that were not requested are None, and last
         if out is not result:
             out.copy_(result)
 
 
 def check_outs(outs: Mapping[str, Any], tensors: Mapping[str, Tensor], check: Callable[[str, Any], None]) -> None:
-    """Raise unless the outputs pass a check of their own, and overlap nothing but a tensor that is exactly the same."""
+    """Raise unless the outputs pass ``check`` and overlap no tensor, except one that is exactly the same memory."""
     if outs and transforms_alone():
-        raise ValueError("out must not be given under a torch.func transform: what is written there is lost to it")
+        raise ValueError("out must not be given under a torch.func transform, which cannot record writes to it")
     for name, out in outs.items():
         check(name, out)
-    # Where there is no memory, the kernel looks when the graph runs.
+    # Without memory, the kernel checks when the graph runs.
     real = {name: out for name, out in outs.items() if has_memory(out)}
     for name, out in real.items():
         if overlaps_itself(out):
             raise ValueError(f"{name} must not overlap itself, got strides {out.stride()}")
         for other, x in tensors.items():
             if not same_place(out, x) and shares_memory(out, x):
-                raise ValueError(f"{name} must be exactly {other} or lie apart from it: they overlap in part")
+                raise ValueError(f"{name} must be exactly {other} or disjoint from it: they overlap in part")
     for (name, out), (other, x) in combinations(real.items(), 2):
         if shares_memory(out, x):
             raise ValueError(f"{name} and {other} must not share memory")
@@ -106,4 +106,4 @@ def check_out(name: str, out: object, first: Tensor, first_name: str) -> None:
     if out.dtype != first.dtype:
         raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {out.dtype}")
     if arguments.requires_grad(out):
-        raise ValueError(f"{name} must not require grad: what is written into it has no derivative")
+        raise ValueError(f"{name} must not require grad: results written to it have no derivative")

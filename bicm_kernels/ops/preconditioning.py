@@ -1,4 +1,4 @@
-"""Preconditioning: how a sample and a network's output join, f(x, t, u) = c_skip x + c_out F(c_in x)."""
+"""Preconditioning of networks: f(x, t, u) = c_skip x + c_out F(c_in x)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _plain_renoise(*, u: Any, cm: bool, **named: Any) -> tuple[Tensor, Tensor]:
     return reference.renoise(u=None if cm else u, sigma_min=u, parameterization="cm" if cm else "bcm", **named)
 
 
-# Those with a derivative stand apart because carrying one doubles the cost of every call.
+# Ops with a derivative are separate, because autograd registration doubles the cost of every call.
 SCALE_INPUT = Op("scale_input", ("x",), numbers=("t", "sigma_data"), differentiable=True)
 DENOISE = Op(
     "denoise",
@@ -98,7 +98,7 @@ def _save_renoise(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
 
 @arguments.faithful
 def _renoise_gradient(ctx: Any, of_x_s: Tensor | None, of_scaled: Tensor | None) -> tuple[Tensor | None, ...]:
-    """In x, c_skip (g + c_in h), and in F, c_out (g + c_in h): affine maps of what comes in, in one pass together."""
+    """In x, c_skip (g + c_in h), and in F, c_out (g + c_in h): affine maps of the gradients g and h, in one pass."""
     incoming = [g for g in (of_x_s, of_scaled) if g is not None]
     gradients: list[Tensor | None] = [None, None]
     if incoming:
@@ -121,7 +121,7 @@ def _renoise_gradient(ctx: Any, of_x_s: Tensor | None, of_scaled: Tensor | None)
 
 
 def _renoise_weights(ctx: Any, dtypes: Sequence[torch.dtype], plain: bool, scaled: bool) -> list[list[Tensor]]:
-    """For x and for F, the weight of each gradient that comes in: 0-d or (B,), on the host where all numbers are."""
+    """The weights of incoming gradients, for x and for F: 0-d or (B,), on the host if all numbers are."""
     compute = torch.float64 if torch.float64 in dtypes else torch.float32
     t, u, next_sigma, sigma_data = (x.to(compute) for x in ctx.saved_tensors)
     scale = reference.c_in(next_sigma, sigma_data)
@@ -135,7 +135,7 @@ SCALE_INPUT.differentiate(_input_gradient, _save_input)
 
 
 def target_level(parameterization: str, u: Number | None, sigma_min: Number) -> Number:
-    """The level that a denoiser leads to: u, or the parameterisation's own end."""
+    """The target level of a denoiser: u, or the parameterisation's smallest level."""
     if parameterization not in PARAMETERIZATIONS:
         raise ValueError(f"parameterization must be one of {', '.join(PARAMETERIZATIONS)}, got {parameterization!r}")
     if u is not None and parameterization != "bcm":
@@ -184,12 +184,12 @@ def denoise(
         x: sample at level t, (B, ...), any floating dtype and strides.
         F: the network's output, like x, any floating dtype.
         t: noise level, >= 0; float, 0-d or (B,) tensor.
-        u: level to arrive at, for ``bcm`` alone; float, 0-d or (B,) tensor. None means sigma_min for ``bcm``; ``cm``
-            leads to sigma_min and ``edm`` to 0.
+        u: target level, only for ``bcm``; float, 0-d or (B,) tensor. None means sigma_min for ``bcm``; ``cm``
+            goes to sigma_min and ``edm`` to 0.
         parameterization: ``bcm`` (BCM eq. 20, 39, 43), ``cm`` (BCM eq. 17) or ``edm``.
         sigma_data: standard deviation of the data.
-        sigma_min: the smallest level, where ``cm`` and ``bcm`` without u arrive.
-        scaled: x is the network's input, c_in(t) times the sample, as ``noisy_pair`` and ``renoise`` leave it.
+        sigma_min: the smallest level, the target of ``cm`` and of ``bcm`` without u.
+        scaled: x is the network's input, c_in(t) times the sample, as ``noisy_pair`` and ``renoise`` return it.
 
     Returns:
         A tensor in the dtype and layout of x. Differentiable in x and F through the fused kernel, in t and u, and

@@ -1,6 +1,6 @@
-"""Pseudo-Huber losses: one pass over the inputs forward, one backward, and nothing of their size kept in between.
+"""Pseudo-Huber losses: one pass over the inputs forward, one backward, and no saved tensor of their size.
 
-Or one pass in all, of which the gradient is kept.
+Or a single pass that computes value and gradient, and keeps the gradient.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ def pseudo_huber(
 
     Args:
         pred, target: (B, ...) of one shape, each float16, bfloat16, float32 or float64, any strides.
-        c: where the square turns into the norm, >= 0; float, 0-d or (B,) tensor. None is 0.00054 sqrt(d) for
-            ``vector``, d elements in a sample; ``elementwise`` must be given one, ``squared`` takes none.
-        weight: of samples, a (B,) tensor, a 0-d tensor or a float, which multiplies their distances; None weighs all
-            alike. Or of elements, with as many dimensions as pred and each size that of pred or 1: it multiplies the
+        c: residual norm at which the loss turns from quadratic to linear, >= 0; float, 0-d or (B,) tensor. None is
+            0.00054 sqrt(d) for ``vector``, d elements in a sample; ``elementwise`` requires c, ``squared`` takes none.
+        weight: of samples, a (B,) tensor, a 0-d tensor or a float, which multiplies their distances; None weights all
+            equally. Or of elements, with as many dimensions as pred and each size that of pred or 1: it multiplies the
             terms of a sample's sum, w_i r_i^2 in ``vector`` and ``squared``, the distances in ``elementwise``; d stays
-            the number of all elements, in c and in the mean. A bool mask counts as 0 and 1. Where the weight is 0, an
-            infinite or NaN residual still gives NaN, as 0 times it does. >= 0: a sum that is negative is NaN.
+            the number of all elements, in c and in the mean. A bool mask is read as 0 and 1. Where the weight is 0, an
+            infinite or NaN residual still gives NaN. Weights must be >= 0: a negative sum becomes NaN.
         kind: "vector", "elementwise" or "squared".
         reduction: "mean" or "sum" of the weighted distances over the batch, or "none".
         gradient: "backward" re-reads the inputs in the backward pass. "forward" reads them once, forms the gradients
-            with the value and keeps them in place of the inputs. The backward pass gives them out, times the incoming
-            gradient where that is not 1: one more rounding where it is no power of two. Gradients of halves are not
-            kept, since they could not be scaled without loss: where one is needed, "forward" is as "backward". Second
-            derivatives raise: the inputs are gone.
+            with the value and keeps them in place of the inputs. The backward pass returns the stored gradients scaled
+            by the upstream gradient (one more rounding unless it is a power of two). Gradients of halves are not
+            kept, since they could not be scaled without loss: where one is needed, "forward" acts as "backward". Second
+            derivatives raise, because the inputs are not kept.
 
     Returns:
         The loss, 0-d or (B,), float64 where pred or target is float64, else float32: it is not rounded to halves. The
@@ -79,7 +79,7 @@ def consistency_loss(
     scaled: bool = False,
     gradient: str = "backward",
 ) -> Tensor:
-    """``pseudo_huber(denoise(x, F, t, u), target)`` without the denoised sample: training allocates F's gradient alone.
+    """``pseudo_huber(denoise(x, F, t, u), target)`` without the denoised sample: training allocates only F's gradient.
 
     c_skip x + c_out F (BCM eq. 20, 39, 43) exists in the compute type only: unlike ``denoise`` it is not rounded to the
     dtype of x.
@@ -88,9 +88,9 @@ def consistency_loss(
         x: noisy sample (B, ...), float16, bfloat16, float32 or float64, any strides.
         F: network output, like x, of any of these dtypes.
         t: noise level, >= 0; float, 0-d or (B,) tensor.
-        u: level to arrive at, for "bcm" alone; float, 0-d or (B,) tensor. None means sigma_min for "bcm"; "cm" leads to
+        u: target level, only for "bcm"; float, 0-d or (B,) tensor. None means sigma_min for "bcm"; "cm" goes to
             sigma_min and "edm" to 0.
-        target: like x, of any of these dtypes; must be given, by its name where u is left out.
+        target: like x, of any of these dtypes; required, and by name where u is omitted.
         c, weight, kind, reduction, gradient: as for ``pseudo_huber``.
         parameterization: "bcm" (t to u), "cm" (t to sigma_min) or "edm" (t to 0).
         sigma_data, sigma_min: standard deviation of the data and smallest noise level; floats.

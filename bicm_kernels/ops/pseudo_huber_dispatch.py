@@ -1,4 +1,4 @@
-"""The losses as rows of the table of ops: each is three ops, since gradients form backward or with the value."""
+"""The losses as rows of the table of ops: each is three ops, since gradients are formed backward or with the value."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Kernels(NamedTuple):
     both: _Kernel
 
 
-#: What an overload with numbers takes as it is.
+#: The types that an overload with numbers takes unchanged.
 _PLAIN = frozenset((float, int, bool, type(None)))
 _SUFFIXES = ("", "_backward", "_with_gradients")
 
@@ -49,7 +49,7 @@ _GRADIENT = {"backward": False, "forward": True}
 def _gradients(
     loss: LossOp, kernel: _Kernel, upstream: Tensor, sums: Tensor, needs: Sequence[bool], call: Sequence[Any]
 ) -> Gradients:
-    """The derivatives that are needed, in one pass; through the reference where they are differentiated themselves."""
+    """The derivatives that are needed, in one pass; through the reference for double backward."""
     if torch.is_grad_enabled() or is_batched_gradient(upstream) or transformed():
         results = _reference_gradients(loss, upstream, needs, call)
     else:
@@ -82,7 +82,7 @@ def element_weight(weight: Tensor | None, first: Tensor) -> Tensor | None:
 
 
 def _unsqueezed(weight: Tensor, first: Tensor) -> str:
-    """Say how a mask without some of the dimensions gets them: one of pixels, say, or one of the pixels of a sample."""
+    """A hint how to unsqueeze a mask that lacks dimensions, such as one of pixels."""
     forms = {"weight[None]": weight[None], "weight[None, None]": weight[None, None]}
     if weight.dim() > 1:
         forms["weight[:, None]"] = weight[:, None]
@@ -119,7 +119,7 @@ _Call = tuple["LossOp", Kernels, tuple[Any, ...]]
 
 
 class Tracked(torch.autograd.Function):
-    """The losses for eager calls; what ``register_autograd`` makes for traced graphs costs several times as much."""
+    """The losses for eager calls; ``register_autograd``, used for traced graphs, costs several times as much."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Any) -> Tensor:
@@ -137,7 +137,7 @@ class Tracked(torch.autograd.Function):
         )
 
 
-# Without the detour through Function.apply, which looks for the transforms that `quick` ruled out.
+# Skips Function.apply's check for transforms, which `quick` has ruled out.
 _apply = apply_of(Tracked)
 _apply_kept = apply_of(Kept)
 
@@ -181,7 +181,7 @@ class LossOp(Op):
         self.register_derivatives()
 
     def register_derivatives(self) -> None:
-        """Give the traced ops their derivatives."""
+        """Register the derivatives of the traced ops."""
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
             ctx.save_for_backward(output[1], *(x if isinstance(x, Tensor) else None for x in inputs))
@@ -219,18 +219,18 @@ class LossOp(Op):
         return self.reference((*call[: self.first_flag], *names))
 
     def call(self, *call: Any, outs: Any = None, gradient: str = "backward") -> Tensor:
-        """The loss of tensors, numbers and names, by a kernel, or by the reference where something asks for it."""
+        """The loss of tensors, numbers and names, by a kernel, or by the reference where one is needed."""
         if not arguments.dynamo():
             try:
                 loss = self.quick(call, gradient)
                 if loss is not None:
                     return loss
             except arguments.FAILURES:
-                pass  # the long way says why
+                pass  # the checked path below raises the full message
         return self.run(call, gradient)
 
     def quick(self, call: tuple[Any, ...], gradient: str) -> Tensor | None:
-        """The loss of an eager call whose numbers need no conversion; None where a call is another."""
+        """The loss of an eager call whose numbers need no conversion; None for other calls."""
         if not undisturbed() or not arguments.has_kernel(call[0]):
             return None
         tensors, tracked = call[: self.first_number], False
@@ -279,7 +279,7 @@ class LossOp(Op):
                 return kernels.value(*tensors, *numbers, *codes)[0]
             if keeps:
                 return Kept.apply((kernels.both, (*numbers, *codes)), *tensors)
-            # Copies, because nothing would notice if they were overwritten before the backward pass.
+            # Copies, because autograd would not detect that they were overwritten before the backward pass.
             numbers = tuple(x.clone() if isinstance(x, Tensor) else x for x in numbers)
             return Tracked.apply((self, kernels, (*numbers, *codes)), *tensors)
         except arguments.FAILURES as error:
@@ -304,9 +304,9 @@ class LossOp(Op):
                 raise ValueError(f"{name} must be one of {', '.join(map(str, CODES[name]))}, got {values[name]!r}")
         c = values["c"]
         if c is None and values["kind"] == "elementwise":
-            raise ValueError("c must be given for kind='elementwise', where it has no usual value, got None")
+            raise ValueError("c must be given for kind='elementwise', where it has no default, got None")
         if c is not None and values["kind"] == "squared":
-            raise ValueError(f"c must be None for kind='squared', which has no use for it, got {arguments.describe(c)}")
+            raise ValueError(f"c must be None for kind='squared', which does not use it, got {arguments.describe(c)}")
         if isinstance(c, float | int) and not arguments.compiling() and not c >= 0:
             raise ValueError(f"c must be at least 0, got {c!r}")
         if (u := values.get("u")) is not None and (name := values["parameterization"]) != "bcm":

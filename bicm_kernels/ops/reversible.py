@@ -1,12 +1,12 @@
-"""Bit-exact reversible updates: integer states on a fixed-point grid, and the buffer that keeps what division drops.
+"""Bit-exact reversible updates: integer states on a fixed-point grid, and a buffer for the remainders of divisions.
 
-Floating-point inverses are not inverses: their error grows as gamma^-N. Here both directions round the same increment
+Floating-point inverses are not exact: their error grows as gamma^-N. Here both directions round the same increment
 to the same integer, one adds it and the other subtracts it, and a rational factor n/m keeps its remainders in an
 information buffer, so that a round trip returns every bit (given a network that returns the same bits twice).
 
-Nothing wraps silently. The least integer of a state's dtype stands for "not a number": an element that leaves the
-range, or meets NaN or infinity, becomes it, stays it in every later step, and decodes to NaN. ``overflow``, a (B,)
-int64 tensor of zeros, notes it per sample without a look from the host: where a sample of the result holds such an
+Overflow never wraps around. The least integer of a state's dtype represents NaN: an element that leaves the
+range, or is computed from NaN or infinity, becomes it, stays it in later steps and decodes to NaN. ``overflow``, a (B,)
+int64 tensor of zeros, records it per sample without a device sync: where a sample of the result holds such an
 element and the entry is still 0, the entry becomes ``mark`` (the step's number, say).
 """
 
@@ -47,10 +47,10 @@ def fixed_point_encode(
         fraction_bits: places after the binary point, 0 to 62; for an int32 state 0 to 30.
         dtype: torch.int64, or torch.int32 for states whose steps have ratio 1.
         overflow: (B,) int64, gains ``mark`` where a sample holds a number that does not fit, NaN or infinity.
-        mark: what is noted in ``overflow``, at least 1; int, 0-d or (B,) int64 tensor.
+        mark: the value recorded in ``overflow``, at least 1; int, 0-d or (B,) int64 tensor.
 
     Returns:
-        The integers, in the layout of x. What does not fit is the least integer of the dtype and decodes to NaN.
+        The integers, in the layout of x. A number that does not fit becomes the least integer and decodes to NaN.
 
     Raises:
         TypeError, ValueError: an argument has another type, shape, device or range; x requires grad, since integers
@@ -64,7 +64,7 @@ def fixed_point_encode(
 
 
 def fixed_point_decode(q: Tensor, *, fraction_bits: int = 32, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The numbers that integers on a grid stand for: q 2^-fraction_bits.
+    """The numbers that fixed-point integers represent: q 2^-fraction_bits.
 
     Args:
         q: (B, ...), int64 or int32, any strides.
@@ -116,8 +116,8 @@ def exact_affine_step(
         guidance_scale: s in eps_uncond + s (eps_cond - eps_uncond), which the kernel forms.
         overflow: (B,) int64, zeros at first; where a sample of the result holds an element that left the range, and
             its entry is 0, the entry becomes ``mark``. Without it such elements still decode to NaN.
-        mark: what is noted in ``overflow``, at least 1; int, 0-d or (B,) int64 tensor.
-        out: (q_next, info) to take the results; exactly one of the tensors each, or apart from them all.
+        mark: the value recorded in ``overflow``, at least 1; int, 0-d or (B,) int64 tensor.
+        out: (q_next, info) that receive the results; each exactly one of the tensors, or disjoint from all.
 
     Returns:
         (q_next, info): the state, in the dtype and layout of q_last, and the buffer; the one given where n and m are

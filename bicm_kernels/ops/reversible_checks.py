@@ -1,4 +1,4 @@
-"""What the arguments of the reversible family must be, asked before a traced call and after one that failed."""
+"""Argument checks of the reversible family, run before a traced call and after a failed one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_RATIO = 2**20
 
 
 def refuse_derivative(*values: object) -> None:
-    """Raise where autograd or a transform would differentiate: rounding to integers has no derivative to give."""
+    """Raise where autograd or a transform would differentiate: rounding to integers has no derivative."""
     for x in values:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             continue
@@ -62,7 +62,7 @@ def check_fraction_bits(fraction_bits: object, dtype: torch.dtype) -> None:
 
 
 def check_overflow(overflow: Any, mark: object, batch: int, device: torch.device) -> None:
-    """Raise unless overflow and mark can note a batch's overflows."""
+    """Raise unless overflow and mark fit the batch."""
     arguments.check_integer("mark", mark, batch, device, 1, 2**63)
     if overflow is None:
         return
@@ -75,13 +75,13 @@ def check_overflow(overflow: Any, mark: object, batch: int, device: torch.device
     if overflow.device != device:
         raise ValueError(f"overflow must be on {device}, got {overflow.device}")
     if transformed():
-        raise ValueError("overflow must not be given under a torch.func transform: what is noted there is lost to it")
+        raise ValueError("overflow must not be given under a torch.func transform, which cannot record writes to it")
     if outputs.has_memory(overflow) and outputs.overlaps_itself(overflow):
         raise ValueError(f"overflow must not overlap itself, got strides {overflow.stride()}")
 
 
 def check_encode(x: Any, fraction_bits: object, dtype: object, overflow: Any, mark: object) -> None:
-    """Raise what is wrong with the arguments of ``fixed_point_encode``, if anything is."""
+    """Raise if an argument of ``fixed_point_encode`` is invalid."""
     arguments.check_state("x", x)
     if dtype not in FRACTION_BITS:
         raise ValueError(f"dtype must be torch.int64 or torch.int32, got {dtype!r}")
@@ -91,7 +91,7 @@ def check_encode(x: Any, fraction_bits: object, dtype: object, overflow: Any, ma
 
 
 def check_decode(q: Any, fraction_bits: object, dtype: object) -> None:
-    """Raise what is wrong with the arguments of ``fixed_point_decode``, if anything is."""
+    """Raise if an argument of ``fixed_point_decode`` is invalid."""
     check_fixed_point("q", q)
     check_fraction_bits(fraction_bits, q.dtype)
     if dtype not in arguments.FLOATING:
@@ -102,7 +102,7 @@ def check_ratio(name: str, ratio: Any, last: Tensor) -> None:
     """Raise unless the ratio is a pair of numbers that the state can be multiplied with."""
     if not isinstance(ratio, tuple | list) or len(ratio) != 2:
         hint = f"; pass {ratio.as_integer_ratio()}" if isinstance(ratio, Fraction) else ""
-        raise TypeError(f"{name} must be a pair (n, m) that stands for n/m, got {arguments.describe(ratio)}{hint}")
+        raise TypeError(f"{name} must be a pair (n, m), the ratio n/m, got {arguments.describe(ratio)}{hint}")
     for part, value in zip(("n", "m"), ratio, strict=True):
         arguments.check_integer(f"{part} of {name}", value, last.shape[0], last.device, 1, MAX_RATIO + 1)
     tensors = any(isinstance(value, Tensor) for value in ratio)

@@ -1,4 +1,4 @@
-"""The reversible family as rows of the table of ops: integers have no derivative, and overflow is noted."""
+"""The reversible family as rows of the table of ops: integers have no derivative, and overflow is recorded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(eq=False)
 class Encode(Op):
-    """An op that makes integers of what carries no derivative. Its call ends with overflow, or None, and mark."""
+    """An op on integers, without a derivative. Its call ends with overflow, or None, and mark."""
 
     outs: tuple[str, ...] = ("out", "overflow")
     results: int = 1
@@ -60,7 +60,7 @@ class Encode(Op):
 
 @dataclass(eq=False)
 class Decode(Op):
-    """The numbers that a state stands for: (state, fraction_bits, dtype)."""
+    """The numbers that a state represents: (state, fraction_bits, dtype)."""
 
     def check(self, call: Call, outs: Any) -> None:
         reversible_checks.check_decode(*call)
@@ -71,7 +71,7 @@ class ExactStep(Encode):
     """An exact step: (first state, other tensors, info, coefficients, guidance_scale, ratio, fraction_bits, overflow,
     mark).
 
-    A ratio of 1 needs no buffer: the op then returns, and takes as info_out, an empty tensor. An empty overflow notes
+    A ratio of 1 needs no buffer: the op then returns, and takes as info_out, an empty tensor. An empty overflow records
     nothing. With tensors, n and m of None are 1.
     """
 
@@ -81,7 +81,7 @@ class ExactStep(Encode):
     flags: tuple[str, ...] = ("SymInt fraction_bits",)
     outs: tuple[str, ...] = ("out", "info_out", "overflow")
     results: int = 2
-    #: What the ratio n/m is called.
+    #: The name of the ratio argument n/m.
     ratio: str = "ratio"
 
     def fake(self, tensors: list[Tensor], info: Tensor, *rest: Any) -> Pair:
@@ -101,7 +101,7 @@ class ExactStep(Encode):
         return (last, *operands), info, table, guidance, n, m, fraction_bits
 
     def as_tensors(self, step: Call, full: Call) -> list[Any]:
-        # A tensor cannot tell any more what is wrong with the number that it was.
+        # Checked before conversion, because a tensor's value is not read later.
         self.check_integers(step[0][0], step[4:6], step[6])
         values = super().as_tensors(step, full)
         if is_one(step[4:6]):
@@ -144,12 +144,12 @@ class ExactStep(Encode):
             self.check_outs(outs, tensors | {"info": info})
 
     def check_integers(self, last: Tensor, ratio: Any, fraction_bits: object) -> None:
-        """Raise unless the integers beside the tensors are in range."""
+        """Raise unless the integer arguments are in range."""
         reversible_checks.check_ratio(self.ratio, ratio, last)
         reversible_checks.check_fraction_bits(fraction_bits, last.dtype)
 
     def check_tensor(self, name: str, x: object, first: Tensor | None, first_name: str) -> None:
-        """A network's output and a state in floating point can be weighed, and a fixed-point state."""
+        """Terms may be floating-point tensors or fixed-point states."""
         fixed = isinstance(x, Tensor) and x.dtype in FRACTION_BITS
         if first is None or name == "q" or (fixed and name != "eps"):
             check_fixed_point(name, x, first, first_name)
@@ -157,7 +157,7 @@ class ExactStep(Encode):
             arguments.check_state(name, x, first, first_name)
 
     def check_outs(self, outs: Any, tensors: dict[str, Tensor]) -> None:
-        """Raise unless (q_next, info) can take the results."""
+        """Raise unless (q_next, info) can hold the results."""
         arguments.check_sequence("out", outs, "(q, info)")
         if not isinstance(outs, tuple | list) or len(outs) != 2:
             given = arguments.describe(outs)
@@ -171,7 +171,7 @@ class ExactStep(Encode):
 
 
 def is_one(ratio: Sequence[Any]) -> bool:
-    """Whether a ratio needs no buffer: equal numbers; tensors are not looked into."""
+    """Whether a ratio needs no buffer: equal numbers; tensors are not read."""
     n, m = ratio
     return not isinstance(n, Tensor) and not isinstance(m, Tensor) and n == m
 

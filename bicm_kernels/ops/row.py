@@ -1,4 +1,4 @@
-"""What torch is told of an op: from the names of its arguments come its schemas, and what it returns without values."""
+"""An op's registration with torch: schemas and fake implementations, derived from the names of its arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Types = tuple[str, str, tuple[str, ...]]
 
 @dataclass(eq=False)
 class Row:
-    """An op that makes tensors like its first one.
+    """An op whose results are like its first tensor.
 
     A call holds its arguments in the schema's order: the tensors (of a guided op, in one sequence, then the others),
     coefficients in a sequence or the weights' sequences, guidance_scale of a guided op, numbers, integers, flags, and
@@ -32,11 +32,11 @@ class Row:
     """
 
     name: str
-    #: With "?", here and among the numbers: may be None. With "!": is written, and returned where nothing else is.
+    #: "?", here and among the numbers: may be None. "!": is written to, and returned where nothing else is.
     tensors: tuple[str, ...] = ()
     #: The last tensor may be a pair, and the op writes to tensors that the caller gives.
     guided: bool = False
-    #: Tensors beside the sequence of a guided op.
+    #: Tensors after the sequence of a guided op.
     others: tuple[str, ...] = ()
     #: Numbers that a schema takes in one list.
     coefficients: tuple[str, ...] = ()
@@ -44,23 +44,23 @@ class Row:
     weights: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
     integers: tuple[str, ...] = ()
-    #: What every overload takes as it is, with its type: "bool cm". "ScalarType dtype" is that of the results.
+    #: Arguments that every overload takes unchanged, with their type: "bool cm". "ScalarType dtype" is the results'.
     flags: tuple[str, ...] = ()
-    #: The number that weighs keyed noise; only where there are weights may the key be left out.
+    #: The name of the noise weight; the key is optional only with one.
     noise: str = ""
-    #: Noise is drawn, whatever the numbers are.
+    #: Noise is always drawn.
     keyed: bool = False
     outs: tuple[str, ...] = ("out",)
     #: How many of these are returned, where it is not all.
     results: int = 0
     #: A result is empty where the number is None that is named here.
     needs: dict[str, str] = field(default_factory=dict)
-    #: Has a twin of tensors that records the derivative in the tensors; else the reference does.
+    #: Has a second overload that records the derivative; otherwise the reference records it.
     differentiable: bool = False
     #: The reference, called with the arguments by name; by default the one of this name.
     plain: Callable[..., Any] | None = None
 
-    # Python is quickest with objects of at most 30 attributes: what a plain call has no use for is a property.
+    # Attribute access is fastest on objects of at most 30 attributes: what plain calls do not need is a property.
     def __post_init__(self) -> None:
         self.results = self.results or len(self.outs)
         self.optional = {name[:-1] for name in (*self.tensors, *self.numbers) if name.endswith("?")}
@@ -69,18 +69,18 @@ class Row:
         self.numbers = tuple(name.rstrip("?") for name in self.numbers)
         self.flag_names = tuple(flag.split()[1] for flag in self.flags)
         self.keyed = self.keyed or bool(self.noise)
-        # Where the parts of a call begin and end.
+        # The indices at which the parts of a call begin and end.
         self.first_number = 1 + len(self.others) if self.guided else len(self.tensors)
         self.guidance_at = self.first_number + len(self.lists)
         self.first_integer = self.guidance_at + self.guided + len(self.numbers)
         self.first_key = self.first_integer + len(self.integers) + len(self.flags)
         first = self.guidance_at + self.guided
-        #: For each result, the place of the number that asks for it, or None.
+        #: For each result, the index of the number that requests it, or None.
         self.asked_at = [
             first + self.numbers.index(self.needs[name]) if name in self.needs else None for name in self.outs
         ]
         noise_at = first + self.numbers.index(self.noise) if self.noise else -1
-        #: What the native library has to know of a call: see `schema_arguments` in csrc/torch/direct.cpp.
+        #: The call's layout for the native library: see `schema_arguments` in csrc/torch/direct.cpp.
         self.shape = (
             self.guided,
             self.first_number,
@@ -95,7 +95,7 @@ class Row:
         packet = getattr(torch.ops.bicm_kernels, self.name)
         for overload in packet.overloads():
             self.overloads[overload] = getattr(packet, overload)
-        # Where nothing may be a number or a tensor, one overload is both.
+        # Where no argument may be a number or a tensor, there is one overload.
         self.overloads.setdefault("tensor", packet.default)
         if self.differentiable:
             self.overloads["tracked"] = getattr(torch.ops.bicm_kernels, f"{self.name}_tracked").default
@@ -103,12 +103,12 @@ class Row:
 
     @property
     def lists(self) -> tuple[str, ...]:
-        """What a schema takes as lists of numbers."""
+        """The arguments that a schema takes as lists of numbers."""
         return self.weights or (("coefficients",) if self.coefficients else ())
 
     @property
     def first_flag(self) -> int:
-        """The place of the first flag in a call."""
+        """The index of the first flag in a call."""
         return self.first_integer + len(self.integers)
 
     @property
@@ -161,7 +161,7 @@ class Row:
             library.impl(twin, lambda *call: self.overloads["tensor"](*call), "CompositeExplicitAutograd")
 
     def differentiate(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
-        """Give the differentiable twin its derivative."""
+        """Register the derivative of the differentiable overload."""
         name = f"bicm_kernels::{self.name}_tracked"
         torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
 
@@ -174,9 +174,9 @@ class Row:
         return tuple(results) if len(results) > 1 else next(iter(results), None)
 
     def wanted(self, call: Call) -> list[bool]:
-        """Which results a call asks for."""
+        """Which results a call requests."""
         return [at is None or call[at] is not None for at in self.asked_at]
 
 
 def write_nothing(*_: Any, **outs: Tensor) -> None:
-    """What an op does that writes, for tensors without values: the outputs are there."""
+    """The fake implementation of an op with outputs: they exist already."""

@@ -1,7 +1,7 @@
 """Every op written plainly in PyTorch: the specification in code, and the fallback when nothing is compiled.
 
 The functions take the arguments of the public ops and give the same bits as every backend. They are written from the
-formulas, differentiable, and slow; ``design``: halves are computed in float32 and rounded once, multiply and add are
+formulas, differentiable, and slow: halves are computed in float32 and rounded once, multiply and add are
 separate operations, and a float32 root is taken through float64, because torch's own is not correctly rounded.
 """
 

@@ -1,4 +1,4 @@
-"""What every reference shares: the compute type, and arguments that differ per sample."""
+"""Shared by all references: the compute type, and per-sample arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def check_sequence(name: str, value: Any, instead: str = "[x]") -> None:
-    """Raise where one tensor stands for a sequence of them: iterating over it would give its samples."""
+    """Raise where one tensor is given for a sequence of them: iterating over it would give its samples."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a sequence of tensors, got one tensor; write {instead}")
 
@@ -24,7 +24,7 @@ def per_sample(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tenso
     """A float, 0-d or (B,) argument as a tensor of the compute type that broadcasts over ``like`` (B, ...)."""
     if not isinstance(value, Tensor):
         number = cast(Any, value)
-        if isinstance(number, Fraction):  # which no tensor is multiplied by
+        if isinstance(number, Fraction):  # tensors cannot be multiplied by it
             number = float(number)
         # A product, because torch.compile specialises on a float that is a fill value.
         scaled: Tensor = torch.ones((), dtype=torch.float64, device=like.device) * number

@@ -34,13 +34,13 @@ def _total(terms: Tensor) -> Tensor:
 def _squares(residual: Tensor, std: Number, reduction: str) -> tuple[Tensor, Tensor]:
     """r^2 / (2 s^2) of every sample, reduced over its elements; and s, both float64."""
     flat = residual.reshape(residual.shape[0], math.prod(residual.shape[1:]))
-    # The number that weighs the noise, whatever it came as.
+    # The noise's weight in the compute type.
     s = per_sample(std, flat[:, :0].sum(1), residual.dtype).double()
     total = _total(flat.double().square())
     if reduction == "mean":
         # A division by a tensor: torch multiplies by the reciprocal of a number on some devices.
         total = total / torch.full((), flat.shape[1], dtype=torch.float64, device=flat.device)
-    # A step without noise is no policy, and its density counts as nothing.
+    # A step without noise has no density; its log-probability counts as 0.
     return total / torch.where(s == 0, 1.0, 2.0 * s * s), s
 
 

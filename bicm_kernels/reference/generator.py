@@ -15,7 +15,7 @@ def torch_randn(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """What torch.randn draws; from each of several generators a sample."""
+    """torch.randn; with several generators, a sample from each."""
     if not isinstance(generator, list | tuple):
         return torch.randn(shape, generator=generator, dtype=dtype, device=device)
     if not shape or len(generator) != shape[0]:

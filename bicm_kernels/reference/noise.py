@@ -105,7 +105,7 @@ def uniform_from_bits(bits: Tensor) -> Tensor:
 
 def minus_two_log(u: Tensor) -> Tensor:
     """-2 log(u) of normal float32 numbers, exactly 0 at 1."""
-    # u = (1 + f) 2^e with 1 + f from sqrt(1/2) on. TorchScript cannot trace a view as integers, which would say it too.
+    # u = (1 + f) 2^e with 1 + f >= sqrt(1/2). A view as integers would do too, but TorchScript cannot trace it.
     mantissa, exponent = torch.frexp(u)
     low = mantissa < ROOT_HALF
     f = torch.where(low, mantissa + mantissa, mantissa) - 1.0
@@ -225,10 +225,10 @@ def plus_noise(
     step: int | Tensor,
     sample_id: int | Tensor,
 ) -> Tensor:
-    """result + weight n, where the weight is not zero: noise of weight zero is not drawn."""
+    """result + weight n, where the weight is not zero: noise with weight zero is not drawn."""
     noise = normal(like.shape, seed=seed, step=step, sample_id=sample_id, dtype=result.dtype, device=like.device)
     w = per_sample(weight, like, result.dtype)
-    # Where the weight is zero this adds -0.0, which leaves every bit alone; its derivative is still the noise.
+    # Where the weight is zero this adds -0.0, which changes no bit; its derivative is still the noise.
     still = w.detach()
     quiet = result + torch.where(noise.signbit(), (w - still) * noise, -((still - w) * noise))
     return torch.where(w != 0, result + w * noise, quiet)

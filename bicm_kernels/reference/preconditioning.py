@@ -1,4 +1,4 @@
-"""Preconditioning in PyTorch: c_in, c_skip, c_out, the denoised sample, and noise put back on it."""
+"""Preconditioning in PyTorch: c_in, c_skip, c_out, the denoised sample, and renoising."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from bicm_kernels.reference.preconditioning import c_skip_c_out
 Number = float | Tensor
 
 
-#: Sizes of float32 numbers whose squares, and sums of two, are normal; of float64 numbers, with room for sums of many.
+#: Magnitudes of float32 numbers whose squares, and sums of two, are normal; of float64, with room for long sums.
 _LEAST, _MOST = {torch.float32: 2.0**-63, torch.float64: 2.0**-300}, {torch.float32: 2.0**63, torch.float64: 2.0**300}
 
 
@@ -49,7 +49,7 @@ def _float64_distances(r: Tensor, c: Tensor, vector: bool) -> Tensor:
     size = r.detach().abs()
     if vector:
         size = size.amax(1, keepdim=True)
-    # The first for squares; the second so that an incoming gradient times a residual is in range, too; the third so
+    # The first for squares; the second so that an upstream gradient times a residual is in range, too; the third so
     # that small terms keep their digits until they are added up.
     power, outer = _power(torch.maximum(size, c.detach()), 600), _power(size, 100)
     lifted = torch.where(outer > 1, 2.0**200, torch.ones_like(outer))
@@ -82,7 +82,7 @@ def _mean(values: Tensor, *dim: int) -> Tensor:
 def _squares(flat: Tensor, weights: Tensor | None) -> Tensor:
     """The sums of the squares of rows, weighted; NaN where weights below 0 make one negative."""
     wide = flat.double()
-    squares = wide * wide  # whose derivative does not double first
+    squares = wide * wide  # not wide**2, whose derivative computes 2 x first and may overflow
     if weights is None:
         return squares.sum(1)
     sums = (weights * squares).sum(1)

@@ -1,7 +1,7 @@
-"""Bit-exact reversible updates in PyTorch: integers on a fixed-point grid, and a buffer for what division drops.
+"""Bit-exact reversible updates in PyTorch: fixed-point integers, and a buffer for remainders.
 
-The least integer of a state's dtype stands for "not a number". An element whose exact result, or one of the integers on
-the way to it, lies outside the dtype's other values becomes it and stays it; ``overflow`` notes it per sample.
+The least integer of a state's dtype represents NaN. An element whose exact result, or one of the integers on
+the way to it, is outside the dtype's other values becomes it and stays it; ``overflow`` records it per sample.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def _operand(x: Tensor, fraction_bits: int) -> Tensor:
 
 
 def _rounded(x: Tensor, fraction_bits: int) -> Tensor:
-    """rint(2^fraction_bits x) as int64; what int64 cannot hold, NaN among it, is missing."""
+    """rint(2^fraction_bits x) as int64; NaN and what int64 cannot hold become missing."""
     scaled = x * 2.0**fraction_bits
     inside = scaled.abs() < 2.0**63
     return torch.where(inside, torch.where(inside, scaled, 0.0).round().to(torch.int64), _MISSING)
 
 
 def _bound(x: Tensor, largest: int) -> Tensor:
-    """x, or missing where it lies outside [-largest, largest]."""
+    """x, or missing where it is outside [-largest, largest]."""
     return torch.where((x >= -largest) & (x <= largest), x, _MISSING)
 
 
@@ -60,7 +60,7 @@ def _divide(x: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _multiply_add(x: Tensor, by: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """x by + rest with 0 <= rest < by, and whether it stays in int64's range: asked before the product is formed."""
+    """x by + rest with 0 <= rest < by, and whether it stays in int64's range, checked before the product is formed."""
     largest = torch.full_like(by, _LARGEST[torch.int64])
     high, high_rest = _divide(largest, by)
     low, low_rest = _divide(-largest, by)
@@ -88,7 +88,7 @@ def _integer(value: Integer, like: Tensor) -> Tensor:
 
 
 def _finish(result: Tensor, first: Tensor, overflow: Tensor | None, mark: Integer) -> Tensor:
-    """The result in the first state's dtype and layout, and a note of each sample in which something is missing."""
+    """The result in the first state's dtype and layout; records the samples in which an element is missing."""
     missing = result == _MISSING
     result = torch.where(missing, -_LARGEST[first.dtype] - 1, result)
     if overflow is not None:

@@ -1,4 +1,4 @@
-"""The Triton kernels, one module per family. Import this package late: Triton takes its time.
+"""The Triton kernels, one module per family. Import this package late: importing Triton is slow.
 
 ``OPS`` holds an implementation of every overload under its schema's name, for any device Triton compiles for.
 """

@@ -1,6 +1,6 @@
-"""What must hold before a kernel may touch memory.
+"""Checks that run before a kernel accesses memory.
 
-Failures are RuntimeErrors, as from the native library: the public functions turn them into explanations.
+Failures are RuntimeErrors, as from the native library; the public functions replace them by full messages.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check_states(tensors: Sequence[Tensor], terms: int) -> None:
 
 
 def check_placed(value: Tensor, like: Tensor) -> None:
-    """A 0-d tensor here or on the host, or a (B,) tensor here."""
+    """A 0-d tensor on this device or the host, or a (B,) tensor on this device."""
     one = value.dim() == 0
     require(one or (value.dim() == 1 and value.shape[0] == like.shape[0]), "an argument must be 0-d or (B,)")
     require(
@@ -69,7 +69,7 @@ def check_key(seed: Integer, step: Integer, sample_id: Integer, like: Tensor) ->
 
 
 def check_outputs(outs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-    """Outputs like the first input, no two elements in one place, each exactly an input or apart from it."""
+    """Outputs like the first input, without internal overlap, each exactly an input or disjoint from it."""
     first = inputs[0] if inputs else outs[0]
     for out in outs:
         require(out.dim() > 0 and out.dtype in FLOATING, "out must be floating, with a batch dimension")
@@ -81,7 +81,7 @@ def check_outputs(outs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
 
 
 def check_places(outs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-    """No two elements of an output in one place, each output exactly an input or apart from it."""
+    """Outputs without internal overlap, each exactly an input or disjoint from it."""
     for k, out in enumerate(outs):
         require(out.is_contiguous() or nested(moving(out)), "out overlaps itself")
         require(all(same_elements(x, out) or apart(x, out) for x in inputs), "out overlaps a tensor")
@@ -92,7 +92,7 @@ Extents = list[tuple[int, int]]
 
 
 def moving(x: Tensor) -> Extents:
-    """(stride, size) of the dimensions that move the address, largest stride first."""
+    """(stride, size) of the dimensions with more than one element, largest stride first."""
     if x.numel() == 0:
         return []
     return sorted(((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1), reverse=True)
@@ -104,23 +104,23 @@ def reach(extents: Extents) -> int:
 
 
 def nested(extents: Extents) -> bool:
-    """Whether each stride steps over all that the smaller ones reach, so that no two indices meet."""
+    """Whether each stride exceeds the range of the smaller ones, so that no two indices coincide."""
     return all(stride > reach(extents[k + 1 :]) for k, (stride, _) in enumerate(extents))
 
 
 def same_strides(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors of one shape walk alike."""
+    """Whether two tensors of one shape have the same strides."""
     strides = zip(x.shape, x.stride(), y.stride(), strict=True)
     return x.dtype == y.dtype and all(size == 1 or a == b for size, a, b in strides)
 
 
 def same_elements(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors are one memory, element by element."""
+    """Whether two tensors are the same memory, element by element."""
     return x.data_ptr() == y.data_ptr() and same_strides(x, y)
 
 
 def apart(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors of one shape share no memory: by address, or exactly where they walk alike."""
+    """Whether two tensors of one shape share no memory: by address range, or exactly where strides are equal."""
     if x.numel() == 0:
         return True
     extents = moving(y)
@@ -133,7 +133,7 @@ def apart(x: Tensor, y: Tensor) -> bool:
 
 
 def reaches(distance: int, extents: Extents) -> bool:
-    """Whether `distance` elements lead from one element of a nested tensor to another."""
+    """Whether `distance` is the offset between two elements of a nested tensor."""
     if not extents:
         return distance == 0
     (stride, size), rest = extents[0], extents[1:]

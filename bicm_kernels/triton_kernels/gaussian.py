@@ -18,12 +18,12 @@ from bicm_kernels.triton_kernels.keys import NO_KEY, make_key, number_argument
 from bicm_kernels.triton_kernels.operands import TILE, WARPS, Layout, device_of, lay_out
 from bicm_kernels.triton_kernels.pseudo_huber import CHUNK, counter
 
-#: Samples that are finished at a time.
+#: Samples that are finished together.
 FINISH_BLOCK = 128
 
 
 class Policy:
-    """A call's arguments, checked, in the form that the kernels take.
+    """A call's checked arguments, in the form that the kernels take.
 
     tensors: of a step the mean's; of a density the next state first; of a divergence the reference's first.
     """
@@ -63,7 +63,7 @@ class Policy:
         return number_argument(value, self.compute, self.tensors[0])
 
     def operands(self, layout: Layout, first: int) -> dict[str, Any]:
-        """Where the tensors lie, from the operand at a place on, and what every kernel is told of them."""
+        """The tensors' pointers and strides from an index on, and the arguments shared by every kernel."""
         given, mean = layout.operands[first : first + self.given], layout.operands[first + self.given :]
         return {
             "inputs": tuple(mean[: self.terms]),

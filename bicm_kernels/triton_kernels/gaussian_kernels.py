@@ -1,7 +1,7 @@
 """The kernels of Gaussian policies; gaussian.py launches them.
 
-A chunk's sum is kept in two numbers of the compute type for each of its columns (the second holds what rounding took
-from the first), and columns are added up in pairs: sums of two, whatever the compiler makes of a tile. So a step and
+A chunk's sum is kept in two numbers of the compute type for each of its columns (the second holds the rounding error
+of the first), and columns are added in pairs, independent of how the compiler splits a tile. So a step and
 the density of its result agree to the bit, though they are different programs.
 """
 
@@ -72,7 +72,7 @@ def other_of(
     TERMS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """What a mean is subtracted from: a given state, or the reference's mean."""
+    """The minuend of the residual: a given state, or the reference's mean."""
     if recorded is not None:
         y = load(recorded, sizes, sample, element, inside, COMPUTE)
     else:
@@ -82,7 +82,7 @@ def other_of(
 
 @triton.jit
 def tree_sum(x, COUNT: tl.constexpr):
-    """The sum of (1, COUNT), a power of two, as a scalar: of halves, again and again."""
+    """The sum of (1, COUNT) as a scalar, by repeated halving; COUNT is a power of two."""
     y = tl.reshape(x, (COUNT,))
     for k in tl.static_range(0, 16):
         if COUNT >> k > 1:
@@ -94,7 +94,7 @@ def tree_sum(x, COUNT: tl.constexpr):
 def density(
     total, elements, std, sample, present, DIVERGES: tl.constexpr, ADDS_UP: tl.constexpr, COMPUTE: tl.constexpr
 ):
-    """What samples' sums become, in float64. A step without noise is no policy."""
+    """The results of samples from their sums, in float64; 0 for a step without noise."""
     s = number(std, sample, present, COMPUTE).to(tl.float64)
     count = tl.full(total.shape, elements, tl.float64)
     still = s == 0.0
@@ -175,7 +175,7 @@ def density_sums(
             )
         r = tl.where(inside, other - mean, 0.0)
         high, low = add_term(high, low, r * r)
-    low = tl.where(low == low, low, 0.0)  # what an infinite sum lost is not a number and does not count
+    low = tl.where(low == low, low, 0.0)  # the rounding error of an infinite sum is NaN: drop it
     total = tree_sum(high.to(tl.float64) + low.to(tl.float64), COLUMNS)
     if finished is None:
         row = sample.reshape(1)
@@ -191,7 +191,7 @@ def density_sums(
                 there = row < batch
                 value = tl.zeros((BLOCK,), tl.float64)
                 for chunk in range(chunks):
-                    # Programs elsewhere wrote the chunks: `.cg` is past L1.
+                    # Other programs wrote the chunks: `.cg` bypasses L1.
                     value += tl.load(partial + row * chunks + chunk, mask=there, other=0.0, cache_modifier=".cg")
                 value = density(value, elements, std, row, there, DIVERGES, ADDS_UP, COMPUTE)
                 tl.store(results + row, value.to(results.dtype.element_ty), mask=there)
@@ -200,7 +200,7 @@ def density_sums(
 
 @triton.jit
 def split_power(base):
-    """A float64 factor as a power of two that float32 holds and the rest; 1 and itself where float32 has its digits."""
+    """A float64 factor as a power of two in float32's range and the rest; (1, factor) where it is in range itself."""
     exponent = ((base.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1023
     outside = (exponent > -1023) & ((exponent < -126) | (exponent > 126))
     exponent = tl.where(outside, tl.minimum(tl.maximum(exponent, -126), 126), 0)

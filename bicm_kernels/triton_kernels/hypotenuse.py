@@ -1,7 +1,7 @@
 """sqrt(r^2 + c^2) for numbers of any size.
 
-Where residuals or c are so large or so small that their squares overflow or lose digits, both are multiplied by a power
-of two first, which is exact. Everywhere else the power is 1, and the bits are those of the plain formulas.
+Where the squares of residuals or c would overflow or lose digits, both are multiplied by a power
+of two first, which is exact. Otherwise the power is 1, and the bits are those of the plain formulas.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from bicm_kernels.triton_kernels.rounding import divide, root
 
-# Of float32 and of float64. Numbers whose squares, and sums of two, are normal; from FAINT on, c^2 hides what squares
+# For float32 and float64: numbers whose squares, and sums of two, are normal; from FAINT on, c^2 absorbs what squares
 # below LEAST^2 lose; the powers of two for smaller and for larger ones.
 LEAST_32, MOST_32, LARGEST_32 = tl.constexpr(2.0**-63), tl.constexpr(2.0**63), tl.constexpr((2 - 2.0**-23) * 2.0**127)
 LEAST_64, MOST_64, LARGEST_64 = tl.constexpr(2.0**-511), tl.constexpr(2.0**511), tl.constexpr(1.7976931348623157e308)
@@ -23,19 +23,19 @@ FAINT_64, GROW_64, SHRINK_64 = tl.constexpr(2.0**-480), tl.constexpr(2.0**600), 
 
 @triton.jit
 def nonzero(x):
-    """What zero is divided by where zero over zero is meant to be zero."""
+    """Safe divisor: 0/0 gives 0."""
     return tl.where(x == 0.0, 3.0, x)
 
 
 @triton.jit
 def distance(s, c):
-    """sqrt(s + c^2) - c without its cancellation; 0 at s = c = 0."""
+    """sqrt(s + c^2) - c without cancellation; 0 at s = c = 0."""
     return divide(s, nonzero(root(s + c * c) + c))
 
 
 @triton.jit
 def power_for(size, c):
-    """The power of two at which the squares of a residual of this size and of c have all the digits of their sum."""
+    """The power of two by which squares of a residual of this size and of c keep all digits of their sum."""
     larger = tl.where(size > c, size, c)
     power = tl.full(size.shape, 1.0, size.dtype)
     if size.dtype == tl.float64:
@@ -49,7 +49,7 @@ def power_for(size, c):
 
 @triton.jit
 def slope(r, c):
-    """r / sqrt(r^2 + c^2) where squares do not overflow, and those that underflow are nothing beside c^2."""
+    """r / sqrt(r^2 + c^2) where squares do not overflow, and those that underflow are negligible against c^2."""
     return divide(r, nonzero(root(r * r + c * c)))
 
 
@@ -75,7 +75,7 @@ def distance_anywhere(r, c, scale):
         normal = size >= LEAST_32
     x = finite * power
     y = c * power
-    # The quotient of squares, whose bits are the plain formula's; or of the numbers themselves, times the residual.
+    # The quotient of squares, with the plain formula's bits; or the quotient of the numbers, times the residual.
     plain = (power == 1.0) & normal
     quotient = divide(tl.where(plain, x * x, x), nonzero(root(x * x + y * y) + y))
     return quotient * scale * tl.where(plain, 1.0, size)

@@ -28,12 +28,12 @@ MOST, LEAST = tl.constexpr(2.0**1000), tl.constexpr(2.0**-960)
 LARGE_UNIT, SMALL_UNIT = tl.constexpr(2.0**500), tl.constexpr(2.0**-430)
 INVERSE_LARGE, INVERSE_SMALL = tl.constexpr(2.0**-500), tl.constexpr(2.0**430)
 
-# Bounds of sums that can be trusted, of squares and of distances, those without c apart; and the largest c beside them.
+# Bounds of accurate sums of squares and of distances, those without c separately; and the largest c for them.
 LEAST_SQUARE_32, MOST_SQUARE_32 = tl.constexpr(2.0**-100), tl.constexpr(float("inf"))
 LEAST_DISTANCE_32, LEAST_STEEP_32, MOST_DISTANCE_32 = (tl.constexpr(2.0**e) for e in (-60, -20, 60))
 LEAST_DISTANCE_64, LEAST_STEEP_64, MOST_DISTANCE_64 = (tl.constexpr(2.0**e) for e in (-520, -430, 500))
 COMMON_32, COMMON_64 = tl.constexpr(2.0**50), tl.constexpr(2.0**480)
-# What distances are multiplied by where their sum overflows; and, at a large c, where the plain formula finds 0.
+# The scale of distances where their sum overflows; and, at a large c, where the plain formula gives 0.
 LESSENED, LITTLE = tl.constexpr(2.0**-20), tl.constexpr(2.0**20)
 
 
@@ -45,7 +45,7 @@ def overflows(x):
 
 @triton.jit
 def norm_of(total):
-    """The norm that a sum of squares is, its unit, and the inverse of that."""
+    """The norm of a sum of squares, its unit, and the inverse of the unit."""
     large = total <= -1.0
     kept = total < 0.0
     norm = tl.where(kept, -total, root(tl.where(kept, 0.0, total)))
@@ -117,13 +117,13 @@ def distance_of_sum(total, elements, c, sample, present, ELEMENTWISE: tl.constex
 
 @triton.jit
 def squares_add(total, c):
-    """Whether the plain formulas will do for a sum of squares of float64."""
+    """Whether the plain formulas suffice for a sum of squares of float64."""
     return (total >= 0.0) & (total <= MOST) & (c <= LARGE_UNIT)
 
 
 @triton.jit
 def trusted(total, c, ELEMENTWISE: tl.constexpr):
-    """Whether no term can have overflowed, and what underflowed does not count; and whether the sum is too small."""
+    """Whether no term can have overflowed and underflow is negligible; and whether the sum is too small."""
     if c.dtype == tl.float64:
         if ELEMENTWISE:
             small = total < tl.where(c < FAINT_64, LEAST_STEEP_64, tl.full((), LEAST_DISTANCE_64, tl.float64))
@@ -143,7 +143,7 @@ def trusted(total, c, ELEMENTWISE: tl.constexpr):
 
 @triton.jit
 def plain_slopes(total, c):
-    """Whether every slope of one sample's elementwise distances has its digits from the plain formula."""
+    """Whether the plain formula is accurate for every slope of one sample's elementwise distances."""
     sum_ = tl.sum(total, axis=0)
     transition = tl.sum(tl.sum(c, axis=1), axis=0)
     if c.dtype == tl.float64:
@@ -199,7 +199,7 @@ def scaled_back(total, scale, c, ELEMENTWISE: tl.constexpr):
 
 @triton.jit
 def norm_with(total, c):
-    """sqrt(total + c^2) times a power of two in the type of c, and that power; float32 whatever the size of the sum."""
+    """sqrt(total + c^2) times a power of two in the type of c, and that power; float32 for any size of the sum."""
     if c.dtype == tl.float32:
         high = total.to(tl.float32)
         large = high > 2.0**100
@@ -207,7 +207,7 @@ def norm_with(total, c):
         small = (high < 2.0**-100) & (c < FAINT_32)
         shift = tl.where(large, -192, tl.where(wide, -132, tl.where(small & (total > 0.0), 192, 0))).to(tl.int64) << 52
         bits = total.to(tl.int64, bitcast=True)
-        # A float64 sum of float32 squares is far from the ends of its range; 0 and what is not finite stay.
+        # A float64 sum of float32 squares is far from the ends of its range; 0 and non-finite values are unchanged.
         moved = (bits + shift).to(tl.float64, bitcast=True).to(tl.float32)
         high = tl.where((total > 0.0) & (total < float("inf")), moved, high)
         power = tl.where(large, 2.0**-96, tl.where(wide, 2.0**-66, tl.where(small, 2.0**96, 1.0)))

@@ -1,8 +1,8 @@
 """Per-sample arguments: numbers in the compute type, and the key of a sample's noise.
 
 A number is (value,) or (tensor, stride), the stride 0 for one number, or else from sample to sample. The integers of
-a key are passed beside their tensors, so that a new seed or step compiles nothing. Triton 3.6 can neither count nor
-compare with None a tuple that holds a None: kernels tell such forms by their length, or by a constant beside them.
+a key are passed separately from tensors, so that a new seed or step compiles nothing. Triton 3.6 can neither count nor
+compare with None a tuple that holds a None: kernels distinguish such forms by their length, or by a constant.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -24,7 +24,7 @@ Argument = tuple[object] | tuple[Tensor, int]
 
 @triton.jit
 def load_rows(pointer, stride, sample, present, other: tl.constexpr):
-    """What a tensor holds for each row of a tile, shaped as `sample`.
+    """A tensor's value for each row of a tile, shaped as `sample`.
 
     One row is loaded as a scalar: of a tensor of one element, Triton 3.7 has a thread load it for all its elements.
     """
@@ -59,19 +59,19 @@ def integer(value, tensor, sample, present):
 
 
 def number_argument(value: Number, compute: torch.dtype, like: Tensor) -> Argument:
-    """What a kernel takes for a float, a 0-d or a (B,) tensor."""
+    """The kernel argument for a float, a 0-d or a (B,) tensor."""
     if isinstance(value, Tensor):
         checks.check_number(value, like)
         if value.device == like.device:
             return value, value.stride(0) if value.dim() else 0
-        value = value.item()  # of the host, which kernels cannot read
-    if compute == torch.float64:  # to Triton, a float is a float32
+        value = value.item()  # on the host, which kernels cannot read
+    if compute == torch.float64:  # Triton passes a float as float32
         return torch.full((), value, dtype=compute, device=like.device), 0
     return (value,)
 
 
 def integer_argument(value: Integer, device: torch.device) -> tuple[int, tuple[Tensor, int] | None]:
-    """What a kernel takes for an int, a 0-d or a (B,) tensor: a value and a tensor with its stride."""
+    """The kernel argument for an int, a 0-d or a (B,) tensor: a value and a tensor with its stride."""
     if not isinstance(value, Tensor):
         return value, None
     if value.device != device:

@@ -101,7 +101,7 @@ def multistep(
     GROUP: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """out = sum of w_k x_k, then + x0_weight x0, then + noise_weight n; what is None does not take place.
+    """out = sum of w_k x_k, then + x0_weight x0, then + noise_weight n; terms that are None are skipped.
 
     SECOND: one input, and its weight is the form's second. SIGMA: next_scale is a level, whose c_in scales.
     """
@@ -235,7 +235,7 @@ def noise_arguments(
     step: Integer | None = None,
     sample_id: Integer | None = None,
 ) -> dict[str, Any]:
-    """The noise that a schema's last arguments ask for; a weight that is the number 0 asks for none."""
+    """The noise that a schema's last arguments specify; none if the weight is the number 0."""
     if seed is None or (isinstance(noise_weight, float) and noise_weight == 0.0):
         return {}
     incomplete = noise_weight is None or step is None or sample_id is None

@@ -53,7 +53,7 @@ def draw(
 ):
     """The numbers (ROWS, COLUMNS) of a tile, float32.
 
-    A thread makes GROUP neighbours, as many as its widest load brings, so that number meets element there.
+    A thread makes GROUP adjacent numbers, as many as its widest load, so that each number is on its element's thread.
     """
     seed = integer(seed, key_tensors[0], sample, present)
     step = integer(step, key_tensors[1], sample, present)
@@ -128,9 +128,9 @@ def pair(
     GROUP: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """One noise at two levels on x, or on x_hat where there is a mask and it says so; a row reads one of them.
+    """One noise at two levels on x, or on x_hat where a mask is given and true; a row reads one of them.
 
-    Or on what the network's output makes of x at the low level.
+    Or on the sample predicted from x at the low level and the network's output.
     """
     sample, present, first, element, inside = locate(elements, batch, blocks, ROWS, COLUMNS, INDEX)
     generated = present
@@ -245,7 +245,7 @@ def generated_pair(
     step: Integer | None,
     sample_id: Integer | None,
 ) -> tuple[Tensor, Tensor]:
-    """The pair of what the network makes of the samples at the low level, where the mask is true."""
+    """The pair of the network's predictions at the low level, where the mask is true."""
     key, form = (seed, step, sample_id), "cm" if cm else "bcm"
     return launch_pair(x, sigma_low, sigma_high, key, F, mask, sigma_data, sigma_min, form=form, scales=scales)
 

@@ -1,4 +1,4 @@
-"""What a kernel is told of its tensors: B samples, each a row-major index space that strides map to memory.
+"""A kernel's tensor arguments: B samples, each a row-major index space that strides map to memory.
 
 A kernel works on tiles of ROWS samples by COLUMNS elements. An operand is (tensor, batch_stride, strides);
 `strides` is empty where a sample's elements are adjacent and in order: the path with 128-bit accesses.
@@ -76,7 +76,7 @@ def store(operand, sizes, sample, element, inside, value):
 
 
 class Plan(NamedTuple):
-    """What shapes, strides and dtypes alone decide: how tensors are walked, and the tiles that cover them."""
+    """The traversal of tensors and the tiles that cover them; depends only on shapes, strides and dtypes."""
 
     batch: int
     elements: int
@@ -87,7 +87,7 @@ class Plan(NamedTuple):
     columns: int
     blocks: int
     tiles: int
-    #: Neighbours of one thread: as many as its widest load of a tensor brings.
+    #: Adjacent elements of one thread: as many as its widest load of a tensor.
     group: int
 
 
@@ -102,7 +102,7 @@ def plan(
     per_sample: bool,
     in_order: bool,
 ) -> Plan:
-    """Merge what can be merged, and cut it into tiles."""
+    """Merge dimensions where possible, and divide them into tiles."""
     batch = shape[0] if per_sample else 1
     elements = math.prod(shape) // batch if batch else 0
     dims = [
@@ -135,7 +135,7 @@ def plan(
 
 
 class Layout:
-    """Tensors of one shape and the plan by which a kernel walks them."""
+    """Tensors of one shape and the plan by which a kernel traverses them."""
 
     def __init__(self, plan: Plan, tensors: Sequence[Tensor]) -> None:
         self.plan = plan
@@ -172,8 +172,8 @@ class Layout:
 def lay_out(tensors: Sequence[Tensor], *, per_sample: bool, in_order: bool) -> Layout:
     """The layout of tensors of one shape.
 
-    Samples stay apart where something differs `per_sample`. Where elements need not be visited `in_order` of
-    their logical index, memory order is as good.
+    Samples stay separate where arguments differ `per_sample`. Where elements need not be visited `in_order` of
+    their logical index, memory order is used.
     """
     strides, dtypes = tuple([x.stride() for x in tensors]), tuple([x.dtype for x in tensors])
     return Layout(plan(tuple(tensors[0].shape), strides, dtypes, per_sample, in_order), tensors)
@@ -185,7 +185,7 @@ def power_of_two(count: int) -> int:
 
 
 def merge(dims: Sequence[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[int, ...]]]:
-    """Join neighbouring dimensions, (size, stride of each tensor), that every tensor walks as one."""
+    """Merge adjacent dimensions, (size, stride of each tensor), that are contiguous in every tensor."""
     merged: list[tuple[int, tuple[int, ...]]] = []
     for size, steps in dims:
         if merged and merged[-1][1] == tuple(step * size for step in steps):

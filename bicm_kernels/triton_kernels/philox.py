@@ -48,7 +48,7 @@ def uniform_from_bits(bits):
 
 @triton.jit
 def minus_two_log(u):
-    """-2 log(u) for normal u > 0; exactly 0 at 1. The factor is in the coefficients, where it rounds nothing."""
+    """-2 log(u) for normal u > 0; exactly 0 at 1. The factor is folded into the coefficients."""
     bits = u.to(tl.int32, bitcast=True)
     above = bits - 0x3F3504F3
     f = (bits - (above & -0x800000)).to(tl.float32, bitcast=True) - 1.0

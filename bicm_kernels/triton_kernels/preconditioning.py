@@ -1,4 +1,4 @@
-"""Preconditioning: sampler updates whose weights come from noise levels."""
+"""Preconditioning: sampler updates whose weights depend on noise levels."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def renoise(
 
 
 def given(*numbers: Number | None) -> list[Number]:
-    """Numbers that a schema leaves out stand for 0, as in the native library."""
+    """Omitted numbers are 0, as in the native library."""
     return [0.0 if x is None else x for x in numbers]
 
 

@@ -1,4 +1,4 @@
-"""The weights that join a sample and a network's output: csrc/core/preconditioning.h in Triton, in its order."""
+"""The weights of a sample and a network's output: csrc/core/preconditioning.h in Triton, in the same order."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 

@@ -22,9 +22,9 @@ from bicm_kernels.triton_kernels.pseudo_huber_gradients import gradients, reside
 from bicm_kernels.triton_kernels.pseudo_huber_kernels import sums
 
 CHUNK = 8 * TILE  # elements that one program sums
-#: Elements of a sample whose float32 residuals fit in the registers of a program, whatever the distance.
+#: Elements of a sample whose float32 residuals fit in the registers of a program, for every distance.
 RESIDENT = 3 * TILE
-#: Samples that are finished at a time, by whether distances are elementwise: what compiles without spills everywhere.
+#: Samples finished together, by whether distances are elementwise: the largest numbers that compile without spills.
 FINISH_BLOCK = {False: 128, True: 256}
 PARAMETERIZATIONS = ("bcm", "cm", "edm")
 REDUCTIONS = ("mean", "sum", "none")
@@ -36,8 +36,8 @@ _counters: dict[torch.device, Tensor] = {}
 def counter(device: torch.device) -> Tensor:
     """A 0 that counts the programs of a launch, the last of which resets it.
 
-    Launches on the default stream queue and share one; on others, which overlap and where graphs are captured, each has
-    its own, cleared before it.
+    Launches on the default stream run in order and share one; on others, which overlap or are captured, each has
+    its own, cleared beforehand.
     """
     if device.type != "cpu" and torch.accelerator.current_stream(device).stream_id:
         return torch.zeros((), dtype=torch.int32, device=device)
@@ -47,7 +47,7 @@ def counter(device: torch.device) -> Tensor:
 
 
 class LossCall:
-    """A loss's arguments, checked, in the form that the kernels take."""
+    """A loss's checked arguments, in the form that the kernels take."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class LossCall:
 
     @property
     def transition(self) -> Argument | None:
-        """c, which the squared distance has no use for."""
+        """c, which the squared distance does not use."""
         return None if self.squared else self.number(self.c)
 
     def number(self, value: Number) -> Argument:
@@ -85,7 +85,7 @@ class LossCall:
         return number_argument(value, self.compute, self.inputs[0])
 
     def operands(self, layout: Layout, first: int) -> dict[str, Any]:
-        """Where the inputs lie, from the operand at a place on, and what every kernel is told of them."""
+        """The inputs' pointers and strides from an index on, and the arguments shared by every kernel."""
         prediction, target, *x = layout.operands[first : first + len(self.inputs)]
         return {
             "prediction": prediction,
@@ -100,7 +100,7 @@ class LossCall:
 
     @property
     def each(self) -> bool:
-        """Whether every sample keeps its own loss."""
+        """Whether every sample has its own loss (reduction "none")."""
         return self.reduction == "none"
 
     def numbers(self) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ class LossCall:
         return loss, self.inputs[0].new_empty((self.batch,), dtype=torch.float64)
 
     def summing(self, layout: Layout) -> dict[str, Any]:
-        """What the kernels that sum are told: how a chunk is cut, and how its programs become the loss."""
+        """Arguments of the summing kernels: how chunks are divided, and how their sums are combined."""
         columns = min(TILE, max(8, triton.next_power_of_2(self.elements)))
         alone = self.elements <= CHUNK and (self.each or self.batch == 1)
         return {

@@ -153,7 +153,7 @@ def store_anywhere(
     STEPS: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """A sample's elementwise gradients where the plain formula will not do."""
+    """A sample's elementwise gradients where the plain formula is not accurate."""
     for step in range(STEPS):
         element = step * COLUMNS + tl.arange(0, COLUMNS)[None, :].to(INDEX)
         inside = element < elements
@@ -227,7 +227,7 @@ def resident(
         COMPUTE,
     )
     if careful:
-        # From residuals that are read again, a tile at a time: what else is needed would not fit beside all of them.
+        # Residuals are read again, a tile at a time: there are not enough registers to hold all of them.
         if again > 0:
             total = chunk_sum(
                 prediction,

@@ -1,6 +1,6 @@
 """The kernels of the pseudo-Huber losses; pseudo_huber.py launches them.
 
-A chunk's sum is kept in two numbers of the compute type (the second holds what rounding took from the first), because
+A chunk's sum is kept in two numbers of the compute type (the second holds the rounding error of the first), because
 most GPUs are slow in double precision.
 """
 
@@ -43,7 +43,7 @@ def residual(prediction, target, x, weights, sizes, sample, element, inside, COM
 
 @triton.jit
 def add_term(high, low, term):
-    """high + low + term: the sum, and what rounding took from it."""
+    """high + low + term: the sum, and its rounding error."""
     total = high + term
     part = total - high
     return total, low + ((high - (total - part)) + (term - part))
@@ -51,7 +51,7 @@ def add_term(high, low, term):
 
 @triton.jit
 def sum_of(high, low):
-    """A tile's sums, added up: (1,) in float64. What an infinite one lost is not a number and does not count."""
+    """A tile's sums, added up: (1,) in float64. The rounding error of an infinite one is NaN and is dropped."""
     low = tl.where(low == low, low, 0.0)
     return tl.sum(high.to(tl.float64), axis=1) + tl.sum(low, axis=1).to(tl.float64)
 
@@ -152,8 +152,8 @@ def sums(
     if x is not None:
         weights = denoising_weights(levels, sample, sample >= 0, FORM, SCALED, COMPUTE)
     transition = number(c, sample, sample >= 0, COMPUTE)
-    # Squares of float32 overflow above 1.8e19 and lose digits below 1e-19. Where the sum shows that they may have, they
-    # are taken again of residuals times a power of two: exact, and in float32 like everything that elements need.
+    # Squares of float32 overflow above 1.8e19 and lose digits below 1e-19. Where the sum indicates this, they
+    # are recomputed from residuals times a power of two, which is exact.
     scale = tl.full((), 1.0, COMPUTE)
     total = tl.zeros((1,), tl.float64)
     rounds = 1
@@ -180,7 +180,7 @@ def sums(
             total, scale, again = scaled_back(total, scale, transition, ELEMENTWISE)
             rounds += again
         else:
-            # Weights below 0 have no norm, and such a sum says something else where sums are kept.
+            # Negative weights have no norm, and a negative kept sum has another meaning.
             total = tl.where(total < 0.0, float("nan"), total)
     conclude(
         total,
@@ -221,7 +221,7 @@ def conclude(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Store a chunk's sum, and the loss where it needs no other; else the last program makes it of all."""
+    """Store a chunk's sum, and the loss where there is one chunk; otherwise the last program combines all."""
     if finished is None:
         tl.store(totals + item + tl.arange(0, 1), total)
         row = sample.reshape(1)
@@ -259,9 +259,9 @@ def finish_samples(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Chunks become samples, in order, and their values times `scale` a sum.
+    """Combine chunks into samples, in order, and sum their values times `scale`.
 
-    Programs elsewhere wrote the chunks: `.cg` is past L1.
+    Other programs wrote the chunks: `.cg` bypasses L1.
     """
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, batch, BLOCK):
@@ -296,7 +296,7 @@ def finish(
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Samples become the loss. Values of float64 can be finite where their sum is not, but their mean is."""
+    """Combine samples into the loss. The mean of float64 values may be finite where their sum overflows."""
     scale = tl.full((), 1.0, tl.float64)
     reduced = tl.full((), 0.0, tl.float64)
     rounds = 1

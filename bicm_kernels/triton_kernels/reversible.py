@@ -21,17 +21,17 @@ MAX_RATIO = 2**20
 ONE = struct.unpack("<q", struct.pack("<d", 1.0))[0]
 
 Pair = tuple[Tensor, Tensor]
-#: A number's bits, and its place in memory where it has one.
+#: A number's bits, and its address where it has one.
 Argument = tuple[int, tuple[Tensor, int] | None]
 
 
 def float_argument(value: Number | None, like: Tensor) -> Argument:
-    """What a kernel takes for a float, a 0-d or a (B,) tensor: float64's bits, or a tensor with its stride."""
+    """The kernel argument for a float, a 0-d or a (B,) tensor: float64's bits, or a tensor with its stride."""
     if isinstance(value, Tensor):
         checks.check_number(value, like)
         if value.device == like.device:
             return 0, (value, value.stride(0) if value.dim() else 0)
-        value = value.item()  # of the host, which kernels cannot read
+        value = value.item()  # on the host, which kernels cannot read
     return struct.unpack("<q", struct.pack("<d", 0.0 if value is None else value))[0], None
 
 
@@ -41,7 +41,7 @@ def check_bits(fraction_bits: int, dtype: torch.dtype) -> None:
 
 
 def check_tensors(tensors: Sequence[Tensor], info: Tensor, terms: int, bdia: bool) -> None:
-    """A state, then what is weighed: floating tensors and states of its dtype, of one shape on one device."""
+    """A state, then the terms: floating tensors and states of its dtype, of one shape on one device."""
     checks.require(1 <= terms <= checks.MAX_TERMS, "wrong number of coefficients")
     checks.require(len(tensors) - 1 in (terms, terms + 1), "wrong number of tensors")
     first = tensors[0]
@@ -56,7 +56,7 @@ def check_tensors(tensors: Sequence[Tensor], info: Tensor, terms: int, bdia: boo
 
 
 def check_outs(outs: Sequence[tuple[Tensor, Tensor | torch.dtype]], inputs: Sequence[Tensor]) -> None:
-    """Each output like its tensor, or the first input in another dtype; exactly an input or apart from all."""
+    """Each output like its tensor, or the first input in another dtype; exactly an input or disjoint from all."""
     first = inputs[0]
     for out, like in outs:
         dtype = like.dtype if isinstance(like, Tensor) else like
@@ -79,7 +79,7 @@ def check_ratio(n: Integer | None, m: Integer | None, first: Tensor) -> bool:
 
 
 def notes(overflow: Tensor | None, mark: Integer, like: Tensor) -> tuple[tuple[Tensor, int] | None, Any]:
-    """Where overflows are noted, and what is; an empty tensor asks for no notes."""
+    """The overflow tensor and the mark; an empty tensor records nothing."""
     if overflow is None or overflow.shape == (0,):
         return None, (1, None)
     fits = overflow.dtype == torch.int64 and overflow.shape == like.shape[:1] and overflow.device == like.device

@@ -1,6 +1,6 @@
 """Exact steps on tiles: csrc/core/reversible.h in Triton, integer for integer.
 
-The least int64 stands for "not a number": what leaves the range becomes it and stays it.
+The least int64 represents NaN: an element that leaves the range becomes it and stays it.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -21,7 +21,7 @@ MAX_RATIO = tl.constexpr(2**20)
 
 @triton.jit
 def float64(bits):
-    """The number that 64 bits stand for: a kernel takes a Python float in single precision."""
+    """The float64 with these bits: Triton would pass a Python float in single precision."""
     return bits.to(tl.float64, bitcast=True)
 
 
@@ -64,7 +64,7 @@ def load_values(operand, sizes, sample, element, inside, unit):
 
 @triton.jit
 def encode(x):
-    """rint(x). Triton has no rounding to even for float64: what truncation leaves is exact, and decides."""
+    """rint(x). Triton has no rounding to even for float64: truncate, and round by the exact remainder."""
     inside = (x < 9223372036854775808.0) & (x > -9223372036854775808.0)
     x = tl.where(inside, x, 0.0)
     whole = x.to(tl.int64)
@@ -101,7 +101,7 @@ def make_factor(value):
 
 @triton.jit
 def floor_divide(x, by):
-    """Quotient and remainder towards minus infinity, where Triton's own truncate: floor(x/d) = ~floor(~x/d) below 0."""
+    """Quotient and remainder towards minus infinity (Triton's truncate): floor(x/d) = ~floor(~x/d) below 0."""
     sign = x >> 63
     d = by[0].to(tl.uint64)
     size = (x ^ sign).to(tl.uint64)
@@ -116,7 +116,7 @@ def floor_divide(x, by):
 
 @triton.jit
 def multiply_add(x, by, rest):
-    """x by + rest, 0 <= rest < by, and whether it is within [-LARGEST, LARGEST]: told before the product."""
+    """x by + rest, 0 <= rest < by, and whether it is within [-LARGEST, LARGEST], decided before the product."""
     high = by[2] - (rest > by[3]).to(tl.int64)
     low = by[4] + (rest < by[5]).to(tl.int64)
     return x * by[0] + rest, (x <= high) & (x >= low)
@@ -152,7 +152,7 @@ def increments(tiles, weights, per_unit, TERMS: tl.constexpr):
 def note(overflow, mark, mark_tensor, missing, sample, present):
     """Mark the rows in which something is missing and that have no mark yet.
 
-    Programs may share a row: they bring the same mark, and none writes over another, so their order does not matter.
+    Programs may share a row: they write the same mark, and only where there is none, so their order does not matter.
     """
     found = tl.max(missing.to(tl.int32), axis=1, keep_dims=True) != 0
     entry = overflow[0] + sample * overflow[1]
@@ -160,7 +160,7 @@ def note(overflow, mark, mark_tensor, missing, sample, present):
     tl.store(entry, integer(mark, mark_tensor, sample, present), mask=found & present & (before == 0))
 
 
-# What a new call changes: no value of these compiles anything.
+# Arguments that change between calls: no value of these triggers a compilation.
 BITS = ["bits0", "bits1", "bits2", "bits3", "bits4", "guidance_bits"]
 
 

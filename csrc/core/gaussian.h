@@ -1,8 +1,8 @@
 // Steps as Gaussian policies: next = m + s n with an affine mean m, and per sample the log-density of a state under
 // such a step, or the divergence between two steps of one s.
 //
-// Both are sums over a sample of squares of a residual that is formed in the compute type: r = next - m, or r = m_ref - m.
-// Sums and everything that exists once per sample are float64. How a sum is cut depends on the sample's size alone, and
+// Both sum the squares of a residual over a sample; it is formed in the compute type: r = next - m, or r = m_ref - m.
+// Sums and per-sample values are float64. How a sum is divided depends only on the sample's size, and
 // elements are visited in their logical order, so that a step and the density of its result agree to the bit.
 #pragma once
 
@@ -17,12 +17,12 @@ constexpr int kGaussianInputs = 2 * kMaxTerms;
 
 // The map is the mean. Its noise weight is the standard deviation s, and where it draws, `out` is the next state.
 struct Gaussian : Multistep {
-  bool steps;     // forms the next state; else it is given as `next`
-  bool diverges;  // from the step whose mean has the same weights of `reference`
+  bool steps;     // forms the next state; otherwise `next` is given
+  bool diverges;  // a divergence from the step whose mean has the same weights of `reference`
   Operand next;
   Operand reference[kMaxTerms];
 
-  bool adds_up;    // the sum over a sample's elements; else their mean
+  bool adds_up;    // sum over a sample's elements; otherwise mean
   double* totals;  // one sum per chunk of a sample
   void* results;   // one number per sample, in the compute type
 
@@ -46,13 +46,13 @@ BICM_HD double natural_log(double x) {
 
 constexpr double kHalfLogTwoPi = 0x1.d67f1c864beb5p-1;
 
-// As the noise is weighed: the same number whether it came as a float or in a tensor.
+// The noise's weight: the same number whether given as a float or a tensor.
 template <class C>
 BICM_HD double deviation_of(const Gaussian& g, int64_t sample) {
   return static_cast<double>(load_number<C>(g.noise_weight, sample));
 }
 
-// A step without noise is no policy: its density and its divergence count as nothing.
+// A step without noise has no density: its log-density and divergence are 0.
 template <class C>
 BICM_HD double density_of(const Gaussian& g, int64_t sample, double sum) {
   const double s = deviation_of<C>(g, sample), elements = static_cast<double>(g.layout.elements);
@@ -81,7 +81,7 @@ BICM_HD C form_pull(const Gaussian& g, int64_t sample, const C weight[kMaxTerms]
     power = static_cast<C>(float_power(exponent));
     base = base * float_power(-exponent);
   }
-  const int given = g.diverges ? g.terms : 1;  // inputs that are not the mean's
+  const int given = g.diverges ? g.terms : 1;  // inputs that do not belong to the mean
   if (!g.diverges) factor[0] = static_cast<C>(-base);
   BICM_UNROLL(5)
   for (int k = 0; k < kMaxTerms; ++k) {

@@ -1,6 +1,6 @@
-// The normal numbers that torch's CPU generator makes of its words, to the bit: Box-Muller on polynomials of the Cephes
-// library (Moshier), with every product that meets a sum fused into it, as in torch's own vector code. Generic over a
-// lane type F. Another build of torch may round elsewhere: whoever calls this compares first.
+// Normal numbers from the words of torch's CPU generator, with torch's bits: Box-Muller on polynomials of the Cephes
+// library (Moshier), with fused multiply-adds as in torch's own vector code. Generic over a
+// lane type F. Another build of torch may round differently: callers compare with torch first.
 #pragma once
 
 #include "normal.h"
@@ -21,13 +21,13 @@ BICM_HD F fused_log(F x) {
   F p = Ops::all(7.0376836292e-2f);
   BICM_UNROLL(8)
   for (float power : kPowers) p = Ops::fused(p, f, Ops::all(power));
-  // ln 2 in two pieces, of which the larger has few enough bits that e times it is exact.
+  // ln 2 in two parts; the larger has few enough bits that its product with e is exact.
   p = Ops::fused(p * f, f2, e * -2.12194440e-4f);
   p = Ops::fused(f2, Ops::all(-0.5f), p);
   return Ops::fused(e, Ops::all(0.693359375f), f + p);
 }
 
-// (cos x, sin x) for x in [0, 2 pi]: an even number of eighths of a turn is taken away, in three pieces.
+// (cos x, sin x) for x in [0, 2 pi]: an even number of eighths of a turn is subtracted, in three parts.
 template <class F>
 BICM_HD void fused_cos_sin(F x, F& cosine, F& sine) {
   using Ops = LaneOps<F>;
@@ -56,7 +56,7 @@ BICM_HD F generator_uniform(typename LaneOps<F>::Word word) {
   return LaneOps<F>::to_float(bit_cast<typename LaneOps<F>::Int>(word & 0xFFFFFFu)) * 0x1p-24f;
 }
 
-// A pair of normal numbers from a pair of uniform ones, radius and angle. Adding 0 leaves no negative zero.
+// A pair of normal numbers from two uniform ones, radius and angle. Adding 0 removes negative zeros.
 template <class F>
 BICM_HD void generator_normal(F first, F second, F& cosine, F& sine) {
   const F radius = LaneOps<F>::square_root(fused_log(-first + 1.0f) * -2.0f);

@@ -1,4 +1,4 @@
-// float16 and bfloat16 as bit patterns: exact to float32, rounded once to nearest even on the way back.
+// float16 and bfloat16 as bit patterns: exact to float32, rounded once to nearest even in the other direction.
 #pragma once
 
 #include "platform.h"

@@ -1,12 +1,12 @@
-// Where residuals or c are so large or so small that their squares overflow or lose digits, both are multiplied by a power
-// of two first, which is exact. Everywhere else the power is 1, and the bits are those of the plain formulas.
+// Where the squares of residuals or c would overflow or lose digits, both are multiplied by a power
+// of two first, which is exact. Otherwise the power is 1, and the bits are those of the plain formulas.
 #pragma once
 
 #include "preconditioning.h"
 
 BICM_NAMESPACE_BEGIN
 
-// What zero is divided by where zero over zero is meant to be zero: x, or any other number for x = 0. Compilers make a
+// Safe divisor: 0/0 gives 0. Returns x, or a nonzero number for x = 0. Compilers make a
 // branch of a division by 1 or 2, and a loop with a branch is not vectorised.
 template <class C>
 BICM_HD C nonzero(C x) {
@@ -22,8 +22,8 @@ template <>
 struct Range<float> {
   static constexpr float largest = 0x1.fffffep127f;
   static constexpr float least = 0x1p-63f, most = 0x1p63f;  // numbers whose squares, and sums of two, are normal
-  static constexpr float faint = 0x1p-50f;                  // from here on c^2 hides what squares below least^2 lose
-  static constexpr float common = 0x1p50f;  // up to here c^2 is nothing beside a square near the largest
+  static constexpr float faint = 0x1p-50f;                  // from here on c^2 absorbs what squares below least^2 lose
+  static constexpr float common = 0x1p50f;  // up to here c^2 is negligible against a square near the largest
   static constexpr float grow = 0x1p96f, shrink = 0x1p-66f;
 };
 template <>
@@ -35,7 +35,7 @@ struct Range<double> {
   static constexpr double grow = 0x1p600, shrink = 0x1p-514;
 };
 
-// The power of two at which the squares of a residual of this size and of c have all the digits of their sum.
+// The power of two by which squares of a residual of this size and of c keep all digits of their sum.
 template <class C>
 BICM_HD C power_for(C size, C c) {
   using R = Range<C>;
@@ -63,7 +63,7 @@ BICM_HD C distance_anywhere(C r, C c, C scale) {
   using R = Range<C>;
   const C size = absolute(r), finite = size > R::largest ? R::largest : size;
   const C power = power_for(size, c), x = finite * power, y = c * power;
-  // The quotient of squares, whose bits are the plain formula's; or of the numbers themselves, times the residual.
+  // The quotient of squares, with the plain formula's bits; or the quotient of the numbers, times the residual.
   const bool plain = power == C(1) && size >= R::least;
   const C quotient = (plain ? x * x : x) / nonzero(root(x * x + y * y) + y);
   return quotient * scale * (plain ? C(1) : size);

@@ -7,7 +7,7 @@
 
 #if defined(BICM_EMULATE)
 namespace bicm::emulator {
-inline void count_number(const void* address, size_t bytes);  // the emulator's, which sees what it is told of
+inline void count_number(const void* address, size_t bytes);  // the emulator's; it counts what is passed here
 }
 #endif
 
@@ -19,7 +19,7 @@ inline void see_number(const void* from, size_t bytes) { ::bicm::emulator::count
 BICM_HD void see_number(const void*, size_t) {}
 #endif
 
-// The only way to what a batch or a sample has one of, so that the emulator sees these reads too.
+// All reads of per-batch and per-sample numbers go through here, so that the emulator counts them too.
 template <class T>
 BICM_HD T number_at(const void* data, int64_t i) {
   const T* from = static_cast<const T*>(data) + i;

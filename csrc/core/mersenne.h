@@ -9,7 +9,7 @@ constexpr int kMersenneWords = 624;
 constexpr int kMersenneFar = 397;  // x[k + 624] = x[k + 397] ^ twist of x[k] and x[k + 1]
 constexpr int kMersenneSpare = 16;
 
-// The state, and which of its words is given out next; behind the words, room to repeat the first ones.
+// The state and the index of its next word; after the words, room for a copy of the first ones.
 struct Mersenne {
   uint32_t words[kMersenneWords + kMersenneSpare];
   int32_t next;

@@ -16,9 +16,9 @@ struct Noise {
   Operand out;
 };
 
-// One noise at two levels: low = x + sigma_low n, high = x + sigma_high n, with x_hat for x where the mask says so; each
-// times c_in of its level where it is scaled. Where it generates, x_hat holds the network's output F at the low level:
-// then it is c_skip (x + sigma_low n) + c_out F that takes the place of x, and never exists.
+// One noise at two levels: low = x + sigma_low n, high = x + sigma_high n, with x_hat for x where the mask is true;
+// each times c_in of its level if scaled. If `generates`, x_hat holds the network's output F at the low level: then
+// c_skip (x + sigma_low n) + c_out F replaces x, and is never stored.
 struct NoisyPair {
   Layout layout;
   bool float64;
@@ -28,8 +28,8 @@ struct NoisyPair {
   Number sigma_low, sigma_high;
   bool scales;
   Number sigma_data;
-  bool generates, to_least;  // by the parameterisation cm, whose weights differ
-  Number end;                // the level that the network leads to
+  bool generates, to_least;  // to_least: parameterisation cm, whose weights differ
+  Number end;                // the network's target level
   NoiseKey key;
   Operand low, high;
 };
@@ -43,13 +43,13 @@ BICM_HD Quad<uint32_t> random_quad(const SampleKey& k, int64_t quad) {
   return philox(Quad<uint32_t>{{static_cast<uint32_t>(q), static_cast<uint32_t>(q >> 32), k.sample, k.step}}, k.key);
 }
 
-// What a noisy sample of the pair is multiplied by.
+// The scale of a noisy sample of the pair.
 template <class C>
 BICM_HD C pair_scale(const NoisyPair& p, int64_t sample, C sigma) {
   return p.scales ? c_in(sigma, load_number<C>(p.sigma_data, sample)) : C(1);
 }
 
-// Whether x_hat, or what the network generates, takes the place of a sample.
+// Whether x_hat, or the network's prediction, replaces a sample.
 BICM_HD bool takes_place(const NoisyPair& p, int64_t sample) {
   return p.mask == nullptr ? p.generates : p.mask[sample * p.mask_stride];
 }

@@ -1,6 +1,6 @@
 // From random bits to uniform and normal numbers, generic over a lane type F (float, or a vector of floats); LaneOps
-// of that type says how its machine does the few things that operators cannot. No operation may be contracted or reordered:
-// every backend performs exactly these float32 operations, so that noise is the same bits everywhere.
+// of that type implements the few operations that operators cannot express. No operation may be contracted or
+// reordered: every backend performs exactly these float32 operations, so that noise is the same bits everywhere.
 #pragma once
 
 #include "philox.h"
@@ -28,8 +28,8 @@ struct LaneOps<float> {
 #endif
 };
 
-// 2^32 u, for u in (0, 1]: 2^-33 at the least, exactly 1 at the most. A power of two rounds nothing, so whoever scales u
-// afterwards may leave it out here.
+// 2^32 u, for u in (0, 1], i.e. u from 2^-33 to exactly 1. A power of two rounds nothing, so code that scales u
+// afterwards may omit it here.
 template <class F>
 BICM_HD F scaled_uniform_from_bits(typename LaneOps<F>::Word bits) {
   return LaneOps<F>::to_float(bits) + 0.5f;
@@ -40,8 +40,8 @@ BICM_HD F uniform_from_bits(typename LaneOps<F>::Word bits) {
 }
 
 // -2 log(u) for normal u > 0, given 2^Scale u: u = 2^e m with m in [sqrt(1/2), sqrt(2)), f = m - 1, log m = f - f^2/2 +
-// f^3 P(f) with P minimax for the relative error of log m. The factor is in the coefficients, where it rounds nothing.
-// Exactly 0 at 1. The halves of P are short chains that a processor computes side by side.
+// f^3 P(f) with P minimax for the relative error of log m. The factor is in the coefficients and adds no rounding.
+// Exactly 0 at 1. The halves of P are short dependency chains that a processor computes in parallel.
 template <int Scale, class F>
 BICM_HD F minus_two_log(F scaled) {
   using I = typename LaneOps<F>::Int;
@@ -52,7 +52,7 @@ BICM_HD F minus_two_log(F scaled) {
   const F high = (f * 0x1.38c9dep-3f + -0x1.055ec6p-2f) * f2 + (f * 0x1.0d8242p-2f + -0x1.22d92ep-2f);
   const F low = (f * 0x1.54728ap-2f + -0x1.99a01cp-2f) * f2 + (f * 0x1.000226p-1f + -0x1.555554p-1f);
   const F p = high * (f2 * f2) + low;
-  // 2 ln 2 in two pieces: the first has few enough bits that e times it is exact.
+  // 2 ln 2 in two parts: the first has few enough bits that its product with e is exact.
   const F tail = (f2 * (f * p) + e * 0x1.bd0106p-12f) + f2;
   return (tail - (f + f)) + e * -0x1.63p+0f;
 }

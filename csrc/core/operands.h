@@ -1,4 +1,4 @@
-// What a kernel is told: plain data, the same for CPU and CUDA, passed by value. No functions live here, so that units
+// A kernel's arguments: plain data, the same for CPU and CUDA, passed by value. No functions here, so that units
 // compiled for different instruction sets share these types.
 #pragma once
 
@@ -20,7 +20,7 @@ struct Layout {
 };
 
 // A tensor in that layout; strides count elements. Dense: the elements of a sample are adjacent, in row-major order.
-// Streams: an output so large that the cache could not keep it; written past the cache, it need not be read first.
+// Streams: an output too large for the cache; non-temporal stores avoid reading it first.
 struct Operand {
   void* data;
   int64_t batch_stride;
@@ -43,7 +43,7 @@ struct Integer {
   int64_t stride;
 };
 
-// Where a sample's noise comes from. `counts`: the sample's place in the batch is added to its id.
+// The key of a sample's noise. `counts`: the sample's index in the batch is added to its id.
 struct NoiseKey {
   Integer seed, step, sample;
   bool counts;

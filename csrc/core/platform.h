@@ -1,4 +1,4 @@
-// What the mathematics needs to know of its compiler: host or device, and which namespace it lives in.
+// Compiler-dependent definitions for core/: host or device, and the namespace.
 #pragma once
 
 #include <stddef.h>
@@ -10,7 +10,7 @@
 #define BICM_HD inline __attribute__((always_inline))
 #endif
 
-// Before a loop that must not remain a loop: its arrays live in registers.
+// Before a loop that must be unrolled: its arrays are in registers.
 #if defined(__CUDA_ARCH__)
 #define BICM_UNROLL(count) _Pragma("unroll")
 #elif defined(__CUDACC__)
@@ -20,14 +20,14 @@
 #define BICM_UNROLL(count) BICM_PRAGMA(GCC unroll count)
 #endif
 
-// Before a loop that runs rarely and must remain one: copies of its body would be in the way of what runs always.
+// Before a rarely executed loop that must not be unrolled: copies of its body would slow the common path.
 #if defined(__CUDA_ARCH__)
 #define BICM_LOOP _Pragma("unroll 1")
 #else
 #define BICM_LOOP
 #endif
 
-// Every unit that is compiled once per instruction set lives in an inline namespace of its own. Without it the
+// Every unit that is compiled once per instruction set has its own inline namespace. Without it the
 // linker may take the AVX-512 copy of an inline function for the baseline and crash older processors.
 #if !defined(BICM_ISA)
 #define BICM_ISA portable

@@ -1,7 +1,7 @@
-// Preconditioning: the weights that join a sample and a network's output, f(x, t, u) = c_skip x + c_out F(c_in x).
+// Preconditioning: the weights of a sample and a network's output, f(x, t, u) = c_skip x + c_out F(c_in x).
 //
 // s = sigma_data^2 + t t is formed once and its root r once; the order of operations is part of the contract. `scaled`:
-// the sample is c_in(t) x, which is what the network was given, and c_skip becomes c_skip / c_in = c_skip r.
+// the sample is c_in(t) x, the network's input, and c_skip becomes c_skip / c_in = c_skip r.
 #pragma once
 
 #include "normal.h"

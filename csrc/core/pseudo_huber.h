@@ -1,7 +1,7 @@
-// Pseudo-Huber distances of a residual r: per sample sqrt(|r|^2 + c^2) - c, or the mean of the same over elements; or its
-// square |r|^2.
+// Pseudo-Huber distances of a residual r: per sample sqrt(|r|^2 + c^2) - c, or the mean of the same over elements; or
+// its square |r|^2.
 //
-// The residual is formed in the compute type; sums over a sample and everything that exists once per sample are float64.
+// The residual is formed in the compute type; sums over a sample and per-sample values are float64.
 #pragma once
 
 #include "hypotenuse.h"
@@ -31,8 +31,8 @@ struct PseudoHuber {
   bool given_c;
   Number c, weight;
 
-  // The terms of a sample's sum are weighed one by one: w r^2, or w times an elementwise distance. They are float64 then,
-  // and neither taken again nor kept in other units.
+  // The terms of a sample's sum are weighted one by one: w r^2, or w times an elementwise distance. They are float64
+  // then, and neither recomputed nor kept in other units.
   bool weighs;
   Operand element_weight;
 
@@ -44,7 +44,7 @@ struct PseudoHuber {
   Operand gradient[kLossInputs];
 };
 
-// A gradient that was formed for an upstream of 1, to be multiplied by what upstream is.
+// A gradient that was formed for an upstream of 1, to be multiplied by the actual upstream.
 struct KeptGradient {
   Layout layout;
   Operand gradient;
@@ -55,13 +55,13 @@ struct KeptGradient {
 
 BICM_NAMESPACE_BEGIN
 
-// sqrt(s + c^2) - c without its cancellation where s << c^2; 0 at s = c = 0.
+// sqrt(s + c^2) - c without cancellation where s << c^2; 0 at s = c = 0.
 template <class C>
 BICM_HD C pseudo_huber_distance(C s, C c) {
   return s / nonzero(root(s + c * c) + c);
 }
 
-// Whether a sample's sum is of squares; else of elementwise distances.
+// Whether a sample's sum is of squares; otherwise of elementwise distances.
 BICM_HD bool sums_squares(const PseudoHuber& p) { return p.distance != Distance::elementwise; }
 
 // Whether gradients depend on the sum of their sample.
@@ -71,10 +71,10 @@ BICM_HD double transition_of(const PseudoHuber& p, int64_t sample) {
   return p.given_c ? load_number<double>(p.c, sample) : 0.00054 * root(static_cast<double>(p.layout.elements));
 }
 
-// --- sums that float64 does not hold, where it is the compute type ---
+// --- sums outside float64's range, where it is the compute type ---
 
-// A sum of squares outside of these bounds is kept as minus the norm: in units of kLargeUnit, which make it 1 at least, or of
-// kSmallUnit, which make it less. An elementwise sum above kMostSum is kept as minus the sum, in units of kLargeUnit.
+// A sum of squares outside these bounds is kept as minus the norm: in units of kLargeUnit, where it is at least 1, or
+// of kSmallUnit, where it is less. An elementwise sum above kMostSum is kept as minus the sum, in units of kLargeUnit.
 constexpr double kMostSum = 0x1p1000, kLeastSum = 0x1p-960;
 constexpr double kLargeUnit = 0x1p500, kSmallUnit = 0x1p-430;
 
@@ -117,7 +117,7 @@ BICM_HD double add_sums(const PseudoHuber& p, double a, double b) {
 
 // --- a sample's distance and slope, from its sum ---
 
-// Whether the plain formulas will do. Squares of float32 are far from the bounds of float64.
+// Whether the plain formulas suffice. Squares of float32 are far from the bounds of float64.
 template <class C>
 BICM_HD bool squares_add(double sum, double c) {
   return sizeof(C) < sizeof(double) || (sum >= 0.0 && sum <= kMostSum && c <= kLargeUnit);
@@ -142,12 +142,12 @@ BICM_HD double distance_of(const PseudoHuber& p, int64_t sample, double sum) {
   return n / (hypotenuse(n, y) + y) * norm.value * norm.unit;
 }
 
-// Values of float64 can be finite where their sum is not, but their mean is: they are multiplied by this first.
+// Scale applied to values before summing: the mean of float64 values may be finite where their sum overflows.
 constexpr double kForMeans = 0x1p-64;
 BICM_HD bool overflows(double total) { return !(absolute(total) <= Range<double>::largest); }
 
 // The derivative of the reduced loss with respect to the residual is factor times (power r), or, elementwise, factor
-// times r / sqrt(r^2 + c^2). The incoming gradient is part of it, so a scaled loss loses no digits in float16.
+// times r / sqrt(r^2 + c^2). The factor includes the upstream gradient, so a scaled loss loses no digits in float16.
 struct Slope {
   double factor, power;
 };
@@ -158,7 +158,7 @@ BICM_HD bool outside_float(double x) {
   return exponent != 0 && exponent - (1023u - 126u) > 252u;
 }
 
-// The power of two below a number, as near as float32 holds it and its reciprocal.
+// The power of two below a number, limited to those that float32 can represent with their reciprocal.
 BICM_HD int exponent_for_float(double x) {
   const int exponent = static_cast<int>(bit_cast<uint64_t>(x) >> 52 & 0x7FFu) - 1023;
   return exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
@@ -198,16 +198,16 @@ BICM_HD double weighed_term(const PseudoHuber& p, C r, C c, C weight) {
   return static_cast<double>(weight) * term;
 }
 
-// Below 0, which weights below 0 may make it, there is no norm; and such a number says something else where sums are kept.
+// Negative weights may give a negative sum: it has no norm, and a negative kept sum has another meaning.
 BICM_HD double weighed_sum(double sum) { return sum < 0.0 ? __builtin_nan("") : sum; }
 
-// What a factor of the sample makes the gradient.
+// The gradient from the sample's factor.
 template <class C>
 BICM_HD C weighed_slope(const PseudoHuber& p, C r, C c, C power, C weight) {
   return (sums_squares(p) ? r * power : slope_anywhere(r, c)) * weight;
 }
 
-// --- which sums to take again ---
+// --- which sums to recompute ---
 
 template <class C>
 struct SumRange;
@@ -222,7 +222,7 @@ struct SumRange<double> {
   static constexpr double least = 0x1p-520, least_steep = 0x1p-430, most = 0x1p500;
 };
 
-// Below this, what underflows may be part of the first digits of a part's sum.
+// Below this, underflow may affect the leading digits of a partial sum.
 template <class C>
 BICM_HD double least_sum(const PseudoHuber& p, C c) {
   using S = SumRange<C>;
@@ -230,21 +230,21 @@ BICM_HD double least_sum(const PseudoHuber& p, C c) {
   return c < Range<C>::faint ? S::least_steep : S::least;
 }
 
-// Whether none of the terms that add up to this can have overflowed, and what underflowed does not count.
+// Whether no term of this sum can have overflowed, and underflow is negligible.
 template <class C>
 BICM_HD bool trusted(const PseudoHuber& p, double sum, C c) {
   if (sums_squares(p)) return sum >= least_sum(p, c) && sum <= SumRange<C>::most_square;
   return sum >= least_sum(p, c) && sum <= SumRange<C>::most && c <= Range<C>::common;
 }
 
-// Elementwise, whether every slope has its digits from the plain formula.
+// Elementwise, whether the plain formula is accurate for every slope.
 template <class C>
 BICM_HD bool plain_slopes(double sum, C c) {
   return sum >= 0.0 && sum <= SumRange<C>::most && c >= Range<C>::faint && c <= Range<C>::common;
 }
 
-// What residuals, or elementwise distances, are multiplied by where a sum is taken again. Distances at a large c can be
-// anything where the plain formula finds 0.
+// The scale of residuals, or elementwise distances, where a sum is recomputed. Distances at a large c can have any
+// size where the plain formula gives 0.
 constexpr double kLittle = 0x1p20;
 template <class C>
 BICM_HD C scale_of(const PseudoHuber& p, double sum, C c) {
@@ -254,7 +254,7 @@ BICM_HD C scale_of(const PseudoHuber& p, double sum, C c) {
   return c <= Range<C>::common ? Range<C>::grow : static_cast<C>(kLittle);
 }
 
-// A part's sum, from one that was taken with a scale.
+// A partial sum, from one that was computed with a scale.
 template <class C>
 BICM_HD double keep_sum(const PseudoHuber& p, double sum, C scale) {
   constexpr double grown = Range<C>::grow, inverse = 1.0 / grown;

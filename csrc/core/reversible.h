@@ -1,7 +1,8 @@
-// Bit-exact reversible updates: integer states on a fixed-point grid. An increment is formed in float64 and rounded once;
-// one direction adds it, the other subtracts it. A rational factor keeps what its division drops in a buffer.
+// Bit-exact reversible updates: integer states on a fixed-point grid. An increment is formed in float64 and rounded
+// once; one direction adds it, the other subtracts it. A rational factor keeps the remainders of its division in a
+// buffer.
 //
-// kMissing stands for "not a number": what leaves the range becomes it and stays it.
+// kMissing represents NaN: an element that leaves the range becomes it and stays it.
 #pragma once
 
 #include "keys.h"
@@ -54,8 +55,8 @@ BICM_NAMESPACE_BEGIN
 // 2^exponent for small exponents.
 BICM_HD double power_of_two(int exponent) { return bit_cast<double>(static_cast<uint64_t>(exponent + 1023) << 52); }
 
-// Rounded to nearest even. Without an instruction for it: both halves' values are made of their bits, so that the sum is
-// the only rounding.
+// Rounded to nearest even. Without an instruction for it, both halves are converted exactly through their bits; the
+// sum is the only rounding.
 BICM_HD double to_double(int64_t x) {
 #if defined(__CUDA_ARCH__) || defined(BICM_ISA_AVX512)
   return static_cast<double>(x);
@@ -83,7 +84,8 @@ BICM_HD int64_t to_integer(double x) {
 
 BICM_HD int64_t largest_of(DType dtype) { return dtype == DType::int32 ? 0x7FFFFFFF : kLargest; }
 
-// Masks, all ones where the condition holds, because compilers do not vectorise every branch; scalar code prefers them.
+// Masks, all ones where the condition holds, because compilers do not vectorise every branch; scalar code is faster
+// too.
 BICM_HD int64_t mask_of(bool condition) { return -static_cast<int64_t>(condition); }
 BICM_HD int64_t choose(int64_t mask, int64_t yes, int64_t no) {
 #if defined(BICM_ISA_AVX2) || defined(BICM_ISA_AVX512)
@@ -93,7 +95,7 @@ BICM_HD int64_t choose(int64_t mask, int64_t yes, int64_t no) {
 #endif
 }
 
-// The number that an element stands for: NaN, all of whose bits are ones, where it is missing.
+// The number that an element represents: NaN, with all bits set, where it is missing.
 BICM_HD double decode(int64_t q, int64_t largest, double unit) {
   return bit_cast<double>(bit_cast<int64_t>(to_double(q) * unit) | mask_of(q == -largest - 1));
 }
@@ -152,8 +154,8 @@ struct Division {
   int64_t quotient, remainder;
 };
 
-// Towards minus infinity: floor(x/d) = ~floor(~x/d) for negative x. With r = floor((2^64 - 1)/d), a r/2^64 falls short of
-// a/d by at most a/2^64 < 1/2 for a < 2^63, so its floor is the quotient or one less.
+// Towards minus infinity: floor(x/d) = ~floor(~x/d) for negative x. With r = floor((2^64 - 1)/d), a r/2^64 falls short
+// of a/d by at most a/2^64 < 1/2 for a < 2^63, so its floor is the quotient or one less.
 BICM_HD Division floor_divide(int64_t x, const Factor& by) {
   const uint64_t sign = static_cast<uint64_t>(x >> 63), d = static_cast<uint64_t>(by.value);
   const uint64_t size = static_cast<uint64_t>(x) ^ sign;
@@ -166,14 +168,14 @@ BICM_HD Division floor_divide(int64_t x, const Factor& by) {
   return {static_cast<int64_t>(quotient ^ sign), static_cast<int64_t>((remainder ^ sign) + (d & sign))};
 }
 
-// x by + rest, 0 <= rest < by, and a mask of whether it is within [-kLargest, kLargest]: told before the product.
+// x by + rest, 0 <= rest < by, and a mask of whether it is within [-kLargest, kLargest], decided before the product.
 BICM_HD int64_t multiply_add(int64_t x, const Factor& by, int64_t rest, int64_t& fits) {
   const int64_t high = by.high + mask_of(rest > by.high_rest), low = by.low - mask_of(rest < by.low_rest);
   fits = mask_of((x <= high) & (x >= low));
   return static_cast<int64_t>(static_cast<uint64_t>(x) * static_cast<uint64_t>(by.value) + static_cast<uint64_t>(rest));
 }
 
-// q to/from, and the buffer's next value, from which the same function with the factors exchanged finds the way back
+// q to/from, and the buffer's next value, which the same function with the factors exchanged undoes
 // (Maclaurin, Duvenaud & Adams 2015).
 BICM_HD int64_t scale(int64_t q, const Factor& from, const Factor& to, int64_t& buffer) {
   const Division state = floor_divide(q, from);
@@ -184,7 +186,7 @@ BICM_HD int64_t scale(int64_t q, const Factor& from, const Factor& to, int64_t& 
   return choose(fits & also_fits & mask_of(q != kMissing), scaled, kMissing);
 }
 
-// What the elements of a sample share.
+// Values shared by the elements of a sample.
 struct Exact {
   double weight[kMaxTerms], guidance_scale;
   double unit, per_unit;  // 2^-fraction_bits and its inverse
@@ -219,7 +221,7 @@ BICM_HD Exact exact_of(const Reversible& p, int64_t sample) {
     for (int k = 0; k < kMaxTerms; ++k) e.weight[k] = raw[k];
   }
   const bool valid = n >= 1 && n <= kMaxRatio && m >= 1 && m <= kMaxRatio;
-  if (!valid) {  // nothing comes of it but "missing"
+  if (!valid) {  // the result is missing
     BICM_UNROLL(8)
     for (int k = 0; k < kMaxTerms; ++k) e.weight[k] = bit_cast<double>(uint64_t{0x7FF8000000000000});
   }

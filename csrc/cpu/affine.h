@@ -1,4 +1,4 @@
-// What the units of an affine map share: its inputs staged where they do not lie ready, guidance, keyed noise, the fold.
+// Shared by the units of an affine map: staging of inputs, guidance, keyed noise, the fold.
 #pragma once
 
 #include "../core/multistep.h"
@@ -18,7 +18,8 @@ struct Weights {
   C of[K];
 };
 
-// out[i] = ((w_0 x_0 + w_1 x_1) + ...) + w_n n. Exact aliasing of out and an input is fine: each i is read, then written.
+// out[i] = ((w_0 x_0 + w_1 x_1) + ...) + w_n n. Exact aliasing of out and an input is fine: each i is read, then
+// written.
 template <class C, int K, bool Draws>
 void fold(const C* const* x, const C* weights, const float* noise, C noise_weight, C* out, int64_t count) {
   const Weights<C, K> weight(weights);
@@ -43,7 +44,8 @@ void fold_terms(int terms, const C* const* x, const C* weight, const float* nois
   }
 }
 
-// Keeps the buffers from lying a multiple of a page apart, where they would compete for the same cache sets.
+// Keeps the buffers' addresses from differing by a multiple of a page, where they would compete for the same cache
+// sets.
 constexpr int64_t kPad = 48;
 
 template <class C>
@@ -66,7 +68,7 @@ void load_inputs(const Multistep& m, const Unit& unit, Inputs<C>& buffers, const
   x[m.terms - 1] = guided;
 }
 
-// Noise of weight zero is not drawn.
+// Noise with weight zero is not drawn.
 template <class C>
 C draw(const Multistep& m, const Unit& unit, Inputs<C>& buffers) {
   if (!m.draws) return C(0);
@@ -79,7 +81,7 @@ C draw(const Multistep& m, const Unit& unit, Inputs<C>& buffers) {
   return weight;
 }
 
-// Elements `done` to `done + width` of a unit, or of what follows it in the sample.
+// Elements `done` to `done + width` of a unit, possibly past its end within the sample.
 inline Unit part_of(const Layout& layout, const Unit& unit, int64_t done, int64_t width) {
   const int64_t left = layout.elements - unit.begin - done;
   return {unit.sample, unit.begin + done, left < width ? left : width};
@@ -87,7 +89,7 @@ inline Unit part_of(const Layout& layout, const Unit& unit, int64_t done, int64_
 
 #if defined(BICM_VECTOR)
 
-// The guided block of an unconditional one that is loaded.
+// The guided block, from the unconditional one that is loaded.
 template <bool kFloats>
 BICM_HD Block guided_block(const Block& u, const Run& conditional, float scale, int64_t i) {
   const Block c = load_block<kFloats>(conditional, i);

@@ -72,7 +72,7 @@ BICM_HD void store_bfloat16(const Block& x, uint16_t* to) {
 #endif
 }
 
-// Elements `place` to `place + kBlock` behind an address.
+// Elements `place` to `place + kBlock` after an address.
 BICM_HD Block load_block(const void* data, DType dtype, int64_t place) {
   if (dtype == DType::float32) {
     const float* from = static_cast<const float*>(data) + place;
@@ -85,7 +85,7 @@ BICM_HD Block load_block(const void* data, DType dtype, int64_t place) {
   return each_part([&](int i) { return halves_to_floats(reinterpret_cast<const Half*>(from + i * kLanes)); });
 }
 
-// Past the cache, to whole vectors' boundaries.
+// Non-temporal, aligned to whole vectors.
 inline void stream_block(const Block& x, float* data) {
   BICM_UNROLL(4)
   for (int i = 0; i < kBlockVectors; ++i) {
@@ -111,7 +111,7 @@ BICM_HD void store_block(const Block& x, void* data, DType dtype, int64_t place)
   }
 }
 
-// A unit of a dense operand of 16 or 32 bits. `streams`: is written past the cache, vector by vector.
+// A unit of a dense operand of 16 or 32 bits. `streams`: written with non-temporal stores, vector by vector.
 struct Run {
   void* data;
   DType dtype;
@@ -125,8 +125,8 @@ inline Run run_of(const Operand& x, const Unit& unit) {
   return {static_cast<char*>(x.data) + (unit.sample * x.batch_stride + unit.begin) * size, x.dtype, false};
 }
 
-// What is written past the cache goes there as whole lines: from registers where they lie on lines, else in one burst
-// from a buffer, because stores among loads would leave with half a line.
+// Non-temporal stores write whole cache lines: from registers where they are aligned to lines, otherwise in one burst
+// from a buffer, because stores between loads would flush partial lines.
 inline Run target_of(const Operand& x, const Unit& unit, void* buffer) {
   const Run run = run_of(x, unit);
   if (!x.streams) return run;

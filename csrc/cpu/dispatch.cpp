@@ -1,4 +1,4 @@
-// One table of kernels per instruction set, and the choice among them at run time.
+// One table of kernels per instruction set, and the choice between them at run time.
 #include <string.h>
 
 #include "kernels.h"

@@ -12,7 +12,7 @@ struct Buffers : Inputs<C> {
   alignas(64) C mean[kChunk + kPad];
   alignas(64) C other[kChunk + kPad];
   alignas(64) C residual[kChunk + kPad];
-  int64_t weighed = -1;  // the sample whose numbers these are
+  int64_t weighed = -1;  // the sample that these numbers belong to
   C weight[kMaxTerms];
   Pull<C> pull;
 };
@@ -25,7 +25,7 @@ void know_sample(const Gaussian& g, int64_t sample, Buffers<C>& buffers) {
   if (g.differentiates) buffers.pull = pull_of(g, sample, buffers.weight);
 }
 
-// As a tensor of this dtype would hold them.
+// Rounded to a tensor's dtype.
 template <class T, class C>
 void round_as(C* x, int64_t count) {
   if constexpr (!Same<T, C>::value) {
@@ -48,7 +48,7 @@ void subtract(const C* a, const C* b, C* out, int64_t count) {
   for (int64_t i = 0; i < count; ++i) out[i] = a[i] - b[i];
 }
 
-// What the mean is subtracted from, in the compute type: the next state, formed here or given, or the reference's mean.
+// The minuend of the residual, in the compute type: the next state, formed here or given, or the reference's mean.
 template <class C>
 const C* minuend(const Gaussian& g, const Unit& unit, C noise_weight, Buffers<C>& buffers) {
   if (g.diverges) {
@@ -95,7 +95,7 @@ BICM_HD Block rounded(const Block& x, DType dtype) {
   });
 }
 
-// A mean of runs; the last of them may have a partner.
+// The mean of contiguous runs; the last operand may have a partner.
 struct Mean {
   Run input[kMaxTerms], conditional;
   bool guided;

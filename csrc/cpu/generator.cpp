@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kBlock = 16;  // torch takes eight radii, then eight angles
 constexpr int kPart = 2 * kLanes;
-constexpr int kParts = kLanes / 4;  // vectors side by side, as many as there are registers for
+constexpr int kParts = kLanes / 4;  // independent vectors, as many as fit in registers
 constexpr int kGroup = kParts * kPart;
 
 static_assert(kMersenneWords % kLanes == 0 && kMersenneSpare >= kLanes && kChunk % kGroup == 0, "whole vectors");
@@ -25,7 +25,7 @@ BICM_HD Vector load_words(const T* from) {
   return x;
 }
 
-// The next 624 words. The first of them are repeated behind the last, where the later ones look for them.
+// The next 624 words. The first ones are repeated after the last, where later ones read them.
 inline void renew(Mersenne& state) {
   constexpr int behind = kMersenneWords - kMersenneFar;
   uint32_t* const x = state.words;
@@ -54,7 +54,7 @@ inline void fill_uniform(Mersenne& state, float* out, int64_t count) {
   }
 }
 
-// From two blocks to their radii and their angles, and back again. A narrower vector holds one or the other already.
+// From two blocks to their radii and angles, and back. Narrower vectors hold one or the other already.
 #if defined(BICM_ISA_AVX512)
 BICM_HD void swap_halves(Floats& a, Floats& b) {
   const __m512 low = _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44);
@@ -96,7 +96,7 @@ bool generator_normals(Mersenne& state, float* out, int64_t count) {
     __builtin_memcpy(out + done + i, last, static_cast<size_t>(blocks - i) * sizeof(float));
   }
   if (count % kBlock == 0) return true;
-  // What is left of a block is the end of one that is drawn anew.
+  // The rest of a block is the end of a block that is drawn again.
   fill_uniform(state, u, kBlock);
   normals_of(u, last);
   __builtin_memcpy(out + count - kBlock, last, kBlock * sizeof(float));

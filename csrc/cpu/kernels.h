@@ -42,14 +42,14 @@ struct Kernels {
 };
 
 // The kernels of the instruction set with this name (scalar, avx2, avx512), or null where this build or this processor
-// has none; an empty name asks for the best.
+// has none; an empty name selects the best.
 const Kernels* find_kernels(const char* name);
 
 inline int64_t units_per_sample(const Layout& layout) { return (layout.elements + kChunk - 1) / kChunk; }
 
 inline int64_t sum_chunks(const Layout& layout) { return (units_per_sample(layout) + kUnitsPerSum - 1) / kUnitsPerSum; }
 
-// Whether a partial sum is all that a gradient waits for, so that both are formed while the inputs are in the cache.
+// Whether a gradient needs only one partial sum, so that both are formed while the inputs are in the cache.
 inline bool gradient_follows_sum(const PseudoHuber& p) {
   return p.distance != Distance::vector || sum_chunks(p.layout) <= 1;
 }

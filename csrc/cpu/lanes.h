@@ -1,4 +1,4 @@
-// The lane types of an instruction set, and the few functions that core/ asks of a lane type. AVX-512 and AVX2 use the
+// The lane types of an instruction set, and the few functions that core/ needs of a lane type. AVX-512 and AVX2 use the
 // compiler's vector types, so that core/ is written once with ordinary operators; scalar code is one lane.
 #pragma once
 
@@ -22,7 +22,7 @@ constexpr int kLanes = 8;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-// One 32-bit word in the low half of each 64-bit lane: the form in which the machine multiplies.
+// One 32-bit word in the low half of each 64-bit lane: the layout of the multiplication instruction.
 typedef uint64_t WideWords __attribute__((vector_size(4 * kLanes)));
 
 template <>
@@ -32,7 +32,7 @@ struct LaneOps<Floats> {
   BICM_HD static Floats to_float(Ints x) { return __builtin_convertvector(x, Floats); }
   BICM_HD static Ints truncate(Floats x) { return __builtin_convertvector(x, Ints); }
   BICM_HD static Floats all(float x) { return Floats{} + x; }
-  // a b + c, rounded once: for the arithmetic of others, never for ours.
+  // a b + c, rounded once: only to reproduce torch's arithmetic, never in this library's own.
   BICM_HD static Floats fused(Floats a, Floats b, Floats c) {
 #if defined(BICM_ISA_AVX512)
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -82,13 +82,13 @@ struct WordOps<WideWords> {
   }
 };
 
-// As many counters as philox takes at once, in the form in which it takes them. The high halves may hold anything.
+// As many counters as philox takes at once, in its layout. The high halves are arbitrary.
 constexpr int kCounters = kLanes / 2;
 using PhiloxWord = WideWords;
 BICM_HD void set_counter(WideWords& words, int i, uint32_t word) { words[i] = word | 0xBAD0000000000000ull; }
 BICM_HD uint32_t get_counter(const WideWords& words, int i) { return static_cast<uint32_t>(words[i]); }
 
-// Several vectors worked on as one. A single chain of dependent operations leaves the processor waiting on latencies;
+// Several vectors processed as one. A single chain of dependent operations is bound by latency;
 // a group interleaves the chains of its parts, operation by operation.
 template <class T, int N>
 struct Group {

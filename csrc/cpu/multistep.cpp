@@ -1,4 +1,4 @@
-// Sampler updates on one unit at a time: stage what does not lie ready, fold, round once, store.
+// Sampler updates on one unit at a time: stage inputs where necessary, fold, round once, store.
 #include "../core/multistep.h"
 
 #include "affine.h"
@@ -11,11 +11,11 @@ struct Buffers : Inputs<C> {
   alignas(64) C out[kChunk + kPad];
   alignas(64) C x0[kChunk + kPad];
   alignas(64) C next[kChunk + kPad];
-  int64_t weighed = -1;  // the sample whose weights these are: forming them costs as much as a hundred elements
+  int64_t weighed = -1;  // the sample that these weights belong to: forming them costs as much as a hundred elements
   C weight[kMaxTerms];
 };
 
-// The results of a unit that lie in buffers: the state, and its scaled copy for the next evaluation.
+// The results of a unit in buffers: the state, and its scaled copy for the next evaluation.
 template <class C>
 void store_results(const Multistep& m, const Unit& unit, C* out) {
   store_unit(m.layout, m.out, unit, out);
@@ -45,7 +45,7 @@ void affine_unit(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
   if (!in_place) store_results(m, unit, out);
 }
 
-// What a step through the denoised sample reads and writes of one unit. Without clipping the bound is infinite.
+// The inputs and outputs of a denoised step for one unit. Without clipping the bound is infinite.
 template <class C>
 struct Denoised {
   const C *x0_weight, *weight;  // one per term
@@ -120,8 +120,8 @@ void denoised_unit(const Multistep& m, const Unit& unit, Buffers<C>& buffers) {
 
 #if defined(BICM_VECTOR)
 
-// What is folded in registers: dense operands of 32 and 16 bits, where another way would write and read buffers in the
-// first-level cache (twice the bytes of halves, guided outputs, results on their way past the cache).
+// Folded in registers: dense operands of 32 and 16 bits, which would otherwise be written to and read from buffers in
+// the first-level cache (twice the bytes of halves, guided outputs, streamed results).
 enum class Registers { no, floats, any };
 
 Registers in_registers(const Multistep& m) {
@@ -201,7 +201,7 @@ int64_t fold_runs(const Multistep& m, const Unit& unit, Buffers<float>& buffers)
   }
 }
 
-// How much of a unit is done without staging it.
+// The number of elements of a unit that are processed without staging.
 template <class C>
 int64_t fold_in_registers(const Multistep& m, const Unit& unit, Buffers<C>& buffers, Registers registers) {
   if constexpr (Same<C, float>::value) {
@@ -224,7 +224,7 @@ int64_t fold_in_registers(const Multistep&, const Unit&, Buffers<C>&, Registers)
 
 #endif
 
-// A staged tensor is read in a burst per unit, too short for the hardware to see far ahead: ask for the next one now.
+// A staged tensor is read in a burst per unit, too short for the hardware prefetcher: prefetch the next one now.
 template <class C>
 void prefetch_staged(const Multistep& m, const Unit& next) {
   for (int k = 0; k < m.terms; ++k) {
@@ -233,7 +233,7 @@ void prefetch_staged(const Multistep& m, const Unit& next) {
   if (m.guided) prefetch_unit(m.conditional, next);
 }
 
-// A unit in parts: noise likes long runs, while staged tensors and their neighbours must share the first-level cache.
+// A unit in parts: noise is faster in long runs, but staged tensors must fit in the first-level cache together.
 template <class C>
 void run(const Multistep& m, int64_t begin, int64_t end) {
   Buffers<C> buffers;

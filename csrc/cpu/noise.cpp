@@ -35,7 +35,7 @@ void add_level(const C* x, const float* noise, C sigma, C scale, C* out, int64_t
   for (int64_t i = 0; i < count; ++i) out[i] = scale * (x[i] + sigma * static_cast<C>(noise[i]));
 }
 
-// What the network makes of the noisy sample, in the place of x.
+// The network's prediction from the noisy sample, which replaces x.
 template <class C>
 const C* generate(const NoisyPair& p, const Unit& unit, const C* x, const float* noise, C low, C* F, C* out) {
   const C* from = load_unit(p.layout, p.x_hat, unit, F);

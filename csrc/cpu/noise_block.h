@@ -48,7 +48,7 @@ BICM_HD Words merge_words(WideWords even, WideWords odd) {
 }
 
 // Lane 4j + p of a vector works on quad (kLanes / 4) p + j of the block. With that order, transposing 4 x 4 inside
-// each 128-bit part, which needs no crossing of parts, leaves every quad's numbers adjacent and in place.
+// each 128-bit part, without crossing parts, leaves every quad's numbers adjacent and in place.
 BICM_HD WideWords quads(int64_t first, int odd) {
   constexpr int parts = kLanes / 4;
   WideWords offset;
@@ -102,8 +102,8 @@ BICM_HD void bits_to_numbers(float* out) {
 }
 
 // Numbers `begin` to `begin + count` of a sample; begin is a multiple of a block, and the buffer has room for whole
-// blocks. Two blocks at a time, and the numbers one turn behind the bits: the processor computes both side by side, where
-// a loop over a single block would wait for its latency.
+// blocks. Two blocks at a time, and the numbers one iteration behind the bits: the processor computes both in parallel;
+// a loop over a single block would be bound by latency.
 template <Distribution D>
 BICM_HD void fill_noise(const SampleKey& k, int64_t begin, int64_t count, float* out) {
   constexpr int kPair = 2 * kNoiseBlock;

@@ -32,7 +32,7 @@ struct Buffers {
   alignas(64) double terms[kChunk];  // where elements have weights
 };
 
-// Calls visit with the unit's residual, its inputs loaded.
+// Calls visit with the unit's residual, after loading its inputs.
 template <class C, class Visit>
 BICM_HD void with_residual(const PseudoHuber& p, const Unit& unit, const Preconditioning<C>& weights,
                            Buffers<C>& buffers, Visit visit) {
@@ -61,7 +61,7 @@ BICM_HD void stream(Floats x, float* to) {
 #endif
 }
 
-// The usual case of training, F's gradient alone and larger than the cache: from registers to memory.
+// The usual case of training, only F's gradient and larger than the cache: from registers to memory.
 inline bool stream_scaled(const PseudoHuber& p, const Unit& unit, const Preconditioning<float>& weights, float factor,
                           Buffers<float>& buffers) {
   const Operand& to = p.gradient[0];
@@ -80,12 +80,12 @@ bool stream_scaled(const PseudoHuber&, const Unit&, const Preconditioning<C>&, C
   return false;
 }
 
-// What the elements of a sample share.
+// Values shared by the elements of a sample.
 template <class C>
 struct Factors {
   Preconditioning<C> weights;
   C c, power, factor[kLossInputs];
-  bool plain;  // elementwise, the plain formulas will do
+  bool plain;  // elementwise: the plain formulas suffice
 };
 
 template <class C>
@@ -103,7 +103,7 @@ void find_factors(const PseudoHuber& p, int64_t sample, double sum, Factors<C>& 
   f.plain = plain_slopes(sum, f.c);
 }
 
-// Elementwise distances times a power of two: 1, or where the plain formula will not do.
+// Elementwise distances times a power of two, which is 1 where the plain formula suffices.
 template <class C>
 void form_distances(const C* r, C c, C scale, int64_t count, C* distance) {
   if (scale == C(1)) {
@@ -154,7 +154,7 @@ double sum_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, C s
   return sum_of<Identity, C>(Stored<C>{r}, unit.count);
 }
 
-// From the buffer, which holds the residual or what the elementwise distance makes of it.
+// From the buffer, which holds the residual or its elementwise slope.
 template <class C>
 void store_gradients(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
   for (int k = 0; k < kLossInputs; ++k) {
@@ -178,7 +178,7 @@ void differentiate_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>
   store_gradients(p, unit, f, buffers);
 }
 
-// An elementwise distance's sum and gradients, which do not wait for each other.
+// An elementwise distance's sum and gradients, which are independent.
 template <class C>
 double sum_and_differentiate_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, C scale,
                                   Buffers<C>& buffers) {

@@ -1,4 +1,4 @@
-// Exact reversible updates on a part of a unit at a time: values in float64, increments on the grid, the integers' step.
+// Exact reversible updates on a part of a unit at a time: values in float64, increments on the grid, the integer step.
 #include "../core/reversible.h"
 
 #include "reversible_integers.h"
@@ -7,9 +7,10 @@
 BICM_NAMESPACE_BEGIN
 namespace {
 
-// Elements worked on at once: so many doubles and integers of every operand share the first-level cache.
+// Elements per part: as many doubles and integers of every operand as fit in the first-level cache.
 constexpr int64_t kPart = kChunk / 2;
-// Keeps the buffers from lying a multiple of a page apart, where they would compete for the same cache sets.
+// Keeps the buffers' addresses from differing by a multiple of a page, where they would compete for the same cache
+// sets.
 constexpr int64_t kPad = 48;
 
 struct Buffers {
@@ -20,7 +21,7 @@ struct Buffers {
   alignas(64) int64_t increment[kPart + kPad];
   alignas(64) int64_t out[kPart + kPad];
   alignas(64) int64_t info_out[kPart + kPad];
-  int64_t sample = -1;  // whose arithmetic this is
+  int64_t sample = -1;  // the sample that this arithmetic belongs to
   Exact exact;
 };
 
@@ -37,7 +38,7 @@ const int64_t* load_integers(const Layout& layout, const Operand& x, const Unit&
                                  : load_as<int64_t>(layout, x, unit, buffer);
 }
 
-// A state's integers, what is missing as int64 says it.
+// A state's integers as int64, with int64's value for missing elements.
 const int64_t* load_state(const Layout& layout, const Operand& x, const Unit& unit, int64_t* buffer) {
   const int64_t* q = load_integers(layout, x, unit, buffer);
   if (x.dtype == DType::int64) return q;
@@ -51,7 +52,7 @@ void decode_all(const int64_t* q, int64_t largest, double unit, double* out, int
   for (int64_t i = 0; i < count; ++i) out[i] = decode(q[i], largest, unit);
 }
 
-// An operand in float64: a fixed-point state is decoded, by way of the integers' buffer.
+// An operand in float64: a fixed-point state is decoded through the integers' buffer.
 const double* load_values(const Layout& layout, const Operand& x, const Unit& unit, double scale, int64_t* integers,
                           double* buffer) {
   if (x.dtype != DType::int64 && x.dtype != DType::int32) return load_unit(layout, x, unit, buffer);
@@ -66,7 +67,7 @@ BICM_HD double sum_at(const double* const* x, const double* weight, int64_t i) {
   return y;
 }
 
-// As if all increments were small, and again if one was not.
+// Assumes small increments, and repeats the part if one is not.
 template <int K>
 void fold(const double* const* x, const double* weight, double per_unit, int64_t* out, int64_t count) {
   int64_t large = 0;
@@ -168,7 +169,7 @@ bool step_unit(const Reversible& p, const Unit& unit, Buffers& b, int64_t* out) 
     const auto scaled_step = p.inverse ? scaled_step_all<true> : scaled_step_all<false>;
     missing = scaled_step(e, last, b.increment, info, out, info_out, unit.count);
   } else {
-    // The buffer first: the state's result may take its place in memory.
+    // The buffer first: the state's result may overwrite it.
     if (info_out != info) __builtin_memmove(b.info_out, info, static_cast<size_t>(unit.count) * sizeof(int64_t));
     missing = step(last, b.increment, e.largest, out, unit.count);
     if (in_place && info_out != info) {
@@ -179,7 +180,7 @@ bool step_unit(const Reversible& p, const Unit& unit, Buffers& b, int64_t* out) 
   return missing;
 }
 
-// Threads may note the same sample at once: with the same mark, which a relaxed store makes harmless.
+// Threads may mark the same sample concurrently, with the same value; a relaxed store makes this safe.
 void note(const Reversible& p, int64_t sample) {
   int64_t* const entry = p.overflow + sample * p.overflow_stride;
   if (__atomic_load_n(entry, __ATOMIC_RELAXED) == 0) {

@@ -1,7 +1,7 @@
-// The exact step where all integers of a part are small: the same integers from a fraction of the instructions.
+// The exact step for parts whose integers are all small: the same results with fewer instructions.
 //
 // Below 2^51 float64 holds an integer, and a sum with 1.5 2^52 converts it; below 2^49 a product with the reciprocal
-// leads to a quotient's floor. The general way has to multiply 64 bits by 64.
+// gives a quotient's floor. The general code multiplies 64 bits by 64.
 #pragma once
 
 #include "../core/reversible.h"
@@ -12,19 +12,19 @@ constexpr int64_t kSmall = int64_t{1} << 51;
 constexpr double kAnchor = 0x1.8p52;
 
 BICM_HD double small_to_double(int64_t x) { return bit_cast<double>(x + bit_cast<int64_t>(kAnchor)) - kAnchor; }
-// Anything, without harm, where |x| is 2^51 or more.
+// The result is arbitrary where |x| is 2^51 or more.
 BICM_HD int64_t small_to_integer(double x) {
   return static_cast<int64_t>(bit_cast<uint64_t>(x + kAnchor) - bit_cast<uint64_t>(kAnchor));
 }
 
-// |x| of an integer, less one where it is negative: one bit pattern for all that a bound of a power of two asks.
+// |x| of an integer, minus one where it is negative: enough to compare with a power of two.
 BICM_HD int64_t size_of_integer(int64_t x) { return x ^ (x >> 63); }
 
 // The largest power of two up to x >= 1.
 inline int64_t power_below(double x) { return int64_t{1} << ((bit_cast<int64_t>(x) >> 52) - 1023); }
 
-// floor(x/d) for |x| < 2^49: (x + 1/2)/d - 1/2 to the nearest integer. It lies 1/(2d) or more from where the rounding
-// turns, and the errors of the reciprocal, the product and the sum move it by less.
+// floor(x/d) for |x| < 2^49: (x + 1/2)/d - 1/2 to the nearest integer. It is at least 1/(2d) away from where the
+// rounding changes; the errors of the reciprocal, the product and the sum are smaller.
 struct SmallDivision {
   double value, reciprocal, shift;
   // The quotient on top of kAnchor.
@@ -36,7 +36,7 @@ inline SmallDivision small_division(int64_t by) {
   return {value, reciprocal, 0.5 * reciprocal - 0.5};
 }
 
-// As `scaled_step_by`, for integers that leave room for every product; false where they do not.
+// As `scaled_step_by`, for integers whose products cannot overflow; false for others.
 template <bool Inverse>
 bool small_scaled_step_all(const Exact& e, const int64_t* last, const int64_t* increment, const int64_t* info,
                            int64_t* out, int64_t* info_out, int64_t count) {
@@ -64,7 +64,7 @@ bool small_scaled_step_all(const Exact& e, const int64_t* last, const int64_t* i
   return true;
 }
 
-// As `step_by`, where no sum can leave the range of 64 bits; false where one might.
+// As `step_by`, where no sum can overflow 64 bits; false where one might.
 template <bool Inverse>
 bool small_step_all(const int64_t* last, const int64_t* increment, int64_t largest, int64_t* out, int64_t count) {
   if (largest != kLargest) return false;

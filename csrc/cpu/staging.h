@@ -1,5 +1,5 @@
-// Between tensors of any dtype and stride and the compute type's buffers in the first-level cache. A kernel sees
-// contiguous numbers of one type; what differs between tensors ends here.
+// Converts between tensors of any dtype and stride and buffers of the compute type in the first-level cache. A kernel
+// processes contiguous numbers of one type; differences between tensors are handled here.
 #pragma once
 
 #include "../core/half.h"
@@ -100,7 +100,7 @@ inline void narrow_all(const float* from, Half* to, int64_t count) {
 }
 #endif
 
-// Calls visit(offset, place, length) for every run of elements that lie at one stride along the last dimension:
+// Calls visit(offset, place, length) for every run of elements along the last dimension:
 // `offset` of the run's first element in the tensor, its `place` in the unit.
 template <class Visit>
 inline void for_runs(const Layout& layout, const Operand& x, const Unit& unit, Visit visit) {
@@ -165,7 +165,7 @@ BICM_HD int64_t size_in_memory(DType dtype) {
   }
 }
 
-// Asks for a unit's memory ahead of time, so that it arrives while noise is computed.
+// Prefetches a unit's memory while noise is computed.
 inline void prefetch_unit(const Operand& x, const Unit& unit) {
   if (!x.dense) return;
   const int64_t size = size_in_memory(x.dtype);
@@ -173,7 +173,8 @@ inline void prefetch_unit(const Operand& x, const Unit& unit) {
   for (int64_t i = 0; i < unit.count * size; i += 64) __builtin_prefetch(data + i, 0, 2);
 }
 
-// The unit's elements of x in the compute type: in place where they lie so already, else staged in the buffer.
+// The unit's elements of x in the compute type: in place if they are contiguous already, otherwise staged in the
+// buffer.
 template <class C>
 inline const C* load_unit(const Layout& layout, const Operand& x, const Unit& unit, C* buffer) {
   if (is_compute_type<C>(x)) return static_cast<const C*>(x.data) + unit.sample * x.batch_stride + unit.begin;
@@ -185,7 +186,7 @@ inline const C* load_unit(const Layout& layout, const Operand& x, const Unit& un
   }
 }
 
-// Copies past the cache: whole cache lines where the target allows, ordinary stores at the ends.
+// Copies with non-temporal stores: whole cache lines where aligned, ordinary stores at the ends.
 inline void stream_bytes(const unsigned char* from, unsigned char* to, int64_t bytes) {
 #if defined(BICM_VECTOR)
   constexpr int64_t width = 4 * kLanes;
@@ -241,7 +242,7 @@ inline void store_as(const Layout& layout, const Operand& x, const Unit& unit, c
   });
 }
 
-// Rounds the unit's results once to the tensor's dtype and puts them where they belong.
+// Rounds the unit's results once to the tensor's dtype and stores them.
 template <class C>
 inline void store_unit(const Layout& layout, const Operand& x, const Unit& unit, const C* from) {
   switch (x.dtype) {
@@ -252,7 +253,7 @@ inline void store_unit(const Layout& layout, const Operand& x, const Unit& unit,
   }
 }
 
-// factor times the unit's numbers: in place where the tensor takes them so, else by way of a buffer.
+// factor times the unit's numbers: in place if the tensor is contiguous, otherwise through a buffer.
 template <class C>
 void store_scaled(const Layout& layout, const Operand& to, const Unit& unit, C factor, const C* from, C* buffer) {
   const bool in_place = is_compute_type<C>(to) && !to.streams;

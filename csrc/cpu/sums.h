@@ -5,7 +5,7 @@
 
 BICM_NAMESPACE_BEGIN
 
-// A sum is shared by this many accumulators on every instruction set: element i of a unit goes to accumulator
+// A sum is split over this many accumulators on every instruction set: element i of a unit is added to accumulator
 // i % kAccumulators, and they are added in one fixed order, so the bits do not depend on the width of a vector.
 constexpr int kAccumulators = 32;
 
@@ -52,7 +52,7 @@ BICM_HD Lanes load_lanes(const C* from) {
   return lanes;
 }
 
-// What lies in a buffer, as a function of the place.
+// A buffer's elements as a function of the index.
 template <class C>
 struct Stored {
   const C* data;

@@ -1,4 +1,4 @@
-// The only ways to a tensor in global memory, so that the emulator sees every access.
+// All accesses to tensors in global memory, so that the emulator can check and count them.
 #pragma once
 
 #include <stddef.h>
@@ -32,12 +32,12 @@ BICM_DEVICE void store_at(T* to, T value) {
   *to = value;
 }
 
-// Whole groups of a tensor that starts at a multiple of kAccess, 128 bits at a time; a smaller group at once.
+// Whole groups of a tensor aligned to kAccess, 128 bits at a time; a smaller group in one access.
 template <size_t Bytes>
 constexpr size_t kWideAlignment = Bytes < kAccess ? Bytes : kAccess;
 
 #if defined(__CUDA_ARCH__)
-// One instruction, whatever its neighbours are: the compiler splits a copy of 16 bytes where a branch beside it copies 8.
+// Forces one instruction: the compiler splits a copy of 16 bytes where another branch copies 8.
 BICM_DEVICE void load_vector(uint32_t* to, const uint4* from) {
   const uint4 x = *from;
   to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
@@ -69,7 +69,7 @@ BICM_DEVICE void store_wide(void* to, const void* from) {
   __builtin_memcpy(__builtin_assume_aligned(to, alignment), __builtin_assume_aligned(from, kAccess), Bytes);
 }
 
-// A number that several threads read and write at once, whole each time: volatile, which the hardware takes as relaxed.
+// A number that several threads read and write concurrently: volatile, which the hardware treats as relaxed atomic.
 template <class T>
 BICM_DEVICE T load_relaxed(const T* from) {
   see_load(from, sizeof(T), alignof(T));
@@ -82,7 +82,7 @@ BICM_DEVICE void store_relaxed(T* to, T value) {
   *static_cast<volatile T*>(to) = value;
 }
 
-// Adds to a number that blocks count with; what it was before.
+// Adds to a counter shared by blocks; returns the previous value.
 BICM_DEVICE unsigned add_to(unsigned* to, unsigned value) {
   see_load(to, sizeof(unsigned), alignof(unsigned));
   see_store(to, sizeof(unsigned), alignof(unsigned));

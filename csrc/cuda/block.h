@@ -1,4 +1,4 @@
-// What the threads of a block make together: exact enough sums of float32 in float32, in one fixed order.
+// Sums over a block's threads: compensated float32, in one fixed order.
 #pragma once
 
 #include "launch.h"
@@ -15,7 +15,7 @@ namespace cuda {
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr int kLanesOfWarp = 32;
 
-// A sum and what rounding took from it: twice the digits of C, without the double precision that most GPUs lack.
+// A sum and its rounding error: twice the digits of C, without double precision, which is slow on most GPUs.
 template <class C>
 struct Sum {
   C high, low;
@@ -34,7 +34,7 @@ BICM_DEVICE Sum<C> add(const Sum<C>& a, const Sum<C>& b) {
   return {sum, (a.low + b.low) + lost(a.high, b.high, sum)};
 }
 
-// Where the sum is infinite, what was lost is not a number and does not count.
+// The rounding error of an infinite sum is NaN and is dropped.
 template <class C>
 BICM_DEVICE double value_of(const Sum<C>& sum) {
   const double low = sum.low == sum.low ? static_cast<double>(sum.low) : 0.0;
@@ -52,7 +52,7 @@ BICM_DEVICE Sum<C> warp_sum(Sum<C> x) {
   return x;
 }
 
-// The sum over a block of whole warps; thread 0 has it. Every thread of the block must come here.
+// The sum over a block of whole warps; thread 0 gets it. Every thread of the block must call this.
 template <class C>
 BICM_DEVICE Sum<C> block_sum(Sum<C> x) {
   constexpr int kWarps = kThreads / kLanesOfWarp;
@@ -81,7 +81,7 @@ BICM_DEVICE double block_total(const Sum<C>& x) {
   if (threadIdx.x == 0) total[0] = value_of(sum);
   __syncthreads();
   const double result = total[0];
-  __syncthreads();  // the next total goes there
+  __syncthreads();  // the next total is written there
   return result;
 }
 

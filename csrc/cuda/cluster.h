@@ -22,7 +22,7 @@ inline cudaError_t has_clusters(bool& result) {
 }
 
 #if defined(BICM_CLUSTERS)
-// Every thread of the cluster must come here. What they wrote before is seen behind it.
+// Every thread of the cluster must call this. Earlier writes are visible afterwards.
 BICM_DEVICE void cluster_barrier() {
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
@@ -50,7 +50,7 @@ BICM_DEVICE double cluster_sum(double number) {
   if (threadIdx.x == 0) {
     for (unsigned rank = 0; rank < __clusterSizeInBlocks(); ++rank) sum = sum + of_peer(mine, rank, 0);
   }
-  cluster_barrier();  // nobody ends, or writes there again, while others read
+  cluster_barrier();  // no block exits or overwrites while others read
   return sum;
 }
 #endif

@@ -1,5 +1,5 @@
-// Gaussian policies. A sample is cut into chunks, and a chunk into cells of eight elements, which depend on its size
-// alone: whatever memory looks like, a thread sums the same cells in the same order, so that a step and the density of
+// Gaussian policies. A sample is divided into chunks, and a chunk into cells of eight elements, which depend on its
+// size only: for any memory layout, a thread sums the same cells in the same order, so that a step and the density of
 // its result agree to the bit. The block that finishes last adds the chunks of every sample, in order.
 #include "../core/gaussian.h"
 
@@ -21,7 +21,7 @@ struct Totals {
   int64_t chunks;
 };
 
-// What the elements of a sample share.
+// Values shared by the elements of a sample.
 template <class C>
 struct Shared {
   C weight[kMaxTerms];
@@ -37,7 +37,7 @@ BICM_DEVICE Shared<C> shared_of(const Gaussian& g, int64_t sample) {
   return s;
 }
 
-// As a tensor of this dtype would hold it.
+// Rounded to a tensor's dtype.
 BICM_DEVICE float round_as(DType dtype, float x) {
   switch (dtype) {
     case DType::float16: return value_of(round_to<Half>(x));
@@ -122,12 +122,12 @@ BICM_DEVICE void store_gradients(const Gaussian& g, const Pull<typename Memory::
   }
 }
 
-// What the gradients of a sample share; one thread computes in double precision what the others need in C.
+// Values shared by a sample's gradients; one thread computes them in double precision, the others use them in C.
 template <class C>
 BICM_DEVICE Pull<C> shared_pull(const Gaussian& g, int64_t sample, const C* weight) {
   BICM_SHARED(C, shared, kGaussianInputs + 1);
   if (threadIdx.x == 0) {
-    // Where they go is found at run time, which registers cannot be asked for.
+    // The index is a run-time value, which registers do not support.
     for (int k = 0; k < kGaussianInputs; ++k) shared[k] = C(0);
     shared[kGaussianInputs] = form_pull(g, sample, weight, shared);
   }
@@ -136,7 +136,7 @@ BICM_DEVICE Pull<C> shared_pull(const Gaussian& g, int64_t sample, const C* weig
   pull.power = shared[kGaussianInputs];
   BICM_UNROLL(10)
   for (int k = 0; k < kGaussianInputs; ++k) pull.factor[k] = shared[k];
-  __syncthreads();  // the next sample's goes there
+  __syncthreads();  // the next sample's is written there
   return pull;
 }
 
@@ -173,7 +173,7 @@ BICM_DEVICE void finish_sample(const Gaussian& g, int64_t sample, double sum) {
   store_at(static_cast<C*>(g.results) + sample, static_cast<C>(density_of<C>(g, sample, sum)));
 }
 
-// Blocks that must fit on a processor: as many as leave each thread the registers it needs.
+// Minimum blocks per multiprocessor: as many as leave each thread enough registers.
 template <class Memory>
 constexpr int kResident = Memory::kGroup == 1 || sizeof(typename Memory::Compute) == 8 ? 1 : 2;
 

@@ -19,18 +19,18 @@ constexpr int kThreads = 256;
 
 struct Grid {
   unsigned x, y, threads;  // blocks along a sample, blocks along the batch, threads of a block
-  bool synchronises;       // whether the kernel's threads wait for one another: the emulator wants to know
+  bool synchronises;       // whether the kernel's threads wait for one another; used by the emulator
   unsigned cluster = 1;    // blocks along x that run together
 };
 
-// Enough blocks to let the hardware balance its processors, few enough that a block's start (the weights, the key) is
-// shared by many groups.
+// Enough blocks to balance the load, few enough that a block's setup (the weights, the key) is
+// amortised over many groups.
 constexpr int64_t kBlocksPerProcessor = 32;
 constexpr int64_t kMaxGridY = 65535;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// At most `limit` workers, and no more than give every one the same number of rounds.
+// At most `limit` workers, and only as many as have the same number of rounds.
 inline int64_t even_share(int64_t work, int64_t limit) {
   return work <= limit ? work : divide_up(work, divide_up(work, limit));
 }
@@ -43,7 +43,7 @@ inline cudaError_t capacity_of_device(int64_t& blocks) {
   return error;
 }
 
-// One block for each piece of work, or for an even share of the pieces; the caller chooses the threads.
+// One block per work item, or per even share of the items; the caller chooses the threads.
 inline cudaError_t plan_blocks(int64_t work, Grid& grid) {
   int64_t capacity;
   const cudaError_t error = capacity_of_device(capacity);
@@ -83,7 +83,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t
   config.attrs = &attribute;
   config.numAttrs = grid.cluster > 1 ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
-  if (error != cudaSuccess) cudaGetLastError();  // reported here; the next caller shall not find it again
+  if (error != cudaSuccess) cudaGetLastError();  // reported here: clear it for the next call
   return error;
 }
 #endif

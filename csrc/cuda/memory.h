@@ -2,8 +2,8 @@
 // group is whole and aligned, element by element where it is not. One policy per kind of memory; strided.h has the
 // third. Policies share one interface:
 //
-//   Place at(layout, sample, begin, aligned)    where the group lies, and how many of its elements exist
-//   Raw load(layout, operand, place)            the bits, in flight until `widen` asks for their values
+//   Place at(layout, sample, begin, aligned)    the group's address, and how many of its elements exist
+//   Raw load(layout, operand, place)            the bits, in flight until `widen` uses them
 //   void widen(operand, raw, values)            the values in the compute type
 //   void store(layout, operand, place, values)  rounded once to the operand's dtype
 //
@@ -54,13 +54,13 @@ BICM_HD int64_t size_in_bytes(DType dtype) {
   }
 }
 
-// Whether whole groups of x lie at multiples of kAccess in every sample.
+// Whether whole groups of x are aligned to kAccess in every sample.
 inline bool access_aligned(const Layout& layout, const Operand& x) {
   const int64_t row = layout.batch == 1 ? 0 : x.batch_stride * size_in_bytes(x.dtype);
   return (reinterpret_cast<int64_t>(x.data) | row) % kAccess == 0;
 }
 
-// A group's bits. Elements are taken out and put in by shifts, because registers cannot be addressed.
+// A group's bits. Elements are extracted and inserted by shifts, because registers cannot be indexed.
 template <int Words>
 struct alignas(kAccess) Bits {
   uint32_t word[Words];
@@ -91,7 +91,7 @@ struct alignas(kAccess) Bits {
   }
 };
 
-// `whole`: all of the group exists, and it lies at a multiple of kAccess.
+// `whole`: all of the group exists, and it is aligned to kAccess.
 struct DensePlace {
   int64_t sample, begin;
   int count;
@@ -169,7 +169,7 @@ struct Packed : Dense<Value<T>, sizeof(T) == 2 ? 8 : 4> {
   }
 };
 
-// Every operand is dense and holds float32 or a half; which of them, is asked at run time, once per group.
+// Every operand is dense and float32 or a half; the dtype is checked at run time, once per group.
 struct Mixed : Dense<float, 8> {
   using Raw = Bits<8>;  // halves fill the first four words
 

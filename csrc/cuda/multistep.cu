@@ -9,7 +9,7 @@ namespace bicm {
 namespace cuda {
 namespace {
 
-// What the elements of a sample share.
+// Values shared by the elements of a sample.
 template <class C>
 struct Weights {
   C weight[kMaxTerms], x0_coefficient[kMaxTerms];
@@ -61,7 +61,7 @@ BICM_DEVICE void add_denoised(const Multistep& m, const Weights<C>& w, C* x0, C*
   }
 }
 
-// All inputs are requested before the first is used. Terms = 0 asks for the number of terms at run time; loops over
+// All inputs are loaded before the first is used. With Terms = 0 the number of terms is a run-time value; loops over
 // terms have a constant end all the same, so that no register is indexed.
 template <class Memory, int Terms, bool Denoises>
 BICM_DEVICE void step_group(const Multistep& m, const Weights<typename Memory::Compute>& w, const SampleKey& key,
@@ -104,7 +104,7 @@ BICM_DEVICE void step_group(const Multistep& m, const Weights<typename Memory::C
   }
 }
 
-// Blocks that must fit on a processor: as many as leave each thread the registers it needs.
+// Minimum blocks per multiprocessor: as many as leave each thread enough registers.
 template <class Memory, bool Denoises>
 constexpr int kResident = Denoises || sizeof(typename Memory::Compute) == 8 ? 2 : 3;
 
@@ -135,7 +135,7 @@ cudaError_t run(const Multistep& m, bool aligned, cudaStream_t stream) {
   return (m.denoises ? run_kernel<Memory, Terms, true> : run_kernel<Memory, Terms, false>)(m, aligned, stream);
 }
 
-// Dense memory has a kernel for every number of terms, so that none holds registers for terms it does not have.
+// Dense memory has a kernel for every number of terms, so that none reserves registers for absent terms.
 template <class Memory>
 cudaError_t run_dense(const Multistep& m, bool aligned, cudaStream_t stream) {
   switch (m.terms) {

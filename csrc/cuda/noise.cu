@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, 2) noisy_pair_kernel(const __grid_co
   }
 }
 
-// The same of what the network makes of the sample at the low level, where the mask says so.
+// The same with the network's prediction at the low level, where the mask is true.
 template <class Memory>
 __global__ void __launch_bounds__(kThreads, 2)
     generated_pair_kernel(const __grid_constant__ NoisyPair p, bool aligned) {

@@ -1,6 +1,7 @@
-// Pseudo-Huber losses. Forward: a sample is cut into chunks, which depend on its size alone; a block sums a chunk, and
-// the block that finishes last adds the chunks of every sample, and the samples, in order. Backward: elementwise, from
-// the inputs read again and the sums of the forward pass; or with the value, by pseudo_huber_resident.h where a sample fits on chip.
+// Pseudo-Huber losses. Forward: a sample is divided into chunks, which depend only on its size; a block sums a chunk,
+// and the block that finishes last adds the chunks of every sample, and the samples, in order. Backward: elementwise,
+// from the inputs read again and the sums of the forward pass; or with the value, by pseudo_huber_resident.h where a
+// sample fits on chip.
 #include "../core/pseudo_huber.h"
 
 #include "kernels.h"
@@ -84,7 +85,7 @@ cudaError_t run_gradient(const PseudoHuber& p, const Results&, bool aligned, cud
   return launch(gradient_kernel<Memory, Denoises>, grid, stream, p, aligned);
 }
 
-// What decides how memory is walked, and with it the order of a sum.
+// Determines the traversal of memory, and with it the order of a sum.
 struct Access {
   bool dense, uniform, aligned;
 };
@@ -146,7 +147,7 @@ cudaError_t run_pass(const PseudoHuber& p, const Results& to, const Access& acce
   }
 }
 
-// Weights of elements: fewer kernels, in which halves are asked for at run time.
+// Weights of elements: fewer kernels, which check for halves at run time.
 template <class Pass>
 cudaError_t run_weighed(const PseudoHuber& p, const Results& to, const Access& access, cudaStream_t stream) {
   if (p.float64) return run<Pass, Strided<double>>(p, to, false, stream);
@@ -157,7 +158,7 @@ cudaError_t run_weighed(const PseudoHuber& p, const Results& to, const Access& a
   return (floats ? run<Pass, Packed<float>> : run<Pass, Mixed>)(p, to, access.aligned, stream);
 }
 
-// Whether a block or a cluster can keep a sample's residuals, walking memory in the order in which sums alone are taken.
+// Whether a block or a cluster can hold a sample's residuals, traversing memory in the order of the plain sums.
 cudaError_t fits_on_chip(const PseudoHuber& p, const Access& inputs, const Access& all, bool& fits) {
   const bool wide = p.prediction.dtype == DType::float32 || p.prediction.dtype == DType::float64;
   const bool packed = !p.weighs && all.dense && (all.uniform ? wide : !p.float64);

@@ -8,15 +8,15 @@
 namespace bicm {
 namespace cuda {
 
-// What the elements of a sample share where it is differentiated.
+// Values shared by the elements of a sample in its derivative.
 template <class C>
 struct Factors {
   Preconditioning<C> weights;
   C c, power, factor[kLossInputs];
-  bool anywhere;  // elementwise, the plain formula will not do
+  bool anywhere;  // elementwise: the plain formula is not accurate
 };
 
-// One thread, which alone has to know the sum, computes in double precision what the others need in C.
+// One thread needs the sum; it computes in double precision what the others use in C.
 template <class C>
 BICM_DEVICE Factors<C> factors_of(const PseudoHuber& p, int64_t sample, double sum) {
   BICM_SHARED(double, shared, 3);
@@ -39,11 +39,11 @@ BICM_DEVICE Factors<C> factors_of(const PseudoHuber& p, int64_t sample, double s
   f.factor[0] = static_cast<C>(factor * static_cast<double>(f.weights.c_out));
   f.factor[1] = static_cast<C>(-factor);
   f.factor[2] = static_cast<C>(factor * static_cast<double>(f.weights.c_skip));
-  __syncthreads();  // the next sample's factor goes there
+  __syncthreads();  // the next sample's factor is written there
   return f;
 }
 
-// From a group's residuals times the power, or from what slopes of elementwise distances they are.
+// From a group's residuals times the power, or from slopes of elementwise distances.
 template <class Memory, bool Denoises, class C>
 BICM_DEVICE void store_scaled(const PseudoHuber& p, const Factors<C>& f, const typename Memory::Place& place, C* r) {
   constexpr int G = Memory::kGroup;
@@ -71,7 +71,8 @@ BICM_DEVICE void store_gradients(const PseudoHuber& p, const Factors<C>& f, cons
   store_scaled<Memory, Denoises>(p, f, place, r);
 }
 
-// The same where the plain formula will not do, for the elements of a sample that a thread finds from `begin` on.
+// The same where the plain formula is not accurate, for the elements of a sample that a thread processes from `begin`
+// on.
 template <class Memory, bool Denoises, class C>
 BICM_DEVICE void store_gradients_anywhere(const PseudoHuber& p, const Factors<C>& f, int64_t sample, int64_t begin,
                                           int64_t last, int64_t stride, bool aligned) {

@@ -14,20 +14,20 @@ namespace cuda {
 template <class Memory>
 constexpr int kRounds = 32 / (Memory::kGroup * static_cast<int>(sizeof(typename Memory::Compute) / 4));
 
-// What a block holds: a chunk of float32, or half of one of float64.
+// A block holds a chunk of float32, or half of one of float64.
 inline int64_t resident_elements(bool float64) { return float64 ? kSumChunk / 2 : kSumChunk; }
 
 static_assert(kRounds<Packed<float>> * kThreads * Packed<float>::kGroup == kSumChunk, "a chunk must fit");
 static_assert(kRounds<Mixed> * kThreads * Mixed::kGroup == kSumChunk, "a chunk must fit");
 static_assert(kRounds<Packed<double>> * kThreads * Packed<double>::kGroup * 2 == kSumChunk, "a chunk must fit");
 
-// Gradients that are kept are of the compute type, whatever the inputs are.
+// Kept gradients have the compute type, for every dtype of the inputs.
 template <class Memory>
 struct Unrounded : Memory {
   template <class Place, class C>
   BICM_DEVICE static void store(const Layout&, const Operand& x, const Place& place, const C* values) {
 #if defined(__CUDA_ARCH__)
-    // One instruction each: the compiler splits a vector that stands beside stores of single elements.
+    // Forces one instruction: the compiler splits vector stores next to stores of single elements.
     if (place.whole) {
       using Vector = std::conditional_t<sizeof(C) == 8, double2, float4>;
       constexpr int kWidth = sizeof(Vector) / sizeof(C);
@@ -48,7 +48,7 @@ struct Unrounded : Memory {
   }
 };
 
-// A chunk of a sample: its sum, and its gradients once `sum_of_sample` knows the sample's sum from it.
+// A chunk of a sample: its sum, and its gradients once `sum_of_sample` returns the sample's sum.
 template <class Memory, bool Denoises, class SumOfSample>
 BICM_DEVICE void differentiate_chunk(const PseudoHuber& p, const Results& to, int64_t sample, int64_t chunk,
                                      bool aligned, SumOfSample sum_of_sample) {
@@ -98,7 +98,7 @@ BICM_DEVICE void differentiate_chunk(const PseudoHuber& p, const Results& to, in
   if (threadIdx.x == 0 && count > 0) finish_chunk<C>(p, to, sample, sample * to.chunks + chunk, total);
 }
 
-// Chunks that need no other: of a sample that has one, or of a distance whose gradient needs no sum.
+// Independent chunks: of a sample that has one, or of a distance whose gradient needs no sum.
 template <class Memory, bool Denoises>
 __global__ void __launch_bounds__(kThreads, 2)
     resident_kernel(const __grid_constant__ PseudoHuber p, const __grid_constant__ Results to, bool aligned) {
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-// The blocks that have to know of one another, from the sample's size alone: a cluster, or 0 where it would not hold it.
+// The blocks that cooperate, from the sample's size: a cluster, or 0 where it does not fit.
 inline unsigned blocks_of_sample(const PseudoHuber& p) {
   const bool alone = !gradient_needs_sum(p) && !p.float64;
   if (alone || p.layout.elements <= resident_elements(p.float64)) return 1;
@@ -142,7 +142,7 @@ cudaError_t run_resident(const PseudoHuber& p, const Results& to, bool aligned, 
   grid.threads = threads_of_chunk<Memory>(p.layout);
   grid.synchronises = true;
   if (blocks == 1) return launch(resident_kernel<Memory, Denoises>, grid, stream, p, to, aligned);
-  // Half a chunk of float64 fits in a block: samples of several never come here.
+  // Half a chunk of float64 fits in a block: samples of several chunks are excluded.
   if constexpr (sizeof(typename Memory::Compute) == 8) {
     return cudaErrorInvalidConfiguration;
   } else {

@@ -9,7 +9,7 @@
 namespace bicm {
 namespace cuda {
 
-// Elements that one block sums: a sample of so many or fewer is one block's.
+// Elements that one block sums: a sample of at most this size is summed by one block.
 constexpr int64_t kSumChunk = 8192;
 
 inline int64_t chunks_of(const Layout& layout) { return divide_up(layout.elements, kSumChunk); }
@@ -20,7 +20,7 @@ BICM_DEVICE void subtract(const C* y, C* x) {
   for (int i = 0; i < G; ++i) x[i] = x[i] - y[i];
 }
 
-// The residual of a group. All inputs are requested before the first is used.
+// The residual of a group. All inputs are loaded before the first is used.
 template <class Memory, bool Denoises>
 BICM_DEVICE void residual(const PseudoHuber& p, const Preconditioning<typename Memory::Compute>& weights,
                           const typename Memory::Place& place, typename Memory::Compute* r) {
@@ -56,7 +56,7 @@ BICM_DEVICE C sum_of_group(C* terms, int64_t count) {
   return terms[0];
 }
 
-// A group's residuals become its part of the sum, of distances or of squares; `scale` is exact.
+// A group's part of the sum, of distances or of squares; `scale` is exact.
 template <int G, class C>
 BICM_DEVICE C sum_of_terms(C* r, int64_t count, bool elementwise, C c, C scale) {
   BICM_UNROLL(8)
@@ -67,8 +67,8 @@ BICM_DEVICE C sum_of_terms(C* r, int64_t count, bool elementwise, C c, C scale) 
   return sum_of_group<G>(r, count);
 }
 
-// A thread's part of a chunk's elementwise distances times `scale`, where the plain formula will not do; in the order of
-// the others.
+// A thread's part of a chunk's elementwise distances times `scale`, where the plain formula is not accurate; in the
+// same order.
 template <class Memory, bool Denoises>
 BICM_DEVICE Sum<typename Memory::Compute> sum_anywhere(const PseudoHuber& p,
                                                        const Preconditioning<typename Memory::Compute>& weights,
@@ -89,8 +89,8 @@ BICM_DEVICE Sum<typename Memory::Compute> sum_anywhere(const PseudoHuber& p,
 }
 
 // A chunk's sum; `sum_of_thread(c, scale)` is a thread's part of it. Squares of float32 overflow above 1.8e19 and lose
-// digits below 1e-19. Where the sum shows that they may have, they are taken again of residuals times a power of two:
-// exact, and in float32 like everything that elements need.
+// digits below 1e-19. Where the sum indicates this, they are recomputed from residuals times a power of two, which is
+// exact.
 template <class C, class SumOfThread>
 BICM_DEVICE double chunk_total(const PseudoHuber& p, int64_t sample, SumOfThread sum_of_thread) {
   const C c = p.distance == Distance::elementwise ? load_number<C>(p.c, sample) : C(0);
@@ -103,7 +103,7 @@ BICM_DEVICE double chunk_total(const PseudoHuber& p, int64_t sample, SumOfThread
   }
 }
 
-// The threads of the block that sums a chunk of a sample: with the chunk, what the order of a sum depends on.
+// The threads of the block that sums a chunk of a sample; with the chunk, they determine the order of a sum.
 template <class Memory>
 unsigned threads_of_chunk(const Layout& layout) {
   const int64_t longest = layout.elements < kSumChunk ? layout.elements : kSumChunk;

@@ -1,4 +1,4 @@
-// What becomes of a sample's sum: its distance, and the loss of the batch, which the last block adds up.
+// From a sample's sum to its distance, and to the loss of the batch, which the last block adds up.
 #pragma once
 
 #include "../core/pseudo_huber.h"
@@ -9,8 +9,8 @@
 namespace bicm {
 namespace cuda {
 
-// Where results go: the loss in the compute type; the sums of chunks, which are the samples' own where each has one
-// chunk; and the number of blocks that have finished, or null where no block needs to know.
+// The outputs: the loss in the compute type; the sums of chunks, which are the samples' sums where each has one
+// chunk; and the number of blocks that have finished, or null where it is not needed.
 struct Results {
   void* loss;
   double* chunk_sums;

@@ -1,4 +1,4 @@
-// Losses whose elements have weights: the terms of a sum are float64, so that none is taken again.
+// Losses whose elements have weights: the terms of a sum are float64, so that none is recomputed.
 #pragma once
 
 #include "pseudo_huber_gradient.h"
@@ -7,7 +7,7 @@
 namespace bicm {
 namespace cuda {
 
-// The residuals of a group and their weights. All inputs are requested before the first is used.
+// The residuals of a group and their weights. All inputs are loaded before the first is used.
 template <class Memory, bool Denoises>
 BICM_DEVICE void weighed_residual(const PseudoHuber& p, const Preconditioning<typename Memory::Compute>& weights,
                                   const typename Memory::Place& place, typename Memory::Compute* r,

@@ -28,8 +28,8 @@ BICM_DEVICE void step_all(const Exact& e, const int64_t* last, const int64_t* in
   }
 }
 
-// All inputs are requested before the first is used; Terms = 0 asks for the number of terms at run time. Returns whether
-// something is missing from the results.
+// All inputs are loaded before the first is used; with Terms = 0 the number of terms is a run-time value. Returns
+// whether something is missing from the results.
 template <class Memory, int Terms, Task T>
 BICM_DEVICE bool step_group(const Reversible& p, const Exact& e, const typename Memory::Place& place) {
   constexpr int G = Memory::kGroup, kSlots = Terms == 0 ? kMaxTerms : Terms;
@@ -85,8 +85,8 @@ BICM_DEVICE bool step_group(const Reversible& p, const Exact& e, const typename 
   return missing;
 }
 
-// Any number of threads may note the same sample at once, in any order: all of them bring the sample's one mark, and
-// none writes over an entry that an earlier step left. Whoever comes first, the entry ends the same.
+// Any number of threads may mark the same sample concurrently, in any order: all write the same value, and
+// only where no earlier step has left an entry. The result does not depend on their order.
 BICM_DEVICE void note(const Reversible& p, int64_t sample) {
   int64_t* const entry = p.overflow + sample * p.overflow_stride;
   if (load_relaxed(entry) == 0) store_relaxed(entry, load_integer(p.mark, sample));
@@ -134,7 +134,7 @@ cudaError_t run_step(const Reversible& p, bool aligned, cudaStream_t stream) {
   return run<Memory>(reversible_kernel<Memory, Terms, Task::step>, p, aligned, stream);
 }
 
-// Dense memory has a kernel for every number of terms, so that none holds registers for terms it does not have.
+// Dense memory has a kernel for every number of terms, so that none reserves registers for absent terms.
 cudaError_t run_dense(const Reversible& p, bool aligned, cudaStream_t stream) {
   switch (p.terms) {
     case 1: return run_step<DenseFixed, 1>(p, aligned, stream);

@@ -1,5 +1,5 @@
-// How a thread's group of fixed-point states, buffers and floating tensors moves: policies like those of memory.h, whose
-// raw bits become float64 values or the integers themselves. Which dtype a tensor has, is asked once per group.
+// How a thread's group of fixed-point states, buffers and floating tensors moves: policies like those of memory.h,
+// whose raw bits become float64 values or integers. A tensor's dtype is checked once per group.
 #pragma once
 
 #include "../core/reversible.h"
@@ -8,7 +8,7 @@
 namespace bicm {
 namespace cuda {
 
-// A state's element; as an integer, what is missing is as int64 says it.
+// A state's element; as an integer, with int64's value for missing elements.
 struct Fixed32 {
   int32_t q;
 };

@@ -1,5 +1,5 @@
-// Any tensors: a thread takes one element at a time, finds its address in every tensor, and asks for the dtype at every
-// access. See memory.h for the interface.
+// Any tensors: a thread processes one element at a time, computes its address in every tensor, and checks the dtype at
+// every access. See memory.h for the interface.
 #pragma once
 
 #include "memory.h"

@@ -32,10 +32,11 @@ NoiseKey key_of(py::handle seed, py::handle step, py::handle sample, bool counts
 
 using Views = std::vector<std::pair<View, Operand*>>;
 
-// Lets CUDA kernels touch these tensors and nothing else, until the next call.
+// Restricts CUDA kernels to these tensors, until the next call.
 void watch(const Views& views);
 
-// Fills the layout and the operands, and watches them. `merge` joins adjacent dimensions where every view allows it.
+// Fills the layout and the operands, and registers them for access checks. `merge` joins adjacent dimensions where
+// every view allows it.
 void lay_out(const Views& views, bool merge, Layout& layout);
 
 using Units = std::optional<std::vector<std::pair<int64_t, int64_t>>>;

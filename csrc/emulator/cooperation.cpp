@@ -1,4 +1,4 @@
-// Small kernels whose threads work together, right and wrong, so that tests can see what the emulator makes of them.
+// Small kernels whose threads cooperate, correct and faulty, to test the emulator itself.
 #define BICM_EMULATE 1
 #define BICM_ISA emulated
 #include "../core/half.h"
@@ -27,7 +27,7 @@ void block_sum(const Lines& lines) {
   if (threadIdx.x == 0) store_at(lines.out, static_cast<float>(cuda::value_of(sum)));
 }
 
-// out[i] = in[count - 1 - i], by way of shared memory.
+// out[i] = in[count - 1 - i], through shared memory.
 template <bool Waits>
 void reverse(const Lines& lines) {
   BICM_SHARED(float, line, 1024);
@@ -105,7 +105,7 @@ void next_block(const Lines& lines) {
   if (threadIdx.x == 0) mine[0] = 0.0f;
 }
 
-// A block writes again what another may still be reading.
+// A block overwrites what another may still be reading.
 void overwritten(const Lines& lines) {
   BICM_SHARED(float, mine, 1);
   const unsigned rank = __clusterRelativeBlockRank();

@@ -1,5 +1,5 @@
-// The threads of a block, or of the blocks of a cluster, as fibres: each runs until it waits for others or ends. Waiting
-// threads go on when all whom they wait for have come; where that cannot happen, the launch fails and says why.
+// The threads of a block, or of the blocks of a cluster, as fibres: each runs until it waits for others or exits.
+// Waiting threads continue when all others have arrived; where that cannot happen, the launch fails with the reason.
 #pragma once
 
 #include <stdint.h>
@@ -41,7 +41,7 @@ constexpr unsigned kMaxCluster = 8;  // blocks, on every GPU that has clusters
 
 class Fibres {
  public:
-  // Runs `blocks` of `threads` threads to their ends, in order or backwards. `select` is told which one goes on.
+  // Runs `blocks` of `threads` threads to their ends, in order or backwards. `select` receives the one that continues.
   void run(unsigned blocks, unsigned threads, bool backwards, std::function<void()> body,
            std::function<void(unsigned)> select) {
     if (blocks > 1 && threads % kWarp != 0) throw std::logic_error("the blocks of a cluster must be whole warps");
@@ -53,7 +53,7 @@ class Fibres {
     per_block_ = threads;
     exchanges_.assign((count + kWarp - 1) / kWarp, {});
     for (unsigned i = 0; i < count; ++i) start(i);
-    block_ = ++last_interval_;  // what was shared before is no longer
+    block_ = ++last_interval_;  // earlier shared memory is invalid
     for (unsigned rank = 0; rank < blocks; ++rank) intervals_[rank] = block_;
     ++epoch_;
     while (!all_ended()) {
@@ -73,8 +73,8 @@ class Fibres {
   unsigned current() const { return current_; }
   unsigned rank() const { return per_block_ == 0 ? 0 : current_ / per_block_; }  // of the running block in its cluster
   unsigned blocks() const { return per_block_ == 0 ? 1 : count_ / per_block_; }
-  // The times between a block's barriers have numbers, growing over all blocks; `block` is the first of these blocks'.
-  // Epochs are the times between a cluster's.
+  // The intervals between a block's barriers are numbered, increasing over all blocks; `block` is the first of these
+  // blocks. Epochs are the intervals between a cluster's barriers.
   int64_t interval() const { return intervals_[rank()]; }
   int64_t block() const { return block_; }
   int64_t epoch() const { return epoch_; }
@@ -104,7 +104,7 @@ class Fibres {
     pause(Wait::block);
   }
 
-  // Every lane that the mask names gives a number and gets those of all; names[i] belongs to lane i.
+  // Every lane in the mask provides a number and receives those of all; names[i] belongs to lane i.
   const uint64_t* exchange(uint32_t mask, uint64_t number, Site site) {
     Thread& thread = threads_[current_];
     const unsigned lane = current_ % kWarp, first = current_ - lane;
@@ -187,7 +187,7 @@ class Fibres {
     arrived_in_fibre(thread.fake_stack);
   }
 
-  // The address sanitizer keeps a shadow of each stack and must hear of every change from one to another.
+  // The address sanitizer keeps a shadow of each stack and must be notified of every switch.
 #if defined(__SANITIZE_ADDRESS__)
   void leaving(void** fake_stack, const void* stack, size_t size) {
     __sanitizer_start_switch_fiber(fake_stack, stack, size);
@@ -243,8 +243,8 @@ class Fibres {
     }
   }
 
-  // Nobody can go on by himself: either all threads of a block wait at one barrier of theirs, or all of the cluster, or
-  // some will wait for ever.
+  // No thread can continue alone: either all threads of a block wait at one barrier, or all of the cluster, or
+  // there is a deadlock.
   void release_blocks(unsigned blocks) {
     bool moved = false;
     for (unsigned rank = 0; rank < blocks; ++rank) {
@@ -265,7 +265,7 @@ class Fibres {
     throw std::logic_error(describe_deadlock());
   }
 
-  // Two threads that cannot meet, the first of those that have not ended among them.
+  // Two threads that wait in different places, one of them the first that has not exited.
   std::string describe_deadlock() const {
     unsigned waiting = 0;
     while (threads_[waiting].wait == Wait::ended) ++waiting;
@@ -283,7 +283,7 @@ class Fibres {
     return text + " and others wait for them";
   }
 
-  // The first thread of some that does not wait like that where the first of them does, or `count_`.
+  // The first thread of a range that does not wait where the first of the range does, or `count_`.
   unsigned odd_one(unsigned first, unsigned last, Wait wait) const {
     for (unsigned i = first; i < last; ++i) {
       if (threads_[i].wait != wait || !(threads_[i].site == threads_[first].site)) return i;

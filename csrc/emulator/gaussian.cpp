@@ -65,12 +65,12 @@ void finish(const Gaussian& g, const std::vector<double>& totals, C* results) {
   }
 }
 
-// One number per sample, in the compute type; with gradients, for the upstream that is given.
+// One number per sample, in the compute type; with gradients, for the given upstream.
 void gaussian(const std::string& target, py::array results, const py::sequence& gradients, const py::dict& arguments) {
   Gaussian g = problem_of(arguments, gradients);
   g.results = results.mutable_data();
   if (target == "cuda") {
-    // Whatever was there before must not matter.
+    // Poison the output: its previous contents must not matter.
     std::vector<double> scratch(static_cast<size_t>(cuda::gaussian_scratch(g)), -1.0);
     watch_also(g.results, static_cast<size_t>(results.nbytes()));
     watch_also(scratch.data(), scratch.size() * sizeof(double));

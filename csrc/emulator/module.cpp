@@ -193,7 +193,7 @@ PYBIND11_MODULE(bicm_emulator, module) {
   module.def("instruction_sets", &instruction_sets, "The instruction sets that this processor has");
   module.def("widen", &widen, py::arg("bits"), py::arg("dtype"), "Halves as float32, by core/half.h");
   module.def("narrow", &narrow, py::arg("values"), py::arg("dtype"), "float32 as halves, by core/half.h");
-  py::class_<Device>(module, "Device", "How the imitated GPU runs kernels")
+  py::class_<Device>(module, "Device", "Settings of the emulated GPU")
       .def_readwrite("processors", &Device::processors)
       .def_readwrite("x", &Device::x)
       .def_readwrite("y", &Device::y)

@@ -1,10 +1,10 @@
-// What the noise is made of, by itself: for tests, once per instruction set and under the kernels' names for them.
+// The components of the noise, for tests, once per instruction set.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
-// What a probe returns is in its arguments.
+// A probe returns its results through its arguments.
 #define BICM_EACH_PROBE(PROBE)                                                    \
   PROBE(log_all, (const float* u, float* out, int64_t count))                     \
   PROBE(cos_sin_all, (const float* u, float* cosine, float* sine, int64_t count)) \

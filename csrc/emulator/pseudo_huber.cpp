@@ -94,7 +94,7 @@ const Kernels& kernels_of(const std::string& target) {
 using CudaLoss = cudaError_t (*)(const PseudoHuber&, void*, double*, cudaStream_t);
 
 void run_cuda(CudaLoss launch, const PseudoHuber& p, py::array& loss, const Doubles& sums) {
-  // Whatever was there before must not matter.
+  // Poison the output: its previous contents must not matter.
   std::vector<double> scratch(static_cast<size_t>(cuda::pseudo_huber_scratch(p)), -1.0);
   watch_also(loss);
   watch_also(sums);

@@ -1,6 +1,6 @@
-// What csrc/cuda asks of the CUDA runtime, for a C++ compiler: the launch is a loop over blocks and threads. Kernels
-// run unchanged, address for address, under a debugger and the sanitizers. The threads of a kernel that synchronises are
-// fibres; those of any other are calls, which is faster.
+// The parts of the CUDA runtime that csrc/cuda uses, for a C++ compiler: the launch is a loop over blocks and threads.
+// Kernels run unchanged, address for address, under a debugger and the sanitizers. The threads of a kernel that
+// synchronises are fibres; those of any other are calls, which is faster.
 #pragma once
 
 #include <stdint.h>
@@ -31,7 +31,7 @@ inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 namespace bicm {
 namespace emulator {
 
-// The device that is imitated. A test may force the grid (zero: as planned), run only some of the blocks along x (from
+// The emulated device. A test may force the grid (zero: as planned), run only some of the blocks along x (from
 // 0 until 0: all), run blocks and threads backwards, or let every call of the runtime fail.
 struct Device {
   int processors = 2;
@@ -90,8 +90,8 @@ inline uint32_t ballot(uint32_t mask, bool predicate, Site site) {
   return result;
 }
 
-// A cell of shared memory. Two threads that touch it between the same barriers, one of them writing, are in a race: the
-// block's barriers for its own threads, the cluster's for those of other blocks, who may read.
+// A cell of shared memory. Two threads that access it between the same barriers, one of them writing, race: the
+// block's barriers for its own threads, the cluster's for those of other blocks, which may read.
 template <class T>
 class Cell {
  public:

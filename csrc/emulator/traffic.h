@@ -1,4 +1,4 @@
-// Every access of a kernel to global memory: its bytes are counted, and it must lie inside an argument of the problem.
+// Every access of a kernel to global memory: its bytes are counted, and it must be inside an argument of the problem.
 #pragma once
 
 #include <stddef.h>
@@ -16,7 +16,7 @@ struct Range {
   uintptr_t begin, end;
 };
 
-// Bytes of tensors, and of what a batch or a sample has one of.
+// Bytes of tensors, and of per-batch and per-sample numbers.
 struct Traffic {
   int64_t read = 0, written = 0, numbers = 0;
 };
@@ -25,7 +25,7 @@ inline Traffic traffic;
 // The numbers that the running blocks have read: the first thread fetches one, the others find it in the cache.
 inline std::unordered_set<uintptr_t> numbers_of_block[8];
 inline unsigned block_of_cluster = 0;  // which of them runs
-// The memory that a launch may touch; none: any.
+// The memory that a launch may access; none: any.
 inline std::vector<Range> ranges;
 
 inline void check_access(const void* address, size_t bytes, size_t alignment, const char* what) {

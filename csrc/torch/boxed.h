@@ -18,13 +18,13 @@ namespace bicm {
 template <class T>
 void drop_undefined(T&) {}
 
-// TorchScript's optimised graphs hand an undefined tensor to an argument that is None.
+// TorchScript's optimised graphs pass an undefined tensor for an argument that is None.
 inline void drop_undefined(std::optional<torch::stable::Tensor>& tensor) {
   if (tensor.has_value() && !tensor->defined()) tensor.reset();
 }
 
-// An error that torch's C functions return is a number, and what their headers throw names a line of theirs. The reason,
-// running out of memory for one, is kept by the thread.
+// Torch's C functions return an error number, and their headers throw it with a source line only. The reason,
+// such as running out of memory, is stored per thread.
 [[noreturn]] inline void rethrow(const std::runtime_error& error) {
   const bool from_torch = std::strstr(error.what(), "API call failed") != nullptr;
   if (!from_torch || torch_exception_get_what_without_backtrace == nullptr) throw error;

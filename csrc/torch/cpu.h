@@ -10,7 +10,7 @@ namespace bicm {
 const Kernels& active_kernels();
 
 struct Cpu {
-  // A thread is worth waking for about this many elements; below it, one thread is faster.
+  // Elements per thread at which another thread pays off; below it, one thread is faster.
   static constexpr int64_t kGrain = 32768, kNoiseGrain = 8192;
 
   template <class Problem, class Kernel>

@@ -1,6 +1,6 @@
-// The step ops called by Python itself, beside torch's dispatcher, whose way in and out takes longer than a small
-// kernel. They return None for whatever is not plain: CPU tensors of torch's own type, no derivative to record, nobody
-// who watches or transforms. The caller then goes the long way, which knows how to handle it, or what was wrong.
+// The step ops called directly from Python, bypassing torch's dispatcher, whose overhead exceeds a small
+// kernel. They return None for unsupported calls. Supported are CPU tensors of torch's own type, without a derivative
+// to record, outside modes and transforms. The dispatcher handles the others, and raises their errors.
 #include "direct.h"
 
 #include "cpu.h"
@@ -39,7 +39,7 @@ bool read(PyObject* from, double& to) {
   return true;
 }
 
-// Seeds above the signed range stand for the integer with the same bits.
+// Seeds above the signed range denote the integer with the same bits.
 bool read(PyObject* from, int64_t& to) {
   if (!PyLong_CheckExact(from)) return false;
   int overflow;
@@ -108,7 +108,7 @@ PyObject* returned(std::tuple<Results...> results) {
   return tuple;
 }
 
-// Lets other threads have the interpreter for as long as it lives.
+// Releases the interpreter lock during its lifetime.
 class Released {
  public:
   Released() : state_(PyEval_SaveThread()) {}
@@ -154,7 +154,7 @@ struct ExactArguments {
   }
 };
 
-// An exact step that notes overflows where it is asked to; the buffer it left, or the one given where it needs none.
+// An exact step that records overflow if requested; returns the new buffer, or the given one where none is needed.
 template <Increment I, bool Inverse>
 std::tuple<Object, Object> exact_step(Object last, StepTensors operands, Object info,
                                       PythonArguments::Coefficients coefficients, PythonArguments::Guidance guidance,
@@ -176,7 +176,7 @@ std::tuple<Object, Object> exact_step(Object last, StepTensors operands, Object 
   return {out, info_out};
 }
 
-// Encodes, and notes overflows where it is asked to.
+// Encodes, and records overflow if requested.
 Object encode_state(Object x, int64_t fraction_bits, DType dtype, std::optional<Object> overflow,
                     PythonArguments::Counter mark) {
   ExactStep step(x, Kinds::floating);
@@ -197,13 +197,13 @@ PyObject* call(Result (*op)(Arguments...), PyObject* const* given, Py_ssize_t co
       return returned(std::apply(op, std::move(arguments)));
     }
   } catch (const std::exception&) {
-    // The long way finds the same and says it better.
+    // The dispatcher's path finds the same error and raises a fuller message.
   }
   PyErr_Clear();
   Py_RETURN_NONE;
 }
 
-// `OfTorch`: an op of torch's that others may implement.
+// `OfTorch`: an op of torch that may be overridden.
 template <auto Op, bool OfTorch>
 PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call<OfTorch>(Op, arguments, count);
@@ -215,7 +215,7 @@ bool is_signed(PyObject* integer) {
   return overflow == 0;
 }
 
-// A number, a type or None as overloads take them; or a tensor, which asks for the overload with tensors.
+// A number, a type or None as overloads take them; or a tensor, which selects the overload with tensors.
 bool is_plain(PyObject* value, bool& tensors) {
   DType dtype;
   if (value == Py_None || PyFloat_CheckExact(value) || PyBool_Check(value)) return true;
@@ -224,7 +224,7 @@ bool is_plain(PyObject* value, bool& tensors) {
   return read(value, dtype);
 }
 
-// The tensors of a step in a list of their own, a pair opened.
+// The tensors of a step in a new list, with a pair flattened.
 PyObject* opened(PyObject* operands, bool& paired) {
   PyObject* list = PyList_New(0);
   const auto append = [list](PyObject* item, bool) {
@@ -239,7 +239,7 @@ PyObject* opened(PyObject* operands, bool& paired) {
   return nullptr;
 }
 
-// What an op's row says of its calls.
+// The layout of an op's calls, from its row.
 struct Shape {
   // Of a guided op the first argument is a sequence of tensors, the last of which may be a pair.
   bool guided;
@@ -247,16 +247,17 @@ struct Shape {
   Py_ssize_t first_number, guidance;
   // How many tensors have no weight, where the others have.
   Py_ssize_t unweighted;
-  // The number that weighs noise, and its seed.
+  // The noise weight and its seed.
   Py_ssize_t noise, seed;
 };
 
 bool is_zero(PyObject* value) { return PyFloat_CheckExact(value) && PyFloat_AsDouble(value) == 0.0; }
 
-// Called with an op's shape, its call, and the devices on which kernels run (bits by DLPack's codes). The arguments as the
-// dispatcher's overloads take them: in a tuple for the one with numbers, in a list for the one with tensors. None for a
-// call that is not plain: tensors of torch's own type without a derivative, numbers of Python's own types, nobody who
-// traces or transforms; or that no kernel could tell from another: weights of no tensor, noise without a seed.
+// Called with an op's shape, its call, and the devices on which kernels run (bits by DLPack's codes). The arguments as
+// the dispatcher's overloads take them: in a tuple for the one with numbers, in a list for the one with tensors. None
+// for an unsupported call. Supported: tensors of torch's own type without a derivative, numbers of Python's own types,
+// no tracing or transforms. Also None where kernels could not detect the error: weights of no tensor, noise without a
+// seed.
 PyObject* schema_arguments(PyObject*, PyObject* const* given, Py_ssize_t) {
   const auto number = [&](Py_ssize_t i) { return PyLong_AsSsize_t(PyTuple_GetItem(given[0], i)); };
   const Shape shape = {number(0) != 0, number(1), number(2), number(3), number(4), number(5)};

@@ -42,7 +42,7 @@ struct GaussianStep {
   }
 };
 
-// What a density is of: a given state, and the mean of the other tensors; or two means, which one set of weights forms.
+// A density's operands: a given state and the mean of the other tensors; or two means with the same weights.
 class Density {
  public:
   Density(const Tensors& tensors, size_t terms, bool diverges, bool adds_up) : tensors_(tensors) {
@@ -130,7 +130,7 @@ class Density {
     operands_[used_++] = &operand;
   }
 
-  // In the logical order of elements, as the step that drew the next state visits them.
+  // In the logical order of elements, as in the step that drew the next state.
   void merge_all() { merge(pointers_, operands_, used_, true, true, g.layout); }
 
   const Tensors& tensors_;

@@ -46,7 +46,7 @@ bool is_known(const State& state) {
   return state.seeded == 1 && (none_left(state) || somewhere);
 }
 
-// Advances the words behind a state and fills `out`; false, with nothing changed, for a state of another kind.
+// Advances the words of a state and fills `out`; false, with nothing changed, for a state of another layout.
 bool advance(State& state, float* out, int64_t count) {
   if (!is_known(state)) return false;
   Mersenne words;
@@ -67,10 +67,10 @@ Asked state_of(PyObject* generator) {
   return {std::move(tensor), static_cast<State*>(data)};
 }
 
-// Draws through here take turns, since each holds on to the interpreter from its last look at the state until it is set.
-// Torch's own do not: what one of them has drawn in the meantime would be drawn again, so ours is made anew.
+// Draws through here are serialised: each holds the interpreter lock from reading the state until it is set.
+// Torch's own draws are not: if one of them changed the state in the meantime, these numbers are drawn again.
 void draw(PyObject* generator, float* out, int64_t count) {
-  Asked asked, now = state_of(generator);  // both live until the end: freeing a tensor lets other threads in
+  Asked asked, now = state_of(generator);  // both live until the end: freeing a tensor releases the interpreter lock
   std::pair<uint64_t, uint64_t> before;
   do {
     asked = std::move(now);
@@ -86,7 +86,7 @@ bool is_generator(PyObject* object) { return reinterpret_cast<PyObject*>(Py_TYPE
 
 }  // namespace
 
-// Whether states look as expected, by that of a generator with a seed of our own.
+// Whether states have the expected layout, checked on a generator with a known seed.
 static bool knows_states() {
   constexpr int kSeed = 20240817;
   const Object fresh(PyObject_CallNoArgs(reinterpret_cast<PyObject*>(found_.type)));

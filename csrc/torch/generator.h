@@ -5,10 +5,10 @@
 
 namespace bicm {
 
-// Looks up what is needed of torch; where it is not there, no generator is read.
+// Looks up the functions of torch; if one is missing, no generator is read.
 void open_generator();
 
-// A torch.Generator, borrowed (None stands for torch's default one), or one for each sample.
+// A torch.Generator, borrowed (None: torch's default one), or one for each sample.
 struct Generators {
   PyObject* one = nullptr;
   Object each;
@@ -20,8 +20,8 @@ bool read(PyObject* from, Generators& to);
 
 constexpr size_t kMostDims = 8;
 
-// What torch.randn would return, float32, and the generators as it would leave them; throws, with nothing drawn, where
-// that is not known.
+// The result of torch.randn, float32, and the generators' states after it; throws, with nothing drawn, where
+// these are not known.
 Object generator_normal(Few<int64_t, kMostDims> shape, Generators generators);
 
 }  // namespace bicm

@@ -1,4 +1,4 @@
-// The Python module: importing it registers the CPU kernels and tells which instruction set they use.
+// The Python module: importing it registers the CPU kernels; it exposes their instruction set.
 #include <Python.h>
 #include <stdlib.h>
 
@@ -41,8 +41,8 @@ static PyObject* keep_memory(PyObject*, PyObject* bytes) {
 }
 
 static PyMethodDef methods[] = {{"instruction_set", instruction_set, METH_NOARGS, "The instruction set in use."},
-                                {"keep_memory", keep_memory, METH_O, "Set how many unused bytes are kept at most."},
-                                {"release_memory", release_memory, METH_NOARGS, "Give kept memory to the system."},
+                                {"keep_memory", keep_memory, METH_O, "Set the maximum number of unused bytes kept."},
+                                {"release_memory", release_memory, METH_NOARGS, "Return kept memory to the system."},
                                 {nullptr, nullptr, 0, nullptr}};
 
 static struct PyModuleDef module = {

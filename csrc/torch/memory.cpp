@@ -19,14 +19,14 @@ constexpr bool kSanitized = __has_feature(address_sanitizer);
 constexpr bool kSanitized = false;
 #endif
 
-// At most so much lies here unused: the largest results of the steps that take turns, not all that ever were.
+// The limit of unused memory: enough for the largest results of alternating steps, not for all results ever made.
 std::atomic<int64_t> most_kept{0};
 
 char* up_to(char* address, int64_t unit) {
   return address + (-reinterpret_cast<intptr_t>(address) & static_cast<intptr_t>(unit - 1));
 }
 
-// Large pages make the first use of a block, and its walk through the address tables, cheaper.
+// Large pages reduce page faults and TLB misses.
 void* map(int64_t bytes) {
   const int64_t slack = bytes >= kHugePage ? kHugePage : 0;
   void* const mapped =
@@ -48,11 +48,11 @@ void unmap(KeptBlock* block) {
   delete block;
 }
 
-// The blocks that nobody uses, the latest first. Never destroyed: tensors may outlive static objects.
+// The unused blocks, most recent first. Never destroyed: tensors may outlive static objects.
 class Kept {
  public:
   KeptBlock* take(int64_t bytes, bool streamed) {
-    // A forked process may inherit a lock that nobody holds: whoever does not get it at once goes without.
+    // A forked process may inherit a lock that is never released: use try_lock, and skip the list if it fails.
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock.owns_lock()) return nullptr;
     KeptBlock** best = nullptr;
@@ -112,7 +112,7 @@ Kept& kept() {
 }  // namespace
 
 void keep_at_most(int64_t bytes) {
-  // The address sanitizer sees reads and writes outside of a result, or after its end, where torch allocated it alone.
+  // The address sanitizer detects accesses out of bounds or after free only in memory that torch allocated.
   most_kept.store(kSanitized ? 0 : bytes, std::memory_order_relaxed);
 }
 

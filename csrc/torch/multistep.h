@@ -11,7 +11,7 @@ namespace bicm {
 using Tensors = std::vector<Tensor>;
 
 // The two flavours of every schema: numbers, for eager calls; tensors, for traced graphs and per-sample arguments.
-// A third, of Python's objects, goes past the dispatcher (python.h).
+// A third, for Python's objects, bypasses the dispatcher (python.h).
 struct NumberArguments {
   using Tensor = bicm::Tensor;
   using Tensors = std::vector<Tensor>;
@@ -35,10 +35,10 @@ struct TensorArguments {
   using Mask = std::optional<Tensor>;
 };
 
-// Only memory that is handed to Python directly is kept apart by how it is written.
+// Only blocks returned to Python directly are separated by how they are written.
 inline Tensor like(const Tensor& first, const View& view, bool) { return like(first, view); }
 
-// What the numbers and integers of a call are held to: the view of its first tensor, which lives as long as this does.
+// The tensor that numbers and integers of a call are checked against: its first one, which outlives this object.
 template <class A>
 class Inputs {
  public:
@@ -110,7 +110,7 @@ class Step : public Inputs<A> {
     add(view, operand);
   }
 
-  // For outputs that the caller gave: results may replace inputs exactly, or lie apart.
+  // For given outputs: results may be exactly an input, or disjoint from all.
   void check_overlap() const {
     for (int out = inputs_; out < used_; ++out) {
       STD_TORCH_CHECK(!overlaps_itself(storage_[out]), "bicm_kernels: out overlaps itself");
@@ -121,7 +121,7 @@ class Step : public Inputs<A> {
     }
   }
 
-  // Runs the step; its one result, made here or given.
+  // Runs the step; returns its one result, allocated here or given.
   template <class Device>
   Tensor finish(Device device, Operand& operand) {
     Tensor result = output(operand);
@@ -141,7 +141,7 @@ class Step : public Inputs<A> {
     if (m.layout.batch > 0 && m.layout.elements > 0) Device::run(m, tensors_[0]);
   }
 
-  // Where the operands lie, once all are there.
+  // The operands' layout, once all are known.
   void place(bool ordered, bool per_sample) {
     merge(views_, operands_, used_, ordered, per_sample, m.layout);
     for (int out = inputs_; out < used_; ++out) operands_[out]->streams = streamed(*operands_[out]);
@@ -152,8 +152,8 @@ class Step : public Inputs<A> {
  private:
   static constexpr int kMaxOperands = kMaxTerms + 4;
 
-  // From this size on a denoised sample is written past the cache. What else a step writes is read again at once; this
-  // is not, or one step later.
+  // From this size on a denoised sample is written with non-temporal stores. Other results are read again at once;
+  // this one is not, or one step later.
   static constexpr int64_t kStreamDenoisedBytes = int64_t{4} << 20;
 
   bool streamed(const Operand& operand) const {
@@ -208,7 +208,7 @@ NoiseKey key_given(const Inputs<A>& inputs, const std::optional<Tensor>& seed, c
 inline bool is_number(double) { return true; }
 inline bool is_number(const std::optional<Tensor>& value) { return value.has_value(); }
 
-// A seed that is not there draws nothing.
+// Without a seed nothing is drawn.
 template <class A, class Weight, class Seed, class Counter>
 void draw_noise(Step<A>& step, const Weight& weight, const Seed& seed, const Counter& at, const Counter& sample) {
   if (!seed.has_value()) return;
@@ -272,7 +272,7 @@ struct AddNoise {
 template <class A>
 using Three = std::tuple<typename A::Tensor, typename A::Tensor, typename A::Tensor>;
 
-// What stands for an output that was not asked for.
+// The placeholder of an output that was not requested.
 inline Tensor nothing_like(const Tensor& first) {
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(first.get(), &dtype));

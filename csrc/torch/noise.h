@@ -35,7 +35,7 @@ struct Draw {
   }
 };
 
-// Seeds and data are both 0-d, or (B,), or one of each; one that is 0-d may lie on the host.
+// Seeds and data are both 0-d, or (B,), or one of each; a 0-d one may be on the host.
 template <class Device>
 Tensor fold_in_tensors(Tensor seed, Tensor data) {
   const Tensor& shaped = seed.dim() >= data.dim() ? seed : data;
@@ -49,7 +49,7 @@ Tensor fold_in_tensors(Tensor seed, Tensor data) {
   return out;
 }
 
-// The samples that something takes the place of.
+// The samples that are replaced.
 struct Replaced {
   const bool* rows = nullptr;
   int64_t stride = 0;
@@ -65,8 +65,8 @@ inline Replaced replaced_rows(const std::optional<Tensor>& mask, const View& fir
   return {static_cast<const bool*>(mask->data_ptr()), mask->stride(0)};
 }
 
-// Two levels of one noise. Where the mask says so, other samples take the place of x: those that are given, or those
-// that the network generates from the low level.
+// Two levels of one noise. Where the mask is true, other samples replace x: given ones, or those
+// that the network predicts from the low level.
 template <class A>
 class Pair : public Inputs<A> {
  public:

@@ -11,7 +11,7 @@ namespace bicm {
 
 inline Number number_of(double value) { return {value, nullptr, 0, DType::float64}; }
 
-// A 0-d or (B,) tensor, read by the kernel where it lies. A 0-d tensor that lies on the host beside data on a device is
+// A 0-d or (B,) tensor, read by the kernel in place. A 0-d tensor on the host next to data on a device is
 // read here: no synchronisation is needed for it.
 inline Number number_of(const View& view, int64_t batch, int32_t device) {
   STD_TORCH_CHECK(view.dim == 0 || (view.dim == 1 && view.sizes[0] == batch),

@@ -44,7 +44,7 @@ struct Denoise {
   }
 };
 
-// The gradient of denoise in x (c_skip times the incoming one) or in F (c_out times it), in that tensor's dtype.
+// The gradient of denoise in x (c_skip times the upstream gradient) or in F (c_out times it), in that tensor's dtype.
 template <class Device>
 Tensor denoise_gradient(Tensor gradient, std::optional<Tensor> t, std::optional<Tensor> u,
                         std::optional<Tensor> sigma_data, bool cm, bool scaled, bool in_F,

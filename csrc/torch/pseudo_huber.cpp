@@ -29,7 +29,7 @@ void finish(const PseudoHuber& p, const double* sums, C* loss) {
   loss[0] = static_cast<C>((mean ? total / static_cast<double>(p.layout.batch) : total) / scale);
 }
 
-// The samples' sums, from those of their chunks, which are theirs already where there is one.
+// The samples' sums, from those of their chunks; with one chunk they are the same.
 template <class C>
 void finish_sums(const PseudoHuber& p, const double* partial, double* results) {
   const int64_t chunks = sum_chunks(p.layout);
@@ -65,7 +65,7 @@ void Cpu::gradients(const PseudoHuber& p, const Tensor&) {
   split(p, p.layout, kGrain, active_kernels().pseudo_huber_gradient);
 }
 
-// A gradient that waits for the sums of several chunks takes a second sweep, in which all threads share a sample.
+// A gradient that needs the sums of several chunks takes a second pass, in which all threads share a sample.
 void Cpu::sums_and_gradients(PseudoHuber& p, const Tensor& loss, const Tensor& sums) {
   const Kernels& kernels = active_kernels();
   const bool at_once = gradient_follows_sum(p);

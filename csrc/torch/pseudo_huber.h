@@ -10,7 +10,7 @@ namespace bicm {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// A loss's arguments, checked; the problem's operands point at them.
+// A loss's checked arguments; the problem's operands point at them.
 class LossCall {
  public:
   // Keeps pointers to them.
@@ -122,7 +122,7 @@ class LossCall {
             empty_tensor(*inputs_[0], 1, batch, aoti_torch_dtype_float64())};
   }
 
-  // Tensors for the gradients, laid out beside the inputs.
+  // Tensors for the gradients, with the inputs' layout.
   std::vector<Tensor> outputs(int64_t needs) {
     std::vector<Tensor> results;
     for (int i = 0; i < count_; ++i) {
@@ -145,7 +145,7 @@ class LossCall {
     operands_[used_++] = &operand;
   }
 
-  // Memory order may be followed: a sum's partition depends on the sample alone.
+  // Memory order is allowed: a sum's partition depends only on the sample.
   void merge_all() { merge(pointers_, operands_, used_, false, true, p.layout); }
 
   const Tensor* inputs_[kLossInputs] = {};
@@ -212,7 +212,7 @@ void register_loss(Library& library, const std::string& name, const std::string&
   library.impl((name + "_with_gradients" + overload).c_str(), BICM_BOX((&Ops::with_gradients)));
 }
 
-// Gradients that were formed for an upstream of 1, multiplied in place by what it is; none is touched where it is 1.
+// Gradients formed for an upstream of 1, multiplied in place by the actual upstream; unchanged where it is 1.
 template <class Device>
 void scale_gradients(Tensor upstream, std::vector<Tensor> gradients) {
   for (const Tensor& gradient : gradients) {

@@ -8,12 +8,12 @@
 
 #include "torch_abi.h"
 
-// No part of torch's stable ABI. Since torch 1.9: whether anybody records what operations run.
+// Not part of torch's stable ABI. Since torch 1.9: whether a record function is active.
 namespace at {
 __attribute__((weak)) bool hasCallbacks();
 }
-// Python's questions for these two take ten times as long: the torch.func transforms in force, and what TorchScript traces
-// into, null where it does not trace.
+// Python's functions for these two take ten times as long: the active torch.func transforms, and TorchScript's tracing
+// state, null where it does not trace.
 namespace at::functorch {
 struct DynamicLayer;
 __attribute__((weak)) const std::vector<DynamicLayer>& getDynamicLayerStack();
@@ -37,7 +37,7 @@ constexpr Kind kKinds[] = {{abi::kFloat, 16, "torch.float16"}, {abi::kBfloat, 16
                            {abi::kFloat, 32, "torch.float32"}, {abi::kFloat, 64, "torch.float64"},
                            {abi::kSigned, 32, "torch.int32"},  {abi::kSigned, 64, "torch.int64"}};
 
-// A function or method of torch that takes no arguments. A plain C function is called through its address: going through
+// A function or method of torch without arguments. A plain C function is called through its address: going through
 // Python's call takes three times as long.
 class Question {
  public:
@@ -48,10 +48,10 @@ class Question {
     self_ = PyCFunction_GetSelf(function);
   }
 
-  // Whether a method can be asked of another object than the one it was looked up in.
+  // Whether a method can be called on another object than the one it was looked up in.
   bool any_self() const { return address_ != nullptr; }
 
-  // `self`: for a method, the object asked.
+  // `self`: for a method, its object.
   bool says_no(PyObject* self = nullptr) const {
     PyObject* answer =
         address_ == nullptr ? PyObject_CallNoArgs(function_) : address_(self == nullptr ? self_ : self, nullptr);
@@ -70,12 +70,12 @@ class Question {
 struct Torch {
   PyObject *tensor, *empty_strided, *empty_like, *forward_mode, *profiler, *implementations;
   Question is_negated, is_tracing, transforms;
-  // Whoever answers with something true wants to see or to change every operation.
+  // Active modes that must intercept ops.
   std::array<Question, 2> watchers;
   std::array<PyObject*, std::size(kKinds)> dtypes;
   PyObject *requires_grad, *profiling, *level;
   const abi::Exchange* exchange;
-  // How many implementations of ops Python had registered when it was last looked whether one replaces ours.
+  // How many implementations were registered from Python at the last check whether one replaces ours.
   Py_ssize_t known_implementations = -1;
 };
 Torch torch_;
@@ -121,7 +121,7 @@ bool untracked(PyObject* tensor) {
   return follows == Py_False;
 }
 
-// A tensor in a block of memory that is kept; nullptr where it is small or there is none.
+// A tensor in a block of the free list; nullptr where it is small or there is none.
 PyObject* object_in_kept_memory(const View& view, bool streamed) {
   struct Owner {
     ManagedTensor managed;
@@ -152,7 +152,7 @@ PyObject* object_in_kept_memory(const View& view, bool streamed) {
   return static_cast<PyObject*>(made);
 }
 
-// What torch is asked for: (sizes, strides, dtype). One call after the other wants the same.
+// A requested allocation: (sizes, strides, dtype). Consecutive calls request the same.
 class Allocation {
  public:
   static constexpr int64_t kDims = 8;
@@ -188,7 +188,7 @@ class Allocation {
 
 }  // namespace
 
-// Whether somebody records operations: the profiler, where torch tells of nobody else.
+// Whether operations are recorded: by the profiler only, where torch does not export the full check.
 static bool recorded() {
   if (at::hasCallbacks != nullptr) return at::hasCallbacks();
   return PyDict_GetItemWithError(torch_.profiler, torch_.profiling) != Py_False;
@@ -239,7 +239,7 @@ bool read(PyObject* from, PythonArguments::Mask& to) {
 
 bool read(PyObject* from, Object& to) {
   View view;
-  // A negated view only looks like ordinary memory.
+  // A view with the negative bit is not ordinary memory.
   if (!is_of_torch(from) || !look_into(from, view) || !torch_.is_negated.says_no(from) || !untracked(from))
     return false;
   Py_INCREF(from);

@@ -1,6 +1,6 @@
-// Python's tensors and numbers as the step ops take them: the flavour of a schema that goes past the dispatcher.
+// Python's tensors and numbers as the step ops take them: the flavour of a schema that bypasses the dispatcher.
 //
-// Tensors are looked into through DLPack's exchange table, an ABI that torch fills for its exact type.
+// Tensors are read through DLPack's exchange table, an ABI that torch provides for its exact type.
 #pragma once
 
 #include <Python.h>
@@ -11,18 +11,18 @@
 
 namespace bicm {
 
-// Looks up what is needed of torch; false where it is not there.
+// Looks up the functions of torch; false where one is missing.
 bool open_torch();
 
-// Whether nobody traces, transforms or overrides operations; and whether nobody records them either.
+// Whether no tracing, transform or override is active; and whether no recording is active either.
 bool nobody_transforms();
 bool nobody_watches();
 
-// Whether Python has registered no more implementations of ops since it told how many there are, none of them of ours.
+// Whether no implementation was registered from Python since the last check found none that replaces ours.
 bool nobody_replaced_ops();
 void know_implementations(int64_t count);
 
-// A reference to a Python tensor, and what a kernel needs to know of it.
+// A reference to a Python tensor, and its properties for a kernel.
 class Object {
  public:
   Object() = default;
@@ -51,21 +51,21 @@ inline View view_of(const Object& object, Kinds kinds = Kinds::floating) {
   return object.view;
 }
 
-// False for what is not a CPU tensor of torch's own type, with memory of its values and no derivative to record.
+// False unless it is a CPU tensor of torch's own type, with plain memory and no derivative to record.
 bool read(PyObject* from, Object& to);
 
 bool read(PyObject* from, DType& to);
 
-// The memory of a row of bytes on the CPU and how many there are; null for anything else.
+// The address and length of a contiguous byte tensor on the CPU; null for anything else.
 void* bytes_of(PyObject* tensor, int64_t& count);
 
-// Whether an object is a tensor of torch's own type, wherever it lies, that autograd does not follow.
+// Whether an object is a tensor of torch's own type, on any device, that autograd does not track.
 bool is_untracked_tensor(PyObject* object);
 
-// Whether such a tensor lies on one of these devices, bits by DLPack's codes.
+// Whether such a tensor is on one of these devices, bits by DLPack's codes.
 bool is_on(PyObject* tensor, int64_t devices);
 
-// An uninitialised tensor in the dtype and layout of another; `streamed`: it will be written past the cache.
+// An uninitialised tensor in the dtype and layout of another; `streamed`: it will be written with non-temporal stores.
 Object like(const Object& first, const View& view, bool streamed = false);
 
 // The same in another dtype; throws where the tensor is not contiguous.
@@ -101,7 +101,7 @@ struct StepTensors : Few<Object, kMaxTerms + 1> {
   bool paired = false;
 };
 
-// A number: a tensor where there is one.
+// A number, or a tensor.
 template <class T>
 struct OrTensor {
   T value = 0;

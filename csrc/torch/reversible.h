@@ -53,7 +53,7 @@ class ExactStep {
     p.fraction_bits = static_cast<int32_t>(bits);
   }
 
-  // An empty tensor asks for no notes.
+  // An empty tensor records nothing.
   template <class T>
   void overflow(const T& notes, const Integer& mark) {
     const View view = view_of(notes, Kinds::integers_too);
@@ -68,12 +68,12 @@ class ExactStep {
     per_sample_ = true;
   }
 
-  // For outputs that the caller gave: results may replace inputs exactly, or lie apart.
+  // For given outputs: results may be exactly an input, or disjoint from all.
   void check_overlap() const {
     for (int out = inputs_; out < used_; ++out) {
       STD_TORCH_CHECK(!overlaps_itself(storage_[out]), "bicm_kernels: out overlaps itself");
       for (int in = 0; in < out; ++in) {
-        // Tensors without elements may all lie at address 0.
+        // Tensors without elements may all have address 0.
         const bool same = in >= inputs_ && storage_[out].data != nullptr && storage_[in].data == storage_[out].data;
         STD_TORCH_CHECK(!same && may_alias(storage_[out], storage_[in]), "bicm_kernels: out overlaps a tensor");
       }
@@ -106,7 +106,7 @@ class ExactStep {
 
 inline bool is_integer(DType dtype) { return dtype == DType::int64 || dtype == DType::int32; }
 
-// What a step's schema gives in both flavours; n and m that are not there are 1.
+// The arguments of a step's schema in both flavours; missing n and m are 1.
 struct ExactNumbers {
   using Tensor = bicm::Tensor;
   using Tensors = std::vector<Tensor>;

@@ -15,7 +15,7 @@ struct Extent {
   int64_t size, stride;
 };
 
-// Dimensions that move the address, largest stride first.
+// Dimensions with more than one element, largest stride first.
 int moving(const View& x, Extent* extents) {
   int count = 0;
   for (int64_t i = 0; i < x.dim; ++i) {
@@ -47,7 +47,7 @@ bool same_strides(const View& a, const View& b) {
   return a.dtype == b.dtype;
 }
 
-// Whether `distance` elements lead from one element of a nested tensor to another.
+// Whether `distance` is the offset between two elements of a nested tensor.
 bool reaches(int64_t distance, const Extent* extents, int count) {
   if (count == 0) return distance == 0;
   const int64_t below = span(extents + 1, count - 1);

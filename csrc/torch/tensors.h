@@ -1,6 +1,6 @@
-// From torch tensors to the plain structs that kernels take: checks, merged dimensions, outputs.
+// From torch tensors to the plain structs of the kernels: checks, merged dimensions, outputs.
 //
-// The checks here say little and cost little; bicm_kernels/ops explains a failure to the user.
+// The checks here are cheap and raise terse errors; bicm_kernels/ops builds the full message.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -11,7 +11,7 @@
 #include "boxed.h"
 #include "memory.h"
 
-// Since torch 2.13, whose check says more where its headers are asked for no older ABI.
+// Since torch 2.13; its check has a fuller message unless an older ABI is targeted.
 #if !defined(STABLE_TORCH_ERROR_CODE_CHECK)
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 #endif
@@ -20,7 +20,7 @@ namespace bicm {
 
 using torch::stable::Tensor;
 
-// Integers are asked for by name: most ops have no use for them.
+// Integers are accepted only on request: most ops do not take them.
 enum class Kinds { floating, integers_too };
 
 inline int32_t torch_code(DType dtype) {
@@ -62,7 +62,7 @@ inline int32_t device_of(const Tensor& tensor) {
 constexpr int32_t kHost = 0;  // a CPU tensor's device
 inline bool on_host(int32_t device) { return device < 256; }
 
-// What a kernel needs to know of a tensor; sizes and strides are borrowed.
+// A tensor's properties for a kernel; sizes and strides are borrowed.
 struct View {
   void* data;
   const int64_t *sizes, *strides;
@@ -86,7 +86,7 @@ inline bool same_sizes(const View& a, const View& b) {
   return true;
 }
 
-// Whether a tensor's elements fill one stretch of memory, in whatever order; such strides are an output's too.
+// Whether a tensor's elements fill one memory range without gaps, in any order; outputs then get the same strides.
 bool dense(const View& x);
 
 inline bool contiguous(const View& x) {
@@ -106,11 +106,11 @@ inline int64_t bytes_of(const View& x) {
 
 inline bool worth_keeping(const View& x) { return x.device == kHost && bytes_of(x) >= kKeptFrom && dense(x); }
 
-// A dense tensor on the CPU in a block of memory that is kept; nothing where it is small or torch cannot take one.
+// A dense CPU tensor in a block of the free list; nothing where it is small or torch cannot wrap one.
 std::optional<Tensor> in_kept_memory(const View& view);
 
-// An uninitialised tensor in the dtype and layout of the first state tensor. The short way for contiguous tensors
-// saves a trip through the dispatcher.
+// An uninitialised tensor in the dtype and layout of the first state tensor. The shortcut for contiguous tensors
+// avoids a call through the dispatcher.
 inline Tensor like(const Tensor& first, const View& view) {
   if (std::optional<Tensor> kept = in_kept_memory(view)) return *kept;
   if (!contiguous(view)) return torch::stable::empty_like(first);
@@ -124,7 +124,7 @@ inline Tensor like(const Tensor& first, const View& view) {
   return Tensor(result);
 }
 
-// A number or a row of them on a tensor's device, uninitialised.
+// A 0-d or 1-d tensor on a tensor's device, uninitialised.
 inline Tensor empty_tensor(const Tensor& like, int64_t dim, int64_t size, int32_t dtype) {
   int32_t type, index;
   const int64_t stride = 1;
@@ -145,12 +145,12 @@ inline Tensor row_like(const Tensor& like, int64_t size, DType dtype) {
 bool may_alias(const View& out, const View& in);
 bool overlaps_itself(const View& out);
 
-// Fills `layout` and the operands for views of one shape (B, ...). `ordered`: the row-major order of a sample's elements
-// matters, because noise is keyed by it; else memory order may be followed. `per_sample`: samples must stay apart.
+// Fills `layout` and the operands for views of one shape (B, ...). `ordered`: the row-major order of a sample's
+// elements matters, because noise is keyed by it; else memory order is allowed. `per_sample`: samples are not merged.
 void merge(const View* const* views, Operand* const* operands, int count, bool ordered, bool per_sample,
            Layout& layout);
 
-// The number of elements above which an output is written past the cache.
+// The number of elements above which an output is written with non-temporal stores.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 }  // namespace bicm

@@ -1,7 +1,7 @@
-// Layouts that torch keeps and does not declare in its stable ABI, each checked once against what torch itself says.
+// Layouts of torch that its stable ABI does not declare, each checked once against torch's own results.
 //
-// Where a check fails, the functions of the Python module that need the layout take no call: the way through the
-// dispatcher, or torch's own generator, is then the only one.
+// Where a check fails, the functions of the Python module that need the layout accept no call: the
+// dispatcher, or torch's own generator, is used instead.
 #pragma once
 
 #include <Python.h>
@@ -13,7 +13,7 @@
 
 namespace bicm::abi {
 
-// DLPack 1: what is asked for here of the table behind torch.Tensor.__dlpack_c_exchange_api__.
+// DLPack 1: the fields used here of the table behind torch.Tensor.__dlpack_c_exchange_api__.
 struct ExchangedTensor {
   void* data;
   int32_t device_type, device_index, dim;
@@ -38,23 +38,23 @@ struct Exchange {
 constexpr int32_t kCpuDevice = 1;
 constexpr uint8_t kSigned = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4, kBool = 6;
 
-// The table in a capsule; nullptr where it does not say of `sample`, a contiguous (2, 3) float32 tensor on the CPU, what
-// the tensor says of itself.
+// The table in a capsule; nullptr where it does not describe `sample`, a contiguous (2, 3) float32 tensor on the CPU,
+// as the tensor itself does.
 const Exchange* exchange_in(PyObject* capsule, PyObject* sample);
 
-// What Generator.get_state() holds: how many words are left until the next 624 are made (one, where none is), and which
-// one is next. Behind the words stands the other half of a pair of normal numbers, which only draws of few numbers use.
+// The layout of Generator.get_state(): how many words are left until the next 624 are made (one, where none is), and
+// which one is next. After the words comes the other half of a pair of normal numbers, which only small draws use.
 struct GeneratorState {
   uint64_t seed;
   int32_t left, seeded;
   uint64_t next, words[kMersenneWords];
   unsigned char others[40];
 
-  // The last word tells one set of words from the next.
+  // The last word distinguishes one set of words from the next.
   std::pair<uint64_t, uint64_t> place() const { return {next, words[kMersenneWords - 1]}; }
 };
 
-// Whether the state of a generator that was just given a seed holds the seed and its words where they are expected.
+// Whether the state of a freshly seeded generator has the seed and its words at the expected offsets.
 bool is_freshly_seeded(const GeneratorState& state, uint64_t seed);
 
 }  // namespace bicm::abi

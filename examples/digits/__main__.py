@@ -23,7 +23,7 @@ from examples.digits.objectives import Setting
 from examples.digits.policy import Setting as PolicySetting
 from examples.digits.training import Run, TrainingConfig, save_weights, train
 
-#: Where commands write unless they are told otherwise: never over the weights that come with the code.
+#: The default output folder of commands, which differs from that of the committed weights.
 BUILD = Path("build/digits")
 FILE = click.Path(dir_okay=False, path_type=Path)
 SHARE = click.FloatRange(0, 1, max_open=True)
@@ -39,7 +39,7 @@ def main() -> None:
 def training_options(
     run: TrainingConfig, network: NetworkConfig | ConsistencyConfig, *, output: str, checkpoint: str
 ) -> Callable[[Command], Command]:
-    """Give a command the options that every run has, with the defaults of its configurations."""
+    """Add the options of every run to a command, with the defaults of its configurations."""
     widths = (network.fine_channels, network.coarse_channels)
     options = (
         click.option("--steps", default=run.steps, type=click.IntRange(1), help="Optimizer steps."),
@@ -51,7 +51,7 @@ def training_options(
             "--label-drop",
             default=run.label_drop,
             type=click.FloatRange(0, 1),
-            help="Share of images shown without a label.",
+            help="Fraction of images without a label.",
         ),
         click.option("--channels", default=widths, type=(int, int), help="Widths at 8×8 and 4×4."),
         click.option("--seed", default=run.seed, help="Seed of everything random in the run."),
@@ -63,7 +63,7 @@ def training_options(
             "--checkpoint",
             default=BUILD / checkpoint,
             type=FILE,
-            help="State of the run; where it exists, the run goes on from it.",
+            help="State of the run; if it exists, the run resumes from it.",
         ),
         click.option("--checkpoint-every", default=200, type=click.IntRange(1), help="Steps between checkpoints."),
         click.option("--restart", is_flag=True, help="Ignore an existing checkpoint."),
@@ -113,7 +113,7 @@ def train_consistency(channels: tuple[int, int], dropout: float, **options: Any)
 
 
 def _parted(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part where a run writes and how it is carried out from what decides its bits."""
+    """Separate the paths and execution options of a run from the options that determine its bits."""
     files = ("threads", "output", "checkpoint", "checkpoint_every", "restart", "tensorboard")
     return {name: options.pop(name) for name in files}, options
 
@@ -128,7 +128,7 @@ def _train(
     restart: bool,
     tensorboard: Path | None,
 ) -> None:
-    """Carry a run out to its end and write its weights, with what they were made of and how good they are."""
+    """Run to the end and write the weights, with their configuration and figures."""
     torch.set_num_threads(threads)
     if restart:
         checkpoint.unlink(missing_ok=True)
@@ -186,12 +186,12 @@ def demo(
     seed: int,
     threads: int,
 ) -> None:
-    """Sample digits, invert real ones to noise and back, draw two pictures and print what was measured."""
-    # Plotting is slow to import, and training does without.
+    """Sample digits, invert real ones to noise and back, draw two pictures and print the measurements."""
+    # Plotting is slow to import, and training does not need it.
     from examples.digits.consistency_demo import run_consistency_demo
     from examples.digits.demo import run_demo
 
-    # Layers this small gain nothing from a second thread, and on a busy machine the two wait for each other.
+    # Layers this small do not profit from a second thread, and on a busy machine the two wait for each other.
     torch.set_num_threads(threads)
     console = Console(highlight=False)
     run_demo(output, weights=weights, steps=steps, seed=seed, console=console)
@@ -201,9 +201,9 @@ def demo(
 @main.command()
 @click.option("--weights", default=BCM_WEIGHTS, type=FILE, help="Weights to load.")
 @click.option("--seed", default=0, help="Seed of the noise.")
-@click.option("--tolerance", default=1e-3, help="Difference allowed between images, where paper is -1 and ink 1.")
+@click.option("--tolerance", default=1e-3, help="Maximum difference between images, where paper is -1 and ink 1.")
 def check(weights: Path, seed: int, tolerance: float) -> None:
-    """Draw the consistency model's picture from plain eager code too and compare both."""
+    """Draw the consistency model's picture from eager code too and compare both."""
     from examples.digits.consistency_demo import compare
     from examples.digits.consistency_objective import load_network
 
@@ -225,7 +225,7 @@ def check(weights: Path, seed: int, tolerance: float) -> None:
 @click.option("--steps", default=50, type=click.IntRange(2), help="Steps between data and noise.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
 def edit_digits(output: Path, weights: Path, steps: int, threads: int) -> None:
-    """Give real digits another class by every method, draw what became of them and print what round trips lose."""
+    """Edit real digits to another class by every method, draw the results and print the errors of round trips."""
     from examples.digits.demo import real_digits, run_edits
 
     torch.set_num_threads(threads)
@@ -237,7 +237,7 @@ def edit_digits(output: Path, weights: Path, steps: int, threads: int) -> None:
     "--output",
     default=BUILD / "objectives",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the table, the plots and every run's figures; runs that are there are not repeated.",
+    help="Folder for the table, the plots and every run's figures; existing runs are not repeated.",
 )
 @click.option("--seeds", default=3, type=click.IntRange(1), help="Runs of every method.")
 @click.option("--steps", default=Setting.steps, type=click.IntRange(1), help="Steps of a run.")
@@ -265,7 +265,7 @@ def compare_objectives(output: Path, seeds: int, threads: int, **numbers: int) -
     "--output",
     default=BUILD / "policy",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the table, the picture and every run's figures; runs that are there are not repeated.",
+    help="Folder for the table, the picture and every run's figures; existing runs are not repeated.",
 )
 @click.option("--seeds", default=3, type=click.IntRange(1), help="Runs of every method and reward.")
 @click.option("--updates", default=PolicySetting.updates, type=click.IntRange(2), help="Updates of a run.")
@@ -293,9 +293,9 @@ def tune_for_rewards(output: Path, seeds: int, threads: int, **numbers: int) -> 
 @click.option("--consistency-weights", default=BCM_WEIGHTS, type=FILE, help="Weights of the consistency model.")
 @click.option("--images", default=297, type=click.IntRange(10, 297), help="Held-out digits that are measured.")
 @click.option("--steps", default=50, type=click.IntRange(2), help="Steps between data and noise.")
-@click.option("--iterations", default=10, type=click.IntRange(1), help="Gradient steps of CM inversion at a level.")
-@click.option("--seeds", default=3, type=click.IntRange(1), help="How many starts every solver gets.")
-@click.option("--quick", is_flag=True, help="Ten images, five steps and one seed, to see that it runs.")
+@click.option("--iterations", default=10, type=click.IntRange(1), help="Gradient steps of CM inversion per level.")
+@click.option("--seeds", default=3, type=click.IntRange(1), help="Number of starts of every solver.")
+@click.option("--quick", is_flag=True, help="Ten images, five steps and one seed: a smoke test.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
 def inverse(
     output: Path,
@@ -308,7 +308,7 @@ def inverse(
     quick: bool,
     threads: int,
 ) -> None:
-    """Down-sampling, inpainting and a classifier's target by every inverse solver: a picture, and what was measured."""
+    """Down-sampling, inpainting and a classifier's target by every inverse solver: a picture and measurements."""
     from examples.digits.inverse import QUICK, Size
     from examples.digits.inverse_report import run_inverse
 
@@ -323,7 +323,7 @@ for command in COMMANDS:
 
 
 def command_line(arguments: list[str]) -> str:
-    """Return the command that was typed, as anyone can type it again."""
+    """Return the command line, in a form that can be run again."""
     return " ".join(["python -m examples.digits", *arguments])
 
 

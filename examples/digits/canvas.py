@@ -40,7 +40,7 @@ ERRORS = Look(matplotlib.colormaps["magma"], LogNorm(1e-8, 1.0, clip=True))
 
 @dataclass(frozen=True)
 class Row:
-    """Ten images (10, 1, 8, 8) side by side, with a name and a line of explanation."""
+    """Ten images (10, 1, 8, 8) in a row, with a name and a line of explanation."""
 
     images: torch.Tensor
     name: str
@@ -73,7 +73,7 @@ class Canvas:
         return top - group_gap
 
     def colour_bar(self, left: float, top: float, look: Look, label: str) -> None:
-        """Draw what the colours of a look mean."""
+        """Draw the legend of a colour scheme."""
         axes = self._axes(left, top, CLASSES * (CELL + GAP) - GAP, 0.12)
         bar = self.figure.colorbar(ScalarMappable(look.scale, look.colours), cax=axes, orientation="horizontal")
         bar.outline.set_visible(False)
@@ -89,7 +89,7 @@ class Canvas:
         self.figure.text(x, y, text, fontsize=size, fontweight=weight, color=colour, va="top")
 
     def pixels(self) -> np.ndarray:
-        """Return what is drawn, (height, width, 4) uint8."""
+        """Return the drawing, (height, width, 4) uint8."""
         self.canvas.draw()
         return np.asarray(self.canvas.buffer_rgba())
 

@@ -1,4 +1,4 @@
-"""Trained weights: written beside the old ones and moved over them, and read again."""
+"""Trained weights: written atomically, and read."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write weights and their metadata as safetensors, in one atomic move."""
+    """Write weights and their metadata as safetensors, atomically."""
     save(path, weights, metadata)
 
 
 def load_weights(path: Path, command: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return weights and metadata; raises FileNotFoundError, which names the command, where there is no such file."""
+    """Return weights and metadata; raises FileNotFoundError with the command that makes the file."""
     if not path.exists():
         raise FileNotFoundError(f"path: {path} does not exist; {command} makes it")
     with safe_open(path, framework="pt") as file:

@@ -1,4 +1,4 @@
-"""Two small networks that tell digits apart: one guides inverse solvers, the other judges what became of it."""
+"""Two small classifiers of digits: one guides inverse solvers, the other evaluates the results."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ BATCHES, BATCH = 300, 100
 
 @lru_cache(maxsize=1)
 def guide() -> nn.Module:
-    """Return the classifier that solvers see: two hidden layers of 64, images (B, 1, 8, 8) -> logits (B, 10)."""
+    """Return the classifier that guides solvers: two hidden layers of 64, images (B, 1, 8, 8) -> logits (B, 10)."""
     torch.manual_seed(0)
     return _trained(nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, 64), nn.SiLU(), _hidden(64), _last(64)), 1)
 
 
 @lru_cache(maxsize=1)
 def judge() -> nn.Module:
-    """Return a classifier that no solver sees: convolutions, from another start and other batches."""
+    """Return a classifier that no solver uses: convolutions, with another initialisation and other batches."""
     torch.manual_seed(1)
     layers = (nn.Conv2d(1, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 32, 3, stride=2, padding=1), nn.ReLU())
     return _trained(nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), _last(32 * SIDE * SIDE // 4)), 2)
 
 
 def share(classifier: nn.Module, images: Tensor, wanted: Tensor) -> float:
-    """Return the share of images, clipped to [-1, 1], that a classifier takes for what is wanted.
+    """Return the fraction of images, clipped to [-1, 1], that a classifier assigns to the wanted class.
 
     >>> held_out = load_split().held_out
     >>> share(guide(), *held_out) > 0.9, share(judge(), *held_out) > 0.9

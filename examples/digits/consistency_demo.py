@@ -1,4 +1,4 @@
-"""The consistency model's part of the demo: one picture and three tables; and the checker that draws it eagerly."""
+"""The consistency model's part of the demo: one picture and three tables; and the check against eager code."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ TIMED = {1: 30, 100: 6}
 
 
 class Agreement(NamedTuple):
-    """How far two drawings of one picture are apart: in the images, where paper is -1 and ink 1, and in grey levels."""
+    """The difference of two drawings of one picture: in the images, where paper is -1 and ink 1, and in grey levels."""
 
     images: float
     picture: int
 
 
 def run_consistency_demo(output: Path, *, weights: Path, seed: int, console: Console) -> None:
-    """Draw the picture to `output` and print what was measured.
+    """Draw the picture to `output` and print the measurements.
 
     Raises FileNotFoundError where the weights are missing.
     """
@@ -60,7 +60,7 @@ def sample_table(network: ConsistencyNetwork, *, seed: int) -> Table:
     held_out = load_split().held_out
     counts = len(sample_labels(labelled=True)), len(held_out.labels)
     table = _table(
-        f"{counts[0]} new digits from noise, beside {counts[1]} real ones that the model has not seen",
+        f"{counts[0]} new digits from noise, and {counts[1]} held-out real ones",
         ("evaluations", "labels", "p ≥ 0.9", "classes", "Fréchet, pixels", "features"),
     )
     for labelled in (False, True):
@@ -76,7 +76,7 @@ def sample_table(network: ConsistencyNetwork, *, seed: int) -> Table:
 
 
 def reconstruction_table(network: ConsistencyNetwork, *, seed: int) -> Table:
-    """Return how well real digits return from noise, by one leap and by two."""
+    """Return the reconstruction errors of real digits, by one leap and by two."""
     held_out = load_split().held_out
     title = f"{len(held_out.labels)} real digits to noise and back: mean squared error, images in [0, 1]"
     ways = {"1": ONE_LEAP, "2": TWO_LEAPS}
@@ -95,7 +95,7 @@ def reconstruction_table(network: ConsistencyNetwork, *, seed: int) -> Table:
 
 def timing_table(network: ConsistencyNetwork) -> Table:
     """Return the time of an image, fused and eager."""
-    title = f"milliseconds an image, the network included, float32, median, {torch.get_num_threads()} thread(s)"
+    title = f"milliseconds per image, including the network, float32, median, {torch.get_num_threads()} thread(s)"
     columns = [f"{count} at a time, {kind}" for count in TIMED for kind in ("fused", "eager")]
     table = _table(title, ("evaluations", *columns))
     for name, schedule in SAMPLING.items():
@@ -105,7 +105,7 @@ def timing_table(network: ConsistencyNetwork) -> Table:
 
 
 def compare(network: ConsistencyNetwork, *, seed: int) -> Agreement:
-    """Return how far the fused picture and the eager one are apart."""
+    """Return the difference of the fused and the eager picture."""
     fused, plain = (compose(network, seed=seed), compose(network, seed=seed, by=EAGER))
     pairs = zip(fused.tensors(), plain.tensors(), strict=True)
     images = max((a.double() - b.double()).abs().max().item() for a, b in pairs)

@@ -1,4 +1,4 @@
-"""What is measured of the consistency model: its samples beside real digits, reconstructions, and the time it takes."""
+"""Measurements of the consistency model: its samples and real digits, reconstructions, and times."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from examples.digits.recognition import features, probabilities
 
 T_MAX = 20.0
 CONFIDENT = 0.9
-# As many samples at a time as there are held-out digits: the Fréchet distance depends on how many it is given.
+# Sets of as many samples as there are held-out digits, because the Fréchet distance depends on the sample size.
 SETS = 5
 STARTS = 103
-# Chosen on the training images, as the papers chose theirs.
+# Chosen on the training images, as in the papers.
 SAMPLING = {
     "1 evaluation": ConsistencySchedule((T_MAX,)),
     "2 evaluations, ancestral": ConsistencySchedule((T_MAX, 0.8)),
@@ -39,13 +39,13 @@ INVERSION = {
     "3 evaluations": ConsistencySchedule((T_MAX, 1.5, 0.2, 0.01)),
     "4 evaluations": ConsistencySchedule((T_MAX, 4.0, 1.2, 0.3, 0.01)),
 }
-# The way back from noise: the paper's single leap, and two of them.
+# From noise to data: the paper's single leap, and two of them.
 ONE_LEAP, TWO_LEAPS = (SAMPLING[name] for name in ("1 evaluation", "2 evaluations, ancestral"))
 INTERPOLATION = INVERSION["3 evaluations"]
 
 
 class Implementation(NamedTuple):
-    """Whose samplers compute: the fused ones or the eager ones."""
+    """The samplers used: the fused ones or the eager ones."""
 
     sample: Callable[..., Tensor]
     invert: Callable[..., Tensor]
@@ -58,10 +58,10 @@ EAGER = Implementation(eager.sample, eager.invert, eager.slerp)
 
 @dataclass(frozen=True)
 class SampleFigures:
-    """Of many images: share recognised, classes, Fréchet distances of pixels and of a classifier's features.
+    """Figures of images: confident fraction, classes, Fréchet distances of pixels and of a classifier's features.
 
-    confident: share that the judge recognises with probability >= 0.9, as the wanted class where one was wanted.
-    classes: how many classes at least one confidently recognised image shows.
+    confident: fraction classified with confidence >= 0.9, as the wanted class if there is one.
+    classes: the number of classes with at least one confidently classified image.
     """
 
     confident: float
@@ -131,7 +131,7 @@ def to_noise(
     seed: int,
     by: Implementation = FUSED,
 ) -> Tensor:
-    """Return the noise behind real digits at the schedule's highest level."""
+    """Return the noise of real digits at the schedule's highest level."""
     return by.invert(network, digits.images, schedule, seed=seed, extra_args={"labels": digits.labels})
 
 
@@ -144,13 +144,13 @@ def reconstruct(
     back: ConsistencySchedule = TWO_LEAPS,
     by: Implementation = FUSED,
 ) -> Tensor:
-    """Return real digits taken to noise by the schedule and `back` from it."""
+    """Return real digits inverted to noise by the schedule, and reconstructed by `back`."""
     noise = to_noise(network, digits, schedule, seed=seed, by=by)
     return by.sample(network, noise, back, extra_args={"labels": digits.labels})
 
 
 def squared_error(images: Tensor, real: Tensor) -> float:
-    """Return the mean squared error of images clipped to their range, as if that were [0, 1]."""
+    """Return the mean squared error of images, clipped and rescaled to [0, 1]."""
     return (images.clamp(-1, 1) - real).div(2).double().square().mean().item()
 
 
@@ -162,7 +162,7 @@ def without_labels(digits: Digits) -> Digits:
 def time_sampling(
     network: ConsistencyNetwork, schedule: ConsistencySchedule, count: int, *, repeats: int
 ) -> tuple[float, float]:
-    """Return seconds an image, fused and eager: medians of `repeats` batches of `count`, the network included."""
+    """Return seconds per image, fused and eager: medians of `repeats` batches of `count`, including the network."""
     labels = torch.full((count,), NO_LABEL)
     fused, plain = medians(
         (lambda: draw(network, labels, schedule, seed=0), lambda: draw(network, labels, schedule, seed=0, by=EAGER)),
@@ -172,7 +172,7 @@ def time_sampling(
 
 
 def evaluate(network: ConsistencyNetwork) -> dict[str, float]:
-    """Return a few figures that tell how a run goes: samples without labels, and held-out digits returned."""
+    """Return figures of a run's progress: of samples without labels, and of reconstructed held-out digits."""
     labels = sample_labels(labelled=False)
     held_out = without_labels(load_split().held_out)
     figures: dict[str, float] = {}

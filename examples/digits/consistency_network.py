@@ -1,4 +1,4 @@
-"""A class-conditional U-Net with two times: where the image is, and where it is to go."""
+"""A class-conditional U-Net with two times: the image's level, and the target level."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TwoTimeEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        # Radians per unit of ln t. Low ones only: neighbouring levels of a fine grid must look alike to the network.
+        # Radians per unit of ln t. Low ones only: adjacent levels of a fine grid must have similar embeddings.
         exponents = torch.linspace(0.0, 1.0, 16, dtype=torch.float64)
         self.register_buffer("frequencies", 0.1 * 30.0**exponents, persistent=False)
         self.times = nn.Sequential(nn.Linear(4 * 16, width), nn.SiLU(), nn.Linear(width, width))
@@ -47,7 +47,7 @@ class TwoTimeEmbedding(nn.Module):
 class ConsistencyNetwork(nn.Module):
     """F of a bidirectional consistency model: scaled (B, 1, 8, 8), levels t and u (B,), labels (B,) -> (B, 1, 8, 8).
 
-    Label 10 (`NO_LABEL`) means no label. Computes and answers in the parameters' dtype, whatever the image's is.
+    Label 10 (`NO_LABEL`) means no label. Computes in and returns the parameters' dtype, for any dtype of the image.
 
     >>> network, level = ConsistencyNetwork(), torch.ones(2)
     >>> network(torch.zeros(2, 1, 8, 8), level, level / 2, labels=torch.tensor([3, 10])).shape
@@ -88,5 +88,5 @@ class ConsistencyNetwork(nn.Module):
 
 
 def _block(inputs: int, outputs: int, config: ConsistencyConfig) -> ResidualBlock:
-    # Whole channels are dropped: one draw a channel costs nothing, one a pixel as much as a convolution.
+    # Whole channels are dropped: one draw per channel is cheap, one per pixel costs as much as a convolution.
     return ResidualBlock(inputs, outputs, config, dropout=nn.Dropout2d)

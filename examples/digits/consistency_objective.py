@@ -17,13 +17,13 @@ from examples.digits.data import Digits
 from examples.digits.training import Loss, Objective, TrainingConfig
 
 WEIGHTS = Path(__file__).parent / "weights" / "consistency.safetensors"
-# Purposes that need random numbers of their own: each gets its key from the run's seed.
+# Purposes with separate random numbers: each gets its key from the run's seed.
 INITIAL, OBJECTIVE = range(11, 13)
 
 
 @dataclass(frozen=True)
 class BctConfig(TrainingConfig):
-    """What a run depends on beside the network: the loop's numbers, the levels and their odds, and the loss's c."""
+    """The settings of a run besides the network: the loop's numbers, the levels with probabilities, the loss's c."""
 
     batch_size: int = 128
     learning_rate: float = 1e-3

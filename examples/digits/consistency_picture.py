@@ -38,7 +38,7 @@ PAIRS = ((3, 8), (0, 6), (4, 9))
 
 @dataclass(frozen=True)
 class ConsistencyPanels:
-    """What the picture shows: ten images (10, 1, 8, 8) a row, each under its name.
+    """The contents of the picture: ten images (10, 1, 8, 8) per row, by name.
 
     noise: what two evaluations find behind the real digits, over its level. interpolations: by the two digits' classes.
     """
@@ -51,13 +51,13 @@ class ConsistencyPanels:
     interpolations: dict[tuple[int, int], Tensor]
 
     def tensors(self) -> list[Tensor]:
-        """Return every image that is shown."""
+        """Return all images of the picture."""
         found = [self.real, self.noise, *self.reconstructions.values()]
         return [*found, *self.labelled.values(), *self.unlabelled.values(), *self.interpolations.values()]
 
 
 def compose(network: ConsistencyNetwork, *, seed: int, by: Implementation = FUSED) -> ConsistencyPanels:
-    """Return the panels; `by` tells whose samplers compute them."""
+    """Return the panels, computed by the samplers `by`."""
     real = one_per_class(load_split().held_out)
     none = torch.full((CLASSES,), NO_LABEL)
     unlabelled_real = Digits(real.images, none)
@@ -77,7 +77,7 @@ def interpolate(
     """Return ten images from one real digit to another: inverted, their noises interpolated, and sampled; no labels."""
     ends = real.images[list(pair)]
     none = {"labels": torch.full((CLASSES,), NO_LABEL)}
-    # Two places in one batch, hence two noises: the same noise in both would blend it with itself.
+    # Two samples of one batch have different noises: equal noises would be interpolated with themselves.
     noise = by.invert(network, ends, INTERPOLATION, seed=seed, extra_args={"labels": none["labels"][:2]})
     first, second = (end.expand(CLASSES, *end.shape).contiguous() for end in noise)
     between = by.slerp(first, second, torch.linspace(0, 1, CLASSES, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn ships: 1,797 real images of 8×8 pixels, split once and for all."""
+"""The handwritten digits of scikit-learn: 1,797 real images of 8×8 pixels, with a fixed split."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Digits(NamedTuple):
 
 
 class Split(NamedTuple):
-    """The 1,500 images a network may see and the 297 it must not."""
+    """The 1,500 training images and the 297 held-out ones."""
 
     train: Digits
     held_out: Digits

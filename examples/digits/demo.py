@@ -69,7 +69,7 @@ def run_demo(output: Path, *, weights: Path, steps: int, seed: int, console: Con
 
 
 def run_edits(real: Digits, output: Path, *, weights: Path, steps: int, console: Console) -> None:
-    """Give digits another class by every method, write the picture to `output` and print what round trips lose.
+    """Edit digits to another class by every method, write the picture to `output` and print the errors of round trips.
 
     Raises FileNotFoundError where the weights are missing.
     """
@@ -106,7 +106,7 @@ def reconstruction_table(results: dict[torch.dtype, list[Reconstruction]], sched
 
 
 def sample_table(samples: list[torch.Tensor], labels: torch.Tensor) -> Table:
-    """Return how many samples a classifier trained on real digits recognises."""
+    """Return the number of samples that a classifier trained on real digits recognises."""
     held_out = load_split().held_out
     table = Table(
         title=f"{len(labels)} new digits, guidance scale {GUIDANCE_SCALE}, judged by a classifier",

@@ -18,7 +18,7 @@ from examples.digits.network import Denoiser, NetworkConfig
 from examples.digits.training import Loss, Objective, TrainingConfig
 
 WEIGHTS = Path(__file__).parent / "weights" / "denoiser.safetensors"
-# Purposes that need random numbers of their own beside the noise: each gets its key from the run's seed.
+# Purposes with separate random numbers, besides the noise: each gets its key from the run's seed.
 TIMES, INITIAL, DROPOUT, EVALUATION = 2, 4, 5, 6
 
 
@@ -40,7 +40,7 @@ def denoising_loss(network: Denoiser, x: Tensor, labels: Tensor, times: Tensor, 
 
 
 def stratified_times(step: int, config: TrainingConfig) -> Tensor:
-    """Return (B,) float64 times in (0, 1], one in every B-th of it, for a loss that varies less."""
+    """Return (B,) float64 times in (0, 1], stratified into B intervals to reduce the variance of the loss."""
     count = config.batch_size
     jitter = uniform((count,), seed=fold_in(config.seed, TIMES), step=step, dtype=torch.float64)
     return (torch.arange(count, dtype=torch.float64) + jitter) / count
@@ -51,7 +51,7 @@ def evaluate(network: Denoiser, data: Digits, *, repeats: int = 20) -> float:
     """Return the loss over data with their labels, `repeats` noises and evenly spread times each."""
     network.eval()
     count = len(data.images)
-    # Steps of the golden ratio spread the times of one image, and of all, over the interval.
+    # Golden-ratio steps distribute the times of one image, and of all, evenly over the interval.
     grid = (torch.arange(count * repeats, dtype=torch.float64) * 0.618033988749895 + 0.5) % 1.0
     losses = [
         denoising_loss(network, data.images, data.labels, grid[k * count : (k + 1) * count], EVALUATION, k).item()

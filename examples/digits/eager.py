@@ -1,6 +1,6 @@
-"""The consistency model's sampling written plainly in PyTorch, for the checker: nothing fused, formulas as printed.
+"""The consistency model's sampling in plain PyTorch, for the check: nothing fused, formulas as printed.
 
-It shares the keyed noise with the fused code and nothing else: the same numbers, so that the pictures can be the same.
+It shares only the keyed noise with the fused code, so that the pictures can be the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def sample(
     seed: int = 0,
     extra_args: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return samples at t_min by BCM's Alg. 2, 3 or 4, as the schedule says."""
+    """Return samples at t_min by BCM's Alg. 2, 3 or 4, depending on the schedule."""
     key, evaluations = fold_in(seed, CONSISTENCY_SAMPLING), 0
     t = schedule.levels[0]
     for u in (*schedule.levels[1:], schedule.t_min):
@@ -48,7 +48,7 @@ def invert(
     seed: int = 0,
     extra_args: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return clean samples taken up to the schedule's first level by BCM's Alg. 5."""
+    """Return clean samples inverted to the schedule's first level by BCM's Alg. 5."""
     t, *higher = reversed(schedule.levels)
     x = x + t * normal(x.shape, seed=fold_in(seed, CONSISTENCY_INVERSION), dtype=x.dtype)
     for u in higher:

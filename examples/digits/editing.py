@@ -1,4 +1,4 @@
-"""Another class for a real digit: inverted under its own label, sampled under another, by every method that can."""
+"""Editing a real digit's class: inverted under its own label, sampled under another, by every suitable method."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from examples.digits.data import CLASSES, Digits
 from examples.digits.network import Denoiser
 from examples.digits.recognition import recognised
 
-#: What each class becomes: a digit of some likeness.
+#: The target of each class: a similar digit.
 TARGETS = (8, 7, 3, 8, 9, 6, 0, 1, 3, 4)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -63,7 +63,7 @@ METHODS = (DDIM, *map(_bdia, (1.0, 0.96, 0.9, 0.5)), EDICT, Method("O-BELM", obe
 
 @dataclass(frozen=True)
 class Edit:
-    """Real digits (B, 1, 8, 8) under another label, and what the way there and back under their own label loses."""
+    """Real digits (B, 1, 8, 8) under another label, and the errors of the round trip under their own label."""
 
     method: Method
     images: Tensor
@@ -79,12 +79,12 @@ def edit(method: Method, network: Denoiser, digits: Digits, targets: Tensor, sch
 
 
 def targets_of(digits: Digits) -> Tensor:
-    """Return the label that each digit is to become."""
+    """Return the target label of each digit."""
     return torch.tensor(TARGETS)[digits.labels]
 
 
 def edit_table(edits: Sequence[Edit], digits: Digits, schedule: Schedule) -> Table:
-    """Return how well the edited digits show their new class, and what a return under the old one loses."""
+    """Return how many edited digits show their new class, and the errors of a round trip under the old one."""
     way = f"{len(digits.labels)} real digits given another class, {schedule.steps} steps each way, no guidance"
     table = Table(title=way, title_justify="left")
     for heading in ("method", "evaluations\na step", "recognised as\nthe new class", "back as itself:\nmax error"):
@@ -100,20 +100,20 @@ def round_trip(
     method: Method, networks: Mapping[torch.dtype, Denoiser], digits: Digits, schedule: Schedule, *,
     dtype: torch.dtype, from_noise: bool, exact: bool,
 ) -> float:  # fmt: skip
-    """Return max |error| of digits taken to noise and back, or of noise taken to digits and back.
+    """Return max |error| of digits inverted to noise and back, or of noise sampled to digits and back.
 
-    networks: by the dtype in which they compute, float64 for such a state and float32 otherwise. inf stands for a state
+    networks: by the dtype in which they compute, float64 for such a state and float32 otherwise. inf denotes a state
     that left its range.
     """
     network = networks[torch.float64 if dtype == torch.float64 else torch.float32]
     options = {**method.options, "exact": exact} if method.has_exact_inverse else method.options
     noise = torch.randn(digits.images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    # Numbers on a grid of 2^-20, because an exact state cannot be nearer to a number than half a unit of its own grid.
+    # Numbers on a grid of 2^-20, which the exact state's finer grid represents exactly.
     start = ((noise * 2**20).round() / 2**20 if from_noise else digits.images).to(dtype)
     order = (method.sample, method.invert) if from_noise else (method.invert, method.sample)
     state: Any = start
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", InexactInversionWarning)  # what it expects is measured here
+        warnings.simplefilter("ignore", InexactInversionWarning)  # the error is measured here
         try:
             for sampler in order:
                 state = _ends(network, sampler, state, schedule=schedule, options=options, labels=digits.labels)
@@ -146,7 +146,7 @@ def round_trip_table(
 
 
 def save_edits(edits: Sequence[Edit], digits: Digits, path: Path) -> None:
-    """Draw the first ten digits, what each method makes of them and where it loses them; the ending is the format."""
+    """Draw the first ten digits, each method's edits and its round-trip errors; the suffix determines the format."""
     from examples.digits.canvas import ERRORS, INK, Row
 
     with extra("diffusion"):

@@ -1,4 +1,4 @@
-"""What is measured of idempotent networks: samples, repeated application, edits with a mask, corrupted digits."""
+"""Measurements of idempotent networks: samples, repeated application, edits with a mask, corrupted digits."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from examples.digits.network import NO_LABEL
 from examples.digits.recognition import probabilities
 
 Network = Callable[[Tensor], Tensor]
-# Purposes that need random numbers of their own: each gets its key from the seed.
+# Purposes with separate random numbers: each gets its key from the seed.
 SAMPLES, CORRUPTED = 34, 35
 APPLICATIONS = (1, 2, 4, 8)
 #: Levels of the masked sampler, of which the last is not used (SIGN Alg. 3).
 LEVELS = (0.6, 0.3, 0.0)
-#: Noise that corrupted digits get, in their units, where paper is -1 and ink 1.
+#: Noise of corrupted digits, in units where paper is -1 and ink 1.
 NOISE = 0.5
 DDIM_STEPS = (1, 5, 20)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of as many samples as `SETS` times the held-out digits, by one application unless it is said.
+    """Figures of `SETS` times as many samples as held-out digits, by one application unless noted.
 
     frechet: to the training images, means of sets. variance: summed over pixels. recognised: share with p >= .9.
-    least: share of the least class, as a classifier takes them. idempotence: mean over samples of
-    ‖f^(k+1)(z) - f^k(z)‖/‖f^k(z)‖ by k; of None for models that are no f. reconstruction: mean squared error of
-    held-out digits, as if their range were [0, 1].
+    least: fraction of the rarest class, by a classifier. idempotence: mean over samples of
+    ‖f^(k+1)(z) - f^k(z)‖/‖f^k(z)‖ by k; of None for models that are not idempotent. reconstruction: mean squared error
+    of held-out digits, as if their range were [0, 1].
     """
 
     frechet: float
@@ -59,7 +59,7 @@ def latents(seed: int, *, count: int | None = None) -> Tensor:
 
 
 def sample_figures(images: Tensor) -> Figures:
-    """Return what samples are judged by, together: a share alone rewards collapse."""
+    """Return the figures of samples; several, because the confident fraction alone rewards collapse."""
     found = judge(images, torch.full((len(images),), NO_LABEL))
     images = images.clamp(-1, 1)
     taken = np.bincount(probabilities(images).argmax(axis=1), minlength=CLASSES) / len(images)
@@ -93,7 +93,7 @@ def relative(moved: Tensor, x: Tensor) -> float:
 
 @torch.no_grad()
 def others(seed: int) -> dict[str, Figures]:
-    """Return the figures of what stands beside: the noise predictor, the consistency model, real digits."""
+    """Return the figures for comparison: of the noise predictor, the consistency model and real digits."""
     z, teacher = latents(seed), Teacher(load_denoiser())
     found = {
         f"DDIM, {steps} evaluation{'s' if steps > 1 else ''}": sample_figures(
@@ -139,7 +139,7 @@ CORRUPTIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 @dataclass(frozen=True)
 class Projection:
-    """Corrupted held-out digits: mean squared error before and after f, and shares recognised as what they were."""
+    """Corrupted held-out digits: mean squared error before and after f, and fractions classified correctly."""
 
     error_before: float
     error_after: float
@@ -149,7 +149,7 @@ class Projection:
 
 @torch.no_grad()
 def project(network: Network, corruption: str, seed: int) -> Projection:
-    """Corrupt held-out digits, apply the network once, and compare with what they were."""
+    """Corrupt held-out digits, apply the network once, and compare with the originals."""
     digits = load_split().held_out
     corrupted = CORRUPTIONS[corruption](digits.images, seed)
     projected = sign_recursive(network, corrupted)
@@ -176,7 +176,7 @@ def _right(images: Tensor, labels: Tensor) -> float:
 def table(runs: Mapping[str, Sequence[tuple[int, nn.Module]]]) -> str:
     """Return all figures as Markdown; runs: (seed, network) of every method, means and halves of ranges over them."""
     lines = [
-        "One application unless it is said; mean ± half the range over the seeds. Idempotence is ‖f(y) − y‖/‖y‖ for",
+        "One application unless noted; mean ± half the range over the seeds. Idempotence is ‖f(y) − y‖/‖y‖ for",
         "y = f(z), then after 2, 4 and 8 applications; so is the Fréchet distance.",
         "",
         "| model | runs | Fréchet | total variance | p ≥ .9 | least class | reconstruction | idempotence | "

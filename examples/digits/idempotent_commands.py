@@ -31,13 +31,13 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 @click.command("pairs")
-@click.option("--output", default=BUILD / "pairs", type=FOLDER, help="Folder for the shards; a killed run goes on.")
+@click.option("--output", default=BUILD / "pairs", type=FOLDER, help="Folder for the shards; a killed run resumes.")
 @click.option("--count", default=PAIRS, type=click.IntRange(1), help="How many pairs.")
 @click.option("--steps", default=PAIR_STEPS, type=click.IntRange(1), help="Steps of the sampler.")
-@click.option("--sampler", default="ddim", type=click.Choice(["ddim", "heun"]), help="Heun's asks twice in a step.")
+@click.option("--sampler", default="ddim", type=click.Choice(["ddim", "heun"]), help="Heun's evaluates twice per step.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
 def pairs(output: Path, count: int, steps: int, sampler: str, threads: int) -> None:
-    """Have the noise predictor draw digits, and keep each beside its noise."""
+    """Sample digits with the noise predictor, and store each with its noise."""
     torch.set_num_threads(threads)
     make_pairs(output, count=count, steps=steps, sampler=sampler)
 
@@ -45,7 +45,7 @@ def pairs(output: Path, count: int, steps: int, sampler: str, threads: int) -> N
 @click.command("train-idempotent")
 @click.option("--method", default="reg", type=click.Choice(list(METHODS)), help="What is minimised.")
 @click.option("--seed", default=0, help="Seed of everything random in the run.")
-@click.option("--steps", default=None, type=click.IntRange(1), help="Optimizer steps; the method's own if left out.")
+@click.option("--steps", default=None, type=click.IntRange(1), help="Optimizer steps; default: the method's own.")
 @click.option("--output", default=BUILD, type=FOLDER, help="Folder for METHOD-seed-SEED.safetensors and checkpoints.")
 @click.option("--pairs", "pairs_folder", default=BUILD / "pairs", type=FOLDER, help="What `pairs` has written.")
 @click.option("--checkpoint-every", default=500, type=click.IntRange(1), help="Steps between checkpoints.")
@@ -70,7 +70,7 @@ def run_method(
     checkpoint_every: int = 500,
     progress: bool = False,
 ) -> Path:
-    """Train a method from a seed, after the one that it goes on from; weights that are there are not made again."""
+    """Train a method from a seed, after the method that it starts from; existing weights are not trained again."""
     method = shortened(METHODS[name], steps)
     path = folder / f"{name}-seed-{seed}.safetensors"
     if path.exists():
@@ -105,10 +105,10 @@ def run_method(
 @click.command("idempotent")
 @click.option("--output", default=BUILD, type=FOLDER, help="Folder for the table, the picture and all runs' weights.")
 @click.option("--pairs", "pairs_folder", default=BUILD / "pairs", type=FOLDER, help="What `pairs` has written.")
-@click.option("--methods", default=",".join(METHODS), help="Which methods are trained, those that are there apart.")
-@click.option("--seeds", default=3, type=click.IntRange(0), help="Runs of every method; 0 measures what is there.")
-@click.option("--steps", default=None, type=click.IntRange(1), help="Optimizer steps; a method's own if left out.")
-@click.option("--weights", default=None, type=FILE, help="Weights that are drawn; reg's of seed 0 if left out.")
+@click.option("--methods", default=",".join(METHODS), help="Methods to train, except those with existing weights.")
+@click.option("--seeds", default=3, type=click.IntRange(0), help="Runs of every method; 0: existing weights only.")
+@click.option("--steps", default=None, type=click.IntRange(1), help="Optimizer steps; default: the method's own.")
+@click.option("--weights", default=None, type=FILE, help="Weights to draw; default: reg's of seed 0.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
 def idempotent(
     output: Path,
@@ -119,11 +119,11 @@ def idempotent(
     weights: Path | None,
     threads: int,
 ) -> None:
-    """Train IGN and SIGN with several seeds, and tell in a table and a picture what they are good for.
+    """Train IGN and SIGN with several seeds, and show the results in a table and a picture.
 
-    Runs that are there are not repeated, and one that was killed goes on.
+    Existing runs are not repeated, and a killed one resumes.
     """
-    # Plotting is slow to import, and training does without.
+    # Plotting is slow to import, and training does not need it.
     from examples.digits.idempotent import networks_in, table
     from examples.digits.idempotent_picture import save_picture
 

@@ -1,4 +1,4 @@
-"""An idempotent network for digits: a perceptron from an image to an image, which is told no time."""
+"""An idempotent network for digits: a perceptron from an image to an image, without a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Idempotent networks trained on the digits: what each run minimises, its data, and the weights that come with it."""
+"""Idempotent networks trained on the digits: each run's loss, its data, and the committed weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from examples.digits.idempotent_network import IdempotentConfig, IdempotentNetwo
 from examples.digits.network import NO_LABEL, Denoiser
 
 WEIGHTS = Path(__file__).parent / "weights" / "idempotent.safetensors"
-# Purposes that need random numbers of their own: each gets its key from the run's seed.
+# Purposes with separate random numbers: each gets its key from the run's seed.
 INITIAL, RUN = 31, 32
 PAIR_SEED = 33
 T_MAX = 20.0
@@ -36,10 +36,10 @@ PAIRS, PAIR_STEPS, PAIR_BATCH = 20_000, 20, 500
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: what is minimised, for how many steps, and where its weights come from.
+    """A row of the table: the loss, the number of steps, and the initial weights.
 
-    weights: of the terms of `ign_loss` or `sign_loss`. options: more of their arguments. start: the method whose
-    weights of the same seed it goes on from.
+    weights: of the terms of `ign_loss` or `sign_loss`. options: further arguments of them. start: the method whose
+    weights of the same seed it starts from.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Method:
 
     @property
     def teacher(self) -> bool:
-        """Whether the noise predictor is asked."""
+        """Whether the noise predictor is used."""
         return self.weights.get("dmd", 0) > 0
 
 
@@ -81,7 +81,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Training:
-    """What all runs have in common. first, last: steps N of flow's schedule, which grow exponentially."""
+    """Settings of all runs. first, last: steps N of flow's schedule, which grow exponentially."""
 
     batch_size: int = 128
     weight_decay: float = 0.01
@@ -105,7 +105,7 @@ class Teacher(nn.Module):
 
 
 class Together(nn.Module):
-    """The idempotent network, and the diffusion model that learns of its samples."""
+    """The idempotent network, and the diffusion model trained on its samples."""
 
     def __init__(self, network: nn.Module, learned: nn.Module) -> None:
         super().__init__()
@@ -115,9 +115,10 @@ class Together(nn.Module):
 def make_pairs(
     directory: Path, *, count: int = PAIRS, steps: int = PAIR_STEPS, sampler: str = "ddim", progress: bool = True
 ) -> None:
-    """Have the noise predictor draw digits without labels, and keep them beside the noise that they are of.
+    """Sample digits without labels with the noise predictor, and store them with their noise.
 
-    sampler: "ddim" with one evaluation a step, or "heun", EDM's on levels up to 20 with two in all steps but the last.
+    sampler: "ddim" with one evaluation per step, or "heun", EDM's on levels up to 20 with two in all steps but the
+    last.
     """
     teacher = Teacher(load_denoiser())
 
@@ -144,12 +145,12 @@ def make_pairs(
 
 @lru_cache(maxsize=8)
 def schedule_of(steps: int) -> Schedule:
-    """Return the variance-preserving schedule of so many steps."""
+    """Return the variance-preserving schedule with this number of steps."""
     return vp_schedule(steps)
 
 
 def start(method: Method, seed: int, training: Training, *, pairs: Path, initial: nn.Module | None = None) -> Trainer:
-    """Return a run before its first step. initial: the network that it goes on from."""
+    """Return a run before its first step. initial: the network that it starts from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(fold_in(seed, INITIAL)))
         network: nn.Module = IdempotentNetwork() if initial is None else copy.deepcopy(initial).requires_grad_(True)
@@ -174,7 +175,7 @@ def start(method: Method, seed: int, training: Training, *, pairs: Path, initial
 
 
 def data(pairs: Path | None) -> TensorDataset:
-    """Return the training images, or as many copies of them as there are pairs, beside these."""
+    """Return the training images, repeated to the number of pairs and combined with them if there are any."""
     images = load_split().train.images
     if pairs is None:
         return TensorDataset(images)

@@ -22,7 +22,7 @@ SUMMARY = (
 
 @torch.no_grad()
 def save_picture(network: Network, path: Path, *, seed: int) -> None:
-    """Draw what a network makes of noise, of masks and of corrupted digits."""
+    """Draw a network's results from noise, masks and corrupted digits."""
     canvas = Canvas(WIDTH, HEIGHT, "From noise to a digit, from a digit to itself", SUMMARY)
     z = latents(seed, count=2 * CLASSES)
     groups = []

@@ -1,4 +1,4 @@
-"""Inverse problems of digits, what every solver makes of them, and how near it comes."""
+"""Inverse problems on digits, every solver's results, and their errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LEVELS = (T_MAX, 4.0, 1.5, 0.6, 0.25)
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done: images, steps down the schedule, gradient steps at a level of CM inversion."""
+    """The size of a run: images, sampling steps, gradient steps per level of CM inversion."""
 
     images: int = 297
     steps: int = 50
@@ -51,13 +51,13 @@ QUICK = Size(images=10, steps=5, iterations=2)
 
 
 class Models(NamedTuple):
-    """The networks: a noise predictor of a VP process and a consistency model, neither told a label."""
+    """The networks: a noise predictor of a VP process and a consistency model, both without labels."""
 
     denoiser: Denoiser
     consistency: ConsistencyNetwork
 
     def noise(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Return the noise in x = x0 + sigma·n: the VP network sees x/√(1 + sigma²)."""
+        """Return the noise in x = x0 + sigma·n: the VP network's input is x/√(1 + sigma²)."""
         z = x / (1.0 + sigma * sigma).sqrt()[:, None, None, None]
         return self.denoiser(z, vp_time(sigma), _unlabelled(x))
 
@@ -72,7 +72,7 @@ def _unlabelled(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Problem:
-    """An operator and what it measured; `size` is about the inverse of the largest eigenvalue of A·Aᵀ."""
+    """An operator and its measurement; `size` is about the inverse of the largest eigenvalue of A·Aᵀ."""
 
     name: str
     operator: Callable[[Tensor], Tensor]
@@ -83,12 +83,12 @@ class Problem:
 
     @property
     def linear(self) -> bool:
-        """Whether there is an image that was measured."""
+        """Whether the measurement comes from an image."""
         return self.truth is not None
 
 
 def problems(digits: Digits) -> list[Problem]:
-    """Return down-sampling by 2, the lower half of an image missing, and a class that a classifier shall see."""
+    """Return down-sampling by 2, inpainting of the lower half, and a classifier's target class."""
     halved, seen = Downsample(2), Mask((torch.arange(SIDE) < SIDE // 2)[:, None].expand(SIDE, SIDE))
     images = digits.images
     return [
@@ -103,7 +103,7 @@ Solve = Callable[[Models, Problem, Size, int], Tensor]
 
 @dataclass(frozen=True)
 class Solver:
-    """A solver with its options; base: the networks that it asks."""
+    """A solver with its options; base: its networks."""
 
     name: str
     base: str
@@ -121,7 +121,7 @@ def growing(problem: Problem) -> Callable[[float, float], float]:
 
 
 def walking(function: Callable[..., Tensor], constant: bool = False, **options: Any) -> Solve:
-    """Return a solver that walks down a schedule."""
+    """Return a solver on a schedule."""
 
     def solve(models: Models, problem: Problem, size: Size, seed: int) -> Tensor:
         more = {"consistency_model": models.jump} if function is cm_posterior_sample else {}
@@ -147,7 +147,7 @@ def inverting(tau: float) -> Solve:
     return solve
 
 
-#: LGD and FreeDoM as their papers have them; time-travel in the middle of the schedule.
+#: LGD and FreeDoM as in their papers; repeated steps in the middle of the schedule.
 SOLVERS = (
     Solver("DPS", "denoiser", walking(dps_sample)),
     Solver("LGD", "denoiser", walking(lgd_sample)),
@@ -169,12 +169,12 @@ ABLATIONS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one solver made of one problem; figures that a problem does not have are NaN.
+    """One solver's results on one problem; figures that do not apply are NaN.
 
-    residual: root mean square of A(x0) - y. error: mean squared difference from the image that was measured, as if the
-    range were [0, 1]. seen, judged, recognised: shares taken for the wanted class by the classifier that guided, by
-    one that no solver saw, and by a support vector machine. frechet: distance of features from those of the training
-    images. seconds; memory: the peak in MiB above what there was before.
+    residual: root mean square of A(x0) - y. error: mean squared difference from the measured image, as if the
+    range were [0, 1]. seen, judged, recognised: fractions assigned to the wanted class by the guiding classifier, by
+    one that no solver used, and by a support vector machine. frechet: distance of features from those of the training
+    images. seconds; memory: the peak in MiB above that before the run.
     """
 
     images: Tensor
@@ -189,7 +189,7 @@ class Outcome:
 
 
 def outcome(solver: Solver, models: Models, problem: Problem, size: Size, seed: int) -> Outcome:
-    """Return what a solver made of a problem from one seed's noise."""
+    """Return a solver's result on a problem from one seed's noise."""
     start = time.perf_counter()
     images, memory = with_peak(lambda: solver.solve(models, problem, size, seed))
     seconds = time.perf_counter() - start
@@ -206,7 +206,7 @@ def outcome(solver: Solver, models: Models, problem: Problem, size: Size, seed: 
 
 
 def with_peak(function: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """Return a result and the most MiB that the process held above its start, as Linux counts them; NaN elsewhere."""
+    """Return a result and the peak memory in MiB above that before, on Linux; NaN elsewhere."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         ctypes.CDLL(None).malloc_trim(0)

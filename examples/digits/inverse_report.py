@@ -1,4 +1,4 @@
-"""The tables and the picture of inverse problems, and the run that fills them."""
+"""The tables and the picture of inverse problems, and the run that computes them."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def digits(count: int) -> Digits:
 
 
 def table(title: str, problem: Problem, solvers: Sequence[Solver], results: Results, size: Size) -> Table:
-    """Return the means over seeds, and beside the figures that judge, how far seeds lie apart."""
+    """Return the means over seeds, and the spread over seeds of the quality figures."""
     first = next(iter(results.values()))
-    heading = f"{title}: {len(problem.y)} images, {len(first)} seeds, {size.steps} steps or {size.iterations} a level"
+    heading = f"{title}: {len(problem.y)} images, {len(first)} seeds, {size.steps} steps or {size.iterations} per level"
     shown = Table(title=heading, title_justify="left")
     names = [name for name in FIGURES if not math.isnan(getattr(first[0], name))]
     for label in ("solver", "networks"):
@@ -90,12 +90,12 @@ def _cell(name: str, values: list[float]) -> str:
 
 
 def save(asked: Sequence[Problem], found: dict[str, Results], path: Path) -> None:
-    """Draw what was measured, what every solver made of it, and the image behind it."""
+    """Draw the measurements, every solver's results, and the original images."""
     canvas = Canvas(
         WIDTH,
         HEIGHT,
         "Images that fit a measurement",
-        "Every solver samples from a model of digits and leads the sample towards what was measured of an image.",
+        "Every solver samples from a model of digits and guides the sample towards the measurement of an image.",
     )
     down, half, wanted = asked
     assert down.truth is not None

@@ -1,4 +1,4 @@
-"""What the demo measures: reconstructions of real digits, samples, and the time of the step ops."""
+"""The demo's measurements: reconstructions of real digits, samples, and times of the step ops."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ METHODS = (Method("DDIM", None), Method("BDIA, γ = 0.96", 0.96), Method("BDIA, 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Real images taken to noise and back; every tensor (B, 1, 8, 8) in the dtype of the sampler's state."""
+    """Real images inverted to noise and back; every tensor (B, 1, 8, 8) in the dtype of the sampler's state."""
 
     method: Method
     noise: Tensor
@@ -63,7 +63,7 @@ def reconstruct(
     else:
         floats: dict[str, Any] = {"gamma": method.gamma, "exact": False, "extra_args": extra_args}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", InexactInversionWarning)  # what it expects is measured here
+            warnings.simplefilter("ignore", InexactInversionWarning)  # the error is measured here
             pair = bdia_invert(network, x, schedule, **floats)
         images = bdia_sample(network, pair, schedule, **floats).z
         noise = pair.z
@@ -90,7 +90,7 @@ class Timing:
 
 
 def time_steps(shape: tuple[int, ...], schedule: Schedule, *, repeats: int) -> list[Timing]:
-    """Time the three step ops on float32 tensors of `shape`, the network left out."""
+    """Time the three step ops on float32 tensors of `shape`, without the network."""
     generator = torch.Generator().manual_seed(0)
     other, z, eps = (torch.randn(shape, generator=generator) for _ in range(3))
     i, gamma = schedule.steps // 2, 0.96
@@ -116,7 +116,7 @@ def medians(functions: tuple[Callable[[], Tensor], ...], repeats: int) -> list[f
     times: list[list[float]] = [[] for _ in functions]
     for function in functions:
         function()
-    # Taking turns gives a passing disturbance to both sides alike.
+    # Taking turns exposes both sides equally to disturbances.
     for _ in range(repeats):
         for record, function in zip(times, functions, strict=True):
             start = time.perf_counter()

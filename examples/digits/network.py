@@ -17,7 +17,7 @@ NO_LABEL = CLASSES
 
 
 class BlockConfig(Protocol):
-    """What a block wants to know of its network."""
+    """The network's settings that a block needs."""
 
     @property
     def embedding(self) -> int:
@@ -29,7 +29,7 @@ class BlockConfig(Protocol):
 
     @property
     def dropout(self) -> float:
-        """Return the share that dropout takes away."""
+        """Return the dropout probability."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Embedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions beside a shortcut; the embedding scales and shifts the second norm."""
+    """Two 3×3 convolutions with a shortcut; the embedding scales and shifts the second norm."""
 
     def __init__(
         self, inputs: int, outputs: int, config: BlockConfig, *, dropout: Callable[[float], nn.Module] = nn.Dropout
@@ -85,7 +85,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels of a small feature map, around a shortcut."""
+    """Self-attention over the pixels of a small feature map, with a shortcut."""
 
     def __init__(self, channels: int, config: BlockConfig, *, heads: int = 4) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Attention(nn.Module):
 class Denoiser(nn.Module):
     """Predict the noise of z: z (B, 1, 8, 8), times (B,) in [0, 1], labels (B,) in [0, 10] -> (B, 1, 8, 8).
 
-    Label 10 (`NO_LABEL`) means no label. Computes and answers in the parameters' dtype, whatever z's is.
+    Label 10 (`NO_LABEL`) means no label. Computes in and returns the parameters' dtype, for any dtype of z.
 
     >>> Denoiser()(torch.zeros(2, 1, 8, 8), torch.ones(2), torch.tensor([3, NO_LABEL])).shape
     torch.Size([2, 1, 8, 8])
@@ -158,7 +158,7 @@ class GuidedModel:
 
 
 def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
-    """Return the layer with nothing in it, so that what it ends starts as the identity, or as zero."""
+    """Return the layer with zero weights, so that its block is the identity, or zero, initially."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer

@@ -39,16 +39,16 @@ from examples.digits.network import NO_LABEL
 from examples.digits.small_network import FromDenoiser, SmallConfig, SmallNetwork
 
 T_MAX = 20.0
-#: Where couplings are measured.
+#: The level at which couplings are measured.
 LEVEL = 1.0
-# Purposes that need random numbers of their own: each gets its key from the run's seed.
+# Purposes with separate random numbers: each gets its key from the run's seed.
 INITIAL, RUN, COUPLING, SAMPLES, MEASURED = range(21, 26)
 CURVE = 10
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every run of the comparison has in common."""
+    """Settings of every run of the comparison."""
 
     steps: int = 1500
     tuning_steps: int = 300
@@ -64,7 +64,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table. mu, predictor: GC's; "frozen" is the model that iCT trained from the same seed."""
+    """A row of the table. mu, predictor: GC's; "frozen" is the model trained by iCT from the same seed."""
 
     name: str
     kind: str
@@ -85,10 +85,10 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Result:
-    """A run's figures: distances of its samples to the training images, and what its coupling costs.
+    """A run's figures: distances of its samples to the training images, and its coupling's cost.
 
     frechet, variance, recognised: of as many samples as held-out digits, by one evaluation. curve: (step, Fréchet
-    distance) on the way. transport, velocity: c(t) and R̃_t an element, at t = 1; None where a method has no coupling.
+    distance) during training. transport, velocity: c(t) and R̃_t per element, at t = 1; None without a coupling.
     """
 
     frechet: float
@@ -181,7 +181,7 @@ def paired(method: Method, x: Tensor, key: Mapping[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def predicted(network: nn.Module, x: Tensor, t: Tensor, form: str) -> Tensor:
-    """Return f(x, t); ECT trains the denoiser's form and is asked in the consistency model's."""
+    """Return f(x, t); ECT trains the denoiser's form and is evaluated in the consistency model's."""
     scaled = scale_input(x, t)
     times = (t, torch.full_like(t, 0.002)) if form == "bcm" else (t,)
     return denoise(x, network(scaled, *times), t, parameterization="bcm" if form == "bcm" else "cm")
@@ -200,7 +200,7 @@ def _frechet(images: Tensor) -> float:
 
 
 def measure_coupling(method: Method, seed: int, setting: Setting, predictor: nn.Module | None) -> tuple[float, float]:
-    """Return c(t) and R̃_t of a coupling, an element, with a denoiser that is trained on it."""
+    """Return c(t) and R̃_t of a coupling, per element, with a denoiser that is trained on it."""
 
     def clean(x: Tensor, t: Tensor, key: Mapping[str, Any]) -> Tensor:
         """x̂ of the coupling, for levels t."""
@@ -236,7 +236,7 @@ def _denoised(network: nn.Module, x: Tensor, t: Tensor) -> Tensor:
 
 
 def run_all(seeds: int, setting: Setting, folder: Path, *, progress: bool = True) -> dict[str, list[Result]]:
-    """Run every method with every seed, or read what an earlier call has written to `folder`."""
+    """Run every method with every seed, or read the results of an earlier call from `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[Result]] = {method.name: [] for method in METHODS}
     with tqdm(total=seeds * len(METHODS), unit="run", disable=not progress) as bar:
@@ -272,7 +272,7 @@ def table(results: Mapping[str, list[Result]], setting: Setting) -> str:
     seeds = len(next(iter(results.values())))
     lines = [
         f"{seeds} seeds, {setting.steps} steps ({setting.tuning_steps} of ECT), batch {setting.batch_size}, one "
-        "evaluation a sample; mean ± standard deviation over the seeds. c(t) and R̃_t at t = 1, an element.",
+        "evaluation per sample; mean ± standard deviation over the seeds. c(t) and R̃_t at t = 1, per element.",
         "",
         "| method | Fréchet distance | total variance | p ≥ .9 | transport cost c | R̃ | seconds a run |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -46,7 +46,7 @@ def save_plot(results: Mapping[str, list[Result]], path: Path) -> None:
 
 
 def save_two_diracs(path: Path, *, pairs: int = 60, level: float = 3.0) -> None:
-    """Draw pairs of two Diracs at ±1 and noise, joined by x + t·z: as drawn, and as the exact flow couples them."""
+    """Draw pairs of two Diracs at ±1 and noise, joined by x + t·z: independent, and coupled by the exact flow."""
     figure = Figure((10, 4), layout="constrained")
     x = torch.where(torch.arange(pairs) % 2 == 0, 1.0, -1.0)
     z = normal((pairs, 1), seed=3)[:, 0]
@@ -57,7 +57,7 @@ def save_two_diracs(path: Path, *, pairs: int = 60, level: float = 3.0) -> None:
     ):
         t = torch.linspace(0.0, level, 200)
         noisy = x[:, None] + t * z[:, None]
-        # f(x, t) = sign(x) is the exact consistency model; every level has an x̂ of its own.
+        # f(x, t) = sign(x) is the exact consistency model; every level has its own x̂.
         clean = noisy.sign() if moved is None else moved.expand_as(noisy)
         _paths(axis, t, clean + t * z[:, None], clean)
         axis.set(xlabel="t", title=title)

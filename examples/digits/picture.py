@@ -1,4 +1,4 @@
-"""The picture of the noise predictor: real digits taken to noise and back, and new digits drawn from noise."""
+"""The picture of the noise predictor: real digits inverted to noise and back, and new digits from noise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SUMMARY = (
 
 @dataclass(frozen=True)
 class Panels:
-    """What the picture shows; the first ten images of every tensor are the digits 0 … 9, in order.
+    """The contents of the picture; the first ten images of every tensor are the digits 0 … 9, in order.
 
     reconstructions: DDIM's first, then BDIA's. samples: (method, images) with at least thirty images each.
     """

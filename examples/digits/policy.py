@@ -37,7 +37,7 @@ from examples.digits.small_network import SmallConfig, SmallNetwork
 SEVEN = 7
 METHODS = ("DDPO", "Flow-GRPO")
 REWARDS = ("sevens", "thickness")
-# Purposes that need random numbers of their own: each gets its key from the run's seed.
+# Purposes with separate random numbers: each gets its key from the run's seed.
 INITIAL, PAIRS, TIMES, LATENTS = range(31, 35)
 SHOWN = 10
 
@@ -46,7 +46,7 @@ Model = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """What every run has in common. batch: rollouts of an update; inner: optimizer steps on each of them."""
+    """Settings of every run. batch: rollouts per update; inner: optimizer steps on each of them."""
 
     updates: int = 25
     batch: int = 48
@@ -62,10 +62,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a run: the mean reward of every update's rollouts, and images of the same noise on both sides.
+    """The results of a run: the mean reward of every update's rollouts, and images before and after from equal noise.
 
-    ratio_is_one: whether every ratio of the first update was exactly 1. sevens: the share of the last rollouts that a
-    classifier takes for sevens which no run saw; ink: their mean ink, from 0 for paper to 1.
+    ratio_is_one: whether every ratio of the first update was exactly 1. sevens: the fraction of the last rollouts that
+    a classifier not used in training takes for sevens; ink: their mean ink, from 0 for paper to 1.
     """
 
     rewards: list[float]
@@ -78,7 +78,7 @@ class Result:
 
 
 class Unlabelled(nn.Module):
-    """The denoiser without a class, as samplers call it."""
+    """The denoiser without a class, with samplers' signature."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Unlabelled(nn.Module):
 
 @lru_cache(maxsize=2)
 def flow_model(steps: int, width: int = SmallConfig.width) -> nn.Module:
-    """Return a network that was trained for so many steps to predict n - x of (1 - t)·x + t·n, images (B, 1, 8, 8)."""
+    """Return a network trained for a number of steps to predict n - x from (1 - t)·x + t·n, images (B, 1, 8, 8)."""
     torch.manual_seed(fold_in(0, INITIAL))
     network, images = SmallNetwork(SmallConfig(width)), load_split().train.images
     average = copy.deepcopy(network)
@@ -113,7 +113,7 @@ def flow_model(steps: int, width: int = SmallConfig.width) -> nn.Module:
 
 
 def sevens(images: Tensor) -> Tensor:
-    """Return how likely a classifier finds it that images show a seven, (B,)."""
+    """Return a classifier's log-probability that images show a seven, (B,)."""
     found: Tensor = guide()(images.clamp(-1, 1)).softmax(1)[:, SEVEN]
     return found
 
@@ -136,7 +136,7 @@ def starting_point(method: str, setting: Setting) -> tuple[nn.Module, PolicyTabl
 
 
 def tune(method: str, reward: str, seed: int, setting: Setting) -> Result:
-    """Tune a network for a reward and return what became of it."""
+    """Tune a network for a reward and return the results."""
     begun = time.perf_counter()
     network, table, rate = starting_point(method, setting)
     reference = copy.deepcopy(network).requires_grad_(False)
@@ -146,7 +146,7 @@ def tune(method: str, reward: str, seed: int, setting: Setting) -> Result:
     ratio_is_one = True
     bar = tqdm(range(setting.updates), desc=f"{method}, {reward}, seed {seed}", leave=False)
     for update in bar:
-        # Every sample of a run has an id of its own: its noise is no other's, whatever the batch.
+        # Every sample of a run has a unique id, and so unique noise, for any batch size.
         first = update * setting.batch
         done = rollout(network, latents(setting.batch, seed, first), table, seed=seed, sample_id=first, reduction="sum")
         scores = REWARD[reward](done.sample)
@@ -195,7 +195,7 @@ def _shown(model: Model, table: PolicyTable, seed: int) -> list[list[float]]:
 
 
 def run_all(seeds: int, setting: Setting, folder: Path) -> dict[tuple[str, str], list[Result]]:
-    """Return the runs of every method, reward and seed, from files where there are such of the same setting."""
+    """Return the runs of every method, reward and seed, from existing files of the same setting where possible."""
     results: dict[tuple[str, str], list[Result]] = {}
     for method in METHODS:
         for reward in REWARDS:

@@ -30,7 +30,7 @@ def save_picture(results: Mapping[tuple[str, str], Sequence[Result]], path: Path
 
 
 def _strip(images: Sequence[Sequence[float]]) -> Tensor:
-    """Images side by side, with a column of paper between them and a row below."""
+    """Images in a row, separated by a column of paper, with a row of paper below."""
     tiles = torch.tensor(images).reshape(-1, SIDE, SIDE)
     padded = torch.nn.functional.pad(tiles, (0, 1, 0, 1), value=-1.0)
     return torch.cat(list(padded), dim=1)

@@ -1,4 +1,4 @@
-"""Judges of samples that know nothing of diffusion: classifiers of the real digits."""
+"""Classifiers trained on real digits, used to evaluate samples."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def probabilities(images: Tensor) -> np.ndarray:
 
 
 def features(images: Tensor) -> Tensor:
-    """Return what the hidden units of a small classifier of real digits make of images, (B, 64) float64.
+    """Return the hidden features of images in a small classifier of real digits, (B, 64) float64.
 
-    images: as in `recognised`. Distances between them tell of shapes rather than of single pixels.
+    images: as in `recognised`. Distances between features reflect shapes rather than single pixels.
     """
     network = _classifier()
     hidden = _features(images) @ network.coefs_[0] + network.intercepts_[0]

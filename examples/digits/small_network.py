@@ -25,7 +25,7 @@ class SmallConfig:
 
 
 class SmallNetwork(nn.Module):
-    """F of a consistency model or a denoiser: scaled (B, 1, 8, 8), level t (B,), and u where one is asked for.
+    """F of a consistency model or a denoiser: scaled (B, 1, 8, 8), level t (B,), and optionally u.
 
     >>> SmallNetwork()(torch.zeros(2, 1, 8, 8), torch.ones(2)).shape
     torch.Size([2, 1, 8, 8])
@@ -66,7 +66,7 @@ class _Block(nn.Module):
 class FromDenoiser(nn.Module):
     """F of "edm" from a noise predictor of the variance-preserving process: D(x, t) = x - t·ε(x/√(1 + t²), vp_time(t)).
 
-    With c_in·x for x, F = (D - c_skip·x)/c_out is (t·c_in·x - √(σ_d² + t²)·ε)/σ_d: nothing is divided by t.
+    With c_in·x for x, F = (D - c_skip·x)/c_out is (t·c_in·x - √(σ_d² + t²)·ε)/σ_d: there is no division by t.
 
     >>> FromDenoiser(Denoiser())(torch.zeros(2, 1, 8, 8), torch.ones(2)).shape
     torch.Size([2, 1, 8, 8])

@@ -1,6 +1,6 @@
-"""What the digits' runs have in common, as calls of `bicm_diffusion.train`: options, data, dropped labels, weights.
+"""Shared by the digits' runs, as calls of `bicm_diffusion.train`: options, data, dropped labels, weights.
 
-An `Objective` tells one run from another.
+An `Objective` defines a run.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from examples.digits.data import Digits, load_split
 from examples.digits.network import NO_LABEL
 
 REPORT_EVERY = 1000
-# Purposes that need random numbers of their own beside the noise: each gets its key from the run's seed.
+# Purposes with separate random numbers, besides the noise: each gets its key from the run's seed.
 ORDER, LABEL_DROP = 1, 3
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What a run depends on beside the network: runs with equal configurations give equal bits."""
+    """The settings of a run besides the network: runs with equal configurations give equal bits."""
 
     seed: int = 0
     steps: int = 8_000
@@ -47,7 +47,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class Loss(NamedTuple):
-    """total: 0-d, what is minimised; terms: what it is made of, by name, each 0-d."""
+    """total: 0-d, to be minimised; terms: by name, each 0-d."""
 
     total: Tensor
     terms: Mapping[str, Tensor]
@@ -55,11 +55,11 @@ class Loss(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective(Generic[Config, Network]):
-    """What is trained, and towards what.
+    """The network and its loss.
 
     network(config) makes the network. loss(network, digits, config, step) is that of one batch, whose labels have been
-    dropped. figures(network) tells how a run goes. initial: the purpose of the first weights' random numbers. fused:
-    whether AdamW's fused form runs, whose bits are other ones.
+    dropped. figures(network) returns figures of a run's progress. initial: the purpose of the initial weights' random
+    numbers. fused: whether AdamW's fused form runs, whose bits differ.
     """
 
     network: Callable[[Any], Network]
@@ -71,14 +71,14 @@ class Objective(Generic[Config, Network]):
 
 @dataclass(frozen=True)
 class Run(Generic[Config, Network]):
-    """An objective with everything that decides its bits: the run's configuration and the network's."""
+    """An objective with everything that determines its bits: the run's configuration and the network's."""
 
     objective: Objective[Config, Network]
     config: Config
     network: Any
 
     def configurations(self) -> dict[str, dict[str, Any]]:
-        """Return both configurations as a checkpoint holds them."""
+        """Return both configurations as stored in a checkpoint."""
         return {"config": asdict(self.config), "network_config": asdict(self.network)}
 
 
@@ -131,7 +131,7 @@ def batch_indices(step: int, count: int, config: TrainingConfig) -> Tensor:
 
 
 def dropped_labels(labels: Tensor, step: int, config: TrainingConfig) -> Tensor:
-    """Return the labels with a share `label_drop` of them replaced by `NO_LABEL`."""
+    """Return the labels with a fraction `label_drop` of them replaced by `NO_LABEL`."""
     draws = uniform(labels.shape, seed=fold_in(config.seed, LABEL_DROP), step=step)
     return torch.where(draws <= config.label_drop, NO_LABEL, labels)
 
@@ -144,9 +144,9 @@ def train(
     log: Log | None = None,
     progress: bool = True,
 ) -> Trainer:
-    """Run to `config.steps`, going on from the checkpoint where there is one, and return the last state.
+    """Run to `config.steps`, resuming from the checkpoint if there is one, and return the last state.
 
-    log: called with (name, value, step) for the terms of every loss and the figures that `REPORT_EVERY` steps bring.
+    log: called with (name, value, step) for the terms of every loss and the figures every `REPORT_EVERY` steps.
     Raises ValueError where the checkpoint belongs to another configuration.
     """
     state = resume(checkpoint, run) if checkpoint.exists() else start(run)
@@ -162,7 +162,7 @@ def train(
 
 
 def resume(path: Path, run: Run[Config, Network]) -> Trainer:
-    """Return the run that wrote a checkpoint; raises ValueError for another configuration."""
+    """Return the run of a checkpoint; raises ValueError for another configuration."""
     state = start(run)
     state.load(path)
     return state

@@ -1,4 +1,4 @@
-"""How error messages name what was given."""
+"""Descriptions of values for error messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def described(value: object) -> str:
-    """What was given, short enough for an error message.
+    """A short description of a value, for error messages.
 
     >>> described([1, "a"])
     'a list of 2 (int, str)'

@@ -18,12 +18,12 @@ def update_average(
     """Move the average towards the network: mean ← d·mean + (1 - d)·new.
 
     step: steps taken so far, for a warm-up: d = min(decay, (1 + step)/(10 + step)), so that the first random weights do
-        not linger. None has no warm-up: d = decay from the first step on, as BCM's 0.99993.
+        not persist. None has no warm-up: d = decay from the first step on, as in BCM (0.99993).
     decay: in [0, 1].
-    buffers: floating buffers are averaged as parameters are, others copied; False leaves them alone.
+    buffers: floating buffers are averaged as parameters are, others copied; False does not change them.
     Both modules have as many parameters and buffers, of the same shapes. Each of the average keeps its dtype and
-    device, whatever the network's are; halves are averaged in float32 and rounded.
-    Raises TypeError for what is no module, and ValueError for modules that differ and a decay out of range.
+    device, independent of the network's; halves are averaged in float32 and rounded.
+    Raises TypeError for other objects than modules, and ValueError for modules that differ and a decay out of range.
 
     >>> average, network = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     >>> update_average(average, network, decay=0.0); torch.equal(average.weight, network.weight)

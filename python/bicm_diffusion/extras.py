@@ -1,4 +1,4 @@
-"""Optional dependencies: an import that fails says which extra of the package brings what is missing."""
+"""Optional dependencies: a failed import names the extra of the package that installs the missing module."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def extra(name: str, instead: str = "") -> Iterator[None]:
-    """Let an ImportError inside say what to install: `pip install "bicm-kernels[name]"`.
+    """Add the command that installs the missing module to an ImportError inside: `pip install "bicm-kernels[name]"`.
 
-    instead: what does without, added to the message. An error keeps its type, ImportError or ModuleNotFoundError.
+    instead: an alternative that needs no extra, added to the message. The error keeps its type, ImportError or
+    ModuleNotFoundError.
 
     >>> with extra("diffusion"):
     ...     import a_module_that_is_missing

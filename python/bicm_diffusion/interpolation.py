@@ -20,7 +20,7 @@ def slerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
     Computed in float64 where it is given, else in float32; the result has the dtype of `first`. Almost parallel
     samples, ψ < 1e-3, are interpolated linearly.
     Raises TypeError for arguments of another kind, and ValueError where shapes, dtypes or devices differ, or where two
-    samples are almost opposite: no arc is the shortest.
+    samples are almost opposite, where the shortest arc is not unique.
 
     >>> slerp(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), 0.5)
     tensor([[0.7071, 0.7071]])

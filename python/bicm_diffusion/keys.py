@@ -1,22 +1,22 @@
-"""Purposes of keyed noise: every part of this package that draws folds the caller's seed with one of its own.
+"""Purposes of keyed noise: every part of this package that draws folds the caller's seed with its purpose.
 
-The ops of `bicm_kernels` draw from the seed as it is given, and so does the noise of training pairs, which is
+The ops of `bicm_kernels` draw from the given seed itself, and so does the noise of training pairs, which is
 `normal(x.shape, seed=seed, step=step, sample_id=sample_id)`. Everything else here draws from
 `fold_in(seed, PURPOSE)`, so that one seed serves latents, samplers and training without repeating a number.
 """
 
 from __future__ import annotations
 
-#: Purposes count up from here; a program's own `fold_in(seed, n)` with a small n never meets one.
+#: Purposes are numbered from here; a program's own `fold_in(seed, n)` with a small n never coincides with one.
 RESERVED = 0x6269636D << 32
 
 # Training draws.
 LEVELS, PARTNERS, DROPOUT, TIMES, MASKS, ORDER, AUGMENTATION, TRAINING = (RESERVED + n for n in range(1, 9))
-# Of idempotent networks: latents, noise around their samples where scores are compared, and where one is learnt.
+# Idempotent networks: latents, noise on their samples for comparing scores, and for training the learned one.
 LATENTS, MATCHING, LEARNING = (RESERVED + n for n in range(9, 12))
-# Fresh noise of samplers, of their forms for other libraries, and of accelerated schedulers.
+# Fresh noise of samplers, of the adapters' samplers, and of accelerated schedulers.
 CONSISTENCY_SAMPLING, CONSISTENCY_INVERSION, CHURN, SIGN, K_DIFFUSION, SCHEDULER = (RESERVED + n for n in range(33, 39))
-# Inverse solvers: ancestral noise, noise around a denoised sample, the way back up, and new levels of CM inversion.
+# Inverse solvers: ancestral noise, noise on a denoised sample, FreeDoM's renoising, and new levels of CM inversion.
 ANCESTRAL, AROUND, TRAVEL, CM_INVERSION = (RESERVED + n for n in range(65, 69))
 # Rollouts of policies.
 POLICY = RESERVED + 97

@@ -9,16 +9,16 @@ import bicm_kernels
 
 
 def warn_of_a_mix(diffusion: Path, kernels: Path) -> None:
-    """Warn where the two packages' folders are neither beside each other nor those of one source tree.
+    """Warn where the two packages are in neither one folder nor one source tree.
 
-    It happens in a clone's root with the package installed: Python looks into the working directory first, where
-    bicm_kernels lies, and finds bicm_diffusion among the installed packages.
+    It happens in a clone's root with the package installed: Python searches the working directory first, where
+    bicm_kernels is, and finds bicm_diffusion among the installed packages.
     """
     home, base = diffusion.parent, kernels.parent
     if home in (base, base / "python"):
         return
     warnings.warn(
-        f"two copies are mixed: bicm_diffusion is {diffusion}, but bicm_kernels is {kernels}. Python looks into the "
+        f"two copies are mixed: bicm_diffusion is {diffusion}, but bicm_kernels is {kernels}. Python searches the "
         "working directory and PYTHONPATH first: leave that directory to use the installed package, or install the "
         "source tree with `pip install -e .` to use that",
         stacklevel=4,

@@ -1,4 +1,4 @@
-"""Fractions with small denominators, the factors by which exact steps multiply integers."""
+"""Fractions with small denominators, used as factors in exact steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MAX_DENOMINATOR = 1024
 
 
 def nearest(x: float, limit: int = MAX_DENOMINATOR) -> tuple[int, int]:
-    """Return numerator and denominator of the fraction with a denominator up to `limit` that lies nearest to x ≥ 0.
+    """Return numerator and denominator of the fraction nearest to x ≥ 0 with a denominator up to `limit`.
 
     By continued fractions; x is finite.
 
@@ -21,7 +21,7 @@ def nearest(x: float, limit: int = MAX_DENOMINATOR) -> tuple[int, int]:
     while True:
         whole = math.floor(min(rest, 2.0**60))
         if m_last + whole * m > limit:
-            # The best semiconvergent may lie nearer than the last convergent.
+            # The best semiconvergent may be nearer than the last convergent.
             k = (limit - m_last) // m
             between = n_last + k * n, m_last + k * m
             nearer = abs(between[0] / between[1] - x) < abs(n / m - x)

@@ -70,7 +70,7 @@ def test_what_is_not_covered_passes_where_that_is_wanted(cls: type[Any]) -> None
         TypeError, match=f"^scheduler: {cls.__name__} has no accelerated form; .*strict=False.*; expected one of DDIM"
     ):
         accelerate_scheduler(scheduler)
-    with pytest.warns(UserWarning, match=f"{cls.__name__} has no accelerated form.*returned as it is") as caught:
+    with pytest.warns(UserWarning, match=f"{cls.__name__} has no accelerated form.*returned unchanged") as caught:
         assert accelerate_scheduler(scheduler, strict=False) is scheduler
     assert len(caught) == 1
     assert caught[0].filename == __file__

@@ -221,7 +221,7 @@ def test_what_does_not_come_back_is_reported() -> None:
     loop(scheduler, X)
     inner = scheduler.turn_round()
     scheduler.set_timesteps(8)
-    with pytest.warns(RetraceWarning, match="BDIAFlowMatchScheduler: 2 of 2 samples .* did not come back") as caught:
+    with pytest.warns(RetraceWarning, match="BDIAFlowMatchScheduler: 2 of 2 samples .* did not return") as caught:
         run(scheduler, inner, lambda x, t: 1.01 * model(x, t))
     assert caught[0].filename == __file__
 

@@ -95,7 +95,7 @@ def test_a_slope_that_is_lost_is_told_and_one_of_its_own_is_kept() -> None:
             x.mul_(0.5)
             result.prev_sample.mul_(0.5)
             if foresee is None and scheduler is ours:
-                with pytest.raises(RuntimeError, match=r"prev_derivative: expected .*foresee=False\) keeps a slope"):
+                with pytest.raises(RuntimeError, match=r"prev_derivative: expected .*foresee=False\) stores the slope"):
                     end(scheduler, result.prev_sample)
             else:
                 ends.append(end(scheduler, result.prev_sample))

@@ -185,7 +185,7 @@ def test_wrong_calls() -> None:
         flow.step_with_log_prob(v[:2], t, x)
     with pytest.raises(ValueError, match="timestep: expected one, or one for each of 3"):
         flow.step_with_log_prob(v, flow.timesteps[:2], x)
-    with pytest.raises(ValueError, match="generator: expected None beside prev_sample"):
+    with pytest.raises(ValueError, match="generator: expected None with prev_sample"):
         ddim.step_with_log_prob(v, 901, x, prev_sample=x, generator=torch.Generator())
     with pytest.raises(ValueError, match=r"timestep: expected values in \[0, 1000\)"):
         ddim.step_with_log_prob(v, 1000, x)

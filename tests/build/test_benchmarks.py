@@ -212,7 +212,7 @@ def test_command_line(tmp_path: Path) -> None:
         (["--sizes", "many"], "positive integers"),
         (["--threads", "0"], "positive integers"),
         (["--dtypes", "int8"], "expected names among float32, bfloat16, got int8"),
-        (["--clock", "processor", "--threads", "1,2"], "says nothing of several threads"),
+        (["--clock", "processor", "--threads", "1,2"], "does not measure several threads"),
         (["nothing"], "'nothing' is not one of"),
     ],
 )
@@ -226,7 +226,7 @@ def test_gpu_check_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = CliRunner().invoke(gpu_check.main, [])
     assert result.exit_code == 1
-    assert "sees no GPU: nothing was checked" in result.output
+    assert "finds no GPU: nothing was checked" in result.output
 
 
 def test_gpu_check_collects_its_tests_in_a_fresh_clone() -> None:

@@ -223,7 +223,7 @@ def test_the_demo_draws_and_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for words in (
         "297 new digits",
         "297 real digits to noise and back",
-        "milliseconds an image",
+        "milliseconds per image",
         "real digits",
         "zigzag",
     ):

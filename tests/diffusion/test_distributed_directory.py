@@ -200,7 +200,7 @@ def test_a_stray_shard_hides_nothing(tmp_path: Path, save_as: str, stray: tuple[
     shutil.rmtree(last) if last.is_dir() else last.unlink()
     with pytest.raises(ValueError, match="sample 4 of 6 has not been written"):
         read_samples(tmp_path)
-    with pytest.warns(UserWarning, match=f"{foreign.name}.*left as they are"):
+    with pytest.warns(UserWarning, match=f"{foreign.name}.*they are not changed"):
         make(tmp_path, save_as)
     assert torch.equal(read_samples(tmp_path), EXPECTED) and foreign.exists()
 
@@ -212,7 +212,7 @@ def test_a_shard_of_the_other_format_is_not_this_run_s(tmp_path: Path, save_as: 
     tmp_path.joinpath("run").mkdir()
     Manifest(COUNT, BATCH, {"seed": 0}, save_as).claim(tmp_path / "run")
     shutil.move(shard(tmp_path / "other", 2, other), tmp_path / "run")
-    with pytest.warns(UserWarning, match="left as they are"):
+    with pytest.warns(UserWarning, match="they are not changed"):
         make(tmp_path / "run", save_as)
     assert torch.equal(read_samples(tmp_path / "run"), EXPECTED)
 

@@ -188,10 +188,10 @@ def test_nothing_is_left_to_differentiate() -> None:
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no operator": ({"operator": None}, "operator: expected a function or module, got None"),
     "no y": ({"y": None}, "y: expected a tensor"),
-    "another batch": ({"y": torch.zeros(3, 2, 5)}, "y: expected one measurement a sample"),
+    "another batch": ({"y": torch.zeros(3, 2, 5)}, "y: expected one measurement per sample"),
     "another shape": ({"y": torch.zeros(4, 2, 4)}, r"y: expected the shape of operator\(x0\), \(4, 2, 5\)"),
     "unknown distance": ({"distance": "l1"}, "distance: expected 'norm', .* got 'l1'"),
-    "distance over the batch": ({"distance": lambda p, y: p.sum()}, "distance: expected one number a sample"),
+    "distance over the batch": ({"distance": lambda p, y: p.sum()}, "distance: expected one number per sample"),
     "no derivative": ({"operator": lambda x0: x0[:, :2].detach()}, "expected functions that torch differentiates"),
     "step size": ({"scale": "large"}, "scale: expected a number or a tensor or a function of noise levels"),
     "misspelt": ({"operater": operator}, "did you mean 'operator'"),

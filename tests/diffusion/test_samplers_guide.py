@@ -307,7 +307,7 @@ def test_another_guide_on_the_way_back_is_meant_and_a_random_one_is_told(tmp_pat
         return Shift(torch.randn_like(at.z), 0.1)
 
     data = bdia_sample(output_of, z, VP, guide=restless)
-    with pytest.warns(RetraceWarning, match="did not come back"):
+    with pytest.warns(RetraceWarning, match="did not return"):
         bdia_invert(output_of, data, VP, guide=restless)
 
 

@@ -135,7 +135,7 @@ def test_conditions_travel_as_a_digest(travel: str) -> None:
     one: dict[str, Any] = {"label": torch.tensor(0.5), "word": "a"}
     pair = TRAVELS[travel](bdia_sample(model, Z, SCHEDULE, extra_args=one))
     assert isinstance(pair.record.conditions, str)
-    with pytest.warns(RetraceWarning, match="did not come back"):
+    with pytest.warns(RetraceWarning, match="did not return"):
         bdia_invert(model, pair, SCHEDULE, extra_args={"word": "a", "label": torch.tensor(0.5)})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -271,7 +271,7 @@ def test_some_samples_of_a_pair_retrace_to_the_same_bits(name: str, exact: bool,
         if exact:
             assert torch.equal(back.info, whole.info[numbers])
     if exact and numbers:
-        with pytest.warns(RetraceWarning, match="did not come back"):
+        with pytest.warns(RetraceWarning, match="did not return"):
             invert(lambda *a, **k: [1.01 * x for x in model(*a, **k)], part, SCHEDULE, **kept, **chosen)
 
 

@@ -1,4 +1,4 @@
-"""A pair is retraced with what made it: anything else is refused, and what did not come back is reported."""
+"""A pair is retraced with what made it: anything else is refused, and what did not return is reported."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_an_edit_is_silent_and_its_return_under_one_condition_is_not() -> None:
         assert torch.equal(bdia_edit(model, Z, SCHEDULE, source={"shift": one}, target={"shift": one.clone()}).z, Z)
         # With other conditions nobody can tell an edit from dropout.
         bdia_edit(unsteady, Z, SCHEDULE, source={"shift": one}, target={"shift": two})
-    with pytest.warns(RetraceWarning, match="did not come back"):
+    with pytest.warns(RetraceWarning, match="did not return"):
         bdia_edit(unsteady, Z, SCHEDULE, source={"shift": one}, target={"shift": one.clone()})
 
 

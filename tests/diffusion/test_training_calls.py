@@ -108,13 +108,13 @@ class OneTime(nn.Module):
     [
         (
             lambda: loss(one_time),
-            r"as network\(x, t, u\), but .*\(x: .*; f\(x, t, u\) leads .* lambda x, t, u: network",
+            r"as network\(x, t, u\), but .*\(x: .*; f\(x, t, u\) goes .* lambda x, t, u: network",
         ),
-        (lambda: loss(OneTime()), r"as network\(x, t, u\), but .*; f\(x, t, u\) leads from t to u"),
+        (lambda: loss(OneTime()), r"as network\(x, t, u\), but .*; f\(x, t, u\) goes from t to u"),
         (lambda: ict(one_time), r"as network\(x, t, u\), but .* ict_loss with parameterization='cm'"),
         (
             lambda: ict(two_times, parameterization="cm"),
-            r"as network\(x, t\), but .* argument: 'u'\); extra_args=",
+            r"as network\(x, t\), but .* argument: 'u'\); pass its other arguments by extra_args=",
         ),
         (lambda: ect(two_times, parameterization="edm"), r"as network\(x, t\), but .* argument: 'u'"),
         (lambda: loss(labelled), r"as network\(x, t, u\), but .*missing a required argument: 'y'"),

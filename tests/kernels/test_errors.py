@@ -235,7 +235,7 @@ SEQUENCES: dict[str, Wrong] = {
     "exact, fraction": (
         lambda: exact(ratio=Fraction(9, 10)),
         TypeError,
-        ("ratio must be a pair (n, m) that stands for n/m, got Fraction(9, 10) (Fraction); pass (9, 10)",),
+        ("ratio must be a pair (n, m), the ratio n/m, got Fraction(9, 10) (Fraction); pass (9, 10)",),
     ),
     "exact, ratio": (lambda: exact(ratio=torch.tensor([9, 10])), TypeError, ("ratio must be a pair (n, m)",)),
     "bdia, gamma": (lambda: bdia_exact(gamma=torch.tensor([9, 10])), TypeError, ("gamma must be a pair (n, m)",)),

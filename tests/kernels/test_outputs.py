@@ -164,7 +164,7 @@ OUTS: dict[str, Wrong] = {
     "shifted": (
         lambda: ddim(view(0, 3, 1), out=view(1, 3, 1)),
         ValueError,
-        ("out must be exactly z or lie apart",),
+        ("out must be exactly z or disjoint",),
     ),
     "transposed": (lambda: ddim(view(0, 3, 1), out=view(0, 1, 2)), ValueError, ("out must be exactly z",)),
     "prediction": (
@@ -249,7 +249,7 @@ def test_an_output_interleaved_in_another_order_is_right_in_the_reference(same_b
 def test_large_tensors_are_explained_without_their_size_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outputs, "_bytes", None)
     memory = torch.zeros(2**24 + 64)
-    with pytest.raises(ValueError, match="out must be exactly z or lie apart"):
+    with pytest.raises(ValueError, match="out must be exactly z or disjoint"):
         ddim(memory[:-3].view(1, -1), memory[3:].view(1, -1).clone(), out=memory[3:].view(1, -1))
     with bk.backend.use("reference"):
         ddim(memory.view(2, -1), memory.view(2, -1), out=torch.empty(2, 2**23 + 32))

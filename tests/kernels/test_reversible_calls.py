@@ -177,7 +177,7 @@ WRONG: dict[str, Wrong] = {
     "out in part": (
         lambda: bdia(q_last=GRID[:3], out=(GRID[1:4], INFO.clone()), gamma=(1, 2)),
         ValueError,
-        ("out[0] must be exactly q_last or lie apart",),
+        ("out[0] must be exactly q_last or disjoint",),
     ),
     "out twice": (
         lambda: bdia(out=(GRID[:3], GRID[:3]), gamma=(1, 2)),

@@ -15,7 +15,7 @@ struct Cuda {
     const torch::stable::accelerator::DeviceGuard guard(device);
     void* stream;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    // Torch's own words: the error may be that of a kernel that ran before, and says nothing of this call's arguments.
+    // Torch's own message: the error may come from an earlier kernel and not from this call's arguments.
     STD_CUDA_CHECK(launch(static_cast<cudaStream_t>(stream)));
   }
 
@@ -43,7 +43,7 @@ struct Cuda {
   static void gradients(const Gaussian& problem, const Tensor& first) {
     on_stream(first, [&](cudaStream_t stream) { return cuda::gaussian_gradient(problem, stream); });
   }
-  // With the scratch memory that it needs.
+  // Allocates the scratch memory first.
   template <class Launch>
   static void loss(PseudoHuber& problem, const Tensor& loss, const Tensor& sums, Launch launch) {
     problem.sums = static_cast<double*>(sums.data_ptr());

@@ -14,7 +14,7 @@ from bicm_kernels import affine_step, denoised_step
 
 
 def broadcast(*tensors: Tensor) -> Sequence[Tensor]:
-    """Return the tensors in one shape, those that have it as they are."""
+    """Return the tensors broadcast to one shape."""
     shape = tensors[0].shape
     for x in tensors:
         if x.shape != shape:
@@ -23,12 +23,12 @@ def broadcast(*tensors: Tensor) -> Sequence[Tensor]:
 
 
 def promoted(x: Tensor, other: Tensor) -> Sequence[Tensor]:
-    """Return two tensors in one shape, the first in the dtype of their sum: an op's result takes it from there."""
+    """Return two tensors in one shape, the first in the dtype of their sum, which is the dtype of an op's result."""
     return broadcast(x.to(torch.result_type(x, other)), other)
 
 
 def joined(x: Tensor, *others: Any) -> Sequence[Tensor]:
-    """Return the tensors in one shape; x keeps its dtype, unless it is whole, or real where another is complex.
+    """Return the tensors in one shape; x keeps its dtype, unless it is integer, or real where another is complex.
 
     Others may be numbers too, and 0-d tensors on any device.
     """
@@ -41,7 +41,7 @@ def joined(x: Tensor, *others: Any) -> Sequence[Tensor]:
         return x, *others
     tensors = [_as_tensor(other, x) for other in others]
     if not x.is_complex() and any(other.is_complex() for other in tensors):
-        x = x.to(torch.promote_types(x.dtype, torch.complex64))  # few functions take complex halves
+        x = x.to(torch.promote_types(x.dtype, torch.complex64))  # few functions support complex halves
     return broadcast(x, *(other if other.dim() else other.to(x.device) for other in tensors))
 
 

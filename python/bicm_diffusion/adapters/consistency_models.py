@@ -68,7 +68,7 @@ def sample_onestep(
 ) -> Tensor:
     """Return distiller(x, sigmas[0]·1): one evaluation, from x at the highest level.
 
-    generator, progress and callback are taken and not read, as in the function that this stands for.
+    generator, progress and callback are accepted and ignored, as in the original function.
 
     >>> sample_onestep(lambda x, sigma: 0 * x, torch.ones(1, 2), torch.tensor([80.0, 0.0]))
     tensor([[0., 0.]])
@@ -94,9 +94,9 @@ def stochastic_iterative_sampler(
 
     distiller(x, t), t (B,) in the dtype of x, returns the denoised sample; ts: indices on the grid of `steps` levels
     from t_max to t_min, the last one the level that the last evaluation is renoised to. generator.randn_like(x) draws
-    the noise, in every step. sigmas and progress are taken and not read, as in the function that this stands for; the
-    callback, which that one does not read either, takes {"x", "i", "sigma", "denoised"} after each evaluation, and what
-    it writes to them does not count.
+    the noise, in every step. sigmas and progress are accepted and ignored, as in the original function; the
+    callback, which the original ignores too, receives {"x", "i", "sigma", "denoised"} after each evaluation; writes
+    to them have no effect.
 
     >>> from types import SimpleNamespace
     >>> noise = SimpleNamespace(randn_like=torch.randn_like)

@@ -1,4 +1,4 @@
-"""EDM's stochastic sampler, called as its script's function is: `edm_sampler(net, latents, class_labels, …)`."""
+"""EDM's stochastic sampler, with the signature of EDM's script: `edm_sampler(net, latents, class_labels, …)`."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def edm_sampler(
 
     net(x, sigma, class_labels) returns the denoised sample, with x and the 0-d sigma in `dtype`; where net has
     sigma_min, sigma_max and round_sigma, they bound and round the levels, in float64. latents: (B, …) standard normal.
-    The state is float64 or float32, as `dtype` says, and so is the result. A step between equal levels leaves the state
-    as it is. Gradients are recorded as in EDM's function: call it under `torch.no_grad()` where none is wanted. Raises
+    State and result have `dtype`, float64 or float32. A step between equal levels leaves the state
+    unchanged. Gradients are recorded as in EDM's function: call it under `torch.no_grad()` if you need none. Raises
     ValueError for another dtype and for levels that churn would lower.
 
-    randn_like(x) is asked for noise in every step, as EDM asks it, also where churn does not act and the noise is
-    dropped; with skip_unused_noise only where it acts, which is faster and leaves another state of the generator.
+    randn_like(x) is called in every step, as in EDM's function, also where churn does not act and the noise is
+    dropped; with skip_unused_noise only where it acts, which is faster and leaves the generator in another state.
 
     >>> edm_sampler(lambda x, sigma, labels: 0 * x, torch.ones(1, 2), num_steps=3).dtype
     torch.float64
@@ -66,20 +66,20 @@ def edm_sampler(
             fresh = draw(x)
         if level != unraised:
             weight = S_noise * math.sqrt(level**2 - unraised**2)
-            if getattr(fresh, "dtype", dtype) is not dtype:  # weighed in its own dtype, as torch does
+            if getattr(fresh, "dtype", dtype) is not dtype:  # multiplied in its own dtype, as torch does
                 fresh, weight = fresh * weight, 1.0
             x = affine_step(joined(x, fresh), [1.0, weight])
         first = denoised(x, level)
         if below == level:
             if below > 0.0:
-                denoised(x.clone(), below)  # which may write to its input
+                denoised(x.clone(), below)  # the network may write to its input
             continue
         if below == 0.0:
             x = affine_step(joined(x, first), [0.0, 1.0])
             continue
         ratio, half = below / level, (below - level) / 2
-        # x + half·((x - first)/level + (predicted - second)/below). What is of the first evaluation is summed up before
-        # the second, which may write to its input and over what the first one returned.
+        # x + half·((x - first)/level + (predicted - second)/below). The terms of the first evaluation are summed before
+        # the second, which may overwrite its input and the first one's result.
         predicted, halfway = two_sums(joined(x, first), [ratio, 1.0 - ratio], [1.0 + half / level, -half / level])
         second = denoised(predicted, below)
         x = affine_step(joined(halfway, predicted, second), [1.0, half / below, -half / below])
@@ -104,7 +104,7 @@ def _raised(net: Any, device: torch.device, levels: list[float], lift: float, lo
 
 
 def _rounded(net: Any, device: torch.device, levels: list[float]) -> list[float]:
-    """The levels that the network knows, asked for in float64 as EDM asks."""
+    """The levels rounded by the network, in float64 as in EDM."""
     if not hasattr(net, "round_sigma"):
         return levels
     return torch.as_tensor(net.round_sigma(torch.tensor(levels, dtype=torch.float64, device=device))).tolist()

@@ -1,4 +1,4 @@
-"""The noise that other libraries draw with torch, drawn faster."""
+"""torch.randn_like, faster, for other libraries' samplers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bicm_kernels import torch_randn
 
 
 def randn_like(x: Tensor) -> Tensor:
-    """Return the numbers of `torch.randn_like(x)`, from torch's default generator, which is left in the same state.
+    """Return `torch.randn_like(x)`, from torch's default generator, which is left in the same state.
 
     x: any shape, floating or complex dtype, layout and device. Faster for contiguous float32 on the CPU.
 

@@ -1,4 +1,4 @@
-"""Preconditioned networks, c_skip·x + c_out·F(c_in·x), with the shapes and dtypes that plain torch gives them."""
+"""Preconditioned networks, c_skip·x + c_out·F(c_in·x), with plain torch's shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def column(sigma: Tensor, x: Tensor) -> Tensor:
 def per_sample(sigma: Tensor, x: Tensor, *others: Tensor) -> Tensor | None:
     """Return sigma as the ops take it, 0-d or (B,); None where it differs within a sample or adds samples.
 
-    None, too, where one of the tensors is complex or whole, which the ops do not take.
+    None, too, where one of the tensors is complex or integer, which the ops do not take.
     """
     if sigma.dim() > x.dim() or not all(tensor.is_floating_point() for tensor in (sigma, x, *others)):
         return None
@@ -36,7 +36,7 @@ def per_sample(sigma: Tensor, x: Tensor, *others: Tensor) -> Tensor | None:
 
 
 def result_dtype(x: Tensor, *others: Tensor) -> torch.dtype:
-    """Return the dtype of a product of tensors that all have dimensions; whole numbers among the others are floats."""
+    """Return the dtype of a product of tensors that all have dimensions; integer tensors count as floats."""
     dtype = x.dtype
     for other in others:
         if other.dtype is not dtype:
@@ -57,8 +57,8 @@ def precondition(
 ) -> tuple[Tensor, Tensor]:
     """Return F = network(c_in·x) and the denoised sample.
 
-    options: those of `bicm_kernels.denoise`. scalings: c_skip, c_out and c_in at the levels sigma, which are used in
-    their place where fused is False, or where the ops do not take x and sigma.
+    options: those of `bicm_kernels.denoise`. scalings: c_skip, c_out and c_in at the levels sigma, which are used
+    instead where fused is False, or where the ops do not take x and sigma.
     """
     level = per_sample(sigma, x) if fused else None
     if level is None:

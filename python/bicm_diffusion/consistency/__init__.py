@@ -1,4 +1,4 @@
-"""Consistency training and sampling: tables, the levels of a batch, and those that samplers visit."""
+"""Consistency training and sampling: tables, the levels of a batch, and sampling schedules."""
 
 from bicm_diffusion.consistency.grid import (
     LevelTable,

@@ -1,4 +1,4 @@
-"""A network evaluated with frozen parameters, through whose inputs gradients flow all the same."""
+"""A network evaluated with frozen parameters, with gradients to its inputs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch.utils import _pytree as pytree
 
 from bicm_diffusion.described import described
 
-# Where torch does not tell, every graph may be needed again.
+# Where torch does not provide this, every graph may be needed again.
 _graph_is_retained: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def check_network(network: nn.Module, name: str = "network") -> None:
     """Raise TypeError for wrappers that cannot evaluate a network several times before one backward pass.
 
-    name: what the caller calls the network.
+    name: the caller's name of the network.
 
     Replicas of `nn.DataParallel` do not share their dropout masks; FSDP1 frees parameters that are still needed; and a
-    DistributedDataParallel that notes which parameters a pass uses is right only where it is the network itself, so
-    that the frozen evaluation can go past it.
+    DistributedDataParallel that records which parameters a pass uses works only where it is the network itself, so
+    that the frozen evaluation can bypass it.
     """
     wrapper = getattr(network, "_orig_mod", network)
     for module in _modules(network):
@@ -45,7 +45,7 @@ def check_network(network: nn.Module, name: str = "network") -> None:
 
 
 def asked(network: Callable[..., Tensor], *inputs: Tensor, **extra_args: Any) -> Tensor:
-    """Return network(*inputs, **extra_args); where it takes no such call, a TypeError says how it is called."""
+    """Return network(*inputs, **extra_args); raises a TypeError with the expected call where the signature differs."""
     try:
         return network(*inputs, **extra_args)
     except TypeError as error:
@@ -55,7 +55,7 @@ def asked(network: Callable[..., Tensor], *inputs: Tensor, **extra_args: Any) ->
 
 
 def _takes_otherwise(network: Callable[..., Tensor], inputs: tuple[Tensor, ...], extra_args: Mapping[str, Any]) -> str:
-    """What is wrong where a network's signature does not take a call; empty where it does."""
+    """The error message where a network's signature does not match a call; empty where it does."""
     network = getattr(network, "_orig_mod", network)
     network = network.module if isinstance(network, DistributedDataParallel) else network
     function = network.forward if isinstance(network, nn.Module) else network
@@ -68,18 +68,18 @@ def _takes_otherwise(network: Callable[..., Tensor], inputs: tuple[Tensor, ...],
     except TypeError as error:
         times = len(inputs) - 1
         called = ", ".join(["x", *"tu"[:times], *(f"{name}=…" for name in extra_args)])
-        hint = "; extra_args={name: …} and a lambda give it what it wants"
+        hint = "; pass its other arguments by extra_args={name: …} or a lambda"
         if times == 2 and "too many positional" in str(error):
             hint = (
-                "; f(x, t, u) leads from t to u: give the network a second time, or train it as it is by ict_loss with "
-                "parameterization='cm'; lambda x, t, u: network(x, t) leaves u out"
+                "; f(x, t, u) goes from t to u: give the network a second time, or train it unchanged by ict_loss with "
+                "parameterization='cm'; lambda x, t, u: network(x, t) ignores u"
             )
         return f"network: called as network({called}), but it takes {signature} ({error}){hint}"
     return ""
 
 
 def _modules(network: object) -> Iterator[nn.Module]:
-    """The modules of a network; a function, whose modules cannot be known, has none."""
+    """The modules of a network; none for a function, whose modules are unknown."""
     return network.modules() if isinstance(network, nn.Module) else iter(())
 
 
@@ -88,11 +88,11 @@ def _notes_what_is_used(wrapper: DistributedDataParallel) -> bool:
 
 
 def evaluate_frozen(network: nn.Module, inputs: tuple[Tensor, ...], extra_args: Mapping[str, Any]) -> Tensor:
-    """Return network(*inputs, **extra_args), whose gradient reaches the inputs and extra_args, not the parameters.
+    """Return network(*inputs, **extra_args), differentiable in the inputs and extra_args, not in the parameters.
 
-    The gradient is taken with respect to the inputs alone, so that it holds whatever the network does with its
-    parameters. They are detached meanwhile, where nothing else manages them, which spares what their gradients would
-    need; gradient checkpoints that are recomputed in the backward pass find them detached again.
+    The gradient is taken with respect to the inputs only, so that it is correct for any use of the network's
+    parameters. They are detached meanwhile, where nothing else manages them, which saves the work of their gradients;
+    gradient checkpoints recomputed in the backward pass use detached parameters too.
     Raises RuntimeError in the backward pass of a network with reentrant checkpoints.
 
     >>> network, x = nn.Linear(1, 1), torch.ones(1, 1, requires_grad=True)
@@ -133,7 +133,7 @@ def _without_reducer(network: nn.Module) -> nn.Module:
 
 @contextmanager
 def detached_parameters(network: nn.Module) -> Iterator[None]:
-    """Put detached tensors in the place of a network's parameters, but for those that something else manages."""
+    """Replace a network's parameters by detached tensors, except those that something else manages."""
     # FSDP exchanges the parameters itself, before and after a module's forward and backward pass.
     kinds = {base.__name__ for kind in {type(module) for module in _modules(network)} for base in kind.__mro__}
     sharded = "FSDPModule" in kinds
@@ -146,7 +146,7 @@ _Slot = tuple[dict[str, Any], str]
 
 
 def _parameters(network: nn.Module) -> list[_Slot]:
-    """The places of the parameters that are trained; one that has several is met in each."""
+    """The places of the trained parameters; a shared one appears at each of its places."""
     tables = [module._parameters for module in _modules(network)]
     return [(table, name) for table in tables for name, x in table.items() if x is not None and x.requires_grad]
 
@@ -169,12 +169,12 @@ def _swapped(slots: Sequence[_Slot]) -> Iterator[None]:
 
 @dataclass
 class _Graph:
-    """Tensors computed from leaves by a network's graph of its own, whose parameters are no part of the outer one."""
+    """Tensors computed from leaves by a separate graph of the network, whose parameters are not in the outer graph."""
 
     network: nn.Module
     outputs: tuple[Tensor, ...]
     leaves: tuple[Tensor, ...]
-    #: Whether gradients of it are recorded, which a later pass finds beside it and which lead through it, too.
+    #: Whether its gradients are recorded, so that a later pass can differentiate through it.
     shared: bool = False
 
     def differentiate(self, upstream: Sequence[Tensor], *, again: bool) -> tuple[Tensor | None, ...]:
@@ -194,7 +194,7 @@ class _Graph:
 
 
 class _Isolated(torch.autograd.Function):
-    """The outputs of a graph of their own, as functions of what its leaves stand for."""
+    """The outputs of a separate graph, as functions of the tensors that its leaves represent."""
 
     @staticmethod
     def forward(ctx: Any, graph: _Graph, *sources: Tensor) -> tuple[Tensor, ...]:
@@ -207,7 +207,7 @@ class _Isolated(torch.autograd.Function):
         graph, sources = ctx.graph, ctx.saved_tensors
         if not torch.is_grad_enabled():
             return None, *graph.differentiate(upstream, again=False)
-        # The gradients depend on the frozen parameters as well, and must not lead to them either.
+        # The gradients depend on the frozen parameters too, and must not propagate to them either.
         starts = tuple(x.detach().requires_grad_() for x in upstream)
         found = list(graph.differentiate(starts, again=True))
         places = [k for k, x in enumerate(found) if x is not None and x.requires_grad]

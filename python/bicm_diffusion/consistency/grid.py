@@ -1,4 +1,4 @@
-"""The float64 tables of consistency training: levels, their number as a run goes on, the odds of drawing one."""
+"""The float64 tables of consistency training: levels, their number over a run, the probabilities of drawing one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def level_count(step: int, steps: int, *, s0: int = 10, s1: int = 1280) -> int:
 
 
 def level_probabilities(levels: Tensor, *, p_mean: float = P_MEAN, p_std: float = P_STD) -> Tensor:
-    """Return p(n) for n = 1 … N-1, (N-1,) float64: lognormal mass between neighbouring levels (BCM eq. 12).
+    """Return p(n) for n = 1 … N-1, (N-1,) float64: lognormal mass between adjacent levels (BCM eq. 12).
 
     levels: (N,) float64, N >= 2, increasing; 0 is allowed first. The mass outside the levels is spread in proportion.
     Raises ValueError for fewer than two levels.
@@ -74,10 +74,10 @@ def drawn(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LevelTable:
-    """N levels and the odds of each as the lower end of a pair: what one stage of training draws from.
+    """N levels and the probability of each as the lower end of a pair, for one stage of training.
 
     levels: (N,) float64, increasing, N >= 2: those of `karras_levels` in the papers. probabilities: (N-1,), made from
-    them. Raises TypeError for no tensor, and ValueError for fewer levels or levels that do not increase.
+    them. Raises TypeError unless it is a tensor, and ValueError for fewer levels or levels that do not increase.
 
     >>> from bicm_diffusion import karras_levels
     >>> LevelTable(karras_levels(11)).probabilities.shape

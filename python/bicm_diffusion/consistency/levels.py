@@ -15,12 +15,12 @@ from bicm_diffusion.samplers.checks import check_integer
 from bicm_diffusion.samplers.notices import warn
 from bicm_kernels import fold_in, uniform
 
-#: By how much of itself a table's smallest level may miss t_min: float32 rounds by less.
+#: The relative tolerance between a table's smallest level and t_min: float32 rounds by less.
 NEAR = 1e-6
 
 
 class Levels(NamedTuple):
-    """Levels of a batch, each (B,) float64: `low` is t_n, `high` its neighbour t_{n+1}, `partner` t_n' (BCM eq. 9)."""
+    """Levels of a batch, each (B,) float64: `low` is t_n, `high` the next one t_{n+1}, `partner` t_n' (BCM eq. 9)."""
 
     low: Tensor
     high: Tensor
@@ -28,7 +28,7 @@ class Levels(NamedTuple):
 
 
 class DrawnLevels(Levels):
-    """Levels that know the smallest one of the table that they were drawn from."""
+    """Levels with the smallest level of their table."""
 
     smallest: float | None = None
 
@@ -38,7 +38,7 @@ def draw_levels(
 ) -> Levels:
     """Return the levels of a batch: n ~ p(n), n' ~ p̃(n'|n), keyed by (seed, sample, step).
 
-    Raises TypeError for no `LevelTable`.
+    Raises TypeError unless table is a `LevelTable`.
 
     >>> from bicm_diffusion import karras_levels
     >>> levels = draw_levels(LevelTable(karras_levels(11)), 4, seed=0, step=0)
@@ -63,7 +63,7 @@ def draw_levels(
 
 
 def check_levels(levels: object, x: Tensor, names: Sequence[str], *, name: str = "levels", made: str) -> None:
-    """Raise unless there are tensors (B,) of these names, as x has B samples; made: what is expected."""
+    """Raise unless there are tensors (B,) of these names, as x has B samples; made: the expected type, for messages."""
     given = levels if isinstance(levels, tuple | list) else ()
     if len(given) < len(names) or not all(isinstance(level, Tensor) for level in given):
         raise TypeError(f"{name}: expected {made} them, got {described(levels)}")
@@ -75,7 +75,7 @@ def check_levels(levels: object, x: Tensor, names: Sequence[str], *, name: str =
 
 
 def _check_order(levels: dict[str, Tensor], name: str) -> None:
-    """Raise ValueError where levels on the host are out of order: a gap below 0 would have its loss maximised."""
+    """Raise ValueError where levels on the host are out of order: the loss of a negative gap would be maximised."""
     values = {label: _on_host(level) for label, level in levels.items()}
     if any(value is None for value in values.values()):
         return
@@ -87,17 +87,17 @@ def _check_order(levels: dict[str, Tensor], name: str) -> None:
 
 
 def _on_host(level: Tensor) -> Any:
-    """The numbers of a plain float tensor on the host, which NumPy compares in a tenth of torch's time; else None."""
+    """The numbers of a plain float tensor on the host as a NumPy array, which compares ten times faster; else None."""
     if type(level) is not Tensor or not level.is_cpu or level.dtype not in (torch.float32, torch.float64):
         return None
     try:
         return level.detach().numpy()
-    except RuntimeError:  # one of many in a transform
+    except RuntimeError:  # under a transform
         return None
 
 
 def check_floor(levels: Sequence[Tensor], t_min: float) -> None:
-    """Warn where levels do not begin at t_min: the table's smallest, or any that is below, on the CPU.
+    """Warn where levels do not begin at t_min: the table's smallest, or any below it, on the CPU.
 
     levels: those of a batch, and the smallest of their table where they were drawn from one.
     """

@@ -1,4 +1,4 @@
-"""Levels that consistency samplers visit, and the papers' choices by name."""
+"""Schedules of consistency samplers, and the papers' choices by name."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from bicm_diffusion.schedules.schedule import as_floats
 
 @dataclass(frozen=True)
 class ConsistencySchedule:
-    """Levels from the noisiest down, then zigzags: what a consistency sampler or an inversion visits.
+    """Levels from the noisiest down, then zigzags: the schedule of a consistency sampler or an inversion.
 
-    levels: T = t_N > … > t_1 > t_min; an inversion climbs them in reverse. zigzags: pairs (ε, t), t_min < ε < t: noise
+    levels: T = t_N > … > t_1 > t_min; an inversion uses them in reverse. zigzags: pairs (ε, t), t_min < ε < t: noise
     of level ε is added to the sample and amplified to t. Levels are standard deviations, in the units of the data.
-    Any sequences of numbers become tuples of floats. Raises TypeError for anything else, and ValueError for levels out
-    of order or range.
+    Sequences of numbers are converted to tuples of floats. Raises TypeError for anything else, and ValueError for
+    levels out of order or range.
 
     >>> ConsistencySchedule((80.0, 1.2), zigzags=((0.1, 0.3),)).evaluations
     4

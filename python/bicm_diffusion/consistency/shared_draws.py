@@ -1,8 +1,8 @@
-"""Evaluations that draw alike from torch's generators: a step's share their dropout masks, eager and in a graph.
+"""Evaluations that draw the same numbers from torch's generators, such as dropout masks, eager and in a graph.
 
-Eager code seeds the generator of the device before each evaluation and gives it back as it was. A traced graph has no
-order among its random ops to rely on, so there each of them gets the generator's state and returns the next one: the
-numbers are the eager ones, whatever a compiler does with the graph.
+Eager code seeds the device's generator before each evaluation and restores its state. A traced graph has no
+defined order of its random ops, so there each of them takes the generator's state and returns the next one: the
+numbers equal the eager ones under any compiler.
 """
 
 # Arguments are named as torch.nn.functional names them.
@@ -29,10 +29,10 @@ _STATE_BYTES = {"cpu": torch.Generator().get_state().numel(), "cuda": 16}
 
 
 def draws_alike(key: int | Tensor, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """Return what makes contexts in which torch's own generator draws the same numbers, a function of the key alone.
+    """Return a factory of contexts in which torch's own generator draws the same numbers, a function of the key only.
 
-    key: int or 0-d int64 tensor. The caller's random state is left alone.
-    Raises RuntimeError in a traced graph for a random function that cannot be had there.
+    key: int or 0-d int64 tensor. The caller's random state is not changed.
+    Raises RuntimeError in a traced graph for an unsupported random function.
 
     >>> alike = draws_alike(0, torch.device("cpu"))
     >>> with alike(): first = torch.rand(2)
@@ -48,7 +48,7 @@ def draws_alike(key: int | Tensor, device: torch.device) -> Callable[[], Abstrac
 
 
 def dropout_key(seed: int | Tensor, step: int | Tensor) -> int | Tensor:
-    """Return the key of a training step's dropout masks, apart from its noise."""
+    """Return the key of a training step's dropout masks, which differs from its noise's."""
     folded = isinstance(seed, Tensor) or torch.compiler.is_compiling()
     return fold_in(fold_in(seed, DROPOUT) if folded else _dropout_seed(seed), step)
 
@@ -64,7 +64,7 @@ def _default_generator(device: torch.device) -> torch.Generator:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Run with torch's own generator seeded, and give it back as it was; torch.manual_seed formats a stack trace."""
+    """Run with torch's own generator seeded, and restore its state; torch.manual_seed would format a stack trace."""
     generator = _default_generator(device)
     state = generator.get_state()
     generator.manual_seed(seed)
@@ -84,12 +84,12 @@ _FUSED_DROPOUT = "native_dropout"
 
 
 def _make_state(seed: Tensor, device: torch.device) -> Tensor:
-    """The state of a generator that was just seeded, uint8 on the CPU."""
+    """The state of a freshly seeded generator, uint8 on the CPU."""
     return torch.Generator(device).manual_seed(int(seed)).get_state()
 
 
 def _draw(state: Tensor, like: Tensor, method: str, numbers: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """What `method` draws from a generator in `state` into a tensor like another, and the generator's next state."""
+    """The numbers that `method` draws from a generator in `state`, like another tensor, and the next state."""
     if method != _FUSED_DROPOUT:
         generator = torch.Generator(like.device)
         generator.set_state(state)
@@ -119,10 +119,10 @@ def _fake_draw(state: Tensor, like: Tensor, method: str, numbers: Sequence[float
 
 
 def _show_to_modes() -> None:
-    """Have dynamo ask modes for every function that is known here; called while it traces.
+    """Make dynamo call modes for every function that is handled here; called while it traces.
 
     torch.compile in 2.13 takes `rand_like` and some others straight into the graph, where their numbers would not be
-    shared. Its list of what modes see is private: where it has gone, nothing is added, and a test tells.
+    shared. Its list of functions for modes is private: where it is missing, nothing is added, and a test fails.
     """
     listed: set[Any] = getattr(sys.modules.get("torch._dynamo.variables.torch"), "get_overridable_functions", set)()
     listed.update(_STAND_INS, _REFUSED)
@@ -156,7 +156,7 @@ class _Draws(TorchFunctionMode):
 
 
 def _checkpoint(draws: _Draws, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A checkpoint's body is a graph of its own: the state goes in and comes out."""
+    """A checkpoint's body is a separate graph: the state is an input and an output of it."""
 
     def body(state: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
         inside = _Draws(state)
@@ -181,7 +181,7 @@ def _torch_dropout(inplace: bool) -> Callable[..., Tensor]:
 
 
 def _feature_dropout(unbatched: int) -> Callable[..., Tensor]:
-    """Dropout of whole channels, of inputs without a batch where they have so many dimensions."""
+    """Dropout of whole channels; inputs of this number of dimensions have no batch dimension."""
 
     def drop(draws: _Draws, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not (training and 0 < p < 1):
@@ -194,7 +194,7 @@ def _feature_dropout(unbatched: int) -> Callable[..., Tensor]:
 
 
 def _without_draws(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
-    """Dropout of nothing or, as eager code has it, of everything: a graph's would draw for that."""
+    """Dropout with probability 0 or 1, which draws nothing in eager code: a graph's would draw."""
     if not (training and p == 1):
         return functional.dropout(input, p, training, inplace)
     zero = input.new_zeros(())
@@ -286,7 +286,7 @@ _ALWAYS_DRAW: tuple[Any, ...] = (
     Tensor.multinomial,
     Tensor.random_,
 )
-# Whether a call of theirs draws.
+# Whether a call of them draws.
 _REFUSED: dict[Any, Callable[..., bool]] = (
     {
         functional.alpha_dropout: _when_training,

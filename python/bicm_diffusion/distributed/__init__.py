@@ -1,4 +1,4 @@
-"""Sampling across processes and machines: N samples that are the same bits for any world size, written as they come."""
+"""Sampling across processes and machines: N samples with the same bits for any world size, written as they are made."""
 
 from bicm_diffusion.distributed.manifest import Manifest
 from bicm_diffusion.distributed.pairs import PairDataset, sample_pairs

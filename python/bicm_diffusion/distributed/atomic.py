@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, whenever a process is killed: written beside their place, then moved."""
+"""Atomic writes: files and folders are complete or absent whenever a process is killed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file or a folder under another name, and move it to `path` once it is on disk."""
+    """Have `write` make a file or a folder under another name, and move it to `path` once it is on disk."""
     partial = _partial(path)
     write(partial)
     for written in [*partial.glob("*"), partial]:
@@ -23,13 +23,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_whole(path: Path) -> None:
-    """Remove a file or a folder; a folder is never seen with a part of its files."""
+    """Remove a file or a folder; a folder is never visible with only some of its files."""
     remains = path.replace(_partial(path))
     _remove(remains)
 
 
 def clear_partial(directory: Path) -> None:
-    """Remove what a killed run had begun to write or to remove."""
+    """Remove the temporary files of a killed run."""
     for name in ("samples-*.partial", "manifest.*.partial"):
         for path in directory.glob(name):
             _remove(path)

@@ -1,4 +1,4 @@
-"""How a batch of samples lies on disk: one safetensors file, or a folder of PNG images."""
+"""How a batch of samples is stored: one safetensors file, or a folder of PNG images."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from bicm_diffusion.extras import extra
 CHANNELS = (1, 3, 4)
 
 
-#: How a PNG file begins, and how it ends.
+#: The first and the last bytes of a PNG file.
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
 class Format(NamedTuple):
-    """The ending of a shard's name, and what is done with the samples first … stop - 1 at such a path.
+    """The suffix of a shard's name, and how samples first … stop - 1 are written, read and checked at such a path.
 
-    library: what writes and reads, imported when it is needed. fault: why the shard is not whole, or None; a look at
-    headers and sizes that reads no samples.
+    library: the module that writes and reads, imported when needed. fault: why the shard is not complete, or None;
+    checks headers and sizes and reads no samples.
     """
 
     suffix: str
@@ -36,9 +36,9 @@ class Format(NamedTuple):
 
 
 def to_pixels(samples: Tensor) -> Tensor:
-    """Return images (B, C, H, W) as uint8: floats in [-1, 1] to the nearest of 256 levels, what lies beyond clipped.
+    """Return images (B, C, H, W) as uint8: floats in [-1, 1] to the nearest of 256 levels, others clipped.
 
-    C is 1, 3 or 4 (grey, RGB, RGBA). uint8 stays as it is.
+    C is 1, 3 or 4 (grey, RGB, RGBA). uint8 is returned unchanged.
     Raises ValueError for another shape or dtype, or where a sample is not finite.
 
     >>> to_pixels(torch.tensor([-1.0, 0.0, 3.0]).reshape(1, 1, 1, 3)).flatten().tolist()
@@ -74,7 +74,7 @@ def write_tensors(path: Path, first: int, samples: Tensor) -> None:
 
 
 def fault_in_tensors(path: Path, first: int, stop: int) -> str | None:
-    """Return why a file has not the samples first … stop - 1, or None: its header, and the length that this tells."""
+    """Return why a file does not hold the samples first … stop - 1, or None; checks its header and length."""
     library = _safetensors()
     if not path.is_file():
         return "no file"
@@ -87,7 +87,7 @@ def fault_in_tensors(path: Path, first: int, stop: int) -> str | None:
 
 
 def read_tensors(path: Path, first: int, stop: int) -> Tensor:
-    """Return a file's samples; raises ValueError naming the file where it is not whole."""
+    """Return a file's samples; raises ValueError naming the file where it is not complete."""
     if fault := fault_in_tensors(path, first, stop):
         raise ValueError(_unreadable(path, fault))
     samples: Tensor = _safetensors().torch.load_file(path)["samples"]
@@ -95,7 +95,7 @@ def read_tensors(path: Path, first: int, stop: int) -> Tensor:
 
 
 def write_images(path: Path, first: int, samples: Tensor) -> None:
-    """Write the folder `path` with one image a sample, named by its id."""
+    """Write the folder `path` with one image per sample, named by its id."""
     library = _pillow()
     pixels = to_pixels(samples).permute(0, 2, 3, 1)
     path.mkdir()
@@ -104,7 +104,7 @@ def write_images(path: Path, first: int, samples: Tensor) -> None:
 
 
 def fault_in_images(path: Path, first: int, stop: int) -> str | None:
-    """Return why a folder has not the images first … stop - 1, or None: each file's beginning and end."""
+    """Return why a folder lacks the images first … stop - 1, or None; checks each file's first and last bytes."""
     for file in (_image_path(path, i) for i in range(first, stop)):
         try:
             with file.open("rb") as content:
@@ -118,7 +118,7 @@ def fault_in_images(path: Path, first: int, stop: int) -> str | None:
 
 
 def read_images(path: Path, first: int, stop: int) -> Tensor:
-    """Return a folder's images, (B, C, H, W) uint8; raises ValueError naming the file that is not as it should be."""
+    """Return a folder's images, (B, C, H, W) uint8; raises ValueError naming an invalid file."""
     if fault := fault_in_images(path, first, stop):
         raise ValueError(_unreadable(path, fault))
     library, images = _pillow(), list[Tensor]()

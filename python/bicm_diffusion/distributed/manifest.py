@@ -1,4 +1,4 @@
-"""The manifest of a run: what decides its samples, in a file beside them."""
+"""The manifest of a run: the settings that determine its samples, in a file next to them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """What decides the samples: their number, the batch in which each is made, the files, the caller's settings.
+    """The settings that determine the samples: their number, the batch size, the file format, the caller's settings.
 
-    count, batch: integers of at least 1, NumPy's too. settings: what JSON holds, and what has one plain form in it:
+    count, batch: integers of at least 1, NumPy's too. settings: JSON values, and values with one JSON form:
     tuples, NumPy's numbers, arrays and tensors, paths, dtypes and devices, which are stored as lists, numbers and text.
-    Raises TypeError or ValueError naming the argument, for settings with the way to it: `settings['sampler'][0]`.
+    Raises TypeError or ValueError naming the argument, for settings with the path to it: `settings['sampler'][0]`.
 
     >>> Manifest(6, 2, {"sigma": np.float64(0.5), "levels": (1, 2)}).settings
     {'sigma': 0.5, 'levels': [1, 2]}
@@ -53,10 +53,10 @@ class Manifest:
             object.__setattr__(self, name, value)
 
     def claim(self, directory: Path) -> None:
-        """Write the manifest, or make sure that the one that is there asks for the same samples.
+        """Write the manifest, or check that the existing one describes the same samples.
 
-        Raises ValueError naming what differs, because a run of other settings is never continued, and where there are
-        shards without a manifest, because nothing tells which settings made them.
+        Raises ValueError naming the differences, because a run with other settings is never continued, and where there
+        are shards without a manifest, because their settings are unknown.
         """
         path = directory / MANIFEST
         if path.exists():
@@ -66,7 +66,7 @@ class Manifest:
             return
         if directory.exists() and (orphans := shards_in(directory)):
             raise ValueError(
-                f"{directory}: expected a {MANIFEST} beside {listed(orphans)}, got none, so that nothing tells which "
+                f"{directory}: expected a {MANIFEST} with {listed(orphans)}, got none, so that it is unknown which "
                 f"settings made them: restore it, move them away, or choose another directory"
             )
         directory.mkdir(parents=True, exist_ok=True)
@@ -76,8 +76,8 @@ class Manifest:
 def load_manifest(directory: Path) -> Manifest:
     """Return the manifest in a directory.
 
-    Raises FileNotFoundError where there is none, and ValueError naming the file where it is not whole, or was written
-    by another version.
+    Raises FileNotFoundError where there is none, and ValueError naming the file where it is not complete, or was
+    written by another version.
     """
     path = directory / MANIFEST
     if not path.exists():
@@ -94,7 +94,7 @@ def load_manifest(directory: Path) -> Manifest:
 
 
 def differences(mine: Manifest, theirs: Manifest, who: str) -> str:
-    """Return what differs, as `count=23 where {who} 22`; of the settings those alone that differ; empty if nothing."""
+    """Return what differs, as `count=23 where {who} 22`; of the settings only those that differ; empty if nothing."""
     told = []
     for name, value in asdict(mine).items():
         other = getattr(theirs, name)
@@ -126,7 +126,7 @@ def _integer(value: Any) -> int | None:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """Return a value as what JSON gives back; `name` is the way to it."""
+    """Return a value as it is after a round trip through JSON; `name` is the path to it."""
     if isinstance(value, np.generic | np.ndarray | Tensor):
         value = value.tolist()
     if value is None or isinstance(value, bool):

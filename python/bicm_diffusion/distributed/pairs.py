@@ -1,4 +1,4 @@
-"""Pairs of noise and the image that a teacher makes of it: images in shards, and the noise from its key."""
+"""Pairs of noise and the teacher's image from it: images in shards, and the noise from its key."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def sample_pairs(
 ) -> None:
     """Make pairs 0 … count - 1 of noise and sample(noise), and write the images to a directory as `sample_shards` does.
 
-    The noise of pair k is latent_std·normal(shape, seed=seed, sample_id=k): the manifest holds what makes it again.
-    sample: noise (batch, *shape) float32 on `device` -> images (batch, *shape) that depend on nothing else.
-    settings: whatever else decides the images (steps, weights). The others, and what is raised: see `sample_shards`.
+    The noise of pair k is latent_std·normal(shape, seed=seed, sample_id=k); the manifest records these arguments.
+    sample: noise (batch, *shape) float32 on `device` -> images (batch, *shape), which depend only on the noise.
+    settings: the other settings that determine the images (steps, weights). Other arguments and errors: see
+    `sample_shards`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
@@ -62,9 +63,9 @@ def _noise(ids: Tensor, made: Mapping[str, Any], device: torch.device | str | No
 class PairDataset(Dataset[tuple[Tensor, Tensor]]):
     """The pairs of a directory that `sample_pairs` has filled: item k is (noise, image), each of a sample's shape.
 
-    Files are opened when they are asked for, by every worker for itself, and an item is read alone; `tensors` reads
+    Files are opened on first access, separately in every worker, and items are read one by one; `tensors` reads
     all pairs at once.
-    Raises FileNotFoundError where there is no run, ValueError where it is none of pairs; where a shard is missing,
+    Raises FileNotFoundError where there is no run, ValueError where it is not a run of pairs; where a shard is missing,
     reading it raises ValueError with its name.
     """
 

@@ -1,8 +1,8 @@
-"""Which process makes which samples, in which batches, and what happens after a kill.
+"""Distribution of samples over processes and batches, and restarts after a kill.
 
-Samples 0 … N - 1 are cut into batches of one size, the last one padded with samples that are not kept. A batch holds
-the same samples whatever the world size, so even a network whose result depends on its batch makes the same bits;
-whoever makes it, it is written at once, and a restarted run makes only those batches that are not there.
+Samples 0 … N - 1 are divided into batches of one size, the last one padded with samples that are not kept. A batch has
+the same samples for any world size, so even a network whose result depends on its batch makes the same bits;
+each process writes its batches at once, and a restarted run makes only the missing batches.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from bicm_diffusion.distributed.shards import Shard
 from bicm_diffusion.distributed.store import begin, write_shard
 from bicm_diffusion.extras import extra
 
-#: How long a process that is done waits for the others; gloo's own half an hour is less than a batch may take.
+#: How long a finished process waits for the others; gloo's default of half an hour is less than a batch may take.
 PATIENCE = timedelta(days=365)
 
-#: What is told to every process.
+#: The data sent to every process.
 REFUSALS = (ValueError, TypeError, OSError, ImportError)
 
 
@@ -39,22 +39,22 @@ def sample_shards(
     save_as: Literal["safetensors", "png"] = "safetensors",
     progress: bool = True,
 ) -> None:
-    """Make samples 0 … count - 1 with all processes of the group and write them to a directory that all of them see.
+    """Make samples 0 … count - 1 with all processes of the group and write them to a directory shared by all of them.
 
-    sample(shard) returns samples (batch, …) that depend on nothing but the shard: draw noise with
+    sample(shard) returns samples (batch, …) that depend only on the shard: draw noise with
     `normal(shape, seed=seed, sample_id=shard.first)`. batch: samples per call, the same on every process. settings:
-    whatever else decides the samples (seed, steps, weights, torch and device type), as `Manifest` takes it. A run is
-    continued only where count, batch, save_as and settings are those that it began with, and all processes must give
-    the same. Runs under torchrun or accelerate once the default process group is there (gloo, nccl or any other: what
-    is said goes by gloo), and alone without one.
+    the other settings that determine the samples (seed, steps, weights, torch and device type), as for `Manifest`. A
+    run is continued only where count, batch, save_as and settings are unchanged, and all processes must pass the same.
+    Runs under torchrun or accelerate once the default process group exists (gloo, nccl or any other; control messages
+    use gloo), and as a single process without one.
     save_as: each batch is one safetensors file, or with "png" one folder of images named by their ids (needs pillow),
-    from samples (batch, C, H, W) with C = 1, 3 or 4, uint8 or floats in [-1, 1]. Either is complete or absent; a
-    restart repeats none and loses none, and makes again, with a warning, what a full disk or a failing machine has cut
-    short. progress: a bar on rank 0 (needs tqdm).
-    Raises TypeError or ValueError, on every process, where count, batch, save_as or settings cannot be or differ
+    from samples (batch, C, H, W) with C = 1, 3 or 4, uint8 or floats in [-1, 1]. Each is complete or absent; a
+    restart repeats none and loses none, and makes again, with a warning, those that a full disk or a failure has
+    truncated. progress: a bar on rank 0 (needs tqdm).
+    Raises TypeError or ValueError, on every process, where count, batch, save_as or settings are invalid or differ
     between processes, or the directory holds another run, or shards without a manifest, and ImportError where
-    safetensors, pillow or tqdm is needed and missing; on its own process where a
-    result has not `batch` samples or cannot be written as images.
+    safetensors, pillow or tqdm is needed and missing; only on one process where a
+    result has another number of samples or cannot be written as images.
 
     >>> import tempfile
     >>> from bicm_diffusion.distributed import read_samples
@@ -88,9 +88,9 @@ def _grouped() -> bool:
 
 @contextmanager
 def _hosts(timeout: timedelta | None = None) -> Iterator[dist.ProcessGroup | None]:
-    """All processes, talking from host to host; None where there is one alone.
+    """A gloo group of all processes; None where there is only one.
 
-    A group of GPUs alone would carry what is said here through whichever GPU is current, and give up on a process that
+    NCCL would send these messages through the current GPU, and its watchdog would abort a process that
     waits for the last batch.
     """
     hosts = dist.new_group(backend="gloo", timeout=timeout) if _grouped() else None
@@ -102,7 +102,7 @@ def _hosts(timeout: timedelta | None = None) -> Iterator[dist.ProcessGroup | Non
 
 
 def _ready(asked: Manifest, *, shown: bool) -> Manifest:
-    """Return what is asked for once what it needs is imported, rather than after the first batch has been made."""
+    """Return the requested run after importing its dependencies, so that a missing one raises at once."""
     FORMATS[asked.save_as].library()
     if shown:
         _tqdm()
@@ -110,7 +110,7 @@ def _ready(asked: Manifest, *, shown: bool) -> Manifest:
 
 
 def _agree(asked: Manifest | Exception, directory: Path, rank: int, hosts: dist.ProcessGroup | None) -> list[Shard]:
-    """Return what is missing, as rank 0 sees it before anybody writes; its refusal is everybody's."""
+    """Return the missing shards, determined by rank 0 before any writes; its error is raised on all ranks."""
     everyone: list[Manifest | Exception] = [asked]
     if hosts is not None:
         everyone *= dist.get_world_size(hosts)
@@ -125,7 +125,7 @@ def _agree(asked: Manifest | Exception, directory: Path, rank: int, hosts: dist.
 
 
 def _common(everyone: list[Manifest | Exception]) -> Manifest:
-    """Return what all ranks ask for; raises where a rank asks for what cannot be, or for something else than rank 0."""
+    """Return the run requested by all ranks; raises where a rank's is invalid or differs from rank 0's."""
     for rank, asked in enumerate(everyone):
         if isinstance(asked, Exception):
             kind = next(kind for kind in REFUSALS if isinstance(asked, kind))
@@ -133,12 +133,12 @@ def _common(everyone: list[Manifest | Exception]) -> Manifest:
     first, *others = (asked for asked in everyone if isinstance(asked, Manifest))
     told = [(rank, differences(asked, first, "rank 0 has")) for rank, asked in enumerate(others, 1)]
     if differing := [f"rank {rank}: {difference}" for rank, difference in told if difference]:
-        raise ValueError(f"every rank must ask for the same samples; {'; '.join(differing)}")
+        raise ValueError(f"every rank must request the same samples; {'; '.join(differing)}")
     return first
 
 
 def _attempt(function: Callable[[], Any]) -> Any:
-    """Return the function's result, or the exception that every process is to raise: none may wait for another."""
+    """Return the function's result, or its exception, which every process then raises so that none waits."""
     try:
         return function()
     except REFUSALS as error:

@@ -1,4 +1,4 @@
-"""How samples 0 … N - 1 are cut into batches, and which file or folder each batch becomes."""
+"""How samples 0 … N - 1 are divided into batches, and the file or folder of each batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHARD = re.compile(r"samples-\d+-\d+(?:\.safetensors)?")
 
 @dataclass(frozen=True)
 class Shard:
-    """One batch to sample: the ids first … first + batch - 1, of which the first `kept` are wanted."""
+    """One batch to sample: the ids first … first + batch - 1, of which the first `kept` are kept."""
 
     first: int
     batch: int
@@ -23,7 +23,7 @@ class Shard:
 
     @property
     def stop(self) -> int:
-        """The id after the last one that is wanted."""
+        """The id after the last one that is kept."""
         return self.first + self.kept
 
     @property
@@ -33,12 +33,12 @@ class Shard:
 
 
 def shards_of(count: int, batch: int) -> list[Shard]:
-    """Cut `count` samples into batches, the last one padded."""
+    """Divide `count` samples into batches, the last one padded."""
     return [Shard(first, batch, min(batch, count - first)) for first in range(0, count, batch)]
 
 
 def shard_path(directory: Path, first: int, stop: int, suffix: str) -> Path:
-    """Return where samples first … stop - 1 belong."""
+    """Return the path of samples first … stop - 1."""
     return directory / f"samples-{first:08d}-{stop:08d}{suffix}"
 
 

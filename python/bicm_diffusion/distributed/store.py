@@ -1,4 +1,4 @@
-"""Shards on disk: written whole, looked at before a run goes on, and read."""
+"""Shards on disk: written atomically, checked before a run continues, and read."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from bicm_diffusion.distributed.shards import Shard, listed, shard_path, shards_
 
 
 def write_shard(directory: Path, shard: Shard, samples: Tensor, save_as: str) -> None:
-    """Write the samples that are wanted of a shard, whole or not at all: a reader never sees half of it."""
+    """Write the kept samples of a shard atomically: a reader never finds an incomplete one."""
     kind = FORMATS[save_as]
     path = shard_path(directory, shard.first, shard.stop, kind.suffix)
     write_whole(path, lambda partial: kind.write(partial, shard.first, samples[: shard.kept]))
 
 
 def begin(directory: Path, manifest: Manifest) -> list[Shard]:
-    """Claim the directory and return the shards that are missing; what a kill or a full disk has broken is removed.
+    """Check the directory and return the missing shards; incomplete files of a killed run or a full disk are removed.
 
-    Warns of shards that are made again, and of files that are named as shards and belong to no range of this run.
+    Warns of shards that are made again, and of files that are named like shards but belong to no range of this run.
     Raises ValueError where the directory holds another run, or shards without a manifest.
     """
     manifest.claim(directory)
@@ -40,7 +40,8 @@ def begin(directory: Path, manifest: Manifest) -> list[Shard]:
             remove_whole(path)
             missing.append(shard)
     if foreign := [path for path in shards_in(directory) if path not in own]:
-        warnings.warn(f"{directory}: {listed(foreign)} of ranges that this run has not, left as they are", stacklevel=4)
+        text = f"{directory}: {listed(foreign)} of ranges that this run does not have; they are not changed"
+        warnings.warn(text, stacklevel=4)
     return missing
 
 

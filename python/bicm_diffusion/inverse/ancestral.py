@@ -1,4 +1,4 @@
-"""What the solvers that walk down a schedule share: their options, and corrections as shifts of the denoised sample."""
+"""Shared by solvers on a `Schedule`: their options, and corrections as shifts of the denoised sample."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from bicm_diffusion.schedules import Schedule
 
 
 class SolverOptions(TypedDict, total=False):
-    """The keyword arguments that every solver on a `Schedule` takes, beside `operator` and `y`.
+    """The keyword arguments of every solver on a `Schedule`; `operator` and `y` are required.
 
-    operator: called as `operator(x0)` with x0 (B, …), returns what y is compared with; any function that torch
+    operator: called as `operator(x0)` with x0 (B, …), returns the prediction of y; any function that torch
         differentiates. y: the measurement (B, …). A solver's result for a sample does not depend on its batch where
         operator and model do not.
     distance: "norm" (the default, not squared), "half_squared", "mse", "cross_entropy" (operator returns logits, y
         holds classes), or a function of (operator(x0), y) that returns (B,).
     scale: ζ, the size of a correction; a number, a tensor (B,), or a function of the noise levels sigma and sigma' (in
-        units of x0) between which the step leads.
+        units of x0) at both ends of the step.
     seed, sample_id: key of all noise, apart from that of `bicm_kernels.normal` with the same seed; 0 by default.
     prediction, guidance_scale, extra_args, callback, progress: as for samplers, see `bicm_diffusion.Options`.
     """
@@ -44,7 +44,7 @@ class SolverOptions(TypedDict, total=False):
 
 
 class Run(Loop):
-    """One run of a solver: ancestral steps, which a guide leads towards the measurement."""
+    """One run of a solver: ancestral steps, guided towards the measurement."""
 
     def __init__(
         self,
@@ -97,6 +97,6 @@ class Run(Loop):
         return step_size("scale", self.scale, len(self.problem.y), self.level(i), self.level(i - 1))
 
     def moved(self, i: int, direction: Tensor) -> Shift:
-        """Return what moves the next state by -ζ·direction: the step leads by α'·(1 - ρ) towards a denoised sample."""
+        """Return the shift that moves the next state by -ζ·direction, where D has weight α'·(1 - ρ)."""
         ratio = self.level(i - 1) / self.level(i)
         return Shift(direction, -self.size(i) / (self.schedule.alpha[i - 1] * (1.0 - ratio * ratio)))

@@ -1,4 +1,4 @@
-"""Solvers with a consistency model, whose clean samples look like data where the posterior mean does not (CM-DIS)."""
+"""Solvers with a consistency model, whose samples resemble data more than the posterior mean does (CM-DIS)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _FORMS = ("bcm", "cm", "x0")
 
 
 class CleanModel:
-    """A consistency model f(x, t), asked in the way that its parameterization says."""
+    """A consistency model f(x, t), called according to its parameterization."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class CleanModel:
         self.answer: type | None = None
 
     def ask(self, x: Tensor, t: float) -> Tensor:
-        """Return the network's output at x, which stands at level t."""
+        """Return the network's output at x at level t."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         levels = (t, self.t_min) if self.form == "bcm" else (t,)
         times = [torch.full(x.shape[:1], level, dtype=dtype, device=x.device) for level in levels]
@@ -103,11 +103,11 @@ def cm_posterior_sample(
 ) -> Tensor:
     """Return samples with operator(x0) near y by DPS whose distance is measured at f(x, σ) + τ·n (CM-DIS, Alg. 2).
 
-    The ancestral mean keeps the denoised sample of `model`, through which no gradient goes. tau: τ ≥ 0, the standard
-    deviation of the noise on what the consistency model returns.
+    The ancestral mean uses the denoised sample of `model`, without gradients. tau: τ ≥ 0, the standard
+    deviation of the noise added to the consistency model's result.
     consistency_model: with parameterization "bcm" called as `consistency_model(c_in(t)·x, t, t_min, …)` and with "cm"
     as `consistency_model(c_in(t)·x, t, …)`, returning the raw output F; with "x0" as `consistency_model(x, t, …)`,
-    returning f(x, t) itself; … are consistency_args. It may be the network that `model` asks. x is z/alpha and t is
+    returning f(x, t) itself; … are consistency_args. It may be the network that `model` calls. x is z/alpha and t is
     sigma/alpha. z, model, options and errors: as for `dps_sample`.
 
     >>> import torch
@@ -153,7 +153,7 @@ def _options(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> None:
-    """What stands behind `**options`, for signatures."""
+    """The fields of `**options`, for signatures."""
 
 
 @sampler(_options)
@@ -170,7 +170,7 @@ def cm_inversion_sample(
 ) -> Tensor:
     """Return samples with operator(x0) near y by inverting a consistency model at each level (CM-DIS, Alg. 4).
 
-    At a level t: `iterations` times x ← x - η·∇_x ΣΔ(operator(f(x, t) + τ·n), y) with new n each; then
+    At a level t: `iterations` times x ← x - η·∇_x ΣΔ(operator(f(x, t) + τ·n), y) with new n each time; then
     x ← f(x, t) + √(t'² - t_min²)·n at the next level t', and f(x, t) at the last one.
     z: (B, …) at the schedule's first level, any floating dtype; the result has its shape and dtype. rate: η, a number,
     a tensor (B,) or a function of t. tau: τ ≥ 0. consistency_model and parameterization: as for `cm_posterior_sample`,

@@ -1,7 +1,7 @@
-"""Distances between a prediction of the measurement and the measurement itself, one number a sample.
+"""Distances between a prediction of the measurement and the measurement itself, one number per sample.
 
-Reductions are per sample and never look at the batch: the norms are `pseudo_huber` at c = 0, whose bits do not depend
-on who else is in the batch, and whose gradient at a residual of zero is zero.
+Reductions are per sample and independent of the batch: the norms are `pseudo_huber` at c = 0, whose bits do not depend
+on the other samples, and whose gradient at a residual of zero is zero.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def cross_entropy(prediction: Tensor, y: Tensor) -> Tensor:
     tensor([0.6931])
     """
     losses = functional.cross_entropy(prediction, y, reduction="none")
-    # torch sums a single row in another order than many: every sample is summed by itself.
+    # torch sums a single row in another order than several: each sample is summed separately.
     return losses if losses.dim() == 1 else torch.stack([sample.mean() for sample in losses.flatten(1)])
 
 
@@ -74,7 +74,7 @@ _NAMED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def chosen(distance: object) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function that a distance stands for; raise ValueError or TypeError where it stands for none."""
+    """Return the function of a distance; raises ValueError or TypeError for an unknown one."""
     if isinstance(distance, str) and distance in _NAMED:
         return _NAMED[distance]
     names = ", ".join(map(repr, _NAMED))
@@ -86,12 +86,12 @@ def chosen(distance: object) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def measured(distance: Callable[[Tensor, Tensor], Tensor], prediction: object, y: Tensor, batch: int) -> Tensor:
-    """Return distance(prediction, y); raise unless it is one number a sample, with a gradient."""
+    """Return distance(prediction, y); raises unless it is one number per sample, with a gradient."""
     if not isinstance(prediction, Tensor):
         raise TypeError(f"operator: expected a tensor, got {described(prediction)}")
     found = distance(prediction, y)
     if not isinstance(found, Tensor) or found.shape != (batch,):
-        raise ValueError(f"distance: expected one number a sample, ({batch},), got {described(found)}")
+        raise ValueError(f"distance: expected one number per sample, ({batch},), got {described(found)}")
     if not found.requires_grad:
         raise ValueError("operator, distance: expected functions that torch differentiates, got no gradient in x0")
     return found

@@ -1,7 +1,7 @@
-"""Operators that people measure with: down-sampling, a mask, a blur. Each element of a result is a sum of its own.
+"""Common measurement operators: down-sampling, a mask, a blur. Each element of a result is a separate sum.
 
-They are functions x0 -> prediction of y, and nothing in them depends on the batch. A classifier needs no wrapper: it is
-an operator as it is, `operator=classifier.eval()` with `distance="cross_entropy"` and y its classes.
+They are functions x0 -> prediction of y, independent of the batch. A classifier needs no wrapper: pass
+`operator=classifier.eval()` with `distance="cross_entropy"` and y its classes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Downsample:
     """The mean of each factor × factor block of the last two dimensions, (…, H, W) to (…, H/factor, W/factor).
 
     The largest eigenvalue of A·Aᵀ is 1/factor²: with the distance "half_squared", factor² is a natural step size.
-    Raises ValueError where H or W is no multiple of the factor.
+    Raises ValueError where H or W is not a multiple of the factor.
 
     >>> Downsample(2)(torch.arange(8.0).reshape(1, 1, 2, 4))
     tensor([[[[2.5000, 4.5000]]]])
@@ -65,7 +65,7 @@ class Mask:
             raise TypeError(f"mask: expected a bool tensor, got {described(self.mask)}")
 
     def __call__(self, x0: Tensor) -> Tensor:
-        """Return what is seen."""
+        """Return the masked sample."""
         return torch.where(self.mask, x0, 0.0)
 
     adjoint = __call__
@@ -73,7 +73,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class Blur:
-    """A separable blur of the last two dimensions with the same weights both ways; beyond the edge lies 0.
+    """A separable blur of the last two dimensions with the same weights in both dimensions, zero-padded.
 
     weights: an odd number of floats, as `gaussian_weights` makes them. Raises ValueError for an even number.
 
@@ -114,7 +114,7 @@ def gaussian_weights(deviation: float, reach: int) -> tuple[float, ...]:
 
 
 def _sum(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Σ w_k·x_k, a left fold, five tensors a launch."""
+    """Σ w_k·x_k, a left fold, five tensors per launch."""
     total, rest = affine_step(parts[:5], weights[:5]), range(5, len(parts), 4)
     for k in rest:
         total = affine_step([total, *parts[k : k + 4]], [1.0, *weights[k : k + 4]])

@@ -28,7 +28,7 @@ def dps_sample(model: Model, z: Tensor, schedule: Schedule, **options: Unpack[So
 
     x ← D + ρ·(x - D) + σ'·√(1 - ρ)·n - ζ·∇_x ΣΔ, ρ = (σ'/σ)², where alpha is 1; elsewhere in DDIM's variables.
     z: (B, …) at the schedule's highest level, any floating dtype; the result has its shape and dtype. Takes N
-    evaluations of the model and as many derivatives; options: see `SolverOptions`.
+    evaluations of the model and of its derivative; options: see `SolverOptions`.
     Raises TypeError for arguments of another kind, and ValueError for shapes that do not fit or a function without a
     derivative.
 
@@ -55,7 +55,7 @@ def lgd_sample(
     """Return samples with operator(x0) near y by LGD: DPS whose distance is measured at D(z) + r·n.
 
     radius: r ≥ 0, a number, or None for LGD's own σ/√(1 + σ²). draws: how many n; of several the distance is
-    -log mean exp(-Δ). z, model, options and errors: as for `dps_sample`; the operator is asked once a draw.
+    -log mean exp(-Δ). z, model, options and errors: as for `dps_sample`; the operator is called once per draw.
 
     >>> import torch
     >>> from bicm_diffusion import karras_schedule
@@ -82,9 +82,9 @@ def freedom_sample(
     repeat_range: tuple[float, float] = (0.0, math.inf),
     **options: Unpack[SolverOptions],
 ) -> Tensor:
-    """Return samples with operator(x0) near y by FreeDoM: DPS that goes back up and takes steps again.
+    """Return samples with operator(x0) near y by FreeDoM: DPS that adds noise and repeats steps.
 
-    repeats: how often each step is taken whose noise level σ lies in repeat_range; between two of them
+    repeats: how often each step is taken whose noise level σ is in repeat_range; between two of them
     x ← x' + √(σ² - σ'²)·n. One is DPS, to the bit. z, model, options and errors: as for `dps_sample`.
 
     >>> import torch
@@ -114,7 +114,7 @@ def freedom_sample(
                     sample_id=run.sample_id,
                 )
             guide.repeat = repeat
-            # Every repeat of a step has noise of its own.
+            # Every repeat of a step has new noise.
             z, _, output = steps.step(i, z, key=fold_in(steps.key, repeat) if repeat else None)
         run.report(i - 1, z, output)
     return z
@@ -122,9 +122,9 @@ def freedom_sample(
 
 @sampler(Run)
 def mpgd_sample(model: Model, z: Tensor, schedule: Schedule, **options: Unpack[SolverOptions]) -> Tensor:
-    """Return samples with operator(x0) near y by MPGD: the ancestral step leads towards D - ζ·∇_D Δ(operator(D), y).
+    """Return samples with operator(x0) near y by MPGD: the ancestral step uses D - ζ·∇_D Δ(operator(D), y).
 
-    The gradient is that in the denoised sample D: nothing goes back through the model. z, model, options and errors:
+    The gradient is with respect to the denoised sample D, without the model's derivative. z, model, options and errors:
     as for `dps_sample`.
 
     >>> import torch
@@ -152,8 +152,8 @@ class _Tracked:
     def __call__(self, at: Evaluation) -> Shift:
         """Return the shift that makes the step's correction."""
         state, x0 = at.tracked()
-        # A repeat measures at other noise as well, where there is any.
+        # A repeat also uses new noise in the distance, if any.
         draws = range(self.repeat * self.draws, (self.repeat + 1) * self.draws)
         found = self.run.problem.measure(x0, self.radii[at.index], at.index, draws)
-        del x0  # which the derivative may do without
+        del x0  # not needed for the derivative
         return self.run.moved(at.index, gradient(found, state))

@@ -1,4 +1,4 @@
-"""What the solvers share: the measurement, its distance and step size, and gradients with respect to a state."""
+"""Shared by the solvers: the measurement, its distance and step size, and gradients with respect to a state."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Problem:
         if not isinstance(y, Tensor):
             raise TypeError(f"y: expected a tensor (B, …), got {described(y)}")
         if y.dim() == 0 or len(y) != len(z):
-            raise ValueError(f"y: expected one measurement a sample, ({len(z)}, …), got shape {tuple(y.shape)}")
+            raise ValueError(f"y: expected one measurement per sample, ({len(z)}, …), got shape {tuple(y.shape)}")
         if y.device != z.device:
             raise ValueError(f"y: expected a tensor on {z.device}, where z is, got one on {y.device}")
         self.operator, self.y, self.distance = operator, y.detach(), chosen(distance)
@@ -43,7 +43,7 @@ class Problem:
         found = [self._once(x0, radius, step, k) for k in draws]
         if len(found) == 1:
             return found[0]
-        # Pair by pair: a reduction over draws could take another order where the batch is another.
+        # Pair by pair: the order of a reduction over draws could depend on the batch size.
         return math.log(len(found)) - reduce(_either, [-x for x in found])
 
     def _once(self, x0: Tensor, radius: Number, step: int, draw: int) -> Tensor:
@@ -53,12 +53,12 @@ class Problem:
 
 
 def _either(a: Tensor, b: Tensor) -> Tensor:
-    """Return log(exp a + exp b); the bits of torch.logaddexp depend on where an element stands, and these do not."""
+    """Return log(exp a + exp b), with bits independent of an element's position, unlike torch.logaddexp."""
     return torch.maximum(a, b) + torch.log1p(torch.exp(-(a - b).abs()))
 
 
 def gradient(distances: Tensor, state: Tensor) -> Tensor:
-    """Return the gradient of the distances' sum; ones in place of a sum, so that no sample meets another."""
+    """Return the gradient of the distances' sum; by grad_outputs of ones, so that samples stay independent."""
     (found,) = torch.autograd.grad(distances, state, torch.ones_like(distances), allow_unused=True)
     if found is None:
         raise ValueError("model: expected a prediction that torch differentiates in z, got no gradient")

@@ -1,4 +1,4 @@
-"""Training objectives, one module a method: plain functions of a network, a batch and its levels, on fused ops."""
+"""Training objectives, one module per method: plain functions of a network, a batch and its levels, on fused ops."""
 
 from bicm_diffusion.objectives.bct import BctLoss, bct_loss
 from bicm_diffusion.objectives.cd import cd_loss

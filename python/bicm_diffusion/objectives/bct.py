@@ -23,14 +23,14 @@ CHOICES = {"target": ("shared", "direct"), "leap": ("low", "high")}
 
 @dataclass(frozen=True)
 class BctLoss:
-    """The two terms of the loss, each a mean over the batch; `total` is their sum, which training minimises."""
+    """The two terms of the loss, each a mean over the batch; `total` is their sum, to be minimised."""
 
     consistency: Tensor
     trajectory: Tensor
 
     @property
     def total(self) -> Tensor:
-        """Return the sum, which training minimises."""
+        """Return the sum, to be minimised."""
         return self.consistency + self.trajectory
 
     @property
@@ -61,14 +61,14 @@ def bct_loss(
     consistency: d(f(x_{n+1}, t_{n+1}, t_min), sg f(x_n, t_n, t_min)) / (t_{n+1} - t_n), the same noise in both;
     trajectory:  d(f̄(f(x_n, t_n, t_n'), t_n', t_min), sg f(x_n, t_n, t_min)) / |t_n - t_n'|.
 
-    f̄ has frozen parameters, yet gradients flow through its input; the target is evaluated once for both terms.
-    All evaluations share their dropout mask, keyed by (seed, step) apart from the noise.
+    f̄ has frozen parameters but is differentiated in its input; the target is evaluated once for both terms.
+    All evaluations share their dropout mask, keyed by (seed, step) with another purpose than the noise.
 
     network: called as network(c_in(t)·x, t, u, **extra_args) -> (B, …), with t and u (B,) in x's precision.
     x: clean samples (B, …), floating. levels: from `draw_levels`, on a table that begins at t_min; partner differs from
         low.
     c: the distance's constant; None means 0.00054·√d. seed, step, sample_id: the key, see `bicm_kernels.normal`.
-    target: "shared", or "direct" for the ablation of BCM eq. 7, which is known to fail: there the trajectory
+    target: "shared", or "direct" for the ablation of BCM eq. 7, which is known to fail: with it the trajectory
         term's target is sg f(x_n', t_n', t_min).
     leap: "low", or "high" for a trajectory term that starts one level higher, d(f̄(f(x_{n+1}, t_{n+1}, t_n'), t_n',
         t_min), sg f(x_n, t_n, t_min)) / |t_n - t_n'|. per_root: whether distances are divided by √d. The authors'
@@ -76,8 +76,8 @@ def bct_loss(
     gradient: "forward" or "backward", see `bicm_kernels.pseudo_huber`: the same bits for an upstream of a power of
         two; "backward" has second derivatives.
     Raises TypeError for arguments of another kind and for a network in DataParallel, in FSDP1, or with a
-    DistributedDataParallel inside that notes which parameters are used; ValueError for another target, leap,
-    gradient or shape. Warns of levels that do not begin at t_min, as far as the host can tell.
+    DistributedDataParallel inside that records which parameters are used; ValueError for another target, leap,
+    gradient or shape. Warns of levels that do not begin at t_min, if they are on the host.
 
     >>> from bicm_diffusion import LevelTable, draw_levels, karras_levels
     >>> x, levels = torch.zeros(4, 2), draw_levels(LevelTable(karras_levels(11)), 4, seed=0, step=0)
@@ -109,7 +109,7 @@ def bct_loss(
         check_output(output, x, name="network")
         return output
 
-    # Only c_in x_t is ever stored: what the network takes is all that the rest needs.
+    # Only c_in x_t is stored: the other computations use the network's input.
     noise = noise_key(x, seed, step, sample_id)
     x_low, x_high = noisy_pair(x, low, high, **noise, sigma_data=sigma_data)
     scaled: dict[str, Any] = {"scaled": True, "sigma_data": sigma_data}
@@ -132,7 +132,7 @@ def bct_loss(
 
 
 class _Leap(torch.autograd.Function):
-    """c_in(u) denoise(x_t, F, t, u) of c_in(t) x_t, twice: the gradients of both uses meet in one pass."""
+    """c_in(u) denoise(x_t, F, t, u) of c_in(t) x_t, twice: the gradients of both uses are combined in one pass."""
 
     @staticmethod
     def forward(ctx: Any, F: Tensor, x: Tensor, t: Tensor, u: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:

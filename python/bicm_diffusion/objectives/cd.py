@@ -1,4 +1,4 @@
-"""Consistency distillation (CD): one batch's loss, towards where a given denoiser leads."""
+"""Consistency distillation (CD): one batch's loss, with targets from a given denoiser."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def cd_loss(
     iCT's x + t_n·z. Two evaluations of the network and one of D, which share their dropout mask.
 
     network, x, levels, parameterization, c, gradient, seed, step, sample_id: see `ict_loss`.
-    denoiser: D(x_t, t) -> (B, …), with x_t not multiplied by c_in and t (B,) in x's precision; nothing is learnt by it.
-    Raises ValueError for another parameterization or gradient, and where D answers with another shape; TypeError for a
+    denoiser: D(x_t, t) -> (B, …), with x_t not multiplied by c_in and t (B,) in x's precision; it is not trained.
+    Raises ValueError for another parameterization or gradient, and where D returns another shape; TypeError for a
     network that `bct_loss` refuses.
 
     >>> from bicm_diffusion import LevelTable, draw_levels, karras_levels

@@ -46,8 +46,8 @@ def denoising_loss(
 ) -> Loss:
     """Return EDM's denoising loss, λ(t)·(D(x + tn, t) - x)² as a mean over elements, λ = (t² + σ_d²)/(t σ_d)².
 
-    It is computed as (F - F*)² with F* = (t x/σ_d - σ_d n)/√(σ_d² + t²), in which nothing cancels and no level, not
-    even 0, divides by zero. F* has unit variance for data of variance σ_d².
+    It is computed as (F - F*)² with F* = (t x/σ_d - σ_d n)/√(σ_d² + t²), without cancellation or, even at level 0,
+    division by zero. F* has unit variance for data of variance σ_d².
 
     network: called as network(c_in(t)·x, t, **extra_args) -> F (B, …), with t (B,) in x's precision.
     x: clean samples (B, …), floating. t: noise levels (B,) >= 0, as from `draw_denoising_levels`.

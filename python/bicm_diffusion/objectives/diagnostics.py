@@ -1,10 +1,10 @@
-"""What tells couplings of noise and data apart: how far a velocity is from its estimate, and the cost of transport.
+"""Diagnostics of couplings of noise and data: the variance of the velocity, and the cost of transport.
 
-A pair of data x and noise z leads along x_t = x + t·z. Its independent coupling is the usual one; a permutation of the
-samples' noise, `sample_id`, makes that of batch-OT; a predictor makes the generator-augmented one (GC eq. 13 and 14),
-x̂ = f(x + t·z, t) and x̃_t = x̂ + t·z. z is the noise of training pairs, `normal(x.shape, seed=seed, step=step,
-sample_id=sample_id)`. Every function returns one number a sample, float64: the mean over samples estimates what the
-paper defines, whatever batches and machines they were spread over.
+A pair of data x and noise z defines the path x_t = x + t·z. The independent coupling is the usual one; a permutation of
+the samples' noise by `sample_id` gives batch-OT's; a predictor gives the generator-augmented one (GC eq. 13 and 14), x̂
+= f(x + t·z, t) and x̃_t = x̂ + t·z. z is the noise of training pairs, `normal(x.shape, seed=seed, step=step,
+sample_id=sample_id)`. Every function returns one number per sample, float64: the mean over samples estimates the
+paper's quantity, however they are split over batches and machines.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def velocity_variance(
 ) -> Tensor:
     """Return ‖ẋ_t - v_t(x_t)‖² of every sample, (B,) float64, whose mean is R̃_t (GC eq. 17).
 
-    ẋ_t = z and v_t(x_t) = (x_t - D(x_t, t))/t, so that the difference is (D(x_t, t) - x̂)/t, where no noise is left.
+    ẋ_t = z and v_t(x_t) = (x_t - D(x_t, t))/t, so that the difference is (D(x_t, t) - x̂)/t, without noise.
 
     denoiser: D(x_t, t), trained on the coupling that is measured. x: clean samples (B, …), floating. t: a noise level
     above 0, float, 0-d or (B,). predictor: f(x_t, t) of the generator-augmented coupling; None: x̂ is x. seed, step,
@@ -65,7 +65,7 @@ def transport_cost(
 
     At t = 0, f(x, 0) = x, it is the cost of the coupling of x and z itself: independent, or batch-OT's by `sample_id`.
 
-    predictor: f(x_t, t), the consistency model, which is not asked about t = 0. x: clean samples (B, …), floating. t: a
+    predictor: f(x_t, t), the consistency model, which is not called at t = 0. x: clean samples (B, …), floating. t: a
     noise level of at least 0, float, 0-d or (B,). seed, step, sample_id: the key of the noise.
     Raises TypeError for arguments of another kind, and ValueError for a level out of range or an output of another
     shape.
@@ -135,7 +135,7 @@ def _check_above_zero(t: Number) -> None:
 
 
 def _predicted(name: str, predictor: Prediction, x: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-    """f(x + t·z, t), x where t is 0, about which no network is asked."""
+    """f(x + t·z, t); x where t is 0, where the network is not called."""
     tiny = torch.finfo(levels.dtype).tiny
     predicted = _asked(name, predictor, affine_step([x, noise], [1.0, levels]), levels.clamp_min(tiny))
     at_zero = (levels == 0).reshape(-1, *[1] * (x.dim() - 1))

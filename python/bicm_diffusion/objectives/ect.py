@@ -1,4 +1,4 @@
-"""Easy consistency tuning (ECT, Geng et al. 2024): pairs of times that close in by stages, and one batch's loss."""
+"""Easy consistency tuning (ECT, Geng et al. 2024): pairs of times that converge by stages, and one batch's loss."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ P_MEAN, P_STD = -1.1, 2.0
 
 
 def ect_partner(t: Tensor, *, stage: int, q: float = 2.0, k: float = 8.0, b: float = 1.0) -> Tensor:
-    """Return r = max(0, t·(1 - q^-(stage+1)·(1 + k·sigmoid(-b·t)))), like t, which nears t stage by stage.
+    """Return r = max(0, t·(1 - q^-(stage+1)·(1 + k·sigmoid(-b·t)))), like t, which approaches t stage by stage.
 
     Raises ValueError unless stage >= 0 and q > 1.
 
@@ -51,9 +51,9 @@ def draw_ect_times(
     k: float = 8.0,
     b: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Return t and r of a batch, each (B,) float64: ln t ~ N(-1.1, 2²), keyed by (seed, sample, step), and t's partner.
+    """Return t and r of a batch, each (B,) float64: ln t ~ N(-1.1, 2²), keyed by (seed, sample, step), and r from t.
 
-    stage counts how often r has come nearer, see `ect_partner`; seed, step, sample_id: see `bicm_kernels.normal`.
+    stage: see `ect_partner`; seed, step, sample_id: see `bicm_kernels.normal`.
     Raises ValueError unless stage >= 0 and q > 1.
 
     >>> t, r = draw_ect_times(4, stage=0, seed=0, step=0)
@@ -82,15 +82,15 @@ def ect_loss(
     t_min: float = T_MIN,
     gradient: str = "forward",
 ) -> Loss:
-    """Return the ECT loss of a batch, d(f(x + tz, t), sg f(x + rz, r)) / (t - r), a mean; the goal is x where r = 0.
+    """Return the ECT loss of a batch, d(f(x + tz, t), sg f(x + rz, r)) / (t - r), a mean; the target is x where r = 0.
 
-    Two evaluations, with one noise and one dropout mask, keyed by (seed, step) apart from the noise.
+    Two evaluations, with one noise and one dropout mask, keyed by (seed, step) with another purpose than the noise.
 
     network: called as network(c_in(t)·x, t, **extra_args) -> F (B, …), and with u = t_min after t for "bcm"; t is (B,),
-        in x's precision, and never 0: where r is, the network gets t, and what it answers is not used.
+        in x's precision, and never 0: where r is 0, the network gets t, and its output is not used.
     x: clean samples (B, …), floating. times: (t, r), each (B,) float64, as from `draw_ect_times`.
-    mu: the odds with which x̂ = sg f̊(x + rz, r) takes the place of x, as `gc_loss` has it; x stays where r = 0, which at
-        stage 0 is most of the batch. predictor: f̊'s network, None for the network itself. The GC paper takes mu = 0.3.
+    mu: the probability that x̂ = sg f̊(x + rz, r) replaces x, as in `gc_loss`; never where r = 0, which at
+        stage 0 is most of the batch. predictor: f̊'s network, None for the network itself. The GC paper uses mu = 0.3.
     parameterization: see `bicm_kernels.denoise`; ECT trains the denoiser's "edm".
     c: the distance's constant, 0 for the plain norm. gradient: see `bicm_kernels.pseudo_huber`.
     seed, step, sample_id: the key, see `bicm_kernels.normal`.

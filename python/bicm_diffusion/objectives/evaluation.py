@@ -1,4 +1,4 @@
-"""What the objectives of this package have in common: the evaluations of a step, and what a loss returns."""
+"""Shared by the objectives: the evaluations of a step, and the result of a loss."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Network: TypeAlias = nn.Module | Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss and what it is made of: `total`, 0-d, which training minimises, and its terms by name."""
+    """A loss: `total`, 0-d, to be minimised, and its terms by name."""
 
     total: Tensor
     terms: dict[str, Tensor]
 
 
 def level_dtype(x: Tensor) -> torch.dtype:
-    """Return the precision in which a network gets its levels."""
+    """Return the dtype of a network's levels."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def noise_key(x: Tensor, seed: int | Tensor, step: int | Tensor, sample_id: int | Tensor) -> dict[str, Any]:
-    """Return the key of x's noise for the ops, the ids where x lies: on the host they serve levels and masks."""
+    """Return the key of x's noise for the ops, with ids on x's device; levels and masks use those on the host."""
     ids = sample_id.to(x.device, non_blocking=True) if isinstance(sample_id, Tensor) else sample_id
     return {"seed": seed, "step": step, "sample_id": ids}
 
@@ -49,7 +49,7 @@ class Evaluator:
     name: str = "network"
 
     def __call__(self, scaled: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Return F of the batch or of some of its rows, whose numbers are `rows`."""
+        """Return F of the batch, or of its rows with the indices `rows`."""
         times = (t,) if self.end is None else (t, torch.full_like(t, self.end))
         named = {name: self._of(rows, value) for name, value in self.extra_args.items()}
         with self.alike():
@@ -74,11 +74,11 @@ def evaluator(
 ) -> Evaluator:
     """Return (c_in(t)·x, t) -> F, of which all calls share the dropout mask of (seed, step).
 
-    end: the level u that a network of two times leads to, which is called as network(c_in·x, t, u); None for one of
+    end: the target level u of a network of two times, which is called as network(c_in·x, t, u); None for one of
     one time, network(c_in·x, t).
-    name: what the caller calls the network.
-    Raises TypeError for what cannot be called, and for wrappers that cannot evaluate a network several times, see
-    `bct_loss`.
+    name: the caller's name of the network.
+    Raises TypeError for an object that cannot be called, and for wrappers that cannot evaluate a network several times,
+    see `bct_loss`.
     """
     check_model(network, f"{name}(c_in(t)·x, t, …)", name)
     if isinstance(network, nn.Module):
@@ -89,7 +89,7 @@ def evaluator(
 
 @dataclass(frozen=True)
 class Form:
-    """How a network's answer becomes a sample, see `bicm_kernels.denoise`; inputs are multiplied by c_in."""
+    """How a network's output becomes a sample, see `bicm_kernels.denoise`; inputs are multiplied by c_in."""
 
     parameterization: str
     sigma_data: float
@@ -97,7 +97,7 @@ class Form:
 
     @property
     def end(self) -> float | None:
-        """The level that a network of two times is asked to lead to; None for one of one time."""
+        """The target level of a network of two times; None for one of one time."""
         return self.t_min if self.parameterization == "bcm" else None
 
     @property
@@ -141,9 +141,9 @@ def weighted_distance(
 ) -> Loss:
     """Return d(f(x_high, t_high), sg f(x_low, t_low)) / (t_high - t_low), a mean, of a pair multiplied by c_in.
 
-    levels: t_low and t_high, (B,) float64. clean: the goal of the samples whose t_low is 0; None where none is, or F
-    has no part in f there. Networks are not asked about 0 where it may occur: they take its logarithm, and the NaN of
-    that survives every weight.
+    levels: t_low and t_high, (B,) float64. clean: the target of the samples whose t_low is 0; None where none is, or F
+    does not contribute to f there. Networks are not called at 0: they take its logarithm, whose NaN would
+    survive any weight.
     """
     x_low, x_high = pair
     low, high = (level.to(x_low.device, level_dtype(x_low)) for level in levels[:2])
@@ -160,7 +160,7 @@ def weighted_distance(
 
 
 def _replaced(goal: Tensor, clean: Tensor, where: Tensor) -> Tensor:
-    """Return a goal, in place where that is seen on the host, with the clean samples of some rows."""
+    """Return the target with the clean samples in some rows, in place if the mask is on the host."""
     if torch.compiler.is_compiling() or where.device.type != "cpu":
         return torch.where(where.to(goal.device).reshape(-1, *[1] * (goal.dim() - 1)), clean, goal)
     rows = where.nonzero()[:, 0].to(goal.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Generator-augmented coupling (GC): a model's own samples take the place of data, and the iCT loss of one batch."""
+"""Generator-augmented coupling (GC): a model's own samples replace some of the data in the iCT loss of one batch."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ def gc_loss(
     t_min: float = T_MIN,
     gradient: str = "forward",
 ) -> Loss:
-    """Return the GC loss of a batch (GC eq. 13 to 15 and 21, Alg. 1): iCT's, with x̂ in place of a share mu of x.
+    """Return the GC loss of a batch (GC eq. 13 to 15 and 21, Alg. 1): iCT's, with x̂ for a fraction mu of x.
 
-    x̂ = sg f̊(x + t_n·z, t_n), and the pair is x̂ + t_n·z and x̂ + t_{n+1}·z with the same z. Which samples: a mask of
-    its own key, so that a sample's does not depend on its batch.
+    x̂ = sg f̊(x + t_n·z, t_n), and the pair is x̂ + t_n·z and x̂ + t_{n+1}·z with the same z. A mask selects them, with
+    a separate key, so that the selection does not depend on the batch.
 
-    mu: the odds of x̂, in [0, 1]: 0 is iCT, 1 is GC alone; the paper takes 0.5. predictor: f̊'s network, called as
+    mu: the probability of x̂, in [0, 1]: 0 is iCT, 1 is GC only; the paper uses 0.5. predictor: f̊'s network, called as
         `network` is: None for the network itself (Alg. 1), its moving average (the paper's best runs), or a frozen one.
     network, x, levels, parameterization, c, gradient, seed, step, sample_id: see `ict_loss`. extra_args: tensors whose
-        first dimension is the batch's are taken to hold a row for every sample.
+        first dimension is the batch's are assumed to have a row for every sample.
 
-    The predictor is asked about the rows that it replaces, and one at least, for processes that exchange parameters
-    wait for one another. In a traced graph, or with a key on a GPU, which rows these are is not known without waiting:
-    it is asked about all rows there, and most answers go unused. It shares the dropout key of the other two
-    evaluations, and their masks where it is asked about all rows; GC is best without dropout.
+    The predictor is called on the rows that it replaces, and at least one, because processes that exchange parameters
+    wait for one another. In a traced graph, or with a key on a GPU, the rows are not known without a sync:
+    it is called on all rows there, and most outputs are not used. It shares the dropout key of the other two
+    evaluations, and their masks where it is called on all rows; GC is best without dropout.
     Raises ValueError for mu out of range and another parameterization or gradient, and TypeError for networks that
     `bct_loss` refuses.
 
@@ -81,7 +81,7 @@ def gc_loss(
 def generated(
     batch: int, mu: float, *, seed: int | Tensor, step: int | Tensor, sample_id: int | Tensor = 0, device: Any = None
 ) -> Tensor:
-    """Return which samples of a batch GC replaces, (B,) bool with odds mu, keyed by (seed, sample, step).
+    """Return which samples of a batch GC replaces, (B,) bool with probability mu, keyed by (seed, sample, step).
 
     >>> generated(4, 1.0, seed=0, step=0)
     tensor([True, True, True, True])
@@ -103,9 +103,9 @@ def augmented(
     sample_id: int | Tensor,
     allowed: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Return what `noisy_pair` makes x̂ = sg f̊(x + t·z, t) of, and the mask of the samples that it replaces, or nothing.
+    """Return the arguments of `noisy_pair` for x̂ = sg f̊(x + t·z, t), and the mask of the samples that it replaces.
 
-    Those that `generated` picks, of those that are `allowed`; F has nothing to tell of the others.
+    The mask is `generated` and `allowed`; F is not used for other samples.
     t: (B,) on x's device, in the precision of a network's levels. allowed: (B,) bool on any device; None for all.
     """
     check_number("mu", mu)
@@ -122,7 +122,7 @@ def augmented(
     rows = mask.nonzero()[:, 0] if on_host else None
 
     def named(answer: Tensor, mask: Tensor) -> dict[str, Any]:
-        if x.requires_grad:  # x̂ is a constant, but what F gives with x is none
+        if x.requires_grad:  # x̂ must be a constant; computed from F inside the op it would depend on x
             return {"x_hat": answer, "mask": mask}
         return {"F": answer, "mask": mask, "parameterization": form.parameterization, "sigma_min": form.t_min}
 
@@ -141,7 +141,7 @@ def augmented(
 def _answer(x: Tensor, t: Tensor, predict: Evaluator, form: Form, key: dict[str, Any], rows: Tensor | None) -> Tensor:
     c_in = 1 / (form.sigma_data**2 + t * t).sqrt()
     scaled = affine_step([x], [c_in], noise_weight=c_in * t, **key)
-    # Of level 0, where f(x, 0) = x, networks take the logarithm: they are asked about another.
+    # Networks take the logarithm of the level: at level 0, where f(x, 0) = x, they get another one.
     output = predict(scaled, torch.where(t > 0, t, 1.0), rows)
     return form.sample(scaled, output, t) if x.requires_grad else output
 

@@ -39,15 +39,15 @@ def ict_loss(
 ) -> Loss:
     """Return the iCT loss of a batch (BCM eq. 5), d(f(x_{n+1}, t_{n+1}), sg f(x_n, t_n)) / (t_{n+1} - t_n), a mean.
 
-    Two evaluations, with one noise and one dropout mask, keyed by (seed, step) apart from the noise.
+    Two evaluations, with one noise and one dropout mask, keyed by (seed, step) with another purpose than the noise.
 
     network: called as network(c_in(t)·x, t, u, **extra_args) with u = t_min for "bcm", and as network(c_in(t)·x, t,
         **extra_args) for "cm"; t and u are (B,), in x's precision. Returns F (B, …).
-    x: clean samples (B, …), floating. levels: t_n and t_{n+1}, (B,) float64, as `draw_levels` gives them first.
+    x: clean samples (B, …), floating. levels: t_n and t_{n+1}, (B,) float64, the first two of `draw_levels`.
     parameterization: f of "bcm" or "cm", see `bicm_kernels.denoise`.
     c, gradient: see `bicm_kernels.pseudo_huber`. seed, step, sample_id: the key, see `bicm_kernels.normal`.
     Raises ValueError for another parameterization or gradient, and TypeError for a network that `bct_loss` refuses.
-    Warns of levels that do not begin at t_min, as far as the host can tell.
+    Warns of levels that do not begin at t_min, if they are on the host.
 
     >>> import torch
     >>> from bicm_diffusion import LevelTable, draw_levels, karras_levels

@@ -1,4 +1,4 @@
-"""Idempotent networks, f(f(z)) = f(z): the losses of IGN and of SIGN, sums of terms that share their evaluations."""
+"""Idempotent networks, f(f(z)) = f(z): the losses of IGN and SIGN, sums of terms with shared evaluations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from bicm_kernels import affine_step, fold_in, pseudo_huber
 
 SOLVERS = ("empirical", "euler", "heun")
 DMD_WEIGHTS = ("variance", "normalised")
-#: Steps of the schedule where none is given.
+#: Steps of the default schedule.
 STEPS = 50
 
 
@@ -59,14 +59,14 @@ def ign_loss(
 
     recon: D(x, f(x)); idem: D(f(z), f'(f(z))); tight: -D(f(sg f(z)), sg f(z)), with D(a, b) = ‖a - b‖².
 
-    f' has frozen parameters, yet gradients flow through its input, and idem's lead through both of its arguments.
-    tight is bounded by the sample's own recon r, a·r·tanh(tight/(a·r)) with r detached, as the authors' code has it;
-    so are the default weights. All evaluations share their dropout mask, keyed by (seed, step) apart from the noise.
-    This is a baseline: it tends to collapse, for which `sign_loss` is the remedy.
+    f' has frozen parameters but is differentiated in its input; idem is differentiated in both of its arguments.
+    tight is bounded by the sample's own recon r, a·r·tanh(tight/(a·r)) with r detached, as in the authors' code;
+    so are the default weights. All evaluations share their dropout mask, keyed by (seed, step) with another purpose
+    than the noise. This is a baseline: it tends to collapse; use `sign_loss` instead.
 
     network: called as network(x, **extra_args) -> (B, …), without a time. x: clean samples (B, …), floating.
-    recon, idem, tight: weights >= 0; a term of weight 0 is not evaluated, except that recon bounds tight.
-    bound: a, or None for the paper's unbounded tight. latent_std: z ~ N(0, latent_std²), of a key of its own.
+    recon, idem, tight: weights >= 0; a term of weight 0 is not evaluated, except recon where it bounds tight.
+    bound: a, or None for the paper's unbounded tight. latent_std: z ~ N(0, latent_std²), with a separate key.
     gradient: see `bicm_kernels.pseudo_huber`. seed, step, sample_id: the key, see `bicm_kernels.normal`.
     Returns a `Loss`, whose terms are not weighted. Raises ValueError for a weight below 0 or weights that are all 0,
     and TypeError for arguments of another kind and networks that `bct_loss` refuses.
@@ -96,7 +96,7 @@ def ign_loss(
         away = -pseudo_huber(f(start), start, **distance)
         if errors is not None and bound is not None:
             reach = bound * errors.detach()
-            # Where nothing is left to reconstruct the bound is 0.
+            # Where the reconstruction error is 0, so is the bound.
             away = torch.where(reach > 0, reach * (away / torch.where(reach > 0, reach, 1.0)).tanh(), 0.0 * away)
         found.add("tight", away.mean())
     return found.loss()
@@ -134,28 +134,29 @@ def sign_loss(
     reg: D(f(noise), image) of stored pairs; dmd: ½‖g‖² with gradient g = s_learned(y) - s_teacher(y) in f(z), at
     y = α_n·f(z) + σ_n·n' (eq. 7). x_n = α_n·x + σ_n·n of the schedule, n uniform in 1 … N; D(a, b) = ‖a - b‖².
 
-    f' has frozen parameters, yet gradients flow through its input, and idem's lead through both of its arguments.
+    f' has frozen parameters but is differentiated in its input; idem is differentiated in both of its arguments.
     f(z) and f(x_n) are evaluated once for the terms that have them, and all evaluations share their dropout mask.
 
-    network: called as network(x, **extra_args) -> (B, …), without a time, so that x_n goes in as it is.
+    network: called as network(x, **extra_args) -> (B, …), without a time; x_n is passed without scaling.
     x: clean samples (B, …), floating. recon … denoise: weights >= 0; a term of weight 0 is not evaluated. The paper
-        takes those in [0, 1] that bring terms to one magnitude; on the digits idem wants .01 beside flow alone.
-    schedule: alpha, sigma and the models' times; None for `vp_schedule(50)`. z ~ N(0, σ_N²), of a key of its own:
-        N(0, I) where variance is preserved, N(0, T²) on EDM's levels. That is what one samples from.
-    teacher: a diffusion model, called as teacher(z, times) -> (B, …), of what `prediction` says, as samplers take it;
-        nothing is learnt by it. It makes x_s, and dmd needs it. learned: a module of the same kind, which starts
-        as a copy of the teacher; dmd asks it about f(z). Its own denoising loss on sg f(z) is the term "learned", with
-        weight 1 in `total`: gradients of its parameters are those of this term alone.
+        chooses values in [0, 1] that give terms of one magnitude; on the digits, idem needs .01 with flow only.
+    schedule: alpha, sigma and the models' times; None for `vp_schedule(50)`. z ~ N(0, σ_N²), with a separate key:
+        N(0, I) where variance is preserved, N(0, T²) on EDM's levels. Draw samples from the same distribution.
+    teacher: a diffusion model, called as teacher(z, times) -> (B, …), with the given `prediction`, as for samplers;
+        it is not trained. It gives x_s, and dmd needs it. learned: a module of the same kind, which starts
+        as a copy of the teacher; dmd evaluates it at f(z). Its own denoising loss on sg f(z) is the term "learned",
+        with weight 1 in `total`: its parameters get gradients from this term only.
     pairs: (noise, image), each (M, …) like x, or (noise, image, extra_args); noise as z. reg needs them.
-    solver: how x_s follows: "empirical" from x itself, α_s·x + σ_s·n with the same n; "euler" or "heun", a step of the
-        ODE by the teacher. None is "euler" where there is a teacher.
+    solver: how x_s is computed: "empirical" from x itself, α_s·x + σ_s·n with the same n; "euler" or "heun", a step of
+        the ODE by the teacher. None is "euler" where there is a teacher.
     dmd_weight, alpha_power: g = α^p·(D_learned - D_teacher)/w. "variance" has w = σ², with p = 1 SIGN eq. 7; p = 2 is
-        the divergence's own gradient, since dy/df = α. "normalised" has w = mean |f(z) - D_teacher| (Yin et al.).
-    kind, c: of the distance D, see `bicm_kernels.pseudo_huber`, where gradient is explained as well.
+        the gradient of the divergence itself, since dy/df = α. "normalised" has w = mean |f(z) - D_teacher| (Yin et
+        al.).
+    kind, c: of the distance D, see `bicm_kernels.pseudo_huber`, also for gradient.
     seed, step, sample_id: the key, see `bicm_kernels.normal`; n of x_n is drawn from it as in every objective.
-    Returns a `Loss`, whose terms are not weighted. Values of flow and dmd are no measure of progress.
-    Raises ValueError for a weight below 0, weights that are all 0, an unknown choice, and a term without what it needs;
-    TypeError for arguments of another kind and networks that `bct_loss` refuses.
+    Returns a `Loss`, whose terms are not weighted. Values of flow and dmd do not measure progress.
+    Raises ValueError for a weight below 0, weights that are all 0, an unknown choice, and a term whose inputs are
+    missing; TypeError for arguments of another kind and networks that `bct_loss` refuses.
 
     >>> x = torch.tensor([[1.0], [-1.0]])
     >>> sorted(sign_loss(torch.sign, x, seed=0, step=0, denoise=0.5).terms)
@@ -221,7 +222,7 @@ def sign_loss(
 
 @dataclass(frozen=True)
 class _Applied:
-    """f, all calls of which share the dropout mask of one key."""
+    """f; all calls share the dropout mask of one key."""
 
     network: Network
     alike: Callable[[], Any]
@@ -234,13 +235,13 @@ class _Applied:
         return output
 
     def frozen(self, x: Tensor) -> Tensor:
-        """Return f'(x): gradients reach x, and no parameter."""
+        """Return f'(x), differentiable in x and in no parameter."""
         with self.alike():
             return evaluate_frozen(self.network, (x,), self.extra_args)  # type: ignore[arg-type]
 
 
 class _Sum:
-    """Terms, and their weighted sum; the weights go into the distances, so that gradients need no scaling later."""
+    """Terms, and their weighted sum; weights are applied inside the distances, so that gradients need no scaling."""
 
     def __init__(self, weights: Mapping[str, float], distance: Mapping[str, Any]) -> None:
         self.weights, self.options = weights, {"kind": "squared", **distance}
@@ -255,7 +256,7 @@ class _Sum:
         self.terms[name] = part / weight
 
     def add(self, name: str, term: Tensor, *, weight: float | None = None) -> None:
-        """Add a term as it is."""
+        """Add a term with weight 1."""
         weight = self.weights[name] if weight is None else weight
         self.terms[name] = term
         if weight:
@@ -278,7 +279,7 @@ def _applied(network: Network, x: Tensor, *, seed: Any, step: Any, extra_args: A
 
 
 def _latents(x: Tensor, std: float, *, seed: Any, step: Any, sample_id: Any) -> Tensor:
-    # Nothing of x and std of the noise, in one pass, where a normal and a product would be two.
+    # 0·x + std·noise in one pass, instead of a normal and a product.
     return affine_step([x.detach()], [0.0], noise_weight=std, **noise_key(x, fold_in(seed, LATENTS), step, sample_id))
 
 

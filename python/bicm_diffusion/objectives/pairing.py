@@ -1,4 +1,4 @@
-"""Batch-OT: which sample of a batch gets which of its noises, so that together they are moved the least."""
+"""Batch-OT: the permutation of a batch's noises with the least total transport cost."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def optimal_pairing(
 ) -> Tensor:
     """Return ids π (B,) int64 with the least Σ‖x_b - z_{π(b)}‖² of all permutations of the batch's ids.
 
-    Given as `sample_id=` they pair the samples: `noisy_pair` and the objectives draw the noise of the ids that they
-    are given, and no tensor is moved. Levels, masks and whatever else is keyed by sample keep the ids from before.
+    Pass the result as `sample_id=`: `noisy_pair` and the objectives draw the noise of the given
+    ids, and no tensor is moved. Draw levels, masks and everything else keyed by sample with the original ids.
 
     x: clean samples (B, …), floating, on any device; their noises are compared in float64.
-    seed, step, sample_id: the key of the noise, see `bicm_kernels.normal`; a seed for every sample leaves no ids.
-    cost: "squared", or "norm" for Σ‖x_b - z_{π(b)}‖, as the authors of the GC paper have it.
-    The assignment is made on the host, and its result depends on the whole batch.
+    seed, step, sample_id: the key of the noise, see `bicm_kernels.normal`; one seed per sample is not supported.
+    cost: "squared", or "norm" for Σ‖x_b - z_{π(b)}‖, as in the GC authors' code.
+    The assignment is computed on the host and depends on the whole batch.
     Raises ImportError without SciPy, ValueError for another cost and one seed for every sample.
 
     >>> x = 10 * normal((4, 2), seed=0, step=7).flip(0)
@@ -37,7 +37,7 @@ def optimal_pairing(
     if cost not in COSTS:
         raise ValueError(f"cost: expected one of {', '.join(COSTS)}, got {cost!r}")
     if isinstance(seed, Tensor) and seed.dim() == 1:
-        raise ValueError("seed: expected one for the batch, whose samples are told apart by ids, got one for each")
+        raise ValueError("seed: expected one for the batch, whose samples are distinguished by ids, got one for each")
     named = isinstance(sample_id, Tensor) and sample_id.dim() == 1
     ids = torch.as_tensor(sample_id, dtype=torch.int64, device=x.device)
     ids = ids if named else ids + torch.arange(len(x), device=x.device)

@@ -1,4 +1,4 @@
-"""Noise levels of a batch on a schedule, and what diffusion models say there: a step of the ODE, how scores differ."""
+"""Noise levels of a batch on a schedule, and diffusion models there: a step of the ODE, differences of scores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def draw_indices(count: int, schedule: Schedule, *, seed: Any, step: Any, sample
     [1, 2]
     """
     key: dict[str, Any] = {"seed": fold_in(seed, LEVELS), "step": step, "sample_id": sample_id}
-    # Where the key lies: on the host, unless it is advanced on a device.
+    # On the key's device: the host, unless the step is a device tensor.
     device = next((value.device for value in key.values() if isinstance(value, Tensor)), None)
     u = uniform((count, 1), **key, dtype=torch.float64, device=device)[:, 0]
     return (u * schedule.steps).ceil().long()
@@ -38,7 +38,7 @@ def levels_at(schedule: Schedule, index: Tensor, device: torch.device) -> Level:
 
 
 class Answer(NamedTuple):
-    """What a model answered at a state and a level."""
+    """A model's output at a state and a level."""
 
     state: Tensor
     level: Level
@@ -47,9 +47,9 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoreModel:
-    """A diffusion model with what it predicts, asked at the levels of a batch; all calls share their dropout masks.
+    """A diffusion model with its prediction type, called at the levels of a batch; all calls share their dropout masks.
 
-    role: what the caller calls it, for messages.
+    role: the caller's name of the model, for messages.
     """
 
     model: Callable[..., Tensor]
@@ -58,7 +58,7 @@ class ScoreModel:
     role: str
 
     def __call__(self, state: Tensor, level: Level) -> Answer:
-        """Ask about a batch of states, each at its level."""
+        """Call the model on a batch of states, each at its level."""
         given = state
         if isinstance(self.prediction, Preconditioned):
             given = affine_step([state], [self.prediction.input_scale(level)])
@@ -80,14 +80,14 @@ def ode_step(model: ScoreModel, schedule: Schedule, x_n: Tensor, n: Tensor, *, h
     """Return x_{n-1} from x_n by one step of the probability-flow ODE, Euler's (SIGN eq. 2) or Heun's.
 
     The step is that of z/alpha over sigma/alpha, which for Euler's is DDIM's; of a flow's velocity, that of z over
-    sigma. Heun's is Euler's where it ends on a level about which no model is asked.
+    sigma. Heun's is Euler's where it ends on a level at which the model is not called.
     x_n: (B, …). n: (B,) int64, in 1 … N.
     """
     high, low = (levels_at(schedule, index, x_n.device) for index in (n, n - 1))
     prediction = model.prediction
     first = model(x_n, high)
     if prediction == "flow":
-        # dz/dt = v itself, which is defined at alpha = 0, too.
+        # dz/dt = v, which is defined at alpha = 0 too.
         one = high.sigma / high.sigma
         high, low, prediction = Level(high.time, one, high.sigma), Level(low.time, one, low.sigma), "noise"
     kept = low.alpha / high.alpha
@@ -99,7 +99,7 @@ def ode_step(model: ScoreModel, schedule: Schedule, x_n: Tensor, n: Tensor, *, h
     again = n - 1 >= schedule.lowest
     second = model(x_s, levels_at(schedule, (n - 1).clamp_min(schedule.lowest), x_n.device))
     again = again.to(x_n.device)
-    # Where there is no second slope its level is never read: sigma may be 0 there.
+    # Where there is no second slope, its level is not used: sigma may be 0 there.
     end = Level(*(torch.where(again, a, b) for a, b in zip(low, high, strict=True)))
     of_second = read(prediction, end)
     half = moved * torch.where(again, 0.5, 0.0)
@@ -109,7 +109,7 @@ def ode_step(model: ScoreModel, schedule: Schedule, x_n: Tensor, n: Tensor, *, h
 
 
 class _Injected(torch.autograd.Function):
-    """An output that stands for a sample: it is what it was, and its gradient becomes that of the sample."""
+    """An identity on an output whose gradient is passed to the sample."""
 
     @staticmethod
     def forward(ctx: Any, sample: Tensor, output: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class _Injected(torch.autograd.Function):
 
 
 class _Valued(torch.autograd.Function):
-    """A loss with another value of the same gradient."""
+    """A loss with another value and the same gradient."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, factor: Tensor) -> Tensor:
@@ -138,11 +138,11 @@ def matching_loss(
 ) -> Tensor:
     """Return ½‖g‖² of every sample, (B,), whose gradient is g = α^p·(D_l - D_d)/w (SIGN eq. 7).
 
-    sample: f(z), through which the gradient leads. learned, teacher: answers about one state, predictions of one kind,
+    sample: f(z), which receives the gradient. learned, teacher: outputs at one state, predictions of one type,
     that of `of`. weight: "variance" has w = sigma², so that p = 1 is s_l - s_d; "normalised" the mean of |f(z) - D_d|.
 
-    D_l - D_d is a number times the difference of the answers: the squared distance of these, weighted by half of what
-    g needs, has g for its gradient, which is handed to the sample; what its value lacks is a factor a sample.
+    D_l - D_d is a number times the difference of the outputs: their squared distance, weighted by half of the factor
+    in g, has gradient g, which is passed to the sample; its value differs by a factor per sample.
     """
     level = learned.level
     of_state, of_output = of.denoised_weights(level)
@@ -159,9 +159,9 @@ def matching_loss(
 
 
 def learning_loss(learned: ScoreModel, sample: Tensor, schedule: Schedule, *, seed: Any, step: Any, ids: Any) -> Tensor:
-    """Return the denoising loss of a model on samples, mean (output - goal)² over elements, at levels of its own.
+    """Return the denoising loss of a model on samples, mean (output - goal)² over elements, at separately drawn levels.
 
-    The goal is what the model would predict for alpha·x + sigma·n, were it certain of x: the noise, v, x, or F.
+    The goal is the exact prediction for alpha·x + sigma·n given x: the noise, v, x, or F.
     seed: that of the noise; levels have one folded from it.
     """
     n = draw_indices(len(sample), schedule, seed=seed, step=step, sample_id=ids)

@@ -1,4 +1,4 @@
-"""Policy gradients: samplers whose steps are Gaussian policies, what they recorded, and the losses that train on it."""
+"""Policy gradients: samplers whose steps are Gaussian policies, recorded trajectories, and losses on them."""
 
 from bicm_diffusion.policy.advantages import group_advantages
 from bicm_diffusion.policy.losses import policy_loss

@@ -1,4 +1,4 @@
-"""Advantages relative to a group: how much better a sample was rewarded than its prompt's others."""
+"""Advantages relative to a group: a sample's reward compared with the others of its prompt."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def group_advantages(
 ) -> Tensor:
     """Return (r - mean of its group)/(s + floor), s the standard deviation of the group or of all rewards (GRPO).
 
-    rewards: (B,), floating. groups: whose samples belong together, (B,) int64 of any numbers; or the size of groups
-    that lie side by side. scale: "group" divides by each group's deviation, "batch" by that of all rewards, "none" not
-    at all. A group of equal rewards, such as a group of one, has advantages of 0.
+    rewards: (B,), floating. groups: the group of each sample, (B,) int64 of any numbers; or the size of contiguous
+    groups. scale: "group" divides by each group's deviation, "batch" by that of all rewards, "none" does
+    not divide. A group of equal rewards, such as a group of one, has advantages of 0.
     The result is (B,), in the dtype of the rewards. With "group" and "none" a sample's advantage is the same bits
-    wherever its group lies in the batch, in whatever order.
+    for any position and order of its group in the batch.
     Raises TypeError, ValueError for an argument of another type, shape or range.
 
     >>> group_advantages(torch.tensor([1.0, 3.0, 5.0, 5.0]), 2, scale="none").tolist()
@@ -41,7 +41,7 @@ def group_advantages(
         raise ValueError(f"floor: expected a value of at least 0, got {floor}")
     wide, place = rewards.detach().double(), _places(rewards, groups)
     count = int(place.max()) + 1 if len(place) else 0
-    # Sorted within their groups, rewards add up one by one in one order, whatever order they came in.
+    # Sorted within their groups, rewards are summed in one order, independent of their order in the batch.
     order = wide.argsort(stable=True)
     order = order[place[order].argsort(stable=True)]
     sizes = place.bincount(minlength=count)
@@ -58,7 +58,8 @@ def group_advantages(
     if scale == "none":
         return centred.to(rewards.dtype)
     if scale == "group":
-        # A deviation does not depend on the order either: the squares are summed in the order of the rewards.
+        # The standard deviation does not depend on the order either: the squares are summed in the order of the
+        # rewards.
         spread = per_group(centred * centred).sqrt()
     else:
         spread = wide.std(correction=0) if len(wide) else wide
@@ -67,7 +68,7 @@ def group_advantages(
 
 
 def _places(rewards: Tensor, groups: int | Tensor) -> Tensor:
-    """The number of every sample's group, from 0."""
+    """The index of every sample's group, from 0."""
     batch = len(rewards)
     if isinstance(groups, Tensor):
         if groups.dtype != torch.int64 or groups.shape != rewards.shape:

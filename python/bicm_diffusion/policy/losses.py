@@ -22,13 +22,13 @@ def policy_loss(
 ) -> Loss:
     """Return PPO's clipped loss: the mean over a batch of max(-A·ratio, -A·ratio clipped to 1 ± clip), ratio = p/p_old.
 
-    log_prob: (B,) under the network, with its gradient; old_log_prob: (B,) as the rollout recorded them; advantages:
+    log_prob: (B,) under the network, with its gradient; old_log_prob: (B,) as recorded by the rollout; advantages:
     (B,), which are clamped to [-most, most]. clip > 0: ratios of log-densities that are means over elements are near 1,
     hence DDPO's 1e-4. divergence: (B,) from a reference, as from `step_divergence`, whose mean is added with
     divergence_weight >= 0.
 
     Terms: "policy", "divergence"; and without a gradient "ratio", the mean ratio, and "clipped", the share of samples
-    whose ratio lies outside 1 ± clip.
+    whose ratio is outside 1 ± clip.
     Raises TypeError, ValueError for an argument of another type, shape or range.
 
     >>> zero = torch.zeros(2)

@@ -1,4 +1,4 @@
-"""Rollouts of a stochastic sampler, and the log-probability that a network under training gives to what they did."""
+"""Rollouts of a stochastic sampler, and the log-probabilities of recorded steps under a network in training."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def rollout(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Trajectory:
-    """Return what a stochastic sampler does from z = z_N: samples, the states on the way and their log-probabilities.
+    """Return the trajectory of a stochastic sampler from z = z_N: samples, intermediate states and log-probabilities.
 
-    model: called as `model(z, times, **extra_args)`, as samplers call it; z: (B, …), any floating dtype, in which
-    states are recorded and their log-probabilities taken. table: the steps, of `flow_grpo_table`, `cps_table` or
+    model: called as `model(z, times, **extra_args)`, as in samplers; z: (B, …), any floating dtype, in which
+    states are recorded and their log-probabilities computed. table: the steps, from `flow_grpo_table`, `cps_table` or
     `ddim_table`; those with a standard deviation are recorded, the others are launches of the deterministic step.
     seed, sample_id: key of the noise, whose step is i, apart from that of `bicm_kernels.normal` with the same seed: a
-    sample's rollout is the same bits in any batch, order or shard, as far as the model's output is. guidance_scale:
+    sample's rollout has the same bits in any batch, order or shard, if the model's output has. guidance_scale:
     the model returns a pair (uncond, cond). reduction: "mean" or "sum" of log-densities over a sample's elements.
     callback, progress: as for samplers. No gradients are recorded.
     Raises TypeError, ValueError for an argument of another type or range.
@@ -101,19 +101,19 @@ def recorded_log_prob(
     reduction: str = "mean",
     gradient: str = "backward",
 ) -> tuple[Tensor, Any]:
-    """Return the log-probability (B,) that a model gives to a recorded step from i to i - 1, and its output at z_i.
+    """Return the log-probability (B,) of a recorded step from i to i - 1 under a model, and its output at z_i.
 
-    Where the model's output is that of the rollout, so are the bits: the ratio of both is exactly 1. It is
+    Where the model's output equals that of the rollout, so does the result, bit for bit: the ratio is exactly 1. It is
     differentiable in the model's parameters.
 
-    model, table, guidance_scale, extra_args, reduction: as for `rollout`. trajectory: what it returned, or some rows of
+    model, table, guidance_scale, extra_args, reduction: as for `rollout`. trajectory: its result, or some rows of
     that. i: one of `trajectory.steps`. gradient: as for `bicm_kernels.gaussian_log_prob`.
     Raises TypeError, ValueError for an argument of another type or range.
     """
     check_table(table)
     if not isinstance(trajectory, Trajectory):
         raise TypeError(f"trajectory: expected a Trajectory, as rollout returns it, got {described(trajectory)}")
-    trajectory.log_prob(i)  # which says where there is no such step
+    trajectory.log_prob(i)  # raises if there is no such step
     state = trajectory.state(i)
     loop = _loop("recorded_log_prob", model, state, table, guidance_scale, extra_args)
     output = _answer(loop, i, state)
@@ -128,12 +128,12 @@ def step_divergence(
     table: PolicyTable, i: int, state: Tensor, output: Any, reference: Any, *, reduction: str = "mean",
     guidance_scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return the divergence (B,) of the step that an output takes from the one that a reference's output takes.
+    """Return the KL divergence (B,) between a step with a model's output and one with a reference's output.
 
-    Both start at one state, which their means share: mean or sum over elements of (m - m_ref)²/(2 s²). Differentiable
+    Both start at the same state: mean or sum over elements of (m - m_ref)²/(2 s²). Differentiable
     in output and reference.
 
-    table, i: the step. state: z_i. output, reference: what two models answered there, like the state; with
+    table, i: the step. state: z_i. output, reference: the two models' outputs there, like the state; with
     guidance_scale, a number, pairs (uncond, cond).
     Raises TypeError, ValueError for an argument of another type or range.
 
@@ -147,7 +147,7 @@ def step_divergence(
     if not (isinstance(i, int) and 1 <= i <= table.schedule.steps):
         raise ValueError(f"i: expected an index in [1, {table.schedule.steps}], got {i!r}")
     weight = table.weights(i)[1]
-    # The state is the same in both means: it takes no part in their difference.
+    # The state is the same in both means and cancels in their difference.
     ours, theirs, weights = [output], [reference], [weight]
     if guidance_scale is not None:
         checks.check_output(output, state, guidance_scale)
@@ -171,10 +171,10 @@ def _loop(
     extra_args: Mapping[str, Any] | None,
     **more: Any,
 ) -> Loop:
-    """What calls the model, told of the table's schedule."""
+    """The caller of the model, with the table's schedule."""
     options: Any = {"prediction": table.prediction, "guidance_scale": guidance_scale, "extra_args": extra_args}
     schedule = table.schedule
     if schedule.straight is not None:
-        # The model is asked about the same times; what its output weighs, the table knows.
+        # The model is called at the same times; the table has its output's weights.
         schedule, options["prediction"] = schedule.straight, "noise"
     return Loop(name, model, z, schedule, **options, **more)

@@ -1,6 +1,6 @@
 """Coefficients of stochastic steps: the mean as weights of state and output, and the standard deviation, per index.
 
-All are float64 and rounded once, by the step that uses them. A step of which no noise is asked for is the sampler's
+All are float64 and rounded once, by the step that uses them. A step without noise is the sampler's
 deterministic step, with a standard deviation of 0.
 """
 
@@ -25,9 +25,9 @@ Row: TypeAlias = tuple[float, float, float]
 class PolicyTable:
     """The steps of a stochastic sampler on a schedule: z_{i-1} = of_state[i]·z_i + of_output[i]·output + std[i]·n.
 
-    name: of the sampler; schedule: whose times the model is told; prediction: what the model predicts. of_state,
-    of_output and std hold N + 1 floats; no step leaves index 0, so that the first of each is NaN. Where std is 0 the
-    step is deterministic.
+    name: of the sampler; schedule: its times are passed to the model; prediction: the model's prediction type.
+    of_state, of_output and std hold N + 1 floats; no step starts at index 0, so that the first of each is NaN. Where
+    std is 0 the step is deterministic.
     """
 
     name: str
@@ -54,7 +54,7 @@ def flow_grpo_table(
     stochastic: Collection[int] | None = None,
     prediction: Prediction = "flow",
 ) -> PolicyTable:
-    """Return the steps of Flow-GRPO, which turn a flow's ODE into an SDE with the same marginals.
+    """Return the steps of Flow-GRPO, an SDE with the marginals of a flow's ODE.
 
     With σ' = σ_{i-1}, Δ = σ' - σ and σ_t = noise_level·√(σ/(1 - σ)), where σ = 1 with the second level in the root:
     mean z·(1 + σ_t²Δ/(2σ)) + v·(1 + σ_t²(1 - σ)/(2σ))·Δ, standard deviation σ_t·√(-Δ).
@@ -88,7 +88,7 @@ def cps_table(
     stochastic: Collection[int] | None = None,
     prediction: Prediction = "flow",
 ) -> PolicyTable:
-    """Return the steps of coefficient-preserving sampling (CPS): no state holds more noise than its level.
+    """Return the steps of coefficient-preserving sampling (CPS): every state has exactly the noise of its level.
 
     With x0 = z - σ·v, x1 = z + (1 - σ)·v and s = σ'·sin(noise_level·π/2): mean (1 - σ')·x0 + √(σ'² - s²)·x1, standard
     deviation s. The step to σ' = 0 is deterministic.
@@ -194,7 +194,7 @@ def _flow_table(
     if prediction not in ("flow", "x0") and not schedule.alpha[-1]:
         raise ValueError(
             f"schedule: expected alpha > 0 for prediction={prediction!r}, got alpha = 0 at index {schedule.steps}; "
-            "only prediction='flow' and 'x0' lead on from there"
+            "only prediction='flow' and 'x0' are defined there"
         )
 
     def row(i: int, noise: float) -> Row:

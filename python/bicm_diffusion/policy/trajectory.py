@@ -1,4 +1,4 @@
-"""What a rollout recorded: the states around its stochastic steps, their log-probabilities, and the samples."""
+"""A recorded rollout: the states around its stochastic steps, their log-probabilities, and the samples."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Trajectory:
         return self.log_probs[self.steps.index(i)]
 
     def rows(self, samples: Any) -> Trajectory:
-        """Return the trajectory of some samples: what indexes a (B,) tensor, such as a slice or ids of the batch."""
+        """Return the trajectory of some samples, by any index of a (B,) tensor, such as a slice."""
         return Trajectory(
             self.sample[samples],
             self.steps,
@@ -68,7 +68,7 @@ class Trajectory:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trajectory:
-        """Return the trajectory of a file that `save` wrote; raises ValueError where a file holds none."""
+        """Return the trajectory of a file that `save` wrote; raises ValueError for other files."""
         library = _safetensors()
         tensors = library.load_file(path)
         with library.safe_open(path, framework="pt") as file:
@@ -82,7 +82,7 @@ class Trajectory:
 def joined(parts: Sequence[Trajectory]) -> Trajectory:
     """Return one trajectory of several batches or shards, in order.
 
-    Raises TypeError for what is no Trajectory, ValueError where none is given or their steps differ.
+    Raises TypeError for another type, ValueError where none is given or their steps differ.
     """
     if not parts:
         raise ValueError("parts: expected at least one Trajectory, got none")

@@ -1,4 +1,4 @@
-"""Samplers and their inversions, one module per method; `loop.Options` documents the arguments that they share."""
+"""Samplers and their inversions, one module per method; `loop.Options` documents their common arguments."""
 
 from bicm_diffusion.samplers.ancestral import ancestral_sample
 from bicm_diffusion.samplers.bdia import bdia_edit, bdia_invert, bdia_sample

@@ -1,4 +1,4 @@
-"""The ancestral sampler: Euler's step below the next level, and new noise back up to it; DDPM's and DDIM's with eta."""
+"""The ancestral sampler: Euler's step to below the next level, then new noise; DDPM's and DDIM's step with eta."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ancestral_sample(
     σ_up = η·σ'·√(1 - ρ) and σ_down² = σ'² - σ_up² (DDIM eq. 16).
     z: (B, …), any floating dtype; the result has its shape and dtype. eta: η in [0, 1]; 1 is ancestral, 0 is
     `ddim_sample`. seed, sample_id: key of the noise, whose step is i, apart from that of `bicm_kernels.normal` with the
-    same seed. Takes N evaluations of the model, and a launch a step; options: those of every sampler, see `Options`.
+    same seed. Takes N evaluations of the model and one launch per step; options: those of every sampler, see `Options`.
     Raises ValueError where eta is out of range or a prediction unknown.
 
     >>> import torch
@@ -53,7 +53,7 @@ def ancestral_sample(
 
 
 class Ancestral:
-    """The steps of a run: one launch each, from the model's output and what a guide made of it."""
+    """The steps of a run: one launch each, from the model's output with the guide's change."""
 
     def __init__(self, loop: Loop, seed: Integer, sample_id: Integer, eta: float = 1.0) -> None:
         self.loop, self.sample_id = loop, sample_id
@@ -87,7 +87,7 @@ class Ancestral:
 def ancestral_row(prediction: Prediction, below: Level, here: Level, eta: Number) -> Row:
     """Weights of z_i, the output there and the noise: Euler's step to σ_down, and noise back to σ'."""
     ratio = (below.sigma / below.alpha) / (here.sigma / here.alpha)
-    # σ_down²/σ'² = 1 - η²·(1 - ρ), without its difference: at η = 1 it is ρ itself.
+    # σ_down²/σ'² = 1 - η²·(1 - ρ), without cancellation: at η = 1 it is ρ.
     down = (1.0 - eta) * (1.0 + eta) + eta * eta * (ratio * ratio)
     lowered = Level(below.time, below.alpha, below.sigma * down**0.5)
     of_z, of_output = folded(read(prediction, here), *transfer(here, lowered))

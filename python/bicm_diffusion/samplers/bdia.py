@@ -1,4 +1,4 @@
-"""BDIA both ways: two states make the trajectory retraceable, sample to noise and back."""
+"""BDIA in both directions: two adjacent states determine the trajectory from sample to noise and back."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def bdia_sample(
     z: (B, …), any floating dtype; from z_N alone the first step is DDIM's, or Heun's. gamma in [0, 1]: a float, (B,)
     floats, a Fraction or (n, m); 0 is DDIM, or Heun's method. increments: "euler" is BDIA-DDIM (eq. 24), and on a
     schedule with alpha = 1 BDIA on EDM's sampler, of order 2 at gamma = 1 and N evaluations of the model; "heun" is of
-    order 2 for every gamma and takes three evaluations a step (Euler's increments at sigma_0 = 0).
+    order 2 for every gamma and takes three evaluations per step (Euler's increments at sigma_0 = 0).
     exact: integer states and gamma the nearest n/m with m up to 1024, an `ExactPair` from which `bdia_invert` returns
-    z_N to the bit; False keeps floats, a `StatePair` whose way back rounds.
+    z_N to the bit; False keeps floats, a `StatePair` whose inversion rounds.
     options: those of every sampler, see `Options`.
     Raises ValueError where an argument is out of range or the states of a pair do not fit together, and OverflowError
     where an exact state left its range.
@@ -71,9 +71,9 @@ def bdia_invert(
     """Return (z_N, z_{N-1}) by BDIA's inversion (BDIA eq. 28), from z_0 or from `bdia_sample`'s (z_0, z_1).
 
     z: (B, …), any floating dtype; a real image z_0 alone gets its z_1 by DDIM inversion with eps(z_0, start_index):
-    1 is DDIM inversion as it is (eq. 8); 0 is Alg. 2's, for schedules with sigma_0 > 0.
-    gamma in (0, 1], increments, exact and options: as for `bdia_sample`, of whose pair this is the inverse, to the bit
-    where it is exact; floats lose about N·eps·gamma^-N, with a warning where that can be seen.
+    1 is DDIM inversion (eq. 8); 0 is Alg. 2's, for schedules with sigma_0 > 0.
+    gamma in (0, 1], increments, exact and options: as for `bdia_sample`, whose pair this inverts, to the bit
+    if exact; floats lose about N·eps·gamma^-N, with a warning where that would be visible.
     Raises ValueError where an argument is out of range or the states of a pair do not fit together, and OverflowError
     where an exact state left its range.
 
@@ -107,8 +107,8 @@ def bdia_edit(
 ) -> StatePair | ExactPair:
     """Return (z_0, z_1) of an edited image: inverted under one condition, sampled under another (BDIA Alg. 2).
 
-    z: the image z_0, (B, …), or a pair. source, target: keyword arguments of the model on the way up and on the way
-    down, beside those in extra_args; equal ones return the image itself, to the bit where it is exact. start_index:
+    z: the image z_0, (B, …), or a pair. source, target: keyword arguments of the model during inversion and during
+    sampling, in addition to extra_args; equal ones return the image itself, to the bit if exact. start_index:
     as for `bdia_invert`. The rest: as for `bdia_sample`; a smaller gamma keeps the result nearer to the image.
     Raises ValueError and OverflowError as `bdia_sample` does.
 
@@ -146,7 +146,7 @@ def _method(
         raise ValueError(f"increments: expected one of {', '.join(map(repr, _METHODS))}, got {increments!r}")
     if exact:
         return _METHODS[increments](loop, rational("gamma", gamma), first.dtype)
-    # What the inverse step multiplies by is 1/gamma: rounded before the other weights are made from it.
+    # The inverse step multiplies by 1/gamma, which is rounded before the other weights are made from it.
     number = value(gamma)
     factor = 1.0 / rounded(1.0 / number, first.dtype) if inverse else rounded(number, first.dtype)
     return _METHODS[increments](loop, factor, first.dtype, number)
@@ -198,7 +198,7 @@ class _Heun(_Euler):
             predicted, scaled = self.loop.advance([z, output], weights, then=there)
             found.append(self.loop.evaluate(there, predicted, scaled))
         below, above = found
-        # A step takes one pair of outputs only, and one that was changed.
+        # A step takes only one pair of outputs, and one changed by a guide.
         guidance = self.loop.guidance_scale
         return [whole(output, guidance), whole(below, guidance), above], self.heun_rows[i], output
 

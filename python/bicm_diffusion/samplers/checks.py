@@ -1,4 +1,4 @@
-"""What samplers are called with, checked under the names that their callers know; the good path pays almost nothing."""
+"""Checks of samplers' arguments, under the callers' names for them; cheap for valid arguments."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_guidance(guidance_scale: object, batch: int) -> None:
 
 
 def check_per_sample(name: str, number: object, batch: int, other: str = "") -> None:
-    """Raise unless a number is one, or a floating tensor of one number for all or for each sample."""
+    """Raise unless it is a number, or a floating tensor of one number for all or for each sample."""
     if isinstance(number, Tensor):
         if not number.is_floating_point():
             raise TypeError(f"{name}: expected a floating tensor, got {number.dtype}")
@@ -74,7 +74,7 @@ def check_integer(name: str, number: object) -> None:
 
 
 def check_number(name: str, number: object) -> None:
-    """Raise TypeError unless a number is one."""
+    """Raise TypeError unless it is a number."""
     if not isinstance(number, Real):
         raise TypeError(f"{name}: expected a number, got {described(number)}")
 
@@ -92,9 +92,9 @@ def check_callback(callback: object) -> None:
 
 
 def check_output(output: object, z: Tensor, guidance_scale: object = None, *, name: str = "model") -> None:
-    """Raise unless a model answered with a tensor like z, or under guidance with a pair of them.
+    """Raise unless a model returned a tensor like z, or under guidance a pair of them.
 
-    name: what the caller calls the model.
+    name: the caller's name of the model.
     """
     like = f"a tensor of shape {tuple(z.shape)}"
     pair = isinstance(output, tuple | list) and len(output) == 2 and all(isinstance(x, Tensor) for x in output)
@@ -126,7 +126,7 @@ def _check_tensor(name: str, output: object, z: Tensor, like: str) -> None:
 
 
 def hint_for(output: Any) -> str:
-    """What makes a tensor of an output that is none, where that is known."""
+    """A hint how to make a tensor of another type of output."""
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
         return "; return its first element"
     if type(output).__module__.partition(".")[0] == "numpy":

@@ -1,6 +1,6 @@
 """Sampling and inversion with a bidirectional consistency model: a few leaps along the trajectory.
 
-Every function here turns its schedule into a list of leaps and follows it: one evaluation and one fused op a leap.
+Every function here converts its schedule to a list of leaps: one evaluation and one fused op per leap.
 
 model: called as `model(c_in(t)·x, t, u, **extra_args)` with t and u (B,), float64 for a float64 state and
     float32 otherwise; returns F (B, …), and the state becomes c_skip·x + c_out·F (BCM eq. 20).
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 ConsistencyModel: TypeAlias = Callable[..., Tensor]
 
 
-#: What a sampler adds between its leaps: new noise each time, the same every time, or that which x began as.
+#: The noise added between leaps: new each time, the same every time, or the initial x/T.
 Noise: TypeAlias = Literal["fresh", "fixed", "initial"]
 NOISES = ("fresh", "fixed", "initial")
 
 
 class Leap(NamedTuple):
-    """One evaluation, from level `start` to `stop`, and then noise of level `noise`, which leads to `level`."""
+    """One evaluation, from level `start` to `stop`, then noise of level `noise`, which gives level `level`."""
 
     start: float
     stop: float
@@ -51,7 +51,7 @@ class Leap(NamedTuple):
 
 @dataclass(frozen=True)
 class LeapInfo:
-    """What a callback sees: the leap just made, the state it led to (its noise included), and the model's output."""
+    """The argument of a callback: the leap just made, the resulting state (with its noise), and the model's output."""
 
     leap: Leap
     x: Tensor
@@ -62,12 +62,12 @@ Callback: TypeAlias = Callable[[LeapInfo], object]
 
 
 class LeapOptions(TypedDict, total=False):
-    """The keyword arguments that every function here takes.
+    """The keyword arguments of every function here.
 
     seed, sample_id: key of the fresh noise, apart from that of `bicm_kernels.normal` with the same seed; 0 by default.
     extra_args: keyword arguments of the model.
-    guide: called with an `Evaluation` for every evaluation of the model, with gradients enabled; it returns what takes
-        the place of the leap's result before noise is added, a `Shift` of it, or None for no change.
+    guide: called with an `Evaluation` for every evaluation of the model, with gradients enabled; it returns the
+        replacement of the leap's result before noise is added, a `Shift` of it, or None for no change.
     callback: called with a `LeapInfo` after every evaluation.
     progress: True shows a progress bar (needs tqdm).
     """
@@ -89,7 +89,7 @@ def _options(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> None:
-    """What stands behind `**options`, for signatures."""
+    """The fields of `**options`, for signatures."""
 
 
 @sampler(_options)
@@ -101,12 +101,12 @@ def consistency_sample(
     noise: Noise = "fresh",
     **options: Unpack[LeapOptions],
 ) -> Tensor:
-    """Return samples at t_min: down through the levels (BCM Alg. 2), then the zigzags, if any (Alg. 3 and 4).
+    """Return samples at t_min: leaps through the levels (BCM Alg. 2), then the zigzags, if any (Alg. 3 and 4).
 
-    A zigzag (ε, t) adds noise of level ε to the sample, lets the model amplify it to t, and leaps back to t_min.
-    One level and no zigzag is 1-step sampling. Takes one evaluation a level and two a zigzag.
-    noise: of the zigzags, "fresh" for each one (the default), "fixed", the same in all of them, or "initial", the one
-    that x is, x/T; the last two are the baselines of BCM fig. 3c.
+    A zigzag (ε, t) adds noise of level ε to the sample, amplifies it to t by the model, and leaps back to t_min.
+    One level and no zigzag is 1-step sampling. Takes one evaluation per level and two per zigzag.
+    noise: of the zigzags, "fresh" for each one (the default), "fixed", the same in all of them, or "initial",
+    x/T; the last two are the baselines of BCM fig. 3c.
     Raises TypeError for arguments of another kind, and ValueError for an unknown noise.
 
     >>> from bicm_diffusion import ConsistencySchedule
@@ -133,8 +133,8 @@ def consistency_multistep_sample(
 ) -> Tensor:
     """Return samples at t_min by CM's multistep sampling: x_τ = f(x, t, t_min) + √(τ² - t_min²)·n, level by level.
 
-    Unlike a zigzag it replaces the noise, and with it what the noise decided. The last leap adds none.
-    noise: as for `consistency_sample`; "initial" is BCM fig. 3c as it is.
+    Unlike a zigzag it replaces all of the noise, and with it the sample's content. The last leap adds none.
+    noise: as for `consistency_sample`; "initial" is the baseline of BCM fig. 3c.
     Raises TypeError for arguments of another kind, and ValueError for an unknown noise or a schedule with zigzags.
 
     >>> from bicm_diffusion import ConsistencySchedule
@@ -159,7 +159,7 @@ def consistency_invert(
     schedule: ConsistencySchedule,
     **options: Unpack[LeapOptions],
 ) -> Tensor:
-    """Return clean samples x taken up to the schedule's first level, its levels in reverse (BCM Alg. 5).
+    """Return the noise of clean samples x at the schedule's first level, its levels in reverse (BCM Alg. 5).
 
     Noise of the lowest level ε is added first, x_ε = x + ε·n; then every leap goes one level up. Takes one evaluation
     less than there are levels. Two images to interpolate between need different noise: another seed or sample_id.
@@ -211,7 +211,7 @@ def _follow(
     checks.check_callback(callback)
     network = _Network(model, extra_args or {}, schedule.sigma_data)
     key, data, initial = fold_in(seed, purpose), schedule.sigma_data, x
-    # Where all zigzags share their noise, it is the first one's.
+    # With fixed noise, all zigzags use the first one's.
     shared = next((step for step, leap in enumerate(leaps) if leap.noise), 0)
     scaled, change = scale_input(x, leaps[0].start, sigma_data=data), None
     for step, leap in enumerate(shown(leaps, progress)):
@@ -226,7 +226,7 @@ def _follow(
         elif step == len(leaps) - 1:
             x = denoise(x, output, leap.start, leap.stop, sigma_data=data)
         else:
-            # The noise and the next evaluation's input come with the step; where no noise is due, none is drawn.
+            # The step adds the noise and computes the next evaluation's input; without noise, none is drawn.
             amount: dict[str, Any] = {"next_sigma": leap.level, "sigma_data": data, **fresh}
             x, scaled = renoise(x, output, leap.start, leap.stop, leap.noise, **amount)
         if callback is not None:
@@ -236,7 +236,7 @@ def _follow(
 
 @dataclass
 class _Network:
-    """A model as a run asks it; what it returns is looked into once."""
+    """A model as called in a run; its output is checked once."""
 
     model: ConsistencyModel
     extra_args: Mapping[str, Any]
@@ -255,7 +255,7 @@ class _Network:
     def guided(
         self, guide: Guide, step: int, x: Tensor, scaled: Tensor, leap: Leap
     ) -> tuple[Tensor, Tensor | Shift | None]:
-        """Return the output, and what a guide makes of it."""
+        """Return the output, and the guide's change of it."""
 
         def ask(z: Tensor, tracked: bool) -> Tensor:
             return self(z, scale_input(z, leap.start, sigma_data=self.sigma_data) if tracked else scaled, leap)
@@ -278,7 +278,7 @@ def _summed(
     initial: tuple[Tensor, float] | None,
     fresh: Mapping[str, Any],
 ) -> tuple[Tensor, Any]:
-    """The step of `renoise` where a guide changed it, or where the noise that x began as takes the place of new."""
+    """The step of `renoise` with a guide's change, or with the initial noise instead of new noise."""
     t, u = leap.start, leap.stop
     total = data * data + t * t
     weights: list[Number]
@@ -295,13 +295,13 @@ def _summed(
         last: dict[str, Any] = {"x0_weight": 0.0, "next_scale": scale, "noise_weight": noise_weight, **fresh}
         x, _, given = denoised_step(tensors, nothing, weights, **last)
         return x, given
-    # The sum as x0, so that what follows it is the scaled input.
+    # The sum is formed as x0, so that the op also returns the scaled input.
     given, x, _ = denoised_step(tensors, weights, nothing, x0_weight=scale)
     return x, given
 
 
 def shown(leaps: Sequence[Leap], progress: bool) -> Iterable[Leap]:
-    """Return the leaps, with a progress bar where one is wanted."""
+    """Return the leaps, with an optional progress bar."""
     if not progress:
         return leaps
     with extra("diffusion", "or pass progress=False"):

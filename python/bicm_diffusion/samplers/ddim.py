@@ -1,4 +1,4 @@
-"""DDIM, and DDIM inversion: the probability-flow ODE at one evaluation a step."""
+"""DDIM and DDIM inversion: the probability-flow ODE with one evaluation per step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def ddim_sample(model: Model, z: Tensor, schedule: Schedule, **options: Unpack[Options]) -> Tensor:
     """Return z_0 from z = z_N by DDIM, z_{i-1} = a_i·z_i + b_i·eps(z_i, i) (BDIA eq. 6).
 
-    z: (B, …), any floating dtype; the result has its shape and dtype. Takes N evaluations of the model, told of
+    z: (B, …), any floating dtype; the result has its shape and dtype. Takes N evaluations of the model, at
     `schedule.times`; options: those of every sampler, see `Options`. Where alpha is 1 this is Euler's method.
     Raises ValueError for an unknown prediction.
 
@@ -39,11 +39,11 @@ def ddim_sample(model: Model, z: Tensor, schedule: Schedule, **options: Unpack[O
 
 @sampler(Loop)
 def ddim_invert(model: Model, z: Tensor, schedule: Schedule, **options: Unpack[Options]) -> Tensor:
-    """Return about z_N from z = z_0 by DDIM inversion, z_i = (z_{i-1} - b_i·eps(z_{i-1}, i))/a_i (BDIA eq. 8).
+    """Return approximately z_N from z = z_0 by DDIM inversion, z_i = (z_{i-1} - b_i·eps(z_{i-1}, i))/a_i (BDIA eq. 8).
 
-    z: (B, …), any floating dtype; the result has its shape and dtype. Takes N evaluations of the model, told of
+    z: (B, …), any floating dtype; the result has its shape and dtype. Takes N evaluations of the model, at
     `schedule.times`; options: those of every sampler, see `Options`.
-    It is not exact: the noise in z_i is taken to be the noise in z_{i-1}.
+    It is not exact: it uses the predicted noise at z_{i-1} for that at z_i.
     Raises ValueError for an unknown prediction.
 
     >>> import torch
@@ -66,10 +66,10 @@ def down(prediction: Prediction, below: Level, here: Level) -> Row:
 
 
 def up(prediction: Prediction, below: Level, here: Level) -> Row:
-    """Weights of z_{i-1} and the output there in z_i; the model takes z_{i-1} for z_i."""
+    """Weights of z_{i-1} and the output there in z_i; the model gets z_{i-1} with the time of z_i."""
     return folded(read(prediction, here), *transfer(below, here))
 
 
 def up_from(prediction: Prediction, below: Level, here: Level) -> Row:
-    """The same where the model was told that it stands at z_{i-1}."""
+    """The same where the model got the time of z_{i-1}."""
     return folded(read(prediction, below), *transfer(below, here))

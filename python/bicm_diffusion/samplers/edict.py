@@ -1,4 +1,4 @@
-"""EDICT both ways: two states that take turns, each advanced by the noise at the other, then mixed."""
+"""EDICT in both directions: two states, each advanced in turn by the noise predicted at the other, then mixed."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def edict_sample(
     """Return (z_0, y_0) by EDICT (BDIA eq. 9-12), from z_N = y_N or from the pair of `edict_invert`.
 
     z: (B, …), any floating dtype. p in (0, 1], the weight of a state in its own mix; 0.93 is the authors'. leapfrog:
-    the states take turns in going first, z in step N, y in step N - 1 and so on, as in the authors' code; in the
-    equations z goes first always. Takes 2N evaluations of the model. exact: integer states z/alpha and p the nearest
-    n/m with m up to 1024, from which `edict_invert` returns z_N to the bit; False keeps floats, a `TwinPair` whose way
-    back rounds. options: those of every sampler, see `Options`.
+    the states alternate in going first, z in step N, y in step N - 1 and so on, as in the authors' code; in the
+    equations z always goes first. Takes 2N evaluations of the model. exact: integer states z/alpha and p the nearest
+    n/m with m up to 1024, from which `edict_invert` returns z_N to the bit; False keeps floats, a `TwinPair` whose
+    inversion rounds. options: those of every sampler, see `Options`.
     Raises ValueError where p is out of range or a pair was made with something else, TypeError for arguments of
     another kind, and OverflowError where an exact state left its range.
 
@@ -69,8 +69,8 @@ def edict_invert(
     """Return (z_N, y_N) by EDICT's inversion (BDIA eq. 13-16), from z_0 = y_0 or from the pair of `edict_sample`.
 
     z: (B, …), any floating dtype. p, leapfrog, exact and options: as for `edict_sample`, of whose pair this is the
-    inverse, to the bit where it is exact; in floats rounding grows by up to p^-2 a step, with a warning where the loss
-    is expected to be seen.
+    inverse, to the bit if exact; in floats rounding grows by up to p^-2 per step, with a warning where the loss
+    would be visible.
     Raises ValueError, TypeError and OverflowError as `edict_sample` does.
 
     >>> import torch
@@ -121,7 +121,7 @@ def _sample_floats(loop: Loop, states: TwinPair, p: Number, leapfrog: bool) -> t
         inter, scaled = loop.advance(*_seen(loop, 1, [first, second, output], inter_rows[i]), then=i)
         output = loop.evaluate(i, inter, scaled)
         row = mix_rows[swapped, swaps_next][i]
-        # What the model is asked about next comes last, so that its scaled copy comes with it.
+        # The state that the model is evaluated at next comes last, so that the op also returns its scaled copy.
         tensors, (first_row, second_row), guidance = opened(
             [inter, second, output], [row[:3], row[3:6]], loop.guidance_scale
         )
@@ -184,7 +184,7 @@ def _invert_floats(loop: Loop, states: TwinPair, p: Number, leapfrog: bool) -> t
 
 
 def _seen(loop: Loop, other: int, tensors: list[Any], weights: Row) -> tuple[list[Any], Row]:
-    """Leave the other state out where its weight is 0, because the model predicts the noise itself."""
+    """Omit the other state where its weight is 0, because the model predicts the noise itself."""
     if loop.prediction != "noise":
         return tensors, weights
     return tensors[:other] + tensors[other + 1 :], weights[:other] + weights[other + 1 :]
@@ -198,20 +198,20 @@ def down_weights(prediction: Prediction, below: Level, here: Level) -> Row:
 
 
 def mixed_weights(prediction: Prediction, below: Level, here: Level, p: Number) -> Row:
-    """Weights of z_inter, y_i and the output at z_inter in z_{i-1} and in y_{i-1}, there beside that of z_{i-1}."""
+    """Weights of z_inter, y_i and the output at z_inter in z_{i-1} and in y_{i-1}, the latter with z_{i-1}."""
     a, other, output = down_weights(prediction, below, here)
     rest = 1.0 - p
     return p + rest * other, rest * a, rest * output, p * other, p * a, p * output, rest
 
 
 def _mixed_to_z(prediction: Prediction, below: Level, here: Level, p: Number) -> Row:
-    """The same in y_{i-1} and in z_{i-1}, which the model is asked about next; y_{i-1} has no part in it."""
+    """The same in y_{i-1} and in z_{i-1}, where the model is evaluated next; y_{i-1} does not contribute."""
     z_inter, y, output, y_inter, y_y, y_output, rest = mixed_weights(prediction, below, here, p)
     return y_inter + rest * z_inter, y_y + rest * y, y_output + rest * output, z_inter, y, output, 0.0
 
 
 def _swapped(prediction: Prediction, below: Level, here: Level, p: Number) -> Row:
-    """Weights of y_inter, z_i and the output at y_inter in z_{i-1} and in y_{i-1}, there beside that of z_{i-1}."""
+    """Weights of y_inter, z_i and the output at y_inter in z_{i-1} and in y_{i-1}, the latter with z_{i-1}."""
     a, other, output = down_weights(prediction, below, here)
     rest = 1.0 - p
     return rest + p * other, p * a, p * output, p, 0.0, 0.0, rest
@@ -250,7 +250,7 @@ def _run_integers(
 
 @dataclass(frozen=True)
 class _Moves:
-    """EDICT's step on integers, and the same four moves taken back in reverse."""
+    """EDICT's step on integers, and its four operations undone in reverse order."""
 
     grid: Grid
     units: dict[int, Number]
@@ -275,7 +275,7 @@ class _Moves:
         return (second, first, output) if swapped else (first, second, output)
 
     def _drift(self, i: int, state: Tensor, other: Tensor, unit: Number) -> tuple[Tensor, Output]:
-        """Add the noise at the other state, which stands in units of `unit`, to a state; or take it back."""
+        """Add the noise at the other state, which is in units of `unit`, to a state; or subtract it."""
         _, output = self.grid.evaluate(i, other, unit)
         of_other, of_output = self.rows[i]
         tensors, weights = _seen(self.grid.loop, 0, [other, output], (of_other * unit, of_output))

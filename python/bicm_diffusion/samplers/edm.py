@@ -1,4 +1,4 @@
-"""EDM's samplers: Euler's and Heun's method, down with noise on the way where that is wanted, and up again."""
+"""EDM's samplers: Euler's and Heun's method, with optional churn, and their inversions."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def edm_sample(
     """Return z_0 from z = z_N by EDM's sampler (Karras 2022, Alg. 1 and 2).
 
     z: (B, …), any floating dtype; the result has its shape and dtype. solver: "heun" takes two evaluations of the model
-    a step, one for a step to a level that it cannot be asked about, as sigma = 0; "euler" one. On a schedule with
+    per step, one for a step to a level at which it cannot be called, such as sigma = 0; "euler" one. On a schedule with
     alpha ≠ 1 they work in DDIM's variables.
-    churn: S_churn, in [0, inf): where sigma_i is in churn_range, sigma rises by min(churn/N, √2 - 1) of itself before
-    the step, with noise of standard deviation churn_noise keyed by (seed, sample_id, i), apart
-    from that of `bicm_kernels.normal` with the same seed; needs alpha = 1 and times
-    that are the sigmas, as `karras_schedule` makes them. options: those of every sampler, see `Options`.
-    Raises ValueError where an argument is out of range, or churn comes without a seed.
+    churn: S_churn, in [0, inf): where sigma_i is in churn_range, sigma rises by the factor 1 + min(churn/N, √2 - 1)
+    before the step, with noise of standard deviation churn_noise keyed by (seed, sample_id, i), apart from that of
+    `bicm_kernels.normal` with the same seed; needs alpha = 1 and times that are the sigmas, as in `karras_schedule`.
+    options: those of every sampler, see `Options`. Raises ValueError where an argument is out of range, or churn is
+    used without a seed.
 
     >>> import torch
     >>> from bicm_diffusion import karras_schedule
@@ -78,13 +78,13 @@ def edm_sample(
 def edm_invert(
     model: Model, z: Tensor, schedule: Schedule, *, solver: Solver = "heun", **options: Unpack[Options]
 ) -> Tensor:
-    """Return about z_N from z = z_0 by EDM's sampler run upwards, the inversion that BCM compares with (figures 1, 10).
+    """Return approximately z_N from z = z_0 by EDM's sampler in reverse, BCM's baseline for inversion (figures 1, 10).
 
     z_i = z_{i-1} + (sigma_i - sigma_{i-1})·(eps_{i-1} + eps_i)/2 where alpha is 1, in DDIM's variables elsewhere.
     z: (B, …), any floating dtype; the result has its shape and dtype. solver: "heun" takes two evaluations of the model
-    a step, "euler" one. From a level that the model cannot be asked about, as sigma = 0, the first step is DDIM
+    per step, "euler" one. From a level at which the model cannot be called, such as sigma = 0, the first step is DDIM
     inversion's, with eps(z_0, 1). options: those of every sampler, see `Options`.
-    It is not exact: `edm_sample` returns about z_0 from it, nearer than from `ddim_invert` by two orders of magnitude.
+    It is not exact: `edm_sample` from it returns z_0 with an error two orders of magnitude below that of `ddim_invert`.
     Raises ValueError for an unknown solver or prediction, and TypeError for arguments of another kind.
 
     >>> import torch
@@ -114,7 +114,7 @@ def edm_invert(
 
 
 class Steps:
-    """The steps of a run: Euler's, and Heun's where a network can be asked about the level below."""
+    """The steps of a run: Euler's, and Heun's where the network can be called at the next level."""
 
     def __init__(self, loop: Loop, heun: bool, lifts: Sequence[float], indices: range | None = None) -> None:
         top = loop.schedule.steps
@@ -161,7 +161,7 @@ def _lifts(schedule: Schedule, churn: Any, churn_range: Any) -> tuple[float, ...
 
 
 def _euler(prediction: Prediction, below: Level, here: Level, lift: Number) -> Row:
-    """Weights of z_i and the output there in Euler's step to another level, as a rule the one below."""
+    """Weights of z_i and the output there in Euler's step to another level, usually the next one."""
     return down(prediction, below, _lifted(here, lift))
 
 

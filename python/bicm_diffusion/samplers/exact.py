@@ -1,4 +1,4 @@
-"""The arithmetic of a run that loses nothing: integer states on a fixed-point grid and what divisions drop."""
+"""The arithmetic of an exact run: integer states on a fixed-point grid, and a buffer for remainders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bicm_kernels import affine_step, exact_affine_inverse_step, exact_affine_st
 
 
 class Grid:
-    """The arithmetic of one exact run: integer states, one buffer, one note of overflows."""
+    """The arithmetic of one exact run: integer states, one buffer, one overflow record."""
 
     def __init__(self, loop: Loop, like: Tensor, record: Record, start: ExactPair | None = None) -> None:
         self.loop, self.dtype = loop, like.dtype if start is None else start.dtype
@@ -29,7 +29,7 @@ class Grid:
         self.host = not traced() and not _capturing(like)
 
     def begin(self, q: Tensor, previous_q: Tensor) -> None:
-        """Note the states that the run begins with."""
+        """Record the states that the run begins with."""
         if self.host:
             self.record = replace(self.record, origin=checksum(q, previous_q))
 
@@ -72,7 +72,7 @@ class Grid:
         return q
 
     def pair(self, q: Tensor, previous_q: Tensor, unit: Number, previous_unit: Number) -> ExactPair:
-        """Return the states, once nothing overflowed; a traced loop leaves it to `ExactPair.check`."""
+        """Return the states after checking for overflow; in a traced loop `ExactPair.check` does so."""
         units = (unit, previous_unit)
         pair = ExactPair(q, previous_q, self.info, self.overflow, *units, self.dtype, record=self.record)
         if self.host:

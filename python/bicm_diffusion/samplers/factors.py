@@ -1,4 +1,4 @@
-"""Factors of a step, gamma or p: the forms in which they are given, as numbers, and as fractions for integer states."""
+"""Factors of a step, gamma or p: conversion to numbers, and to fractions for integer states."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_TERM = 2**20
 
 
 def check_factor(name: str, factor: Any, *, lowest: float | None, batch: int) -> None:
-    """Raise where a factor is no number in (0, 1], or in [lowest, 1]; tensors are not looked into."""
+    """Raise unless a factor is a number in (0, 1], or in [lowest, 1]; tensors are not read."""
     fraction = isinstance(factor, tuple | list)
     terms: tuple[Any, ...] = tuple(factor) if fraction else (factor,)
     if fraction and len(terms) != 2:
@@ -82,7 +82,7 @@ def _fraction(name: str, factor: float) -> tuple[int, int]:
 
 
 def _too_small(name: str, factor: object) -> str:
-    return f"{name}: an exact step needs a factor of at least 1/{MAX_DENOMINATOR}, got {factor}; exact=False takes it"
+    return f"{name}: an exact step needs a factor of at least 1/{MAX_DENOMINATOR}, got {factor}; pass exact=False"
 
 
 def value(factor: Factor) -> Number:
@@ -94,10 +94,10 @@ def value(factor: Factor) -> Number:
 
 
 def rounded(x: Number, dtype: torch.dtype) -> Number:
-    """Return x with as many bits as a step of such states computes with.
+    """Return x rounded to the precision in which a step of such states computes.
 
-    A step's weights must agree with each other more closely than with what was asked for: a factor that the step itself
-    rounds, after the others were made from it, would pull every state the same way.
+    A step's weights must be consistent with each other: if the step rounded a factor
+    after the other weights were made from it, the error would accumulate in every state.
     """
     if dtype == torch.float64:
         return x

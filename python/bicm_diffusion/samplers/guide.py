@@ -1,6 +1,6 @@
-"""The hook of every sampler's loop: a function that changes the denoised sample, with gradients where it wants them.
+"""The guide of every sampler's loop: a function that changes the denoised sample, with gradients if needed.
 
-What it changes is affine in what a step sums up anyway, so that the step's own launch makes the change as well.
+The change is affine in a step's terms, so that the step's own launch applies it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOST = 5
 
 
 class Shift(NamedTuple):
-    """weight·direction, which a guide adds to the denoised sample; it costs no launch.
+    """weight·direction, added to the denoised sample by a guide; it costs no launch.
 
     direction: (B, …), of the state's shape, any floating dtype. weight: a number, a 0-d or a (B,) tensor.
 
@@ -35,14 +35,14 @@ class Shift(NamedTuple):
 
 
 class Tracked(NamedTuple):
-    """What `Evaluation.tracked` returns: a state with gradients, and the denoised sample made of it."""
+    """The result of `Evaluation.tracked`: a state with gradients, and the denoised sample computed from it."""
 
     z: Tensor
     x0: Tensor
 
 
 class Plain(NamedTuple):
-    """An evaluation without a guide: the model's input and output for a state, and the denoised sample of both."""
+    """An evaluation without a guide: the model's input and output for a state, and the denoised sample."""
 
     ask: Callable[[Tensor, bool], Any]
     denoised: Callable[[Tensor, Any], Tensor]
@@ -50,9 +50,9 @@ class Plain(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a guide sees: where the model is asked, and its answer, which comes when it is first looked at.
+    """The argument of a guide: the state and level of an evaluation, and the model's output, computed on first access.
 
-    index: of the level; consistency samplers count their evaluations from 0. time: what the model is told; alpha,
+    index: of the level; consistency samplers count their evaluations from 0. time: the model's time argument; alpha,
     sigma: of the level, z = alpha·x + sigma·n; 0-d tensors in a traced loop. z: the state (B, …), without a gradient.
     """
 
@@ -76,7 +76,7 @@ class Evaluation:
     def x0(self) -> Tensor:
         """The denoised sample at z, (B, …); no gradient is recorded.
 
-        Where a consistency sampler leaps to a level above t_min, the state there.
+        For a consistency sampler's leap to a level above t_min, the state there.
         """
         if "x0" not in self._known:
             output = self.output
@@ -87,21 +87,21 @@ class Evaluation:
     def tracked(self) -> Tracked:
         """Return z as a leaf that requires a gradient, and the denoised sample x0, differentiable in it.
 
-        The model is asked with gradients; a guide that looks at `x0` or `output` does so afterwards, or the model is
-        asked twice.
+        The model is called with gradients; access `x0` or `output` only afterwards, or the model is
+        called twice.
         """
         with torch.enable_grad():
             z = self.z.detach().requires_grad_()
             output = self._plain.ask(z, True)
             x0 = self._plain.denoised(z, output)
-        # Not x0, which would live as long as this: whoever looks at it again has it made again from the output.
+        # x0 is not kept, to free its memory: it is computed again from the output on the next access.
         self._known.update(output=_detached(output), tracked=True)
         self._known.pop("x0", None)
         return Tracked(z, x0)
 
     @property
     def was_tracked(self) -> bool:
-        """Whether the model was asked with gradients."""
+        """Whether the model was called with gradients."""
         return "tracked" in self._known
 
 
@@ -110,9 +110,9 @@ Guide: TypeAlias = Callable[[Evaluation], "Tensor | Shift | None"]
 
 @dataclass(frozen=True, eq=False)
 class Changed:
-    """An output that a guide has changed, Σ w_k·x_k, which the next step sums up; a pair stands last.
+    """An output changed by a guide, Σ w_k·x_k, to be summed by the next step; a pair is last.
 
-    answer: what the model answered.
+    answer: the model's output.
     """
 
     tensors: tuple[Any, ...]
@@ -127,7 +127,7 @@ def check_guide(guide: object) -> None:
 
 
 def asked(guide: Guide, at: Evaluation) -> Tensor | Shift | None:
-    """Return what a guide answers, its gradients dropped; raise where it is no change of the denoised sample."""
+    """Return a guide's result, detached; raises unless it is a valid change of the denoised sample."""
     with torch.enable_grad():
         change = guide(at)
     if change is None:
@@ -152,7 +152,7 @@ def _check_like(name: str, x: object, z: Tensor) -> None:
 
 
 def changed(change: Tensor | Shift, at: Evaluation, of_z: Number, of_output: Number) -> Changed:
-    """Return the output that stands for a changed denoised sample, which is of_z·z + of_output·output."""
+    """Return the output equivalent to a changed denoised sample, which is of_z·z + of_output·output."""
     if isinstance(change, Shift):
         weights = (change.weight / of_output, 1.0)
         return Changed((change.direction, at.output), weights, at.output)
@@ -164,9 +164,9 @@ def changed(change: Tensor | Shift, at: Evaluation, of_z: Number, of_output: Num
 def opened(
     tensors: Sequence[Any], rows: Sequence[Sequence[Number]], guidance: Number | None
 ) -> tuple[Sequence[Any], Sequence[Sequence[Number]], Number | None]:
-    """Return sums Σ w_k·x_k, a row of weights each, with the terms of an output that was changed, the last of them.
+    """Return sums Σ w_k·x_k, one row of weights each, where the last term may be an output changed by a guide.
 
-    guidance: the scale of a last pair; None comes back where no pair is left.
+    guidance: the scale of a last pair; returns None where no pair is left.
     """
     *found, last = tensors
     if not isinstance(last, Changed):
@@ -186,7 +186,7 @@ def opened(
 
 
 class Sum(torch.autograd.Function):
-    """of_z·z + of_output·output in one launch, whose derivative holds no more than it returns."""
+    """of_z·z + of_output·output in one launch, whose derivative saves no tensors."""
 
     @staticmethod
     def forward(ctx: Any, of_z: Number, of_output: Number, z: Tensor, output: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ class Sum(torch.autograd.Function):
 
 
 def whole(output: Any, guidance: Number | None) -> Tensor:
-    """Return an output of a model, a pair or a changed one too, as one tensor."""
+    """Return an output of a model as one tensor; it may be a pair or changed by a guide."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Changed):

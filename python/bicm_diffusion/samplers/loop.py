@@ -1,10 +1,10 @@
-"""What every sampler's loop shares: the model's call, tables of coefficients, the fused step, the callback.
+"""Shared by every sampler's loop: the model's call, tables of coefficients, the fused step, the callback.
 
 Every sampler is a loop over the indices of a `Schedule`: per evaluation of the model one fused op, whose weights are
-formed in float64 and rounded once. In an eager loop the weights are Python floats, which a captured graph keeps as
+formed in float64 and rounded once. In an eager loop the weights are Python floats, which a captured graph stores as
 arguments of its launches; in a traced loop they are rows of float64 tables on the state's device, made from
-`Schedule.table`, so that another schedule of as many steps runs in the same graph. No gradients are recorded, but where
-a guide asks for them.
+`Schedule.table`, so that another schedule of as many steps runs in the same graph. No gradients are recorded, unless
+a guide requests them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bicm_diffusion.samplers.prediction import (
 from bicm_diffusion.schedules import Schedule
 from bicm_kernels import affine_step, denoise, denoised_step, scale_input
 
-#: What a model returns, and what becomes of it where a guide changes it.
+#: A model's output, possibly changed by a guide.
 Output: TypeAlias = Tensor | tuple[Tensor, Tensor] | Changed
 Model: TypeAlias = Callable[..., Tensor | tuple[Tensor, Tensor]]
 Row: TypeAlias = tuple[Number, ...]
@@ -40,7 +40,7 @@ traced = torch.compiler.is_compiling
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a callback sees: the index just reached, the state there, and what the model answered last on the way."""
+    """The argument of a callback: the index just reached, the state there, and the model's last output."""
 
     index: int
     z: Tensor
@@ -51,17 +51,17 @@ Callback: TypeAlias = Callable[[StepInfo], object]
 
 
 class Options(TypedDict, total=False):
-    """The keyword arguments that every sampler takes.
+    """The keyword arguments of every sampler.
 
     model, the samplers' first argument, is called as `model(z, times, **extra_args)` with z (B, …) and times (B,),
     float64 for a float64 state and float32 otherwise; it returns its prediction (B, …).
-    prediction: what the model predicts: "noise" (the default; "epsilon" is the same), "v", "x0", "flow" (n - x), or a
-        `Preconditioned`.
+    prediction: the model's prediction type: "noise" (the default; "epsilon" is the same), "v", "x0", "flow" (n - x), or
+        a `Preconditioned`.
     guidance_scale: the model returns a pair (uncond, cond), and uncond + guidance_scale·(cond - uncond) is formed
         inside the step op; a float or (B,).
     extra_args: keyword arguments of the model.
     guide: called with an `Evaluation` for every evaluation of the model, with gradients enabled; it returns the
-        denoised sample that takes the place of the model's, a `Shift` of it, or None for no change.
+        replacement of the model's denoised sample, a `Shift` of it, or None for no change.
     callback: called with a `StepInfo` after every step.
     progress: True shows a progress bar (needs tqdm).
     """
@@ -75,7 +75,7 @@ class Options(TypedDict, total=False):
 
 
 class Loop:
-    """One run of a sampler: what does not change from step to step."""
+    """One run of a sampler: the values that do not change between steps."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Loop:
         self.name, self.model, self.schedule, self.prediction = name, model, schedule, prediction
         self.guidance_scale, self.extra_args = guidance_scale, extra_args or {}
         self.guide, self.callback, self.progress = guide, callback, progress
-        # A guide that takes gradients through the model has its input made anew.
+        # A guide that differentiates the model computes its input again.
         self.tracks = False
         self.times_dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
         self.device = z.device
@@ -142,22 +142,22 @@ class Loop:
         return Level(self.schedule.times[i], self.schedule.alpha[i], self.schedule.sigma[i])
 
     def input_scale(self, i: int, lift: float = 1.0) -> Number | None:
-        """What takes a state at index i to the model's input; None where they are the same."""
+        """The scale from a state at index i to the model's input; None where they are the same."""
         if not isinstance(self.prediction, Preconditioned):
             return None
         level = self._level(i) if self.table is None else Level(*self.table[:, i].unbind())
         return self.prediction.input_scale(level._replace(sigma=level.sigma * lift))
 
     def evaluate(self, i: int, z: Tensor, scaled: Tensor | None = None, *, lift: float = 1.0) -> Output:
-        """Return the model's output at z, told that it stands at index i, with what the guide changes of it.
+        """Return the model's output at z with the time of index i, and with the guide's change.
 
-        scaled: the model's input, where an earlier launch made it; lift: a factor of the time and of sigma.
+        scaled: the model's input, if an earlier launch computed it; lift: a factor of the time and of sigma.
         """
         if self.guide is None:
             return self._ask(i, z, scaled, lift)
         level = self._level(i) if self.table is None else Level(*self.table[:, i].unbind())
         level = Level(level.time * lift, level.alpha, level.sigma * lift)
-        # The op whose derivative is a kernel; affine_step takes the reference.
+        # This op's derivative is a kernel; affine_step's is the reference.
         form = self.prediction if self.table is None and level.alpha == 1.0 else None
         of_state, of_output = denoised_weights(self.prediction, level)
 
@@ -191,13 +191,13 @@ class Loop:
             scale = self.input_scale(i, lift)
             scaled = z if scale is None else affine_step([z], [scale])
         output = self.model(scaled, times, **self.extra_args)
-        if type(output) is not self.answer:  # looked into once: what a model returns does not change
+        if type(output) is not self.answer:  # checked once: a model's output type does not change
             checks.check_output(output, z, self.guidance_scale)
             self.answer = type(output)
         return output
 
     def _times(self, i: int, lift: float, z: Tensor) -> Tensor:
-        if lift != 1.0 or not z.is_cpu:  # where copying a table from the host would wait, or break a capture
+        if lift != 1.0 or not z.is_cpu:  # copying a table from the host would sync, or break a capture
             return torch.full(z.shape[:1], self.schedule.times[i] * lift, dtype=self.times_dtype, device=z.device)
         if not self.times:
             self.times = torch.tensor(self.schedule.times, dtype=self.times_dtype)[:, None].repeat(1, len(z)).unbind()
@@ -206,7 +206,7 @@ class Loop:
     def advance(
         self, tensors: Sequence[Any], weights: Sequence[Number], *, then: int | None = None, guided: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """Return Σ w_k·x_k, and the model's input where the model is asked next about it, at index `then`.
+        """Return Σ w_k·x_k, and the model's input for the next evaluation, at index `then`.
 
         guided: the last tensor is an output of the model, a pair under guidance.
         """
@@ -216,7 +216,7 @@ class Loop:
             then = None if self.tracks else then
         scale = None if then is None else self.input_scale(then)
         if scale is not None:
-            # The sum as x0, so that what follows it is the scaled input and nothing is written in vain.
+            # The sum is formed as x0, so that the op also returns the scaled input and writes nothing unused.
             nothing = [0.0] * len(weights)
             scaled, out, _ = denoised_step(tensors, weights, nothing, x0_weight=scale, guidance_scale=guidance)
             return out, scaled
@@ -235,12 +235,12 @@ class Loop:
         return out, scaled
 
     def report(self, index: int, z: Tensor, output: Output) -> None:
-        """Tell the callback of a step."""
+        """Call the callback after a step."""
         if self.callback is not None:
             self.callback(StepInfo(index, z, output.answer if isinstance(output, Changed) else output))
 
     def steps(self, indices: range) -> Iterable[int]:
-        """Return the indices, with a progress bar where one is wanted."""
+        """Return the indices, with an optional progress bar."""
         if not self.progress:
             return indices
         with extra("diffusion", "or pass progress=False"):
@@ -250,7 +250,7 @@ class Loop:
 
 
 def _column(number: Number | Sequence[Number], low: int, high: int, table: Tensor) -> Number:
-    """A number of a formula as it meets columns of levels: (B, 1) where it is per sample."""
+    """A number of a formula, broadcast against columns of levels: (B, 1) where it is per sample."""
     if isinstance(number, Sequence):
         return torch.stack([torch.ones_like(table[0, 0]) * x for x in number[low:high]])
     if isinstance(number, Tensor) and number.dim():
@@ -259,17 +259,17 @@ def _column(number: Number | Sequence[Number], low: int, high: int, table: Tenso
 
 
 def along_lines(schedule: Schedule, prediction: Prediction) -> tuple[Schedule, Prediction]:
-    """Return a flow that begins without signal as dz/dt = v: what DDIM is to noise at alpha = 1, Euler is to v.
+    """Return a flow schedule that begins at alpha = 0 in the variables of dz/dt = v, where Euler's step is defined.
 
-    There the noise is a quotient of nothing by nothing, but v is what the model says. Other schedules stay as they are.
-    Raises ValueError where a model that predicts something else meets alpha = 0.
+    There the noise prediction would be 0/0, but v is the model's output. Other schedules are returned unchanged.
+    Raises ValueError for another prediction type at alpha = 0.
     """
     if schedule.straight is None:
         return schedule, prediction
     if prediction != "flow":
         raise ValueError(
             f"schedule: expected alpha > 0 for prediction={prediction!r}, got alpha = 0 at index {schedule.steps}; "
-            "only prediction='flow' leads on from there"
+            "only prediction='flow' is defined there"
         )
     return schedule.straight, "noise"
 

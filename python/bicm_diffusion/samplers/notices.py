@@ -1,20 +1,20 @@
-"""Warnings of samplers, which point at the line that called one."""
+"""Warnings of samplers, attributed to the caller's line."""
 
 from __future__ import annotations
 
 import sys
 import warnings
 
-#: Frames of these packages are no user's.
+#: Frames of these packages are not the user's.
 OURS = ("bicm_diffusion", "bicm_kernels", "torch")
 
 
 class InexactInversionWarning(UserWarning):
-    """A floating-point inversion is expected to lose what the eye sees; the exact one loses nothing."""
+    """A floating-point inversion is expected to lose visible detail; the exact one loses nothing."""
 
 
 class RetraceWarning(UserWarning):
-    """A trajectory is not being retraced, or did not come back to where it began."""
+    """A trajectory is not being retraced, or did not return to its start."""
 
 
 def warn(message: str, category: type[Warning]) -> None:

@@ -1,4 +1,4 @@
-"""O-BELM both ways: the two-state method with the smallest local error, of order 2 at one evaluation a step."""
+"""O-BELM in both directions: the two-state method with the smallest local error, of order 2."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bicm_diffusion.schedules import Schedule
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-#: Of the factors that an exact step takes.
+#: The range of factors of an exact step.
 MAX_NUMERATOR = 2**20
 
 
@@ -33,7 +33,7 @@ def obelm_sample(
     z: (B, …), any floating dtype. Takes N evaluations of the model. exact: integer states y and A the nearest n/m with
     m up to 1024, an `ExactPair` from which `obelm_invert` returns z_N to the bit; False keeps floats, a `StatePair`.
     options: those of every sampler, see `Options`.
-    Raises ValueError where neighbouring intervals differ too much for an exact A or the states of a pair do not fit
+    Raises ValueError where adjacent intervals differ too much for an exact A or the states of a pair do not fit
     together, and OverflowError where an exact state left its range.
 
     >>> import torch
@@ -51,8 +51,8 @@ def obelm_invert(
     """Return (z_N, z_{N-1}) by O-BELM's inversion, from z_0 or from `obelm_sample`'s (z_0, z_1).
 
     z: (B, …), any floating dtype; z_0 alone gets its z_1 by DDIM inversion with eps(z_0, 1). exact and options: as for
-    `obelm_sample`, of whose pair this is the inverse, to the bit where it is exact. Errors grow by 1/A in every step,
-    (h_N/h_1)² in all: floats return only on grids that are nearly uniform in sigma/alpha, and warn elsewhere.
+    `obelm_sample`, whose pair this inverts, to the bit where it is exact. Errors grow by 1/A in every step,
+    (h_N/h_1)² in total: float inversions are usable only on grids nearly uniform in sigma/alpha, and warn elsewhere.
     Raises ValueError and OverflowError as `obelm_sample` does.
 
     >>> import torch
@@ -102,8 +102,8 @@ def _fractions(loop: Loop) -> list[Ratio]:
     for i, (n, _) in enumerate(pairs):
         if not 1 <= n <= MAX_NUMERATOR:
             raise ValueError(
-                "schedule: exact O-BELM needs neighbouring intervals of similar width in sigma/alpha, got "
-                f"{schedule.width(i):.3g} and {schedule.width(i + 1):.3g} at index {i}; exact=False takes them"
+                "schedule: exact O-BELM needs adjacent intervals of similar width in sigma/alpha, got "
+                f"{schedule.width(i):.3g} and {schedule.width(i + 1):.3g} at index {i}; pass exact=False"
             )
     return pairs
 
@@ -115,7 +115,7 @@ def _best(prediction: Prediction, below: Level, here: Level, above: Level) -> Ro
 
 
 def _near(prediction: Prediction, below: Level, here: Level, above: Level, ratio: Number) -> Row:
-    """The same for an A that was rounded: still consistent, and of order 2 but for the rounding."""
+    """The same for a rounded A: still consistent, and of order 2 up to the rounding."""
     h, h_next = _widths(below, here, above)
     of_state, of_output = read(prediction, here)
     reading = Reading(None if of_state is None else of_state * here.alpha, of_output)

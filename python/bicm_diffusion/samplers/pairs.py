@@ -1,7 +1,7 @@
-"""Methods that carry two neighbouring states: z_{i-1} = r_i·z_{i+1} + Σ w_k·x_k, and the way back.
+"""Methods with two adjacent states: z_{i-1} = r_i·z_{i+1} + Σ w_k·x_k, and their inversion.
 
-x_0 is z_i and the others come from the model at z_i, so that z_{i+1} follows from z_{i-1} and z_i: by a division in
-floating point, or exactly, by taking back the same integer. A method works on states in units of its own, 1 or alpha.
+x_0 is z_i and the others come from the model at z_i, so that z_{i-1} and z_i determine z_{i+1}: by a division in
+floating point, or exactly, by subtracting the same integer. A method's states are in units of 1 or alpha.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ State = Tensor | StatePair | ExactPair
 
 
 class Method:
-    """What tells one method from another; their first steps, from one state alone, are DDIM's."""
+    """The definition of a method; its first step, from one state alone, is DDIM's."""
 
-    #: As the record of a pair calls it.
+    #: Its name in the record of a pair.
     name: ClassVar[str]
-    #: The function that leads on from noise, and the one that leads on from data.
+    #: The function that starts from noise, and the one that starts from data.
     functions: ClassVar[tuple[str, str]]
-    #: The index that the model is told at z_0 alone.
+    #: The index whose time the model gets at z_0 alone.
     start_index = 1
 
     def __init__(self, loop: Loop) -> None:
@@ -39,7 +39,7 @@ class Method:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What a retrace must have in common with the run that made a pair, beside the schedule and the prediction."""
+        """The settings that a retrace must share with a pair's run, besides the schedule and the prediction."""
         return {}
 
     def unit(self, _: int) -> Number:
@@ -71,7 +71,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Direction:
-    """Down to the data or up to the noise: the order of the indices, and the step's own sense."""
+    """The direction, to data or to noise: the order of the indices, and that of the step."""
 
     inverse: bool
     ends: Callable[[int], tuple[int, int]]
@@ -101,7 +101,7 @@ def recorded(
 ) -> Record:
     """Return the record of a run; raise ValueError where it starts from a pair that it does not retrace.
 
-    functions: those that lead on from noise and from data.
+    functions: those that start from noise and from data.
     """
     conditions = None if traced() else Conditions(loop.guidance_scale, loop.extra_args, loop.guide)
     settings = {"prediction": loop.prediction, **settings}
@@ -122,13 +122,13 @@ def first_tensor(z: Any, exact: bool, floats: type[Pair] = StatePair, integers: 
         if not exact:
             raise TypeError(
                 f"z: exact=False takes a tensor or a {floats.__name__}, got an {integers.__name__}: pass exact=True, "
-                f"as it was made, or {floats.__name__}(*z), whose way back rounds"
+                f"as it was made, or {floats.__name__}(*z), whose inversion rounds"
             )
         return z.q.new_empty((len(z.q), 0), dtype=z.dtype)
     if exact and isinstance(z, floats) and z.record is not None:
         raise TypeError(
             f"z: exact=True, the default, takes a tensor or an {integers.__name__}, got a {floats.__name__}: pass "
-            f"exact=False, as it was made, or {floats.__name__}(*z), from which another trajectory begins"
+            f"exact=False, as it was made, or {floats.__name__}(*z), which starts a new trajectory"
         )
     if not isinstance(z, floats):
         made = f" (made of two tensors by {floats.__name__}(*z))" if isinstance(z, tuple | list) and len(z) == 2 else ""

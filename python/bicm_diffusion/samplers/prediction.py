@@ -1,6 +1,6 @@
-"""What a model predicts, as the noise that it stands for: eps = of_state·z + of_output·output at one level.
+"""A model's prediction converted to noise: eps = of_state·z + of_output·output at one level.
 
-The two numbers fold into a step's weights, so that no prediction costs a launch of its own.
+The two numbers are folded into a step's weights, so that no prediction type needs an extra launch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Level(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """eps = of_state·z + of_output·output; a state that takes no part has of_state None."""
+    """eps = of_state·z + of_output·output; of_state is None where the state does not contribute."""
 
     of_state: Number | None
     of_output: Number
@@ -31,7 +31,7 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Preconditioned:
-    """A model that answers with F, the raw output of a preconditioned network.
+    """A model that returns F, the raw output of a preconditioned network.
 
     D(z/alpha, t) = c_skip(t)·z/alpha + c_out(t)·F; t = sigma/alpha is the noise level, and the model is called with
     c_in(t)·z/alpha. parameterization: "edm" (the denoiser, EDM 7), "bcm" (t to t_min, BCM 20) or "cm" (BCM 17).
@@ -55,7 +55,7 @@ class Preconditioned:
             )
 
     def input_scale(self, level: Level) -> Number:
-        """c_in(t)/alpha, which takes a state to the model's input."""
+        """c_in(t)/alpha, the scale from a state to the model's input."""
         t = level.sigma / level.alpha
         return 1.0 / ((self.sigma_data**2 + t * t) ** 0.5 * level.alpha)
 
@@ -63,7 +63,7 @@ class Preconditioned:
 Prediction: TypeAlias = Literal["noise", "epsilon", "v", "x0", "flow"] | Preconditioned
 
 
-# 1 - c_skip and c_out, from t, sigma_data and the time u that the network maps to; 1 - c_skip is written out, because
+# 1 - c_skip and c_out, from t, sigma_data and the target level u; 1 - c_skip is written out, because
 # at low noise the difference would lose most of its digits.
 def _to_time(t: Number, data: float, u: float) -> tuple[Number, Number]:
     total = data * data + t * t
@@ -110,19 +110,19 @@ _READINGS: dict[str, Callable[[Level], Reading]] = {"noise": _noise, "v": _veloc
 
 
 def read(prediction: Prediction, level: Level) -> Reading:
-    """Return how a model's output at a level, sigma > 0, becomes noise."""
+    """Return the weights that convert a model's output at a level, sigma > 0, to noise."""
     return _raw(prediction, level) if isinstance(prediction, Preconditioned) else _READINGS[prediction](level)
 
 
 def folded(reading: Reading, of_state: Number, of_noise: Number) -> tuple[Number, Number]:
-    """Return the weights of the state and the model's output that stand for those of the state and the noise."""
+    """Return the weights of the state and the model's output equivalent to those of the state and the noise."""
     output = of_noise * reading.of_output
     return (of_state if reading.of_state is None else of_state + of_noise * reading.of_state), output
 
 
 def denoised_weights(prediction: Prediction, level: Level) -> tuple[Number, Number]:
     """Return the weights of the state and the model's output, at a level, in the denoised sample."""
-    if prediction == "x0":  # with no share of the state that rounding would leave
+    if prediction == "x0":  # exactly zero for the state, without a rounding remainder
         return 0.0, 1.0
     of_state, of_output = read(prediction, level)
     lost = 0.0 if of_state is None else level.sigma * of_state
@@ -130,9 +130,9 @@ def denoised_weights(prediction: Prediction, level: Level) -> tuple[Number, Numb
 
 
 def known_prediction(prediction: Prediction) -> Prediction:
-    """Return a prediction by the one name that pairs record; "epsilon" is "noise".
+    """Return the canonical name of a prediction, which pairs record; "epsilon" is "noise".
 
-    Raises ValueError for a prediction that no model makes.
+    Raises ValueError for an unknown prediction.
     """
     if isinstance(prediction, Preconditioned):
         return prediction

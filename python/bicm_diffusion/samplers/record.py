@@ -1,4 +1,4 @@
-"""How a pair came about: what a retrace must have in common with the run that made it, and whether it came back."""
+"""The record of a pair: the settings that a retrace must share with the run that made it, and checks of the result."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ Levels: TypeAlias = Schedule | Mapping[str, tuple[float, ...]]
 
 traced = torch.compiler.is_compiling
 
-#: Sums that a checksum holds for each sample.
+#: Sums per sample in a checksum.
 SUMS = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """Guidance, the model's arguments and the guide of a run; looked into only where a trajectory did not come back."""
+    """Guidance, the model's arguments and the guide of a run; compared only where a retrace missed its start."""
 
     guidance_scale: Any
     extra_args: Mapping[str, Any]
     guide: Any = None
 
     def digest(self) -> str:
-        """Return what tells them from others, in another process too where they are tensors and plain values."""
+        """Return a digest, which is the same in other processes for tensors and plain values."""
         found = hashlib.sha256()
         # Pairs that were stored before there were guides keep their digests.
         guide = [] if self.guide is None else [self.guide]
@@ -57,10 +57,10 @@ def _digest(found: Any, value: Any) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """What made a pair, and where the pair stands.
+    """The settings of the run that made a pair, and the pair's index.
 
     method, settings (gamma, increments, prediction …) and levels: another run with the same ones retraces the pair.
-    index: where the pair stands, 0 (data) or N (noise). origin: checksums of the integers that the run began with,
+    index: of the pair, 0 (data) or N (noise). origin: checksums of the integers that the run began with,
     None where it did not begin exact or was traced. conditions: of that run, or their digest.
     """
 
@@ -88,9 +88,9 @@ class Record:
         steps: str = "schedule",
         levels: str = "schedule",
     ) -> None:
-        """Raise ValueError where a pair that was `made` so is not what this run, by `caller`, retraces.
+        """Raise ValueError unless this run, by `caller`, can retrace a pair with the record `made`.
 
-        back: the function that leads on from the other end. pair, steps, levels: what the caller calls them.
+        back: the function that starts from the other end. pair, steps, levels: the caller's names of them.
         """
         if made.method != self.method:
             raise ValueError(f"{pair}: {caller} expected a pair of {self.method}, got one of {made.method}")
@@ -123,7 +123,7 @@ class Record:
         return {"alpha": levels.alpha, "sigma": levels.sigma, "times": levels.times}
 
     def digest(self) -> str | None:
-        """Return what tells the conditions from others."""
+        """Return a digest of the conditions."""
         known = self.conditions
         return known.digest() if isinstance(known, Conditions) else known
 
@@ -141,7 +141,7 @@ def _check_levels(
 
 
 def _same(made: Any, now: Any) -> bool:
-    """Whether two settings are one; a factor for all samples is the same as one for each."""
+    """Whether two settings are equal; a factor for all samples equals the same factor per sample."""
     if made is now or (traced() and (_holds_tensors(made) or _holds_tensors(now))):
         return True
     ours, theirs = _numbers(now), _numbers(made)
@@ -158,7 +158,7 @@ def _holds_tensors(factor: Any) -> bool:
 
 
 def _numbers(factor: Any) -> list[Any] | None:
-    """A factor as floats or fractions, one or one a sample; None where it is none."""
+    """A factor as floats or fractions, one or one per sample; None where there is none."""
     if isinstance(factor, float):
         return [factor]
     if isinstance(factor, Tensor):
@@ -178,7 +178,7 @@ def _shown(value: Any) -> str:
 
 
 def checksum(*states: Tensor) -> Tensor:
-    """Return sums of integers (B, …) that tell nearly all states from others, (B, n) int64, exact on every device."""
+    """Return checksums of integers (B, …), (B, n) int64, exact on every device."""
     return torch.cat([_sums(q.flatten(1) if q.dim() > 1 else q[:, None]) for q in states], dim=1)
 
 
@@ -194,9 +194,9 @@ def _sums(q: Tensor) -> Tensor:
 
 
 def report_remainder(caller: str, start: Record, end: Record, *states: Tensor) -> None:
-    """Warn where a trajectory that was retraced did not come back, though nobody asked for another one.
+    """Warn where a retraced trajectory did not return to its start although the conditions are the same.
 
-    start: of the pair that the retrace began with; end, states: of the pair that it led to. Reads the device once.
+    start: of the pair that the retrace began with; end, states: of the resulting pair. Reads the device once.
     """
     if start.origin is None:
         return
@@ -205,9 +205,9 @@ def report_remainder(caller: str, start: Record, end: Record, *states: Tensor) -
         return
     some = ", ".join(map(str, wrong[:4])) + (" …" if len(wrong) > 4 else "")
     warn(
-        f"{caller}: {len(wrong)} of {len(states[0])} samples ({some}) did not come back to the integers that the "
-        "trajectory began with. Likely causes: another network or other conditions than on the way there (nothing is "
-        "wrong where that is meant), dropout or other randomness in it (model.eval() switches dropout off), a kernel "
+        f"{caller}: {len(wrong)} of {len(states[0])} samples ({some}) did not return to the integers that the "
+        "trajectory began with. Likely causes: another network or other conditions than before (intended in an "
+        "edit), dropout or other randomness in it (model.eval() switches dropout off), a kernel "
         "that is not deterministic (torch.use_deterministic_algorithms)",
         RetraceWarning,
     )
@@ -227,7 +227,7 @@ _handed_out: dict[int, _HandedOut] = {}
 
 
 def hand_out(z: Tensor, record: Record | None, *, inner: bool = False) -> Tensor:
-    """Remember a tensor as a state of a pair, as long as it lives; inner: the one beside where the pair stands."""
+    """Record a tensor as a state of a pair, by a weak reference; inner: the state at the adjacent index."""
     if record is not None and not traced():
         key = id(z)
         reference = weakref.ref(z, lambda _: _handed_out.pop(key, None))
@@ -236,7 +236,7 @@ def hand_out(z: Tensor, record: Record | None, *, inner: bool = False) -> Tensor
 
 
 def is_inner(z: Tensor, method: str) -> bool:
-    """Whether a tensor, or one that it is a copy of, is the inner state of a pair of a method, and still held."""
+    """Whether a tensor equals the inner state of a live pair of a method."""
     if traced():
         return False
     held = [one.reference() for one in list(_handed_out.values()) if one.inner and one.method == method]
@@ -251,9 +251,9 @@ def same_values(x: Tensor, y: Tensor) -> bool:
 def notice_alone(
     z: Tensor, run: Record, caller: str, *, name: str = "z", advice: str = "the pair itself, in place of its .z,"
 ) -> None:
-    """Warn where a run starts from one state of a pair that it would retrace; raise ValueError for its inner state.
+    """Warn where a run starts from one state of a pair that it could retrace; raise ValueError for its inner state.
 
-    name: what the caller calls z. advice: what retraces the trajectory.
+    name: the caller's name of z. advice: how to retrace the trajectory.
     """
     known = None if traced() else _handed_out.get(id(z))
     if known is None or known.reference() is not z or known.method != run.method:
@@ -261,11 +261,11 @@ def notice_alone(
     if known.inner:
         raise ValueError(
             f"{name}: {caller} got the inner state of a pair, from which no trajectory begins; {advice} retraces the "
-            f"one that it comes from ({name}.clone() is a state without a past)"
+            f"pair's trajectory ({name}.clone() starts a new one)"
         )
     if known.index == run.steps - run.index:
         warn(
-            f"{name}: {caller} got one state of a pair and begins another trajectory with it; {advice} retraces the "
-            f"one that it comes from ({name}.clone() is a state without a past)",
+            f"{name}: {caller} got one state of a pair and starts a new trajectory from it; {advice} retraces the "
+            f"pair's trajectory ({name}.clone() starts a new one)",
             RetraceWarning,
         )

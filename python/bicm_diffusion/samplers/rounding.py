@@ -1,7 +1,7 @@
-"""What floating-point round trips are expected to lose: roundings, carried through a method's steps in a linear model.
+"""The expected error of floating-point round trips: roundings, propagated through a method's steps in a linear model.
 
 The model predicts the noise of unit Gaussian data, eps = sigma/(alpha² + sigma²)·z, so that a step is a matrix for two
-states. A network that is less smooth than such a denoiser loses more.
+states. The error is larger for a network that is less smooth than such a denoiser.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bicm_diffusion.samplers.notices import InexactInversionWarning, warn
 from bicm_diffusion.samplers.prediction import Level, Number
 from bicm_diffusion.schedules import Schedule
 
-#: Where the float path is expected to lose more than this, in units of the states' size, it says so; the largest error
+#: The float path warns above this expected error, in units of the states' size; the largest error
 #: of an image's many elements is some three times as large.
 VISIBLE = 3e-4
 
@@ -27,18 +27,18 @@ Vector: TypeAlias = tuple[float, float]
 
 
 def warn_of_bdia(schedule: Schedule, gamma: Number, dtype: torch.dtype, *, alone: bool) -> None:
-    """Warn where BDIA's inversion is expected to lose what can be seen; alone: it starts from an image, not a pair."""
+    """Warn where BDIA's inversion is expected to lose visible detail; alone: it starts from an image, not a pair."""
     if isinstance(gamma, float):
         _warn("BDIA", _bdia, schedule, gamma, dtype, alone)
 
 
 def warn_of_obelm(schedule: Schedule, dtype: torch.dtype, *, alone: bool) -> None:
-    """Warn where O-BELM's inversion is expected to lose what can be seen."""
+    """Warn where O-BELM's inversion is expected to lose visible detail."""
     _warn("O-BELM", _obelm, schedule, 1.0, dtype, alone)
 
 
 def warn_of_edict(schedule: Schedule, p: Number, dtype: torch.dtype, *, alone: bool) -> None:
-    """Warn where EDICT's inversion is expected to lose what can be seen."""
+    """Warn where EDICT's inversion is expected to lose visible detail."""
     if isinstance(p, float):
         _warn("EDICT", _edict, schedule, p, dtype, alone)
 
@@ -52,7 +52,7 @@ def _warn(method: str, maps: Maps, schedule: Schedule, factor: float, dtype: tor
     loss = expected_loss(maps, schedule, factor, alone) * torch.finfo(dtype).eps
     if loss <= VISIBLE:
         return
-    trip = "an image's way to noise and back" if alone else "a retrace to the noise"
+    trip = "an image's round trip to noise" if alone else "a retrace to the noise"
     warn(
         f"{method} in {dtype} over {schedule.steps} steps with exact=False: {trip} loses at most about {loss:.0e} "
         "of the states' size with a smooth network, more with another; exact=True loses nothing",
@@ -62,13 +62,13 @@ def _warn(method: str, maps: Maps, schedule: Schedule, factor: float, dtype: tor
 
 @lru_cache(64)
 def expected_loss(maps: Maps, schedule: Schedule, factor: float, alone: bool) -> float:
-    """Return what a round trip loses, in units of the states' size and the dtype's eps; infinity where all is lost.
+    """Return the error of a round trip, in units of the states' size and the dtype's eps; may be infinite.
 
     alone: from an image to noise and back; otherwise from noise to data and back, whose second half is the inversion.
     """
     state, steps = maps(schedule, factor)
-    # A rounding is relative to what is rounded: a state's usual size, and what the first, inexact step of an inversion
-    # excited in it, which grows on the way up.
+    # A rounding error is relative to the rounded number: a state's usual size, plus the deviation that the first,
+    # inexact step of an inversion causes in it, which grows during the inversion.
     usual = [math.hypot(a, s) for a, s in zip(schedule.alpha, schedule.sigma, strict=True)]
     usual, sizes = usual[len(usual) - len(steps) - 1 :], []
     for k, (p, q, r, s) in enumerate((*steps, (1.0, 0.0, 0.0, 1.0))):
@@ -98,13 +98,13 @@ def _level(schedule: Schedule, i: int) -> Level:
 
 
 def _noise(level: Level) -> float:
-    """The weight of a state in the noise that is predicted there."""
+    """The weight of a state in the noise predicted there."""
     alpha, sigma = float(level.alpha), float(level.sigma)
     return sigma / (alpha * alpha + sigma * sigma)
 
 
 def _moved(schedule: Schedule, i: int, j: int) -> float:
-    """What DDIM's step from index i to index j multiplies a state by."""
+    """The factor of a state in DDIM's step from index i to index j."""
     here, there = _level(schedule, i), _level(schedule, j)
     a, b = transfer(here, there)
     return float(a + b * _noise(here))

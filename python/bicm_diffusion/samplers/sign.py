@@ -1,4 +1,4 @@
-"""SIGN's samplers: an idempotent network applied again and again, to its own result or to a noisy copy of it."""
+"""SIGN's samplers: an idempotent network applied repeatedly, to its own result or to a noisy copy of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sign_recursive(model: Callable[[Tensor], Tensor], x: Tensor, *, steps: int =
     """Return f(f(… f(x))), the recursive sampler of SIGN (Alg. 2).
 
     model: called as `model(x)` with x (B, …), any floating dtype, and returns such a tensor; it takes no time. steps:
-    the number of applications, at least 1. No host ever waits for convergence, so that the loop can be captured.
+    the number of applications, at least 1. Convergence is not checked, so that the loop can be captured.
     Raises ValueError where steps is out of range, and TypeError for arguments of another kind.
 
     >>> sign_recursive(torch.sign, torch.tensor([[0.3, -2.0]]), steps=2)

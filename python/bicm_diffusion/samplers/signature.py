@@ -1,4 +1,4 @@
-"""What every sampler is wrapped in: no gradients, and options under their own names."""
+"""The decorator of every sampler: no gradients, and options as named keyword arguments."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ R = TypeVar("R")
 def sampler(options: Callable[..., Any] | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator for samplers whose `**options`, if any, are the keyword arguments of `options`.
 
-    Their signature names every option, a misspelt one is a TypeError that says so, and no gradients are recorded: where
-    their second argument, the state, requires them, a warning says so.
+    Their signature names every option, a misspelt one raises a TypeError with a suggestion, and no gradients are
+    recorded: if their second argument, the state, requires them, a warning is issued.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -46,7 +46,7 @@ def sampler(options: Callable[..., Any] | None = None) -> Callable[[Callable[P, 
 
 
 def _opened(function: Callable[..., Any], options: Callable[..., Any] | None) -> inspect.Signature:
-    """A function's signature with the options where it says `**options`."""
+    """A function's signature with the options in place of `**options`."""
     own = inspect.signature(function)
     kinds = inspect.Parameter
     parameters = [p for p in own.parameters.values() if p.kind is not kinds.VAR_KEYWORD]
@@ -60,16 +60,16 @@ def _opened(function: Callable[..., Any], options: Callable[..., Any] | None) ->
 def _unknown(name: str, signature: inspect.Signature, given: dict[str, Any]) -> str:
     taken = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     wrong = next(x for x in given if x not in signature.parameters)
-    # "guidance" is the beginning of guidance_scale before it resembles guide.
+    # "guidance" is a prefix of guidance_scale, which takes precedence over its similarity to guide.
     near = [x for x in signature.parameters if x.startswith(wrong)] or get_close_matches(wrong, signature.parameters, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(taken)}"
     if not near and "extra_args" in taken:
-        hint += f"; a keyword argument of the model goes into extra_args={{{wrong!r}: …}}"
+        hint += f"; pass keyword arguments of the model by extra_args={{{wrong!r}: …}}"
     return f"{name}() got an unexpected keyword argument {wrong!r}; {hint}"
 
 
 def _notice_gradients(name: str, start: object) -> None:
-    """Warn where a state, or one of a pair's, asks for gradients that nothing will record."""
+    """Warn where a state, or one of a pair's, requires gradients, which are not recorded."""
     if isinstance(start, Tensor):
         wanted = start.requires_grad
     else:
@@ -77,6 +77,6 @@ def _notice_gradients(name: str, start: object) -> None:
     if wanted:
         warn(
             f"{name}: sampling runs under torch.no_grad(), and its result has no gradient, though its start requires "
-            "one; .detach() says that none is wanted, and a loop of the ops (affine_step, ddim_step, …) records it",
+            "one; pass .detach() if you need none, or write a loop of ops (affine_step, ddim_step, …) that records it",
             UserWarning,
         )

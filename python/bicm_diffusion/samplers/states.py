@@ -1,4 +1,4 @@
-"""Pairs: the two states from which a trajectory is retraced, in floating point or as integers."""
+"""Pairs: the two states that determine a trajectory, in floating point or as integers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bicm_kernels import affine_step, fixed_point_decode
 
 P = TypeVar("P", bound="Pair")
 
-#: What keeps integers in their range, beside fewer steps, where a method's factors are below 1.
+#: How to keep integers in range, apart from fewer steps, where a method's factors are below 1.
 _REMEDIES = {
     "BDIA": "a gamma nearer to 1",
     "BDIADDIMScheduler": "a gamma nearer to 1",
@@ -31,10 +31,10 @@ _REMEDIES = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pair:
-    """What every pair can do: unpack into its two states, move, be split, joined, saved and copied with its `record`.
+    """Base class of pairs: unpacking into two states, moving, splitting, joining, saving and copying with the `record`.
 
     pair[2:4], pair[[0, 3]] and pair[mask] are pairs of those samples, and retrace to the same bits. A pair pickles,
-    copies and goes through torch.save and torch.load(weights_only=True) as it is; `save_pair` writes safetensors.
+    copies and works with torch.save and torch.load(weights_only=True); `save_pair` writes safetensors.
     """
 
     record: Record | None = field(default=None, repr=False, kw_only=True)
@@ -66,7 +66,7 @@ class Pair:
     def cat(pairs: Sequence[P]) -> P:
         """Return the samples of several pairs as one, which retraces each of them to the same bits.
 
-        Raises TypeError for what is no pair or pairs of several kinds, and ValueError for none, or where they were made
+        Raises TypeError for other objects or pairs of several kinds, and ValueError for none, or where they were made
         with other settings, levels or dtypes.
 
         >>> pair = StatePair(torch.eye(3), torch.zeros(3, 3))
@@ -106,7 +106,7 @@ class Pair:
     def to(self: P, *targets: Any, device: Any = None, dtype: torch.dtype | None = None) -> P:
         """Return the pair on another device, its states in another dtype: to(device), to(dtype) or both.
 
-        The integers of an exact pair keep their bits whatever the dtype; floating-point states are rounded.
+        The integers of an exact pair keep their bits for every dtype; floating-point states are rounded.
         Raises TypeError for a dtype that is not floating.
 
         >>> StatePair(torch.ones(1, 2), torch.ones(1, 2)).to(torch.float64).z.dtype
@@ -138,7 +138,7 @@ class Pair:
     def from_state_dict(state: Mapping[str, Tensor]) -> Any:
         """Return the pair, of whichever kind, that a `state_dict` was made of.
 
-        Raises ValueError where it was made of none, and TypeError for no dictionary.
+        Raises ValueError for another state_dict, and TypeError unless it is a dictionary.
 
         >>> pair = StatePair(torch.ones(1, 2), torch.zeros(1, 2))
         >>> StatePair.from_state_dict(pair.state_dict()).previous
@@ -229,7 +229,7 @@ class ExactPair(Pair):
 
     @property
     def previous(self) -> Tensor:
-        """The state beside it, (B, …) in `dtype`."""
+        """The state at the adjacent index, (B, …) in `dtype`."""
         state = decode(self.previous_q, self.previous_unit, torch.float64).to(self.dtype)
         return hand_out(state, self.record, inner=True)
 
@@ -246,17 +246,17 @@ class ExactPair(Pair):
         raise OverflowError(
             f"sample {wrong[0]} left the range of its integers in the step between indices {steps[wrong[0]] - 1} and "
             f"{steps[wrong[0]]} ({len(wrong)} of {len(steps)} samples did): {self._remedy()}; a model that returns NaN "
-            "or infinity, or a guide whose shift is too large, ends here too"
+            "or infinity, or a guide whose shift is too large, causes this too"
         )
 
     def _remedy(self) -> str:
         known = self.record
         gamma = None if known is None else known.settings.get("gamma")
         if gamma == (1, 1):
-            return "states must stay below 2^31, so scale the data, or take exact=False"
+            return "states must stay below 2^31, so scale the data, or pass exact=False"
         remedy = _REMEDIES.get(known.method, "") if known is not None else ""
         choice = f"take fewer steps or {remedy}" if remedy else "take fewer steps"
-        return f"a factor n/m costs log2(m/n) bits a step, so {choice}, or exact=False"
+        return f"a factor n/m costs log2(m/n) bits per step, so {choice}, or pass exact=False"
 
     @classmethod
     def _made(cls: type[P], tensors: Mapping[str, Tensor], words: Mapping[str, Any], record: Record | None) -> P:
@@ -300,7 +300,7 @@ def decode(q: Tensor, unit: Number, dtype: torch.dtype) -> Tensor:
 def save_pair(pair: Pair, path: str | os.PathLike[str]) -> None:
     """Write a pair to a safetensors file, from which `load_pair` returns it with every bit and its record.
 
-    Raises ImportError where safetensors is missing, and TypeError for what is no pair.
+    Raises ImportError where safetensors is missing, and TypeError for other objects.
     """
     if not isinstance(pair, Pair):
         raise TypeError(f"pair: expected a pair, got {described(pair)}")
@@ -310,8 +310,8 @@ def save_pair(pair: Pair, path: str | os.PathLike[str]) -> None:
 def load_pair(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Any:
     """Return the pair that `save_pair` wrote, of whichever kind, on a device.
 
-    Raises ImportError where safetensors is missing, TypeError for what is no path, and ValueError where a path leads to
-    anything but a pair's file.
+    Raises ImportError where safetensors is missing, TypeError unless it is a path, and ValueError for
+    other files.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path: expected the path of a file that save_pair wrote, got {described(path)}")
@@ -323,5 +323,5 @@ def restored_pair(state: Mapping[str, Tensor]) -> Any:
     return Pair.from_state_dict(state)
 
 
-# What torch.load(weights_only=True) may call: it makes pairs of tensors and nothing else.
+# Allowed in torch.load(weights_only=True): it makes pairs of tensors and nothing else.
 torch.serialization.add_safe_globals([restored_pair])

@@ -1,4 +1,4 @@
-"""Pairs as dictionaries of tensors alone, which every container of tensors keeps: safetensors, torch.save, NumPy's."""
+"""Pairs as dictionaries of tensors only, for safetensors, torch.save and NumPy files."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from bicm_diffusion.samplers.record import Record
 from bicm_diffusion.schedules import Schedule
 
 VERSION = 1
-#: The names of what lies beside a pair's own tensors: words as bytes of JSON, levels, checksums.
+#: The names of the entries besides a pair's tensors: settings as bytes of JSON, levels, checksums.
 ABOUT, LEVELS, ORIGIN = "about", "levels", "origin"
 
 
 def pack(
     kind: str, tensors: Mapping[str, Tensor], words: Mapping[str, Any], record: Record | None
 ) -> dict[str, Tensor]:
-    """Return a pair's tensors, beside them all else that it holds."""
+    """Return a pair's tensors and its other data as tensors."""
     state = {name: x.detach().contiguous() for name, x in tensors.items()}
     about: dict[str, Any] = {"version": VERSION, "kind": kind, **words}
     if record is not None:
@@ -46,7 +46,7 @@ def pack(
 
 
 def unpack(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], dict[str, Any], Record | None]:
-    """Return kind, tensors, words and record of a packed pair; raise ValueError where it is none."""
+    """Return kind, tensors, settings and record of a packed pair; raises ValueError for other input."""
     if not isinstance(state, Mapping):
         raise TypeError(f"state: expected the state_dict of a pair, got {described(state)}")
     if not isinstance(state.get(ABOUT), Tensor):
@@ -75,14 +75,14 @@ def write(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     seen: set[int] = set()
     apart = {}
     for name, x in state.items():
-        place = x.untyped_storage().data_ptr()  # a file holds no memory twice
+        place = x.untyped_storage().data_ptr()  # shared memory is stored once
         apart[name] = x.clone() if place in seen else x
         seen.add(place)
     _safetensors().save_file(apart, path)
 
 
 def read(path: str | os.PathLike[str], device: str | torch.device) -> dict[str, Tensor]:
-    """Read a packed pair from a safetensors file; raise ValueError where it is none."""
+    """Read a packed pair from a safetensors file; raises ValueError for other files."""
     library = _safetensors()
     from safetensors import SafetensorError
 
@@ -109,7 +109,7 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         raise ImportError(
-            "a pair's file needs safetensors: pip install 'bicm-kernels[diffusion]'; torch.save(pair, …) does without"
+            "a pair's file needs safetensors: pip install 'bicm-kernels[diffusion]'; torch.save(pair, …) does not"
         ) from error
     return safetensors.torch
 

@@ -1,4 +1,4 @@
-"""Some of a pair's samples, and several pairs as one: what becomes of the tensors and of the record."""
+"""Selecting samples of a pair and joining pairs, with their tensors and records."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Taken: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def taker(index: object) -> Taken:
-    """Return what takes the samples of an index, a slice, a list or a tensor, out of a (B, …) tensor.
+    """Return a function that selects the samples of an index, a slice, a list or a tensor, from a (B, …) tensor.
 
-    Raises TypeError for another index; a single number is none, because a pair unpacks into two states.
+    Raises TypeError for another index, including a single number, because a pair unpacks into two states.
     """
     if isinstance(index, slice):
         return lambda x: x[index]
@@ -56,7 +56,7 @@ def taken(record: Record, take: Taken, batch: int) -> Record:
 
 
 def joined(records: Sequence[Record | None], batches: Sequence[int]) -> Record | None:
-    """Return the record of several pairs as one; raise ValueError unless they were made alike and stand at one index.
+    """Return the record of several pairs as one; raises ValueError unless their settings and index agree.
 
     batches: how many samples each has.
     """
@@ -74,13 +74,13 @@ def joined(records: Sequence[Record | None], batches: Sequence[int]) -> Record |
     settings = {name: _across(name, [record.settings[name] for record in known], batches) for name in first.settings}
     origins = [record.origin for record in known if record.origin is not None]
     origin = torch.cat(origins) if len(origins) == len(known) else None
-    # Of conditions that differ nothing is known: what did not come back may be meant.
+    # Where conditions differ they are dropped: a different result may be intended.
     conditions = first.conditions if len({record.digest() for record in known}) == 1 else "several"
     return replace(first, settings=settings, origin=origin, conditions=conditions)
 
 
 def _across(name: str, values: Sequence[Any], batches: Sequence[int]) -> Any:
-    """A setting of all samples: the one that they share, or per sample where it is so in a pair."""
+    """A setting of all samples: the common one, or per sample where it is per sample in a pair."""
     if all(isinstance(value, tuple) for value in values):
         return tuple(_across(name, parts, batches) for parts in zip(*values, strict=True))
     like = next((value for value in values if isinstance(value, Tensor)), None)

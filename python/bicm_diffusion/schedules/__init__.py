@@ -1,4 +1,4 @@
-"""Noise schedules: the levels z = alpha·x + sigma·n that a sampler visits, as float64 tables."""
+"""Noise schedules: the levels z = alpha·x + sigma·n of a sampler, as float64 tables."""
 
 from bicm_diffusion.schedules.ddpm import Betas, Spacing, ddpm_alpha_bar, ddpm_schedule, ddpm_timesteps
 from bicm_diffusion.schedules.flow import flow_schedule

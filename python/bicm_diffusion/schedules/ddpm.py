@@ -1,4 +1,4 @@
-"""DDPM's discrete schedules: tables of alpha bar over the training steps, and which of them a sampler visits."""
+"""DDPM's discrete schedules: tables of alpha bar over the training steps, and the sampler's subset of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Spacing = Literal["leading", "linspace", "trailing"]
 
 COSINE_OFFSET = 0.008
 MAX_COSINE_BETA = 0.999
-#: How far a product of float32 numbers may lie from alpha bar.
+#: The tolerance of a product of float32 numbers against alpha bar.
 ROUNDING = 1e-6
 
 
@@ -67,7 +67,7 @@ def ddpm_alpha_bar(
 
     betas: "linear" between beta_start and beta_end; "scaled_linear", whose square roots are linear (Stable Diffusion,
     with 0.00085 and 0.012); "cosine", alpha bar(t) = cos²((t + 0.008)/1.008·π/2) with betas of at most 0.999, which
-    takes neither end. z = sqrt(alpha bar)·x + sqrt(1 - alpha bar)·n.
+    ignores beta_start and beta_end. z = sqrt(alpha bar)·x + sqrt(1 - alpha bar)·n.
     Raises ValueError for an unknown name or a value out of range.
 
     >>> ddpm_alpha_bar("linear", train_steps=2, beta_start=0.1, beta_end=0.2)
@@ -85,10 +85,10 @@ def ddpm_alpha_bar(
 def ddpm_timesteps(
     steps: int, spacing: Spacing = "leading", *, train_steps: int = 1000, steps_offset: int = 0
 ) -> Tensor:
-    """Return the training steps that a sampler visits: (steps,), int64, ascending, in [0, train_steps).
+    """Return the training steps of a sampler: (steps,), int64, ascending, in [0, train_steps).
 
     spacing: "leading" counts multiples of train_steps // steps from 0 (plus steps_offset, 1 in Stable Diffusion);
-    "linspace" spreads from 0 to the last one; "trailing" counts back from the last one.
+    "linspace" is uniform from 0 to the last one; "trailing" counts back from the last one.
     Raises ValueError for an unknown name or a value out of range.
 
     >>> [ddpm_timesteps(4, s, train_steps=100).tolist() for s in ("leading", "linspace", "trailing")]
@@ -121,9 +121,9 @@ def ddpm_schedule(
 ) -> Schedule:
     """Return the schedule of a DDPM-trained network: times are its training steps, alpha = sqrt(alpha bar).
 
-    Index 0 lies below the lowest training step visited: final_alpha_bar is alpha bar there, 1 for clean data. Where it
+    Index 0 is below the lowest training step used: final_alpha_bar is alpha bar there, 1 for clean data. Where it
     is that of a training step, 0 as in diffusers' set_alpha_to_one=False, that step is its time; elsewhere its time is
-    -1, and no sampler asks the network about it. For spacing, betas and the rest see `ddpm_timesteps` and
+    -1, and samplers do not call the network there. For spacing, betas and the rest see `ddpm_timesteps` and
     `ddpm_alpha_bar`; the tables are float64.
     Raises ValueError for a value out of range.
 
@@ -143,6 +143,6 @@ def ddpm_schedule(
 
 
 def _training_step(alpha_bar: float, table: Tensor) -> int:
-    """The training step whose alpha bar this is, but for float32's rounding; -1 where it is none."""
+    """The training step with this alpha bar, up to float32's rounding; -1 where there is none."""
     found = ((table - alpha_bar).abs() < ROUNDING).nonzero().flatten().tolist()
     return found[0] if found else -1

@@ -21,7 +21,7 @@ def power_grid(count: int, low: float, high: float, rho: float) -> Tensor:
     """
     first, last = low ** (1 / rho), high ** (1 / rho)
     levels = (first + torch.arange(count, dtype=torch.float64) / (count - 1) * (last - first)) ** rho
-    levels[0], levels[-1] = low, high  # the powers round, and a sampler starts at the highest itself
+    levels[0], levels[-1] = low, high  # the powers round, and a sampler starts exactly at the highest
     return levels
 
 
@@ -29,8 +29,8 @@ def karras_levels(count: int, *, t_min: float = T_MIN, t_max: float = T_MAX, rho
     """Return EDM's grid of noise levels t_1 = t_min < … < t_N = t_max, (N,) float64 (EDM 5; BCM eq. 14).
 
     t_n = (t_min^(1/rho) + (n - 1)/(N - 1)·(t_max^(1/rho) - t_min^(1/rho)))^rho, n = 1 … N; both ends are exact, and one
-    level is t_max alone. rho = 7 is EDM's, 1 is uniform. 0 <= t_min < t_max, and the levels crowd towards t_min.
-    Raises TypeError for a count that is no integer, ValueError unless N >= 1, 0 <= t_min < t_max and rho > 0.
+    level is t_max alone. rho = 7 is EDM's, 1 is uniform. 0 <= t_min < t_max, and the levels are denser near t_min.
+    Raises TypeError for a count that is not an integer, ValueError unless N >= 1, 0 <= t_min < t_max and rho > 0.
 
     >>> karras_levels(3, t_min=1.0, t_max=16.0, rho=2.0)
     tensor([ 1.0000,  6.2500, 16.0000], dtype=torch.float64)
@@ -53,8 +53,8 @@ def karras_schedule(
 ) -> Schedule:
     """Return EDM's schedule: alpha = 1, `steps` levels of `karras_levels`, then final_sigma; times are the sigmas.
 
-    final_sigma in [0, t_min) is index 0, so that every level of the grid is left by one step; None ends the grid
-    on t_min itself, with `steps` intervals between. All tables are float64.
+    final_sigma in [0, t_min) is index 0, so that every level of the grid is the start of one step; None ends the grid
+    on t_min itself, with `steps` intervals in between. All tables are float64.
     Raises ValueError for a value out of range.
 
     >>> karras_schedule(3, t_min=1.0, t_max=16.0, rho=2.0).sigma

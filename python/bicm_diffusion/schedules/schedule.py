@@ -1,4 +1,4 @@
-"""A sampling grid: the noise levels that a sampler visits, and the DDIM coefficients between neighbours."""
+"""A sampling grid: the noise levels of a sampler, and the DDIM coefficients between adjacent ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from bicm_diffusion.described import described
 from bicm_diffusion.rational import nearest
 
-#: How far the levels of a flow may lie from alpha + sigma = 1.
+#: The tolerance of alpha + sigma = 1 in a flow's levels.
 FLOW_ROUNDING = 1e-6
 
 
@@ -22,17 +22,16 @@ FLOW_ROUNDING = 1e-6
 class Schedule:
     """A sampling grid i = 0 (data) … N (noisiest): alpha_i, sigma_i and the coefficients of BDIA eq. 6.
 
-    times: what the model is told at index i; alpha, sigma: z_i = alpha_i·x + sigma_i·n. Each holds N + 1
+    times: the model's time argument at index i; alpha, sigma: z_i = alpha_i·x + sigma_i·n. Each holds N + 1
     floats, N ≥ 1. a[i] = alpha_{i-1}/alpha_i and b[i] = sigma_{i-1} - sigma_i·a[i] for i = 1 … N; no step
-    leaves index 0, so a[0] and b[0] are NaN. table: times, alpha and sigma as one float64 tensor (3, N + 1),
+    starts at index 0, so a[0] and b[0] are NaN. table: times, alpha and sigma as one float64 tensor (3, N + 1),
     from which traced loops read, so that one graph serves every schedule of N steps. ratios: int64 (2, N + 1), for
     i = 1 … N - 1 the nearest fraction n/m, m ≤ 1024, of (h_i/h_{i+1})², h_i the width of interval i in sigma/alpha.
-    asked: whether a model may be asked about index 0 where sigma_0 > 0; False where times[0] is no time that it knows.
-    clean: whether index 0 is clean data, sigma_0 = 0, where no model is asked. lowest: the lowest index that a model is
-    asked about, 0 or 1. flow: says that alpha + sigma = 1 throughout, where the noisiest level may have alpha_N = 0.
-    Any sequences of numbers become tuples of floats.
-    Raises TypeError for anything else, and ValueError unless the lengths agree, alpha > 0 (but for a flow's alpha_N),
-    sigma ≥ 0 and sigma/alpha grows with i.
+    asked: whether a model may be called at index 0 where sigma_0 > 0; False where times[0] is not a time of the model.
+    clean: whether index 0 is clean data, sigma_0 = 0, where no model is called. lowest: the lowest index at which a
+    model is called, 0 or 1. flow: whether alpha + sigma = 1 for all levels, where the noisiest level may have alpha_N =
+    0. Sequences of numbers are converted to tuples of floats. Raises TypeError for anything else, and ValueError unless
+    the lengths agree, alpha > 0 (except a flow's alpha_N), sigma ≥ 0 and sigma/alpha grows with i.
 
     >>> schedule = Schedule(times=(0.0, 1.0), alpha=(1.0, 0.6), sigma=(0.0, 0.8))
     >>> schedule.steps, round(schedule.a[1], 3), round(schedule.b[1], 3)
@@ -50,7 +49,7 @@ class Schedule:
     ratios: Tensor = field(init=False, repr=False, compare=False)
     clean: bool = field(init=False, repr=False, compare=False)
     lowest: int = field(init=False, repr=False, compare=False)
-    #: Where alpha_N = 0: the same levels as those of dz/dt = v, alpha = 1 and sigma = t, which has all its numbers.
+    #: Where alpha_N = 0: the same levels in the variables of dz/dt = v, alpha = 1 and sigma = t, which are all finite.
     straight: Schedule | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -87,8 +86,8 @@ class Schedule:
 def to_ve(schedule: Schedule) -> Schedule:
     """Return the variance-exploding form of a schedule: alpha = 1, sigma = sigma_i/alpha_i, the times kept.
 
-    A state follows by z_ve = z/alpha_i; the two forms describe one trajectory. Raises TypeError for no `Schedule`,
-    ValueError for one with alpha_N = 0.
+    A state is converted by z_ve = z/alpha_i; the two forms describe one trajectory. Raises TypeError unless it is a
+    `Schedule`, ValueError for one with alpha_N = 0.
 
     >>> to_ve(Schedule(times=(0.0, 1.0), alpha=(1.0, 0.6), sigma=(0.0, 0.8))).sigma
     (0.0, 1.3333333333333335)
@@ -103,8 +102,8 @@ def to_ve(schedule: Schedule) -> Schedule:
 def to_vp(schedule: Schedule) -> Schedule:
     """Return the variance-preserving form of a schedule: alpha² + sigma² = 1 at equal sigma/alpha, the times kept.
 
-    A state follows by z_vp = z/sqrt(alpha_i² + sigma_i²); the two forms describe one trajectory.
-    Raises TypeError for no `Schedule`.
+    A state is converted by z_vp = z/sqrt(alpha_i² + sigma_i²); the two forms describe one trajectory.
+    Raises TypeError unless it is a `Schedule`.
 
     >>> to_vp(Schedule(times=(0.0, 1.0), alpha=(1.0, 1.0), sigma=(0.0, 0.75))).alpha
     (1.0, 0.8)

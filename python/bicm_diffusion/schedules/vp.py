@@ -26,7 +26,7 @@ def vp_alpha_sigma(times: Tensor, *, beta_min: float = BETA_MIN, beta_max: float
 
 
 def vp_time(ratio: Tensor, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX) -> Tensor:
-    """Return the time t at which sigma(t)/alpha(t) has a given value: what a VP network is told at a VE noise level.
+    """Return the time t at which sigma(t)/alpha(t) has a given value: a VP network's time at a VE noise level.
 
     ratio: any shape, ≥ 0; the result has its shape and dtype. The inverse of `vp_alpha_sigma`: with
     l = ln(1 + ratio²), t = 2l/(beta_min + sqrt(beta_min² + 2(beta_max - beta_min)·l)).

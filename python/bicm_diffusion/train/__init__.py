@@ -1,4 +1,4 @@
-"""One training loop: any dataset, any loss, processes, averages, checkpoints that go on to the bit."""
+"""One training loop: any dataset and loss, several processes, averaged weights, bit-exact resume."""
 
 from bicm_diffusion.train.batches import keyed_order
 from bicm_diffusion.train.checkpoints import saved_step

@@ -1,4 +1,4 @@
-"""The batches of a run: which samples a step takes is a function of (seed, step), and so is what a sample draws."""
+"""The batches of a run: a step's samples and their random draws are functions of (seed, step)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Part:
-    """Samples that are evaluated at a time: what the loss gets, their ids (n,) int64, and their share of the batch."""
+    """Samples that are evaluated together, their ids (n,) int64, and their fraction of the whole batch."""
 
     batch: Any
     ids: Tensor
@@ -32,7 +32,7 @@ class Part:
 def keyed_order(step: int, count: int, *, batch_size: int, seed: int) -> Tensor:
     """Return the samples of a step, int64: an epoch is a keyed permutation less its incomplete last batch.
 
-    Of fewer samples than a batch has, all are taken in every step.
+    With fewer samples than a batch, every step takes all of them.
 
     >>> epoch = [keyed_order(step, 7, batch_size=2, seed=0) for step in range(3)]
     >>> len(torch.cat(epoch).unique())
@@ -50,7 +50,7 @@ def _permutation(count: int, seed: int, epoch: int) -> Tensor:
 
 
 class _Keyed(Dataset[Any]):
-    """A dataset asked for (step, index), whose random draws are a function of both, in whatever process they are."""
+    """A dataset indexed by (step, index), whose random draws are a function of both, in any process."""
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self.dataset, self.seed = dataset, int(fold_in(seed, AUGMENTATION))
@@ -66,7 +66,7 @@ class Batches:
     """The batches of one process of a run, from any step on.
 
     order: the samples of a step, whose numbers are their ids; None for `keyed_order`. Of an `IterableDataset`, sample
-    k is the k-th that it yields, begun again at its end; a process reads past what is not its own.
+    k is the k-th that it yields, restarted at its end; a process skips the samples of others.
     """
 
     dataset: Dataset[Any]
@@ -124,7 +124,7 @@ class Batches:
             num_workers=self.workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # the caller's would be moved
+            generator=torch.Generator(),  # do not advance the caller's
         )
         return iter(loader)
 
@@ -150,7 +150,7 @@ def _endless(dataset: Dataset[Any]) -> Iterator[Any]:
 
 
 class _Sampler:
-    """What a loader asks the dataset for, batch after batch."""
+    """The indices that a loader requests from the dataset, batch by batch."""
 
     def __init__(self, parts: Iterable[tuple[int, Tensor]]) -> None:
         self.parts = parts

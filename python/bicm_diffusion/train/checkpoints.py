@@ -1,4 +1,4 @@
-"""The state of a run as one safetensors file: a kill at any moment leaves the former file or the new one."""
+"""The state of a run as one safetensors file: a kill at any moment leaves the old file or the new one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from bicm_diffusion.train.processes import spread, whole
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and their metadata, in one atomic move, with the folders that lead there."""
+    """Write tensors and their metadata atomically, and create the folders of the path."""
     with extra("diffusion"):
         from safetensors.torch import save_file
     path.parent.mkdir(parents=True, exist_ok=True)
-    # What a killed run had begun to write: the name has that process's number in it.
+    # Temporary files of a killed run: their names contain its process id.
     for left in path.parent.glob(f"{path.stem}.*.partial"):
         if left.name.removeprefix(f"{path.stem}.").removesuffix(".partial").isdigit():
             left.unlink(missing_ok=True)
@@ -28,7 +28,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     met: set[int] = set()
     for name, x in tensors.items():
         x = x.cpu().contiguous()
-        # A file holds no tensor twice, but a network may.
+        # A file stores no tensor twice, but a network may share one.
         ready[name] = x.clone() if x.untyped_storage().data_ptr() in met else x
         met.add(x.untyped_storage().data_ptr())
     write_whole(path, lambda partial: save_file(ready, str(partial), dict(metadata)))
@@ -43,14 +43,14 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def saved_step(path: str | Path) -> int:
-    """Return how many steps the run of a checkpoint had taken."""
+    """Return the number of steps taken at a checkpoint."""
     return int(read_metadata(Path(path))["step"])
 
 
 def tensors_of(modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return everything that a run's next step depends on, by name; all processes take part.
+    """Return the state that a run's next step depends on, by name; collective over all processes.
 
-    Raises TypeError for state that is no tensor: files hold nothing else.
+    Raises TypeError for state that is not a tensor, which files cannot store.
     """
     found: dict[str, Tensor] = {}
     for prefix, module in modules.items():
@@ -72,7 +72,7 @@ def _states(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
 
 
 def load(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    """Give modules and optimizer the state that a file holds.
+    """Load a file's state into modules and optimizer.
 
     Raises ValueError where its tensors are not those of the modules.
     """

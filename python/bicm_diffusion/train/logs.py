@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a bar, and TensorBoard, which is an extra and imported where a directory is given."""
+"""Logging of a run: a progress bar, and TensorBoard, an extra that is imported only where a directory is given."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Log: TypeAlias = Callable[[str, float, int], object]
 def scalar_log(directory: str | Path | None) -> Iterator[Log | None]:
     """Yield a function of (name, value, step) that writes to `directory`, or None where there is none.
 
-    Raises ImportError, which says what to install, where TensorBoard is missing.
+    Raises ImportError with the command to install it where TensorBoard is missing.
     """
     if directory is None:
         yield None
@@ -29,7 +29,7 @@ def scalar_log(directory: str | Path | None) -> Iterator[Log | None]:
 
 
 def listed(figures: Mapping[str, float]) -> str:
-    """Return figures by name on a line.
+    """Return named figures on one line.
 
     >>> listed({"loss": 0.5})
     'loss 0.5000'

@@ -12,7 +12,7 @@ from bicm_diffusion.train.options import TrainingOptions
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], options: TrainingOptions) -> torch.optim.Optimizer:
-    """Return the optimizer that options name; raises ImportError, which says what to install, for a missing package.
+    """Return the optimizer named in the options; raises ImportError with the command to install a missing package.
 
     >>> make_optimizer([nn.Parameter(torch.zeros(1))], TrainingOptions(steps=1, batch_size=1)).__class__.__name__
     'RAdam'

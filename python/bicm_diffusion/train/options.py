@@ -1,4 +1,4 @@
-"""What a training run depends on beside its network, data and loss."""
+"""The settings of a training run apart from its network, data and loss."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """The numbers of a run: equal options, network, data and loss give equal bits on one device.
+    """The settings of a run: equal options, network, data and loss give equal bits on one device.
 
-    steps: optimizer steps of the whole run. batch_size: samples a step, of all processes and micro-batches together.
-    seed: of the data's order and of everything that a loss draws by `Step.key`.
-    micro_batch: samples evaluated at a time; None for a process's whole share. Gradients of a step's are added.
-    optimizer: "radam", "adamw", or "lion" (extra `[lion]`); optimizer_args: more of its arguments, as betas.
-    learning_rate: the highest; it climbs over `warmup` steps, then stays ("constant") or falls to 0 ("cosine").
-    clip: the gradient's norm at most, None for any. precision: "bfloat16" runs the loss under autocast.
+    steps: optimizer steps of the whole run. batch_size: samples per step, over all processes and micro-batches.
+    seed: of the data's order and of all draws of a loss by `Step.key`.
+    micro_batch: samples evaluated together; None for a process's whole part. Their gradients are accumulated.
+    optimizer: "radam", "adamw", or "lion" (extra `[lion]`); optimizer_args: further arguments of it, such as betas.
+    learning_rate: the peak; it rises over `warmup` steps, then stays ("constant") or falls to 0 ("cosine").
+    clip: the maximum norm of the gradient, None for no limit. precision: "bfloat16" runs the loss under autocast.
     ema: decay of the averaged weights, in [0, 1]; ema_warmup: whether it starts lower, see `update_average`.
     compiled: whether the network is compiled by torch.compile.
     Raises ValueError for a value out of range.

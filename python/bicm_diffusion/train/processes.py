@@ -18,7 +18,7 @@ Blocks = Callable[[nn.Module], Iterable[nn.Module]]
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all: `rank` of `count`, and the device that it computes on."""
+    """This process: its `rank` of `count`, and its device."""
 
     rank: int
     count: int
@@ -26,7 +26,7 @@ class Processes:
 
     @classmethod
     def joined(cls, device: torch.device | str | None = None) -> Processes:
-        """Return this process's place; under torchrun the group is made, where it is not there yet.
+        """Return this process's rank and device; under torchrun the group is created if it does not exist yet.
 
         device: None for the GPU of the process's number on its machine, or the CPU where torch finds no GPU.
         """
@@ -43,14 +43,14 @@ class Processes:
         return cls(rank, count, torch.device(device))
 
     def agree(self, network: nn.Module) -> None:
-        """Give every process the first one's parameters and buffers."""
+        """Broadcast the first process's parameters and buffers."""
         for x in (*network.parameters(), *network.buffers()) if self.count > 1 else ():
             dist.broadcast(x.detach(), 0)
 
     def wrapped(
         self, network: nn.Module, parallel: str, blocks: Blocks | None, arguments: Mapping[str, Any]
     ) -> nn.Module:
-        """Return the network as these processes call it: itself where there is one; FSDP2 changes it in place."""
+        """Return the wrapped network: itself for one process; FSDP2 changes it in place."""
         if parallel not in PARALLEL:
             raise ValueError(f"parallel: expected one of {', '.join(PARALLEL)}, got {parallel!r}")
         if self.count == 1:
@@ -82,7 +82,7 @@ class Processes:
 
 @contextmanager
 def gradients_kept(model: nn.Module, kept: bool) -> Iterator[None]:
-    """Keep gradients to this process, for micro-batches but the last, whose exchange then holds them all."""
+    """Suppress gradient synchronisation for all micro-batches but the last, which then exchanges the sum."""
     if isinstance(model, nn.parallel.DistributedDataParallel) and kept:
         with model.no_sync():
             yield
@@ -94,7 +94,7 @@ def gradients_kept(model: nn.Module, kept: bool) -> Iterator[None]:
 
 
 def release(module: nn.Module) -> None:
-    """Have FSDP2 give back what an evaluation without a backward pass has gathered, as its root does not by itself."""
+    """Make FSDP2 free the parameters gathered in an evaluation without a backward pass, which its root keeps."""
     for part in module.modules():
         reshard = getattr(part, "reshard", None)
         if callable(reshard):
@@ -102,14 +102,14 @@ def release(module: nn.Module) -> None:
 
 
 def whole(x: Tensor) -> Tensor:
-    """Return all of a tensor that may be spread over processes, detached."""
+    """Return the full tensor of one that may be sharded over processes, detached."""
     gather: Any = getattr(x, "full_tensor", None)
     full: Tensor = x if gather is None else gather()
     return full.detach()
 
 
 def spread(x: Tensor, like: Tensor) -> Tensor:
-    """Return a whole tensor on the device of another, and spread as it is."""
+    """Return a full tensor on the device of another, and sharded like it."""
     x = x.to(like.device)
     if not hasattr(like, "full_tensor"):
         return x

@@ -1,4 +1,4 @@
-"""One training loop for every objective: processes, accumulation, an averaged copy, runs that go on to the bit."""
+"""One training loop for every objective: processes, accumulation, averaged weights, bit-exact resume."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from bicm_kernels import fold_in
 
 
 class Losses(Protocol):
-    """What a loss returns: `Loss`, `BctLoss` and their like."""
+    """The result of a loss: `Loss`, `BctLoss` and similar classes."""
 
     @property
     def total(self) -> Tensor:
-        """What is minimised, 0-d."""
+        """The loss to be minimised, 0-d."""
 
     @property
     def terms(self) -> Mapping[str, Tensor]:
-        """What it is made of, each 0-d."""
+        """Its terms, each 0-d."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a loss may want to know of a step, beside the network and its samples.
+    """The argument of a loss that describes the step.
 
-    seed, step, sample_id: the key of whatever it draws, see `key`. average: the averaged network, a predictor for
+    seed, step, sample_id: the key of its draws, see `key`. average: the averaged network, a predictor for
     `gc_loss`. options: those of the run.
     """
 
@@ -58,7 +58,7 @@ class Step:
 
     @property
     def key(self) -> dict[str, Any]:
-        """The arguments seed, step and sample_id of objectives and of what draws levels for them."""
+        """The arguments seed, step and sample_id of objectives and of functions that draw levels."""
         return {"seed": self.seed, "step": self.step, "sample_id": self.sample_id}
 
 
@@ -68,23 +68,23 @@ LossFunction: TypeAlias = Callable[[nn.Module, Any, Step], Losses]
 class Trainer:
     """A run after `step` of its steps: network, average and optimizer.
 
-    network: the module that is trained; it is moved to the device, and in FSDP2 changed in place. `model` is what the
-        loss gets: the network, or DistributedDataParallel around it.
-    dataset: any of torch.utils.data. One with indices is asked for samples in the order of `keyed_order`, or of
+    network: the module that is trained; it is moved to the device, and in FSDP2 changed in place. `model`, passed to
+        the loss, is the network, or DistributedDataParallel around it.
+    dataset: any of torch.utils.data. One with indices is read in the order of `keyed_order`, or of
         `order`, a function from a step to its samples' indices; the index is the sample's id. Random numbers that a
         sample takes from torch's own generator are keyed by (seed, step, index), in worker processes too.
     loss: called as loss(model, batch, step) -> an object with `.total` and `.terms`, of samples as `collate`
         (torch's own where None) makes them of the dataset's, on the device; `step` is a `Step`. Totals are means over
-        samples. What it draws from torch's generator is keyed by (seed, step, process, micro-batch).
+        samples. Its draws from torch's generator are keyed by (seed, step, process, micro-batch).
     options: see `TrainingOptions`. device: None for the GPU of this process, where there is one.
     average: the averaged network; None for a copy of the network.
-    parallel: "ddp" or "fsdp2", under torchrun. blocks(network): modules that FSDP2 spreads one by one. parallel_args:
-        more arguments of DistributedDataParallel or `fully_shard`.
-    notes: more that decides the run's bits, by name, for checkpoints to be told apart by.
+    parallel: "ddp" or "fsdp2", under torchrun. blocks(network): modules that FSDP2 shards one by one. parallel_args:
+        further arguments of DistributedDataParallel or `fully_shard`.
+    notes: further settings that determine the run's bits, by name; checkpoints are compared by them.
 
     The loss and its gradient do not depend on the number of processes and micro-batches, up to rounding, where the loss
-    draws by `Step.key` alone. Dropout is the exception: torch draws its masks by place.
-    Raises ValueError for a batch size that the processes cannot share.
+    draws only by `Step.key`. Dropout is the exception: torch draws its masks by position.
+    Raises ValueError for a batch size that is not divisible by the number of processes.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Trainer:
         self._source: Iterator[list[Part]] | None = None
 
     def advance(self) -> Loss:
-        """Take a step and return its loss, means over the whole batch of all processes; it is one of the run's steps.
+        """Take one of the run's steps and return its loss, as means over the whole batch of all processes.
 
         Raises StopIteration after the last step of the run.
         """
@@ -178,7 +178,7 @@ class Trainer:
         return {name: value.detach() * weight for name, value in values.items()}
 
     def save(self, path: str | Path) -> None:
-        """Write the whole state; a kill at any moment leaves the former file or the new one. All processes call it."""
+        """Write the whole state; a kill at any moment leaves the old file or the new one. All processes call it."""
         modules = {"network": self.network, "average": self.average}
         release(self.network)
         release(self.average)
@@ -189,7 +189,7 @@ class Trainer:
         self.processes.wait()
 
     def load(self, path: str | Path) -> None:
-        """Go on from what `save` wrote, by any number of processes.
+        """Load a checkpoint of `save`, with any number of processes.
 
         Raises ValueError for a checkpoint of other options, notes or another network.
         """
@@ -212,12 +212,12 @@ class Trainer:
         report_every: int = 1000,
         progress: bool = False,
     ) -> None:
-        """Take the steps that are left.
+        """Take the remaining steps.
 
         checkpoint: a file, written every `checkpoint_every` steps and after the last. log: called with (name, value,
-        step) by the first process, for the terms of the losses of every `log_every` steps, whose reading waits for the
-        device, and for the figures of reports. report: called with the averaged network every `report_every` steps,
-        for figures by name, by all processes. progress: a bar of tqdm.
+        step) by the first process, for the terms of the losses of every `log_every` steps (reading them syncs the
+        device), and for the figures of reports. report: called with the averaged network every `report_every` steps,
+        returns figures by name, on all processes. progress: a bar of tqdm.
         """
         first = self.processes.rank == 0
         means: dict[str, float] = {}
@@ -266,10 +266,10 @@ def train(
     progress: bool = False,
     **arguments: Any,
 ) -> Trainer:
-    """Train to the last step and return the `Trainer`, whose `average` is what one samples with.
+    """Train to the last step and return the `Trainer`; sample with its `average`.
 
-    Where the checkpoint exists, the run goes on from it: killed at any moment and called again with the same arguments,
-    it ends with the same bits on one device. Arguments: see `Trainer`, also for more of them, and `Trainer.run`.
+    Where the checkpoint exists, the run resumes from it: killed at any moment and called again with the same arguments,
+    it ends with the same bits on one device. Arguments: see `Trainer` and `Trainer.run`.
 
     >>> from torch.utils.data import TensorDataset
     >>> from bicm_diffusion.objectives import denoising_loss, draw_denoising_levels

@@ -1,9 +1,9 @@
-"""Schedulers for diffusers: accelerated forms of its own, and BDIA on DDIM and flows. Needs the extra `[diffusers]`."""
+"""Schedulers for diffusers: accelerated forms, and BDIA on DDIM and flows. Needs the extra `[diffusers]`."""
 
 from bicm_diffusion.extras import extra
 
 with extra("diffusers"):
-    # Pipelines that are loaded look a component's base class up in the component's own module.
+    # Loading a pipeline looks up a component's base class in the component's own module.
     from diffusers import SchedulerMixin as SchedulerMixin
 
 from bicm_diffusion.adapters.diffusers.accelerate import accelerate_scheduler, accelerated_class, is_accelerated

@@ -1,4 +1,4 @@
-"""`accelerate_scheduler`: a diffusers scheduler with the same behaviour and one fused launch a step."""
+"""`accelerate_scheduler`: a diffusers scheduler with the same behaviour and one fused launch per step."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def covered_names() -> str:
 def accelerated_class(cls: type[Any]) -> type[Any]:
     """Return the accelerated subclass of a diffusers scheduler class; it is constructed and loaded like the class.
 
-    It carries the class's own name and module, so that a pipeline saved with it loads anywhere.
+    It has the class's own name and module, so that a pipeline saved with it loads anywhere.
     Raises TypeError for a class that has no accelerated form.
 
     >>> from diffusers import DDIMScheduler
@@ -77,7 +77,7 @@ def accelerated_class(cls: type[Any]) -> type[Any]:
         why = (
             "has no accelerated form: its steps are fused already"
             if cls.__module__.startswith("bicm_diffusion.")
-            else "has no accelerated form; accelerate_scheduler(..., strict=False) returns such schedulers as they are"
+            else "has no accelerated form; accelerate_scheduler(..., strict=False) returns such schedulers unchanged"
         )
         raise TypeError(f"scheduler: {cls.__name__} {why}; expected one of {covered_names()}")
     return derived(COVERED[cls], cls)  # type: ignore[arg-type]
@@ -95,21 +95,21 @@ def accelerate_scheduler(
     """Return a scheduler of a subclass of the given one's class, with its configuration, state and outputs.
 
     noise: "generator", the default, draws as diffusers does, from the generators passed to `step` or from torch's;
-    "keyed" makes step k's noise in the kernel, a function of (seed, k, sample, element) alone, where k is the step's
-    index (DDIM's: the timestep). Then a list of generators gives each sample its own seed, without a draw and without
+    "keyed" draws step k's noise in the kernel, a function of (seed, k, sample, element) only, where k is the step's
+    index (DDIM: the timestep). A list of generators then gives each sample its own seed, without a draw and without
     a loop.
-    seed: of keyed noise where no generator is passed, see `bicm_kernels.normal`. None takes another one from torch's
-    default generator at every `set_timesteps`; a seed that is given makes every run's noise the same, which a second
-    run warns of.
+    seed: of keyed noise where no generator is passed, see `bicm_kernels.normal`. None draws a new one from torch's
+    default generator at every `set_timesteps`; a given seed makes every run's noise the same, and a second
+    run warns.
     sample_id: the first sample's, 0 by default.
-    foresee: whether a step may make the next evaluation's input, the default. False is for callers who write to the
-    sample between `step` and `scale_model_input` in ways that PyTorch does not count: through `x.data`, or NumPy.
+    foresee: whether a step may compute the next evaluation's input (default). Pass False if your code writes to the
+    sample between `step` and `scale_model_input` without increasing its version counter: through `x.data`, or NumPy.
     strict: whether a scheduler class without an accelerated form is a TypeError; False returns such a scheduler itself,
-    with one warning, so that a script serves any pipeline. `is_accelerated` tells which it was.
-    What is None is as it was in a scheduler that is accelerated already. The given scheduler is left as it is. What no
-    fused step covers, thresholding for one, runs the original step and warns once; seed and sample_id without keyed
-    noise are ignored with a warning. Raises TypeError for a scheduler without an accelerated form and for what is no
-    scheduler, ValueError for another kind of noise, either for a seed or sample_id that is none.
+    with one warning, so that a script works with any pipeline. `is_accelerated` returns which it was.
+    For a scheduler that is accelerated already, None keeps its setting. The given scheduler is not changed. Unsupported
+    configurations, such as thresholding, run the original step and warn once; seed and sample_id without keyed
+    noise are ignored with a warning. Raises TypeError for a scheduler without an accelerated form and for other
+    objects, ValueError for an unknown `noise`, TypeError or ValueError for an invalid seed or sample_id.
 
     >>> from diffusers import DDIMScheduler
     >>> isinstance(accelerate_scheduler(DDIMScheduler()), DDIMScheduler)
@@ -123,7 +123,7 @@ def accelerate_scheduler(
     if not strict and not _has_accelerated_form(type(scheduler)):
         ignored = [name for name, value in (("noise", noise), ("seed", seed), ("sample_id", sample_id)) if value]
         lost = f", and {', '.join(ignored)}: ignored" if ignored else ""
-        text = f"{type(scheduler).__name__} has no accelerated form: the scheduler is returned as it is{lost}"
+        text = f"{type(scheduler).__name__} has no accelerated form: the scheduler is returned unchanged{lost}"
         warnings.warn(f"{text}; accelerated are {covered_names()}", UserWarning, stacklevel=2)
         return scheduler
     cls: Any = accelerated_class(type(scheduler))  # type: ignore[arg-type]
@@ -141,7 +141,7 @@ def accelerate_scheduler(
 
 
 def _hint(given: Any) -> str:
-    """What to pass in place of what is no scheduler, where that is known."""
+    """A hint what to pass instead of an object that is not a scheduler."""
     if isinstance(given, type) and issubclass(given, SchedulerMixin):
         own = f", or take accelerated_class({given.__name__})" if _has_accelerated_form(given) else ""
         return f", the class {given.__name__}: pass an instance, {given.__name__}(...){own}"
@@ -157,9 +157,9 @@ def _has_accelerated_form(cls: type[Any]) -> bool:
 def is_accelerated(scheduler: Any) -> bool:
     """Return whether a scheduler's steps are fused: its class is accelerated, and its configuration is covered.
 
-    False for diffusers' own schedulers, for `BDIADDIMScheduler`, which has no original to stand for, and for an
-    accelerated scheduler whose configuration or schedule sends every step to the original's, with thresholding for one.
-    Raises TypeError for what holds a scheduler, as pipelines do.
+    False for diffusers' own schedulers, for `BDIADDIMScheduler`, which replaces no original, and for an
+    accelerated scheduler whose configuration or schedule runs every step by the original, such as with thresholding.
+    Raises TypeError for an object that has a scheduler, such as a pipeline.
 
     >>> from diffusers import DDIMScheduler
     >>> is_accelerated(DDIMScheduler()), is_accelerated(accelerate_scheduler(DDIMScheduler()))

@@ -1,4 +1,4 @@
-"""Euler's ancestral method: down to below the next level, and up to it with fresh noise, in one launch."""
+"""Euler's ancestral method: a step to below the next level, and fresh noise up to it, in one launch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from bicm_diffusion.adapters.diffusers.tables import Row, Tables
 
 
 def ancestral(sigma: float, below: float) -> tuple[float, float]:
-    """The level to step down to, and the deviation of the noise that leads up to `below` again."""
+    """The level to step down to, and the standard deviation of the noise that raises it to `below`."""
     up = math.sqrt(below**2 * (sigma**2 - below**2) / sigma**2)
     return math.sqrt(below**2 - up**2), up
 
 
 @dataclass
 class AncestralTables(SigmaTables):
-    #: At which steps the original's own rounding makes the level to step down to the root of less than zero, its NaN.
+    #: The steps at which the original's rounding takes the root of a negative number, and gives NaN.
     lost: list[bool] = field(default_factory=list)
 
 
@@ -51,7 +51,7 @@ class EulerAncestral(Sigmas):
     def _row(self, tables: AncestralTables, index: int) -> Row:
         """Weights of sample and output in x0, then in the result, and the deviation of noise."""
         if tables.lost[index]:
-            raise ValueError("the root of less than zero")
+            raise ValueError("the root of a negative number")
         sigma = tables.levels[index]
         down, up = ancestral(sigma, tables.levels[index + 1])
         return *euler_weights(self.config.prediction_type, sigma, sigma, down), up
@@ -73,7 +73,7 @@ class EulerAncestral(Sigmas):
         row: Any = tables.row(ROWS, index, sample.device if graph else None)
         if row is None:
             return None
-        # The original computes in float32 whatever it is given; only a float64 output is kept as it is.
+        # The original computes in float32 for every input dtype; only a float64 output keeps its dtype.
         given = model_output.dtype
         dtype = given if given is torch.float64 else torch.float32
         tensors = [sample if sample.dtype is dtype else sample.to(dtype), model_output]

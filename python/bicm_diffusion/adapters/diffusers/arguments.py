@@ -1,4 +1,4 @@
-"""What a step is called with: whether a kernel reads it as the original would, and a timestep as a number."""
+"""Arguments of a step: whether a kernel reads them as the original would, and a timestep as a number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.tables import Timesteps, overrides
 
-#: Dtypes that the originals index or compute with otherwise than with the number that they hold.
+#: Dtypes with which the originals index or compute differently from the number.
 NARROW = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16))
 #: What most arguments are that are no tensors.
 NO_TENSORS = frozenset((float, int, bool, type(None)))
@@ -22,7 +22,7 @@ ODD = "a tensor of a subclass, or one on the meta device"
 def plain(argument: Any) -> bool:
     """Whether an argument, if it is a tensor, has values that a kernel reads as the original would.
 
-    Subclasses may mean something else by an operation, and tensors without values have no number to give.
+    Subclasses may override operations, and tensors without values have no number.
     """
     if not isinstance(argument, Tensor):
         return True
@@ -64,7 +64,7 @@ def constant(noise: Tensor) -> None:
 
 
 def host_value(timestep: Any, known: Timesteps) -> Any:
-    """A timestep as a number, None if it is no plain one. known: the scheduler's, whose elements are not read."""
+    """A timestep as a number, None if it is not a plain one. known: the scheduler's own, whose values are not read."""
     if not isinstance(timestep, Tensor):
         if not isinstance(timestep, Real) or timestep is True or timestep is False or timestep != timestep:
             return None
@@ -78,9 +78,9 @@ def host_value(timestep: Any, known: Timesteps) -> Any:
             return None
         try:
             value = timestep.item()
-        except RuntimeError:  # one of many in a transform, or one without a value
+        except RuntimeError:  # under a transform, or without a value
             return None
-    return value if value == value else None  # NaN equals nothing, least of all itself
+    return value if value == value else None  # NaN
 
 
 def is_whole(timestep: Any) -> bool:

@@ -22,13 +22,13 @@ class BDIADDIMScheduler(BdiaSteps, DDIMScheduler):
     """BDIA-DDIM (BDIA eq. 24) and its inversion (eq. 28), wherever diffusers takes a DDIMScheduler.
 
     gamma in [0, 1]: 1 is time-symmetric, 0 is DDIM; inversion needs gamma > 0. exact: the states are integers, gamma is
-    the nearest fraction with a denominator up to 1024, and a trajectory that is retraced returns every bit, given a
+    the nearest fraction with a denominator up to 1024, and a retraced trajectory returns every bit, given a
     network that returns the same bits twice; True by default, as in `bdia_sample`. False keeps floats, as gamma = 0,
     which has no inverse, always does. The other arguments are DDIMScheduler's; predicted samples are never
-    clipped, since a clipped step has no inverse. After a loop `pair` holds what the trajectory is retraced from: by
-    `turn_round()` here, by `turn_round(pair)` in another scheduler or process, with as many steps and the same
-    configuration. `set_timesteps(..., last_sample=...)` takes the other state of a pair as a tensor.
-    Raises ValueError for a gamma or a prediction type out of range.
+    clipped, since a clipped step has no inverse. After a loop `pair` holds the states to retrace the trajectory from:
+    by `turn_round()` here, by `turn_round(pair)` in another scheduler or process, with as many steps and the same
+    configuration. `set_timesteps(..., last_sample=...)` takes the other state of a pair as a tensor. Raises ValueError
+    for a gamma or a prediction type out of range.
 
     >>> scheduler = BDIADDIMScheduler(gamma=0.96)
     >>> scheduler.set_timesteps(4)
@@ -36,7 +36,7 @@ class BDIADDIMScheduler(BdiaSteps, DDIMScheduler):
     [750, 500, 250, 0]
     """
 
-    # The path under which saved pipelines name it.
+    # The module path that saved pipelines record.
     __module__ = "bicm_diffusion.adapters.diffusers"
 
     _ignored = (
@@ -108,7 +108,7 @@ class BDIADDIMScheduler(BdiaSteps, DDIMScheduler):
 
         last_sample: the other state of a pair, to retrace its trajectory: `timesteps` then holds the N - 1 evaluations
         that are left, the first of them at the pair's inner state. Neither is needed after `turn_round`.
-        Raises ValueError where inverse meets gamma = 0, or where a pair was made with other steps or another
+        Raises ValueError for inverse with gamma = 0, or where a pair was made with other steps or another
         configuration.
         """
         way = self._direction(num_inference_steps, inverse, last_sample)
@@ -131,10 +131,10 @@ class BDIADDIMScheduler(BdiaSteps, DDIMScheduler):
         """Take one step in the direction that `set_timesteps` chose.
 
         model_output, sample: (B, …); the result has the sample's dtype. Deterministic: eta must be 0; clipped outputs,
-        generator and variance_noise have no part in it. Without a `last_sample` the first step is DDIM's.
+        generator and variance_noise are ignored. Without a `last_sample` the first step is DDIM's.
         Raises ValueError where eta is not 0, timesteps were not set or changed since, or a loop starts from a state
         that it cannot start from, TypeError for a pair in place of a sample. Warns (`RetraceWarning`) where a pair of
-        integers was retraced and did not come back to what its trajectory began with.
+        integers was retraced and did not return to the start of its trajectory.
         """
         if eta:
             raise ValueError(f"eta: expected 0, since BDIA is deterministic, got {eta}")

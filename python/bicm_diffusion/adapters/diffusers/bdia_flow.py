@@ -19,13 +19,13 @@ from bicm_diffusion.adapters.diffusers.outputs import as_output
 class BDIAFlowMatchScheduler(BdiaSteps, FlowMatchEulerDiscreteScheduler):
     """BDIA (eq. 23) on the levels of flow matching and its inversion, wherever diffusers takes a flow-matching Euler.
 
-    A step is z_{i-1} = γ·z_{i+1} + Δ(i → i-1) - γ·Δ(i → i+1), Δ(i → j) = z_i + (σ_j - σ_i)·v: for SD3, Flux and what
-    else predicts v = n - x. gamma in [0, 1]: 1 is time-symmetric (the leapfrog), 0 is Euler's method; inversion needs
+    A step is z_{i-1} = γ·z_{i+1} + Δ(i → i-1) - γ·Δ(i → i+1), Δ(i → j) = z_i + (σ_j - σ_i)·v: for SD3, Flux and
+    other models that predict v = n - x. gamma in [0, 1]: 1 is time-symmetric (leapfrog), 0 is Euler's; inversion needs
     gamma > 0. exact: the states are integers, gamma is the nearest fraction with a denominator up to 1024, and a
-    trajectory that is retraced returns every bit, given a network that returns the same bits twice; False keeps floats,
+    retraced trajectory returns every bit, given a network that returns the same bits twice; False keeps floats,
     as gamma = 0, which has no inverse, always does. The other arguments are those of FlowMatchEulerDiscreteScheduler,
     whose levels these are, and `mu` is given to `set_timesteps` as there; stochastic sampling has no inverse. After a
-    loop `pair` holds what the trajectory is retraced from: by `turn_round()` here, by `turn_round(pair)` in another
+    loop `pair` holds the states to retrace it from: by `turn_round()` here, by `turn_round(pair)` in another
     scheduler or process, with as many steps, the same configuration and the same mu.
     Raises ValueError for a gamma out of range.
 
@@ -35,7 +35,7 @@ class BDIAFlowMatchScheduler(BdiaSteps, FlowMatchEulerDiscreteScheduler):
     [1000.0, 750.0]
     """
 
-    # The path under which saved pipelines name it.
+    # The module path that saved pipelines record.
     __module__ = "bicm_diffusion.adapters.diffusers"
 
     _ignored = ("stochastic_sampling", "scale_factors")
@@ -103,7 +103,7 @@ class BDIAFlowMatchScheduler(BdiaSteps, FlowMatchEulerDiscreteScheduler):
         last_sample: the other state of a pair, to retrace its trajectory: `timesteps` then holds the N - 1 evaluations
         that are left, the first of them at the pair's inner state. Neither is needed after `turn_round`.
         `sigmas` then holds the levels in the loop's order, that of its end as the last.
-        Raises ValueError where inverse meets gamma = 0, or where a pair was made with other steps or another
+        Raises ValueError for inverse with gamma = 0, or where a pair was made with other steps or another
         configuration.
         """
         steps = num_inference_steps
@@ -134,14 +134,14 @@ class BDIAFlowMatchScheduler(BdiaSteps, FlowMatchEulerDiscreteScheduler):
         """Take one step in the direction that `set_timesteps` chose.
 
         model_output, sample: (B, …); the result has the sample's dtype. Deterministic: s_churn and its bounds, which
-        diffusers' Euler step ignores too, and the generator have no part in it. Without a `last_sample` the first step
+        diffusers' Euler step ignores too, and the generator are ignored. Without a `last_sample` the first step
         is Euler's.
         Raises ValueError where per_token_timesteps are given, timesteps were not set or changed since, or a loop starts
         from a state that it cannot start from, TypeError for a pair in place of a sample. Warns (`RetraceWarning`)
-        where a pair of integers was retraced and did not come back to what its trajectory began with.
+        where a pair of integers was retraced and did not return to the start of its trajectory.
         """
         if per_token_timesteps is not None:
-            raise ValueError("per_token_timesteps: expected None, since all of a sample passes the same levels")
+            raise ValueError("per_token_timesteps: expected None, since all elements of a sample have the same level")
         out, _ = self._advance(model_output, timestep, sample)
         return as_output(traced(), FlowMatchEulerDiscreteSchedulerOutput, out) if return_dict else (out,)
 

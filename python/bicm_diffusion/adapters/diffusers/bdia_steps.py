@@ -1,4 +1,4 @@
-"""What BDIA's schedulers do alike: loops in either direction, from one state or from a pair, on levels of their own."""
+"""Shared by BDIA's schedulers: loops in either direction, from one state or from a pair."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bicm_kernels import affine_step, denoised_step
 
 
 def check_gamma(gamma: float, exact: bool) -> None:
-    """Raise ValueError for a gamma out of range, or one that no fraction of an exact step comes near."""
+    """Raise ValueError for a gamma out of range, or too small for a fraction of an exact step."""
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma: expected a value in [0, 1], got {gamma}")
     if exact and gamma and not nearest(gamma)[0]:
@@ -30,11 +30,11 @@ def check_gamma(gamma: float, exact: bool) -> None:
 
 
 class BdiaSteps(Retraced):
-    """Mixed into a scheduler of diffusers; a subclass says what its levels are and how one leads to another."""
+    """Mixin for a diffusers scheduler; a subclass defines its levels and the step between two of them."""
 
-    #: Options of other schedulers that change samples or levels and that no step here heeds.
+    #: Options of other schedulers that change samples or levels and that are ignored here.
     _ignored: ClassVar[tuple[str, ...]] = ()
-    #: The attributes that weights are made of, beside the timesteps.
+    #: The attributes that weights are made of, in addition to the timesteps.
     _sources: ClassVar[tuple[str, ...]] = ()
     #: Whether a step's result holds x0 too.
     _gives_x0: ClassVar[bool] = True
@@ -50,13 +50,13 @@ class BdiaSteps(Retraced):
     _times: Sequence[float] = ()
     timesteps: Tensor
 
-    # --- what a method is -----------------------------------------------------------------------------------------
+    # --- defined by subclasses ------------------------------------------------------------------------------------
     def _reading(self, level: float) -> tuple[float, float, float, float]:
-        """Weights of sample and output in x0, then in what `_transfer` weighs beside the sample."""
+        """Weights of sample and output in x0, then in the second term of `_transfer`."""
         raise NotImplementedError
 
     def _transfer(self, i: int, j: int) -> tuple[float, float]:
-        """The step of first order from level i to level j: weights of the sample and of what was read beside it."""
+        """The step of first order from level i to level j: weights of the sample and of the second term."""
         raise NotImplementedError
 
     def _watched(self) -> tuple[Any, ...]:
@@ -65,16 +65,16 @@ class BdiaSteps(Retraced):
 
     @classmethod
     def _refuse(cls, config: Mapping[str, Any]) -> None:
-        """Raise ValueError for a configuration whose levels the method does not have."""
+        """Raise ValueError for a configuration whose levels the method does not support."""
 
     # --- diffusers' own names -------------------------------------------------------------------------------------
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Make a scheduler of another one's configuration, as diffusers' `from_config` does.
 
-        Raises ValueError for levels that the method does not have, TypeError for a scheduler in place of its
-        configuration. Warns of options that are on in another class's configuration and have no part in a step that
-        can be inverted, as clipping and stochastic sampling.
+        Raises ValueError for levels that the method does not support, TypeError for a scheduler instead of its
+        configuration. Warns of options that are on in another class's configuration and are ignored in a step that
+        can be inverted, such as clipping and stochastic sampling.
         """
         if not (config is None or isinstance(config, Mapping)):
             hint = "; pass its .config" if hasattr(config, "config") else ""
@@ -104,9 +104,9 @@ class BdiaSteps(Retraced):
     def _direction(
         self, steps: int, inverse: bool | None, last_sample: Tensor | None
     ) -> tuple[bool, Tensor | None, StatePair | ExactPair | None, Record | None]:
-        """Whether the next loop leads to the noise, the other state that it starts from, its pair, and what made it.
+        """Whether the next loop goes to the noise, the other state that it starts from, its pair, and the pair's run.
 
-        Raises before anything is changed.
+        Raises before changing anything.
         """
         check_no_pair("last_sample", last_sample)
         turned = self._turned and inverse is None and last_sample is None
@@ -158,7 +158,7 @@ class BdiaSteps(Retraced):
             self._indices = [*range(1 if last_sample is not None else 0, count)]
         else:
             self._indices = [*range(count - 1 if last_sample is not None else count, 0, -1)]
-        # The data level has no timestep: the model is asked there about the first one above it.
+        # The data level has no timestep: the model is evaluated there at the first one above it.
         self._times = [times[count - max(i, 1)] for i in self._indices]
         self.timesteps = torch.tensor(self._times, dtype=self.timesteps.dtype).to(device)
         self._given = tuple((name, x := getattr(self, name), version_of(x)) for name in ("timesteps", *self._sources))
@@ -209,7 +209,7 @@ class BdiaSteps(Retraced):
         return out, x0
 
     def _check_given(self) -> None:
-        """Raise where what the loop's weights were made of is no longer what it was: no pair could say what made it."""
+        """Raise where the inputs of the loop's weights have changed since: a pair could not record its settings."""
         if self._record is not None and self._configured != self._watched():
             names = " and ".join(self._settings())
             raise ValueError(f"config: expected {names} as at set_timesteps, but they were changed since")
@@ -226,9 +226,9 @@ class BdiaSteps(Retraced):
         return self._times.index(value)
 
     def _weights(self, i: int, paired: bool) -> tuple[float, float, float]:
-        """Weights of the last state, of the current one at index i and of what was read beside it.
+        """Weights of the last state, of the current one at index i and of the second term.
 
-        With integers, both directions add or subtract the same increment: its weights are the way down's.
+        With integers, both directions add or subtract the same increment, with the weights of the sampling direction.
         """
         if not paired:
             return 0.0, *self._transfer(i, i + 1 if self._inverse else i - 1)

@@ -25,7 +25,7 @@ from bicm_diffusion.schedules.schedule import check_steps
 
 Model = Callable[..., Tensor]
 
-#: diffusers' names of what a network predicts, and this package's.
+#: diffusers' names of prediction types, and this package's.
 PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "noise",
     "v_prediction": "v",
@@ -33,16 +33,16 @@ PREDICTIONS: dict[str, Prediction] = {
     "original_sample": "x0",
     "flow_prediction": "flow",
 }
-#: Transformers that are told sigma itself: they multiply it by 1000.
+#: Transformers that take sigma itself: they multiply it by 1000.
 TOLD_SIGMA = frozenset(
     f"{name}Transformer2DModel" for name in ("Flux", "Flux2", "Chroma", "QwenImage", "LongCatImage", "OvisImage")
 )
-#: Those that are told 1 - sigma, and answer with x - n.
+#: Those that take 1 - sigma and return x - n.
 REVERSED = frozenset(("LuminaNextDiT2DModel", "Lumina2Transformer2DModel"))
-#: The alpha-bar that stands for a level without signal, as in diffusers' Euler schedulers.
+#: The alpha-bar used for a level without signal, as in diffusers' Euler schedulers.
 LEAST_ALPHA_BAR = 2.0**-24
 EDM = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
-#: How far apart two levels lie at least, in sigma/alpha relatively.
+#: The minimum relative distance of two levels, in sigma/alpha.
 APART = 1e-6
 
 
@@ -50,25 +50,25 @@ class Level(NamedTuple):
     time: float
     alpha: float
     sigma: float
-    #: Whether the network knows the time.
+    #: Whether the network takes a time.
     known: bool = True
 
 
 def from_diffusers(network: Any, scheduler: Any, *, steps: int) -> tuple[Model, Schedule, Prediction]:
     """Return `(model, schedule, prediction)` of a diffusers network, for this package's samplers and exact inversions.
 
-    network: a U-Net or a transformer of diffusers, called as `network(z, timestep=..., **extra_args)`: conditions go
-    through a sampler's `extra_args`. A float32 state meets a half-precision network in the network's dtype; channels
-    beyond the state's, of a learned variance, are dropped. scheduler: the one that the network was made for; it is left
-    as it is. Its spacing, sigmas and prediction type count, its solver does not. One whose timesteps are set to `steps`
-    keeps them, which is how custom timesteps, or a `mu`, are given.
+    network: a U-Net or a transformer of diffusers, called as `network(z, timestep=..., **extra_args)`: conditions are
+    passed through a sampler's `extra_args`. A float32 state is cast to a half-precision network's dtype; channels
+    beyond the state's, of a learned variance, are dropped. scheduler: the one that the network was trained for; it is
+    not changed. Its spacing, sigmas and prediction type are used, its solver is not. One whose timesteps are set to
+    `steps` keeps them; set custom timesteps, or a `mu`, this way.
     schedule: z = alpha·x + sigma·n: variance-preserving for epsilon, v and sample; alpha = 1 for EDM and consistency
     models, whose prediction is a `Preconditioned`; alpha = 1 - sigma for flow matching. The times are training steps in
-    the first form and sigmas in the others, so that `ddpm_schedule`, `karras_schedule` and `flow_schedule` fit a model
-    too. A level that a schedule visits twice, as DDIM's last one may be, is one level, so there may be fewer than
-    `steps`; a level without signal is taken at alpha² = 2^-24.
-    Raises TypeError for what is no network or no scheduler, ValueError for a configuration that these levels cannot
-    hold: inverted sigmas, an unknown prediction type, dynamic shifting without timesteps that were set.
+    the first form and sigmas in the others, so that `ddpm_schedule`, `karras_schedule` and `flow_schedule` work with a
+    model too. A level that occurs twice, such as DDIM's last one, becomes one level, so there may be fewer than
+    `steps`; a level without signal is taken at alpha² = 2^-24. Raises TypeError for other objects than a network and a
+    scheduler, ValueError for a configuration that these levels cannot represent: inverted sigmas, an unknown prediction
+    type, dynamic shifting without timesteps that were set.
 
     >>> from diffusers import DDIMScheduler, UNet2DModel
     >>> from bicm_diffusion import bdia_sample
@@ -105,7 +105,7 @@ def _kind(scheduler: Any) -> tuple[Prediction, Callable[[Any], list[Level]]]:
     if isinstance(scheduler, EDM):
         return Preconditioned("edm", config.sigma_data), _exploding
     if getattr(config, "invert_sigmas", False):
-        raise ValueError("scheduler: expected levels that lead from noise to data, got invert_sigmas=True")
+        raise ValueError("scheduler: expected levels from noise to data, got invert_sigmas=True")
     flow = "FlowMatch" in scheduler.__class__.__name__
     name = getattr(config, "prediction_type", "flow_prediction" if flow else None)
     if name not in PREDICTIONS:
@@ -140,7 +140,7 @@ def _preserving(scheduler: Any) -> list[Level]:
     else:
         raise ValueError(f"scheduler: expected sigmas or alphas_cumprod, got {scheduler.__class__.__name__} without")
     levels = [(t, max(a, LEAST_ALPHA_BAR), True) for t, a in squares]
-    # The level at the end may be that of the lowest training step, as with set_alpha_to_one=False.
+    # The last level may be that of the lowest training step, as with set_alpha_to_one=False.
     lowest = scheduler.alphas_cumprod[0].item() if hasattr(scheduler, "alphas_cumprod") else 1.0
     trained = abs(lowest - end) < APART and end < 1.0
     levels.append((0.0 if trained else -1.0, end, trained))
@@ -148,7 +148,7 @@ def _preserving(scheduler: Any) -> list[Level]:
 
 
 def _schedule(levels: list[Level], flow: bool) -> Schedule:
-    """The levels in the order of a schedule; of several equal ones the first that the network knows."""
+    """The levels in the order of a schedule; of several equal ones the first with a timestep."""
     kept: list[Level] = []
     levels = levels[::-1]  # the order of equal ones
     for level in sorted(levels, key=_ratio):
@@ -170,7 +170,7 @@ def _model(network: Any, scheduler: Any, prediction: Prediction) -> Model:
     turned = network.__class__.__name__ in REVERSED
     config = scheduler.config
     if isinstance(scheduler, EDM) and config.prediction_type == "v_prediction":
-        turned = True  # c_out has the other sign there
+        turned = True  # c_out has the opposite sign there
     whole = getattr(getattr(network, "config", None), "time_embedding_type", None) == "learned"
     parameter = next(network.parameters(), None)
 
@@ -187,7 +187,7 @@ def _model(network: Any, scheduler: Any, prediction: Prediction) -> Model:
 
 
 def _told(network: Any, scheduler: Any) -> Callable[[Tensor], Tensor]:
-    """What a network is told at a time of the schedule."""
+    """The network's time argument at a time of the schedule."""
     if isinstance(scheduler, CMStochasticIterativeScheduler):
         return lambda sigma: 250.0 * sigma.log()
     if isinstance(scheduler, EDM):

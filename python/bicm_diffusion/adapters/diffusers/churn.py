@@ -1,4 +1,4 @@
-"""Churn: by how much noise lifts a level before a step, and the state that it lifts (EDM Alg. 2)."""
+"""Churn: how far noise raises a level before a step, and the raised state (EDM Alg. 2)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Churning(Counted):
     """Schedulers whose steps take churn."""
 
     def _lift(self, tables: Any, index: int, churn: float, low: float, high: float) -> float:
-        """The share of itself by which the level at an index rises."""
+        """The relative increase of the level at an index."""
         # PyTorch compares a level with a number in the level's dtype.
         rounded = single if self.sigmas.dtype is torch.float32 else float
         if not rounded(low) <= tables.levels[index] <= rounded(high):

@@ -1,4 +1,4 @@
-"""CogVideoX's stochastic DPM-Solver++ of the second order, whose caller keeps the last x0: one launch a step."""
+"""CogVideoX's stochastic DPM-Solver++ of the second order, whose caller keeps the last x0: one launch per step."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class CogVideoXDpm(Alphas):
             try:
                 row = self._made(tables, at, back, sample)
             except (ZeroDivisionError, ValueError, OverflowError):
-                row = None  # the original's infinities
+                row = None  # the original gives infinities
             tables.rows[key] = row if row is not None and all(map(math.isfinite, row)) else None
         return tables.rows[key]
 
@@ -78,7 +78,7 @@ class CogVideoXDpm(Alphas):
         row = second_order_row(a, below, None)
         if before is not None:
             second = second_order_row(a, below, before[0])
-            # A graph cannot tell the last step, which is of the first order.
+            # A graph cannot detect the last step, which is of the first order.
             last = at - tables.gap < 0
             row = _either(last, row, second)
         prediction = self.config.prediction_type
@@ -107,7 +107,7 @@ class CogVideoXDpm(Alphas):
     ) -> Any:
         graph = traced()
         if not (sample.is_floating_point() and model_output.is_floating_point()):
-            return None  # the original's float64 levels would decide on the dtype
+            return None  # the original's float64 levels would determine the dtype
         tables = self._ready(graph) if self.num_inference_steps else None
         if tables is None:
             return None
@@ -115,7 +115,7 @@ class CogVideoXDpm(Alphas):
         back: Any = timestep_back if graph or timestep_back is None else host_value(timestep_back, tables.timesteps)
         old = old_pred_original_sample
         if not graph:
-            # The original looks the timestep before up wherever there is one, and counts negative ones from the end.
+            # The original looks up the previous timestep wherever there is one, and counts negative ones from the end.
             known = range(len(tables.levels) - 1)
             if not all(
                 isinstance(x, Integral) and x in known for x in (at, *([] if timestep_back is None else [back]))
@@ -131,7 +131,7 @@ class CogVideoXDpm(Alphas):
             return None
         x0_sample, x0_output, kept, now, before, deviation, near, guidance = row
         state = as_state(sample, model_output)
-        tensors: list[Any] = [as_state(state, old), old] if second else [state]
+        tensors: list[Any] = [state] if old is None else [as_state(state, old), old]
         weights = [kept, before][: len(tensors)]
         if self._noise == "keyed":
             seed, sample_id = self._key(generator, sample, at)

@@ -26,7 +26,7 @@ LCM_SIGMA_DATA = 0.5
 
 @dataclass
 class ConsistencyTables(SigmaTables):
-    #: Where x0 is clipped, if it is.
+    #: The bound at which x0 is clipped, if any.
     clip: float | None = None
 
 
@@ -112,7 +112,7 @@ class LatentConsistencyModel(Counted):
         times = tables.timesteps.values
         here, below = int(times[index]), int(times[min(index + 1, len(times) - 1)])
         if max(here, below) >= len(tables.levels):
-            raise ValueError("more timesteps than betas that were given")  # the original's error
+            raise ValueError("more timesteps than betas that were given")  # as the original does
         level = tables.levels[below] if below >= 0 else float(self.final_alpha_cumprod)
         scaled = here * self.config.timestep_scaling
         total = scaled**2 + LCM_SIGMA_DATA**2
@@ -136,7 +136,7 @@ class LatentConsistencyModel(Counted):
         index = self._index(timestep)
         row: Any = tables.row(ROWS, index, sample.device if graph else None)
         if not graph and row is not None:
-            # The original looks alpha-bar up by the timestep it is given, whichever step it is.
+            # The original looks up alpha-bar by the timestep argument, for every step.
             value = host_value(timestep, tables.timesteps)
             if not isinstance(value, Integral) or value != tables.timesteps.values[index]:
                 return None
@@ -176,7 +176,7 @@ class LatentConsistencyModel(Counted):
         like: Tensor,
         generator: Generators,
     ) -> tuple[Tensor, Tensor]:
-        """The next state and the denoised sample; at the last step they are one."""
+        """The next state and the denoised sample; at the last step they are the same."""
         kept, deviation = levels
         tensors = [state] if output is None else [state, output]
         x0_weights = list(weights[: len(tensors)])

@@ -25,7 +25,7 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 #: Below this alpha-bar, the sample and the noise in it cancel to less than half when x0 is predicted.
 CANCELS = 0.25
-#: Below this one, the weights that undo the cancelling leave float32's range.
+#: Below this one, the weights that compensate the cancellation leave float32's range.
 LEAST = 1e-30
 
 
@@ -42,7 +42,7 @@ def reading(prediction: str, a: Number) -> tuple[Number, Number, Number, Number]
 def ddim_row(prediction: str, a: Number, below: Number, eta: float, *, clips: bool, rederives: bool) -> Row:
     """x0's weights of sample and output, then the result's, of x0 and of noise (DDIM eq. 12 and 16).
 
-    Last come two numbers for a level where sample and noise cancel: x0 = w·(m + g·(s - m)) is (s - rb·m)/ra, in terms
+    The last two numbers are for levels where sample and noise cancel: x0 = w·(m + g·(s - m)) is (s - rb·m)/ra, in terms
     no larger than x0 itself, so that nothing is lost.
     """
     x0_sample, x0_output, eps_sample, eps_output = reading(prediction, a)
@@ -61,7 +61,7 @@ def ddim_row(prediction: str, a: Number, below: Number, eta: float, *, clips: bo
 
 
 def leaves_no_direction(here: float, below: float, eta: float) -> bool:
-    """Whether the noise's variance leaves less than nothing for the direction in float32, the original's precision."""
+    """Whether the direction's variance is negative in float32, the original's precision."""
     a, b = torch.tensor([here, below], dtype=torch.float32)
     deviation = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
     return bool(1 - b - deviation**2 < 0)
@@ -69,9 +69,9 @@ def leaves_no_direction(here: float, below: float, eta: float) -> bool:
 
 @dataclass
 class AlphaTables(Tables):
-    #: How many training timesteps lie between two steps.
+    #: How many training timesteps are between two steps.
     gap: int = 0
-    #: Where x0 is clipped, if it is.
+    #: The bound at which x0 is clipped, if any.
     clip: float | None = None
     #: Whether x0 is what the model predicts.
     gives_output: bool = False
@@ -104,7 +104,7 @@ class Alphas(Accelerated):
     def _levels_at(
         self, timestep: Any, other: Any, tables: AlphaTables, sample: Tensor
     ) -> tuple[Number, Number] | None:
-        """Alpha-bar at two timesteps; None for one that there is not, negative ones lie beyond the schedule's end."""
+        """Alpha-bar at two timesteps; None for a missing one; negative ones are beyond the schedule's end."""
         if traced():
             beyond = getattr(self, self._beyond).double().reshape(1)
             levels = torch.cat([self.alphas_cumprod.double(), beyond]).to(sample.device)
@@ -119,7 +119,7 @@ class Alphas(Accelerated):
         return tables.levels[max(int(timestep), -1)], tables.levels[max(int(other), -1)]
 
     def _ends(self, timestep: Any, tables: AlphaTables) -> tuple[Any, Any]:
-        """The timesteps of the state as it is and of the next one."""
+        """The timesteps of the current state and of the next one."""
         raise NotImplementedError
 
     def _row_at(
@@ -150,7 +150,7 @@ class Alphas(Accelerated):
                 rederives=rederives,
             )
         except (ZeroDivisionError, ValueError, OverflowError):
-            row = None  # a level without signal or without noise: the original's infinities
+            row = None  # a level without signal or without noise: the original gives infinities
         if not traced():
             predicts_noise = config.prediction_type == "epsilon"
             if predicts_noise and levels[0] < LEAST:
@@ -161,7 +161,7 @@ class Alphas(Accelerated):
         assert row is not None
         if config.prediction_type != "epsilon":
             return row[:6]
-        # A graph cannot choose what it reads: it chooses between the weights.
+        # A graph cannot choose the table row to read: it selects between weights.
         x0_sample, x0_output, *rest, near, guidance = map(torch.as_tensor, row)
         cancels, zero = torch.as_tensor(levels[0]) < CANCELS, torch.zeros_like(near)
         plain = [torch.where(cancels, zero, x) for x in (x0_sample, x0_output)]
@@ -208,7 +208,7 @@ class Alphas(Accelerated):
             weights.append(0.0)
             keyed["guidance_scale"] = near[1]
         out, x0, _ = denoised_step(tensors, x0_weights, weights, x0_weight=of_x0, clip=tables.clip, **keyed)
-        # What the model predicts is x0 itself: it keeps its dtype.
+        # The prediction is x0 itself: it keeps its dtype.
         return out, x0.to(output.dtype) if tables.gives_output else x0
 
     def _with_log_prob(
@@ -252,7 +252,7 @@ class Ddim(Alphas):
     def _row(self, levels: tuple[Number, Number], eta: float, rederives: bool) -> Any:
         if not traced():
             here, below = levels
-            # A variance below zero, whatever eta is, or the root of one: the original's NaN.
+            # A negative variance, for any eta, or the root of one: the original gives NaN.
             if below < here or (eta and 0.0 < here < 1.0 and leaves_no_direction(here, below, eta)):  # type: ignore[arg-type]
                 return None
         return super()._row(levels, eta, rederives)
@@ -307,7 +307,7 @@ class Ddim(Alphas):
         """Take a step of DDIM with η as DDPO does, or find the log-probability of one that was taken.
 
         model_output, sample: (B, …). timestep: one of the schedule's, or (B,) of them; as DDPO has it, the last step
-        leads to timestep 0 and not beyond the schedule's end. prev_sample: the state that was taken; None takes a new
+        goes to timestep 0 and not beyond the schedule's end. prev_sample: the state that was taken; None takes a new
         one, with noise from generator or from the scheduler's key.
 
         Returns (prev_sample, log_prob): the state in the dtype of sample, and (B,) as a mean over elements, of the
@@ -343,7 +343,7 @@ class DdimInverse(Alphas):
         return super()._uncovered()
 
     def _ends(self, timestep: Any, tables: AlphaTables) -> tuple[Any, Any]:
-        # The state stands at the level below, whose alpha-bar the first step takes from beyond the schedule.
+        # The state is at the level below, whose alpha-bar the first step takes from beyond the schedule.
         below, most = timestep - tables.gap, self._internal_dict.num_train_timesteps - 1
         return (below.clamp(max=most) if isinstance(below, Tensor) else min(below, most)), timestep
 
@@ -355,7 +355,7 @@ class DdimInverse(Alphas):
 
 
 class CogVideoXDdim(Alphas):
-    """DDIM without noise; the original takes eta and clipping, and heeds neither."""
+    """DDIM without noise; the original accepts eta and clipping, and ignores both."""
 
     _beyond = "final_alpha_cumprod"
     _sources = ("alphas_cumprod", "timesteps", _beyond)
@@ -379,6 +379,6 @@ class CogVideoXDdim(Alphas):
     ) -> Any:
         graph = traced()
         if not (sample.is_floating_point() and model_output.is_floating_point()):
-            return None  # the original's float64 levels would decide on the dtype
+            return None  # the original's float64 levels would determine the dtype
         tables = self._ready(graph) if self.num_inference_steps else None
         return self._plain(tables, model_output, timestep, sample, graph, CogVideoXOutput, return_dict)

@@ -1,4 +1,4 @@
-"""DDPM's ancestral step: rows of weights by where a timestep stands in the schedule, one launch a step."""
+"""DDPM's ancestral step: rows of weights by a timestep's index in the schedule, one launch per step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bicm_diffusion.adapters.diffusers.scheduler import fused
 from bicm_diffusion.adapters.diffusers.sigmas import ROWS
 from bicm_diffusion.adapters.diffusers.tables import Row
 
-#: The variance that the original does not go below.
+#: The original's lower bound of the variance.
 LEAST_VARIANCE = 1e-20
 
 
@@ -50,10 +50,10 @@ class Ddpm(Alphas):
         spaced = self.custom_timesteps or self.num_inference_steps
         following = (times[position + 1] if position + 1 < len(times) else -1) if spaced else here - 1
         if not 0 <= max(here, following) < len(tables.levels) - 1:
-            raise ValueError("no level")  # the original's error
+            raise ValueError("no level")  # the original raises
         a, below = tables.levels[int(here)], tables.levels[max(int(following), -1)]
         if config.prediction_type == "epsilon" and a < LEAST:
-            raise ValueError("no signal")  # the original's infinities
+            raise ValueError("no signal")  # the original gives infinities
         x0_sample, x0_output, *_ = (float(x) for x in reading(config.prediction_type, a))
         kept = a / below
         of_x0 = math.sqrt(below) * (1.0 - kept) / (1.0 - a)
@@ -62,7 +62,7 @@ class Ddpm(Alphas):
         small = max((1.0 - below) / (1.0 - a) * large, LEAST_VARIANCE)
         variance = large if config.variance_type == "fixed_large" else small
         if config.variance_type == "fixed_large_log" and here > 0:
-            raise ValueError("the root of a logarithm")  # the original's NaN
+            raise ValueError("the root of a logarithm")  # the original gives NaN
         deviation = math.sqrt(variance) if here > 0 else 0.0
         if config.clip_sample:
             weights = of_sample, 0.0, of_x0
@@ -102,7 +102,7 @@ class Ddpm(Alphas):
         if tables is None or self.variance_type != self._internal_dict.variance_type:
             return None
         if min(sample.dim(), model_output.dim()) < 2:
-            return None  # the original looks for channels
+            return None  # the original splits channels
         found = self._found(tables, timestep, sample, graph)
         if found is None:
             return None
@@ -152,7 +152,7 @@ class Ddpm(Alphas):
         rows = []
         for t in times:
             row = self._row_of(tables, known.index(t))
-            if row[6] and tables.clip is not None:  # where sample and noise cancel, x0 has weights of its own
+            if row[6] and tables.clip is not None:  # where sample and noise cancel, x0 has separate weights
                 x0 = reading("epsilon", tables.levels[t])
                 row = (float(x0[0]), float(x0[1]), *row[2:])
             rows.append(row)

@@ -1,4 +1,4 @@
-"""DEIS of orders one to three in log-rho: the predicted noise, history and all in one launch."""
+"""DEIS of orders one to three in log-rho: prediction, history and update in one launch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def primitive(rho: float, logs: list[float]) -> float:
 def exponential_row(rhos: list[float]) -> Row:
     """Integrals of Lagrange's polynomials in log(rho) from the current level to the one to reach (DEIS eq. 15).
 
-    rhos: the one to reach, the current one, and the earlier ones that the order asks for.
+    rhos: the target, the current one, and as many earlier ones as the order needs.
     """
     to, here = rhos[:2]
     logs = [math.log(rho) for rho in rhos[1:]]
@@ -78,7 +78,7 @@ class Deis(Counted):
         levels = [level_of(tables.levels[k], self.config.use_flow_sigmas) for k in range(index + 1, index - order, -1)]
         (alpha, sigma), (alpha_here, _) = levels[:2]
         if sigma <= 0.0 or min(level[0] for level in levels) <= 0.0:
-            raise ValueError("a logarithm of zero")  # the original's infinities
+            raise ValueError("a logarithm of zero")  # the original gives infinities
         rhos = [noise / signal for signal, noise in levels]
         weights = (alpha * weight for weight in exponential_row(rhos))
         reading = reading_noise(self.config.prediction_type, tables.levels[index], levels[1])

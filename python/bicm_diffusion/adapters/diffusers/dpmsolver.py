@@ -1,4 +1,4 @@
-"""DPM-Solver++ of orders one to three, with its stochastic form: history, noise and all in one launch."""
+"""DPM-Solver++ of orders one to three, with its stochastic form: history, noise and update in one launch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def gains(to: Level, here: Level, h: float, *, order: int, noisy: bool) -> Row:
 def solver_row(levels: list[Level], *, order: int, heun: bool, noisy: bool) -> Row:
     """Weights of the sample, of x0 now, one and two steps before, and of noise (DPM-Solver++ eq. 9 to 14).
 
-    levels: the one to reach, the current one, and the earlier ones that the order asks for.
+    levels: the target, the current one, and as many earlier ones as the order needs.
     """
     lambdas = [log_ratio(level) for level in levels]
     h = lambdas[0] - lambdas[1]
@@ -84,7 +84,7 @@ class SolverTables(SigmaTables):
 
 
 class _Solver(Sigmas):
-    """What both of diffusers' multistep solvers do alike."""
+    """Shared by both of diffusers' multistep solvers."""
 
     _kind: ClassVar[type[Tables]] = SolverTables
     model_outputs: list[Tensor | None]
@@ -99,7 +99,7 @@ class _Solver(Sigmas):
         "euler_at_final",
         "final_sigmas_type",
     )
-    #: Where the original draws its noise in float32, whatever the model's output is.
+    #: Whether the original draws its noise in float32 for every dtype of the model's output.
     _noise_dtype: torch.dtype | None = None
 
     _third_orders: tuple[str, ...] = ALGORITHMS
@@ -115,7 +115,7 @@ class _Solver(Sigmas):
         raise NotImplementedError
 
     def _near(self, sigma: float) -> float:
-        """The sum of x0's weights of sample and output, where these nearly cancel."""
+        """The sum of x0's weights of sample and output, where they nearly cancel."""
         return 0.0
 
     def _uncovered(self) -> str | None:
@@ -214,7 +214,7 @@ class _Solver(Sigmas):
         x0_weights = [x0_sample, x0_output, *[0.0] * (len(tensors) - 2)]
         late: Tensor | None = None
         if index < tables.cancelling:
-            # A kernel takes five terms; what is the sixth here is added afterwards.
+            # A kernel takes five terms; the sixth is added afterwards.
             late = tensors.pop() if len(tensors) == MOST_TERMS else None
             # x0 = near·(m + g·(s - m)), in terms no larger than itself.
             keyed["guidance_scale"] = x0_sample / near

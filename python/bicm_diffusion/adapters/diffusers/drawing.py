@@ -1,4 +1,4 @@
-"""Where the noise of accelerated schedulers comes from: torch's generators, or keys."""
+"""The noise of accelerated schedulers: from torch's generators, or keyed."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def _fake_draw(timestep: Tensor, least: int, like: Tensor, generator: Generator 
 
 
 class WrongKeyError(ValueError):
-    """A seed, sample id or list of generators that does not fit the batch: the original has no step for it either."""
+    """A seed, sample id or list of generators that does not fit the batch: the original raises for it too."""
 
 
 class KeyedConfig(FrozenDict):
-    """The configuration of a scheduler with keyed noise, which says that it does not hold the noise's key."""
+    """The configuration of a scheduler with keyed noise; warns that it does not include the noise's key."""
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """Like a dictionary's; `from_config`, and nothing else, begins by asking for this key."""
+        """Like a dictionary's; only `from_config` begins by requesting this key."""
         if key == "_use_default_values" and not self.__dict__.get("_warned", False):
             self.__dict__["_warned"] = True
             warnings.warn(self.lost("a configuration holds"), UserWarning, stacklevel=2)
@@ -64,7 +64,7 @@ class KeyedConfig(FrozenDict):
 
     @staticmethod
     def lost(holder: str) -> str:
-        """What whoever makes a scheduler of a configuration should know."""
+        """The warning for a scheduler made from a configuration."""
         return (
             f"{holder} neither noise='keyed' nor seed and sample_id: a scheduler that is made from it draws from "
             "torch's generators; accelerate_scheduler(scheduler, noise='keyed', ...) gives it keyed noise again"
@@ -82,10 +82,10 @@ class Drawing:
     """The noise of a scheduler's steps."""
 
     _noise: Noise = "generator"
-    #: The seed that was given; None takes another one for every run.
+    #: The seed that was given; None draws a new one for every run.
     _seed: Integer | None = None
     _sample_id: Integer = 0
-    #: The key that a seed which is a number comes to.
+    #: The key of a seed that is a number.
     _folded: int = 0
     #: The steps whose noise was drawn from that key, and the state of seeds that are tensors.
     _drew: set[Any] = set()  # noqa: RUF012 (replaced before it is written to)
@@ -94,11 +94,11 @@ class Drawing:
     _told: tuple[str, ...] = ()
 
     def _set_key(self, seed: Integer | None, sample_id: Integer | None) -> None:
-        """Take a seed and a sample id, or keep those there are."""
+        """Set a seed and a sample id, or keep the present ones."""
         given = [name for name, value in (("seed", seed), ("sample_id", sample_id)) if value is not None]
         if self._noise != "keyed":
             if given:
-                text = f"{' and '.join(given)}: ignored with noise='generator', expected noise='keyed' beside"
+                text = f"{' and '.join(given)}: ignored with noise='generator'; they need noise='keyed'"
                 warnings.warn(text, UserWarning, stacklevel=3)
             return
         if sample_id is not None:
@@ -112,18 +112,18 @@ class Drawing:
             self._drew = set()
 
     def _new_run(self) -> None:
-        """Take another seed where none was given; torch's default generator is what `torch.manual_seed` governs."""
+        """Draw a new seed where none was given, from torch's default generator, which `torch.manual_seed` controls."""
         if self._noise == "keyed" and self._seed is None:
             self._take_seed(int(torch.randint(2**63 - 1, (), device="cpu")))
 
     def _take_seed(self, seed: Integer) -> None:
-        key = fold_in(seed, SCHEDULER)  # which checks it, too
+        key = fold_in(seed, SCHEDULER)  # checks it too
         self._drew, self._drew_at = set(), ()
         self._folded = key if isinstance(key, int) else 0
 
     # --- torch's ------------------------------------------------------------------------------------------------------
     def _drawn(self, like: Tensor, sample: Tensor, generator: Generators, dtype: torch.dtype | None = None) -> Tensor:
-        """The noise that the original would draw. What a step will refuse is refused before anything is drawn."""
+        """The noise that the original would draw. Invalid arguments raise before anything is drawn."""
         if traced():
             return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype or like.dtype)
         if like.dtype not in FLOATING or sample.dtype not in FLOATING:
@@ -164,7 +164,7 @@ class Drawing:
         given = tuple(g.initial_seed() for g in generator[: len(sample)]), sample.device
         kept = self._seeds
         if kept is None or kept[0] != given:
-            # Another thread may replace what is kept: what is returned is this call's own.
+            # Another thread may replace the attribute: return this call's value.
             seeds = torch.tensor([folded(seed) for seed in given[0]], dtype=torch.int64, device=sample.device)
             kept = self._seeds = given, seeds
         return kept[1], 0
@@ -182,11 +182,11 @@ class Drawing:
         return fold_in(seed, SCHEDULER) if isinstance(seed, Tensor) else self._folded, sample_id
 
     def _note(self, step: Any) -> None:
-        """Say so, once, where a step's noise is drawn again."""
+        """Warn once where a step's noise is drawn again."""
         tensors = [x for x in (self._seed, self._sample_id) if isinstance(x, Tensor)]
         if tensors:
             at = tuple(version_of(x) for x in tensors)
-            if at != self._drew_at or None in at:  # moved on by the caller, or not known
+            if at != self._drew_at or None in at:  # changed by the caller, or not known
                 self._drew, self._drew_at = set(), at
         if step not in self._drew:
             self._drew.add(step)
@@ -199,20 +199,20 @@ class Drawing:
         )
 
     def _warn_once(self, message: str, matter: str = "") -> None:
-        """Warn, unless this scheduler has said so, or anything else of the same matter."""
+        """Warn, unless this scheduler has issued a warning of this kind."""
         if (matter or message) not in self._told:
             self._told = (*self._told, matter or message)
             warnings.warn(message, UserWarning, stacklevel=4)
 
 
 def _check_count(generator: Generators, batch: int) -> None:
-    """Raise where a list has generators for some samples only; one serves all, and what is more than enough is left."""
+    """Raise where a list has generators for some samples only; one serves all, and surplus ones are ignored."""
     if isinstance(generator, list) and len(generator) != 1 and (len(generator) < batch or not generator):
         raise WrongKeyError(f"generator: expected one, or one for each of the {batch} samples, got {len(generator)}")
 
 
 def checked(name: str, value: Integer) -> Integer:
-    """A sample id that a key can hold."""
+    """A sample id in the range of a key."""
     whole = value.dtype == torch.int64 if isinstance(value, Tensor) else isinstance(value, Integral)
     if not whole:
         got = value.dtype if isinstance(value, Tensor) else repr(value)
@@ -230,7 +230,7 @@ def _folded(seed: int) -> int:
 
 
 def folded(seed: int) -> Any:
-    """The key that a generator's seed comes to."""
+    """The key of a generator's seed."""
     return fold_in(seed, SCHEDULER) if traced() else _folded(seed)
 
 

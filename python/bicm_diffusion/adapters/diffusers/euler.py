@@ -1,4 +1,4 @@
-"""Euler's method, with diffusers' scaling and with EDM's: one launch makes the step and the next evaluation's input."""
+"""Euler's method, with diffusers' scaling and with EDM's: one launch for the step and the next evaluation's input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bicm_diffusion.adapters.diffusers.scheduler import fused
 from bicm_diffusion.adapters.diffusers.sigmas import ROWS, Sigmas, SigmaTables
 from bicm_diffusion.adapters.diffusers.tables import Row, Tables
 
-#: What both schedulers' `step` takes by default for its churn.
+#: The default churn arguments of both schedulers' `step`.
 NO_CHURN = (0.0, 0.0, math.inf, 1.0)
 
 
@@ -55,7 +55,7 @@ class EulerTables(SigmaTables):
 
 
 class _EulerSteps(Sigmas, Churning):
-    """What both of diffusers' Euler schedulers do alike."""
+    """Shared by both of diffusers' Euler schedulers."""
 
     _kind: ClassVar[type[Tables]] = EulerTables
     _output: Any
@@ -89,7 +89,7 @@ class _EulerSteps(Sigmas, Churning):
         row: Any = tables.row(ROWS, index, sample.device if graph else None)
         if row is None:
             return None
-        # The original computes in float32 whatever it is given; only a float64 output is kept as it is.
+        # The original computes in float32 for every input dtype; only a float64 output keeps its dtype.
         given = model_output.dtype
         dtype = given if given is torch.float64 else torch.float32
         state = sample if sample.dtype is dtype else sample.to(dtype)

@@ -17,7 +17,7 @@ from bicm_diffusion.adapters.diffusers.sigmas import ROWS, Counted
 from bicm_diffusion.adapters.diffusers.tables import Row
 from bicm_kernels import affine_step, normal
 
-#: By how much a level has to lie below a token's, for the original to take it as the next one.
+#: How far below a token's level the original requires the next one to be.
 BELOW = 1e-6
 
 
@@ -51,7 +51,7 @@ class FlowMatchEuler(FlowLogProb, Counted):
             return None
         index = self._index(timestep)
         noisy = self._internal_dict.stochastic_sampling
-        # The original computes in float32 whatever it is given; only a float64 output is kept as it is.
+        # The original computes in float32 for every input dtype; only a float64 output keeps its dtype.
         given = model_output.dtype
         dtype = given if given is torch.float64 else torch.float32
         if per_token_timesteps is not None:
@@ -80,7 +80,7 @@ class FlowMatchEuler(FlowLogProb, Counted):
         return as_output(graph, FlowMatchEulerDiscreteSchedulerOutput, out) if return_dict else (out,)
 
     def _one_for_each_token(self, timesteps: Any, sample: Tensor, output: Tensor) -> bool:
-        """Whether (B, L) timesteps stand beside a (B, L, C) sample, so that a token can be a row of its own."""
+        """Whether (B, L) timesteps go with a (B, L, C) sample, so that each token can be a row."""
         if not isinstance(timesteps, Tensor) or timesteps.requires_grad or timesteps.device != sample.device:
             return False
         return sample.dim() == 3 and timesteps.shape == sample.shape[:2] and output.shape == sample.shape

@@ -1,4 +1,4 @@
-"""Steps in two halves: the slope that the first half leaves to the second, kept as the tensors that it comes from."""
+"""Steps in two halves: the first half's slope, kept for the second as the tensors that it is computed from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIRST, SECOND = "first", "second"
 
 
 def kept_sample(kept: Any, state: Tensor) -> Tensor | None:
-    """The sample that a first half began with; None where the original has to go on from it."""
+    """The sample that a first half began with; None where the original has to continue from it."""
     if type(kept) is not Tensor and not (isinstance(kept, Tensor) and plain(kept)):
         return None
     if kept.dtype is not state.dtype and torch.promote_types(kept.dtype, state.dtype) is not state.dtype:
@@ -27,8 +27,8 @@ def kept_sample(kept: Any, state: Tensor) -> Tensor | None:
 class Halfway(NamedTuple):
     """What a first half left behind, with how often each tensor had been written to.
 
-    dt: the scheduler's; length: its value. sample, out: with what it began and ended. other: what else the slope can be
-    made of, x0 or the output, and from_other: its quotients (divisor beside the sample, beside out, alone).
+    dt: the scheduler's; length: its value. sample, out: its input and result. other: a tensor that the slope can be
+    made of, x0 or the output, and from_other: its quotients (divisor with the sample, with out, alone).
     """
 
     dt: Tensor
@@ -43,7 +43,7 @@ class Halfway(NamedTuple):
     from_other: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def slope(self) -> Tensor:
-        """The slope, from tensors that nobody wrote to since."""
+        """The slope, from tensors that were not written to since."""
         beside_sample, beside_out, alone = self.from_other
         sample = _unchanged(self.sample, self.sample_version)
         out = _unchanged(self.out, self.out_version)
@@ -54,8 +54,8 @@ class Halfway(NamedTuple):
         if alone and other is not None:
             return affine_step([other], [1.0 / alone])
         raise RuntimeError(
-            "prev_derivative: expected the sample, the result or x0 of a step's first half as they were, but they were "
-            "written to; accelerate_scheduler(..., foresee=False) keeps a slope of its own"
+            "prev_derivative: expected the sample, the result or x0 of a step's first half unchanged, but they were "
+            "written to; accelerate_scheduler(..., foresee=False) stores the slope itself"
         )
 
 
@@ -66,9 +66,9 @@ def _unchanged(x: Tensor | None, version: int) -> Tensor | None:
 class Slopes(Counted):
     """Schedulers whose second half takes the mean of two slopes (Heun's method)."""
 
-    #: What `prev_derivative` is made of where it is no attribute.
+    #: The tensors that `prev_derivative` is computed from where it is no attribute.
     _halfway: Halfway | None = None
-    #: What a first half returned, where it and its sample stand for the slope, in graphs too.
+    #: The result of a first half, where it and its sample determine the slope, in graphs too.
     _ended: Tensor | None = None
     sample: Any
     dt: Any
@@ -87,12 +87,12 @@ class Slopes(Counted):
         return super().__reduce_ex__(protocol)
 
     def _fill_lengths(self, tables: Any) -> None:
-        """What `dt` is after a first half: differences of levels, in their dtype, where they lie."""
+        """`dt` after a first half: differences of levels, in their dtype and on their device."""
         lengths = (self.sigmas[1:] - self.sigmas[:-1]).detach()
         tables.traced["lengths"], tables.lengths = lengths, list(lengths.unbind())
 
     def _may_hold(self, graph: bool, sample: Tensor, output: Tensor) -> bool:
-        """Whether a slope may be made later of what it comes from: only where PyTorch counts what is written to it."""
+        """Whether a slope may be computed later from its tensors: only where PyTorch counts writes to them."""
         if not self._foresight or (torch.is_grad_enabled() and (sample.requires_grad or output.requires_grad)):
             return False
         return graph or not (torch.is_inference_mode_enabled() or sample.is_inference() or output.is_inference())
@@ -100,7 +100,7 @@ class Slopes(Counted):
     def _hold(
         self, dt: Tensor, length: float, out: Tensor, other: Tensor, from_other: tuple[float, float, float]
     ) -> None:
-        """End a first half, with its slope in the tensors that it comes from."""
+        """End a first half; its slope is kept as the tensors that it is computed from."""
         sample = self.sample
         self._halfway = Halfway(
             dt, dt._version, length, sample, sample._version, out, out._version, other, other._version, from_other
@@ -123,9 +123,9 @@ class Slopes(Counted):
     def _earlier(
         self, kept: Tensor, state: Tensor | None, dtype: torch.dtype, half: Any, graph: bool
     ) -> tuple[list[Any], list[Any], float] | None:
-        """What is added to half of the second slope: tensors, their weights, and a weight of the state itself.
+        """The terms added to half of the second slope: tensors, their weights, and a weight of the state itself.
 
-        half: half the step's length. None where the original has to go on.
+        half: half the step's length. None where the original has to continue.
         """
         ended, halfway = self._ended, self._halfway
         if not graph and ended is not None:

@@ -25,7 +25,7 @@ from bicm_kernels import affine_step
 
 @dataclass
 class HeunTables(SigmaTables):
-    #: What `dt` is after a first half, by the step.
+    #: `dt` after a first half, by the step.
     lengths: list[Tensor] = field(default_factory=list)
     clip: float | None = None
     #: Whether x0 is what the model predicts, in its dtype, and whether it is that tensor itself.
@@ -146,11 +146,11 @@ class FlowMatchHeun(Churning, Slopes):
         self._fill_lengths(tables)
         count = min(len(tables.timesteps.values), len(tables.levels) - 1)
         tables.put(FIRST, lambda index: self._whole(tables, index), count)
-        # The original divides by the level that a second half stands at.
+        # The original divides by the level of the second half.
         tables.put(SECOND, lambda index: (1.0 / tables.levels[index],), count)
 
     def _whole(self, tables: HeunTables, index: int) -> Row:
-        """The length of a step, and what the original divides by."""
+        """The length of a step, and the original's divisor."""
         sigma, below = tables.levels[index], tables.levels[index + 1]
         return below - sigma, 1.0 / sigma
 
@@ -180,7 +180,7 @@ class FlowMatchHeun(Churning, Slopes):
         if row is None:
             return None
         lift = self._lift(tables, index if first else index - 1, *churn[:3]) if s_churn else 0.0
-        # The original computes in float32 whatever it is given; only a float64 output is kept as it is.
+        # The original computes in float32 for every input dtype; only a float64 output keeps its dtype.
         dtype = torch.float64 if model_output.dtype is torch.float64 else torch.float32
         state = sample if sample.dtype is dtype else sample.to(dtype)
         out: Tensor | None
@@ -227,7 +227,7 @@ class FlowMatchHeun(Churning, Slopes):
         return out if whole else out.to(output.dtype)
 
     def _second(self, state: Tensor, output: Tensor, lift: float, generator: Generators, graph: bool) -> Tensor | None:
-        """The sample of a second half drops out of its slope, and so does its noise, which the original draws."""
+        """The sample of a second half cancels in its slope, and so does its noise, which the original draws."""
         kept = kept_sample(self.sample, state)
         length: Any = self.dt.to(state.device, torch.float64) if graph else self._length()
         if kept is None or length is None or kept.dtype is not state.dtype or output.shape != kept.shape:

@@ -1,4 +1,4 @@
-"""The integer states of one BDIA trajectory: what a scheduler keeps beside the floats that its caller sees."""
+"""The integer states of one BDIA trajectory, kept by a scheduler in addition to the caller's floats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bicm_kernels import (
 
 
 class Integers:
-    """Two neighbouring states on a grid of 2^-32, and the buffer that keeps what a factor n/m drops."""
+    """Two adjacent states on a grid of 2^-32, and the buffer for the remainders of a factor n/m."""
 
     def __init__(self, sample: Tensor, last: Tensor | None, ratio: tuple[int, int]) -> None:
         self.ratio, self.dtype = ratio, sample.dtype
@@ -32,7 +32,7 @@ class Integers:
 
     @classmethod
     def turned(cls, pair: ExactPair, ratio: tuple[int, int], inner: Tensor) -> Integers:
-        """Return the states of a pair in the order in which they retrace its trajectory; inner: what a caller holds."""
+        """Return the states of a pair in the order of its retrace; inner: the state that the caller holds."""
         states = cls.__new__(cls)
         states.ratio, states.dtype = ratio, pair.dtype
         states.overflow, states.info = pair.overflow.clone(), pair.info
@@ -73,7 +73,7 @@ class Integers:
         return self.seen, x0
 
     def pair(self, record: Record) -> ExactPair:
-        """Return the states that the last step led to."""
+        """Return the states after the last step."""
         assert self.last_q is not None
         return ExactPair(self.q, self.last_q, self.info, self.overflow, 1.0, 1.0, self.dtype, record=record)
 
@@ -81,9 +81,9 @@ class Integers:
         return fixed_point_encode(x, overflow=self.overflow)
 
     def _check(self, sample: Tensor) -> None:
-        """The caller's floats must be what these integers stand for."""
+        """Raise unless the caller's floats equal the decoded integers."""
         same = sample is self.seen and version_of(sample) == self.version
-        # Pipelines copy what a loop starts from: the first state is compared by its values.
+        # Pipelines copy a loop's start: the first state is compared by its values.
         if not same and not (self.version == -1 and sample.dtype == self.dtype and torch.equal(sample, self.seen)):
             raise ValueError(
                 "sample: with exact=True, expected the state that the last step or turn_round returned; for another "

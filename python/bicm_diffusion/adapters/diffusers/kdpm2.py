@@ -1,4 +1,4 @@
-"""DPM-Solver-2 as k-diffusion has it: Euler's step to a level between, then one with the slope that is found there."""
+"""DPM-Solver-2 in k-diffusion's form: Euler's step to an intermediate level, then one with the slope there."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ BETWEEN = "scales between"
 
 @dataclass
 class MidpointTables(SigmaTables):
-    #: By the step, the level that a second half stands at, and the scale of the model's input there.
+    #: By the step, the level of its second half, and the scale of the model's input there.
     between: list[float] = field(default_factory=list)
     scales_between: list[float] = field(default_factory=list)
-    #: The levels that second halves lead to, and the deviation of their noise, by the first half's step.
+    #: The target levels of second halves, and the standard deviation of their noise, by the first half's step.
     ends: list[float] = field(default_factory=list)
     lifts: list[float] = field(default_factory=list)
-    #: What `dt` is after a first half, where the original keeps it.
+    #: `dt` after a first half, where the original keeps it.
     lengths: list[Tensor] = field(default_factory=list)
 
 
@@ -43,7 +43,7 @@ class Kdpm2(Sigmas):
     _draws = False
     sigmas_interpol: Tensor
     sample: Any
-    #: Whether the input that was made ahead is a second half's.
+    #: Whether the precomputed input is a second half's.
     _for_second = False
 
     def _uncovered(self) -> str | None:
@@ -73,7 +73,7 @@ class Kdpm2(Sigmas):
         return euler_weights(self.config.prediction_type, sigma, sigma, tables.between[index + 1])
 
     def _second_row(self, tables: MidpointTables, index: int) -> Row:
-        """Weights of sample and output in x0, then in the result beside the first sample, and the noise's deviation."""
+        """Weights of sample and output in x0, those of both samples in the result, and the noise's deviation."""
         if index < 1:
             raise ValueError("a second half without a first one")
         x0_sample, x0_output, *slope = derivative_weights(self.config.prediction_type, tables.between[index])
@@ -147,7 +147,7 @@ class Kdpm2Ancestral(Kdpm2):
     dt: Any
 
     def _read(self, tables: MidpointTables) -> None:
-        # A second half stands at the level that stands at its first half's place.
+        # A second half is at the level with its first half's index.
         tables.between = [math.nan, *self.sigmas_interpol.tolist()]
         tables.ends, tables.lifts = self.sigmas_down.tolist(), self.sigmas_up.tolist()
         lengths = (self.sigmas_interpol - self.sigmas.to(self.sigmas_interpol.device)).detach()

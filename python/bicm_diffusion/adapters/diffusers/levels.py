@@ -1,4 +1,4 @@
-"""Noise levels of the exponential solvers: alpha and sigma, their ratio, and what a model's output says there."""
+"""Noise levels of the exponential solvers: alpha and sigma, their ratio, and predictions from a model's output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 #: Below this alpha, predicting x0 from the noise loses more than a bit.
 LEAST_SIGNAL = 0.5
-#: Below this one, the weights that undo it leave float32's range: the original runs.
+#: Below this one, the weights that compensate it leave float32's range: the original runs.
 NO_SIGNAL = 1e-15
 
 
@@ -33,7 +33,7 @@ def log_ratio(level: Level) -> float:
 
 
 def step_of_no_length(to: Level, here: Level) -> bool:
-    """Whether the originals, in float32, see no step between two levels: then they divide zero by zero."""
+    """Whether two levels are equal in float32, where the originals divide zero by zero."""
     levels = torch.tensor([to, here], dtype=torch.float32).log()
     there, now = (levels[:, 0] - levels[:, 1]).tolist()
     return bool(there == now)
@@ -56,7 +56,7 @@ def reading_noise(prediction: str, sigma: float, level: Level) -> tuple[float, f
     of_sample, of_output = reading_x0(prediction, sigma, level)
     alpha, noise = level
     if prediction == "flow_prediction":
-        noise = sigma  # as the original divides, whatever its levels are
+        noise = sigma  # as the original divides, for all levels
     return (1.0 - alpha * of_sample) / noise, -alpha * of_output / noise
 
 

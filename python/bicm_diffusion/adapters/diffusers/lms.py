@@ -18,21 +18,21 @@ from bicm_diffusion.adapters.diffusers.sigmas import Sigmas, SigmaTables
 from bicm_diffusion.adapters.diffusers.tables import Row, Tables
 from bicm_kernels import affine_step
 
-#: What `step` takes by default; its rows are there before a graph is made. Of higher orders the original runs.
+#: The default of `step`; its rows exist before a graph is made. For higher orders the original runs.
 ORDER = 4
 
 
 def multistep_row(levels: list[float]) -> Row:
     """Integrals of Lagrange's polynomials from the second level to the first (Adams-Bashforth on any grid).
 
-    levels: the one to reach, the current one, and the earlier ones, as many as the order, which is at most four.
+    levels: the target, the current one, and the earlier ones, as many as the order, which is at most four.
     """
     to, *nodes = levels
     middle, half = (nodes[0] + to) / 2.0, (to - nodes[0]) / 2.0
     weights = []
     for k, own in enumerate(nodes):
         others = [x for j, x in enumerate(nodes) if j != k]
-        # Two points of Gauss are exact for the third degree.
+        # Two-point Gauss quadrature is exact up to degree three.
         values = [math.prod((middle + half * x - b) / (own - b) for b in others) for x in (-(3**-0.5), 3**-0.5)]
         weights.append(half * sum(values))
     return tuple(weights)
@@ -104,7 +104,7 @@ class Lms(Sigmas):
         row: Any = tables.row(order, index, sample.device if graph else None)
         kept = self.derivatives if len(self.derivatives) < order else self.derivatives[1:]
         used = min(index + 1, order)
-        # The original pairs what there is, from the newest on.
+        # The original pairs the available ones, newest first.
         history: list[Any] = kept[::-1][: used - 1]
         if row is None or len(kept) >= order:
             return None

@@ -1,8 +1,8 @@
 """Steps with their log-probability, as policy-gradient trainers call them, on accelerated schedulers.
 
-The signatures are those of the functions that trainers copy from one another: Flow-GRPO's for flow matching, DDPO's for
-DDIM. A state that is formed here and one that is given have the same log-probability, to the bit; it is that of the
-rounded state. A step whose standard deviation is 0 is no policy: its log-probability is 0.
+The signatures are those of the functions used by published trainers: Flow-GRPO's for flow matching, DDPO's for
+DDIM. A state that is formed here and one that is given have the same log-probability, bit for bit; it is that of the
+rounded state. A step whose standard deviation is 0 has no density: its log-probability is 0.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Number: TypeAlias = float | Tensor
 
 
 def wide(x: Tensor) -> Tensor:
-    """A tensor in float32, or as it is in float64."""
+    """A tensor in float32; float64 tensors unchanged."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def timesteps_of(timestep: Any, batch: int) -> list[Any]:
-    """The timesteps of a batch, or the one that it shares; raises ValueError for another number of them."""
+    """The timesteps of a batch, or its single one; raises ValueError for another number of them."""
     if not isinstance(timestep, Tensor) or timestep.dim() == 0:
         return [timestep]
     if timestep.dim() != 1 or len(timestep) not in (1, batch):
@@ -39,7 +39,7 @@ def timesteps_of(timestep: Any, batch: int) -> list[Any]:
 
 
 def per_sample(rows: Sequence[Sequence[float]], like: Tensor) -> list[Number]:
-    """Numbers of one step, or of every sample's, by what they weigh."""
+    """Weights of one step, or one per sample, by name."""
     columns = list(zip(*rows, strict=True))
     if len(rows) == 1:
         return [column[0] for column in columns]
@@ -47,7 +47,7 @@ def per_sample(rows: Sequence[Sequence[float]], like: Tensor) -> list[Number]:
 
 
 def check_states(model_output: object, sample: object, prev_sample: object, generator: object) -> None:
-    """Raise unless the states of a step are tensors of one shape, and noise is asked for where none is given."""
+    """Raise unless the states of a step are tensors of one shape, and noise is requested only without prev_sample."""
     check_state("sample", sample)
     assert isinstance(sample, Tensor)
     for name, x in (("model_output", model_output), ("prev_sample", prev_sample)):
@@ -57,7 +57,7 @@ def check_states(model_output: object, sample: object, prev_sample: object, gene
         if isinstance(x, Tensor) and x.shape != sample.shape:
             raise ValueError(f"{name}: expected shape {tuple(sample.shape)}, as sample has, got {tuple(x.shape)}")
     if prev_sample is not None and generator is not None:
-        raise ValueError("generator: expected None beside prev_sample, which no noise makes")
+        raise ValueError("generator: expected None with prev_sample, which needs no noise")
 
 
 def with_log_prob(
@@ -70,9 +70,9 @@ def with_log_prob(
     like: Tensor,
     at: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """The next state, formed or given, and its log-probability (B,) under the mean that tensors and weights make.
+    """The next state, formed or given, and its log-probability (B,) under the mean of tensors and weights.
 
-    like: what the noise of a generator is drawn like, the model's output. at: the step that keys the noise, or that of
+    like: the template for a generator's noise, the model's output. at: the step that keys the noise, or that of
     every sample.
     """
     state = tensors[0]
@@ -112,8 +112,8 @@ class FlowLogProb:
         constants.
 
         Returns (prev_sample, log_prob, prev_sample_mean, std_dev_t): states in float32 (float64 where sample is),
-        log_prob (B,) as a mean over elements, std_dev_t (B, 1, …); then √(-dt) where return_sqrt_dt says so. The step
-        index stays. log_prob and the mean are differentiable in model_output, the former by a kernel.
+        log_prob (B,) as a mean over elements, std_dev_t (B, 1, …); then √(-dt) if return_sqrt_dt. The step
+        index is unchanged. log_prob and the mean are differentiable in model_output, the former by a kernel.
         Raises TypeError, ValueError for an argument of another type, shape or range.
         """
         check_states(model_output, sample, prev_sample, generator)
@@ -139,7 +139,7 @@ class FlowLogProb:
             squares = pseudo_huber(mean, after.detach(), kind="squared", reduction="none")
             log_prob = -squares / math.prod(sample.shape[1:])
         columns = (-1, *[1] * (sample.dim() - 1))
-        # As the published functions have them: a row for each sample that the call tells apart.
+        # As in the published functions: a row for each sample where timesteps are per sample.
         about = [torch.as_tensor(x, dtype=torch.float32, device=sample.device).reshape(columns) for x in (told, root)]
         return (after, log_prob, mean, *about[: 1 + return_sqrt_dt])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def as_output(graph: bool, cls: Any, previous: Tensor, name: str = "", x0: Tensor | None = None) -> Any:
-    """Make a scheduler's output without the dataclass's own steps, which take as long as a small kernel."""
+    """Make a scheduler's output without the dataclass's constructor, which takes as long as a small kernel."""
     if graph:
         return cls(**({"prev_sample": previous, name: x0} if name else {"prev_sample": previous}))
     result = cls.__new__(cls)

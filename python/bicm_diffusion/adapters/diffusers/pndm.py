@@ -1,4 +1,4 @@
-"""Pseudo linear multistep and Runge-Kutta steps: the outputs so far, the state and all in one launch."""
+"""Pseudo linear multistep and Runge-Kutta steps: the outputs so far and the state in one launch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Pndm(Alphas):
         return None if prediction in ("epsilon", "v_prediction") else f"prediction_type={prediction!r}"
 
     def _row(self, levels: tuple[Number, Number], eta: float, rederives: bool) -> Any:
-        """Weights of the sample and of the output that the step goes along (PNDM eq. 9)."""
+        """Weights of the sample and of the output in the step (PNDM eq. 9)."""
         a, below = levels
         try:
             kept = root(below / a)
@@ -53,7 +53,7 @@ class Pndm(Alphas):
                 return kept, along
             return kept + along * root(1.0 - a), along * root(a)
         except (ZeroDivisionError, ValueError, OverflowError):
-            return None  # the original's infinities
+            return None  # the original gives infinities
 
     def _weights(self, tables: AlphaTables, here: Any, there: Any, sample: Tensor) -> Any:
         """The weights between two timesteps, or None where the original has to run."""
@@ -81,7 +81,7 @@ class Pndm(Alphas):
             return None
         there = at if count % 2 else at - tables.gap // 2
         first = count // 4 * 4
-        # A graph finds the timesteps of this kind among all, in front.
+        # In a graph, the timesteps of this kind come first.
         here = self.timesteps[first] if graph else self.prk_timesteps[first]
         row = self._weights(tables, here, there, sample)
         current = sample if part == 0 or self.cur_sample is None else self.cur_sample
@@ -91,7 +91,7 @@ class Pndm(Alphas):
             return None
         state = as_state(current, model_output)
         if known and so_far.dtype is not model_output.dtype:
-            return None  # what the original adds to in place
+            return None  # the original adds to it in place
         of_sample, of_output = row
         terms, shares = [model_output, *([so_far] if known else [])], [share, *([1.0] if known else [])]
         if part == 3:
@@ -150,4 +150,4 @@ class Pndm(Alphas):
         step = self.step_prk if first else self.step_plms
         return step(model_output=model_output, timestep=timestep, sample=sample, return_dict=return_dict)
 
-    step.__qualname__ = "PNDMScheduler.step"  # what Python's own error names
+    step.__qualname__ = "PNDMScheduler.step"  # named in Python's error for wrong arguments

@@ -1,4 +1,4 @@
-"""The pairs that loops end in and begin with, and what tells a loop that retraces one from one that only seems to."""
+"""The pairs that loops end in and begin with, and checks that a loop really retraces one."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from bicm_diffusion.samplers.states import ExactPair, Pair, StatePair
 
 
 def check_pair(pair: object, exact: bool, method: str, settings: Mapping[str, Any]) -> None:
-    """Raise unless a pair is one that a configuration retraces, as far as can be told before its next loop."""
+    """Raise unless a configuration can retrace a pair, as far as this can be checked before its next loop."""
     kind = ExactPair if exact else StatePair
     if type(pair) is not kind:
         raise TypeError(f"pair: expected a scheduler's {kind.__name__} with exact={exact}, got {described(pair)}")
     made = pair.record
     if made is None:
-        raise ValueError(f"pair: expected one from {method}.pair, got one that does not say what made it")
+        raise ValueError(f"pair: expected one from {method}.pair, got one without a record of its settings")
     turned = replace(made, method=method, settings=settings, index=made.steps - made.index)
     turned.check(made, "turn_round", "", pair="pair")
 
 
 def check_no_pair(name: str, value: object) -> None:
-    """Raise TypeError for a pair where a tensor is meant."""
+    """Raise TypeError for a pair given instead of a tensor."""
     if isinstance(value, Pair):
         raise TypeError(f"{name}: expected a tensor, got {described(value)}; turn_round(pair) takes a pair")
 
 
 def check_start(sample: Tensor, last_sample: Tensor | None, run: Record) -> None:
-    """Raise where a loop starts from a state of a pair that it cannot start from, warn where it need not.
+    """Raise where a loop cannot start from this state of a pair; warn where it should start from another.
 
     last_sample: the other state, where a pair is retraced.
     """
@@ -51,24 +51,25 @@ def check_start(sample: Tensor, last_sample: Tensor | None, run: Record) -> None
 
 
 class Retraced:
-    """The pair that a scheduler's loop ends in, and the way back from it."""
+    """The pair that a scheduler's loop ends in, and the reverse loop from it."""
 
     #: The state at the index before the one that the last step reached; with it a trajectory can be retraced.
     last_sample: Tensor | None = None
     #: The state that the last step reached.
     _reached: Tensor | None = None
     _integers: Integers | None = None
-    #: What the loop since `set_timesteps` is, whether it began at its first step, and what made the pair it retraces.
+    #: The loop since `set_timesteps`, whether it began at its first step, and the run of the pair it retraces.
     _record: Record | None = None
     _whole = False
     _made: Record | None = None
-    #: A pair that the next loop retraces, its inner state as `turn_round` returned it, and whether it was asked for.
+    #: A pair that the next loop retraces, its inner state as `turn_round` returned it, and whether it was passed
+    #: explicitly.
     _next: StatePair | ExactPair | None = None
     _inner: Tensor | None = None
     _turned = False
     _edit = False
     _at: int | None = None
-    #: The levels' indices that a loop passes, in its order.
+    #: The indices of a loop's levels, in its order.
     _indices: Sequence[int] = ()
     config: Any
 
@@ -78,7 +79,7 @@ class Retraced:
 
     @property
     def pair(self) -> StatePair | ExactPair:
-        """The two states that the last loop led to: an `ExactPair` with exact=True, else a `StatePair`.
+        """The final two states of the last loop: an `ExactPair` with exact=True, else a `StatePair`.
 
         It can be saved (`save_pair`, `torch.save`) and given to another scheduler's `turn_round`.
         Raises ValueError before the end of a loop, OverflowError where integer states left their range.
@@ -97,14 +98,14 @@ class Retraced:
         return pair
 
     def turn_round(self, pair: StatePair | ExactPair | None = None, *, edit: bool = False) -> Tensor | None:
-        """Let the next `set_timesteps` lead the other way, as pipelines call it; return what its loop starts from.
+        """Reverse the direction of the next `set_timesteps`; return the state that its loop starts from.
 
         After a loop that is the state before the last one, (B, …), from which the trajectory is retraced in N - 1
-        steps. Before any loop it is None: the next one leads from data to noise. pair: another scheduler's `pair`, of
-        another process too, to go on from in place of this one's. edit: the way back has other conditions, so that no
-        warning is due where it leads elsewhere.
-        Raises ValueError in the middle of a loop or for a pair of another configuration, TypeError for another kind of
-        pair, OverflowError where integer states left their range.
+        steps. Before any loop it is None: the next one goes from data to noise. pair: another scheduler's `pair`, of
+        another process too, to continue from instead of this one's. edit: the reverse loop has other conditions, so
+        that no warning is issued where it ends in another state. Raises ValueError in the middle of a loop or for a
+        pair of another configuration, TypeError for another kind of pair, OverflowError where integer states left their
+        range.
 
         >>> import torch
         >>> from bicm_diffusion.adapters.diffusers import BDIADDIMScheduler
@@ -135,11 +136,11 @@ class Retraced:
         return self._inner
 
     def _settings(self) -> dict[str, Any]:
-        """What the states of a pair depend on, beside its levels."""
+        """The settings that the states of a pair depend on, apart from its levels."""
         return {"gamma": nearest(self.config.gamma) if self._exact else float(self.config.gamma)}
 
     def _report(self, made: Record) -> None:
-        """Warn where a pair was retraced and integers are left that its trajectory did not begin with."""
+        """Warn where a pair was retraced and the final integers differ from the start of its trajectory."""
         integers = self._integers
         if integers is not None and integers.last_q is not None and self._record is not None:
             report_remainder(type(self).__name__, made, self._record, integers.q, integers.last_q)

@@ -1,7 +1,7 @@
-"""What every accelerated scheduler shares: tables made on the host, the next evaluation's input, the way back.
+"""Shared by all accelerated schedulers: tables on the host, the next evaluation's input, fallback to the original.
 
-An accelerated scheduler is a subclass of the diffusers class that it stands for, with the same name, configuration and
-state, and another `step`. Whatever its step does not cover goes to the original step, on the same state.
+An accelerated scheduler is a subclass of the original diffusers class, with the same name, configuration and
+state, and another `step`. Unsupported calls run the original step, on the same state.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bicm_diffusion.adapters.diffusers.tables import Reading, Tables, unreadable
 
 
 def fused(attempt: Callable[..., Any]) -> Any:
-    """Let the original's method of the same name do what an attempt does not cover: there it returns None or raises.
+    """Fall back to the original's method of the same name where the attempt returns None or raises.
 
     An attempt raises before it changes anything that the original will read.
     """
@@ -43,11 +43,11 @@ def fused(attempt: Callable[..., Any]) -> Any:
         except WrongKeyError:
             raise
         except Exception as error:
-            # Where the original raises, its error is the one that counts, and this one its context.
+            # Where the original raises too, its error is raised, with this one as its context.
             result, why = getattr(self._original, name)(self, *args, **kwargs), f" ({error})"
         else:
             result = getattr(self._original, name)(self, *args, **kwargs)
-        if self._ready(graph=False) is not None:  # a schedule that cannot be read is told of already
+        if self._ready(graph=False) is not None:  # an unreadable schedule was reported already
             self._say(f"a call that no kernel takes{why}")
         return result
 
@@ -55,11 +55,11 @@ def fused(attempt: Callable[..., Any]) -> Any:
 
 
 class Accelerated(Drawing):
-    """A scheduler whose step is one fused launch; mixed into a diffusers class by `accelerate_scheduler`."""
+    """A scheduler whose step is one fused launch; a mixin that `accelerate_scheduler` adds to a diffusers class."""
 
     _original: ClassVar[Any]
     _mixin: ClassVar[type[Accelerated]]
-    #: The attributes, and the options of the configuration, that a step's numbers come from.
+    #: The attributes, and the options of the configuration, that a step's weights depend on.
     _sources: ClassVar[tuple[str, ...]] = ("sigmas", "timesteps")
     _options: ClassVar[tuple[str, ...]] = ()
     _chosen: ClassVar[itemgetter[Any] | _Nothing]
@@ -68,7 +68,7 @@ class Accelerated(Drawing):
     _looks_up: ClassVar[bool] = True
     _tables: Tables | None = None
     _pending: tuple[Any, ...] | None = None
-    #: Whether the next evaluation's input may be made ahead, and whether there is a use for it in this run.
+    #: Whether the next evaluation's input may be precomputed, and whether this run uses it.
     _foresight = True
     _foresees = True
 
@@ -98,7 +98,7 @@ class Accelerated(Drawing):
 
     # --- tables -------------------------------------------------------------------------------------------------------
     def _current(self) -> Any:
-        """The tables of the schedule as it is now."""
+        """The tables of the current schedule."""
         tables = self._tables
         return self._prepare() if tables is None or tables.reading.stale(self.__dict__) else tables
 
@@ -133,14 +133,14 @@ class Accelerated(Drawing):
         return self.sigmas.tolist()
 
     def _fill(self, tables: Any) -> None:
-        """Make rows of weights, and what a graph will need, since nothing can be made while one is traced."""
+        """Make rows of weights, and the tensors of a graph, since none can be made while one is traced."""
 
     def _ready(self, graph: bool) -> Any:
-        """The tables of the schedule as it is now; None sends a step to the original. graph: whether one is traced."""
+        """The tables of the current schedule; None if the original has to run. graph: whether a graph is traced."""
         if graph:
             tables = self._tables
         else:
-            # Attributes of a class with __getattr__ are slow: one look at all of them.
+            # Attribute access is slow in a class with __getattr__: read them all at once.
             own = self.__dict__
             tables = own.get("_tables")
             if tables is None or tables.reading.stale(own):
@@ -187,7 +187,7 @@ class Accelerated(Drawing):
                 self._step_index = position
 
     def _position(self, timestep: Any) -> int | None:
-        """Where a timestep is found among the scheduler's; None where the original has to search."""
+        """The index of a timestep among the scheduler's; None where the original has to search."""
         tables = self._current()
         if not self._looks_up and tables.reason is None and version_of(self.timesteps) != tables.timesteps.version:
             tables = self._prepare()
@@ -201,17 +201,17 @@ class Accelerated(Drawing):
 
     # --- the next evaluation's input ----------------------------------------------------------------------------------
     def _foreseen(self, sample: Any) -> Tensor | None:
-        """The scaled sample, where the last step made it already."""
+        """The scaled sample, if the last step precomputed it."""
         own = self.__dict__
         made_for, version, at, scaled = own["_pending"]
         own["_pending"] = None
         if made_for() is sample and at == own["_step_index"] and sample._version == version:
             tables = own.get("_tables")
-            # What was made ahead is no function of the sample that autograd knows.
+            # Autograd has no record of the precomputed input as a function of the sample.
             recorded = torch.is_grad_enabled() and sample.requires_grad
             if not recorded and tables is not None and not tables.reading.stale(own):
                 return scaled  # type: ignore[no-any-return]
-        self._foresees = False  # a caller who changes the sample first has no use for it
+        self._foresees = False  # the caller changes the sample first: do not precompute again
         return None
 
     # --- configurations and copies ------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ class Accelerated(Drawing):
 
 
 class _Nothing:
-    """Of options that none reads. No function: as an attribute of a class it would be a method."""
+    """A reader of no options. Not a function: as a class attribute it would become a method."""
 
     def __call__(self, options: Any) -> Any:
         return ()
@@ -244,7 +244,7 @@ _nothing = _Nothing()
 def derived(mixin: type[Accelerated], original: Any) -> type[Any]:
     """Return the accelerated subclass of a diffusers class, with its name and module."""
 
-    # Pipelines look at a scheduler's signatures to see what it takes.
+    # Pipelines inspect a scheduler's signatures.
     @wraps(original.set_timesteps)
     def set_timesteps(self: Accelerated, *args: Any, **kwargs: Any) -> None:
         mixin.set_timesteps(self, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Schedulers that count their steps: rows of weights by the count, and the launch that ends such a step."""
+"""Schedulers that count their steps: rows of weights by the count, and the launch of such a step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SigmaTables(Tables):
 
 
 def foreseen_first(scale: Callable[..., Any]) -> Any:
-    """Return the input that the last step made ahead, where it did; otherwise call the method."""
+    """Return the input that the last step precomputed, if it did; otherwise call the method."""
 
     @wraps(scale)
     def scale_model_input(self: Sigmas, *args: Any, **kwargs: Any) -> Any:
@@ -45,10 +45,10 @@ def foreseen_first(scale: Callable[..., Any]) -> Any:
 
 
 class Counted(Accelerated):
-    """Schedulers that look their numbers up by how many steps were taken."""
+    """Schedulers that look up their weights by the number of steps taken."""
 
     def _row(self, tables: Any, index: int) -> Row:
-        """A step's weights. One that raises as a division does, or is not finite, leaves the step to the original."""
+        """A step's weights. If they raise an arithmetic error or are not finite, the original step runs."""
         raise NotImplementedError
 
     def _fill(self, tables: Any) -> None:
@@ -83,7 +83,7 @@ class Counted(Accelerated):
         x0_weight: Any = 0.0,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Launch the step, count it, and keep the next evaluation's input where the launch made it.
+        """Launch the step, count it, and keep the next evaluation's input if the launch computed it.
 
         terms: tensors, and the weights in x0 of the first of them, in the result of all.
         """
@@ -130,7 +130,7 @@ class Sigmas(Counted):
             if sample.requires_grad or output.requires_grad:
                 return None
         elif torch.is_inference_mode_enabled():
-            return None  # inference tensors do not count what is written to them
+            return None  # inference tensors have no version counter
         return self._coming_scales(tables)[index + 1]
 
     def _coming_scales(self, tables: Any) -> list[float]:
@@ -139,7 +139,7 @@ class Sigmas(Counted):
         return scales
 
     def _present_scale(self, tables: Any, index: int, graph: bool) -> Any:
-        """The scale of the input that is asked for now, in a graph as a tensor; None for the original's."""
+        """The scale of the requested input, in a graph as a tensor; None if the original has to run."""
         return tables.traced["scales"][index] if graph else tables.scales[index]
 
     @foreseen_first

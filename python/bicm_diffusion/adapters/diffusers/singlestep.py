@@ -1,4 +1,4 @@
-"""DPM-Solver and DPM-Solver++ in single steps of orders one to three, from where the first of them began."""
+"""Singlestep DPM-Solver and DPM-Solver++ of orders one to three."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def noise_gains(to: Level, here: Level, h: float, *, order: int) -> Row:
 
 
 def single_row(levels: list[Level], *, heun: bool, algorithm: str) -> Row:
-    """Weights of the state that the first step began with, of what is predicted now and before, and of noise.
+    """Weights of the state at the first step's start, of the current and earlier predictions, and of noise.
 
-    levels: the one to reach, the current one, and the earlier ones; the last is where the first step began.
+    levels: the target, the current one, and the earlier ones; the last is the level at which the first step began.
     """
     order = len(levels) - 1
     if order > 1 and any(step_of_no_length(*pair) for pair in pairwise(levels)):
@@ -104,7 +104,7 @@ class DpmSolverSinglestep(Counted):
             tables.put(order, partial(self._row_of, tables, order=order), count)
 
     def _row_of(self, tables: Tables, index: int, order: int) -> Row:
-        """Weights of sample and output in what is predicted, those of the step, and the sum of the first two."""
+        """Weights of sample and output in the prediction, those of the step, and the sum of the first two."""
         if index < order - 1:
             raise ValueError(f"step {index} has no {order - 1} before it")
         config, sigma = self.config, tables.levels[index]
@@ -117,7 +117,7 @@ class DpmSolverSinglestep(Counted):
         return *reading, *single_row(levels, heun=config.solver_type == "heun", algorithm=config.algorithm_type), near
 
     def _order(self, index: int) -> int:
-        """The order that is due, or the one that there are outputs for."""
+        """The scheduled order, limited by the number of outputs available."""
         order = self.order_list[index]
         while order > 1 and self.model_outputs[-order + 1] is None:
             order -= 1
@@ -151,7 +151,7 @@ class DpmSolverSinglestep(Counted):
             return None
         of_sample, of_output, kept, now, before, earlier, deviation, near = row
         state = as_state(sample, output)
-        # What is predicted may be the output itself, in its own dtype.
+        # The prediction may be the output itself, in its own dtype.
         plain = config.algorithm_type == "dpmsolver"
         alone = config.prediction_type == ("epsilon" if plain else "sample")
         own = output if alone else state
@@ -173,7 +173,7 @@ class DpmSolverSinglestep(Counted):
                 reading = [near]
             else:
                 terms, reading = [state, output], [of_sample, of_output]
-                # A kernel takes five terms; what is the sixth is added afterwards.
+                # A kernel takes five terms; the sixth is added afterwards.
                 late = tensors.pop() if len(tensors) + len(terms) > MOST_TERMS else None
             nothing = [0.0] * len(terms)
             out, converted, _ = denoised_step(

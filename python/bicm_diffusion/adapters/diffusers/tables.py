@@ -1,4 +1,4 @@
-"""What a schedule comes to on the host: its levels, the weights made from them, and what both were made from."""
+"""A schedule's tables on the host: its levels, the weights made from them, and the inputs of both."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import Tensor
 Number = float | Tensor
 Row = tuple[Number, ...]
 
-#: A scheduler's attribute by its name, as it was read, and how often it had been written to.
+#: A scheduler's attribute by its name, as it was read, and its version counter.
 Source = tuple[str, Any, int | None]
 
-#: What stands for operations of its own in a class of tensors that has none, as parameters do.
+#: The `__torch_function__` of tensor classes without overridden operations, such as parameters.
 UNCHANGED = torch.nn.Parameter.__torch_function__
 
 
 @dataclass
 class Reading:
-    """What tables were made from."""
+    """The inputs of tables."""
 
     sources: tuple[Source, ...]
     #: The scheduler's number of steps.
@@ -55,10 +55,10 @@ class Reading:
 
 @dataclass
 class Timesteps:
-    """The host's copy of the timesteps, and where they lie."""
+    """The host's copy of the timesteps, and their addresses."""
 
     values: list[float] = field(default_factory=list)
-    #: The memory, where the first timestep lies in it, and how many bytes further the next.
+    #: The storage, the first timestep's offset in it, and the stride in bytes.
     memory: Tensor | None = None
     address: int = 0
     spacing: int = 0
@@ -66,19 +66,19 @@ class Timesteps:
     version: int | None = None
 
     def at(self, timestep: Tensor) -> float | None:
-        """The timestep that a 0-d tensor is, told by where it lies, without asking its device; None for another one."""
+        """The timestep in a 0-d tensor, identified by address, which avoids a device sync; None for other tensors."""
         if self.memory is None or not self.spacing or timestep.dtype is not self.memory.dtype:
             return None
         try:
             position, rest = divmod(timestep.data_ptr() - self.address, self.spacing)
-        except RuntimeError:  # a transform's tensor lies nowhere
+        except RuntimeError:  # a transform's tensor has no address
             return None
         return self.values[position] if rest == 0 and 0 <= position < len(self.values) else None
 
 
 @dataclass
 class Tables:
-    """The host's copy of a schedule, and the weights made from it so far; schedulers add fields of their own."""
+    """The host's copy of a schedule, and the weights made from it so far; schedulers add fields."""
 
     reading: Reading
     #: Why no step can be fused, if none can.
@@ -96,13 +96,14 @@ class Tables:
         self.levels = levels
         if timesteps is None:
             return
-        # The alias keeps the memory when the tensor is given another: what lies at an address in it is a timestep.
+        # The alias keeps the storage alive if the tensor gets another one, so that its addresses stay those of
+        # timesteps.
         spacing = timesteps.stride(0) * timesteps.element_size()
         address, version = timesteps.data_ptr(), version_of(timesteps)
         self.timesteps = Timesteps(timesteps.tolist(), timesteps.detach(), address, spacing, version)
 
     def put(self, name: Any, make: Callable[[int], Row], count: int) -> None:
-        """Make a row for each of so many steps; one that cannot be made, or that is not finite, is the original's."""
+        """Make a row for each step; for one that cannot be made, or that is not finite, the original step runs."""
         rows = []
         for index in range(count):
             try:
@@ -116,7 +117,7 @@ class Tables:
         self.holes[name] = [index for index, row in enumerate(rows) if row is None]
 
     def row(self, name: Any, index: int, device: torch.device | None = None) -> Any:
-        """A step's weights, or None; as 0-d tensors on a device for a graph, which a look-up would bind to the step."""
+        """A step's weights, or None; as 0-d tensors on a device for a graph, where an index would be a constant."""
         if device is None:
             return self.rows.get((name, index))
         rows = self.traced[name]
@@ -126,18 +127,18 @@ class Tables:
 
 
 def version_of(source: Any) -> int | None:
-    """How often a tensor was written to, where PyTorch counts that."""
+    """A tensor's version counter, where it has one."""
     return source._version if isinstance(source, Tensor) and not source.is_inference() else None
 
 
 def overrides(x: Any) -> bool:
-    """Whether a tensor's class has operations of its own. A mode, such as a default device, is not asked about."""
+    """Whether a tensor's class overrides operations. Modes, such as a default device, are not considered."""
     kind = type(x)
     return kind is not Tensor and getattr(kind, "__torch_function__", UNCHANGED) is not UNCHANGED
 
 
 def unreadable(sources: tuple[Source, ...], options: tuple[tuple[str, Any], ...]) -> str | None:
-    """Why weights cannot be made once, on the host, from a schedule and options: what they are, or that they change."""
+    """Why weights cannot be made once, on the host, from a schedule and options: their dtype, or a gradient."""
     for name, source, _ in sources:
         if source is None and name == "timesteps":
             continue  # not set yet
@@ -158,7 +159,7 @@ def _requires_grad(source: Any) -> bool:
 
 
 def single(x: Number) -> Number:
-    """A number rounded to float32, so that weights made from it fit what the kernel will round it to."""
+    """A number rounded to float32, so that weights made from it match the kernel's rounded value."""
     return x.float().double() if isinstance(x, Tensor) else struct.unpack("f", struct.pack("f", x))[0]
 
 

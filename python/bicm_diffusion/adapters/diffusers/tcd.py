@@ -1,4 +1,4 @@
-"""Trajectory consistency distillation: to a level below the next one, and up to it with fresh noise, in one launch."""
+"""Trajectory consistency distillation: a step to below the next level, and fresh noise up to it, in one launch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bicm_diffusion.adapters.diffusers.scheduler import fused
 from bicm_diffusion.adapters.diffusers.sigmas import Counted
 from bicm_diffusion.adapters.diffusers.tables import Row, Tables, is_double, single
 
-#: What `step` takes by default: its rows are there before a graph is made.
+#: The default of `step`: its rows exist before a graph is made.
 ETA = 0.3
 
 
@@ -63,10 +63,10 @@ class Tcd(Counted):
         # As PyTorch multiplies an integer by a number: in float32.
         lower = math.floor(single(single(1.0 - eta) * single(below)))
         if not 0 <= max(here, below, lower) < len(levels) or min(here, lower) < 0:
-            raise ValueError("no level")  # the original's error
+            raise ValueError("no level")  # the original raises
         level = levels[below] if below >= 0 else float(self.final_alpha_cumprod)
         if self.config.prediction_type == "epsilon" and levels[here] < LEAST:
-            raise ValueError("no signal")  # the original's infinities
+            raise ValueError("no signal")  # the original gives infinities
         readings = reading(self.config.prediction_type, levels[here])
         x0_sample, x0_output, eps_sample, eps_output = (float(x) for x in readings)
         kept, noise = math.sqrt(levels[lower]), math.sqrt(1.0 - levels[lower])
@@ -74,7 +74,7 @@ class Tcd(Counted):
         shared = single(of_sample)
         near = shared, of_output * (shared / of_sample) if of_sample else of_output
         share = level / levels[lower]
-        # Without noise, and at the last step, the lower level is the one that is reached.
+        # Without noise, and at the last step, the lower level is the target.
         last = self.num_inference_steps is not None and index == self.num_inference_steps - 1
         if eta <= 0.0 or last:
             return of_sample, of_output, 1.0, 0.0, *near
@@ -104,7 +104,7 @@ class Tcd(Counted):
             self._put(tables, eta)
         row: Any = tables.row(eta, index, sample.device if graph else None)
         if not graph and row is not None:
-            # The original looks alpha-bar up by the timestep it is given, whichever step it is.
+            # The original looks up alpha-bar by the timestep argument, for every step.
             value = host_value(timestep, tables.timesteps)
             if not isinstance(value, Integral) or value != tables.timesteps.values[index]:
                 return None

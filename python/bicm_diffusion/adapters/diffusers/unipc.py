@@ -1,4 +1,4 @@
-"""UniPC of orders one to three: one launch corrects the state that the last step reached, another one goes on."""
+"""UniPC of orders one to three: one launch corrects the last step's result, another one takes the next step."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ MOST_ORDER = 3
 
 
 def unified_row(levels: list[Level], *, bh1: bool, predicts_x0: bool, corrects: bool) -> Row:
-    """Weights of the state, of what was predicted there and before it, and of what is predicted at its end (UniPC).
+    """Weights of the state, of the predictions there and before it, and of the prediction at its end (UniPC).
 
-    levels: the one to reach, the current one, and the earlier ones that the order asks for. The last weight is the
+    levels: the target, the current one, and as many earlier ones as the order needs. The last weight is the
     corrector's, 0 for the predictor.
     """
     order = len(levels) - 1
@@ -46,7 +46,7 @@ def unified_row(levels: list[Level], *, bh1: bool, predicts_x0: bool, corrects: 
     phi = math.expm1(hh)
     scale = factor * (hh if bh1 else phi)
     if not math.isfinite(scale):
-        raise ValueError("a step of no end")  # the original's NaN
+        raise ValueError("a step of no end")  # the original gives NaN
     if order == 1 and not (corrects and h):
         return kept, -factor * phi, 0.0
     if order > 1 and any(step_of_no_length(*pair) for pair in pairwise(levels)):
@@ -109,7 +109,7 @@ class UniPc(Counted):
                 tables.put((order, corrects), partial(self._row_of, tables, order=order, corrects=corrects), count)
 
     def _reading_at(self, tables: Tables, index: int) -> Row:
-        """Weights of sample and output in what is predicted."""
+        """Weights of sample and output in the prediction."""
         sigma = tables.levels[index]
         level = level_of(sigma, self.config.use_flow_sigmas)
         if level[0] < NO_SIGNAL and self.predict_x0 and self.config.prediction_type == "epsilon":
@@ -117,7 +117,7 @@ class UniPc(Counted):
         return (reading_x0 if self.predict_x0 else reading_noise)(self.config.prediction_type, sigma, level)
 
     def _row_of(self, tables: Tables, index: int, order: int, corrects: bool) -> Row:
-        """The predictor's weights from a level, or those of the corrector of the step that led to it."""
+        """The predictor's weights from a level, or those of the corrector of the step to it."""
         at = index - 1 if corrects else index
         if at < order - 1:
             raise ValueError(f"step {at} has no {order - 1} before it")
@@ -191,9 +191,9 @@ class UniPc(Counted):
         row: Any,
         alone: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What is predicted here, the corrected sample, and the next one.
+        """The prediction, the corrected sample, and the next one.
 
-        alone: whether the model's output is what is predicted.
+        alone: whether the model's output is the prediction itself.
         """
         sample, output, last, history = given
         kept, now, *earlier, _ = row
@@ -204,7 +204,7 @@ class UniPc(Counted):
             nothing = [0.0] * len(earlier)
             out, converted, _ = denoised_step(tensors, [*reading, *nothing], [kept, 0.0, *earlier], x0_weight=now)
             return converted, sample, out
-        # The output is the second of the tensors in every launch: what refuses it says the same each time.
+        # The output is the second of the tensors in every launch, so that error messages agree.
         of_last, *of_history, of_converted = correction
         before = history[: len(of_history)]
         if alone:

@@ -1,4 +1,4 @@
-"""Samplers, denoisers and noise samplers that are called as k-diffusion's are."""
+"""Samplers, denoisers and noise samplers with k-diffusion's signatures."""
 
 from bicm_diffusion.adapters.k_diffusion.denoisers import Denoiser, EDMDenoiser
 from bicm_diffusion.adapters.k_diffusion.noise import (

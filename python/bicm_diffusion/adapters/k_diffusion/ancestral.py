@@ -1,4 +1,4 @@
-"""The two levels of an ancestral step: the one that it goes down to, and that of the noise that leads up again."""
+"""The two levels of an ancestral step: its deterministic target, and the level of the noise added to it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ancestral_ratios(level: float, below: float, eta: float) -> tuple[float, flo
 def with_noise(
     tensors: list[Tensor], weights: list[float], noise: Tensor, s_noise: float | Tensor, deviation: float
 ) -> None:
-    """Add noise of a deviation to the terms of an update; without one it was drawn all the same: generators move on."""
+    """Add noise of a standard deviation to an update's terms; it is drawn even if unused, to advance generators."""
     if isinstance(s_noise, Tensor):
         noise = noise * s_noise
     else:

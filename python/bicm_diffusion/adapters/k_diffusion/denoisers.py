@@ -45,7 +45,7 @@ class Denoiser(nn.Module):
             self.weighting = getattr(self, WEIGHTINGS[weighting])
         else:
             raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)} or a function, got {weighting!r}")
-        self._fused = type(self).get_scalings is Denoiser.get_scalings  # a subclass may have scalings of its own
+        self._fused = type(self).get_scalings is Denoiser.get_scalings  # a subclass may override them
 
     def get_scalings(self, sigma: Tensor) -> Scalings:
         """Return c_skip, c_out and c_in at the levels sigma."""
@@ -68,9 +68,10 @@ class Denoiser(nn.Module):
         """Return the weighted squared error of each sample (B,), differentiable: weight·mean((F − F*)²).
 
         input: (B, …) clean samples; noise: standard normal, like input; sigma: their levels, (B,). F is the network's
-        output at input + sigma·noise and F* the one that would give back input. With scales other than 1 the error is
-        that of the cosine transform over the last one, two or three dimensions, (B, …) having three, four or five, its
-        squares weighted by −log2 of the frequency (Nyquist's is 1/2), at most `scales` where that is 1 or more.
+        output at input + sigma·noise and F* the output whose denoised sample is input. With scales other than 1 the
+        error is that of the cosine transform over the last one, two or three dimensions, (B, …) having three, four or
+        five, its squares weighted by −log2 of the frequency (Nyquist's is 1/2), at most `scales` where that is 1 or
+        more.
 
         >>> Denoiser(lambda x, sigma: x).loss(torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2))
         tensor([0., 0.])
@@ -97,7 +98,7 @@ class Denoiser(nn.Module):
         return self.inner_model(scaled, sigma, **kwargs)
 
     def _problem(self, x: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The network's input and the output that it should have."""
+        """The network's input and its target output."""
         level = per_sample(sigma, x, noise) if self._fused and noise.shape == x.shape else None
         if level is None:
             c_skip, c_out, c_in = (column(c, x) for c in self.get_scalings(sigma))
@@ -114,8 +115,8 @@ class EDMDenoiser(Denoiser):
     """A preconditioned network as a denoiser: D(x, σ) = c_skip·x + c_out·F(c_in·x, ln(σ)/4) (EDM eq. 7).
 
     inner_model(c_in·x, c_noise, **kwargs) returns F like x; c_noise (B,). Called with x (B, …) and sigma (B,) or 0-d,
-    it returns the denoised sample in the dtype of x, which may be float64 around a float32 network: the network sees
-    inner_dtype where that is given. weighting and scales are those of `Denoiser`.
+    it returns the denoised sample in the dtype of x, which may be float64 around a float32 network: the network's input
+    has dtype inner_dtype if given. weighting and scales are those of `Denoiser`.
 
     >>> EDMDenoiser(lambda x, c_noise: x)(torch.ones(1, 2), torch.ones(1)).shape
     torch.Size([1, 2])

@@ -17,7 +17,7 @@ NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 
 
 def default_noise_sampler(x: Tensor) -> NoiseSampler:
-    """Return a noise sampler that draws `torch.randn_like(x)` from torch's default generator, whatever the levels.
+    """Return a noise sampler that draws `torch.randn_like(x)` from torch's default generator, for all levels.
 
     >>> import torch
     >>> default_noise_sampler(torch.ones(1, 2))(torch.tensor(2.0), torch.tensor(1.0)).shape
@@ -30,9 +30,9 @@ def brownian_noise_sampler(x: Tensor, sigmas: Tensor, seed: int | None = None) -
     """Return a noise sampler whose noises are increments of one Brownian path, as k-diffusion's SDE samplers draw.
 
     noise_sampler(sigma, sigma_next) is (W(sigma_next) - W(sigma))/√|sigma_next - sigma|: intervals that overlap share
-    what they have in common. x: the state, for shape, dtype and device; sigmas: the path runs from the least of them
-    above 0 to the largest. seed: without one it is drawn from torch's default generator, as k-diffusion draws it.
-    Raises ImportError where torchsde, whose `BrownianTree` it is, is not installed.
+    their common increment. x: the state, for shape, dtype and device; sigmas: the path runs from the smallest of them
+    above 0 to the largest. seed: by default drawn from torch's default generator, as in k-diffusion.
+    Raises ImportError where torchsde, which provides `BrownianTree`, is not installed.
     """
     try:
         torchsde = import_module("torchsde")
@@ -56,13 +56,13 @@ def brownian_noise_sampler(x: Tensor, sigmas: Tensor, seed: int | None = None) -
 def keyed_noise_sampler(x: Tensor, sigmas: Tensor, seed: int | Tensor, sample_id: int | Tensor = 0) -> NoiseSampler:
     """Return a noise sampler whose step i is noise keyed by (seed, i, sample): the same bits in every batch.
 
-    It is `bicm_kernels.normal` with the seed `fold_in(seed, bicm_diffusion.keys.K_DIFFUSION)`. Where a step asks more
-    than once, as k-diffusion's sample_dpmpp_sde does, its k-th answer after the first has that seed folded with k; the
-    count begins anew with another step, so that each run takes a noise sampler of its own.
+    It is `bicm_kernels.normal` with the seed `fold_in(seed, bicm_diffusion.keys.K_DIFFUSION)`. If a step calls it more
+    than once, as k-diffusion's sample_dpmpp_sde does, call k after the first has that seed folded with k; the
+    count restarts with another step, so that each run needs a new noise sampler.
 
     x: the state that is sampled, for shape, dtype and device; sigmas: the grid that the sampler runs on. The noise
-    sampler raises ValueError for a level that is not on it, but for the rounding of exp(ln σ); sigma_next may lie
-    between.
+    sampler raises ValueError for a level that is not on it, up to the rounding of exp(ln σ); sigma_next may be
+    in between.
 
     >>> import torch
     >>> x, sigmas = torch.ones(1, 2), torch.tensor([2.0, 1.0])
@@ -76,14 +76,14 @@ def keyed_noise_sampler(x: Tensor, sigmas: Tensor, seed: int | Tensor, sample_id
     asked = [-1, 0]
 
     def step_of(sigma: Tensor) -> int:
-        """A level's place, told by where it lies: to ask its device for the value would wait for it."""
+        """A level's index, identified by address, which avoids a device sync."""
         if spacing and sigma.dtype is sigmas.dtype and sigma.device == sigmas.device:
             place, rest = divmod(sigma.data_ptr() - sigmas.data_ptr(), spacing)
             if rest == 0 and 0 <= place < len(sigmas):
                 return place
         level = sigma.item()
         place = min(range(len(levels)), key=lambda i: abs(levels[i] - level), default=0)
-        # exp(ln σ), which k-diffusion's later samplers pass, is off by half a unit of ln σ and of the result.
+        # exp(ln σ), which k-diffusion's SDE samplers pass, is off by half a unit of ln σ and of the result.
         off = precision * (1.0 + abs(math.log(level))) * level if level > 0.0 else 0.0
         if not levels or abs(levels[place] - level) > off:
             raise ValueError(f"sigma: expected a level of the grid that the sampler was made for, got {level}")

@@ -1,4 +1,4 @@
-"""What the loops of the samplers share: levels, evaluations, churn and callbacks."""
+"""Shared by the samplers' loops: levels, evaluations, churn and callbacks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from bicm_diffusion.samplers.checks import check_model
 Network = Callable[..., Tensor]
 Callback = Callable[[dict[str, Any]], object]
 
-#: The largest share of itself by which churn raises a level.
+#: The largest relative increase of a level by churn.
 MOST_LIFT = math.sqrt(2.0) - 1.0
 
 
 class Churn(NamedTuple):
-    """EDM's churn: its strength, the levels that it raises, and what multiplies its noise."""
+    """EDM's churn: its strength, the levels that it raises, and its noise's scale."""
 
     strength: float
     low: float
@@ -70,7 +70,7 @@ class Run:
         return trange(len(indices), disable=self.disable)
 
     def ask(self, x: Tensor, level: float) -> Tensor:
-        """The denoised sample. The network sees its level in the dtype that the state had at first."""
+        """The denoised sample. The network gets its level in the initial dtype of the state."""
         return self.model(x, self.ones * level, **self.extra_args)
 
     def show(self, i: int, x: Tensor, denoised: Tensor, sigma_hat: Tensor) -> None:
@@ -85,7 +85,7 @@ class ChurnedRun(Run):
         super().__init__(*arguments)
         self.churn, self.raised = churn, self.levels
         self.lifts = [0.0] * len(self.levels)
-        # k-diffusion's state takes the dtype of sigmas and of denoised samples, which shows in the numbers it draws.
+        # k-diffusion's state is promoted by sigmas and denoised samples, which affects the numbers it draws.
         self.drawn = self.ones.dtype
         self.beside = self.sigmas.dtype if self.sigmas.is_floating_point() else torch.get_default_dtype()
         if churn.strength != 0.0:
@@ -106,7 +106,7 @@ class ChurnedRun(Run):
     def churned(self, x: Tensor, i: int) -> tuple[Tensor, float]:
         """The state and its level before step i, raised where churn acts.
 
-        Torch's own noise is drawn where it does not act too, as k-diffusion draws it.
+        Torch's own noise is drawn even where churn does not act, as in k-diffusion.
         """
         level, raised, acts = self.levels[i], self.raised[i], self.lifts[i] > 0.0
         deviation, noise_sampler = self.churn.deviation, self.churn.noise_sampler
@@ -121,7 +121,7 @@ class ChurnedRun(Run):
         return weighted_sum(joined(x, noise), [1.0, deviation * math.sqrt(raised**2 - level**2)]), raised
 
     def told(self, i: int, x: Tensor, denoised: Tensor, *moved: Tensor) -> Sequence[Tensor]:
-        """What the step has made of x already, after the callback: what that writes to x is added to it.
+        """The step's result, computed before the callback: what the callback writes to x is added to it.
 
         With a callback that writes nothing, the bits are those without one.
         """
@@ -133,7 +133,7 @@ class ChurnedRun(Run):
 
 
 def shifted(moved: Tensor, x: Tensor, before: Tensor) -> Tensor:
-    """What a step has made of x, with what was added to x since it was copied."""
+    """The step's result, plus the change of x since it was copied."""
     return weighted_sum(joined(x, before, moved), [1.0, -1.0, 1.0])
 
 

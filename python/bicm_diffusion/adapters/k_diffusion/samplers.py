@@ -1,4 +1,4 @@
-"""Samplers that are called as k-diffusion's are: `sample_*(model, x, sigmas, extra_args, callback, …)`.
+"""Samplers with k-diffusion's signatures: `sample_*(model, x, sigmas, extra_args, callback, …)`.
 
 model(x, sigma, **extra_args), sigma (B,), returns the denoised sample; sigmas (N + 1,) descend, usually to 0. Weights
 are formed on the host in float64 from one read of `sigmas`; every update is one fused launch.
@@ -23,7 +23,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def _sampler(advance: Callable[[ChurnedRun, int, Tensor, float, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """Make a sampler of its step, which takes the run, the step's number, state and level, and the denoised state."""
+    """Make a sampler from its step, which takes the run, the step's index, state and level, and the denoised state."""
 
     @torch.no_grad()
     def sample(
@@ -55,12 +55,12 @@ def sample_euler(run: ChurnedRun, i: int, x: Tensor, level: float, denoised: Ten
     """Return a sample by Euler's method (EDM Alg. 2 without its second-order correction).
 
     x: (B, …), any floating or complex dtype, at sigmas[0]; the result has its shape, or one that the denoised
-    samples broadcast to, and its dtype, complex where they are. A step between equal sigmas leaves x as it is. disable
-    hides the progress bar. The callback takes {"x", "i", "sigma", "sigma_hat", "denoised"} before each update; what it
-    writes to x counts.
+    samples broadcast to, and its dtype, complex where they are. A step between equal sigmas leaves x unchanged. disable
+    hides the progress bar. The callback receives {"x", "i", "sigma", "sigma_hat", "denoised"} before each update; its
+    writes to x take effect.
 
-    s_churn, s_tmin, s_tmax, s_noise: EDM's. Noise is `torch.randn_like(x)`, drawn in every step as k-diffusion draws
-    it, also where churn does not act; a noise_sampler(sigma, sigma_next) is asked only where it acts
+    s_churn, s_tmin, s_tmax, s_noise: EDM's. Noise is `torch.randn_like(x)`, drawn in every step as in k-diffusion,
+    also where churn does not act; a noise_sampler(sigma, sigma_next) is called only where it acts
     (`default_noise_sampler(x)` draws with torch too). Raises ValueError where sigmas rise from 0.
 
     >>> sample_euler(lambda x, sigma: 0 * x, torch.ones(1, 2), torch.tensor([2.0, 1.0, 0.0]), disable=True)
@@ -83,8 +83,8 @@ def sample_heun(run: ChurnedRun, i: int, x: Tensor, level: float, denoised: Tens
         x = _euler(run, i, x, level, denoised)
         run.ask(x.clone(), below)
         return x
-    # x + half·((x - denoised)/level + (predicted - again)/below). The second evaluation may write to its input and over
-    # what the first one returned: the first one's share is summed up before or, where the sum would be rounded to a
+    # x + half·((x - denoised)/level + (predicted - again)/below). The second evaluation may overwrite its input and the
+    # first one's result: the first one's terms are summed before or, where the sum would be rounded to a
     # half, kept.
     ratio, half = below / level, (below - level) / 2
     first, second = [1.0 + half / level, -half / level], [half / below, -half / below]
@@ -126,7 +126,7 @@ def sample_dpmpp_2m(
     tensor([[0., 0.]])
     """
     run = Run(model, x, sigmas, extra_args, callback, disable)
-    before, above = None, 0.0  # the denoised sample of the last step of some length, and its level
+    before, above = None, 0.0  # the denoised sample of the last step of nonzero length, and its level
     for i in run.steps():
         level, below = run.levels[i], run.levels[i + 1]
         denoised = run.ask(x, level)
@@ -138,7 +138,7 @@ def sample_dpmpp_2m(
         if before is None or below == 0.0:
             x = weighted_sum(joined(x, denoised), [ratio, 1.0 - ratio])
         else:
-            # Half the inverse of the last step's share of this one, both measured in -ln sigma.
+            # Half the inverse ratio of the last step's length to this one's, both in -ln sigma.
             slope = math.log(level / below) / (2.0 * math.log(above / level))
             gain = 1.0 - ratio
             weights = [ratio, gain * (1.0 + slope), -gain * slope]
@@ -162,9 +162,9 @@ def sample_euler_ancestral(
     """Return a sample by ancestral steps: Euler's method down to σ_down, then noise of level σ_up.
 
     σ_up = min(σ', η·σ'·√(1 - σ'²/σ²)) and σ_down² = σ'² - σ_up²; eta: η. s_noise multiplies the noise, a number or a
-    tensor. Noise is `torch.randn_like(x)` of the x that is given; a noise_sampler(sigma, sigma_next) is asked in every
-    step but those to 0. The callback may write to x, and its step goes on from there. The rest: as for `sample_euler`.
-    Raises ValueError where sigmas rise.
+    tensor. Noise is `torch.randn_like(x)` of the given x; a noise_sampler(sigma, sigma_next) is called in every
+    step except those to 0. The callback may write to x, and its step continues from there. The rest: as for
+    `sample_euler`. Raises ValueError where sigmas rise.
 
     >>> sample_euler_ancestral(lambda x, sigma: 0 * x, torch.ones(1, 2), torch.tensor([2.0, 0.0]), disable=True)
     tensor([[0., 0.]])

@@ -33,7 +33,7 @@ def sample_dpmpp_2s_ancestral(
 ) -> Tensor:
     """Return a sample by DPM-Solver++(2S) down to σ_down, then noise of level σ_up: two evaluations a step.
 
-    σ_down, σ_up, eta, s_noise and the noise: as for `sample_euler_ancestral`; a step that leads to σ_down = 0 is
+    σ_down, σ_up, eta, s_noise and the noise: as for `sample_euler_ancestral`; a step to σ_down = 0 is
     Euler's. The rest: as for `sample_euler`. Raises ValueError where sigmas rise.
 
     >>> sample_dpmpp_2s_ancestral(lambda x, sigma: 0 * x, torch.ones(1, 2), torch.tensor([2.0, 0.0]), disable=True)
@@ -72,10 +72,10 @@ def sample_dpmpp_sde(
 ) -> Tensor:
     """Return a sample by DPM-Solver++ SDE: two evaluations and two noises a step.
 
-    r: where between the levels, in ln σ, the second evaluation stands. A noise_sampler(sigma, sigma_next) is asked for
-    the way there and for the whole step, with levels that went through a logarithm, as k-diffusion asks it; without one
-    the noise is a Brownian path, `brownian_noise_sampler`. eta, s_noise: as for `sample_euler_ancestral`, the rest: as
-    for `sample_euler`. Raises ValueError where sigmas rise, ImportError without a noise_sampler where torchsde is not
+    r: the position of the second evaluation between the levels, in ln σ. A noise_sampler(sigma, sigma_next) is called
+    for the intermediate and the whole step, with levels rounded by exp(ln σ), as in k-diffusion; without one the noise
+    is a Brownian path, `brownian_noise_sampler`. eta, s_noise: as for `sample_euler_ancestral`, the rest: as for
+    `sample_euler`. Raises ValueError where sigmas rise, ImportError without a noise_sampler where torchsde is not
     installed.
 
     >>> draw = default_noise_sampler(torch.ones(1, 2))
@@ -171,7 +171,7 @@ def _multistep(
 ) -> Tensor:
     sigmas = run.sigmas
     draw = brownian_noise_sampler(x, sigmas) if noise_sampler is None else noise_sampler
-    #: Denoised samples of earlier steps of some length, the last one first, and these lengths in ln σ.
+    #: Denoised samples of earlier steps of nonzero length, the last one first, and these lengths in ln σ.
     history: list[Tensor] = []
     lengths: list[float] = []
     for i in run.steps():
@@ -247,7 +247,7 @@ def sample_lms(
         terms = joined(x, denoised)
         slope = [1.0 / level, -1.0 / level] if level != below else []
         if run.callback is not None and slope:
-            made = weighted_sum(terms, slope)  # of x as it is before the callback
+            made = weighted_sum(terms, slope)  # from x before the callback
         run.show(i, x, denoised, sigmas[i])
         if not slope:
             x = terms[0].clone()
