@@ -82,8 +82,9 @@ format: .venv/.requirements ## rewrite the sources as lint requires
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 
+# With --quiet, --strict would not count warnings.
 docs: .venv/.docs ## the documentation site, in build/site; a dead link is an error. Nothing is executed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The preloaded runtimes must come before Python's own libraries; libstdc++ among them, because the sanitizer looks up
 # the function that throws when it starts. Python leaks on purpose at exit. --capture=sys lets the report through.
