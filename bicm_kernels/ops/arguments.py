@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, wraps
 from numbers import Integral, Real
 from typing import Any, NoReturn
@@ -246,12 +246,19 @@ def check_sequence(name: str, value: Any, instead: str = "[x]") -> None:
         raise TypeError(f"{name}: expected a sequence of tensors, got {describe(value)}")
 
 
-def check_state(name: str, x: object, first: Tensor | None = None, first_name: str = "") -> None:
-    """Raise unless ``x`` is a floating (B, ...) tensor that agrees with the first one in shape and device."""
+def check_state(
+    name: str,
+    x: object,
+    first: Tensor | None = None,
+    first_name: str = "",
+    dtypes: Collection[torch.dtype] = FLOATING,
+    expected: str = "float16, bfloat16, float32 or float64",
+) -> None:
+    """Raise unless ``x`` is a (B, ...) tensor of one of these dtypes that agrees with the first in shape and device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(x)}{tensor_in(x)}")
-    if x.dtype not in FLOATING:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must be {expected}, got {x.dtype}")
     if x.dim() == 0:
         raise ValueError(f"{name} must have a batch dimension, (B, ...), got a 0-d tensor")
     if first is None:

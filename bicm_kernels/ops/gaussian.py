@@ -100,7 +100,8 @@ def gaussian_log_prob(
     tensor([-1.4189])
     """
     check_sequence("tensors", tensors)
-    return GAUSSIAN_LOG_PROB.reduced(reduction, gradient, (next, *tensors), weights, guidance_scale, std)
+    weights = weight_list("weights", weights)
+    return GAUSSIAN_LOG_PROB.reduced(((next, *tensors), weights, guidance_scale, std, reduction), gradient)
 
 
 def gaussian_kl(
@@ -134,4 +135,4 @@ def gaussian_kl(
     """
     weights = weight_list("weights", weights)
     GAUSSIAN_KL.check_lists(tensors, reference, weights)
-    return GAUSSIAN_KL.reduced(reduction, "backward", (*reference, *tensors), weights, None, std)
+    return GAUSSIAN_KL.reduced(((*reference, *tensors), weights, None, std, reduction), "backward")

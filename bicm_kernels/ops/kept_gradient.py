@@ -1,15 +1,14 @@
-"""Losses whose gradient is formed with the value, kept in place of the inputs, and scaled when upstream is known."""
+"""Gradients that are formed with a value, kept in place of the inputs, and scaled when upstream is known."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from bicm_kernels.ops import arguments
-from bicm_kernels.ops.library import define, library
+from bicm_kernels.ops.library import define
 from bicm_kernels.torch_internals import is_batched_gradient, keeps_graph, refusing, transformed
 
 Gradients = tuple[Tensor | None, ...]
@@ -26,11 +25,6 @@ define(
 def can_be_kept(inputs: Sequence[Tensor]) -> bool:
     """Whether no gradient is a half, which would lose digits before the upstream gradient is known."""
     return not any(x.dtype in _HALVES and x.requires_grad for x in inputs)
-
-
-def wanted_bits(needs: Sequence[bool]) -> int:
-    """The inputs whose gradients are needed, as the schemas' bit mask; the third may be a weight, which needs none."""
-    return needs[0] + 2 * needs[1] + 4 * needs[2]
 
 
 def _products(upstream: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
@@ -59,39 +53,10 @@ def differentiate(upstream: Tensor, kept: Sequence[Tensor], needs: Sequence[bool
         results = scaled(upstream, kept)
     if torch.is_grad_enabled() and results:
         results = refusing(_TWICE, [*results])
+    return filled(needs, results)
+
+
+def filled(needs: Sequence[bool], results: Sequence[Tensor]) -> Gradients:
+    """The gradients of the inputs in their order, None for one that is not needed."""
     found = iter(results)
     return tuple(next(found) if need else None for need in needs)
-
-
-class Kept(torch.autograd.Function):
-    """The losses for eager calls; ``call`` holds the op for value and gradients, and its non-tensor arguments."""
-
-    @staticmethod
-    def forward(ctx: Any, call: tuple[Callable[..., Any], tuple[Any, ...]], *tensors: Any) -> Tensor:
-        op, options = call
-        ctx.needs = ctx.needs_input_grad[1:]
-        value, gradients = op(wanted_bits(ctx.needs), *tensors, *options)
-        ctx.save_for_backward(*gradients)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor) -> Any:
-        return None, *differentiate(upstreams[0], ctx.saved_tensors, ctx.needs)
-
-
-def register(name: str) -> None:
-    """Register the derivative of a traced op (int needs, ...) -> (value, gradients)."""
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-        gradients = output[1]
-        ctx.mark_non_differentiable(*gradients)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*gradients)
-        ctx.needs = [isinstance(x, Tensor) and bool(inputs[0] >> k & 1) for k, x in enumerate(inputs[1:])]
-
-    def backward(ctx: Any, upstream: Tensor | None, _: Any) -> Gradients:
-        if upstream is None:
-            return (None,) * (1 + len(ctx.needs))
-        return None, *differentiate(upstream, ctx.saved_tensors, ctx.needs)
-
-    torch.library.register_autograd(f"bicm_kernels::{name}", backward, setup_context=setup_context, lib=library)

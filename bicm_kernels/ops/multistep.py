@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from bicm_kernels import reference
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.arguments import UNWEIGHTED, Integer, Number
 from bicm_kernels.ops.op import Op
@@ -27,6 +29,14 @@ DENOISED_STEP = Op(
     outs=("out", "x0", "next"),
     needs={"next": "next_scale"},
 )
+
+
+def affine_gradient(gradients: Sequence[Tensor], weights: Sequence[Number]) -> Tensor:
+    """The sum of w_k g_k as a derivative; through the reference where it is differentiated or mapped itself."""
+    if all(map(arguments.plain_gradient, gradients)):
+        found: Tensor = torch.ops.bicm_kernels.affine_step.tensor([*gradients], weights, None, None, None, None, None)
+        return found
+    return reference.affine_step(gradients, weights)
 
 
 def ddim_step(

@@ -12,13 +12,12 @@ from torch import Tensor
 from bicm_kernels import reference
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.arguments import Integer, Number
+from bicm_kernels.ops.multistep import affine_gradient
 from bicm_kernels.ops.op import Op
 from bicm_kernels.ops.row import Call
 
 #: The version of the mapping from keys to numbers. Stored test vectors check it; a change is a breaking change.
 NOISE_VERSION = 1
-
-_ops = torch.ops.bicm_kernels
 
 
 @dataclass(eq=False)
@@ -172,10 +171,7 @@ def _save_scale(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 @arguments.faithful
 def _scale_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    (scale,) = ctx.saved_tensors
-    if not arguments.plain_gradient(gradient):
-        return reference.affine_step([gradient], [scale]), *[None] * 5
-    return _ops.affine_step.tensor([gradient], [scale], None, None, None, None, None), *[None] * 5
+    return affine_gradient([gradient], ctx.saved_tensors), *[None] * 5
 
 
 ADD_NOISE.differentiate(_scale_gradient, _save_scale)

@@ -11,11 +11,10 @@ from torch import Tensor
 from bicm_kernels import reference
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.arguments import Integer, Number
+from bicm_kernels.ops.multistep import affine_gradient
 from bicm_kernels.ops.op import Op
 from bicm_kernels.ops.preconditioning import target_level
 from bicm_kernels.ops.row import Call
-
-_ops = torch.ops.bicm_kernels
 
 
 @dataclass(eq=False)
@@ -78,16 +77,12 @@ def _pair_gradient(ctx: Any, low: Tensor, high: Tensor) -> tuple[Tensor | None, 
     sigma_low, sigma_high, mask, sigma_data = ctx.saved_tensors
     compute = torch.float64 if low.dtype == torch.float64 else torch.float32
     one = torch.ones((), dtype=torch.float64)
-    plain = arguments.plain_gradient(low) and arguments.plain_gradient(high)
     scales = (
         [one, one] if sigma_data is None else [_scale(sigma, sigma_data, compute) for sigma in (sigma_low, sigma_high)]
     )
 
     def summed(chosen: Tensor | None) -> Tensor:
-        weights = scales if chosen is None else [chosen.to(compute) * scale for scale in scales]
-        if plain:
-            return _ops.affine_step.tensor([low, high], weights, None, None, None, None, None)
-        return reference.affine_step([low, high], weights)
+        return affine_gradient([low, high], scales if chosen is None else [chosen.to(compute) * x for x in scales])
 
     x = summed(None if mask is None else ~mask) if ctx.needs_input_grad[0] else None
     x_hat = summed(mask) if ctx.needs_input_grad[1] else None

@@ -41,6 +41,9 @@ def _may_go_direct() -> bool:
 class Op(Row):
     """A row that can be called."""
 
+    #: What the native library knows of it, from the first plain call on.
+    native: Any = None
+
     def call(self, *call: Any, outs: Any = None) -> Any:
         """Run the kernel, bypassing the dispatcher where possible; the reference where it is needed."""
         direct = backend.direct
@@ -55,14 +58,14 @@ class Op(Row):
     def run(self, call: Call, outs: Any) -> Any:
         """The call through the dispatcher."""
         try:
-            # Plain tensors and numbers, not traced, transformed or differentiated.
-            if self.returns(call, outs) and not dynamo() and backend.library is not None:
-                step = self.step(call)
-                full = backend.library.schema_arguments(self.shape, step, backend.kernel_devices)
-                if type(full) is tuple:
-                    return self.asked_for(call, self.bare(*full))
-                if full is not None:
-                    return self.asked_for(call, self.bare_tensor(*self.as_tensors(step, full)))
+            # Plain tensors and numbers, which nobody traces, transforms or differentiates.
+            if not dynamo() and backend.library is not None and self.is_writable(call, outs):
+                step, native = self.step(call), self.native or self.prepare()
+                found = backend.library.call_through_dispatcher(native, step, backend.kernel_devices, outs)
+                if type(found) is list:
+                    return self.asked_for(call, self.bare_tensor(*self.as_tensors(step, found)))
+                if found is not NotImplemented:
+                    return self.with_given(call, found)
             if self.weights:
                 call = self.listed(call)
             if self.keyed:
@@ -79,6 +82,15 @@ class Op(Row):
             return (*outs, *[None] * (self.results - len(outs))) if self.results > 1 else outs[0]
         except arguments.FAILURES as error:
             arguments.explain(error, lambda: self.check(call, outs))
+
+    def is_writable(self, call: Call, outs: Any) -> bool:
+        """Whether an overload of tensors and numbers makes all results, or writes them all."""
+        return outs is None or (self.guided and len(outs) == len(self.outs))
+
+    def prepare(self) -> Any:
+        """Tell the native library of the op, once."""
+        self.native = self.plainly(backend.library)
+        return self.native
 
     def listed(self, call: Call) -> Call:
         """A call whose weights can be counted."""
@@ -142,8 +154,12 @@ class Op(Row):
     def asked_for(self, call: Call, results: Any) -> Any:
         """The results; None for one that was not requested."""
         if self.needs:
-            return tuple(x if want else None for x, want in zip(results, self.wanted(call), strict=True))
-        return results if self.results else call[0]
+            results = tuple(x if want else None for x, want in zip(results, self.wanted(call), strict=True))
+        return self.with_given(call, results) if self.results else call[0]
+
+    def with_given(self, call: Call, results: Any) -> Any:
+        """The results, and what was given where it stands for one."""
+        return results
 
     def launch(self, call: Call, full: Call, tracked: bool, outs: Any) -> Any:
         """The results of the overload that takes a call."""

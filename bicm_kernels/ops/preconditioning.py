@@ -12,6 +12,7 @@ from bicm_kernels import reference
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.arguments import Integer, Number
 from bicm_kernels.ops.library import define
+from bicm_kernels.ops.multistep import affine_gradient
 from bicm_kernels.ops.op import Op
 from bicm_kernels.reference.preconditioning import c_skip_c_out
 
@@ -105,18 +106,14 @@ def _renoise_gradient(ctx: Any, of_x_s: Tensor | None, of_scaled: Tensor | None)
         wanted = [k for k in range(2) if ctx.needs_input_grad[k]]
         dtypes = (incoming[0].dtype, ctx.network_dtype)
         weights = _renoise_weights(ctx, dtypes, of_x_s is not None, of_scaled is not None)
-        plain = all(map(arguments.plain_gradient, incoming))
-        if plain and len(wanted) == 2 and dtypes[0] == dtypes[1]:
+        at_once = len(wanted) == 2 and dtypes[0] == dtypes[1]
+        if at_once and all(map(arguments.plain_gradient, incoming)):
             zero = arguments.coefficient(0.0)
             rest = (None, zero, None, None, None, None, None, None)
             gradients = [*_ops.denoised_step.tensor(incoming, weights[1], weights[0], *rest)[:2]]
         else:
             for k in wanted:
-                if plain:
-                    found = _ops.affine_step.tensor(incoming, weights[k], None, None, None, None, None)
-                else:
-                    found = reference.affine_step(incoming, weights[k])
-                gradients[k] = found.to(dtypes[k])
+                gradients[k] = affine_gradient(incoming, weights[k]).to(dtypes[k])
     return *gradients, *[None] * 9
 
 

@@ -32,24 +32,9 @@ def refuse_derivative(*values: object) -> None:
 
 def check_fixed_point(name: str, q: object, first: Tensor | None = None, first_name: str = "") -> None:
     """Raise unless ``q`` is an integer (B, ...) state that agrees with the first one."""
-    if not isinstance(q, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {arguments.describe(q)}")
-    if q.dtype not in FRACTION_BITS:
-        raise TypeError(f"{name} must be an int64 or int32 fixed-point state, got {q.dtype}")
-    if q.dim() == 0:
-        raise ValueError(f"{name} must have a batch dimension, (B, ...), got a 0-d tensor")
-    if first is not None:
-        check_like(name, q, first, first_name)
-        if q.dtype != first.dtype:
-            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {q.dtype}")
-
-
-def check_like(name: str, x: Tensor, first: Tensor, first_name: str) -> None:
-    """Raise unless two tensors agree in shape and device."""
-    if x.shape != first.shape:
-        raise ValueError(f"{name} must have the shape of {first_name}, {tuple(first.shape)}, got {tuple(x.shape)}")
-    if x.device != first.device:
-        raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {x.device}")
+    arguments.check_state(name, q, first, first_name, FRACTION_BITS, "an int64 or int32 fixed-point state")
+    if first is not None and q.dtype != first.dtype:  # type: ignore[attr-defined]
+        raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {q.dtype}")  # type: ignore[attr-defined]
 
 
 def check_fraction_bits(fraction_bits: object, dtype: torch.dtype) -> None:
@@ -112,6 +97,4 @@ def check_ratio(name: str, ratio: Any, last: Tensor) -> None:
 
 def check_info(info: object, first: Tensor, first_name: str) -> None:
     """Raise unless ``info`` is a buffer for the state."""
-    if not isinstance(info, Tensor) or info.dtype != torch.int64:
-        raise TypeError(f"info must be an int64 tensor, got {arguments.describe(info)}")
-    check_like("info", info, first, first_name)
+    arguments.check_state("info", info, first, first_name, (torch.int64,), "an int64 tensor")

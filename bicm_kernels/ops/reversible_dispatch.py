@@ -33,6 +33,9 @@ class Encode(Op):
     def returns(self, call: Call, outs: Any) -> bool:
         return outs is None and call[-2] is None
 
+    def is_writable(self, call: Call, outs: Any) -> bool:
+        return self.returns(call, outs)
+
     def step(self, call: Call) -> Call:
         return call[:-2]
 
@@ -95,7 +98,8 @@ class ExactStep(Encode):
 
     def step(self, call: Call) -> Call:
         last, operands, info, table, guidance, ratio, fraction_bits, _, _ = call
-        if isinstance(operands, Tensor) or isinstance(ratio, Tensor):
+        # isinstance takes long to say that something is no tensor.
+        if not type(operands) is type(ratio) is tuple and isinstance(operands, Tensor) | isinstance(ratio, Tensor):
             raise TypeError("one tensor for a sequence of them")
         n, m = ratio
         return (last, *operands), info, table, guidance, n, m, fraction_bits
@@ -108,7 +112,7 @@ class ExactStep(Encode):
             values[self.first_integer : self.first_flag] = None, None
         return values
 
-    def asked_for(self, call: Call, results: Any) -> Pair:
+    def with_given(self, call: Call, results: Any) -> Pair:
         return results[0], call[2] if is_one(call[5]) else results[1]
 
     def places(self, call: Call, outs: Any) -> Sequence[Tensor]:
@@ -173,7 +177,8 @@ class ExactStep(Encode):
 def is_one(ratio: Sequence[Any]) -> bool:
     """Whether a ratio needs no buffer: equal numbers; tensors are not read."""
     n, m = ratio
-    return not isinstance(n, Tensor) and not isinstance(m, Tensor) and n == m
+    plain = type(n) is type(m) is int or not (isinstance(n, Tensor) or isinstance(m, Tensor))
+    return plain and n == m
 
 
 _BDIA: dict[str, Any] = {"coefficients": ("a", "b", "a_last", "b_last"), "ratio": "gamma"}

@@ -75,20 +75,10 @@ class Row:
         self.first_integer = self.guidance_at + self.guided + len(self.numbers)
         self.first_key = self.first_integer + len(self.integers) + len(self.flags)
         first = self.guidance_at + self.guided
-        #: For each result, the index of the number that requests it, or None.
+        #: For each result, the place of the number that asks for it, or -1.
         self.asked_at = [
-            first + self.numbers.index(self.needs[name]) if name in self.needs else None for name in self.outs
+            first + self.numbers.index(self.needs[name]) if name in self.needs else -1 for name in self.outs
         ]
-        noise_at = first + self.numbers.index(self.noise) if self.noise else -1
-        #: The call's layout for the native library: see `schema_arguments` in csrc/torch/direct.cpp.
-        self.shape = (
-            self.guided,
-            self.first_number,
-            self.guidance_at if self.guided else -1,
-            len(self.tensors) if self.weights else -1,
-            noise_at,
-            self.first_key if self.noise else -1,
-        )
         self.define()
         #: Its overloads, by their names, and "tracked".
         self.overloads: dict[str, Any] = {}
@@ -99,7 +89,22 @@ class Row:
         self.overloads.setdefault("tensor", packet.default)
         if self.differentiable:
             self.overloads["tracked"] = getattr(torch.ops.bicm_kernels, f"{self.name}_tracked").default
-        self.bare, self.bare_tensor = bare(self.overloads["default"]), bare(self.overloads["tensor"])
+        self.bare_tensor = bare(self.overloads["tensor"])
+
+    def plainly(self, library: Any) -> Any:
+        """What the native library has to know of a plain call: see `PlainOp` in csrc/torch/dispatcher.cpp."""
+        noise_at = self.guidance_at + self.guided + self.numbers.index(self.noise) if self.noise else -1
+        shape = (
+            self.guided,
+            self.first_number,
+            self.guidance_at if self.guided else -1,
+            len(self.tensors) if self.weights else -1,
+            noise_at,
+            self.first_key if self.noise else -1,
+        )
+        asked = tuple(self.asked_at[: self.results])
+        types = tuple(argument.split()[0] for argument in self.parameters(NUMBERS))
+        return library.plain_op(shape, asked, f"bicm_kernels::{self.name}", types, bare(self.overloads["default"]))
 
     @property
     def lists(self) -> tuple[str, ...]:
@@ -174,8 +179,8 @@ class Row:
         return tuple(results) if len(results) > 1 else next(iter(results), None)
 
     def wanted(self, call: Call) -> list[bool]:
-        """Which results a call requests."""
-        return [at is None or call[at] is not None for at in self.asked_at]
+        """Which results a call asks for."""
+        return [at < 0 or call[at] is not None for at in self.asked_at]
 
 
 def write_nothing(*_: Any, **outs: Tensor) -> None:

@@ -1,6 +1,8 @@
 // Launching on the CPU: units of a problem split over torch's threads.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include "../cpu/kernels.h"
 #include "tensors.h"
 

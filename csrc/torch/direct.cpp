@@ -4,11 +4,13 @@
 #include "direct.h"
 
 #include "cpu.h"
+#include "dispatcher.h"
 #include "gaussian.h"
 #include "generator.h"
 #include "preconditioning.h"
 #include "python.h"
 #include "reversible.h"
+#include "torch_abi.h"
 
 namespace bicm {
 
@@ -63,19 +65,6 @@ bool read(PyObject* from, PythonArguments::Guidance& to) {
   return !to.given || read(from, to.scale);
 }
 
-bool is_sequence(PyObject* value) { return PyList_Check(value) || PyTuple_Check(value); }
-
-template <class Visit>
-bool each(PyObject* sequence, Visit visit) {
-  const bool list = PyList_Check(sequence);
-  if (!is_sequence(sequence)) return false;
-  const Py_ssize_t count = list ? PyList_Size(sequence) : PyTuple_Size(sequence);
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    if (!visit(list ? PyList_GetItem(sequence, i) : PyTuple_GetItem(sequence, i), i == count - 1)) return false;
-  }
-  return true;
-}
-
 template <class T, size_t N>
 bool read(PyObject* from, Few<T, N>& to) {
   return each(from, [&](PyObject* item, bool) {
@@ -107,16 +96,6 @@ PyObject* returned(std::tuple<Results...> results) {
   }
   return tuple;
 }
-
-// Releases the interpreter lock during its lifetime.
-class Released {
- public:
-  Released() : state_(PyEval_SaveThread()) {}
-  ~Released() { PyEval_RestoreThread(state_); }
-
- private:
-  PyThreadState* state_;
-};
 
 int64_t grain_of(const Multistep& problem) { return problem.draws ? Cpu::kNoiseGrain : Cpu::kGrain; }
 int64_t grain_of(const Noise&) { return Cpu::kNoiseGrain; }
@@ -209,100 +188,6 @@ PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call<OfTorch>(Op, arguments, count);
 }
 
-bool is_signed(PyObject* integer) {
-  int overflow;
-  PyLong_AsLongLongAndOverflow(integer, &overflow);
-  return overflow == 0;
-}
-
-// A number, a type or None as overloads take them; or a tensor, which selects the overload with tensors.
-bool is_plain(PyObject* value, bool& tensors) {
-  DType dtype;
-  if (value == Py_None || PyFloat_CheckExact(value) || PyBool_Check(value)) return true;
-  if (PyLong_CheckExact(value)) return is_signed(value);
-  if (is_untracked_tensor(value)) return tensors = true;
-  return read(value, dtype);
-}
-
-// The tensors of a step in a new list, with a pair flattened.
-PyObject* opened(PyObject* operands, bool& paired) {
-  PyObject* list = PyList_New(0);
-  const auto append = [list](PyObject* item, bool) {
-    return is_untracked_tensor(item) && PyList_Append(list, item) == 0;
-  };
-  const bool plain = each(operands, [&](PyObject* item, bool last) {
-    paired = last && is_sequence(item);
-    return paired ? each(item, append) : append(item, last);
-  });
-  if (plain) return list;
-  Py_DECREF(list);
-  return nullptr;
-}
-
-// The layout of an op's calls, from its row.
-struct Shape {
-  // Of a guided op the first argument is a sequence of tensors, the last of which may be a pair.
-  bool guided;
-  // Where numbers begin, and where guidance_scale is. -1 here and below: there is none.
-  Py_ssize_t first_number, guidance;
-  // How many tensors have no weight, where the others have.
-  Py_ssize_t unweighted;
-  // The noise weight and its seed.
-  Py_ssize_t noise, seed;
-};
-
-bool is_zero(PyObject* value) { return PyFloat_CheckExact(value) && PyFloat_AsDouble(value) == 0.0; }
-
-// Called with an op's shape, its call, and the devices on which kernels run (bits by DLPack's codes). The arguments as
-// the dispatcher's overloads take them: in a tuple for the one with numbers, in a list for the one with tensors. None
-// for an unsupported call. Supported: tensors of torch's own type without a derivative, numbers of Python's own types,
-// no tracing or transforms. Also None where kernels could not detect the error: weights of no tensor, noise without a
-// seed.
-PyObject* schema_arguments(PyObject*, PyObject* const* given, Py_ssize_t) {
-  const auto number = [&](Py_ssize_t i) { return PyLong_AsSsize_t(PyTuple_GetItem(given[0], i)); };
-  const Shape shape = {number(0) != 0, number(1), number(2), number(3), number(4), number(5)};
-  const Py_ssize_t count = PyTuple_Size(given[1]);
-  const auto item = [&](Py_ssize_t i) { return PyTuple_GetItem(given[1], i); };
-  bool paired = false, of_tensors = false, plain = PyTuple_Check(given[1]) && nobody_transforms();
-  const auto plain_number = [&of_tensors](PyObject* value, bool) { return is_plain(value, of_tensors); };
-  PyObject* taken = PyTuple_New(count);
-  for (Py_ssize_t i = 0; plain && i < count; ++i) {
-    PyObject* value = item(i);
-    if (shape.guided && i == 0) {
-      value = opened(value, paired);
-      plain = value != nullptr;
-    } else if (i == shape.guidance && (value == Py_None) == paired) {
-      plain = false;
-      value = nullptr;
-    } else if (i == shape.guidance && !paired) {
-      value = PyFloat_FromDouble(0.0);
-    } else if (i < shape.first_number) {
-      plain = value == Py_None || is_untracked_tensor(value);
-      Py_INCREF(value);
-    } else {
-      plain = is_sequence(value) ? each(value, plain_number) : plain_number(value, true);
-      Py_INCREF(value);
-    }
-    if (value != nullptr) PyTuple_SetItem(taken, i, value);
-  }
-  if (plain && shape.unweighted >= 0) {
-    PyObject* const weights = item(shape.first_number);
-    plain = is_sequence(weights) && PySequence_Size(weights) == PySequence_Size(item(0)) - shape.unweighted;
-  }
-  if (plain && shape.noise >= 0 && item(shape.seed) == Py_None) {
-    plain = shape.unweighted >= 0 && is_zero(item(shape.noise));
-  }
-  if (plain) {
-    PyObject* const first = PyTuple_GetItem(taken, 0);
-    PyObject* const tensor = shape.guided ? PyList_GetItem(first, 0) : first;
-    plain = tensor != nullptr && is_on(tensor, PyLong_AsLong(given[2]));
-  }
-  PyObject* result = !plain ? Py_NewRef(Py_None) : of_tensors ? PySequence_List(taken) : Py_NewRef(taken);
-  Py_DECREF(taken);
-  if (!plain) PyErr_Clear();
-  return result;
-}
-
 PyObject* known(PyObject*, PyObject* count) {
   know_implementations(PyLong_AsLongLong(count));
   Py_RETURN_NONE;
@@ -341,12 +226,14 @@ bool add_direct(PyObject* module) {
       method<&encode_state>("fixed_point_encode"),
       method<&fixed_point_decode<Direct, Object, DType>>("fixed_point_decode"),
       {"know_implementations", known, METH_O, nullptr},
-      {"schema_arguments", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&schema_arguments)),
+      {"plain_op", plain_op, METH_VARARGS, nullptr},
+      {"call_through_dispatcher", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call_through_dispatcher)),
        METH_FASTCALL, nullptr},
       {nullptr, nullptr, 0, nullptr},
   };
   if (!open_torch()) return true;
   open_generator();
+  abi::look_for_handles();
   return PyModule_AddFunctions(module, methods) == 0;
 }
 

@@ -38,7 +38,7 @@ struct GaussianStep {
     auto log_prob = row_like(tensors[0], g.layout.batch, compute_type_of(g));
     g.results = view_of(log_prob).data;
     if (g.layout.batch > 0) Device::run(g, tensors[0]);
-    return {next, log_prob};
+    return {std::move(next), std::move(log_prob)};
   }
 };
 
@@ -82,7 +82,7 @@ class Density {
     g.upstream = number_of(1.0);
     std::vector<Tensor> results = outputs(needs);
     Tensor value = result<Device>();
-    return {value, std::move(results)};
+    return {std::move(value), std::move(results)};
   }
 
   // The gradients of the tensors whose bit is set in `needs`, in order.
@@ -176,9 +176,9 @@ struct DensityOps {
 
 template <class Ops>
 void register_density(Library& library, const std::string& name, const std::string& overload) {
-  library.impl((name + overload).c_str(), BICM_BOX((&Ops::value)));
-  library.impl((name + "_backward" + overload).c_str(), BICM_BOX((&Ops::backward)));
-  library.impl((name + "_with_gradients" + overload).c_str(), BICM_BOX((&Ops::with_gradients)));
+  register_function<&Ops::value>(library, name + overload);
+  register_function<&Ops::backward>(library, name + "_backward" + overload);
+  register_function<&Ops::with_gradients>(library, name + "_with_gradients" + overload);
 }
 
 template <class Device>

@@ -272,12 +272,8 @@ struct AddNoise {
 template <class A>
 using Three = std::tuple<typename A::Tensor, typename A::Tensor, typename A::Tensor>;
 
-// The placeholder of an output that was not requested.
-inline Tensor nothing_like(const Tensor& first) {
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(first.get(), &dtype));
-  return empty_tensor(first, 1, 0, dtype);
-}
+// What stands for an output that was not asked for.
+inline Tensor nothing_like(const Tensor& first) { return empty_tensor(first, 1, 0, first.dtype()); }
 
 template <class Device>
 struct DenoisedStep {
@@ -308,7 +304,7 @@ struct DenoisedStep {
     auto x0 = step.output(step.m.x0);
     auto next = step.m.scales ? step.output(step.m.next) : nothing_like(step.tensors()[0]);
     step.run(Device());
-    return {out, x0, next};
+    return {std::move(out), std::move(x0), std::move(next)};
   }
 
   template <class A>

@@ -57,12 +57,10 @@ struct Replaced {
 
 inline Replaced replaced_rows(const std::optional<Tensor>& mask, const View& first) {
   if (!mask.has_value()) return {};
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(mask->get(), &dtype));
-  STD_TORCH_CHECK(dtype == aoti_torch_dtype_bool() && mask->dim() == 1 && mask->size(0) == first.sizes[0] &&
+  STD_TORCH_CHECK(mask->dtype() == aoti_torch_dtype_bool() && mask->dim() == 1 && mask->sizes()[0] == first.sizes[0] &&
                       device_of(*mask) == first.device,
                   "bicm_kernels: mask must be a (B,) bool tensor");
-  return {static_cast<const bool*>(mask->data_ptr()), mask->stride(0)};
+  return {static_cast<const bool*>(mask->data_ptr()), mask->strides()[0]};
 }
 
 // Two levels of one noise. Where the mask is true, other samples replace x: given ones, or those
@@ -157,7 +155,7 @@ void register_noise(Library& library) {
   register_op<Draw<Device, Distribution::uniform>, NumberArguments, TensorArguments>(library, "uniform");
   register_op<GivenPair<Device>, NumberArguments, TensorArguments>(library, "noisy_pair");
   register_op<GeneratedPair<Device>, NumberArguments, TensorArguments>(library, "generated_pair");
-  library.impl("fold_in", BICM_BOX((&fold_in_tensors<Device>)));
+  register_function<&fold_in_tensors<Device>>(library, "fold_in");
 }
 
 }  // namespace bicm

@@ -47,16 +47,14 @@ struct Denoise {
 // The gradient of denoise in x (c_skip times the upstream gradient) or in F (c_out times it), in that tensor's dtype.
 template <class Device>
 Tensor denoise_gradient(Tensor gradient, std::optional<Tensor> t, std::optional<Tensor> u,
-                        std::optional<Tensor> sigma_data, bool cm, bool scaled, bool in_F,
-                        torch::headeronly::ScalarType dtype) {
+                        std::optional<Tensor> sigma_data, bool cm, bool scaled, bool in_F, ScalarType dtype) {
   const Tensors tensors = {gradient};
   Step<TensorArguments> step(tensors, 1);
   precondition<TensorArguments>(step, t, u, sigma_data, cm, scaled);
   step.m.takes_second = in_F;
   View shape = view_of(gradient);
-  shape.dtype = dtype_of(torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)));
-  const std::optional<Tensor> kept = contiguous(shape) ? in_kept_memory(shape) : std::nullopt;
-  Tensor out = kept.has_value() ? *kept : torch::stable::new_empty(gradient, gradient.sizes(), dtype);
+  shape.dtype = dtype_of(dtype);
+  Tensor out = contiguous_like(gradient, shape);
   step.output(step.m.out, out, /*any_dtype=*/true);
   step.run(Device());
   return out;
@@ -78,7 +76,7 @@ struct Renoise {
     auto out = step.output(step.m.out);
     auto next = step.output(step.m.next);
     step.run(Device());
-    return {out, next};
+    return {std::move(out), std::move(next)};
   }
 };
 
@@ -87,7 +85,7 @@ void register_preconditioning(Library& library) {
   register_op<ScaleInput<Device>, NumberArguments, TensorArguments>(library, "scale_input");
   register_op<Denoise<Device>, NumberArguments, TensorArguments>(library, "denoise");
   register_op<Renoise<Device>, NumberArguments, TensorArguments>(library, "renoise");
-  library.impl("denoise_gradient", BICM_BOX((&denoise_gradient<Device>)));
+  register_function<&denoise_gradient<Device>>(library, "denoise_gradient");
 }
 
 }  // namespace bicm

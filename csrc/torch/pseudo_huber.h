@@ -63,9 +63,9 @@ class LossCall {
   template <class Device>
   std::tuple<Tensor, Tensor> value() {
     merge_all();
-    const auto [loss, sums] = numbers();
+    auto [loss, sums] = numbers();
     Device::sums(p, loss, sums);
-    return {loss, sums};
+    return {std::move(loss), std::move(sums)};
   }
 
   // The loss, and the gradients of `needs` for an upstream of 1.
@@ -73,13 +73,13 @@ class LossCall {
   std::tuple<Tensor, std::vector<Tensor>> value_and_gradients(int64_t needs) {
     p.upstream = number_of(1.0);
     std::vector<Tensor> results = outputs(needs);
-    const auto [loss, sums] = numbers();
+    auto [loss, sums] = numbers();
     if (results.empty() || p.layout.batch == 0 || p.layout.elements == 0) {
       Device::sums(p, loss, sums);
     } else {
       Device::sums_and_gradients(p, loss, sums);
     }
-    return {loss, std::move(results)};
+    return {std::move(loss), std::move(results)};
   }
 
   // The gradients of the inputs whose bit is set in `needs`, in the order of the inputs.
@@ -207,9 +207,9 @@ struct LossOps<Device, Read> {
 
 template <class Ops>
 void register_loss(Library& library, const std::string& name, const std::string& overload) {
-  library.impl((name + overload).c_str(), BICM_BOX((&Ops::value)));
-  library.impl((name + "_backward" + overload).c_str(), BICM_BOX((&Ops::backward)));
-  library.impl((name + "_with_gradients" + overload).c_str(), BICM_BOX((&Ops::with_gradients)));
+  register_function<&Ops::value>(library, name + overload);
+  register_function<&Ops::backward>(library, name + "_backward" + overload);
+  register_function<&Ops::with_gradients>(library, name + "_with_gradients" + overload);
 }
 
 // Gradients formed for an upstream of 1, multiplied in place by the actual upstream; unchanged where it is 1.
@@ -233,7 +233,7 @@ void register_pseudo_huber(Library& library) {
   register_loss<LossOps<Device, &pseudo_huber_of<LossTensors>>>(library, "pseudo_huber", ".tensor");
   register_loss<LossOps<Device, &consistency_of<LossNumbers>>>(library, "consistency_loss", "");
   register_loss<LossOps<Device, &consistency_of<LossTensors>>>(library, "consistency_loss", ".tensor");
-  library.impl("scale_gradients_", BICM_BOX((&scale_gradients<Device>)));
+  register_function<&scale_gradients<Device>>(library, "scale_gradients_");
 }
 
 }  // namespace bicm

@@ -78,6 +78,30 @@ inline Object row_like(const Object& first, int64_t size, DType dtype) {
 
 inline Object nothing_like(const Object&) { return Object(); }
 
+inline bool is_sequence(PyObject* value) { return PyList_Check(value) || PyTuple_Check(value); }
+
+// Visits the items of a list or tuple with whether each is the last; false for anything else, or where a visit says so.
+template <class Visit>
+bool each(PyObject* sequence, Visit visit) {
+  const bool list = PyList_Check(sequence);
+  if (!is_sequence(sequence)) return false;
+  const Py_ssize_t count = list ? PyList_Size(sequence) : PyTuple_Size(sequence);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (!visit(list ? PyList_GetItem(sequence, i) : PyTuple_GetItem(sequence, i), i == count - 1)) return false;
+  }
+  return true;
+}
+
+// Lets other threads have the interpreter for as long as it lives.
+class Released {
+ public:
+  Released() : state_(PyEval_SaveThread()) {}
+  ~Released() { PyEval_RestoreThread(state_); }
+
+ private:
+  PyThreadState* state_;
+};
+
 // At most N of something, without a heap.
 template <class T, size_t N>
 class Few {

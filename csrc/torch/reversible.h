@@ -8,8 +8,6 @@
 
 namespace bicm {
 
-using ScalarType = torch::headeronly::ScalarType;
-
 // The tensors of a step, checked against the first state (or what is encoded); the problem's operands point at them.
 class ExactStep {
  public:
@@ -211,7 +209,7 @@ struct ExactUpdate {
     Tensor info_out = step.p.multiplies ? like(info, view_of(info, Kinds::integers_too)) : nothing_like(info);
     if (step.p.multiplies) step.add(info_out, step.p.info_out);
     step.run(Device(), step.p, last);
-    return {out, info_out};
+    return {std::move(out), std::move(info_out)};
   }
 
   template <class Mark>
@@ -238,20 +236,12 @@ void prepare_encode(ExactStep& step, const T& x, const T& out, int64_t fraction_
   step.fraction_bits(fraction_bits, dtype);
 }
 
-// As torch.empty_like(x, dtype=dtype), for which the stable ABI has no function.
+// In another dtype.
 inline Tensor empty_in_layout_of(const Tensor& x, ScalarType dtype) {
-  using torch::stable::detail::from;
   View view = view_of(x, Kinds::integers_too);
-  view.dtype = dtype_of(torch::stable::detail::to<int32_t>(from(dtype)), Kinds::integers_too);
-  if (std::optional<Tensor> kept = in_kept_memory(view)) return *kept;
-  StableIValue stack[] = {from(x),
-                          from(std::optional<ScalarType>(dtype)),
-                          from(std::nullopt),
-                          from(std::nullopt),
-                          from(std::nullopt),
-                          from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  view.dtype = dtype_of(dtype, Kinds::integers_too);
+  if (std::optional<Tensor> kept = in_kept_memory(view)) return std::move(*kept);
+  return empty_like(x, dtype);
 }
 
 template <class Device>
@@ -291,9 +281,8 @@ template <class Device, Increment I, bool Inverse>
 void register_exact_step(Library& library, const std::string& name) {
   using Op = ExactUpdate<Device, I, Inverse>;
   register_op<Op, ExactNumbers, ExactTensors>(library, name);
-  library.impl((name + ".out").c_str(), BICM_BOX((&Op::template run<ExactNumbers, int64_t, Tensor, Tensor, Tensor>)));
-  library.impl((name + ".tensor_out").c_str(),
-               BICM_BOX((&Op::template run<ExactTensors, Tensor, Tensor, Tensor, Tensor>)));
+  register_function<&Op::template run<ExactNumbers, int64_t, Tensor, Tensor, Tensor>>(library, name + ".out");
+  register_function<&Op::template run<ExactTensors, Tensor, Tensor, Tensor, Tensor>>(library, name + ".tensor_out");
 }
 
 template <class Device>
@@ -303,10 +292,10 @@ void register_reversible(Library& library) {
   register_exact_step<Device, affine, true>(library, "exact_affine_inverse_step");
   register_exact_step<Device, bdia, false>(library, "bdia_exact_step");
   register_exact_step<Device, bdia, true>(library, "bdia_exact_inverse_step");
-  library.impl("fixed_point_encode", BICM_BOX((&fixed_point_encode<Device>)));
-  library.impl("fixed_point_encode.out", BICM_BOX((&fixed_point_encode_out<Device, int64_t>)));
-  library.impl("fixed_point_encode.tensor_out", BICM_BOX((&fixed_point_encode_out<Device, Tensor>)));
-  library.impl("fixed_point_decode", BICM_BOX((&fixed_point_decode<Device, Tensor, ScalarType>)));
+  register_function<&fixed_point_encode<Device>>(library, "fixed_point_encode");
+  register_function<&fixed_point_encode_out<Device, int64_t>>(library, "fixed_point_encode.out");
+  register_function<&fixed_point_encode_out<Device, Tensor>>(library, "fixed_point_encode.tensor_out");
+  register_function<&fixed_point_decode<Device, Tensor, ScalarType>>(library, "fixed_point_decode");
 }
 
 }  // namespace bicm

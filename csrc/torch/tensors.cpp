@@ -1,5 +1,7 @@
 #include "tensors.h"
 
+#include <algorithm>
+
 // Since torch 2.11; absent from the oldest ABI that this library takes.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void* data, int64_t dim, const int64_t* sizes,
                                                                 const int64_t* strides, int64_t offset, int32_t dtype,
@@ -88,6 +90,23 @@ std::optional<Tensor> in_kept_memory(const View& view) {
   if (failed == 0) return Tensor(result);
   give_back(block);
   return std::nullopt;
+}
+
+// The stable ABI has no function for it.
+Tensor empty_like(const Tensor& x, std::optional<ScalarType> dtype) {
+  using torch::stable::detail::from;
+  StableIValue stack[] = {Passed<Tensor>::give(x), from(dtype),        from(std::nullopt),
+                          from(std::nullopt),      from(std::nullopt), from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
+  return Passed<Tensor>::take(stack[0]);
+}
+
+Tensor contiguous_like(const Tensor& first, const View& view) {
+  int64_t strides[kMaxTensorDims], expected = 1;
+  for (int64_t i = view.dim - 1; i >= 0; expected *= std::max(view.sizes[i--], int64_t{1})) strides[i] = expected;
+  View laid_out = view;
+  laid_out.strides = strides;
+  return like(first, laid_out);
 }
 
 bool overlaps_itself(const View& out) {

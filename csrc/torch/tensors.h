@@ -3,22 +3,13 @@
 // The checks here are cheap and raise terse errors; bicm_kernels/ops builds the full message.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include "../core/operands.h"
 #include "boxed.h"
 #include "memory.h"
 
-// Since torch 2.13; its check has a fuller message unless an older ABI is targeted.
-#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)
-#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
-#endif
-
 namespace bicm {
 
-using torch::stable::Tensor;
+using ScalarType = torch::headeronly::ScalarType;
 
 // Integers are accepted only on request: most ops do not take them.
 enum class Kinds { floating, integers_too };
@@ -36,10 +27,9 @@ inline DType dtype_of(int32_t code, Kinds kinds = Kinds::floating) {
   STD_TORCH_CHECK(false, "bicm_kernels: expected a tensor of another dtype");
 }
 
-inline DType dtype_of(const Tensor& tensor, Kinds kinds = Kinds::floating) {
-  int32_t code;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
-  return dtype_of(code, kinds);
+inline DType dtype_of(ScalarType type, Kinds kinds = Kinds::floating) {
+  using torch::stable::detail::from;
+  return dtype_of(torch::stable::detail::to<int32_t>(from(type)), kinds);
 }
 
 inline int64_t size_of(DType dtype) {
@@ -52,12 +42,7 @@ inline int64_t size_of(DType dtype) {
   }
 }
 
-inline int32_t device_of(const Tensor& tensor) {
-  int32_t type, index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
-  return type * 256 + index + 1;
-}
+inline int32_t device_of(const Tensor& tensor) { return tensor.device_type() * 256 + tensor.device_index() + 1; }
 
 constexpr int32_t kHost = 0;  // a CPU tensor's device
 inline bool on_host(int32_t device) { return device < 256; }
@@ -72,10 +57,8 @@ struct View {
 };
 
 inline View view_of(const Tensor& tensor, Kinds kinds = Kinds::floating) {
-  int64_t *sizes, *strides;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
-  return {tensor.data_ptr(), sizes, strides, tensor.dim(), dtype_of(tensor, kinds), device_of(tensor)};
+  return {tensor.data_ptr(), tensor.sizes(), tensor.strides(), tensor.dim(), dtype_of(tensor.dtype(), kinds),
+          device_of(tensor)};
 }
 
 inline bool same_sizes(const View& a, const View& b) {
@@ -109,30 +92,33 @@ inline bool worth_keeping(const View& x) { return x.device == kHost && bytes_of(
 // A dense CPU tensor in a block of the free list; nothing where it is small or torch cannot wrap one.
 std::optional<Tensor> in_kept_memory(const View& view);
 
-// An uninitialised tensor in the dtype and layout of the first state tensor. The shortcut for contiguous tensors
-// avoids a call through the dispatcher.
-inline Tensor like(const Tensor& first, const View& view) {
-  if (std::optional<Tensor> kept = in_kept_memory(view)) return *kept;
-  if (!contiguous(view)) return torch::stable::empty_like(first);
-  int32_t dtype, type, index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(first.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(first.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(first.get(), &index));
+// Uninitialised, on a tensor's device.
+inline Tensor empty_strided(const Tensor& like, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                            int32_t dtype) {
   AtenTensorHandle result;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(view.dim, view.sizes, view.strides, dtype, type, index, &result));
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, like.device_type(), like.device_index(), &result));
   return Tensor(result);
 }
 
-// A 0-d or 1-d tensor on a tensor's device, uninitialised.
+// As torch.empty_like(x, dtype=dtype).
+Tensor empty_like(const Tensor& x, std::optional<ScalarType> dtype = std::nullopt);
+
+// An uninitialised tensor in the dtype and layout of the first state tensor. The short way for contiguous tensors
+// saves a trip through the dispatcher.
+inline Tensor like(const Tensor& first, const View& view) {
+  if (std::optional<Tensor> kept = in_kept_memory(view)) return std::move(*kept);
+  if (!contiguous(view)) return empty_like(first);
+  return empty_strided(first, view.dim, view.sizes, view.strides, torch_code(view.dtype));
+}
+
+// Contiguous, in the shape and dtype of a view, whatever its strides are.
+Tensor contiguous_like(const Tensor& first, const View& view);
+
+// A number or a row of them on a tensor's device, uninitialised.
 inline Tensor empty_tensor(const Tensor& like, int64_t dim, int64_t size, int32_t dtype) {
-  int32_t type, index;
   const int64_t stride = 1;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
-  AtenTensorHandle result;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, &size, &stride, dtype, type, index, &result));
-  return Tensor(result);
+  return empty_strided(like, dim, &size, &stride, dtype);
 }
 
 inline Tensor row_like(const Tensor& like, int64_t size, DType dtype) {

@@ -6,6 +6,7 @@
 
 #include <Python.h>
 #include <stdint.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <utility>
 
@@ -42,8 +43,15 @@ constexpr uint8_t kSigned = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4, kBool = 6
 // as the tensor itself does.
 const Exchange* exchange_in(PyObject* capsule, PyObject* sample);
 
-// The layout of Generator.get_state(): how many words are left until the next 624 are made (one, where none is), and
-// which one is next. After the words comes the other half of a pair of normal numbers, which only small draws use.
+// A tensor of torch's C++ inside Python's tensor, as the stable ABI knows it, and Python's tensor of one. `look_for_handles`
+// finds out how, once; without it, or where it finds nothing, there are none.
+bool tensors_have_handles();
+void look_for_handles();
+AtenTensorHandle handle_of(PyObject* tensor);
+PyObject* object_of(AtenTensorHandle tensor);
+
+// What Generator.get_state() holds: how many words are left until the next 624 are made (one, where none is), and which
+// one is next. Behind the words stands the other half of a pair of normal numbers, which only draws of few numbers use.
 struct GeneratorState {
   uint64_t seed;
   int32_t left, seeded;

@@ -345,12 +345,12 @@ SWITCHED = """
 import torch, bicm_kernels as bk
 from bicm_kernels import backend
 print(backend.describe())
-lane = backend.library
+library = backend.library
 class Spy:
-    instruction_set = staticmethod(lane.instruction_set)
+    instruction_set = staticmethod(library.instruction_set)
     def generator_normal(self, *arguments):
         print("drawn")
-        return lane.generator_normal(*arguments)
+        return library.generator_normal(*arguments)
 backend.library = Spy()
 g, h = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
 assert torch.equal(bk.torch_randn((625,), generator=g), torch.randn(625, generator=h))

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
 
 #include "../../cuda/kernels.h"
 #include "../tensors.h"
@@ -11,7 +12,7 @@ namespace bicm {
 struct Cuda {
   template <class Launch>
   static void on_stream(const Tensor& tensor, Launch launch) {
-    const int32_t device = tensor.get_device();
+    const int32_t device = tensor.device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     void* stream;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));

@@ -1,0 +1,317 @@
+"""Ops that reduce samples to numbers as rows of the table: each is three ops, since gradients form backward or with the
+value, and are kept then in place of the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bicm_kernels.ops import arguments
+from bicm_kernels.ops.kept_gradient import Gradients, can_be_kept, differentiate, filled
+from bicm_kernels.ops.library import define, library
+from bicm_kernels.ops.op import Op
+from bicm_kernels.ops.row import NUMBERS, TENSORS, Call
+from bicm_kernels.torch_internals import apply_of, bare, is_batched_gradient, transformed, undisturbed
+
+_Kernel = Callable[..., Any]
+
+_SUFFIXES = ("", "_backward", "_with_gradients")
+#: Whether the gradient is formed with the value.
+_GRADIENT = {"backward": False, "forward": True}
+
+
+class Kernels(NamedTuple):
+    """An overload's ops: the value, its derivative, and both at once."""
+
+    value: _Kernel
+    derivative: _Kernel
+    both: _Kernel
+
+
+# An op, its kernels, and the arguments that are not tensors.
+_Call = tuple["Reduction", Kernels, Sequence[Any]]
+
+
+def check_choice(name: str, value: object, choices: dict[Any, Any]) -> None:
+    """Raise unless a value is one of those that have a meaning."""
+    if not isinstance(value, str | bool) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def _bits(needs: Sequence[bool]) -> int:
+    """The tensors whose gradients are needed, as the schemas say it."""
+    found = 0
+    for k, need in enumerate(needs):
+        found += need << k
+    return found
+
+
+@arguments.faithful
+def _gradients(
+    op: Reduction,
+    kernel: _Kernel,
+    upstream: Tensor,
+    sums: Sequence[Tensor],
+    needs: Sequence[bool],
+    tensors: Sequence[Any],
+    rest: Sequence[Any],
+) -> Gradients:
+    """The derivatives that are needed, in one pass; through the reference where they are differentiated themselves."""
+    if not (torch.is_grad_enabled() or is_batched_gradient(upstream) or transformed()):
+        return filled(needs, kernel(upstream, *sums, _bits(needs), *op.joined(tensors, rest)))
+    differentiable = torch.is_grad_enabled()
+    states, others = op.divided(tensors)
+    with torch.enable_grad():
+        # Views, because one tensor may be given twice.
+        inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in states]
+        value = op.plain_value([*inputs, *others], rest)
+        wanted = [x for x, need in zip(inputs, needs, strict=False) if need]
+        return filled(needs, torch.autograd.grad(value, wanted, upstream, create_graph=differentiable))
+
+
+class Tracked(torch.autograd.Function):
+    """An op for eager calls; what ``register_autograd`` makes for traced graphs costs several times as much."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Any) -> Tensor:
+        op, kernels, rest = call
+        value, sums = op.opened(kernels.value(*op.joined(tensors, rest)))
+        ctx.save_for_backward(*sums, *tensors)
+        ctx.call = call
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Tensor) -> Any:
+        op, kernels, rest = ctx.call
+        sums, tensors = ctx.saved_tensors[: op.sums], ctx.saved_tensors[op.sums :]
+        needs = ctx.needs_input_grad[1:]
+        return None, *_gradients(op, kernels.derivative, upstreams[0], sums, needs, tensors, rest)
+
+
+class Kept(torch.autograd.Function):
+    """The same with the gradients formed with the value, kept in place of the tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Any) -> Tensor:
+        op, kernels, rest = call
+        ctx.needs = ctx.needs_input_grad[1:]
+        value: Tensor
+        value, gradients = kernels.both(_bits(ctx.needs), *op.joined(tensors, rest))
+        ctx.save_for_backward(*gradients)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Tensor) -> Any:
+        return None, *differentiate(upstreams[0], ctx.saved_tensors, ctx.needs)
+
+
+# Without the detour through Function.apply, which looks for the transforms that `quick` ruled out.
+_apply = apply_of(Tracked)
+_apply_kept = apply_of(Kept)
+
+
+@dataclass(eq=False)
+class Reduction(Op):
+    """A number from each sample's states, or one from all. A call has names where the schemas have codes of flags.
+
+    A guided op's schemas take the tensors in one list, the states, and no others.
+    """
+
+    #: Where the states end among the tensors, in which it is differentiated; None: all are states.
+    states_end: int | None = None
+    #: How many tensors a value leaves for its derivative.
+    sums: int = 0
+    #: By the overload's name; "bare" is the one with numbers, called without torch's wrapper.
+    kernels: dict[str, Kernels] = field(default_factory=dict)
+
+    def define(self) -> None:
+        """Define the ops, with numbers and with tensors; the latter, for traced graphs, have autograd."""
+        sums = "Tensor sums, " * self.sums
+        for overload, types in (("", NUMBERS), (".tensor", TENSORS)):
+            given = ", ".join(self.parameters(types))
+            signatures = (
+                f"({given}) -> {'(Tensor, Tensor)' if self.sums else 'Tensor'}",
+                f"(Tensor upstream, {sums}int needs, {given}) -> Tensor[]",
+                f"(int needs, {given}) -> (Tensor, Tensor[])",
+            )
+            names = [self.name + suffix for suffix in _SUFFIXES]
+            fakes: tuple[_Kernel, ...] = (self.fake, self.fake_gradients, self.fake_both)
+            states = ("tensors",) if self.guided else self.tensors[: self.states_end]
+            for name, signature, fake in zip(names, signatures, fakes, strict=True):
+                define(f"{name}{overload}{signature}", states, fake)
+            named = overload.lstrip(".") or "default"
+            packets = [getattr(torch.ops.bicm_kernels, name) for name in names]
+            self.kernels[named] = Kernels(*[getattr(packet, named) for packet in packets])
+        self.kernels["bare"] = Kernels(*map(bare, self.kernels["default"]))
+        self.register_derivatives()
+
+    def value_like(self, tensors: Sequence[Any], rest: Sequence[Any]) -> Tensor:
+        """The value of a call of a schema, without values: a number per sample, in the compute type."""
+        wide = any(x.dtype == torch.float64 for x in tensors[: self.states_end])
+        return tensors[0].new_empty(tensors[0].shape[:1], dtype=torch.float64 if wide else torch.float32)  # type: ignore[no-any-return]
+
+    def fake(self, *call: Any) -> Any:
+        tensors, rest = self.parted(call)
+        value = self.value_like(tensors, rest)
+        return (value, value.new_empty(tensors[0].shape[:1], dtype=torch.float64)) if self.sums else value
+
+    def fake_gradients(self, upstream: Tensor, *call: Any) -> list[Tensor]:
+        """The gradients whose bits are set."""
+        needs, *given = call[self.sums :]
+        return [torch.empty_like(x) for k, x in enumerate(self.parted(given)[0][: self.states_end]) if needs >> k & 1]
+
+    def fake_both(self, needs: int, *call: Any) -> tuple[Tensor, list[Tensor]]:
+        """The value, and gradients."""
+        sums = [call[0]] * self.sums
+        return self.value_like(*self.parted(call)), self.fake_gradients(call[0], *sums, needs, *call)
+
+    def joined(self, tensors: Sequence[Any], rest: Sequence[Any]) -> Sequence[Any]:
+        """The arguments of a schema, or what stands for each, from tensors one by one and the others."""
+        return ([*tensors], *rest) if self.guided else (*tensors, *rest)
+
+    def parted(self, call: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """The same the other way round."""
+        return (call[0], call[1:]) if self.guided else (call[: self.first_number], call[self.first_number :])
+
+    def divided(self, tensors: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """The states among the tensors, and the others."""
+        end = len(tensors) if self.states_end is None else self.states_end
+        return tensors[:end], tensors[end:]
+
+    def opened(self, results: Any) -> tuple[Tensor, Sequence[Tensor]]:
+        """The value, and what it leaves for its derivative."""
+        return (results[0], results[1:]) if self.sums else (results, ())
+
+    def register_derivatives(self) -> None:
+        """Give the traced ops their derivatives."""
+
+        def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            flat = arguments.numbers(inputs)
+            ctx.save_for_backward(*self.opened(output)[1], *(x if isinstance(x, Tensor) else None for x in flat))
+            ctx.plain = [None if isinstance(x, Tensor) else x for x in flat]
+            ctx.lengths = [len(x) if isinstance(x, list | tuple) else -1 for x in inputs]
+
+        def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:
+            sums, saved = ctx.saved_tensors[: self.sums], ctx.saved_tensors[self.sums :]
+            flat = iter([x if tensor is None else tensor for x, tensor in zip(ctx.plain, saved, strict=True)])
+            call = [next(flat) if n < 0 else [next(flat) for _ in range(n)] for n in ctx.lengths]
+            tensors, rest = self.parted(call)
+            needs = self.parted(ctx.needs_input_grad)[0]
+            found = _gradients(self, self.kernels["tensor"].derivative, upstream, sums, needs, tensors, rest)
+            return (*self.joined(found, nothing_for(rest)),)
+
+        def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+            needs, *call = inputs
+            tensors, rest = self.parted(call)
+            ctx.mark_non_differentiable(*output[1])
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*output[1])
+            ctx.needs, ctx.nothing = [bool(needs >> k & 1) for k in range(len(tensors))], nothing_for(rest)
+
+        def give_out(ctx: Any, upstream: Tensor | None, _: Any) -> Any:
+            needs = ctx.needs
+            found = [None] * len(needs) if upstream is None else differentiate(upstream, ctx.saved_tensors, needs)
+            return None, *self.joined(found, ctx.nothing)
+
+        def nothing_for(rest: Sequence[Any]) -> list[Any]:
+            return [[None] * len(x) if isinstance(x, list | tuple) else None for x in rest]
+
+        for suffix, derivative, context in (("", backward, save), (_SUFFIXES[-1], give_out, keep)):
+            name = f"bicm_kernels::{self.name}{suffix}.tensor"
+            torch.library.register_autograd(name, derivative, setup_context=context, lib=library)
+
+    def plain_value(self, tensors: Sequence[Any], rest: Sequence[Any]) -> Tensor:
+        """The reference of what a schema takes."""
+        raise NotImplementedError
+
+    def spelled(self, call: Call) -> tuple[Sequence[Any], Sequence[Any]]:
+        """The tensors of a call one by one, and the others as the schemas have them; raises for what has no meaning."""
+        raise NotImplementedError
+
+    def laid_out(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """The tensors as the kernels take them; numbers among them as tensors."""
+        return tensors
+
+    def rest_as_tensors(self, call: Call, rest: Sequence[Any]) -> Sequence[Any]:
+        """The others as the overload with tensors takes them."""
+        raise NotImplementedError
+
+    def reduced(self, call: Call, gradient: str) -> Tensor:
+        """The value of a call, by a kernel, or by the reference where something asks for it."""
+        if not arguments.dynamo():
+            try:
+                value = self.quick(call, _GRADIENT[gradient])
+                if value is not None:
+                    return value
+            except arguments.FAILURES:
+                pass  # the long way says why
+        try:
+            return self.long(call, _GRADIENT[gradient])
+        except arguments.FAILURES as error:
+            arguments.explain(error, lambda: self.check_all(call, gradient))
+
+    def quick(self, call: Call, keeps: bool) -> Tensor | None:
+        """The value of an eager call of plain numbers; None where a call is another."""
+        if not undisturbed():
+            return None
+        tensors, rest = self.spelled(call)
+        if not (arguments.has_kernel(tensors[0]) and arguments.no_tensors(rest)):
+            return None
+        (states, others), tracked = self.divided(tensors), False
+        for x in states:
+            tracked = tracked or x.requires_grad
+        for x in others:
+            if x is not None and (type(x) is not Tensor or x.requires_grad):
+                return None
+        kernels = self.kernels["bare"]
+        if tracked and torch.is_grad_enabled():
+            apply = _apply_kept if keeps and can_be_kept(states) else _apply
+            value: Tensor = apply((self, kernels, rest), *tensors)
+            return value
+        return self.opened(kernels.value(*self.joined(tensors, rest)))[0]
+
+    def long(self, call: Call, keeps: bool) -> Tensor:
+        tensors, rest = self.spelled(call)
+        numbers = arguments.numbers(rest)
+        others = self.divided(tensors)[1]
+        fallback = arguments.needs_reference(tensors[0], tracked=arguments.requires_grad(*others, *numbers))
+        # What TorchScript traces takes tensors one by one, and fewer than a divergence has.
+        fallback = fallback or (arguments.scripting() and self.guided and not self.tensors)
+        if fallback or arguments.unseen(tensors[0]):
+            self.check(call, None)
+        if fallback:
+            plain: Tensor = self.reference(call)
+            return plain
+        tensors = self.laid_out(tensors)
+        states = tensors[: self.states_end]
+        tracked, traced = arguments.requires_grad(*states), arguments.compiling() or arguments.scripting()
+        overload = "default"
+        # The overload with tensors alone records its derivative.
+        if (traced and tracked) or arguments.compiling() or not arguments.no_tensors(numbers):
+            overload, rest = "tensor", self.rest_as_tensors(call, rest)
+        kernels = self.kernels[overload]
+        keeps = keeps and tracked and can_be_kept(states)
+        if traced or not tracked:
+            given = self.joined(tensors, rest)
+            if keeps:
+                return self.traceable(kernels.both)(_bits([x.requires_grad for x in states]), *given)[0]  # type: ignore[no-any-return]
+            return self.opened(self.traceable(kernels.value)(*given))[0]
+        # Copies, because nothing would notice if they were overwritten before the backward pass.
+        copied = [[_copied(y) for y in x] if isinstance(x, list | tuple) else _copied(x) for x in rest]
+        function: Any = Kept if keeps else Tracked
+        value: Tensor = function.apply((self, kernels, copied), *tensors)
+        return value
+
+    def check_all(self, call: Call, gradient: object) -> None:
+        """Raise what is wrong with a call, if anything is."""
+        self.check(call, None)
+        check_choice("gradient", gradient, _GRADIENT)
+
+
+def _copied(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) else x
