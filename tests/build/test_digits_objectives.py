@@ -74,9 +74,23 @@ def test_batch_ot_and_generated_samples_cost_less_transport() -> None:
 
 def test_the_command_writes_a_table_and_pictures_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("examples.digits.objectives.METHODS", (*METHODS[:3], METHODS[8], METHODS[9], METHODS[13]))
-    monkeypatch.setattr("examples.digits.objectives_picture.METHODS", (*METHODS[:3], METHODS[8], METHODS[9], METHODS[13]))
+    monkeypatch.setattr(
+        "examples.digits.objectives_picture.METHODS", (*METHODS[:3], METHODS[8], METHODS[9], METHODS[13])
+    )
     monkeypatch.setattr("examples.digits.objectives_picture.SHOWN", ("BCT", METHODS[8].name))
-    words = ["objectives", "--output", str(tmp_path), "--seeds", "2", "--steps", "3", "--coupling-steps", "2", "--width", "8"]
+    words = [
+        "objectives",
+        "--output",
+        str(tmp_path),
+        "--seeds",
+        "2",
+        "--steps",
+        "3",
+        "--coupling-steps",
+        "2",
+        "--width",
+        "8",
+    ]
     first = CliRunner().invoke(main, words, catch_exceptions=False)
     assert first.exit_code == 0 and "| batch-OT |" in first.stdout and "real digits" in first.stdout
     for name in ("objectives.png", "two-diracs.png"):

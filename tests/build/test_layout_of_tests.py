@@ -26,8 +26,7 @@ def test_no_test_module_is_imported() -> None:
         f"{path.relative_to(TESTS)}: {name}"
         for path in FILES
         for name in imported(path)
-        if modules & set(name.split("."))
-        and not name.startswith(("torch.", "bicm_"))
+        if modules & set(name.split(".")) and not name.startswith(("torch.", "bicm_"))
     } == set()
 
 

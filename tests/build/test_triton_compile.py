@@ -255,6 +255,8 @@ def test_quotients_and_roots_are_correctly_rounded() -> None:
 
 TARGETS = [*(GPUTarget("cuda", arch, 32) for arch in (80, 100, 120)), GPUTarget("hip", "gfx942", 64)]
 VARIANTS = {name: case[:2] for cases in (DENSE, LOSSES, RESIDENTS, EXACT) for name, case in cases.items()} | OTHERS
+
+
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_elsewhere(name: str, target: GPUTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
