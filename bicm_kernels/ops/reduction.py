@@ -153,7 +153,7 @@ class Reduction(Op):
     def value_like(self, tensors: Sequence[Any], rest: Sequence[Any]) -> Tensor:
         """The value of a call of a schema, without values: a number per sample, in the compute type."""
         wide = any(x.dtype == torch.float64 for x in tensors[: self.states_end])
-        return tensors[0].new_empty(tensors[0].shape[:1], dtype=torch.float64 if wide else torch.float32)  # type: ignore[no-any-return]
+        return tensors[0].new_empty(tensors[0].shape[:1], dtype=torch.float64 if wide else torch.float32)
 
     def fake(self, *call: Any) -> Any:
         tensors, rest = self.parted(call)
@@ -299,7 +299,7 @@ class Reduction(Op):
         if traced or not tracked:
             given = self.joined(tensors, rest)
             if keeps:
-                return self.traceable(kernels.both)(_bits([x.requires_grad for x in states]), *given)[0]  # type: ignore[no-any-return]
+                return self.traceable(kernels.both)(_bits([x.requires_grad for x in states]), *given)[0]
             return self.opened(self.traceable(kernels.value)(*given))[0]
         # Copies, because nothing would notice if they were overwritten before the backward pass.
         copied = [[_copied(y) for y in x] if isinstance(x, list | tuple) else _copied(x) for x in rest]
