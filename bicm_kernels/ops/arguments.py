@@ -53,6 +53,14 @@ def scripting() -> bool:
     return not dynamo() and is_tracing()
 
 
+_NO_TENSORS = frozenset((float, int, bool, list, tuple, type(None)))
+
+
+def is_tensor(value: object) -> bool:
+    """Whether a value is a tensor; isinstance takes long to say that one is none."""
+    return type(value) not in _NO_TENSORS and isinstance(value, Tensor)
+
+
 def unseen(first: Tensor) -> bool:
     """Whether no kernel checks this call: it is traced, or its tensors have no memory."""
     return compiling() or dispatch_modes() > 0 or first.is_meta

@@ -65,7 +65,7 @@ class Op(Row):
                 if type(found) is list:
                     return self.asked_for(call, self.bare_tensor(*self.as_tensors(step, found)))
                 if found is not NotImplemented:
-                    return self.with_given(call, found)
+                    return self.asked_for(call, found) if outs is None else found
             if self.weights:
                 call = self.listed(call)
             if self.keyed:

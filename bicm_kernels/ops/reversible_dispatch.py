@@ -34,7 +34,7 @@ class Encode(Op):
         return outs is None and call[-2] is None
 
     def is_writable(self, call: Call, outs: Any) -> bool:
-        return self.returns(call, outs)
+        return outs is None and call[-2] is None
 
     def step(self, call: Call) -> Call:
         return call[:-2]
@@ -98,8 +98,7 @@ class ExactStep(Encode):
 
     def step(self, call: Call) -> Call:
         last, operands, info, table, guidance, ratio, fraction_bits, _, _ = call
-        # isinstance takes long to say that something is no tensor.
-        if not type(operands) is type(ratio) is tuple and isinstance(operands, Tensor) | isinstance(ratio, Tensor):
+        if arguments.is_tensor(operands) or arguments.is_tensor(ratio):
             raise TypeError("one tensor for a sequence of them")
         n, m = ratio
         return (last, *operands), info, table, guidance, n, m, fraction_bits
@@ -177,8 +176,7 @@ class ExactStep(Encode):
 def is_one(ratio: Sequence[Any]) -> bool:
     """Whether a ratio needs no buffer: equal numbers; tensors are not read."""
     n, m = ratio
-    plain = type(n) is type(m) is int or not (isinstance(n, Tensor) or isinstance(m, Tensor))
-    return plain and n == m
+    return not arguments.is_tensor(n) and not arguments.is_tensor(m) and n == m
 
 
 _BDIA: dict[str, Any] = {"coefficients": ("a", "b", "a_last", "b_last"), "ratio": "gamma"}

@@ -193,6 +193,11 @@ PyObject* known(PyObject*, PyObject* count) {
   Py_RETURN_NONE;
 }
 
+PyObject* forget(PyObject*, PyObject*) {
+  abi::forget_handles();
+  Py_RETURN_NONE;
+}
+
 template <auto Op, bool OfTorch = true>
 PyMethodDef method(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<Op, OfTorch>)), METH_FASTCALL,
@@ -226,6 +231,7 @@ bool add_direct(PyObject* module) {
       method<&encode_state>("fixed_point_encode"),
       method<&fixed_point_decode<Direct, Object, DType>>("fixed_point_decode"),
       {"know_implementations", known, METH_O, nullptr},
+      {"forget_handles", forget, METH_NOARGS, nullptr},
       {"plain_op", plain_op, METH_VARARGS, nullptr},
       {"call_through_dispatcher", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call_through_dispatcher)),
        METH_FASTCALL, nullptr},

@@ -78,6 +78,8 @@ void look_for_handles() {
   aoti_torch_delete_tensor_object(made);
 }
 
+void forget_handles() { offset_ = 0; }
+
 bool is_freshly_seeded(const GeneratorState& state, uint64_t seed) {
   return state.seed == seed && state.left == 1 && state.seeded == 1 && state.next == 0 && state.words[0] == seed;
 }

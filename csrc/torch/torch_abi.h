@@ -47,6 +47,7 @@ const Exchange* exchange_in(PyObject* capsule, PyObject* sample);
 // finds out how, once; without it, or where it finds nothing, there are none.
 bool tensors_have_handles();
 void look_for_handles();
+void forget_handles();
 AtenTensorHandle handle_of(PyObject* tensor);
 PyObject* object_of(AtenTensorHandle tensor);
 
