@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import subprocess
 import sys
@@ -22,11 +23,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bicm_kernels.triton_kernels import OPS, operands
+from tests.support.ways import Counter as Ops
 from tests.support.triton_cases import (
     BDIA,
     DENSE,
     EXACT,
     F32,
+    F64,
     I64,
     LOSSES,
     MIXED,
@@ -202,14 +205,12 @@ def test_a_contracted_product_is_seen() -> None:
 
 
 @pytest.mark.parametrize("wide", [operands.WIDE, 1], ids=["32-bit indices", "64-bit indices"])
-@pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS)
-def test_other_variants_compile(
-    case: tuple[str, Callable[[], object]], wide: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_variants_compile(name: str, wide: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operands, "WIDE", wide)
-    binary = compiled(*case)
+    binary = compiled(*OTHERS[name])
     check_arithmetic(binary)
-    check_resources(binary, tmp_path)
+    check_resources(binary, tmp_path, stack=ON_THE_STACK.get((name, 90), 0))
 
 
 def test_channels_last_without_noise_is_dense() -> None:
@@ -225,6 +226,17 @@ def test_new_numbers_and_keys_compile_nothing() -> None:
             arguments = ([number] * 2, 0.0, 0.5 + number, seed, step, sample_id)
             calls.append(lambda arguments=arguments: OPS["affine_step"](MIXED[1:], *arguments))
     signatures = {str(specialized("multistep", call)[1][1:]) for call in calls}
+    assert len(signatures) == 1
+
+
+def test_new_numbers_in_float64_compile_nothing_and_fill_nothing() -> None:
+    """They travel as bits, so that nothing but the step's own kernel runs."""
+    tensors, signatures = states(F64, F64, F64), set()
+    for number in (0.0, -0.0, 1.0, 0.3, 1e300, -(2.0**-1074), math.inf, math.nan):
+        call = lambda number=number: OPS["bdia_step"](tensors, [number] * 5, 0.0)  # noqa: E731
+        with Ops() as counter:
+            signatures.add(str(specialized("multistep", call)[1][1:]))
+        assert counter.seen == ["aten::empty_like"]
     assert len(signatures) == 1
 
 
