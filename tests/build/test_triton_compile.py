@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bicm_kernels.triton_kernels import OPS, operands
-from tests.support.ways import Counter as Ops
 from tests.support.triton_cases import (
     BDIA,
     DENSE,
@@ -54,6 +53,7 @@ from tests.support.triton_compilation import (
     element_loops,
     specialized,
 )
+from tests.support.ways import Counter as Ops
 
 
 @pytest.fixture(autouse=True, scope="module")
