@@ -99,8 +99,9 @@ sanitize: .venv/.requirements ## CPU and emulated CUDA kernels under the address
 bench: native ## medians of every family against eager PyTorch and torch.compile
 	BICM_KERNELS_BACKEND=native $(BIN)/python -m benchmarks
 
-gpu-check: native ## every test and benchmark that needs a GPU, in one table
-	$(BIN)/python -m benchmarks.gpu_check
+# SYSTEM=1 takes PYTHON as it is, with its own torch, and makes no .venv; PART names one of build, triton and figures.
+gpu-check: $(if $(SYSTEM),,native) ## what needs a GPU: tests, sanitizers, figures, one table; SYSTEM=1: no .venv; PART=build
+	$(if $(SYSTEM),$(PYTHON),$(BIN)/python) -m benchmarks.gpu_check $(PART)
 
 clean: ## remove what was built, keep .venv
 	rm -rf build dist *.egg-info bicm_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

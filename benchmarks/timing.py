@@ -10,9 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 Call = Callable[[], object]
 #: Seconds per call, from so many calls one after another.
@@ -33,8 +30,6 @@ class Effort:
 
 
 QUICK = Effort(rounds=3, least_rounds=3, sample=2e-4, budget=0.5)
-#: On a GPU every sample is one call after a flush: many rounds, nothing to scale.
-GPU = Effort(rounds=101, least_rounds=21, sample=0.0, budget=5.0)
 
 
 @dataclass(frozen=True)
@@ -76,36 +71,11 @@ def clocked(clock: Callable[[], float]) -> Sampler:
 #: On an idle machine both agree on one thread. Where other processes share the processor, the wall
 #: clock includes their time, more for long calls than for short ones; the thread's own time does not.
 CLOCKS: dict[str, Sampler] = {"wall": clocked(time.perf_counter), "processor": clocked(time.thread_time)}
-EVENTS = "events"
 
 
 def minor_faults() -> int:
     """The number of minor page faults of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-
-def cold_cuda(device: str) -> Sampler:
-    """A sampler of GPU time with nothing of the operands in the L2 cache.
-
-    Events around the call read the GPU's clock. Before each call a large buffer is read: this empties the
-    cache and, being a read, leaves no dirty lines whose eviction the call would pay for. It also takes longer
-    than launching the kernels of one call, so they wait in the queue and the events exclude host time.
-    """
-    l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    timer: Any = torch.cuda.Event
-    buffer = torch.zeros(max(512 * 2**20, 4 * l2) // 4, device=device)
-
-    def sample(call: Call, repeats: int) -> float:
-        events = [[timer(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        for start, end in events:
-            buffer.amax()
-            start.record()
-            call()
-            end.record()
-        torch.cuda.synchronize(device)
-        return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
-
-    return sample
 
 
 def repeats_for(call: Call, sampler: Sampler, seconds: float) -> int:

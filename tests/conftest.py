@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from hypothesis import settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,19 +18,30 @@ if TYPE_CHECKING:
 # A missing library must fail here: the reference, which passes every test of bits, must not stand in for it.
 os.environ.setdefault("BICM_KERNELS_BACKEND", "native")
 
-# Failures must repeat from run to run, and a shared machine has no deadlines.
-settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60, database=None)
-settings.load_profile("repeatable")
+# Failures must repeat from run to run, and a shared machine has no deadlines. The GPU's tests do without hypothesis.
+with suppress(ImportError):
+    from hypothesis import settings
+
+    settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60, database=None)
+    settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    words = "run at most so many cases of a test, a third as many of a slow one, spread evenly; 0: all"
-    parser.addoption("--cases", type=int, default=0, help=words)
+    parser.addoption("--cases", type=int, default=0, help="run at most so many cases of a test, spread evenly; 0: all")
+    parser.addoption("--share", default="0/1", help="K/N: run every Nth test from the Kth on, counted from 0")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    choose_cases(config, items)
+    place, _, shares = config.getoption("--share").partition("/")
+    config.hook.pytest_deselected(items=[item for k, item in enumerate(items) if k % int(shares) != int(place)])
+    items[:] = items[int(place) :: int(shares)]
+
+
+def choose_cases(config: pytest.Config, items: list[pytest.Item]) -> None:
     most = config.getoption("--cases")
     if not most:
         return

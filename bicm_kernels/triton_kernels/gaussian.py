@@ -13,10 +13,11 @@ from torch import Tensor
 
 from bicm_kernels.triton_kernels import checks
 from bicm_kernels.triton_kernels.checks import Integer, Number
+from bicm_kernels.triton_kernels.counter import counted
 from bicm_kernels.triton_kernels.gaussian_kernels import density_gradients, density_sums
 from bicm_kernels.triton_kernels.keys import NO_KEY, make_key, number_argument
 from bicm_kernels.triton_kernels.operands import TILE, WARPS, Layout, device_of, lay_out
-from bicm_kernels.triton_kernels.pseudo_huber import CHUNK, counter
+from bicm_kernels.triton_kernels.pseudo_huber import CHUNK
 
 #: Samples that are finished together.
 FINISH_BLOCK = 128
@@ -88,12 +89,12 @@ class Policy:
         layout = lay_out([*outs, *self.tensors], per_sample=True, in_order=True)
         chunks = max(1, -(-self.elements // CHUNK))
         columns = min(TILE, max(8, triton.next_power_of_2(self.elements)))
-        alone = chunks == 1
-        with device_of(first):
-            density_sums[(self.batch * chunks,)](
+        alone, programs = chunks == 1, self.batch * chunks
+        with device_of(first), counted(first.device, None if alone else programs) as count:
+            density_sums[(programs,)](
+                **count,
                 results=results,
-                partial=results if alone else first.new_empty((self.batch * chunks,), dtype=torch.float64),
-                finished=None if alone else counter(first.device),
+                partial=results if alone else first.new_empty((programs,), dtype=torch.float64),
                 out=layout.operands[0] if outs else None,
                 sizes=layout.plan.sizes,
                 batch=self.batch,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bicm_kernels.triton_kernels.counter import finishes_last
 from bicm_kernels.triton_kernels.keys import number
 from bicm_kernels.triton_kernels.noise import draw
 from bicm_kernels.triton_kernels.operands import load, locate, store
@@ -111,11 +112,12 @@ def density(
     return tl.where(still, 0.0, value)
 
 
-@triton.jit(do_not_specialize=["batch", "chunks", "seed", "step", "sample_id"])
+@triton.jit(do_not_specialize=["batch", "chunks", "begun", "seed", "step", "sample_id"])
 def density_sums(
     results,
     partial,
     finished,
+    begun: tl.int64,
     out,
     inputs,
     conditional,
@@ -145,7 +147,7 @@ def density_sums(
 ):
     """One chunk: with `out`, the next state; the sum of its squares; the last program makes the samples' results.
 
-    `finished` counts the programs and is 0 before and after; None: every sample is one chunk.
+    `finished` counts the programs from `begun` on; None: every sample is one chunk.
     """
     DIVERGES: tl.constexpr = out is None and recorded is None
     item = tl.program_id(0).to(tl.int64)
@@ -183,9 +185,7 @@ def density_sums(
         tl.store(results + row, value.to(results.dtype.element_ty))
     else:
         tl.store(partial + item, total)
-        tl.debug_barrier()  # the sum is stored before the program counts
-        last = tl.num_programs(0) - 1
-        if tl.atomic_add(finished, 1, sem="acq_rel") == last:
+        if finishes_last(finished, begun):
             for start in range(0, batch, BLOCK):
                 row = start + tl.arange(0, BLOCK).to(tl.int64)
                 there = row < batch
@@ -195,7 +195,6 @@ def density_sums(
                     value += tl.load(partial + row * chunks + chunk, mask=there, other=0.0, cache_modifier=".cg")
                 value = density(value, elements, std, row, there, DIVERGES, ADDS_UP, COMPUTE)
                 tl.store(results + row, value.to(results.dtype.element_ty), mask=there)
-            tl.store(finished, 0)
 
 
 @triton.jit

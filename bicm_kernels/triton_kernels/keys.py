@@ -1,14 +1,16 @@
 """Per-sample arguments: numbers in the compute type, and the key of a sample's noise.
 
-A number is (value,) or (tensor, stride), the stride 0 for one number, or else from sample to sample. The integers of
-a key are passed separately from tensors, so that a new seed or step compiles nothing. Triton 3.6 can neither count nor
-compare with None a tuple that holds a None: kernels distinguish such forms by their length, or by a constant.
+A number is (value,), the three parts of a float64's bits, or (tensor, stride), the stride 0 for one number, or else
+from sample to sample. The integers of a key are passed beside their tensors, so that a new seed compiles nothing.
+Triton 3.6 can neither count nor compare with None a tuple that holds a None: kernels tell such forms by their length,
+or by a constant beside them.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
+import struct
 from typing import NamedTuple
 
 import torch
@@ -19,7 +21,10 @@ from torch import Tensor
 from bicm_kernels.triton_kernels import checks
 from bicm_kernels.triton_kernels.checks import Integer, Number
 
-Argument = tuple[object] | tuple[Tensor, int]
+Argument = tuple[object] | tuple[Tensor, int] | tuple[float, float, float]
+
+#: How many bits of a float64 stand below its first and below its second part.
+HIGH, MIDDLE = tl.constexpr(42), tl.constexpr(21)
 
 
 @triton.jit
@@ -43,6 +48,11 @@ def number(argument, sample, present, COMPUTE: tl.constexpr):
         value = tl.full(sample.shape, 0.0, COMPUTE)
     elif len(argument) == 1:
         value = tl.full(sample.shape, argument[0], COMPUTE)
+    elif len(argument) == 3:
+        bits = tl.full((), argument[0], tl.float32).to(tl.int32).to(tl.int64) << HIGH
+        bits |= tl.full((), argument[1], tl.float32).to(tl.int32).to(tl.int64) << MIDDLE
+        bits |= tl.full((), argument[2], tl.float32).to(tl.int32)
+        value = tl.full(sample.shape, bits.to(tl.float64, bitcast=True), COMPUTE)
     else:
         value = load_rows(argument[0], argument[1], sample, present, 1).to(COMPUTE)
     return value
@@ -64,10 +74,15 @@ def number_argument(value: Number, compute: torch.dtype, like: Tensor) -> Argume
         checks.check_number(value, like)
         if value.device == like.device:
             return value, value.stride(0) if value.dim() else 0
-        value = value.item()  # on the host, which kernels cannot read
-    if compute == torch.float64:  # Triton passes a float as float32
-        return torch.full((), value, dtype=compute, device=like.device), 0
-    return (value,)
+        value = value.item()  # of the host, which kernels cannot read
+    return bits_of(float(value)) if compute == torch.float64 else (value,)
+
+
+def bits_of(value: float) -> tuple[float, float, float]:
+    """A float64 in three whole numbers of at most 22 bits: to Triton a float is a float32, and no new one compiles."""
+    (bits,) = struct.unpack("<Q", struct.pack("<d", value))
+    low, middle = 2**MIDDLE.value, 2 ** (HIGH.value - MIDDLE.value)
+    return float(bits >> HIGH.value), float((bits >> MIDDLE.value) % middle), float(bits % low)
 
 
 def integer_argument(value: Integer, device: torch.device) -> tuple[int, tuple[Tensor, int] | None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from bicm_kernels.triton_kernels import checks
 from bicm_kernels.triton_kernels.checks import Number
+from bicm_kernels.triton_kernels.counter import counted
 from bicm_kernels.triton_kernels.keys import Argument, number_argument
 from bicm_kernels.triton_kernels.operands import TILE, WARPS, Layout, device_of, lay_out
 from bicm_kernels.triton_kernels.pseudo_huber_gradients import gradients, resident, scale
@@ -28,22 +30,6 @@ RESIDENT = 3 * TILE
 FINISH_BLOCK = {False: 128, True: 256}
 PARAMETERIZATIONS = ("bcm", "cm", "edm")
 REDUCTIONS = ("mean", "sum", "none")
-
-
-_counters: dict[torch.device, Tensor] = {}
-
-
-def counter(device: torch.device) -> Tensor:
-    """A 0 that counts the programs of a launch, the last of which resets it.
-
-    Launches on the default stream run in order and share one; on others, which overlap or are captured, each has
-    its own, cleared beforehand.
-    """
-    if device.type != "cpu" and torch.accelerator.current_stream(device).stream_id:
-        return torch.zeros((), dtype=torch.int32, device=device)
-    if device not in _counters:
-        _counters[device] = torch.zeros((), dtype=torch.int32, device=device)
-    return _counters[device]
 
 
 class LossCall:
@@ -111,9 +97,7 @@ class LossCall:
     def summing(self, layout: Layout) -> dict[str, Any]:
         """Arguments of the summing kernels: how chunks are divided, and how their sums are combined."""
         columns = min(TILE, max(8, triton.next_power_of_2(self.elements)))
-        alone = self.elements <= CHUNK and (self.each or self.batch == 1)
         return {
-            "finished": None if alone else counter(self.inputs[0].device),
             "sizes": layout.plan.sizes,
             "batch": self.batch,
             "elements": self.elements,
@@ -129,6 +113,11 @@ class LossCall:
             **self.operands(layout, 0),
         }
 
+    def counted(self, programs: int) -> AbstractContextManager[dict[str, Any]]:
+        """What programs that sum count themselves by, where the last of them makes the loss."""
+        alone = self.elements <= CHUNK and (self.each or self.batch == 1)
+        return counted(self.inputs[0].device, None if alone else programs)
+
     def value(self) -> tuple[Tensor, Tensor]:
         """The loss and the samples' sums."""
         first = self.inputs[0]
@@ -137,8 +126,9 @@ class LossCall:
             return loss if self.each else loss.fill_(math.nan if self.reduction == "mean" else 0.0), totals
         layout = lay_out([*self.inputs, *self.element_weight], per_sample=True, in_order=False)
         chunks = max(1, -(-self.elements // CHUNK))
-        with device_of(first):
+        with device_of(first), self.counted(self.batch * chunks) as count:
             sums[(self.batch * chunks,)](
+                **count,
                 totals=totals,
                 partial=totals if chunks == 1 else first.new_empty((self.batch * chunks,), dtype=torch.float64),
                 loss=loss.reshape(-1),
@@ -157,8 +147,9 @@ class LossCall:
             loss, totals = self.value()
             return loss, self.differentiate(1.0, totals, results)
         loss, totals = self.numbers()
-        with device_of(self.inputs[0]):
+        with device_of(self.inputs[0]), self.counted(self.batch) as count:
             resident[(self.batch,)](
+                **count,
                 outs=self.places(results, layout.operands[len(self.inputs) :]),
                 totals=totals,
                 loss=loss.reshape(-1),

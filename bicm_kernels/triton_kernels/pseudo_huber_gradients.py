@@ -161,12 +161,13 @@ def store_anywhere(
         store_gradients(outs, x, sizes, sample, element, inside, slope_anywhere(r, c), factor, weights)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "begun"])
 def resident(
     outs,
     totals,
     loss,
     finished,
+    begun: tl.int64,
     prediction,
     target,
     x,
@@ -278,6 +279,7 @@ def resident(
         totals,
         loss,
         finished,
+        begun,
         sample,
         item,
         batch,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bicm_kernels.triton_kernels.counter import finishes_last
 from bicm_kernels.triton_kernels.hypotenuse import distance, distance_anywhere
 from bicm_kernels.triton_kernels.kept_sums import add_sums, distance_of_sum, overflows, scaled_back
 from bicm_kernels.triton_kernels.keys import number
@@ -114,12 +115,13 @@ def chunk_sum(
     return sum_of(high, low)
 
 
-@triton.jit(do_not_specialize=["batch", "chunks"])
+@triton.jit(do_not_specialize=["batch", "chunks", "begun"])
 def sums(
     totals,
     partial,
     loss,
     finished,
+    begun: tl.int64,
     prediction,
     target,
     x,
@@ -143,7 +145,7 @@ def sums(
 ):
     """The sum of one chunk; the program that finishes last makes the loss of all of them.
 
-    `finished` counts the programs and is 0 before and after; None: every sample is one chunk, and its loss its own.
+    `finished` counts the programs from `begun` on; None: every sample is one chunk, and its loss its own.
     """
     item = tl.program_id(0).to(tl.int64)
     sample = tl.full((1, 1), item // chunks, tl.int64)
@@ -188,6 +190,7 @@ def sums(
         partial,
         loss,
         finished,
+        begun,
         sample,
         item,
         batch,
@@ -209,6 +212,7 @@ def conclude(
     partial,
     loss,
     finished,
+    begun,
     sample,
     item,
     batch,
@@ -229,11 +233,8 @@ def conclude(
         tl.store(loss + row, value.to(loss.dtype.element_ty))
     else:
         tl.store(partial + item + tl.arange(0, 1), total)
-        tl.debug_barrier()  # the sum is stored before the program counts
-        last = tl.num_programs(0) - 1
-        if tl.atomic_add(finished, 1, sem="acq_rel") == last:
+        if finishes_last(finished, begun):
             finish(totals, partial, loss, batch, elements, chunks, c, weight, ELEMENTWISE, REDUCTION, COMPUTE, BLOCK)
-            tl.store(finished, 0)
 
 
 @triton.jit

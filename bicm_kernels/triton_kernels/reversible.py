@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,28 +10,15 @@ from torch import Tensor
 
 from bicm_kernels.triton_kernels import checks
 from bicm_kernels.triton_kernels.checks import Integer, Number
-from bicm_kernels.triton_kernels.keys import integer_argument
+from bicm_kernels.triton_kernels.keys import integer_argument, number_argument
 from bicm_kernels.triton_kernels.operands import lay_out
 from bicm_kernels.triton_kernels.reversible_kernels import decode_fixed_point, exact_step
 
 #: Places after the binary point at most, by the dtype of the state.
 FRACTION_BITS = {torch.int64: 62, torch.int32: 30}
 MAX_RATIO = 2**20
-ONE = struct.unpack("<q", struct.pack("<d", 1.0))[0]
 
 Pair = tuple[Tensor, Tensor]
-#: A number's bits, and its address where it has one.
-Argument = tuple[int, tuple[Tensor, int] | None]
-
-
-def float_argument(value: Number | None, like: Tensor) -> Argument:
-    """The kernel argument for a float, a 0-d or a (B,) tensor: float64's bits, or a tensor with its stride."""
-    if isinstance(value, Tensor):
-        checks.check_number(value, like)
-        if value.device == like.device:
-            return 0, (value, value.stride(0) if value.dim() else 0)
-        value = value.item()  # on the host, which kernels cannot read
-    return struct.unpack("<q", struct.pack("<d", 0.0 if value is None else value))[0], None
 
 
 def check_bits(fraction_bits: int, dtype: torch.dtype) -> None:
@@ -92,10 +78,10 @@ def notes(overflow: Tensor | None, mark: Integer, like: Tensor) -> tuple[tuple[T
 def launch_exact(
     outs: Sequence[Tensor],
     inputs: Sequence[Tensor],
-    coefficients: Sequence[Argument],
+    coefficients: Sequence[Number],
     *,
     fraction_bits: int,
-    guidance: Argument | None = None,
+    guidance: Number | None = None,
     last: Tensor | None = None,
     info: Tensor | None = None,
     ratio: tuple[Integer, Integer] = (1, 1),
@@ -108,12 +94,14 @@ def launch_exact(
     first = inputs[0]
     noted, (mark_value, mark_tensor) = notes(overflow, mark, first)
     (n, n_tensor), (m, m_tensor) = (integer_argument(part, first.device) for part in ratio)
-    scale = (0, None) if guidance is None else guidance
-    places = [*(place for _, place in (*coefficients, scale)), n_tensor, m_tensor, noted]
+    # Weights are formed in float64, whatever the tensors are.
+    weights = tuple([number_argument(value, torch.float64, first) for value in coefficients])
+    scale = None if guidance is None else number_argument(guidance, torch.float64, first)
+    placed = [x for x in (*weights, scale) if x is not None and len(x) == 2]
+    placed += [x for x in (n_tensor, m_tensor, noted) if x is not None]
     operands = [x for x in (*outs, last, info, *inputs) if x is not None]
-    layout = lay_out(operands, per_sample=any(place is not None and place[1] for place in places), in_order=False)
+    layout = lay_out(operands, per_sample=any(stride for _, stride in placed), in_order=False)
     given = iter(layout.operands)
-    bits = [value for value, _ in coefficients] + [0] * (checks.MAX_TERMS - len(coefficients))
     layout.launch(
         exact_step,
         spread=2,
@@ -123,10 +111,8 @@ def launch_exact(
         info=None if info is None else next(given),
         inputs=tuple(next(given) for _ in range(len(inputs) - (guidance is not None))),
         conditional=None if guidance is None else next(given),
-        **{f"bits{k}": value for k, value in enumerate(bits)},
-        coefficients=tuple(place for _, place in coefficients),
-        guidance_bits=scale[0],
-        guidance_scale=scale[1],
+        coefficients=weights,
+        guidance_scale=scale,
         n=n,
         n_tensor=n_tensor,
         m=m,
@@ -136,7 +122,6 @@ def launch_exact(
         mark=mark_value,
         mark_tensor=mark_tensor,
         TERMS=len(inputs) - (guidance is not None),
-        COUNT=len(coefficients),
         BDIA=bdia,
         INVERSE=inverse,
     )
@@ -163,8 +148,8 @@ def exact_ops(bdia: bool, inverse: bool) -> tuple[Callable[..., Pair], Callable[
         checks.require(not guided or guidance_scale is not None, "a pair of predictions needs a guidance scale")
         return multiplies, {
             "inputs": tensors[1:],
-            "coefficients": [float_argument(value, first) for value in coefficients],
-            "guidance": float_argument(guidance_scale, first) if guided else None,
+            "coefficients": coefficients,
+            "guidance": guidance_scale if guided else None,
             "fraction_bits": fraction_bits,
             "last": first,
             "info": info if multiplies else None,
@@ -196,7 +181,7 @@ def fixed_point_encode(x: Tensor, fraction_bits: int, dtype: torch.dtype) -> Ten
     checks.check_states([x], 1)
     check_bits(fraction_bits, dtype)
     out = torch.empty_like(x, dtype=dtype)
-    launch_exact([out], [x], [(ONE, None)], fraction_bits=fraction_bits)
+    launch_exact([out], [x], [1.0], fraction_bits=fraction_bits)
     return out
 
 
@@ -207,7 +192,7 @@ def fixed_point_encode_out(
     checks.check_states([x], 1)
     check_bits(fraction_bits, dtype)
     check_outs([(out, dtype)], [x])
-    launch_exact([out], [x], [(ONE, None)], fraction_bits=fraction_bits, overflow=overflow, mark=mark)
+    launch_exact([out], [x], [1.0], fraction_bits=fraction_bits, overflow=overflow, mark=mark)
 
 
 def fixed_point_decode(q: Tensor, fraction_bits: int, dtype: torch.dtype) -> Tensor:

@@ -20,25 +20,9 @@ MAX_RATIO = tl.constexpr(2**20)
 
 
 @triton.jit
-def float64(bits):
-    """The float64 with these bits: Triton would pass a Python float in single precision."""
-    return bits.to(tl.float64, bitcast=True)
-
-
-@triton.jit
 def power_of_two(exponent, sample):
     """2^exponent for each row, for small exponents."""
-    return float64((tl.full(sample.shape, exponent, tl.int64) + 1023) << 52)
-
-
-@triton.jit
-def exact_number(bits, argument, sample, present):
-    """A float64 for each row: from its bits, or from memory."""
-    if argument is None:
-        value = float64(tl.full(sample.shape, bits, tl.int64))
-    else:
-        value = number(argument, sample, present, tl.float64)
-    return value
+    return ((tl.full(sample.shape, exponent, tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -160,11 +144,7 @@ def note(overflow, mark, mark_tensor, missing, sample, present):
     tl.store(entry, integer(mark, mark_tensor, sample, present), mask=found & present & (before == 0))
 
 
-# Arguments that change between calls: no value of these triggers a compilation.
-BITS = ["bits0", "bits1", "bits2", "bits3", "bits4", "guidance_bits"]
-
-
-@triton.jit(do_not_specialize=["batch", "blocks", *BITS, "n", "m", "fraction_bits", "mark"])
+@triton.jit(do_not_specialize=["batch", "blocks", "n", "m", "fraction_bits", "mark"])
 def exact_step(
     out,
     info_out,
@@ -176,13 +156,7 @@ def exact_step(
     batch,
     elements,
     blocks,
-    bits0: tl.int64,
-    bits1: tl.int64,
-    bits2: tl.int64,
-    bits3: tl.int64,
-    bits4: tl.int64,
     coefficients,
-    guidance_bits: tl.int64,
     guidance_scale,
     n: tl.int64,
     n_tensor,
@@ -193,7 +167,6 @@ def exact_step(
     mark: tl.int64,
     mark_tensor,
     TERMS: tl.constexpr,
-    COUNT: tl.constexpr,
     BDIA: tl.constexpr,
     INVERSE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -212,12 +185,11 @@ def exact_step(
         x = load_values(inputs[k], sizes, sample, element, inside, unit)
         if k == TERMS - 1 and conditional is not None:
             cond = load_values(conditional, sizes, sample, element, inside, unit)
-            x = x + exact_number(guidance_bits, guidance_scale, sample, present) * (cond - x)
+            x = x + number(guidance_scale, sample, present, tl.float64) * (cond - x)
         tiles += (x,)  # type: ignore[assignment]
-    bits = (bits0, bits1, bits2, bits3, bits4)
     raw = ()
-    for k in tl.static_range(COUNT):
-        raw += (exact_number(bits[k], coefficients[k], sample, present),)  # type: ignore[assignment]
+    for k in tl.static_range(len(coefficients)):
+        raw += (number(coefficients[k], sample, present, tl.float64),)  # type: ignore[assignment]
     if info is None:
         numerator = tl.full(sample.shape, 1, tl.int64)
         denominator = numerator

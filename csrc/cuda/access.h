@@ -82,11 +82,11 @@ BICM_DEVICE void store_relaxed(T* to, T value) {
   *static_cast<volatile T*>(to) = value;
 }
 
-// Adds to a counter shared by blocks; returns the previous value.
-BICM_DEVICE unsigned add_to(unsigned* to, unsigned value) {
-  see_load(to, sizeof(unsigned), alignof(unsigned));
-  see_store(to, sizeof(unsigned), alignof(unsigned));
-  return atomicAdd(to, value);
+// Adds 1 to a number that blocks count with; whether it was `most`, behind which it begins at 0 again.
+BICM_DEVICE bool count_to(unsigned* counter, unsigned most) {
+  see_load(counter, sizeof(unsigned), alignof(unsigned));
+  see_store(counter, sizeof(unsigned), alignof(unsigned));
+  return atomicInc(counter, most) == most;
 }
 
 }  // namespace cuda

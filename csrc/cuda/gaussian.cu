@@ -300,8 +300,7 @@ cudaError_t gaussian(const Gaussian& g, double* scratch, cudaStream_t stream) {
   if (g.layout.batch == 0) return cudaSuccess;
   Totals to = {scratch + 1, nullptr, gaussian_chunks(g.layout)};
   if (to.chunks > 1) {
-    to.finished = reinterpret_cast<unsigned*>(scratch);
-    const cudaError_t error = cudaMemsetAsync(to.finished, 0, sizeof(*to.finished), stream);
+    const cudaError_t error = prepare_counter(reinterpret_cast<unsigned*>(scratch), stream, to.finished);
     if (error != cudaSuccess) return error;
   }
   return run<Sums>(g, to, stream);

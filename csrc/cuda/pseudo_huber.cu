@@ -180,11 +180,11 @@ cudaError_t run_resident(const PseudoHuber& p, const Results& to, const Access& 
 bool finished_alone(const PseudoHuber& p) { return p.reduction == Reduction::none && chunks_of(p.layout) == 1; }
 
 cudaError_t prepare(const PseudoHuber& p, void* loss, double* scratch, cudaStream_t stream, Results& to) {
-  to = {loss, p.sums, reinterpret_cast<unsigned*>(scratch), chunks_of(p.layout)};
+  unsigned* const own = reinterpret_cast<unsigned*>(scratch);
+  to = {loss, p.sums, finished_alone(p) ? nullptr : own, chunks_of(p.layout)};
   if (to.chunks > 1) to.chunk_sums = scratch + 1;
-  if (finished_alone(p)) to.finished = nullptr;
-  if (to.finished == nullptr || p.layout.batch * to.chunks <= 1) return cudaSuccess;
-  return cudaMemsetAsync(to.finished, 0, sizeof(*to.finished), stream);
+  const bool counts = to.finished != nullptr && p.layout.batch * to.chunks > 1;
+  return counts ? prepare_counter(own, stream, to.finished) : cudaSuccess;
 }
 
 }  // namespace

@@ -3,8 +3,7 @@
 
 #include "../core/pseudo_huber.h"
 
-#include "access.h"
-#include "block.h"
+#include "counter.h"
 
 namespace bicm {
 namespace cuda {
@@ -41,18 +40,6 @@ BICM_DEVICE void finish_chunk(const PseudoHuber& p, const Results& to, int64_t s
   } else {
     store_at(to.chunk_sums + item, sum);
   }
-}
-
-// Whether this block is the last to finish; then the others' sums can be read.
-BICM_DEVICE bool finishes_last(unsigned* finished) {
-  BICM_SHARED(bool, last, 1);
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last[0] = gridDim.x == 1 || add_to(finished, 1u) + 1 == gridDim.x;
-    __threadfence();
-  }
-  __syncthreads();
-  return last[0];
 }
 
 // Every sample's value from its chunks' sums; the values times a power of two, added up over the block.

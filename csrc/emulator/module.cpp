@@ -202,11 +202,15 @@ PYBIND11_MODULE(bicm_emulator, module) {
       .def_readwrite("until_block", &Device::until_block)
       .def_readwrite("backwards", &Device::backwards)
       .def_readwrite("fails", &Device::fails)
+      .def_readwrite("captures", &Device::captures)
+      .def_readwrite("full", &Device::full)
+      .def_readwrite("stream", &Device::stream)
       .def_readwrite("has_clusters", &Device::has_clusters)
       .def_readwrite("skips_barriers", &Device::skips_barriers)
       .def_readwrite("skips_cluster_barriers", &Device::skips_cluster_barriers)
       .def_readwrite("mistakes_peer", &Device::mistakes_peer)
-      .def_readonly("launches", &Device::launches);
+      .def_readonly("launches", &Device::launches)
+      .def_readonly("memsets", &Device::memsets);
   py::class_<Traffic>(module, "Traffic",
                       "Bytes that CUDA kernels moved: of tensors, and of numbers that a block shares")
       .def_readwrite("read", &Traffic::read)

@@ -16,10 +16,13 @@
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorNoDevice = 100
 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrClusterLaunch = 120 };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed = 2 };
 using cudaStream_t = struct Stream*;
 
 struct dim3 {
@@ -39,9 +42,11 @@ struct Device {
   unsigned from_block = 0, until_block = 0;
   bool backwards = false, fails = false;
   bool has_clusters = true;
+  bool captures = false, full = false;                         // launches go into a graph; there is no memory left
+  unsigned long long stream = 1;                               // the number of the stream that is launched on
   bool skips_barriers = false;                                 // planted faults: __syncthreads does nothing,
   bool skips_cluster_barriers = false, mistakes_peer = false;  // a cluster's does, another block's memory is meant
-  int64_t launches = 0;
+  int64_t launches = 0, memsets = 0;
 
   cudaError_t error() const { return fails ? cudaErrorNoDevice : cudaSuccess; }
 };
@@ -175,6 +180,15 @@ class Shared {
   Cell<T> cells_[kMaxCluster][Count];
 };
 
+// What runs only in part, or breaks off, would end the life of a real device: what was counted on it is forgotten.
+struct Restart {
+  ~Restart() {
+    if (whole) return;
+    for (const Range& range : allocated) memset(reinterpret_cast<void*>(range.begin), 0, range.end - range.begin);
+  }
+  bool whole = false;
+};
+
 inline unsigned place(unsigned i, unsigned count) { return device.backwards ? count - 1 - i : i; }
 
 }  // namespace emulator
@@ -196,6 +210,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& planned, cudaStrea
   emulator::synchronises = planned.synchronises;
   gridDim = {x, y, 1};
   blockDim = {threads, 1, 1};
+  emulator::Restart restart;
   const unsigned until = device.until_block ? device.until_block : x;
   for (unsigned j = 0; j < y; ++j) {
     for (unsigned i = device.from_block; i < until; i += cluster) {
@@ -219,6 +234,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& planned, cudaStrea
       }
     }
   }
+  restart.whole = device.from_block == 0 && until == x;
   return cudaSuccess;
 }
 
@@ -237,13 +253,39 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  if (!bicm::emulator::device.fails) memset(to, value, bytes);
+  bicm::emulator::Device& device = bicm::emulator::device;
+  if (device.fails) return device.error();
+  memset(to, value, bytes);
+  ++device.memsets;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  const bool captures = bicm::emulator::device.captures;
+  *status = captures ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return bicm::emulator::device.error();
 }
 
-inline unsigned atomicAdd(unsigned* address, unsigned value) {
+inline cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id) {
+  *id = bicm::emulator::device.stream;
+  return bicm::emulator::device.error();
+}
+
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+inline cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  if (bicm::emulator::device.full) return cudaErrorMemoryAllocation;
+  *memory = ::operator new(bytes);  // never freed, as the library frees none
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(*memory);
+  bicm::emulator::allocated.push_back({begin, begin + bytes});
+  return cudaSuccess;
+}
+
+inline unsigned atomicInc(unsigned* address, unsigned most) {
   const unsigned before = *address;
-  *address += value;
+  *address = before >= most ? 0 : before + 1;
   return before;
 }
 

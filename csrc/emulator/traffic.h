@@ -25,15 +25,17 @@ inline Traffic traffic;
 // The numbers that the running blocks have read: the first thread fetches one, the others find it in the cache.
 inline std::unordered_set<uintptr_t> numbers_of_block[8];
 inline unsigned block_of_cluster = 0;  // which of them runs
-// The memory that a launch may access; none: any.
-inline std::vector<Range> ranges;
+// The memory that a launch may touch; none: any. What the kernels' own library allocated belongs to every launch.
+inline std::vector<Range> ranges, allocated;
 
 inline void check_access(const void* address, size_t bytes, size_t alignment, const char* what) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
   if (begin % alignment != 0) throw std::runtime_error(std::string("a misaligned ") + what);
   if (ranges.empty()) return;
-  for (const Range& range : ranges) {
-    if (begin >= range.begin && begin + bytes <= range.end) return;
+  for (const auto* known : {&ranges, &allocated}) {
+    for (const Range& range : *known) {
+      if (begin >= range.begin && begin + bytes <= range.end) return;
+    }
   }
   throw std::out_of_range(std::string("a ") + what + " outside every tensor");
 }

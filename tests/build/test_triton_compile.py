@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.support.triton_cases import (
     DENSE,
     EXACT,
     F32,
+    F64,
     I64,
     LOSSES,
     MIXED,
@@ -51,6 +53,7 @@ from tests.support.triton_compilation import (
     element_loops,
     specialized,
 )
+from tests.support.ways import Counter as Ops
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -203,14 +206,12 @@ def test_a_contracted_product_is_seen() -> None:
 
 
 @pytest.mark.parametrize("wide", [operands.WIDE, 1], ids=["32-bit indices", "64-bit indices"])
-@pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS)
-def test_other_variants_compile(
-    case: tuple[str, Callable[[], object]], wide: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_variants_compile(name: str, wide: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operands, "WIDE", wide)
-    binary = compiled(*case)
+    binary = compiled(*OTHERS[name])
     check_arithmetic(binary)
-    check_resources(binary, tmp_path)
+    check_resources(binary, tmp_path, stack=ON_THE_STACK.get((name, 90), 0))
 
 
 def test_channels_last_without_noise_is_dense() -> None:
@@ -226,6 +227,17 @@ def test_new_numbers_and_keys_compile_nothing() -> None:
             arguments = ([number] * 2, 0.0, 0.5 + number, seed, step, sample_id)
             calls.append(lambda arguments=arguments: OPS["affine_step"](MIXED[1:], *arguments))
     signatures = {str(specialized("multistep", call)[1][1:]) for call in calls}
+    assert len(signatures) == 1
+
+
+def test_new_numbers_in_float64_compile_nothing_and_fill_nothing() -> None:
+    """They travel as bits, so that nothing but the step's own kernel runs."""
+    tensors, signatures = states(F64, F64, F64), set()
+    for number in (0.0, -0.0, 1.0, 0.3, 1e300, -(2.0**-1074), math.inf, math.nan):
+        call = lambda number=number: OPS["bdia_step"](tensors, [number] * 5, 0.0)  # noqa: E731
+        with Ops() as counter:
+            signatures.add(str(specialized("multistep", call)[1][1:]))
+        assert counter.seen == ["aten::empty_like"]
     assert len(signatures) == 1
 
 

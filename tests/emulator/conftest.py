@@ -15,7 +15,7 @@ DEFAULTS = {
     name: getattr(bicm_emulator.device, name)
     for name in (
         *("processors", "x", "y", "threads", "from_block", "until_block", "backwards", "fails", "has_clusters"),
-        *("skips_barriers", "skips_cluster_barriers", "mistakes_peer"),
+        *("skips_barriers", "skips_cluster_barriers", "mistakes_peer", "captures", "full", "stream"),
     )
 }
 

@@ -249,6 +249,32 @@ def test_one_launch_forward_and_one_backward(device: bicm_emulator.Device, size:
     assert device.launches == launches + 2
 
 
+@pytest.mark.parametrize("problem", [pseudo_huber((3, 3072)), pseudo_huber((1, 3 * CHUNK))], ids=["samples", "chunks"])
+def test_a_stream_s_counter_is_cleared_once(device: bicm_emulator.Device, problem: Loss) -> None:
+    """It is 0 behind every launch, whatever its grid; what is captured, or finds no memory, clears one of its own."""
+    device.stream = 10 + problem.batch
+    expected, cleared = problem.run("cuda"), []
+
+    def run() -> None:
+        before = device.memsets
+        for actual, wanted in zip(problem.run("cuda"), expected, strict=True):
+            assert np.array_equal(actual, wanted)
+        cleared.append(device.memsets - before)
+
+    for x in (0, 2, 1, 3, 0):
+        device.x = x
+        run()
+    device.captures = True
+    run()
+    device.captures, device.full = False, True
+    run()
+    device.stream += 100  # a new one, for which there is no memory
+    run()
+    device.full = False
+    run()
+    assert cleared == [0, 0, 0, 0, 0, 1, 0, 1, 1]
+
+
 def test_addresses_beyond_32_bits(device: bicm_emulator.Device) -> None:
     """One block of each kernel, on a sample of 2^33 elements."""
     first = 2**32 + 5 * CHUNK

@@ -44,6 +44,7 @@ class Used:
 
 
 def title(name: str) -> str:
+    name = name if name in CASES else f"other: {name}"
     return f"`{CASES[name][0]}`, " + ("other layouts and arguments" if name.startswith("other: ") else "dense")
 
 

@@ -14,8 +14,8 @@ from bicm_kernels import backend, reference
 
 pytest.importorskip("triton")
 
-from bicm_kernels.triton_kernels import OPS
-from bicm_kernels.triton_kernels.pseudo_huber import CHUNK, RESIDENT, counter
+from bicm_kernels.triton_kernels import OPS, counter
+from bicm_kernels.triton_kernels.pseudo_huber import CHUNK, RESIDENT
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -180,14 +180,25 @@ def test_squares_beyond_float32(scale: float, ratio: float) -> None:
 
 
 @pytest.mark.parametrize(("batch", "elements"), [(3, 40), (300, 3), (2, CHUNK + 1), (0, 5), (2, 0)])
-def test_the_programs_are_counted_from_zero_again(batch: int, elements: int) -> None:
+def test_a_launch_counts_its_own_programs(batch: int, elements: int) -> None:
+    """From where the launch before it ended, whatever its grid was."""
     for _ in range(2):
         for reduction in range(3):
             call = (random((batch, elements)), random((batch, elements), seed=1), None, None, 0, reduction)
             OPS["pseudo_huber"](*call)
             if batch < 300:
                 OPS["pseudo_huber_with_gradients"](1, *call)
-            assert counter(torch.device("cpu")) == 0
+            word, begun = counter.begin(torch.device("cpu"), 0)
+            assert word == begun
+
+
+def test_an_aborted_launch_leaves_nothing() -> None:
+    """The programs that counted before it broke off are not those of the next launch."""
+    shape, begun = (3, 2 * CHUNK), counter.begin(torch.device("cpu"), 6)[1]
+    counter.begin(torch.device("cpu"), 0)[0].fill_(begun + 5)  # all but one of its six
+    x, y = random(shape), random(shape, seed=1)
+    loss, _ = OPS["pseudo_huber"](x, y, None, None, 0, 0)
+    torch.testing.assert_close(loss, reference.pseudo_huber(x, y), rtol=1e-6, atol=0)
 
 
 def test_a_sample_does_not_know_its_batch() -> None:

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from bicm_kernels.triton_kernels import OPS, multistep, noise, operands, pseudo_huber
+from bicm_kernels.triton_kernels import OPS, counter, multistep, noise, operands, pseudo_huber
 from bicm_kernels.triton_kernels.philox import philox
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -74,9 +74,9 @@ def check_loss() -> None:
     torch.testing.assert_close(loss, reference.pseudo_huber(x, y), rtol=1e-6, atol=0)
 
 
-def counts_too_early(_: torch.device) -> torch.Tensor:
-    """A counter that was not 0: the last program but one takes itself for the last."""
-    return torch.ones((), dtype=torch.int32)
+def counts_too_early(*_: object) -> tuple[torch.Tensor, int]:
+    """A word that is past its beginning: the last program but one takes itself for the last."""
+    return torch.ones((), dtype=torch.int64), 0
 
 
 Fault = tuple[Callable[[], None], ModuleType, str, object]
@@ -86,7 +86,7 @@ FAULTS: dict[str, Fault] = {
     "a short tail of noise": (check_noise, noise, "locate", short_tail),
     "a short tail of a step": (check_step, multistep, "locate", short_tail),
     "a contracted product": (check_step, multistep, "fold", contracted),
-    "a sum that is not there yet": (check_loss, pseudo_huber, "counter", counts_too_early),
+    "a sum that is not there yet": (check_loss, counter, "begin", counts_too_early),
 }
 
 

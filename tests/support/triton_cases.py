@@ -255,9 +255,11 @@ OTHERS |= {
     "exact points": ("exact_step", exact_per_sample(slice(None), 0, 0, slice(2))),
 }
 
-#: Two numbers at most that the assembler of Triton 3.7.1 keeps on the stack, though it has registers: no element's. By
+#: Single numbers that the assembler of Triton 3.7.1 keeps on the stack, though it has registers: no element's. By
 #: variant and architecture, in bytes.
 ON_THE_STACK = {
     ("consistency_loss vector float32 with gradient", 120): 8,
+    ("float64", 90): 8,
+    ("float64", 100): 8,
     ("pseudo_huber elementwise float32", 120): 8,
 }
