@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cases", type=int, default=0, help="run at most so many cases of a test, spread evenly; 0: all")
+    words = "run at most so many cases of a test, a third as many of a slow one, spread evenly; 0: all"
+    parser.addoption("--cases", type=int, default=0, help=words)
     parser.addoption("--share", default="0/1", help="K/N: run every Nth test from the Kth on, counted from 0")
 
 

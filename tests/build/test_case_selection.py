@@ -36,7 +36,9 @@ def test_so_many_cases_of_every_test(tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
     assert len(collected(tmp_path)) == len(collected(tmp_path, "--cases", "0")) == 9 + 2 + 1 + 4
     few = collected(tmp_path, "--cases", "3")
-    assert few == ["test_many[0]", "test_many[4]", "test_many[8]", "test_two[0]", "test_two[1]", "test_one"]
+    often = ["test_many[0]", "test_many[4]", "test_many[8]", "test_two[0]", "test_two[1]", "test_one"]
+    assert few == [*often, "test_slow[0]"]
+    assert collected(tmp_path, "--cases", "6")[-2:] == ["test_slow[0]", "test_slow[3]"]
     shares = [collected(tmp_path, "--share", f"{k}/5") for k in range(5)]
     assert sorted(name for share in shares for name in share) == sorted(collected(tmp_path))
-    assert {len(share) for share in shares} == {2, 3}
+    assert {len(share) for share in shares} == {3, 4}

@@ -100,7 +100,7 @@ def test_losses_move_128_bits_at_a_time(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", POLICIES.values(), ids=POLICIES)
 def test_policies_move_128_bits_at_a_time(case: Case, tmp_path: Path) -> None:
-    """Nothing of an element is contracted or in double precision; the logarithm of a sample, which is both, is CUDA's."""
+    """No operation of an element is contracted or in float64; the logarithm of a sample, CUDA's, is both."""
     name, call, read, written = case
     binary = compiled(name, call)
     ptx = binary.asm["ptx"]
