@@ -81,7 +81,7 @@ def test_contraction_would_be_seen(tmp_path: Path) -> None:
     assert "fma.rn.f32" in loose(operations(compile_ptx(source, tmp_path, fmad="true")))
 
 
-#: Kernels that compute in float64 for any dtype of the tensors: increments of integers, and terms with their own weights.
+#: Kernels that compute in float64 for any dtype: increments of integers, and terms with their own weights.
 EXACT = re.compile("17reversible_kernel|25fixed_point_decode_kernel|weighed_(sums|gradient)_kernel")
 #: Kernels that compute in float64 what exists once per sample; the others do where a tensor is float64 alone.
 PER_SAMPLE = re.compile(
