@@ -289,7 +289,9 @@ class Reduction(Op):
             return plain
         tensors = self.laid_out(tensors)
         states = tensors[: self.states_end]
-        tracked, traced = arguments.requires_grad(*states), arguments.compiling() or arguments.scripting()
+        tracked = arguments.requires_grad(*states)
+        # TorchScript finds an overload by its arguments: without a list of tensors, the one with numbers.
+        traced = arguments.compiling() or (self.guided and arguments.scripting())
         overload = "default"
         # The overload with tensors alone records its derivative.
         if (traced and tracked) or arguments.compiling() or not arguments.no_tensors(numbers):

@@ -95,6 +95,6 @@ def test_floats_lose_everything_on_edms_grid_and_say_so() -> None:
 
 def test_intervals_too_different_for_a_fraction_are_named() -> None:
     uneven = Schedule((0.0, 1.0, 2.0, 3.0), (1.0,) * 4, (0.0, 0.01, 1.0, 2.0))
-    with pytest.raises(ValueError, match=r"schedule: .* got 0.01 and 0.99 at index 1; exact=False"):
+    with pytest.raises(ValueError, match=r"schedule: .* got 0.01 and 0.99 at index 1; pass exact=False"):
         obelm_sample(MODEL, noise(2, 3), uneven)
     assert obelm_sample(MODEL, noise(2, 3), uneven, exact=False).z.isfinite().all()
