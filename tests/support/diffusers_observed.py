@@ -96,7 +96,7 @@ def observed(
 
 
 def in_float64(scheduler: Any) -> Any:
-    """A copy whose tables are in float64; sums over more than one step are not taken over."""
+    """A copy of a scheduler, before its first step, with its tables in float64."""
     wide = copy.deepcopy(scheduler)
     for name, table in vars(wide).items():
         if isinstance(table, Tensor) and table.is_floating_point():

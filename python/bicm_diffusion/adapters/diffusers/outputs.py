@@ -34,5 +34,5 @@ def as_state(sample: Tensor, model_output: Tensor) -> Tensor:
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor itself where it has the dtype: asking PyTorch for that takes a fifth of a small launch."""
+    """The tensor in a dtype; itself, without a call of PyTorch, where it has it."""
     return x if x.dtype is dtype else x.to(dtype)
