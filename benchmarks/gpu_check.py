@@ -68,12 +68,12 @@ class Machine:
         """Run a command, its output in a file; RuntimeError with the end of it where it fails."""
         path = self.out / f"{log}.log"
         with path.open("w") as file:
-            done = start(command, self.environment | variables, file).wait_until(min(most, self.until - time.time()))
+            done = Started(command, self.environment | variables, file).wait_until(min(most, self.until - time.time()))
         if done:
             raise RuntimeError(f"{done}; {path} ends with:\n{tail(path)}")
 
 
-class start:  # noqa: N801
+class Started:
     """A process in a group of its own, so that its end is the end of what it started."""
 
     def __init__(self, command: Iterable[str], environment: dict[str, str], log: Any) -> None:
@@ -189,7 +189,7 @@ def shared_tests(machine: Machine, name: str, selection: str, most: float, *path
         log = machine.out / f"{name}-{k}.log"
         command = pytest_command(f"{k}/{SHARES}", selection, str(log.with_suffix(".xml")), *paths)
         with log.open("w") as file:
-            begun.append((log, start(command, machine.environment, file)))
+            begun.append((log, Started(command, machine.environment, file)))
     wrong = [(log, why) for log, process in begun if (why := process.wait_until(until - time.time()))]
     counts = counted([log.with_suffix(".xml") for log, _ in begun])
     failed = "\n".join(f"{log.name}: {why}\n{tail(log, 8)}" for log, why in wrong if not why.endswith("status was 5"))

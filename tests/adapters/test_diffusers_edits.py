@@ -432,6 +432,25 @@ def test_a_state_that_is_edited(cls: type[Any], name: str, order: int) -> None:
         agree(*both(cls, config), **at(moment, STATES[name]))
 
 
+@pytest.mark.parametrize("cls", CLASSES, ids=label)
+def test_timesteps_that_are_written_to_before_the_first_step(cls: type[Any]) -> None:
+    """Where a loop begins is found among the timesteps as they are now."""
+    found = []
+    for scheduler in both(cls, {}, 6):
+        if not hasattr(scheduler, "step_index"):
+            pytest.skip("it does not count its steps")
+        x, begins = torch.full(SHAPE, 0.5), scheduler.timesteps[1].item()
+        scheduler.timesteps.copy_(scheduler.timesteps.flip(0))
+        torch.manual_seed(0)
+        try:
+            result = scheduler.step(0.1 * model_input(scheduler, x, begins), begins, x).prev_sample
+            found.append((scheduler.step_index, result))
+        except Exception as error:
+            found.append((type(error), x))
+    assert found[1][0] == found[0][0]
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=1e-4)
+
+
 # --- nothing is told that is not so -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("cls", CLASSES, ids=label)
 def test_edits_that_are_covered_warn_of_nothing(cls: type[Any]) -> None:
