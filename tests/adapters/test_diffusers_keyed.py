@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -217,6 +218,21 @@ def test_foresee_false_sees_every_write(cls: type[Any]) -> None:
         torch.testing.assert_close(inputs[0][0], model_input(expected, inputs[0][1], following))
         # What the switch is for.
         assert not torch.allclose(inputs[1][0], inputs[0][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("cls", FORESEEING, ids=label)
+def test_an_input_made_ahead_has_the_bits_of_one_made_when_it_is_needed(cls: type[Any], dtype: torch.dtype) -> None:
+    scheduler = accelerate_scheduler(made(cls))
+    scheduler.set_timesteps(6)
+    x = torch.linspace(-2.0, 2.0, torch.Size(SHAPE).numel()).reshape(SHAPE).to(dtype)
+    torch.manual_seed(0)
+    for t in scheduler.timesteps[:4]:
+        # Another tensor: no input was made for it.
+        expected = model_input(copy.deepcopy(scheduler), x.clone(), t)
+        found = model_input(scheduler, x, t)
+        assert torch.equal(found, expected)
+        x = scheduler.step((0.1 * found).to(dtype), t, x).prev_sample
 
 
 def test_two_threads_share_a_scheduler_and_its_lists_of_generators() -> None:
