@@ -6,7 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -177,7 +177,8 @@ def tune(method: str, reward: str, seed: int, setting: Setting) -> Result:
     edges = judged[0], judged[-1]
     before, after = (_shown(model, table, seed) for model in (reference, network))
     of_sevens, ink = [seven for seven, _ in edges], [mean for _, mean in edges]
-    return Result(rewards, ratio_is_one, of_sevens, ink, before, after, time.perf_counter() - begun)
+    seconds = round(time.perf_counter() - begun, 1)  # as the file has it, so that a table is the same on a rerun
+    return Result(rewards, ratio_is_one, of_sevens, ink, before, after, seconds)
 
 
 def latents(batch: int, seed: int, first: int) -> Tensor:
@@ -212,7 +213,7 @@ def _kept(method: str, reward: str, seed: int, setting: Setting, folder: Path) -
             return Result(**found["result"])
     folder.mkdir(parents=True, exist_ok=True)
     result = tune(method, reward, seed, setting)
-    write_text(path, json.dumps(about | {"result": asdict(replace(result, seconds=round(result.seconds, 1)))}) + "\n")
+    write_text(path, json.dumps(about | {"result": asdict(result)}) + "\n")
     return result
 
 
