@@ -80,7 +80,7 @@ class EulerAncestral(Sigmas):
         x0_sample, x0_output, of_sample, of_output, up = row
         weights = [of_sample, of_output]
         keyed = self._noisy(tensors, weights, up, index, generator, model_output, sample)
-        scale = self._next_scale(tables, index, given, sample, model_output)
+        scale = self._next_scale(tables, index, given, sample, model_output, graph)
         out, x0 = self._advance((tensors, [x0_sample, x0_output], weights), index, given, scale, **keyed)
         cls = EulerAncestralDiscreteSchedulerOutput
         return as_output(graph, cls, out, "pred_original_sample", x0) if return_dict else (out, x0)

@@ -74,4 +74,4 @@ def host_value(timestep: Any, known: Timesteps) -> Any:
 
 def is_whole(timestep: Any) -> bool:
     """Whether a timestep is an integer, which the originals refuse."""
-    return not timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, int)
+    return not timestep.dtype.is_floating_point if isinstance(timestep, Tensor) else isinstance(timestep, int)

@@ -79,7 +79,7 @@ class ConsistencyModel(Sigmas):
         keyed: dict[str, Any] = {}
         if len(tables.timesteps.values) > 1:
             keyed = self._noisy(tensors, weights, deviation, index, generator, model_output, sample)
-        scale = self._next_scale(tables, index, state.dtype, sample, model_output)
+        scale = self._next_scale(tables, index, state.dtype, sample, model_output, graph)
         terms = tensors, [c_skip, c_out], weights
         out, _ = self._advance(terms, index, state.dtype, scale, x0_weight=1.0, clip=tables.clip, **keyed)
         return as_output(graph, CMStochasticIterativeSchedulerOutput, out) if return_dict else (out,)

@@ -270,7 +270,7 @@ class Ddim(Alphas):
         return_dict: bool = True,
     ) -> Any:
         graph = traced()
-        if not graph:
+        if not graph and (type(eta) is not float or eta != eta):
             numbers(eta=eta)
         tables = self._ready(graph) if self.num_inference_steps else None
         if tables is None or (variance_noise is not None and generator is not None and eta > 0):

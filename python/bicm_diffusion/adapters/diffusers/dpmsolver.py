@@ -221,7 +221,7 @@ class _Solver(Sigmas):
             tensors.append((model_output, state))
             x0_weights = [*[0.0] * (len(tensors) - 1), near]
             weights = [*weights[: len(tensors) - 1], 0.0]
-        scale = self._next_scale(tables, index, state.dtype, sample, model_output) if self._scales else None
+        scale = self._next_scale(tables, index, state.dtype, sample, model_output, graph) if self._scales else None
         out, x0 = self._advance((tensors, x0_weights, weights), index, state.dtype, scale, **keyed)
         if late is not None:
             out = affine_step([out, late], [1.0, deviation])

@@ -100,7 +100,7 @@ class _EulerSteps(Sigmas, Churning):
             state = self._churned(state, model_output, churn[3] * math.sqrt(raised**2 - sigma**2), index, generator)
             row = self._weights(sigma, raised, tables.levels[index + 1])
         x0_sample, x0_output, of_sample, of_output = row
-        scale = self._next_scale(tables, index, given, sample, model_output)
+        scale = self._next_scale(tables, index, given, sample, model_output, graph)
         terms = [state, model_output], [x0_sample, x0_output], [of_sample, of_output]
         out, x0 = self._advance(terms, index, given, scale)
         if tables.gives_output:

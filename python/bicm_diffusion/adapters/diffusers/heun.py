@@ -98,7 +98,7 @@ class Heun(Sigmas, Slopes):
         if row is None:
             return None
         x0_sample, x0_output, of_sample, of_output, of_x0, inverse = row
-        scale = self._next_scale(tables, index, state.dtype, sample, output)
+        scale = self._next_scale(tables, index, state.dtype, sample, output, graph)
         terms = [state, output], [x0_sample, x0_output], [of_sample, of_output]
         out, x0 = self._advance(terms, index, state.dtype, scale, x0_weight=of_x0, clip=tables.clip)
         self.sample, holds = sample, state is sample and self._may_hold(graph, sample, output)
@@ -128,7 +128,7 @@ class Heun(Sigmas, Slopes):
         if before is None:
             return None
         tensors, weights, of_state = before
-        scale = self._next_scale(tables, index, state.dtype, sample, output)
+        scale = self._next_scale(tables, index, state.dtype, sample, output, graph)
         terms = (
             [state, output, *tensors],
             [x0_sample, x0_output],

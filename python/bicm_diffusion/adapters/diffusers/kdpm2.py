@@ -89,9 +89,14 @@ class Kdpm2(Sigmas):
             return tables.traced[BETWEEN][index]
         return tables.scales_between[index] if index > 0 else None
 
-    def _coming_scales(self, tables: MidpointTables) -> list[float]:
+    def _next_scale(
+        self, tables: MidpointTables, index: int, result: torch.dtype, sample: Tensor, output: Tensor, graph: bool
+    ) -> Any:
+        scale = super()._next_scale(tables, index, result, sample, output, graph)
+        if scale is None:
+            return None
         self._for_second = self.sample is None
-        return tables.scales_between if self._for_second else tables.scales
+        return tables.scales_between[index + 1] if self._for_second else scale
 
     def _foreseen(self, sample: Any) -> Tensor | None:
         if self._for_second is not (self.sample is None):
@@ -127,7 +132,7 @@ class Kdpm2(Sigmas):
             weights.append(1.0)
             if self._draws:
                 keyed = self._noisy(tensors, weights, row[4], index, generator, model_output, sample)
-        scale = self._next_scale(tables, index, state.dtype, sample, model_output)
+        scale = self._next_scale(tables, index, state.dtype, sample, model_output, graph)
         out, x0 = self._advance((tensors, x0_weights, weights), index, state.dtype, scale, **keyed)
         self.sample = sample if first else None
         if first:

@@ -113,7 +113,7 @@ class Lms(Sigmas):
         x0_sample, x0_output, of_sample, of_output, now, *earlier = row
         weights = [1.0 + now * of_sample, now * of_output, *earlier[: len(history)]]
         derivative = affine_step([state, model_output], [of_sample, of_output])
-        scale = self._next_scale(tables, index, wide.dtype, sample, model_output)
+        scale = self._next_scale(tables, index, wide.dtype, sample, model_output, graph)
         terms = [wide, model_output, *history], [x0_sample, x0_output], weights
         out, x0 = self._advance(terms, index, wide.dtype, scale)
         x0 = model_output if self._internal_dict.prediction_type == "sample" else as_dtype(x0, state.dtype)

@@ -37,7 +37,9 @@ def fused(attempt: Callable[..., Any]) -> Any:
             check_plain(args)
             if kwargs:
                 check_plain(kwargs.values())
-            result = attempt(self, *args, **kwargs)
+                result = attempt(self, *args, **kwargs)
+            else:
+                result = attempt(self, *args)
             if result is not None:
                 return result
         except WrongKeyError:
@@ -108,7 +110,7 @@ class Accelerated(Drawing):
             (name, own.get(name), version_of(own.get(name)) if name != "timesteps" or self._looks_up else None)
             for name in self._sources
         )
-        tables = self._kind(Reading(sources, own.get("num_inference_steps"), chosen=self._chosen))
+        tables = self._kind(Reading(own, sources, self._chosen))
         try:
             options = vars(own["_internal_dict"])
             tables.reading.options = self._chosen(options)

@@ -97,7 +97,10 @@ class Counted(Accelerated):
             out, x0, scaled = denoised_step(tensors, x0_weights, weights, x0_weight=x0_weight, next_scale=scale)
         self._step_index = index = index + 1
         if scaled is not None:
-            self._pending = ref(out), out._version, index, scaled
+            try:
+                self._pending = ref(out), out._version, index, scaled
+            except RuntimeError:  # inference tensors have no version counter: precompute no other one
+                self._foresees = False
         return out if out.dtype is result else out.to(result), x0
 
 
@@ -122,21 +125,15 @@ class Sigmas(Counted):
         tables.traced["scales"] = torch.tensor(tables.scales, dtype=torch.float64)
         tables.last = min(len(tables.timesteps.values), len(tables.scales) - 1) - 1
 
-    def _next_scale(self, tables: SigmaTables, index: int, result: torch.dtype, sample: Tensor, output: Tensor) -> Any:
+    def _next_scale(
+        self, tables: Any, index: int, result: torch.dtype, sample: Tensor, output: Tensor, graph: bool
+    ) -> Any:
         """The scale of the input that a step may make ahead; None where it may not."""
-        if index >= tables.last or result in HALVES or not self._foresees or traced():
+        if graph or index >= tables.last or result in HALVES or not self._foresees:
             return None  # a half has to be rounded before it is scaled, as the original does
-        if torch.is_grad_enabled():
-            if sample.requires_grad or output.requires_grad:
-                return None
-        elif torch.is_inference_mode_enabled():
-            return None  # inference tensors have no version counter
-        return self._coming_scales(tables)[index + 1]
-
-    def _coming_scales(self, tables: Any) -> list[float]:
-        """The scales among which that of the input after the step is found."""
-        scales: list[float] = tables.scales
-        return scales
+        if torch.is_grad_enabled() and (sample.requires_grad or output.requires_grad):
+            return None
+        return tables.scales[index + 1]
 
     def _present_scale(self, tables: Any, index: int, graph: bool) -> Any:
         """The scale of the requested input, in a graph as a tensor; None if the original has to run."""

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -22,33 +23,40 @@ Source = tuple[str, Any, int | None]
 UNCHANGED = torch.nn.Parameter.__torch_function__
 
 
-@dataclass
 class Reading:
-    """The inputs of tables."""
+    """The inputs of tables. Every step asks whether they are the same, so C functions compare them where possible."""
 
-    sources: tuple[Source, ...]
-    #: The scheduler's number of steps.
-    steps: int | None
-    #: The values of the options that a step reads, and what takes them from a configuration's attributes.
-    options: Any = ()
-
-    chosen: Callable[[Any], Any] = tuple
-    #: Whether the tables give weights.
-    used: bool = True
+    def __init__(self, own: dict[str, Any], sources: tuple[Source, ...], chosen: Callable[[Any], Any]) -> None:
+        """Note the inputs. own: the scheduler's attributes. chosen: takes the options from those of a configuration."""
+        names = [*(name for name, _, _ in sources), "num_inference_steps"]
+        present = [name for name in names if name in own]
+        # The first one twice: with a single name, the getter would return no tuple.
+        self._get = itemgetter(present[0], *present)
+        self._seen = self._get(own)
+        self._absent = frozenset(names).difference(present)
+        self._counted = tuple((source, version) for _, source, version in sources if version is not None)
+        self._chosen = chosen
+        #: The values of the options that a step reads.
+        self.options: Any = ()
+        #: Whether the tables give weights.
+        self.used = True
 
     def stale(self, own: dict[str, Any]) -> bool:
         """Whether any of it is another object now, or was written to. own: the scheduler's attributes."""
         try:
-            for name, source, version in self.sources:
-                if own.get(name) is not source or (version is not None and source._version != version):  # type: ignore[union-attr]
+            # Tuples compare by identity first. The comparison of two tensors raises, or is true of equal numbers.
+            if self._get(own) != self._seen:
+                return True
+            for source, version in self._counted:
+                if source._version != version:  # type: ignore[union-attr]
                     return True
             # Recording or not is a matter of gradients alone: without them the tables serve as they are.
-            if torch.is_grad_enabled() and self.used and any(_requires_grad(source) for _, source, _ in self.sources):
+            if torch.is_grad_enabled() and self.used and any(map(_requires_grad, self._get(own))):
                 return True
             # The originals read attributes of the configuration, which may differ from its items.
-            if self.chosen(own["_internal_dict"].__dict__) != self.options:
+            if self._chosen(own["_internal_dict"].__dict__) != self.options:
                 return True
-            return own.get("num_inference_steps") is not self.steps
+            return bool(self._absent) and not self._absent.isdisjoint(own)
         except Exception:  # an option that was deleted, or that is no number
             return True
 
