@@ -35,6 +35,7 @@ class Reading:
         self._seen = self._get(own)
         self._absent = frozenset(names).difference(present)
         self._counted = tuple((source, version) for _, source, version in sources if version is not None)
+        self._tensors = tuple(source for _, source, _ in sources if isinstance(source, Tensor))
         self._chosen = chosen
         #: The values of the options that a step reads.
         self.options: Any = ()
@@ -51,8 +52,10 @@ class Reading:
                 if source._version != version:  # type: ignore[union-attr]
                     return True
             # Recording or not is a matter of gradients alone: without them the tables serve as they are.
-            if torch.is_grad_enabled() and self.used and any(map(_requires_grad, self._get(own))):
-                return True
+            if torch.is_grad_enabled() and self.used:
+                for source in self._tensors:
+                    if source.requires_grad:
+                        return True
             # The originals read attributes of the configuration, which may differ from its items.
             if self._chosen(own["_internal_dict"].__dict__) != self.options:
                 return True
@@ -160,10 +163,6 @@ def unreadable(sources: tuple[Source, ...], options: tuple[tuple[str, Any], ...]
         if not (option is None or isinstance(option, str | Real)):
             return f"{name} as {type(option).__name__}"
     return None
-
-
-def _requires_grad(source: Any) -> bool:
-    return isinstance(source, Tensor) and source.requires_grad
 
 
 def single(x: Number) -> Number:
