@@ -43,10 +43,12 @@ BICM_HD int64_t load_integer(const Integer& integer, int64_t sample) {
   return integer.data == nullptr ? integer.value : number_at<int64_t>(integer.data, sample * integer.stride);
 }
 
-struct SampleKey {
-  Key key;
+template <class Keys>
+struct KeyOfSample {
+  Keys key;
   uint32_t sample, step;
 };
+using SampleKey = KeyOfSample<Key>;
 
 BICM_HD SampleKey sample_key(const NoiseKey& noise, int64_t sample) {
   const int64_t id = load_integer(noise.sample, sample) + (noise.counts ? sample : 0);

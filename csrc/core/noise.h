@@ -38,7 +38,8 @@ struct NoisyPair {
 
 BICM_NAMESPACE_BEGIN
 
-BICM_HD Quad<uint32_t> random_quad(const SampleKey& k, int64_t quad) {
+template <class Keys>
+BICM_HD Quad<uint32_t> random_quad(const KeyOfSample<Keys>& k, int64_t quad) {
   const uint64_t q = static_cast<uint64_t>(quad);
   return philox(Quad<uint32_t>{{static_cast<uint32_t>(q), static_cast<uint32_t>(q >> 32), k.sample, k.step}}, k.key);
 }

@@ -13,8 +13,17 @@ struct Quad {
   Word lane[4];
 };
 
+constexpr int kRounds = 10;
+
 struct Key {
   uint32_t low, high;
+  BICM_HD Key of_round(int round) const { return {low + round * 0x9E3779B9u, high + round * 0xBB67AE85u}; }
+};
+
+// The keys of all rounds: in registers, they save a loop over counters two additions per round.
+struct RoundKeys {
+  Key round[kRounds];
+  BICM_HD Key of_round(int i) const { return round[i]; }
 };
 
 BICM_HD Key make_key(int64_t seed) {
@@ -27,29 +36,34 @@ struct WordOps;
 template <>
 struct WordOps<uint32_t> {
   BICM_HD static void multiply_wide(uint32_t a, uint32_t multiplier, uint32_t& high, uint32_t& low) {
+#if defined(__CUDA_ARCH__)
+    // nvcc multiplies 64-bit operands here, and adds the product of the upper half, which is 0.
+    uint64_t product;
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(multiplier));
+#else
     const uint64_t product = static_cast<uint64_t>(a) * multiplier;
+#endif
     high = static_cast<uint32_t>(product >> 32);
     low = static_cast<uint32_t>(product);
   }
   BICM_HD static uint32_t xor_three(uint32_t a, uint32_t b, uint32_t key) { return a ^ b ^ key; }
 };
 
-template <class Word>
-BICM_HD Quad<Word> philox(Quad<Word> counter, Key key) {
+// `Keys` is Key or RoundKeys.
+template <class Word, class Keys>
+BICM_HD Quad<Word> philox(Quad<Word> counter, const Keys& keys) {
   using Ops = WordOps<Word>;
   Word x0 = counter.lane[0], x1 = counter.lane[1], x2 = counter.lane[2], x3 = counter.lane[3];
-  uint32_t k0 = key.low, k1 = key.high;
   BICM_UNROLL(10)
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < kRounds; ++round) {
+    const Key key = keys.of_round(round);
     Word high0, low0, high1, low1;
     Ops::multiply_wide(x0, 0xD2511F53u, high0, low0);
     Ops::multiply_wide(x2, 0xCD9E8D57u, high1, low1);
-    x0 = Ops::xor_three(high1, x1, k0);
+    x0 = Ops::xor_three(high1, x1, key.low);
     x1 = low1;
-    x2 = Ops::xor_three(high0, x3, k1);
+    x2 = Ops::xor_three(high0, x3, key.high);
     x3 = low0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
   return {{x0, x1, x2, x3}};
 }

@@ -7,8 +7,21 @@
 namespace bicm {
 namespace cuda {
 
-template <Distribution D, int Group>
-BICM_DEVICE void draw(const SampleKey& key, int64_t begin, float* drawn) {
+// The keys of all rounds. The empty statement keeps the compiler from adding them up again for every quad.
+BICM_DEVICE KeyOfSample<RoundKeys> with_round_keys(const SampleKey& key) {
+  KeyOfSample<RoundKeys> result = {{}, key.sample, key.step};
+  BICM_UNROLL(10)
+  for (int i = 0; i < kRounds; ++i) {
+    result.key.round[i] = key.key.of_round(i);
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+r"(result.key.round[i].low), "+r"(result.key.round[i].high));
+#endif
+  }
+  return result;
+}
+
+template <Distribution D, int Group, class Keys>
+BICM_DEVICE void draw(const KeyOfSample<Keys>& key, int64_t begin, float* drawn) {
   static_assert(Group == 1 || Group % 4 == 0, "a group is one element or whole quads");
   if constexpr (Group == 1) {
     float quad[4];

@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(const __grid_constant__
   constexpr int G = Memory::kGroup;
   const Layout& layout = problem.layout;
   for (int64_t sample = blockIdx.y; sample < layout.batch; sample += gridDim.y) {
-    const SampleKey key = sample_key(problem.key, sample);
+    const KeyOfSample<RoundKeys> key = with_round_keys(sample_key(problem.key, sample));
     for (int64_t begin = first_group() * G; begin < layout.elements; begin += group_stride() * G) {
       float drawn[G];
       draw<D, G>(key, begin, drawn);
