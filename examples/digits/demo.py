@@ -15,6 +15,7 @@ from examples.digits.denoising import load_denoiser
 from examples.digits.editing import EDITORS, edit, edit_table, round_trip_table, save_edits, targets_of
 from examples.digits.measurements import (
     GUIDANCE_SCALE,
+    INVERTERS,
     METHODS,
     Reconstruction,
     Timing,
@@ -45,7 +46,7 @@ def run_demo(output: Path, *, weights: Path, steps: int, seed: int, console: Con
     with console.status("loading the network") as status:
         for dtype, network_dtype in DTYPES.items():
             network = load_denoiser(weights, dtype=network_dtype)
-            for method in METHODS:
+            for method in INVERTERS:
                 status.update(f"real digits to noise and back: {method.name}, {_name(dtype)}")
                 results.setdefault(dtype, []).append(reconstruct(method, network, real, schedule, dtype))
         network = load_denoiser(weights)
@@ -58,7 +59,7 @@ def run_demo(output: Path, *, weights: Path, steps: int, seed: int, console: Con
         status.update("timing the step ops")
         timings = [t for shape, repeats in TIMED_SHAPES.items() for t in time_steps(shape, schedule, repeats=repeats)]
         status.update("drawing the picture")
-        ddim, _, bdia = results[torch.float32]
+        ddim, *_, bdia = results[torch.float32]
         panels = Panels(steps, real.images, [ddim, bdia], [(m.name, s) for m, s in zip(METHODS, samples, strict=True)])
         save_picture(panels, output)
     console.print(reconstruction_table(results, schedule, len(real.images)))
@@ -100,7 +101,7 @@ def reconstruction_table(results: dict[torch.dtype, list[Reconstruction]], sched
         table.add_column(f"{_name(dtype)}\nmax", justify="right")
         table.add_column("\nMSE", justify="right")
     for row in zip(*results.values(), strict=True):
-        cells = [f"{value:.1e}" for r in row for value in (r.max_error, r.mean_squared_error)]
+        cells = [f"{value:.1e}" if value else "0" for r in row for value in (r.max_error, r.mean_squared_error)]
         table.add_row(row[0].method.name, *cells)
     return table
 

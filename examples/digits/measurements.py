@@ -23,13 +23,16 @@ GUIDANCE_SCALE = 1.5
 
 @dataclass(frozen=True)
 class Method:
-    """DDIM (gamma None) or BDIA-DDIM with its gamma."""
+    """DDIM (gamma None) or BDIA-DDIM with its gamma, on integer states if exact."""
 
     name: str
     gamma: float | None
+    exact: bool = False
 
 
 METHODS = (Method("DDIM", None), Method("BDIA, γ = 0.96", 0.96), Method("BDIA, γ = 1", 1.0))
+#: Those that invert: the library's default, integer states, is the last.
+INVERTERS = (*METHODS, Method("BDIA, exact", 1.0, exact=True))
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,11 @@ def reconstruct(
         noise = ddim_invert(network, x, schedule, extra_args=extra_args)
         images = ddim_sample(network, noise, schedule, extra_args=extra_args)
     else:
-        floats: dict[str, Any] = {"gamma": method.gamma, "exact": False, "extra_args": extra_args}
+        options: dict[str, Any] = {"gamma": method.gamma, "exact": method.exact, "extra_args": extra_args}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", InexactInversionWarning)  # the error is measured here
-            pair = bdia_invert(network, x, schedule, **floats)
-        images = bdia_sample(network, pair, schedule, **floats).z
+            pair = bdia_invert(network, x, schedule, **options)
+        images = bdia_sample(network, pair, schedule, **options).z
         noise = pair.z
     return Reconstruction(method, noise, images, (images.double() - x.double()).abs())
 

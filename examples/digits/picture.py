@@ -26,7 +26,7 @@ SUMMARY = (
 class Panels:
     """The contents of the picture; the first ten images of every tensor are the digits 0 … 9, in order.
 
-    reconstructions: DDIM's first, then BDIA's. samples: (method, images) with at least thirty images each.
+    reconstructions: DDIM's first, then that of exact BDIA. samples: (method, images) with at least thirty images each.
     """
 
     steps: int
@@ -38,7 +38,7 @@ class Panels:
 def save_picture(panels: Panels, path: Path) -> None:
     """Draw the panels and write them to `path`, whose ending chooses the format."""
     canvas = Canvas(WIDTH, HEIGHT, TITLE, SUMMARY)
-    note = f"{panels.steps} steps to noise and {panels.steps} steps back, state in {_dtype_name(panels)}"
+    note = f"{panels.steps} steps to noise and {panels.steps} steps back; BDIA's states are integers"
     bottom = canvas.column(LEFT, "Real images inverted", note, inversion_rows(panels), GROUP_GAPS["inversion"])
     meaning = "error of each pixel, where paper is −1 and ink is 1 (logarithmic colours)"
     canvas.colour_bar(LEFT + LABEL_WIDTH, bottom + 0.25, ERRORS, meaning)
@@ -57,7 +57,8 @@ def inversion_rows(panels: Panels) -> list[list[Row]]:
     ]
     for result in (ddim, bdia):
         name = result.method.name
-        lost = Row(result.error, "What was lost", f"up to {_scientific(result.max_error)}", ERRORS)
+        most = f"up to {_scientific(result.max_error)}" if result.max_error else "nothing: 0 in every pixel"
+        lost = Row(result.error, "What was lost", most, ERRORS)
         groups.append([Row(result.images, f"Back by {name}", ""), lost])
     return groups
 
@@ -75,7 +76,3 @@ def sample_rows(panels: Panels) -> list[list[Row]]:
 def _scientific(value: float) -> str:
     mantissa, exponent = f"{value:.1e}".split("e")
     return rf"${mantissa}\times10^{{{int(exponent)}}}$"
-
-
-def _dtype_name(panels: Panels) -> str:
-    return str(panels.reconstructions[0].images.dtype).removeprefix("torch.")

@@ -24,7 +24,7 @@ from bicm_diffusion.train import saved_step
 from examples.digits.checkpoints import load_weights
 from examples.digits.data import SIDE, load_split, one_per_class
 from examples.digits.denoising import DENOISING, WEIGHTS, evaluate, load_denoiser, stratified_times
-from examples.digits.measurements import METHODS, reconstruct, time_steps
+from examples.digits.measurements import INVERTERS, METHODS, reconstruct, time_steps
 from examples.digits.network import NO_LABEL, Denoiser, GuidedModel, NetworkConfig
 from examples.digits.recognition import recognised
 from examples.digits.training import (
@@ -200,6 +200,13 @@ def test_bdia_in_float32_is_far_below_ddim() -> None:
     assert all(result.max_error < 0.01 * ddim.max_error for result in bdia)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_exact_bdia_returns_every_bit_of_real_digits(dtype: torch.dtype) -> None:
+    network = load_denoiser(dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    result = reconstruct(INVERTERS[-1], network, one_per_class(load_split().held_out), vp_schedule(20), dtype)
+    assert result.method.exact and result.max_error == 0 and result.noise.std() > 0.5
+
+
 def test_samples_are_recognised_as_their_class() -> None:
     labels = torch.arange(10).repeat(4)
     noise = torch.randn(len(labels), 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
@@ -224,7 +231,7 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     from examples.digits.picture import Panels, save_picture
 
     digits = one_per_class(load_split().held_out)
-    results = [reconstruct(method, load_denoiser(), digits, vp_schedule(3), torch.float32) for method in METHODS[::2]]
+    results = [reconstruct(method, load_denoiser(), digits, vp_schedule(3), torch.float32) for method in INVERTERS[::3]]
     samples = [(method.name, digits.images.repeat(3, 1, 1, 1)) for method in METHODS]
     save_picture(Panels(3, digits.images, results, samples), tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
