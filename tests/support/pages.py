@@ -102,7 +102,7 @@ def processes() -> Names:
 
 
 def readme() -> Names:
-    return {**unconditional(), "model": predictor, "image": image(2, 3, 8, 8)}
+    return unconditional()
 
 
 #: By page, and in a page by a line of the block before which names are added.
