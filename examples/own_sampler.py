@@ -24,9 +24,11 @@ from bicm_diffusion import karras_levels
 Denoiser = Callable[[Tensor, float], Tensor]
 
 
-@torch.no_grad()
 def adams_bashforth_sample(denoiser: Denoiser, x: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Samples at the last level from x (B, …) at the first; sigmas fall and stay above 0."""
+    """Samples at the last level from x (B, …) at the first; sigmas fall and stay above 0.
+
+    It can be differentiated: the ops record gradients. Call it under `torch.no_grad()` where none are wanted.
+    """
     last: tuple[Tensor, Tensor, float, float] | None = None
     for sigma, following in pairwise(sigmas):
         h, denoised = following - sigma, denoiser(x, sigma)

@@ -119,7 +119,8 @@ def weight_list(name: str, weights: Sequence[Any]) -> list[Any]:
     try:
         return list(weights)
     except TypeError:
-        raise TypeError(f"{name} must hold one weight per tensor, got {describe(weights)}") from None
+        hint = f"; write [{weights}]" if isinstance(weights, float | int) else ""
+        raise TypeError(f"{name} must hold one weight per tensor, got {describe(weights)}{hint}") from None
 
 
 def plain(values: Sequence[Any]) -> bool:

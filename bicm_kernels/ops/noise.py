@@ -44,7 +44,12 @@ def _empty(shape: Sequence[int], dtype: torch.dtype | None, device: torch.device
     dtype = dtype or torch.get_default_dtype()
     if dtype not in arguments.FLOATING:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
-    return torch.empty(shape, dtype=dtype, device=device)
+    try:
+        return torch.empty(shape, dtype=dtype, device=device)
+    except TypeError:
+        if device is not None and not isinstance(device, str | torch.device | int):
+            raise
+        raise TypeError(f"shape must be a sequence of integers (B, ...), got {arguments.describe(shape)}") from None
 
 
 def normal(

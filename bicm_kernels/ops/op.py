@@ -37,6 +37,18 @@ def _may_go_direct() -> bool:
     return not replaced
 
 
+def _check_not_stacked(name: str, x: Any, first: Tensor | None, first_name: str) -> None:
+    """Raise for a batch of unconditional and conditional predictions: kernels take a pair."""
+    if (
+        first is not None
+        and first.dim()
+        and isinstance(x, Tensor)
+        and x.shape == (2 * first.shape[0], *first.shape[1:])
+    ):
+        shapes = f"the shape of {first_name}, {tuple(first.shape)}, got {tuple(x.shape)}"
+        raise ValueError(f"{name} must have {shapes}; pass a pair, {name}.chunk(2), with guidance_scale")
+
+
 @dataclass(eq=False)
 class Op(Row):
     """A row that can be called."""
@@ -252,8 +264,11 @@ class Op(Row):
             for k, x in enumerate(operand if pair else [operand]):
                 if x is None and name in self.optional:
                     continue
-                self.check_tensor(name, x, next(iter(found.values()), None), names[0])
-                found[f"{name}[{k}]" if pair else name] = x
+                first, label = next(iter(found.values()), None), f"{name}[{k}]" if pair else name
+                if self.guided and not pair and name == names[-1]:
+                    _check_not_stacked(name, x, first, names[0])
+                self.check_tensor(label, x, first, names[0])
+                found[label] = x
         if self.guided:
             self.check_guidance(call, names[-1], operands[-1], len(found) - len(operands))
         return found

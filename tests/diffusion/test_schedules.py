@@ -120,11 +120,31 @@ def test_two_forms_describe_one_trajectory() -> None:
         ({"times": (0.0, 1.0), "alpha": (1.0, 0.5), "sigma": (-0.1, 1.0)}, "sigma"),
         ({"times": (0.0, 1.0), "alpha": (1.0, 1.0), "sigma": (0.5, 0.5)}, "grow"),
         ({"times": (0.0, 1.0), "alpha": (1.0, 0.5), "sigma": (0.0, math.inf)}, "finite"),
+        ({"times": (0, 0.5, 1), "alpha": (1, 0.7, 0), "sigma": (0, 0.7, 1)}, "0.0 at index 2; let the times end"),
+        ({"times": (0, 0.5, 1), "alpha": (1, math.nan, 0.1), "sigma": (0, 0.7, 1)}, "nan at index 1$"),
+        ({"times": (0, 0.5, 1), "alpha": (0.1, 0.7, 1), "sigma": (1, 0.7, 0)}, "10.0 at index 0 .*; index 0 is data"),
+        ({"times": (0, 0.5, 1), "alpha": (1, 1, 1), "sigma": (0, 2, 1)}, "2.0 at index 1 and 1.0 at 2$"),
     ],
 )
 def test_bad_schedules_are_refused(arguments: dict[str, tuple[float, ...]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Schedule(**arguments)
+
+
+def test_levels_of_numbers_and_sequences_are_those_of_float64_tensors() -> None:
+    times = [0.0, 0.25, 1.0]
+    expected = vp_alpha_sigma(torch.tensor(times, dtype=torch.float64))
+    assert all(torch.equal(x, y) for x, y in zip(vp_alpha_sigma(times), expected, strict=True))
+    assert all(torch.equal(x, y[1]) for x, y in zip(vp_alpha_sigma(0.25), expected, strict=True))
+    assert vp_time(expected[1][1].item() / expected[0][1].item()).item() == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("wrong", ["a", None, [0.0, "b"]])
+def test_times_that_are_no_numbers_are_refused_by_name(wrong: object) -> None:
+    with pytest.raises(TypeError, match="times: expected a tensor, a number or a sequence"):
+        vp_alpha_sigma(wrong)
+    with pytest.raises(TypeError, match="ratio: expected a tensor"):
+        vp_time(wrong)
 
 
 @pytest.mark.parametrize(

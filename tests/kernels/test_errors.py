@@ -34,6 +34,21 @@ TENSORS: dict[str, Wrong] = {
     "0-d": (lambda: ddim(z=torch.tensor(1.0)), ValueError, ("z must have a batch dimension", "0-d")),
     "shape": (lambda: ddim(eps=WIDE), ValueError, ("eps must have the shape of z, (2, 3), got (2, 4)",)),
     "broadcastable": (lambda: ddim(eps=X[:1]), ValueError, ("eps", "(2, 3), got (1, 3)")),
+    "half of a pair": (
+        lambda: ddim(eps=(X, WIDE), guidance_scale=2.0),
+        ValueError,
+        ("eps[1] must have the shape of z, (2, 3), got (2, 4)",),
+    ),
+    "stacked predictions": (
+        lambda: ddim(eps=torch.cat([X, X])),
+        ValueError,
+        ("eps must have the shape of z, (2, 3), got (4, 3)", "eps.chunk(2)", "guidance_scale"),
+    ),
+    "stacked predictions of an affine step": (
+        lambda: affine([X, torch.cat([X, X])], [1.0, 1.0]),
+        ValueError,
+        ("tensors[1] must have the shape of tensors[0]", "tensors[1].chunk(2)"),
+    ),
     "rank": (lambda: ddim(eps=X[..., None]), ValueError, ("eps", "(2, 3), got (2, 3, 1)")),
     "device": (
         lambda: ddim(eps=X.to("meta")),
@@ -108,7 +123,7 @@ NUMBERS: dict[str, Wrong] = {
     "weights not a list": (
         lambda: affine([X], 1.0),
         TypeError,
-        ("weights must hold one weight per tensor", "1.0 (float)"),
+        ("weights must hold one weight per tensor", "1.0 (float); write [1.0]"),
     ),
     "weight": (lambda: affine([X, X], [1.0, "2"]), TypeError, ("weights[1] must be a float", "'2' (str)")),
     "noise_weight": (

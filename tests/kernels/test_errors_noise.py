@@ -40,6 +40,12 @@ KEYS: dict[str, Wrong] = {
         ValueError,
         ("seed must be a 0-d or a (2,) tensor", "(3,)"),
     ),
+    "shape": (
+        lambda: bk.normal(4.0, seed=0),
+        TypeError,
+        ("shape must be a sequence of integers (B, ...), got 4.0 (float)",),
+    ),
+    "shape of words": (lambda: bk.uniform((2, "3"), seed=0), TypeError, ("shape must be", "(2, '3')")),
     "negative step": (lambda: normal(step=-1), ValueError, ("step must be in [0, 2**32), got -1",)),
     "large step": (lambda: normal(step=2**32), ValueError, ("step must be in [0, 2**32), got 4294967296",)),
     "float step": (lambda: normal(step=0.5), TypeError, ("step must be an int", "0.5 (float)")),

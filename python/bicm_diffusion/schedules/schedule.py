@@ -144,12 +144,20 @@ def _quotient(x: float, alpha: float) -> float:
 
 
 def _check_levels(alpha: tuple[float, ...], sigma: tuple[float, ...], flow: bool) -> None:
-    if flow and any(not abs(a + s - 1.0) <= FLOW_ROUNDING for a, s in zip(alpha, sigma, strict=True)):
-        raise ValueError(f"alpha, sigma: expected alpha + sigma = 1 of a flow, got {alpha} and {sigma}")
-    none = min(alpha[:-1]) <= 0 or alpha[-1] < 0 or (alpha[-1] == 0 and not flow)
-    for name, values, bad in (("alpha", alpha, none), ("sigma", sigma, min(sigma) < 0)):
-        if bad or not all(map(math.isfinite, values)):
-            raise ValueError(f"{name}: expected finite values, alpha > 0 and sigma >= 0, got {values}")
+    for i, (a, s) in enumerate(zip(alpha, sigma, strict=True)):
+        if flow and not abs(a + s - 1.0) <= FLOW_ROUNDING:
+            raise ValueError(f"alpha, sigma: expected alpha + sigma = 1 of a flow, got {a} and {s} at index {i}")
+    for i, value in enumerate(alpha):
+        if not math.isfinite(value) or value < 0 or (value == 0 and not (flow and i == len(alpha) - 1)):
+            hint = "; let the times end before alpha is 0" if value == 0 else ""
+            raise ValueError(f"alpha: expected finite values above 0, got {value} at index {i}{hint}")
+    for i, value in enumerate(sigma):
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"sigma: expected finite values of at least 0, got {value} at index {i}")
     ratio = [_quotient(s, r) for s, r in zip(sigma, alpha, strict=True)]
-    if any(high <= low for low, high in pairwise(ratio)):
-        raise ValueError(f"sigma: sigma/alpha must grow with the index, got {ratio}")
+    for i, (low, high) in enumerate(pairwise(ratio)):
+        if high <= low:
+            hint = "; index 0 is data" if ratio[0] > ratio[-1] else ""
+            raise ValueError(
+                f"sigma: sigma/alpha must grow with the index, got {low} at index {i} and {high} at {i + 1}{hint}"
+            )

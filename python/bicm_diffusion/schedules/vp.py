@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from bicm_diffusion.described import described
 from bicm_diffusion.schedules.schedule import Schedule, check_steps
+
+Times = Tensor | float | Sequence[float]
 
 BETA_MIN = 0.1
 BETA_MAX = 20.0
 
 
-def vp_alpha_sigma(times: Tensor, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX) -> tuple[Tensor, Tensor]:
+def vp_alpha_sigma(times: Times, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX) -> tuple[Tensor, Tensor]:
     """Return alpha(t) and sigma(t) of the linear-beta variance-preserving process z = alpha·x + sigma·n.
 
-    times: any shape, in [0, 1], 0 = data; the results have its shape and dtype. alpha² + sigma² is 1.
+    times: a tensor of any shape, in [0, 1], 0 = data; the results have its shape and dtype. A number or a sequence of
+    them is taken as float64. alpha² + sigma² is 1. Raises TypeError for anything else.
     Equation: ln alpha(t) = -(beta_max - beta_min)·t²/4 - beta_min·t/2, the limit of DDPM's 1000 linear betas.
 
     >>> alpha, sigma = vp_alpha_sigma(torch.tensor([0.0, 1.0], dtype=torch.float64))
     >>> sigma[0].item(), alpha[1].item() < 0.01
     (0.0, True)
     """
+    times = _as_tensor("times", times)
     log_alpha = -(beta_max - beta_min) / 4 * times * times - beta_min / 2 * times
     return log_alpha.exp(), (-(2 * log_alpha).expm1()).sqrt()
 
 
-def vp_time(ratio: Tensor, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX) -> Tensor:
+def vp_time(ratio: Times, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX) -> Tensor:
     """Return the time t at which sigma(t)/alpha(t) has a given value: a VP network's time at a VE noise level.
 
-    ratio: any shape, ≥ 0; the result has its shape and dtype. The inverse of `vp_alpha_sigma`: with
+    ratio: as the times of `vp_alpha_sigma`, whose inverse this is, but ≥ 0; the result has its shape and dtype. With
     l = ln(1 + ratio²), t = 2l/(beta_min + sqrt(beta_min² + 2(beta_max - beta_min)·l)).
 
     >>> alpha, sigma = vp_alpha_sigma(torch.tensor([0.25], dtype=torch.float64))
     >>> vp_time(sigma / alpha)
     tensor([0.2500], dtype=torch.float64)
     """
+    ratio = _as_tensor("ratio", ratio)
     doubled = (ratio * ratio).log1p()
     return 2 * doubled / (beta_min + (beta_min**2 + 2 * (beta_max - beta_min) * doubled).sqrt())
 
@@ -61,3 +69,13 @@ def vp_schedule(
     times = torch.linspace(final_time, 1.0, steps + 1, dtype=torch.float64)
     alpha, sigma = vp_alpha_sigma(times, beta_min=beta_min, beta_max=beta_max)
     return Schedule(tuple(times.tolist()), tuple(alpha.tolist()), tuple(sigma.tolist()))
+
+
+def _as_tensor(name: str, values: Times) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        expected = "a tensor, a number or a sequence of numbers"
+        raise TypeError(f"{name}: expected {expected}, got {described(values)}") from None
