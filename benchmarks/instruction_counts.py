@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,6 +168,16 @@ def compare(counts: Counts, limits: Counts) -> list[Comparison]:
     ]
 
 
+def replace_rows(limits: Counts, rows: Iterable[Comparison]) -> None:
+    """Take the counts of these rows as limits; remove those that are not counted any more."""
+    for row in rows:
+        section = limits.setdefault(row.section, {})
+        if row.count is None:
+            del section[row.name]
+        else:
+            section[row.name] = row.count
+
+
 def line(row: Comparison) -> str:
     """One comparison as a line of text."""
     numbers = [f"{'—' if x is None else f'{x:,.2f}':>14}" for x in (row.limit, row.count)]
@@ -186,9 +196,10 @@ def has_avx2() -> bool:
 
 
 @click.command()
-@click.option("--update", is_flag=True, help="Write today's counts as the limits.")
+@click.option("--update", is_flag=True, help="Print what changed, and write today's counts as the limits.")
+@click.option("--only", multiple=True, help="With --update: only rows whose name contains this. May be repeated.")
 @click.option("--all", "show_all", is_flag=True, help="Print every count, not only the changed ones.")
-def main(update: bool, show_all: bool) -> None:
+def main(update: bool, only: tuple[str, ...], show_all: bool) -> None:
     """Compare the instructions of every op's call and loop with the table of limits."""
     spec = importlib.util.find_spec("bicm_kernels")
     library = Path(spec.origin).with_name("_C.abi3.so") if spec and spec.origin else Path()
@@ -199,12 +210,25 @@ def main(update: bool, show_all: bool) -> None:
     if not has_avx2():
         raise click.ClickException("this processor has no AVX2, for which most kernels are counted")
     today, counts = environment(library), measure(library)
+    table = json.loads(LIMITS.read_text()) if LIMITS.exists() else {"environment": today, "limits": {}}
+    if only and not update:
+        raise click.ClickException("--only goes with --update")
+    if only and table["environment"] != today:
+        raise click.ClickException("the other limits are from another environment: --update without --only writes all")
     if update:
-        LIMITS.write_text(json.dumps({"environment": today, "limits": counts}, indent=1, sort_keys=True) + "\n")
-        click.echo(f"{LIMITS.name}: {sum(map(len, counts.values()))} limits")
+        changed = [row for row in compare(counts, table["limits"]) if row.count != row.limit]
+        limits = counts
+        if only:
+            changed = [row for row in changed if any(part in row.name for part in only)]
+            limits = table["limits"]
+            replace_rows(limits, changed)
+        for row in changed:
+            if row.fault or abs(row.change) > NOTABLE:
+                click.echo(line(row))
+        LIMITS.write_text(json.dumps({"environment": today, "limits": limits}, indent=1, sort_keys=True) + "\n")
+        click.echo(f"{LIMITS.name}: {len(changed)} of {sum(map(len, limits.values()))} limits are new")
         return
 
-    table = json.loads(LIMITS.read_text())
     others = {name for name, value in today.items() if value != table["environment"].get(name)}
     rows = compare(counts, table["limits"])
     for name in sorted(others):

@@ -129,7 +129,8 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> instruction_cou
     monkeypatch.setattr(instruction_counts, "missing_tool", lambda: None)
     monkeypatch.setattr(instruction_counts, "has_avx2", lambda: True)
     monkeypatch.setattr(instruction_counts, "LIMITS", tmp_path / "limits.json")
-    assert run("--update") == (0, "limits.json: 10 limits\n")
+    status, printed = run("--update")
+    assert status == 0 and printed.endswith("limits.json: 10 of 10 limits are new\n")
     return counts
 
 
@@ -156,6 +157,27 @@ def test_the_command_fails_where_a_count_rose(measured: instruction_counts.Count
     assert "--update" in printed
     assert run("--update")[0] == 0
     assert run()[0] == 0
+
+
+def test_an_update_of_chosen_rows_leaves_the_others(measured: instruction_counts.Counts) -> None:
+    measured["calls"] = {"a": 130.0, "ba": 7.0}
+    measured["elements, avx2"]["b"] = 60.0
+    status, printed = run("--update", "--only", "a")
+    assert status == 0 and printed.endswith("limits.json: 2 of 11 limits are new\n")
+    assert [line.split()[:2] for line in printed.splitlines()[:-1]] == [["calls", "a"], ["calls", "ba"]]
+    status, printed = run()
+    assert status == 1  # b has grown, and is gone from the calls
+    assert "is not counted any more" in printed and "2 at fault" in printed
+    assert run("--only", "a")[0] == 1
+
+
+def test_rows_of_two_environments_are_not_mixed(
+    measured: instruction_counts.Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = instruction_counts.LIMITS.read_text()
+    monkeypatch.setattr(instruction_counts, "environment", lambda library: HERE | {"torch": "another"})
+    assert run("--update", "--only", "a")[0] == 1
+    assert instruction_counts.LIMITS.read_text() == before
 
 
 @pytest.mark.parametrize(

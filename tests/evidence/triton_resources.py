@@ -88,7 +88,7 @@ def of_triton() -> str:
             kernel,
             str(len(names)),
             *(span([found[name, target].registers for name in names]) for target in TARGETS),
-            str(sum(found[name, target].spilled for name in names for target in TARGETS)),
+            str(max(found[name, target].spilled for name in names for target in TARGETS)),
             span([found[name, "sm_90"].widest for name in names]),
         ]
         for kernel, names in sorted(kernels.items())
