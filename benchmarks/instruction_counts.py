@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -210,7 +211,7 @@ def main(update: bool, only: tuple[str, ...], show_all: bool) -> None:
     if not has_avx2():
         raise click.ClickException("this processor has no AVX2, for which most kernels are counted")
     today, counts = environment(library), measure(library)
-    table = json.loads(LIMITS.read_text()) if LIMITS.exists() else {"environment": today, "limits": {}}
+    table: dict[str, Any] = json.loads(LIMITS.read_text()) if LIMITS.exists() else {"environment": today, "limits": {}}
     if only and not update:
         raise click.ClickException("--only goes with --update")
     if only and table["environment"] != today:
