@@ -15,7 +15,7 @@ Gradients = tuple[Tensor | None, ...]
 
 _ops = torch.ops.bicm_kernels
 _HALVES = (torch.float16, torch.bfloat16)
-_TWICE = b"""the loss kept its gradient and not its inputs: a second derivative needs gradient="backward\""""
+_TWICE = b"""the loss kept its gradient and not its inputs: a second derivative needs gradient="backward" or "auto\""""
 
 define(
     "scale_gradients_(Tensor upstream, Tensor(a!)[] gradients) -> ()", ["gradients"], lambda upstream, gradients: None

@@ -1,0 +1,153 @@
+"""The autograd functions of reductions in eager calls, by what they keep between the passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bicm_kernels.ops import arguments
+from bicm_kernels.ops.kept_gradient import Gradients, can_be_kept, differentiate, filled, scaled
+from bicm_kernels.torch_internals import apply_of, is_batched_gradient, saves_through_hooks, transformed
+
+if TYPE_CHECKING:
+    from bicm_kernels.ops.reduction import Reduction
+
+Kernel = Callable[..., Any]
+
+
+class Kernels(NamedTuple):
+    """An overload's ops: the value, its derivative, and both at once."""
+
+    value: Kernel
+    derivative: Kernel
+    both: Kernel
+
+
+# An op, its kernels, and the arguments that are not tensors.
+_Call = tuple["Reduction", Kernels, Sequence[Any]]
+
+
+def bits(needs: Sequence[bool]) -> int:
+    """The tensors whose gradients are needed, as the schemas say it."""
+    found = 0
+    for k, need in enumerate(needs):
+        found += need << k
+    return found
+
+
+@arguments.faithful
+def gradients(
+    op: Reduction,
+    kernel: Kernel,
+    upstream: Tensor,
+    sums: Sequence[Tensor],
+    needs: Sequence[bool],
+    tensors: Sequence[Any],
+    rest: Sequence[Any],
+) -> Gradients:
+    """The derivatives that are needed, in one pass; through the reference where they are differentiated themselves."""
+    if not (torch.is_grad_enabled() or is_batched_gradient(upstream) or transformed()):
+        return filled(needs, kernel(upstream, *sums, bits(needs), *op.joined(tensors, rest)))
+    return _by_reference(op, upstream, needs, tensors, rest)
+
+
+def _by_reference(
+    op: Reduction, upstream: Tensor, needs: Sequence[bool], tensors: Sequence[Any], rest: Sequence[Any]
+) -> Gradients:
+    differentiable = torch.is_grad_enabled()
+    states, others = op.divided(tensors)
+    with torch.enable_grad():
+        # Views, because one tensor may be given twice.
+        inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in states]
+        value = op.plain_value([*inputs, *others], rest)
+        wanted = [x for x, need in zip(inputs, needs, strict=False) if need]
+        return filled(needs, torch.autograd.grad(value, wanted, upstream, create_graph=differentiable))
+
+
+class Tracked(torch.autograd.Function):
+    """An op for eager calls; what ``register_autograd`` makes for traced graphs costs several times as much."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Any) -> Tensor:
+        op, kernels, rest = call
+        value, sums = op.opened(kernels.value(*op.joined(tensors, rest)))
+        ctx.save_for_backward(*sums, *tensors)
+        ctx.call = call
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Tensor) -> Any:
+        op, kernels, rest = ctx.call
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]  # read once, as checkpoints ask for
+        sums, tensors = saved[: op.sums], saved[op.sums :]
+        return None, *gradients(op, kernels.derivative, upstreams[0], sums, needs, tensors, rest)
+
+
+class Kept(torch.autograd.Function):
+    """The same with the gradients formed with the value, kept in place of the tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Any) -> Tensor:
+        op, kernels, rest = call
+        ctx.needs = ctx.needs_input_grad[1:]
+        value: Tensor
+        value, found = kernels.both(bits(ctx.needs), *op.joined(tensors, rest))
+        ctx.save_for_backward(*found)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Tensor) -> Any:
+        return None, *differentiate(upstreams[0], ctx.saved_tensors, ctx.needs)
+
+
+class KeptBeside(torch.autograd.Function):
+    """The same with the gradients kept beside references to the tensors, which second derivatives need."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Any) -> Tensor:
+        op, kernels, rest = call
+        value: Tensor
+        value, found = kernels.both(bits(ctx.needs_input_grad[1:]), *op.joined(tensors, rest))
+        ctx.save_for_backward(*tensors, *found)
+        ctx.call = call
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Tensor) -> Any:
+        # All are unpacked: this raises where a tensor was written to in place, as it does for the other functions.
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():
+            op, _, rest = ctx.call
+            return None, *_twice(op, upstreams[0], needs, saved[: len(needs)], rest)
+        return None, *filled(needs, scaled(upstreams[0], saved[len(needs) :]))
+
+
+_twice = arguments.faithful(_by_reference)
+
+#: Which function records a call, by the name of its way.
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {"backward": Tracked, "forward": Kept, "auto": KeptBeside}
+# Without the detour through Function.apply, which looks for transforms that an undisturbed call has not.
+_APPLIES: dict[str, Kernel] = {name: apply_of(function) for name, function in _FUNCTIONS.items()}
+#: The ways of a gradient, as a call names them.
+GRADIENTS = {"auto": "auto", "backward": "backward", "forward": "forward"}
+
+
+def way_of(gradient: str, states: Sequence[Tensor]) -> str:
+    """How a call that autograd records gets its gradients: as it asks, or "backward" where they cannot be kept."""
+    if gradient == "backward" or not can_be_kept(states):
+        return "backward"
+    # Hooks pack what is saved, such as copies in other memory: then it is the inputs alone.
+    return "backward" if gradient == "auto" and saves_through_hooks() else gradient
+
+
+def function_of(way: str) -> Kernel:
+    """The recorded function of a way."""
+    return _FUNCTIONS[way].apply
+
+
+def undisturbed_function_of(way: str) -> Kernel:
+    """The same for calls outside transforms."""
+    return _APPLIES[way]
