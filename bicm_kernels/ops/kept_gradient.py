@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bicm_kernels import backend
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.library import define
 from bicm_kernels.torch_internals import is_batched_gradient, keeps_graph, refusing, transformed
@@ -33,17 +34,23 @@ def _products(upstream: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
     return [upstream.reshape(columns).to(x.dtype) * x for x in kept]
 
 
+_multiply = arguments.faithful(_ops.scale_gradients_.default)
+
+
 def scaled(upstream: Tensor, kept: Sequence[Tensor]) -> Sequence[Tensor]:
     """Scale gradients for an upstream of 1 to the given upstream, in place unless a retained graph needs them again.
 
     On the CPU the upstream is read here; elsewhere the kernel reads it, and returns at once where it is 1.
     """
+    direct = backend.direct
+    if direct is not None and not (arguments.compiling() or keeps_graph()) and direct.scale_gradients_(upstream, kept):
+        return kept
     # Tracers pass tensor subclasses that have no value to read.
     plain = type(upstream) is Tensor and not (arguments.compiling() or is_batched_gradient(upstream))
     if not plain or transformed() or keeps_graph():
         return _products(upstream, kept)
     if not (upstream.is_cpu and upstream.dim() == 0 and upstream.item() == 1.0):
-        _ops.scale_gradients_.default(upstream, kept)
+        _multiply(upstream, kept)
     return kept
 
 

@@ -75,6 +75,7 @@ class LossOp(Reduction):
 
     states_end: int | None = 2
     sums: int = 1
+    goes_direct: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

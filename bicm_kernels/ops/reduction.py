@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bicm_kernels import backend
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.kept_gradient import can_be_kept, differentiate
 from bicm_kernels.ops.library import define, library
-from bicm_kernels.ops.op import Op
+from bicm_kernels.ops.op import Op, derivatives, may_go_direct
 from bicm_kernels.ops.reduction_functions import (
     GRADIENTS,
     Kernels,
@@ -49,6 +50,8 @@ class Reduction(Op):
     states_end: int | None = None
     #: How many tensors a value leaves for its derivative.
     sums: int = 0
+    #: Whether the native library has functions for it that bypass the dispatcher.
+    goes_direct: bool = False
     #: By the overload's name; "bare" is the one with numbers, called without torch's wrapper.
     kernels: dict[str, Kernels] = field(default_factory=dict)
 
@@ -148,6 +151,7 @@ class Reduction(Op):
         for suffix, derivative, context in (("", backward, save), (_SUFFIXES[-1], give_out, keep)):
             name = f"bicm_kernels::{self.name}{suffix}.tensor"
             torch.library.register_autograd(name, derivative, setup_context=context, lib=library)
+            derivatives.add(f"{name.replace('::', '/')}/Autograd")
 
     def plain_value(self, tensors: Sequence[Any], rest: Sequence[Any]) -> Tensor:
         """The reference of what a schema takes."""
@@ -169,21 +173,36 @@ class Reduction(Op):
         """The value of a call, by a kernel, or by the reference where something asks for it."""
         if not arguments.dynamo():
             try:
-                value = self.quick(call, GRADIENTS[gradient])
-                if value is not None:
+                tensors, rest = self.spelled(call)
+                found = self.straight("", GRADIENTS[gradient], *tensors, *rest)
+                if found is None:
+                    found = self.quick(tensors, rest, gradient)
+                elif type(found) is tuple:
+                    kept, *made = found
+                    apply = undisturbed_function_of(gradient if kept else "backward")
+                    found = apply((self, self.kernels["bare"], rest), made, *tensors)
+                if found is not None:
+                    value: Tensor = found
                     return value
             except arguments.FAILURES:
                 pass  # the long way says why
         try:
-            return self.long(call, GRADIENTS[gradient])
+            return self.long(call, gradient)
         except arguments.FAILURES as error:
             arguments.explain(error, lambda: self.check_all(call, gradient))
 
-    def quick(self, call: Call, gradient: str) -> Tensor | None:
+    def straight(self, suffix: str, *arguments: Any) -> Any:
+        """The result of an op of this row that bypasses the dispatcher; None where there is none, or for another call."""
+        direct = getattr(backend.direct, self.name + suffix, None) if self.goes_direct else None
+        if direct is None:
+            return None
+        found = direct(*arguments)
+        return direct(*arguments) if found is None and may_go_direct() else found
+
+    def quick(self, tensors: Sequence[Any], rest: Sequence[Any], gradient: str) -> Tensor | None:
         """The value of an eager call of plain numbers; None where a call is another."""
         if not undisturbed():
             return None
-        tensors, rest = self.spelled(call)
         if not (arguments.has_kernel(tensors[0]) and arguments.no_tensors(rest)):
             return None
         (states, others), tracked = self.divided(tensors), False
@@ -195,7 +214,7 @@ class Reduction(Op):
         kernels = self.kernels["bare"]
         if tracked and torch.is_grad_enabled():
             apply = undisturbed_function_of(way_of(gradient, states))
-            value: Tensor = apply((self, kernels, rest), *tensors)
+            value: Tensor = apply((self, kernels, rest), None, *tensors)
             return value
         return self.opened(kernels.value(*self.joined(tensors, rest)))[0]
 
@@ -230,7 +249,7 @@ class Reduction(Op):
             gradient = "backward"  # kept gradients are scaled by a number that is read, which no traced graph can do
         # Copies, because nothing would notice if they were overwritten before the backward pass.
         copied = [[_copied(y) for y in x] if isinstance(x, list | tuple) else _copied(x) for x in rest]
-        value: Tensor = function_of(way_of(gradient, states))((self, kernels, copied), *tensors)
+        value: Tensor = function_of(way_of(gradient, states))((self, kernels, copied), None, *tensors)
         return value
 
     def check_all(self, call: Call, gradient: object) -> None:

@@ -28,6 +28,8 @@ class Kernels(NamedTuple):
 
 # An op, its kernels, and the arguments that are not tensors.
 _Call = tuple["Reduction", Kernels, Sequence[Any]]
+# The value, and what it leaves for its derivative, where the native library has made them already.
+_Made = tuple[Tensor, Sequence[Tensor]] | None
 
 
 def bits(needs: Sequence[bool]) -> int:
@@ -50,7 +52,10 @@ def gradients(
 ) -> Gradients:
     """The derivatives that are needed, in one pass; through the reference where they are differentiated themselves."""
     if not (torch.is_grad_enabled() or is_batched_gradient(upstream) or transformed()):
-        return filled(needs, kernel(upstream, *sums, bits(needs), *op.joined(tensors, rest)))
+        found = op.straight("_backward", upstream, *sums, bits(needs), *tensors, *rest)
+        if found is None:
+            found = kernel(upstream, *sums, bits(needs), *op.joined(tensors, rest))
+        return filled(needs, found)
     return _by_reference(op, upstream, needs, tensors, rest)
 
 
@@ -71,9 +76,9 @@ class Tracked(torch.autograd.Function):
     """An op for eager calls; what ``register_autograd`` makes for traced graphs costs several times as much."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Any) -> Tensor:
+    def forward(ctx: Any, call: _Call, made: _Made, *tensors: Any) -> Tensor:
         op, kernels, rest = call
-        value, sums = op.opened(kernels.value(*op.joined(tensors, rest)))
+        value, sums = made or op.opened(kernels.value(*op.joined(tensors, rest)))
         ctx.save_for_backward(*sums, *tensors)
         ctx.call = call
         return value
@@ -81,36 +86,34 @@ class Tracked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> Any:
         op, kernels, rest = ctx.call
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]  # read once, as checkpoints ask for
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]  # read once, as checkpoints ask for
         sums, tensors = saved[: op.sums], saved[op.sums :]
-        return None, *gradients(op, kernels.derivative, upstreams[0], sums, needs, tensors, rest)
+        return None, None, *gradients(op, kernels.derivative, upstreams[0], sums, needs, tensors, rest)
 
 
 class Kept(torch.autograd.Function):
     """The same with the gradients formed with the value, kept in place of the tensors."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Any) -> Tensor:
+    def forward(ctx: Any, call: _Call, made: _Made, *tensors: Any) -> Tensor:
         op, kernels, rest = call
-        ctx.needs = ctx.needs_input_grad[1:]
-        value: Tensor
-        value, found = kernels.both(bits(ctx.needs), *op.joined(tensors, rest))
+        ctx.needs = ctx.needs_input_grad[2:]
+        value, found = made or kernels.both(bits(ctx.needs), *op.joined(tensors, rest))
         ctx.save_for_backward(*found)
         return value
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> Any:
-        return None, *differentiate(upstreams[0], ctx.saved_tensors, ctx.needs)
+        return None, None, *differentiate(upstreams[0], ctx.saved_tensors, ctx.needs)
 
 
 class KeptBeside(torch.autograd.Function):
     """The same with the gradients kept beside references to the tensors, which second derivatives need."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Any) -> Tensor:
+    def forward(ctx: Any, call: _Call, made: _Made, *tensors: Any) -> Tensor:
         op, kernels, rest = call
-        value: Tensor
-        value, found = kernels.both(bits(ctx.needs_input_grad[1:]), *op.joined(tensors, rest))
+        value, found = made or kernels.both(bits(ctx.needs_input_grad[2:]), *op.joined(tensors, rest))
         ctx.save_for_backward(*tensors, *found)
         ctx.call = call
         return value
@@ -118,11 +121,11 @@ class KeptBeside(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> Any:
         # All are unpacked: this raises where a tensor was written to in place, as it does for the other functions.
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             op, _, rest = ctx.call
-            return None, *_twice(op, upstreams[0], needs, saved[: len(needs)], rest)
-        return None, *filled(needs, scaled(upstreams[0], saved[len(needs) :]))
+            return None, None, *_twice(op, upstreams[0], needs, saved[: len(needs)], rest)
+        return None, None, *filled(needs, scaled(upstreams[0], saved[len(needs) :]))
 
 
 _twice = arguments.faithful(_by_reference)
@@ -131,8 +134,8 @@ _twice = arguments.faithful(_by_reference)
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {"backward": Tracked, "forward": Kept, "auto": KeptBeside}
 # Without the detour through Function.apply, which looks for transforms that an undisturbed call has not.
 _APPLIES: dict[str, Kernel] = {name: apply_of(function) for name, function in _FUNCTIONS.items()}
-#: The ways of a gradient, as a call names them.
-GRADIENTS = {"auto": "auto", "backward": "backward", "forward": "forward"}
+#: The ways of a gradient, and what the native library calls them: see `Way` in csrc/torch/direct_losses.cpp.
+GRADIENTS = {"auto": 2, "backward": 0, "forward": 1}
 
 
 def way_of(gradient: str, states: Sequence[Tensor]) -> str:

@@ -35,6 +35,7 @@ PYTHON = {
     "library._impls",
 }
 CPP = {
+    "_C._autograd._top_saved_tensors_default_hooks",
     "_C._dynamo.guards._empty_strided_cpu",
     "_C._functorch.peek_interpreter_stack",
     "_C._is_tracing",
