@@ -17,12 +17,12 @@ from bicm_kernels.ops.kept_gradient import can_be_kept, differentiate
 from bicm_kernels.ops.library import define, library
 from bicm_kernels.ops.op import Op, derivatives, may_go_direct
 from bicm_kernels.ops.reduction_functions import (
+    APPLIES,
+    FUNCTIONS,
     GRADIENTS,
     Kernels,
     bits,
-    function_of,
     gradients,
-    undisturbed_function_of,
     way_of,
 )
 from bicm_kernels.ops.row import NUMBERS, TENSORS, Call
@@ -174,28 +174,29 @@ class Reduction(Op):
         if not arguments.dynamo():
             try:
                 tensors, rest = self.spelled(call)
-                found = self.straight("", GRADIENTS[gradient], *tensors, *rest)
+                found = self.straight(self.name, GRADIENTS[gradient], *tensors, *rest)
                 if found is None:
                     found = self.quick(tensors, rest, gradient)
                 elif type(found) is tuple:
-                    kept, *made = found
-                    apply = undisturbed_function_of(gradient if kept else "backward")
-                    found = apply((self, self.kernels["bare"], rest), made, *tensors)
+                    kept, value, saved = found
+                    apply = APPLIES[gradient if kept else "backward"]
+                    found = apply((self, self.kernels["bare"], rest), (value, saved), *tensors)
                 if found is not None:
-                    value: Tensor = found
-                    return value
+                    result: Tensor = found
+                    return result
             except arguments.FAILURES:
                 pass  # the long way says why
         try:
+            check_choice("gradient", gradient, GRADIENTS)
             return self.long(call, gradient)
         except arguments.FAILURES as error:
             arguments.explain(error, lambda: self.check_all(call, gradient))
 
-    def straight(self, suffix: str, *arguments: Any) -> Any:
-        """The result of an op of this row that bypasses the dispatcher; None where there is none, or for another call."""
-        direct = getattr(backend.direct, self.name + suffix, None) if self.goes_direct else None
-        if direct is None:
+    def straight(self, name: str, *arguments: Any) -> Any:
+        """The result of one of its ops beside the dispatcher; None where there is no function, or for another call."""
+        if backend.direct is None or not self.goes_direct:
             return None
+        direct = getattr(backend.direct, name)
         found = direct(*arguments)
         return direct(*arguments) if found is None and may_go_direct() else found
 
@@ -213,7 +214,7 @@ class Reduction(Op):
                 return None
         kernels = self.kernels["bare"]
         if tracked and torch.is_grad_enabled():
-            apply = undisturbed_function_of(way_of(gradient, states))
+            apply = APPLIES[way_of(gradient, states)]
             value: Tensor = apply((self, kernels, rest), None, *tensors)
             return value
         return self.opened(kernels.value(*self.joined(tensors, rest)))[0]
@@ -247,9 +248,11 @@ class Reduction(Op):
             return self.opened(self.traceable(kernels.value)(*given))[0]
         if gradient == "auto" and (arguments.unseen(tensors[0]) or arguments.scripting()):
             gradient = "backward"  # kept gradients are scaled by a number that is read, which no traced graph can do
+        if gradient == "auto" and any(isinstance(x, Tensor) and x.is_inference() for x in tensors):
+            gradient = "forward"  # torch saves no such tensor
         # Copies, because nothing would notice if they were overwritten before the backward pass.
         copied = [[_copied(y) for y in x] if isinstance(x, list | tuple) else _copied(x) for x in rest]
-        value: Tensor = function_of(way_of(gradient, states))((self, kernels, copied), None, *tensors)
+        value: Tensor = FUNCTIONS[way_of(gradient, states)].apply((self, kernels, copied), None, *tensors)
         return value
 
     def check_all(self, call: Call, gradient: object) -> None:

@@ -52,7 +52,9 @@ def gradients(
 ) -> Gradients:
     """The derivatives that are needed, in one pass; through the reference where they are differentiated themselves."""
     if not (torch.is_grad_enabled() or is_batched_gradient(upstream) or transformed()):
-        found = op.straight("_backward", upstream, *sums, bits(needs), *tensors, *rest)
+        found = None
+        if not arguments.compiling():
+            found = op.straight(f"{op.name}_backward", upstream, *sums, bits(needs), *tensors, *rest)
         if found is None:
             found = kernel(upstream, *sums, bits(needs), *op.joined(tensors, rest))
         return filled(needs, found)
@@ -131,9 +133,9 @@ class KeptBeside(torch.autograd.Function):
 _twice = arguments.faithful(_by_reference)
 
 #: Which function records a call, by the name of its way.
-_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {"backward": Tracked, "forward": Kept, "auto": KeptBeside}
-# Without the detour through Function.apply, which looks for transforms that an undisturbed call has not.
-_APPLIES: dict[str, Kernel] = {name: apply_of(function) for name, function in _FUNCTIONS.items()}
+FUNCTIONS: dict[str, type[torch.autograd.Function]] = {"backward": Tracked, "forward": Kept, "auto": KeptBeside}
+#: Without the detour through Function.apply, which looks for transforms that an undisturbed call has not.
+APPLIES: dict[str, Kernel] = {name: apply_of(function) for name, function in FUNCTIONS.items()}
 #: The ways of a gradient, and what the native library calls them: see `Way` in csrc/torch/direct_losses.cpp.
 GRADIENTS = {"auto": 2, "backward": 0, "forward": 1}
 
@@ -144,13 +146,3 @@ def way_of(gradient: str, states: Sequence[Tensor]) -> str:
         return "backward"
     # Hooks pack what is saved, such as copies in other memory: then it is the inputs alone.
     return "backward" if gradient == "auto" and saves_through_hooks() else gradient
-
-
-def function_of(way: str) -> Kernel:
-    """The recorded function of a way."""
-    return _FUNCTIONS[way].apply
-
-
-def undisturbed_function_of(way: str) -> Kernel:
-    """The same for calls outside transforms."""
-    return _APPLIES[way]

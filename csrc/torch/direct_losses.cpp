@@ -34,6 +34,7 @@ constexpr bool kIsTensor = std::is_same_v<T, Tensor> || std::is_same_v<T, MaybeT
 // The CPU, called by Python.
 struct DirectLoss {
   static constexpr int64_t kGrain = Cpu::kGrain;
+  static constexpr bool kOnHost = true;
 
   template <class Problem, class Run>
   static void run(const Problem& p, Run run) {
@@ -41,10 +42,11 @@ struct DirectLoss {
     if (p.layout.batch * p.layout.elements > kGrain) released.emplace();
     run();
   }
-  static void sums(PseudoHuber& p, const Tensor& loss, const Tensor& sums) {
+  template <class Sums>
+  static void sums(PseudoHuber& p, const Tensor& loss, const Sums& sums) {
     run(p, [&] { Cpu::sums(p, loss, sums); });
   }
-  static void sums_and_gradients(PseudoHuber& p, const Tensor& loss, const Tensor& sums) {
+  static void sums_and_gradients(PseudoHuber& p, const Tensor& loss, double* sums) {
     run(p, [&] { Cpu::sums_and_gradients(p, loss, sums); });
   }
   static void gradients(const PseudoHuber& p, const Tensor& sums) {
@@ -62,12 +64,6 @@ PyObject* objects_of(const std::vector<Tensor>& tensors) {
   Py_ssize_t i = 0;
   for (const Tensor& tensor : tensors) PyTuple_SetItem(tuple, i++, object_of(tensor));
   return tuple;
-}
-
-// A half would lose digits before the upstream gradient is known.
-bool can_be_kept(PyObject* state) {
-  View view;
-  return look_into_plain(state, view) && view.dtype != DType::float16 && view.dtype != DType::bfloat16;
 }
 
 // (whether gradients are kept, the value, what it leaves for its derivative)
@@ -104,14 +100,13 @@ struct Loss<States, Read> {
       if (count != 1 + kCount || !read(given[0], way) || !read_all(given + 1, arguments, needs)) return nullptr;
       LossCall call;
       std::apply([&](const auto&... argument) { Read(call, argument...); }, arguments);
-      bool keeps = needs != 0 && way != backward;
-      for (int i = 0; i < States; ++i) keeps = keeps && ((needs >> i & 1) == 0 || can_be_kept(given[1 + i]));
+      if (needs == 0) return object_of(call.template value_alone<DirectLoss>());
+      const bool keeps = way != backward && call.can_keep(needs);
       if (keeps && (way == forward || !saves_through_hooks())) {
         const auto [loss, gradients] = call.template value_and_gradients<DirectLoss>(needs);
         return recorded(true, loss, gradients);
       }
       auto [loss, sums] = call.template value<DirectLoss>();
-      if (needs == 0) return object_of(loss);
       std::vector<Tensor> saved;
       saved.push_back(std::move(sums));
       return recorded(false, loss, saved);

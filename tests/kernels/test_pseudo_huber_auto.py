@@ -320,11 +320,12 @@ def test_traced_graphs_take_two_ops() -> None:
     assert graphs == [["bicm_kernels.pseudo_huber.tensor"], ["bicm_kernels.pseudo_huber_backward.tensor"]]
 
 
-def test_compiled_autograd() -> None:
+@pytest.mark.parametrize("way", ["auto", "backward"])
+def test_compiled_autograd(way: str) -> None:
     F, target = leaves(2, 3, 40, dtype=F32)
     expected = torch.autograd.grad(3.0 * bk.pseudo_huber(F, target.detach()), F)[0]
     torch._dynamo.reset()
-    loss = 3.0 * bk.pseudo_huber(F, target.detach())
+    loss = 3.0 * bk.pseudo_huber(F, target.detach(), gradient=way)
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
         loss.backward()
     torch.testing.assert_close(F.grad, expected)
