@@ -56,11 +56,11 @@ def scaled(upstream: Tensor, kept: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def differentiate(upstream: Tensor, kept: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
     """The gradients of the inputs that need one, in their order; double backward raises."""
+    if not torch.is_grad_enabled():
+        return filled(needs, scaled(upstream, kept))
     with torch.no_grad():
         results = scaled(upstream, kept)
-    if torch.is_grad_enabled() and results:
-        results = refusing(_TWICE, [*results])
-    return filled(needs, results)
+    return filled(needs, refusing(_TWICE, [*results]) if results else results)
 
 
 def filled(needs: Sequence[bool], results: Sequence[Tensor]) -> Gradients:

@@ -44,6 +44,15 @@ def may_go_direct() -> bool:
     return not replaced
 
 
+def direct_call(name: str, *call: Any) -> Any:
+    """The result of a function of the native library, where there is one; None for a call that it does not support."""
+    if backend.direct is None:
+        return None
+    function = getattr(backend.direct, name)
+    found = function(*call)
+    return function(*call) if found is None and may_go_direct() else found
+
+
 @dataclass(eq=False)
 class Op(Row):
     """A row that can be called."""

@@ -61,7 +61,7 @@ def pseudo_huber(
     >>> bk.pseudo_huber(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), c=0.0)
     tensor(5.)
     """
-    return PSEUDO_HUBER.reduced((pred, target, weight, c, kind, reduction), gradient)
+    return PSEUDO_HUBER.loss((pred, target, weight), (c,), (kind, reduction), gradient)
 
 
 def consistency_loss(
@@ -111,4 +111,4 @@ def consistency_loss(
     tensor(5.)
     """
     numbers, names = (c, sigma_data, sigma_min), (parameterization, scaled, kind, reduction)
-    return CONSISTENCY_LOSS.reduced((F, target, x, t, u, weight, *numbers, *names), gradient)
+    return CONSISTENCY_LOSS.loss((F, target, x, t, u, weight), numbers, names, gradient)

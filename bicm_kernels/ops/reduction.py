@@ -6,16 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from bicm_kernels import backend
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.kept_gradient import can_be_kept, differentiate
 from bicm_kernels.ops.library import define, library
-from bicm_kernels.ops.op import Op, derivatives, may_go_direct
+from bicm_kernels.ops.op import Op, derivatives
 from bicm_kernels.ops.reduction_functions import (
     APPLIES,
     FUNCTIONS,
@@ -48,10 +47,11 @@ class Reduction(Op):
 
     #: Where the states end among the tensors, in which it is differentiated; None: all are states.
     states_end: int | None = None
+    # Of the class: see Row.__post_init__ for why an object has few attributes.
     #: How many tensors a value leaves for its derivative.
-    sums: int = 0
-    #: Whether the native library has functions for it that bypass the dispatcher.
-    goes_direct: bool = False
+    sums: ClassVar[int] = 0
+    #: Whether the native library has functions for it that bypass the dispatcher: see `direct_call`.
+    goes_direct: ClassVar[bool] = False
     #: By the overload's name; "bare" is the one with numbers, called without torch's wrapper.
     kernels: dict[str, Kernels] = field(default_factory=dict)
 
@@ -173,17 +173,9 @@ class Reduction(Op):
         """The value of a call, by a kernel, or by the reference where something asks for it."""
         if not arguments.dynamo():
             try:
-                tensors, rest = self.spelled(call)
-                found = self.straight(self.name, GRADIENTS[gradient], *tensors, *rest)
-                if found is None:
-                    found = self.quick(tensors, rest, gradient)
-                elif type(found) is tuple:
-                    kept, value, saved = found
-                    apply = APPLIES[gradient if kept else "backward"]
-                    found = apply((self, self.kernels["bare"], rest), (value, saved), *tensors)
-                if found is not None:
-                    result: Tensor = found
-                    return result
+                value = self.quick(call, gradient)
+                if value is not None:
+                    return value
             except arguments.FAILURES:
                 pass  # the long way says why
         try:
@@ -192,18 +184,11 @@ class Reduction(Op):
         except arguments.FAILURES as error:
             arguments.explain(error, lambda: self.check_all(call, gradient))
 
-    def straight(self, name: str, *arguments: Any) -> Any:
-        """The result of one of its ops beside the dispatcher; None where there is no function, or for another call."""
-        if backend.direct is None or not self.goes_direct:
-            return None
-        direct = getattr(backend.direct, name)
-        found = direct(*arguments)
-        return direct(*arguments) if found is None and may_go_direct() else found
-
-    def quick(self, tensors: Sequence[Any], rest: Sequence[Any], gradient: str) -> Tensor | None:
+    def quick(self, call: Call, gradient: str) -> Tensor | None:
         """The value of an eager call of plain numbers; None where a call is another."""
-        if not undisturbed():
+        if not (undisturbed() and gradient in GRADIENTS):
             return None
+        tensors, rest = self.spelled(call)
         if not (arguments.has_kernel(tensors[0]) and arguments.no_tensors(rest)):
             return None
         (states, others), tracked = self.divided(tensors), False

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.kept_gradient import Gradients, can_be_kept, differentiate, filled, scaled
+from bicm_kernels.ops.op import direct_call
 from bicm_kernels.torch_internals import apply_of, is_batched_gradient, saves_through_hooks, transformed
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ def gradients(
     """The derivatives that are needed, in one pass; through the reference where they are differentiated themselves."""
     if not (torch.is_grad_enabled() or is_batched_gradient(upstream) or transformed()):
         found = None
-        if not arguments.compiling():
-            found = op.straight(f"{op.name}_backward", upstream, *sums, bits(needs), *tensors, *rest)
+        if op.goes_direct and not arguments.compiling():
+            found = direct_call(f"{op.name}_backward", upstream, *sums, bits(needs), *tensors, *rest)
         if found is None:
             found = kernel(upstream, *sums, bits(needs), *op.joined(tensors, rest))
         return filled(needs, found)

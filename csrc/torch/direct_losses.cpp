@@ -12,12 +12,12 @@ namespace {
 // How a gradient is formed, as bicm_kernels/ops/reduction_functions.py numbers it.
 enum Way : int64_t { backward, forward, automatic };
 
-// A tensor of torch's C++. What autograd says of it is read beside.
+// A tensor of torch's C++, which Python's keeps: `Borrowed` gives it back. What autograd says of it is read beside.
 bool read(PyObject* from, Tensor& to) {
   View view;
-  AtenTensorHandle handle;
-  if (!look_into_plain(from, view) || aoti_torch_new_tensor_handle(abi::handle_of(from), &handle) != 0) return false;
-  to = Tensor(handle);
+  if (!look_into_plain(from, view)) return false;
+  to.release();
+  to = Tensor(abi::handle_of(from));
   return true;
 }
 
@@ -30,6 +30,46 @@ bool read(PyObject* from, std::optional<T>& to) {
 
 template <class T>
 constexpr bool kIsTensor = std::is_same_v<T, Tensor> || std::is_same_v<T, MaybeTensor>;
+
+// The arguments of a call, whose tensors are Python's.
+template <class... Arguments>
+class Borrowed {
+ public:
+  Borrowed() = default;
+  Borrowed(const Borrowed&) = delete;
+  Borrowed& operator=(const Borrowed&) = delete;
+  ~Borrowed() {
+    apply([](auto&... argument) { (give_back(argument), ...); });
+  }
+
+  template <class Function>
+  auto apply(Function function) {
+    return std::apply(function, arguments_);
+  }
+
+  // Sets a bit for every one of the first, the states, that is tracked; false where another tensor is.
+  bool read_all(PyObject* const* given, int states, int64_t& tracked) {
+    int i = 0;
+    const auto read_one = [&](auto& argument) {
+      PyObject* const from = given[i++];
+      if (!read(from, argument)) return false;
+      if (!kIsTensor<std::decay_t<decltype(argument)>> || from == Py_None || !is_tracked(from)) return true;
+      tracked |= int64_t{1} << (i - 1);
+      return i <= states;
+    };
+    return apply([&](auto&... argument) { return (read_one(argument) && ...); });
+  }
+
+ private:
+  static void give_back(Tensor& tensor) { tensor.release(); }
+  static void give_back(MaybeTensor& tensor) {
+    if (tensor.has_value()) tensor->release();
+  }
+  template <class Number>
+  static void give_back(Number&) {}
+
+  std::tuple<Arguments...> arguments_;
+};
 
 // The CPU, called by Python.
 struct DirectLoss {
@@ -96,10 +136,10 @@ struct Loss<States, Read> {
   static PyObject* value(PyObject*, PyObject* const* given, Py_ssize_t count) {
     return unseen([&]() -> PyObject* {
       int64_t way = backward, needs = 0;
-      std::tuple<Arguments...> arguments;
-      if (count != 1 + kCount || !read(given[0], way) || !read_all(given + 1, arguments, needs)) return nullptr;
+      Borrowed<Arguments...> arguments;
+      if (count != 1 + kCount || !read(given[0], way) || !arguments.read_all(given + 1, States, needs)) return nullptr;
       LossCall call;
-      std::apply([&](const auto&... argument) { Read(call, argument...); }, arguments);
+      arguments.apply([&](const auto&... argument) { Read(call, argument...); });
       if (needs == 0) return object_of(call.template value_alone<DirectLoss>());
       const bool keeps = way != backward && call.can_keep(needs);
       if (keeps && (way == forward || !saves_through_hooks())) {
@@ -116,47 +156,43 @@ struct Loss<States, Read> {
   // (upstream, sums, needs, arguments) -> gradients
   static PyObject* derivative(PyObject*, PyObject* const* given, Py_ssize_t count) {
     return unseen([&]() -> PyObject* {
-      Tensor upstream, sums;
       int64_t needs, tracked = 0;
-      std::tuple<Arguments...> arguments;
-      const bool fits = count == 3 + kCount && read(given[0], upstream) && read(given[1], sums) &&
-                        read(given[2], needs) && !is_tracked(given[0]) && read_all(given + 3, arguments, tracked);
+      Borrowed<Tensor, Tensor> ours;
+      Borrowed<Arguments...> arguments;
+      const bool fits = count == 3 + kCount && ours.read_all(given, 0, tracked) && read(given[2], needs) &&
+                        arguments.read_all(given + 3, States, tracked);
       if (!fits || tracked != 0) return nullptr;
       LossCall call;
-      std::apply([&](const auto&... argument) { Read(call, argument...); }, arguments);
-      return objects_of(call.template gradients<DirectLoss>(upstream, sums, needs));
+      arguments.apply([&](const auto&... argument) { Read(call, argument...); });
+      return ours.apply([&](const Tensor& upstream, const Tensor& sums) {
+        return objects_of(call.template gradients<DirectLoss>(upstream, sums, needs));
+      });
     });
   }
-
- private:
-  // Sets a bit for every state that is tracked; false where another tensor is.
-  static bool read_all(PyObject* const* given, std::tuple<Arguments...>& arguments, int64_t& tracked) {
-    int i = 0;
-    const auto read_one = [&](auto& argument) {
-      PyObject* const from = given[i++];
-      if (!read(from, argument)) return false;
-      if (!kIsTensor<std::decay_t<decltype(argument)>> || from == Py_None || !is_tracked(from)) return true;
-      tracked |= int64_t{1} << (i - 1);
-      return i <= States;
-    };
-    return std::apply([&](auto&... argument) { return (read_one(argument) && ...); }, arguments);
-  }
 };
+
+bool is_one(const View& upstream) {
+  const bool floating = upstream.dtype != DType::int32 && upstream.dtype != DType::int64;
+  return floating && upstream.dim == 0 && load_number<double>(number_of(upstream, 1, upstream.device), 0) == 1.0;
+}
 
 // (upstream, gradients) -> True once they are scaled in place
 PyObject* scale_kept(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return unseen([&]() -> PyObject* {
-    Tensor upstream;
-    if (count != 2 || !PyTuple_Check(given[1]) || !read(given[0], upstream)) return nullptr;
-    const View view = view_of(upstream);
-    if (view.dim == 0 && load_number<double>(number_of(view, 1, view.device), 0) == 1.0) Py_RETURN_TRUE;
-    std::vector<Tensor> gradients(static_cast<size_t>(PyTuple_Size(given[1])));
-    Py_ssize_t i = 0;
-    for (Tensor& gradient : gradients) {
-      PyObject* const from = PyTuple_GetItem(given[1], i++);
-      if (!read(from, gradient) || is_tracked(from)) return nullptr;
-    }
-    scale_gradients<DirectLoss>(std::move(upstream), std::move(gradients));
+    View upstream;
+    if (count != 2 || !PyTuple_Check(given[1]) || !look_into_plain(given[0], upstream)) return nullptr;
+    if (is_one(upstream)) Py_RETURN_TRUE;
+    // The op owns its arguments.
+    const auto owned = [](PyObject* tensor) {
+      AtenTensorHandle handle = nullptr;
+      View view;
+      const bool plain = look_into_plain(tensor, view) && !is_tracked(tensor);
+      STD_TORCH_CHECK(plain && aoti_torch_new_tensor_handle(abi::handle_of(tensor), &handle) == 0, "not plain");
+      return Tensor(handle);
+    };
+    std::vector<Tensor> gradients;
+    each(given[1], [&](PyObject* gradient, bool) { return gradients.push_back(owned(gradient)), true; });
+    scale_gradients<DirectLoss>(owned(given[0]), std::move(gradients));
     Py_RETURN_TRUE;
   });
 }
