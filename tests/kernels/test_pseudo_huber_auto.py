@@ -259,22 +259,23 @@ def test_an_input_that_was_overwritten_is_an_error() -> None:
 # --- where gradients are formed in the backward pass ------------------------------------------------------------------
 
 
-def test_hooks_for_saved_tensors(same_bits: Bits) -> None:
+@pytest.mark.parametrize("c", [0.2, torch.tensor(0.2)])  # the ways of numbers and of tensors
+def test_hooks_for_saved_tensors(c: float | Tensor, same_bits: Bits) -> None:
     """What they pack is the inputs, and no gradient."""
     F, target = random(4, 300, dtype=F32).requires_grad_(), random(4, 300, dtype=F32, seed=1)
-    expected = torch.autograd.grad(bk.pseudo_huber(F, target), F)[0]
+    expected = torch.autograd.grad(bk.pseudo_huber(F, target, c=c), F)[0]
     packed: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda y: (packed.append(y), y)[1], lambda y: y):
-        loss = bk.pseudo_huber(F, target)
+        loss = bk.pseudo_huber(F, target, c=c)
     assert not keeps(loss)
     large = [y for y in packed if y.numel() > 4]
     assert [y.data_ptr() for y in large] == [F.data_ptr(), target.data_ptr()]
     same_bits(torch.autograd.grad(loss, F)[0], expected)
     with torch.autograd.graph.save_on_cpu():
-        loss = bk.pseudo_huber(F, target)
+        loss = bk.pseudo_huber(F, target, c=c)
     assert not keeps(loss)
     same_bits(torch.autograd.grad(loss, F)[0], expected)
-    assert keeps(bk.pseudo_huber(F, target))
+    assert keeps(bk.pseudo_huber(F, target, c=c))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -320,13 +321,13 @@ def test_traced_graphs_take_two_ops() -> None:
     assert graphs == [["bicm_kernels.pseudo_huber.tensor"], ["bicm_kernels.pseudo_huber_backward.tensor"]]
 
 
-@pytest.mark.parametrize("way", ["auto", "backward"])
-def test_compiled_autograd(way: str) -> None:
+@pytest.mark.parametrize(("way", "whole"), [("auto", True), ("backward", False)])
+def test_compiled_autograd(way: str, whole: bool) -> None:
     F, target = leaves(2, 3, 40, dtype=F32)
     expected = torch.autograd.grad(3.0 * bk.pseudo_huber(F, target.detach()), F)[0]
     torch._dynamo.reset()
     loss = 3.0 * bk.pseudo_huber(F, target.detach(), gradient=way)
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=whole)):
         loss.backward()
     torch.testing.assert_close(F.grad, expected)
 
