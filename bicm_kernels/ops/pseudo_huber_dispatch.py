@@ -17,6 +17,7 @@ from bicm_kernels.ops.op import direct_call
 from bicm_kernels.ops.reduction import Reduction, check_choice
 from bicm_kernels.ops.reduction_functions import APPLIES, GRADIENTS
 from bicm_kernels.ops.row import Call, Types
+from bicm_kernels.torch_internals import undisturbed
 
 CODES: dict[str, dict[Any, int]] = {
     "parameterization": {"bcm": 0, "cm": 1, "edm": 2},
@@ -90,12 +91,17 @@ class LossOp(Reduction):
         """The value of a call, past the dispatcher where possible."""
         if backend.direct is not None and not arguments.dynamo():
             try:
-                rest = (*numbers, *self.codes[names])
-                found = direct_call(self.name, GRADIENTS[gradient], *tensors, *rest)
+                operands, rest = tensors, (*numbers, *self.codes[names])
+                found = direct_call(self.name, GRADIENTS[gradient], *operands, *rest)
+                if found is None and undisturbed():
+                    # Floats among the tensors, a mask, or a weight that is to be expanded.
+                    laid_out = self.laid_out(tensors)
+                    if any(a is not b for a, b in zip(tensors, laid_out, strict=True)):
+                        found, operands = direct_call(self.name, GRADIENTS[gradient], *laid_out, *rest), laid_out
                 if type(found) is tuple:
                     kept, *made = found
                     way = gradient if kept else "backward"
-                    found = APPLIES[way]((self, self.kernels["bare"], rest), made, *tensors)
+                    found = APPLIES[way]((self, self.kernels["bare"], rest), made, *operands)
                 if found is not None:
                     value: Tensor = found
                     return value

@@ -35,6 +35,12 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
         x, F, T, None, y, weight=T, scaled=True, parameterization="edm", sigma_data=0.4, reduction="none", **more
     ),
 }
+#: The same with arguments that are laid out first.
+LAID_OUT: dict[str, Callable[..., Tensor]] = {
+    "consistency_loss of floats": lambda F, y, x, **more: bk.consistency_loss(x, F, 2.0, 0.4, y, weight=0.3, **more),
+    "pseudo_huber masked": lambda F, y, x, **more: bk.pseudo_huber(F, y, weight=x.detach() > 0, **more),
+    "pseudo_huber of pixels": lambda F, y, x, **more: bk.pseudo_huber(F, y, weight=x.detach()[:, :1].abs(), **more),
+}
 DTYPES = ((torch.float32,) * 3, (torch.float64, torch.float32, torch.bfloat16), (torch.float16,) * 3)
 
 
@@ -106,6 +112,23 @@ def test_tensors_that_are_not_plain(
     assert type(ours) is type(theirs)
     same_bits(ours.detach(), theirs.detach())
     assert ours.requires_grad == theirs.requires_grad
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_arguments_that_are_laid_out(name: str, way: str, states: list[Tensor], taken: Taken, same_bits: Bits) -> None:
+    given = [x.clone().requires_grad_(k == 0) for k, x in enumerate(states)]
+    found = []
+    for go in (lambda op, *args: op(*args), long_way):
+        value = go(partial(LAID_OUT[name], gradient=way), *given)
+        found.append((type(value.grad_fn), value.detach(), *go(scaled_gradients, value, given[:1])))
+    assert [took for _, took in taken] == [False, True, True]
+    assert found[0][0] is found[1][0]
+    for ours, theirs in zip(found[0][1:], found[1][1:], strict=True):
+        same_bits(ours, theirs)
+    taken.clear()
+    agree(LAID_OUT[name](*states), long_way(LAID_OUT[name], *states), same_bits)
+    assert [took for _, took in taken] == [False, True]
 
 
 def test_numbers_that_have_derivatives(states: list[Tensor], taken: Taken) -> None:
