@@ -45,7 +45,7 @@ class _Turns(nn.Module):
         return result
 
 
-def ours_bct(first: Tensor, other: Tensor, x: Tensor, *levels: Tensor, gradient: str = "forward") -> Tensor:
+def ours_bct(first: Tensor, other: Tensor, x: Tensor, *levels: Tensor, gradient: str = "auto") -> Tensor:
     """``bct_loss``; the numbers per sample serve as levels."""
     return bct_loss(_Turns(first, other), x, Levels(*levels), seed=SEED, step=0, gradient=gradient).total
 

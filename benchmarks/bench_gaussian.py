@@ -72,7 +72,7 @@ def ours_divergence(
     return bk.gaussian_kl([v], [reference], [of_output], std=std).mean()
 
 
-kept: Any = partial(ours_training, gradient="forward")
+kept: Any = partial(ours_training, gradient="auto")
 CASES = (
     Case("gaussian_step", ours_rollout, rollout, tensors=2, reads=2, writes=1, coefficients=NUMBERS, noise="added"),
     Case("gaussian_log_prob", ours_training, training, tensors=3, reads=6, writes=1, coefficients=NUMBERS, trains=True),

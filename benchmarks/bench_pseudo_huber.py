@@ -59,8 +59,8 @@ def consistency(F: Tensor, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def kept(ours: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same with the gradient formed forward."""
-    return partial(ours, gradient="forward")
+    """The same with the gradient formed forward, the default."""
+    return partial(ours, gradient="auto")
 
 
 # Every pass reads its inputs, and the backward pass writes one gradient; or one pass does both.

@@ -40,6 +40,10 @@ is_batched_gradient: Callable[[Tensor], bool] = find("_C._functorch.is_legacy_ba
 #: Whether a graph is kept for another backward pass. If missing, always: gradients are copied.
 keeps_graph: Callable[[], bool] = find("_C._autograd._get_current_graph_task_keep_graph", lambda: True)
 
+#: The hooks that pack what is saved for the backward pass, None where there are none. If missing, always some:
+#: gradients are formed in the backward pass unless a call asks for another way.
+_saving_hooks: Callable[[bool], Any] = find("_C._autograd._top_saved_tensors_default_hooks", lambda traced: ())
+
 #: The active torch.func transforms. If missing: every call takes the reference, which supports them.
 _transform: Callable[[], Any] = find("_C._functorch.peek_interpreter_stack", lambda: None)
 _Transform: Any = find("_C._functorch.CInterpreter", None)
@@ -74,6 +78,11 @@ def forward_level() -> int:
 def transformed() -> bool:
     """Whether a torch.func transform or forward-mode differentiation is active, or this cannot be determined."""
     return not _transforms_are_known or isinstance(_transform(), _Transform) or forward_level() >= 0
+
+
+def saves_through_hooks() -> bool:
+    """Whether hooks pack what is saved for the backward pass."""
+    return _saving_hooks(True) is not None
 
 
 def undisturbed() -> bool:

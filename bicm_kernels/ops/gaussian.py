@@ -70,7 +70,7 @@ def gaussian_log_prob(
     std: Number,
     guidance_scale: Number | None = None,
     reduction: str = "mean",
-    gradient: str = "backward",
+    gradient: str = "auto",
 ) -> Tensor:
     """The log-probability of a recorded state under a step, with the bits that ``gaussian_step`` gave.
 
@@ -82,8 +82,9 @@ def gaussian_log_prob(
         tensors, weights, std, guidance_scale, reduction: as for ``gaussian_step``.
         gradient: "backward" reads the tensors again in the backward pass, and no tensor of their size is kept between
             the passes. "forward" reads them once, forms the gradients with the value and keeps them in place of the
-            tensors; the backward pass scales them by the upstream gradient. Where a gradient is a half, which
-            could not be scaled without loss, "forward" acts as "backward".
+            tensors; the backward pass scales them by the upstream gradient, and second derivatives raise. "auto" keeps
+            them beside references to the tensors, for second derivatives. Where a gradient is a half, which could not
+            be scaled without loss, both act as "backward"; where else "auto" does, see ``pseudo_huber``.
 
     Returns:
         (B,), float64 where any tensor is, else float32. A sample whose std is exactly 0 has 0 and no gradient. The

@@ -23,16 +23,23 @@ from bicm_kernels.torch_internals import implementations
 _implementations = -1
 #: What the package itself registers from Python: shapes without values, Triton kernels.
 _OURS = ("Meta", "CUDA", "XPU")
+#: And the entries of the derivatives that it registers for traced graphs.
+derivatives: set[str] = set()
 
 
-def _may_go_direct() -> bool:
+def _is_direct(name: str) -> bool:
+    """Whether the native library has a function for an op; a loss has one for its value and gradients at once."""
+    return hasattr(backend.library, name) or hasattr(backend.library, name.removesuffix("_with_gradients"))
+
+
+def may_go_direct() -> bool:
     """Whether the native library declined a call for implementations that are new, none of which replaces ours."""
     global _implementations
     if len(implementations) == _implementations:
         return False
     _implementations = len(implementations)
-    ours = (entry.split("/")[1:] for entry in implementations if entry.startswith("bicm_kernels/"))
-    replaced = any(key not in _OURS and hasattr(backend.library, name.partition(".")[0]) for name, key in ours)
+    found = (entry.split("/")[1:] for entry in implementations - derivatives if entry.startswith("bicm_kernels/"))
+    replaced = any(key not in _OURS and _is_direct(name.partition(".")[0]) for name, key in found)
     backend.library.know_implementations(-1 if replaced else _implementations)
     return not replaced
 
@@ -49,6 +56,15 @@ def _check_not_stacked(name: str, x: Any, first: Tensor | None, first_name: str)
         raise ValueError(f"{name} must have {shapes}; pass a pair, {name}.chunk(2), with guidance_scale")
 
 
+def direct_call(name: str, *call: Any) -> Any:
+    """The result of a function of the native library, where there is one; None for a call that it does not support."""
+    if backend.direct is None:
+        return None
+    function = getattr(backend.direct, name)
+    found = function(*call)
+    return function(*call) if found is None and may_go_direct() else found
+
+
 @dataclass(eq=False)
 class Op(Row):
     """A row that can be called."""
@@ -61,7 +77,7 @@ class Op(Row):
         direct = backend.direct
         if direct is not None and outs is None and not dynamo():
             result = getattr(direct, self.name)(*call)
-            if result is None and _may_go_direct():
+            if result is None and may_go_direct():
                 result = getattr(direct, self.name)(*call)
             if result is not None:
                 return result

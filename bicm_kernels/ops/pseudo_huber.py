@@ -1,6 +1,6 @@
-"""Pseudo-Huber losses: one pass over the inputs forward, one backward, and no saved tensor of their size.
+"""Pseudo-Huber losses: a single pass computes value and gradient, and keeps the gradient for the backward pass.
 
-Or a single pass that computes value and gradient, and keeps the gradient.
+Or one pass over the inputs forward and one backward, and no saved tensor of their size.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def pseudo_huber(
     weight: Number | None = None,
     kind: str = "vector",
     reduction: str = "mean",
-    gradient: str = "backward",
+    gradient: str = "auto",
 ) -> Tensor:
-    """Pseudo-Huber loss, the distance of consistency training (BCM eq. 11), with nothing stored between the passes.
+    """Pseudo-Huber loss, the distance of consistency training (BCM eq. 11), from one reading of its inputs.
 
     ``vector``: sqrt(|r|^2 + c^2) - c per sample, r = pred - target; ``elementwise``: the mean of sqrt(r_i^2 + c^2) - c
     over a sample's elements. Both are computed as s / (sqrt(s + c^2) + c); value and gradient are 0 at s = c = 0.
@@ -40,11 +40,13 @@ def pseudo_huber(
             infinite or NaN residual still gives NaN. Weights must be >= 0: a negative sum becomes NaN.
         kind: "vector", "elementwise" or "squared".
         reduction: "mean" or "sum" of the weighted distances over the batch, or "none".
-        gradient: "backward" re-reads the inputs in the backward pass. "forward" reads them once, forms the gradients
-            with the value and keeps them in place of the inputs. The backward pass returns the stored gradients scaled
-            by the upstream gradient (one more rounding unless it is a power of two). Gradients of halves are not
-            kept, since they could not be scaled without loss: where one is needed, "forward" acts as "backward". Second
-            derivatives raise, because the inputs are not kept.
+        gradient: "backward" reads the inputs again in the backward pass. "forward" reads them once, forms the gradients
+            with the value and keeps them in place of the inputs; second derivatives raise. "auto" does the same and
+            keeps references to the inputs too, for second derivatives. The backward pass returns the kept gradients
+            scaled by the upstream gradient: where that is no power of two, they are rounded once more than by
+            "backward". Gradients of halves are not kept, since they could not be scaled without loss: where one is
+            needed, "forward" and "auto" act as "backward". So does "auto" in traced and compiled code, and under hooks
+            for saved tensors, such as those of checkpoints.
 
     Returns:
         The loss, 0-d or (B,), float64 where pred or target is float64, else float32: it is not rounded to halves. The
@@ -59,7 +61,7 @@ def pseudo_huber(
     >>> bk.pseudo_huber(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), c=0.0)
     tensor(5.)
     """
-    return PSEUDO_HUBER.reduced((pred, target, weight, c, kind, reduction), gradient)
+    return PSEUDO_HUBER.loss((pred, target, weight), (c,), (kind, reduction), gradient)
 
 
 def consistency_loss(
@@ -77,7 +79,7 @@ def consistency_loss(
     sigma_data: Number = 0.5,
     sigma_min: Number = 0.002,
     scaled: bool = False,
-    gradient: str = "backward",
+    gradient: str = "auto",
 ) -> Tensor:
     """``pseudo_huber(denoise(x, F, t, u), target)`` without the denoised sample: training allocates only F's gradient.
 
@@ -109,4 +111,4 @@ def consistency_loss(
     tensor(5.)
     """
     numbers, names = (c, sigma_data, sigma_min), (parameterization, scaled, kind, reduction)
-    return CONSISTENCY_LOSS.reduced((F, target, x, t, u, weight, *numbers, *names), gradient)
+    return CONSISTENCY_LOSS.loss((F, target, x, t, u, weight), numbers, names, gradient)

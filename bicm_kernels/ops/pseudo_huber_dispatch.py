@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from bicm_kernels import backend
 from bicm_kernels.ops import arguments
+from bicm_kernels.ops.op import direct_call
 from bicm_kernels.ops.reduction import Reduction, check_choice
+from bicm_kernels.ops.reduction_functions import APPLIES, GRADIENTS
 from bicm_kernels.ops.row import Call, Types
+from bicm_kernels.torch_internals import undisturbed
 
 CODES: dict[str, dict[Any, int]] = {
     "parameterization": {"bcm": 0, "cm": 1, "edm": 2},
@@ -74,13 +78,36 @@ class LossOp(Reduction):
     """A loss: tensors, the first of which are states; numbers; and flags, which have codes."""
 
     states_end: int | None = 2
-    sums: int = 1
+    sums: ClassVar[int] = 1
+    goes_direct: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         tables = [CODES[name] for name in self.flag_names]
         #: The codes of names.
         self.codes = {names: tuple(t[n] for t, n in zip(tables, names, strict=True)) for names in product(*tables)}
+
+    def loss(self, tensors: Sequence[Any], numbers: Sequence[Any], names: tuple[Any, ...], gradient: str) -> Tensor:
+        """The value of a call, past the dispatcher where possible."""
+        if backend.direct is not None and not arguments.dynamo():
+            try:
+                operands, rest = tensors, (*numbers, *self.codes[names])
+                found = direct_call(self.name, GRADIENTS[gradient], *operands, *rest)
+                if found is None and undisturbed():
+                    # Floats among the tensors, a mask, or a weight that is to be expanded.
+                    laid_out = self.laid_out(tensors)
+                    if any(a is not b for a, b in zip(tensors, laid_out, strict=True)):
+                        found, operands = direct_call(self.name, GRADIENTS[gradient], *laid_out, *rest), laid_out
+                if type(found) is tuple:
+                    kept, *made = found
+                    way = gradient if kept else "backward"
+                    found = APPLIES[way]((self, self.kernels["bare"], rest), made, *operands)
+                if found is not None:
+                    value: Tensor = found
+                    return value
+            except arguments.FAILURES:
+                pass  # the long way says why
+        return self.reduced((*tensors, *numbers, *names), gradient)
 
     def parameters(self, types: Types) -> list[str]:
         number = types[0].rstrip("?")
@@ -99,8 +126,8 @@ class LossOp(Reduction):
         return value
 
     def spelled(self, call: Call) -> tuple[Sequence[Any], Sequence[Any]]:
-        numbers, names = call[self.first_number : self.first_flag], call[self.first_flag :]
-        return call[: self.first_number], (*numbers, *self.codes[tuple(names)])
+        at, names = self.first_number, self.first_integer  # there are no integers: names come next
+        return call[:at], (*call[at:names], *self.codes[tuple(call[names:])])
 
     def laid_out(self, tensors: Sequence[Any]) -> Sequence[Any]:
         *levels, weight = arguments.coefficients(tensors[self.states_end :])

@@ -6,113 +6,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from bicm_kernels.ops import arguments
-from bicm_kernels.ops.kept_gradient import Gradients, can_be_kept, differentiate, filled
+from bicm_kernels.ops.kept_gradient import can_be_kept, differentiate
 from bicm_kernels.ops.library import define, library
-from bicm_kernels.ops.op import Op
+from bicm_kernels.ops.op import Op, derivatives
+from bicm_kernels.ops.reduction_functions import (
+    APPLIES,
+    FUNCTIONS,
+    GRADIENTS,
+    Kernels,
+    bits,
+    gradients,
+    way_of,
+)
 from bicm_kernels.ops.row import NUMBERS, TENSORS, Call
-from bicm_kernels.torch_internals import apply_of, bare, is_batched_gradient, transformed, undisturbed
+from bicm_kernels.torch_internals import bare, undisturbed
 
 _Kernel = Callable[..., Any]
 
 _SUFFIXES = ("", "_backward", "_with_gradients")
-#: Whether the gradient is formed with the value.
-_GRADIENT = {"backward": False, "forward": True}
-
-
-class Kernels(NamedTuple):
-    """An overload's ops: the value, its derivative, and both at once."""
-
-    value: _Kernel
-    derivative: _Kernel
-    both: _Kernel
-
-
-# An op, its kernels, and the arguments that are not tensors.
-_Call = tuple["Reduction", Kernels, Sequence[Any]]
 
 
 def check_choice(name: str, value: object, choices: dict[Any, Any]) -> None:
     """Raise unless a value is one of those that have a meaning."""
     if not isinstance(value, str | bool) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-
-
-def _bits(needs: Sequence[bool]) -> int:
-    """The tensors whose gradients are needed, as the schemas say it."""
-    found = 0
-    for k, need in enumerate(needs):
-        found += need << k
-    return found
-
-
-@arguments.faithful
-def _gradients(
-    op: Reduction,
-    kernel: _Kernel,
-    upstream: Tensor,
-    sums: Sequence[Tensor],
-    needs: Sequence[bool],
-    tensors: Sequence[Any],
-    rest: Sequence[Any],
-) -> Gradients:
-    """The derivatives that are needed, in one pass; through the reference where they are differentiated themselves."""
-    if not (torch.is_grad_enabled() or is_batched_gradient(upstream) or transformed()):
-        return filled(needs, kernel(upstream, *sums, _bits(needs), *op.joined(tensors, rest)))
-    differentiable = torch.is_grad_enabled()
-    states, others = op.divided(tensors)
-    with torch.enable_grad():
-        # Views, because one tensor may be given twice.
-        inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in states]
-        value = op.plain_value([*inputs, *others], rest)
-        wanted = [x for x, need in zip(inputs, needs, strict=False) if need]
-        return filled(needs, torch.autograd.grad(value, wanted, upstream, create_graph=differentiable))
-
-
-class Tracked(torch.autograd.Function):
-    """An op for eager calls; what ``register_autograd`` makes for traced graphs costs several times as much."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Any) -> Tensor:
-        op, kernels, rest = call
-        value, sums = op.opened(kernels.value(*op.joined(tensors, rest)))
-        ctx.save_for_backward(*sums, *tensors)
-        ctx.call = call
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor) -> Any:
-        op, kernels, rest = ctx.call
-        sums, tensors = ctx.saved_tensors[: op.sums], ctx.saved_tensors[op.sums :]
-        needs = ctx.needs_input_grad[1:]
-        return None, *_gradients(op, kernels.derivative, upstreams[0], sums, needs, tensors, rest)
-
-
-class Kept(torch.autograd.Function):
-    """The same with the gradients formed with the value, kept in place of the tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Any) -> Tensor:
-        op, kernels, rest = call
-        ctx.needs = ctx.needs_input_grad[1:]
-        value: Tensor
-        value, gradients = kernels.both(_bits(ctx.needs), *op.joined(tensors, rest))
-        ctx.save_for_backward(*gradients)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor) -> Any:
-        return None, *differentiate(upstreams[0], ctx.saved_tensors, ctx.needs)
-
-
-# Without the detour through Function.apply, which looks for the transforms that `quick` ruled out.
-_apply = apply_of(Tracked)
-_apply_kept = apply_of(Kept)
 
 
 @dataclass(eq=False)
@@ -124,8 +47,11 @@ class Reduction(Op):
 
     #: Where the states end among the tensors, in which it is differentiated; None: all are states.
     states_end: int | None = None
+    # Of the class: see Row.__post_init__ for why an object has few attributes.
     #: How many tensors a value leaves for its derivative.
-    sums: int = 0
+    sums: ClassVar[int] = 0
+    #: Whether the native library has functions for it that bypass the dispatcher: see `direct_call`.
+    goes_direct: ClassVar[bool] = False
     #: By the overload's name; "bare" is the one with numbers, called without torch's wrapper.
     kernels: dict[str, Kernels] = field(default_factory=dict)
 
@@ -197,13 +123,14 @@ class Reduction(Op):
             ctx.lengths = [len(x) if isinstance(x, list | tuple) else -1 for x in inputs]
 
         def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:
-            sums, saved = ctx.saved_tensors[: self.sums], ctx.saved_tensors[self.sums :]
+            found = ctx.saved_tensors  # read once, as checkpoints ask for
+            sums, saved = found[: self.sums], found[self.sums :]
             flat = iter([x if tensor is None else tensor for x, tensor in zip(ctx.plain, saved, strict=True)])
             call = [next(flat) if n < 0 else [next(flat) for _ in range(n)] for n in ctx.lengths]
             tensors, rest = self.parted(call)
             needs = self.parted(ctx.needs_input_grad)[0]
-            found = _gradients(self, self.kernels["tensor"].derivative, upstream, sums, needs, tensors, rest)
-            return (*self.joined(found, nothing_for(rest)),)
+            each = gradients(self, self.kernels["tensor"].derivative, upstream, sums, needs, tensors, rest)
+            return (*self.joined(each, nothing_for(rest)),)
 
         def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
             needs, *call = inputs
@@ -224,6 +151,7 @@ class Reduction(Op):
         for suffix, derivative, context in (("", backward, save), (_SUFFIXES[-1], give_out, keep)):
             name = f"bicm_kernels::{self.name}{suffix}.tensor"
             torch.library.register_autograd(name, derivative, setup_context=context, lib=library)
+            derivatives.add(f"{name.replace('::', '/')}/Autograd")
 
     def plain_value(self, tensors: Sequence[Any], rest: Sequence[Any]) -> Tensor:
         """The reference of what a schema takes."""
@@ -245,19 +173,20 @@ class Reduction(Op):
         """The value of a call, by a kernel, or by the reference where something asks for it."""
         if not arguments.dynamo():
             try:
-                value = self.quick(call, _GRADIENT[gradient])
+                value = self.quick(call, gradient)
                 if value is not None:
                     return value
             except arguments.FAILURES:
                 pass  # the long way says why
         try:
-            return self.long(call, _GRADIENT[gradient])
+            check_choice("gradient", gradient, GRADIENTS)
+            return self.long(call, gradient)
         except arguments.FAILURES as error:
             arguments.explain(error, lambda: self.check_all(call, gradient))
 
-    def quick(self, call: Call, keeps: bool) -> Tensor | None:
+    def quick(self, call: Call, gradient: str) -> Tensor | None:
         """The value of an eager call of plain numbers; None where a call is another."""
-        if not undisturbed():
+        if not (undisturbed() and gradient in GRADIENTS):
             return None
         tensors, rest = self.spelled(call)
         if not (arguments.has_kernel(tensors[0]) and arguments.no_tensors(rest)):
@@ -270,12 +199,12 @@ class Reduction(Op):
                 return None
         kernels = self.kernels["bare"]
         if tracked and torch.is_grad_enabled():
-            apply = _apply_kept if keeps and can_be_kept(states) else _apply
-            value: Tensor = apply((self, kernels, rest), *tensors)
+            apply = APPLIES[way_of(gradient, states)]
+            value: Tensor = apply((self, kernels, rest), None, *tensors)
             return value
         return self.opened(kernels.value(*self.joined(tensors, rest)))[0]
 
-    def long(self, call: Call, keeps: bool) -> Tensor:
+    def long(self, call: Call, gradient: str) -> Tensor:
         tensors, rest = self.spelled(call)
         numbers = arguments.numbers(rest)
         others = self.divided(tensors)[1]
@@ -297,22 +226,24 @@ class Reduction(Op):
         if (traced and tracked) or arguments.compiling() or not arguments.no_tensors(numbers):
             overload, rest = "tensor", self.rest_as_tensors(call, rest)
         kernels = self.kernels[overload]
-        keeps = keeps and tracked and can_be_kept(states)
         if traced or not tracked:
             given = self.joined(tensors, rest)
-            if keeps:
-                return self.traceable(kernels.both)(_bits([x.requires_grad for x in states]), *given)[0]
+            if tracked and gradient == "forward" and can_be_kept(states):
+                return self.traceable(kernels.both)(bits([x.requires_grad for x in states]), *given)[0]
             return self.opened(self.traceable(kernels.value)(*given))[0]
+        if gradient == "auto" and (arguments.unseen(tensors[0]) or arguments.scripting()):
+            gradient = "backward"  # kept gradients are scaled by a number that is read, which no traced graph can do
+        if gradient == "auto" and any(isinstance(x, Tensor) and x.is_inference() for x in tensors):
+            gradient = "forward"  # torch saves no such tensor
         # Copies, because nothing would notice if they were overwritten before the backward pass.
         copied = [[_copied(y) for y in x] if isinstance(x, list | tuple) else _copied(x) for x in rest]
-        function: Any = Kept if keeps else Tracked
-        value: Tensor = function.apply((self, kernels, copied), *tensors)
+        value: Tensor = FUNCTIONS[way_of(gradient, states)].apply((self, kernels, copied), None, *tensors)
         return value
 
     def check_all(self, call: Call, gradient: object) -> None:
         """Raise what is wrong with a call, if anything is."""
         self.check(call, None)
-        check_choice("gradient", gradient, _GRADIENT)
+        check_choice("gradient", gradient, GRADIENTS)
 
 
 def _copied(x: Any) -> Any:

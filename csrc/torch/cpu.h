@@ -14,6 +14,7 @@ const Kernels& active_kernels();
 struct Cpu {
   // Elements per thread at which another thread pays off; below it, one thread is faster.
   static constexpr int64_t kGrain = 32768, kNoiseGrain = 8192;
+  static constexpr bool kOnHost = true;
 
   template <class Problem, class Kernel>
   static void split(const Problem& problem, const Layout& layout, int64_t grain, Kernel kernel) {
@@ -34,9 +35,10 @@ struct Cpu {
   static void run(const struct Noise& problem, const Tensor&) { run(problem); }
   static void run(const struct NoisyPair& problem);
   static void run(const struct NoisyPair& problem, const Tensor&) { run(problem); }
+  static void sums(struct PseudoHuber& problem, const Tensor& loss, double* sums);
   static void sums(struct PseudoHuber& problem, const Tensor& loss, const Tensor& sums);
   static void gradients(const struct PseudoHuber& problem, const Tensor&);
-  static void sums_and_gradients(struct PseudoHuber& problem, const Tensor& loss, const Tensor& sums);
+  static void sums_and_gradients(struct PseudoHuber& problem, const Tensor& loss, double* sums);
   static void scale(const struct KeptGradient& problem, const Tensor&);
   static void run(const struct Gaussian& problem);
   static void run(const struct Gaussian& problem, const Tensor&) { run(problem); }

@@ -30,25 +30,7 @@ inline void ratio_of(ExactStep& step, const PythonArguments::Counter& n, const P
 
 namespace {
 
-bool read(PyObject* from, bool& to) {
-  to = from == Py_True;
-  return PyBool_Check(from);
-}
-
-bool read(PyObject* from, double& to) {
-  if (!PyFloat_CheckExact(from)) return false;
-  to = PyFloat_AsDouble(from);
-  return true;
-}
-
-// Seeds above the signed range denote the integer with the same bits.
-bool read(PyObject* from, int64_t& to) {
-  if (!PyLong_CheckExact(from)) return false;
-  int overflow;
-  to = PyLong_AsLongLongAndOverflow(from, &overflow);
-  if (overflow > 0) to = static_cast<int64_t>(PyLong_AsUnsignedLongLong(from));
-  return overflow >= 0 && PyErr_Occurred() == nullptr;
-}
+using bicm::read;
 
 template <class T>
 bool read(PyObject* from, OrTensor<T>& to) {
@@ -240,7 +222,7 @@ bool add_direct(PyObject* module) {
   if (!open_torch()) return true;
   open_generator();
   abi::look_for_handles();
-  return PyModule_AddFunctions(module, methods) == 0;
+  return PyModule_AddFunctions(module, methods) == 0 && add_direct_losses(module);
 }
 
 }  // namespace bicm

@@ -1,4 +1,4 @@
-// The step ops as functions of the Python module.
+// The step ops and the losses as functions of the Python module.
 #pragma once
 
 #include <Python.h>
@@ -7,5 +7,8 @@ namespace bicm {
 
 // Adds them to the module; leaves them out where torch lacks what they need. False: a Python error is set.
 bool add_direct(PyObject* module);
+
+// The losses among them.
+bool add_direct_losses(PyObject* module);
 
 }  // namespace bicm

@@ -57,8 +57,12 @@ void add_up(PseudoHuber& p, const Tensor& loss, double* results, void (*kernel)(
 
 }  // namespace
 
-void Cpu::sums(PseudoHuber& p, const Tensor& loss, const Tensor& sums) {
-  add_up(p, loss, static_cast<double*>(sums.data_ptr()), active_kernels().pseudo_huber);
+void Cpu::sums(PseudoHuber& p, const Tensor& loss, double* sums) {
+  add_up(p, loss, sums, active_kernels().pseudo_huber);
+}
+
+void Cpu::sums(PseudoHuber& p, const Tensor& loss, const Tensor& results) {
+  sums(p, loss, static_cast<double*>(results.data_ptr()));
 }
 
 void Cpu::gradients(const PseudoHuber& p, const Tensor&) {
@@ -66,12 +70,11 @@ void Cpu::gradients(const PseudoHuber& p, const Tensor&) {
 }
 
 // A gradient that needs the sums of several chunks takes a second pass, in which all threads share a sample.
-void Cpu::sums_and_gradients(PseudoHuber& p, const Tensor& loss, const Tensor& sums) {
+void Cpu::sums_and_gradients(PseudoHuber& p, const Tensor& loss, double* sums) {
   const Kernels& kernels = active_kernels();
   const bool at_once = gradient_follows_sum(p);
-  add_up(p, loss, static_cast<double*>(sums.data_ptr()),
-         at_once ? kernels.pseudo_huber_with_gradient : kernels.pseudo_huber);
-  if (!at_once) gradients(p, sums);
+  add_up(p, loss, sums, at_once ? kernels.pseudo_huber_with_gradient : kernels.pseudo_huber);
+  if (!at_once) gradients(p, loss);
 }
 
 void Cpu::scale(const KeptGradient& p, const Tensor&) { split(p, p.layout, kGrain, active_kernels().scale_gradient); }

@@ -63,9 +63,27 @@ class LossCall {
   template <class Device>
   std::tuple<Tensor, Tensor> value() {
     merge_all();
-    auto [loss, sums] = numbers();
+    Tensor loss = loss_tensor(), sums = sums_tensor();
     Device::sums(p, loss, sums);
     return {std::move(loss), std::move(sums)};
+  }
+
+  template <class Device>
+  Tensor value_alone() {
+    merge_all();
+    Tensor loss = loss_tensor();
+    Scratch<Device> sums(*this);
+    Device::sums(p, loss, sums.place());
+    return loss;
+  }
+
+  // Whether no gradient is a half, which would lose digits before the upstream gradient is known.
+  bool can_keep(int64_t needs) const {
+    for (int i = 0; i < count_; ++i) {
+      const bool half = views_[i].dtype == DType::float16 || views_[i].dtype == DType::bfloat16;
+      if (half && (needs >> i & 1) != 0) return false;
+    }
+    return true;
   }
 
   // The loss, and the gradients of `needs` for an upstream of 1.
@@ -73,11 +91,12 @@ class LossCall {
   std::tuple<Tensor, std::vector<Tensor>> value_and_gradients(int64_t needs) {
     p.upstream = number_of(1.0);
     std::vector<Tensor> results = outputs(needs);
-    auto [loss, sums] = numbers();
+    Tensor loss = loss_tensor();
+    Scratch<Device> sums(*this);
     if (results.empty() || p.layout.batch == 0 || p.layout.elements == 0) {
-      Device::sums(p, loss, sums);
+      Device::sums(p, loss, sums.place());
     } else {
-      Device::sums_and_gradients(p, loss, sums);
+      Device::sums_and_gradients(p, loss, sums.place());
     }
     return {std::move(loss), std::move(results)};
   }
@@ -114,13 +133,26 @@ class LossCall {
     add(weight_, p.element_weight);
   }
 
-  // The loss and the sums, uninitialised.
-  std::tuple<Tensor, Tensor> numbers() const {
-    const int64_t batch = p.layout.batch;
+  // Sums of samples that are not returned: for a kernel on the host, no tensor.
+  template <class Device, bool OnHost = Device::kOnHost>
+  struct Scratch {
+    explicit Scratch(const LossCall& call) : sums(call.sums_tensor()) {}
+    const Tensor& place() const { return sums; }
+    Tensor sums;
+  };
+  template <class Device>
+  struct Scratch<Device, true> {
+    explicit Scratch(const LossCall& call) : sums(static_cast<size_t>(call.p.layout.batch)) {}
+    double* place() { return sums.data(); }
+    std::vector<double> sums;
+  };
+
+  // The loss, and the sums of samples, uninitialised.
+  Tensor loss_tensor() const {
     const int32_t dtype = p.float64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-    return {empty_tensor(*inputs_[0], p.reduction == Reduction::none ? 1 : 0, batch, dtype),
-            empty_tensor(*inputs_[0], 1, batch, aoti_torch_dtype_float64())};
+    return empty_tensor(*inputs_[0], p.reduction == Reduction::none ? 1 : 0, p.layout.batch, dtype);
   }
+  Tensor sums_tensor() const { return empty_tensor(*inputs_[0], 1, p.layout.batch, aoti_torch_dtype_float64()); }
 
   // Tensors for the gradients, with the inputs' layout.
   std::vector<Tensor> outputs(int64_t needs) {

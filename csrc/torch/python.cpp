@@ -69,6 +69,8 @@ class Question {
 // Functions and objects of torch, looked up once.
 struct Torch {
   PyObject *tensor, *empty_strided, *empty_like, *forward_mode, *profiler, *implementations;
+  // Asks for the hooks for saved tensors; nullptr where torch has no such function.
+  PyObject* saving_hooks;
   Question is_negated, is_tracing, transforms;
   // Active modes that must intercept ops.
   std::array<Question, 2> watchers;
@@ -237,11 +239,23 @@ bool read(PyObject* from, PythonArguments::Mask& to) {
   return true;
 }
 
+bool is_tracked(PyObject* tensor) { return !untracked(tensor); }
+
+bool saves_through_hooks() {
+  if (torch_.saving_hooks == nullptr) return true;
+  PyObject* const hooks = PyObject_CallFunctionObjArgs(torch_.saving_hooks, Py_True, nullptr);
+  Py_XDECREF(hooks);
+  return hooks != Py_None;
+}
+
+bool look_into_plain(PyObject* from, View& view) {
+  // A view with the negative bit is not ordinary memory.
+  return is_of_torch(from) && look_into(from, view) && torch_.is_negated.says_no(from);
+}
+
 bool read(PyObject* from, Object& to) {
   View view;
-  // A view with the negative bit is not ordinary memory.
-  if (!is_of_torch(from) || !look_into(from, view) || !torch_.is_negated.says_no(from) || !untracked(from))
-    return false;
+  if (!look_into_plain(from, view) || !untracked(from)) return false;
   Py_INCREF(from);
   to = Object(from, view);
   return true;
@@ -308,6 +322,7 @@ bool open_torch() {
   if (PyObject* function = look_up("torch._C._is_tracing")) torch_.is_tracing = Question(function);
   if (PyObject* function = look_up("torch._C._functorch.peek_interpreter_stack"))
     torch_.transforms = Question(function);
+  torch_.saving_hooks = find("torch._C._autograd._top_saved_tensors_default_hooks");
   torch_.requires_grad = PyUnicode_InternFromString("requires_grad");
   torch_.profiling = PyUnicode_InternFromString("_is_profiler_enabled");
   torch_.level = PyUnicode_InternFromString("_current_level");

@@ -51,10 +51,39 @@ inline View view_of(const Object& object, Kinds kinds = Kinds::floating) {
   return object.view;
 }
 
-// False unless it is a CPU tensor of torch's own type, with plain memory and no derivative to record.
+// Whether autograd would record an operation on a tensor.
+bool is_tracked(PyObject* tensor);
+
+// Whether hooks pack what is saved for the backward pass, or nobody knows.
+bool saves_through_hooks();
+
+// False unless it is a CPU tensor of torch's own type, with plain memory.
+bool look_into_plain(PyObject* from, View& view);
+
+// The same with no derivative to record.
 bool read(PyObject* from, Object& to);
 
 bool read(PyObject* from, DType& to);
+
+inline bool read(PyObject* from, bool& to) {
+  to = from == Py_True;
+  return PyBool_Check(from);
+}
+
+inline bool read(PyObject* from, double& to) {
+  if (!PyFloat_CheckExact(from)) return false;
+  to = PyFloat_AsDouble(from);
+  return true;
+}
+
+// Seeds above the signed range denote the integer with the same bits.
+inline bool read(PyObject* from, int64_t& to) {
+  if (!PyLong_CheckExact(from)) return false;
+  int overflow;
+  to = PyLong_AsLongLongAndOverflow(from, &overflow);
+  if (overflow > 0) to = static_cast<int64_t>(PyLong_AsUnsignedLongLong(from));
+  return overflow >= 0 && PyErr_Occurred() == nullptr;
+}
 
 // The address and length of a contiguous byte tensor on the CPU; null for anything else.
 void* bytes_of(PyObject* tensor, int64_t& count);

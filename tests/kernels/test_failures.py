@@ -54,8 +54,10 @@ LOSSES = {
     "denoise": lambda x, y: bk.denoise(x, y, 0.5, 0.1),
     "add_noise": lambda x, y: bk.add_noise(x, 0.5, seed=1),
     "noisy_pair": lambda x, y: bk.noisy_pair(x, 0.5, 1.0, seed=1, step=2)[0],
-    "pseudo_huber": lambda x, y: bk.pseudo_huber(x, y),
-    "consistency_loss": lambda x, y: bk.consistency_loss(x, y, 0.5, 0.1, y),
+    "pseudo_huber": lambda x, y: bk.pseudo_huber(x, y, gradient="backward"),
+    "pseudo_huber, kept": lambda x, y: 0.3 * bk.pseudo_huber(x, y),
+    "consistency_loss": lambda x, y: bk.consistency_loss(x, y, 0.5, 0.1, y, gradient="backward"),
+    "consistency_loss, kept": lambda x, y: 0.3 * bk.consistency_loss(x, y, 0.5, 0.1, y, gradient="forward"),
 }
 
 

@@ -36,7 +36,7 @@ ERRORS: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (ValueError, "reduction must be one of mean, sum, got 'none'", lambda: step(reduction="none")),
     (ValueError, "reduction must be one of mean, sum, got 3", lambda: density(reduction=3)),
     (ValueError, r"reduction must be one of mean, sum, got \[\]", lambda: divergence(reduction=[])),
-    (ValueError, "gradient must be one of backward, forward, got 'both'", lambda: density(gradient="both")),
+    (ValueError, "gradient must be one of auto, backward, forward, got 'both'", lambda: density(gradient="both")),
     (ValueError, "seed must be given where noise is drawn, got None and std=1.0", lambda: step(seed=None)),
     (TypeError, "seed must be an int", lambda: step(seed=1.5)),
     (ValueError, "step must be in", lambda: step(step=-1)),

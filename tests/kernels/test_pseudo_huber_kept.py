@@ -142,9 +142,9 @@ def test_nothing() -> None:
 @pytest.mark.parametrize("value", ["Forward", "", None, True, ["forward"]])
 def test_another_name_is_an_error(any_backend: None, value: Any) -> None:
     x = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="gradient must be one of backward, forward, got"):
+    with pytest.raises(ValueError, match="gradient must be one of auto, backward, forward, got"):
         bk.pseudo_huber(x, x, gradient=value)
-    with pytest.raises(ValueError, match="gradient must be one of backward, forward, got"):
+    with pytest.raises(ValueError, match="gradient must be one of auto, backward, forward, got"):
         bk.consistency_loss(x, x, 1.0, None, x, gradient=value)
 
 

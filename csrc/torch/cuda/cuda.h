@@ -10,6 +10,8 @@
 namespace bicm {
 
 struct Cuda {
+  static constexpr bool kOnHost = false;
+
   template <class Launch>
   static void on_stream(const Tensor& tensor, Launch launch) {
     const int32_t device = tensor.device_index();

@@ -54,7 +54,7 @@ def bct_loss(
     target: str = "shared",
     leap: str = "low",
     per_root: bool = False,
-    gradient: str = "forward",
+    gradient: str = "auto",
 ) -> BctLoss:
     """Return the BCT loss of a batch (BCM eq. 9, Alg. 1), f = denoise(x, F, t, u) with the bcm parameterisation:
 
@@ -73,8 +73,8 @@ def bct_loss(
     leap: "low", or "high" for a trajectory term that starts one level higher, d(f̄(f(x_{n+1}, t_{n+1}, t_n'), t_n',
         t_min), sg f(x_n, t_n, t_min)) / |t_n - t_n'|. per_root: whether distances are divided by √d. The authors'
         released ImageNet-64 weights were trained with leap="high", per_root=True and c=0.06.
-    gradient: "forward" or "backward", see `bicm_kernels.pseudo_huber`: the same bits for an upstream of a power of
-        two; "backward" has second derivatives.
+    gradient: "auto", "forward" or "backward", see `bicm_kernels.pseudo_huber`: the same bits for an upstream of a power
+        of two; "forward" has no second derivatives.
     Raises TypeError for arguments of another kind and for a network in DataParallel, in FSDP1, or with a
     DistributedDataParallel inside that records which parameters are used; ValueError for another target, leap,
     gradient or shape. Warns of levels that do not begin at t_min, if they are on the host.

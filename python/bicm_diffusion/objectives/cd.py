@@ -38,7 +38,7 @@ def cd_loss(
     c: float | None = None,
     sigma_data: float = 0.5,
     t_min: float = T_MIN,
-    gradient: str = "forward",
+    gradient: str = "auto",
 ) -> Loss:
     """Return the CD loss of a batch, d(f(x_{n+1}, t_{n+1}), sg f(x_n, t_n)) / (t_{n+1} - t_n), a mean (GC eq. 4, 5).
 

@@ -80,7 +80,7 @@ def ect_loss(
     c: float = 0.0,
     sigma_data: float = 0.5,
     t_min: float = T_MIN,
-    gradient: str = "forward",
+    gradient: str = "auto",
 ) -> Loss:
     """Return the ECT loss of a batch, d(f(x + tz, t), sg f(x + rz, r)) / (t - r), a mean; the target is x where r = 0.
 

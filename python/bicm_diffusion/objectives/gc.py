@@ -41,7 +41,7 @@ def gc_loss(
     c: float | None = None,
     sigma_data: float = 0.5,
     t_min: float = T_MIN,
-    gradient: str = "forward",
+    gradient: str = "auto",
 ) -> Loss:
     """Return the GC loss of a batch (GC eq. 13 to 15 and 21, Alg. 1): iCT's, with x̂ for a fraction mu of x.
 

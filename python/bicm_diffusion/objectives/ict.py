@@ -35,7 +35,7 @@ def ict_loss(
     c: float | None = None,
     sigma_data: float = 0.5,
     t_min: float = T_MIN,
-    gradient: str = "forward",
+    gradient: str = "auto",
 ) -> Loss:
     """Return the iCT loss of a batch (BCM eq. 5), d(f(x_{n+1}, t_{n+1}), sg f(x_n, t_n)) / (t_{n+1} - t_n), a mean.
 

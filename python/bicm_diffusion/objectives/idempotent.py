@@ -53,7 +53,7 @@ def ign_loss(
     tight: float = 2.5,
     bound: float | None = 1.5,
     latent_std: float = 1.0,
-    gradient: str = "forward",
+    gradient: str = "auto",
 ) -> Loss:
     """Return the loss of an idempotent generative network (SIGN eq. 3 to 6), a weighted sum of means over the batch:
 
@@ -126,7 +126,7 @@ def sign_loss(
     alpha_power: int = 1,
     kind: str = "squared",
     c: float | None = None,
-    gradient: str = "forward",
+    gradient: str = "auto",
 ) -> Loss:
     """Return the score-based loss of an idempotent network (SIGN eq. 9), a weighted sum of means over the batch.
 

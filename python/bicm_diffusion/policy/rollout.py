@@ -99,7 +99,7 @@ def recorded_log_prob(
     guidance_scale: Number | None = None,
     extra_args: Mapping[str, Any] | None = None,
     reduction: str = "mean",
-    gradient: str = "backward",
+    gradient: str = "auto",
 ) -> tuple[Tensor, Any]:
     """Return the log-probability (B,) of a recorded step from i to i - 1 under a model, and its output at z_i.
 
