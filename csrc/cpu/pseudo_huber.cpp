@@ -1,29 +1,31 @@
 // Pseudo-Huber losses on one unit at a time: the residual into a buffer, then its sum or its gradients.
 #include "../core/pseudo_huber.h"
 
-#include "staging.h"
+#include "blocks.h"
 #include "sums.h"
 
 BICM_NAMESPACE_BEGIN
 namespace {
 
-// The residual, never stored.
-template <class C, bool Denoises>
+// The residual, never stored, of inputs in memory of one kind.
+template <class M, class C, bool Denoises>
 struct Residual {
-  const C *prediction, *target, *x;
+  M prediction, target, x;
   C c_skip, c_out;
   BICM_HD C operator()(int64_t i) const {
-    return (Denoises ? c_skip * x[i] + c_out * prediction[i] : prediction[i]) - target[i];
+    return (Denoises ? c_skip * x(i) + c_out * prediction(i) : prediction(i)) - target(i);
   }
   template <class Lanes>
   BICM_HD Lanes lanes(int64_t i) const {
-    const Lanes y = load_lanes<Lanes>(prediction + i);
-    return (Denoises ? c_skip * load_lanes<Lanes>(x + i) + c_out * y : y) - load_lanes<Lanes>(target + i);
+    const Lanes y = prediction.template lanes<Lanes>(i);
+    return (Denoises ? c_skip * x.template lanes<Lanes>(i) + c_out * y : y) - target.template lanes<Lanes>(i);
   }
 };
 
 template <class C>
 struct Buffers {
+  explicit Buffers(Memory inputs) : memory(inputs) {}
+  const Memory memory;  // of the inputs
   alignas(64) C prediction[kChunk];
   alignas(64) C target[kChunk];
   alignas(64) C x[kChunk];
@@ -32,52 +34,77 @@ struct Buffers {
   alignas(64) double terms[kChunk];  // where elements have weights
 };
 
-// Calls visit with the unit's residual, after loading its inputs.
+Memory memory_for(const PseudoHuber& p) {
+  CommonMemory common;
+  common.add(p.prediction);
+  common.add(p.target);
+  if (p.denoises) common.add(p.x);
+  for (int k = 0; k < kLossInputs; ++k) {
+    if (p.wanted[k]) common.add(p.gradient[k]);
+  }
+  return p.float64 ? Memory::none : common.memory();
+}
+
+template <class M, class C, class Visit>
+BICM_HD void visit_residual(M prediction, M target, M x, bool denoises, const Preconditioning<C>& w, Visit visit) {
+  if (!denoises) return visit(Residual<M, C, false>{prediction, target, x, C(0), C(1)});
+  visit(Residual<M, C, true>{prediction, target, x, w.c_skip, w.c_out});
+}
+
+#if defined(BICM_VECTOR)
+
+template <class Visit>
+BICM_HD void residual_in_registers(const PseudoHuber& p, const Unit& unit, const Preconditioning<float>& weights,
+                                   Memory memory, Visit visit) {
+  with_memory(memory, [&](auto kind) {
+    using M = decltype(kind);
+    const M prediction = memory_of<M>(p.prediction, unit), target = memory_of<M>(p.target, unit);
+    const M x = p.denoises ? memory_of<M>(p.x, unit) : prediction;
+    visit_residual(prediction, target, x, p.denoises, weights, visit);
+  });
+}
+
+// The usual case of training, only F's gradient: from memory to memory. Returns how many elements it did.
+int64_t scale_residual(const PseudoHuber& p, const Unit& unit, const Preconditioning<float>& weights, float factor,
+                       Memory memory) {
+  const bool alone = p.wanted[0] && !p.wanted[1] && !p.wanted[2];
+  if (memory == Memory::none || !alone || p.weighs || !sums_squares(p)) return 0;
+  int64_t i = 0;
+  residual_in_registers(p, unit, weights, memory, [&](const auto& residual) {
+    const auto to = target_of(residual.prediction, p.gradient[0], unit);
+    for (; i + kBlock <= unit.count; i += kBlock) {
+      to.store(each_part([&](int j) { return factor * residual.template lanes<Floats>(i + j * kLanes); }), i);
+    }
+  });
+  return i;
+}
+
+#endif
+
+template <class C>
+int64_t scale_residual(const PseudoHuber&, const Unit&, const Preconditioning<C>&, C, Memory) {
+  return 0;
+}
+
+// Calls visit with the unit's residual, after loading what is not read in registers.
 template <class C, class Visit>
 BICM_HD void with_residual(const PseudoHuber& p, const Unit& unit, const Preconditioning<C>& weights,
                            Buffers<C>& buffers, Visit visit) {
-  const C* prediction = load_unit(p.layout, p.prediction, unit, buffers.prediction);
-  const C* target = load_unit(p.layout, p.target, unit, buffers.target);
-  if (!p.denoises) return visit(Residual<C, false>{prediction, target, nullptr, C(0), C(1)});
-  const C* x = load_unit(p.layout, p.x, unit, buffers.x);
-  visit(Residual<C, true>{prediction, target, x, weights.c_skip, weights.c_out});
+#if defined(BICM_VECTOR)
+  if constexpr (Same<C, float>::value) {
+    if (buffers.memory != Memory::none) return residual_in_registers(p, unit, weights, buffers.memory, visit);
+  }
+#endif
+  const Stored<C> prediction{load_unit(p.layout, p.prediction, unit, buffers.prediction)};
+  const Stored<C> target{load_unit(p.layout, p.target, unit, buffers.target)};
+  const Stored<C> x = p.denoises ? Stored<C>{load_unit(p.layout, p.x, unit, buffers.x)} : prediction;
+  visit_residual(prediction, target, x, p.denoises, weights, visit);
 }
 
 template <class C>
 void form_residual(const PseudoHuber& p, const Unit& unit, const Preconditioning<C>& weights, Buffers<C>& buffers) {
-  C* out = buffers.residual;
-  with_residual(p, unit, weights, buffers, [&](const auto& residual) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < unit.count; ++i) out[i] = residual(i);
-  });
-}
-
-#if defined(BICM_VECTOR)
-BICM_HD void stream(Floats x, float* to) {
-#if defined(BICM_ISA_AVX512)
-  _mm512_stream_ps(to, (__m512)x);
-#else
-  _mm256_stream_ps(to, (__m256)x);
-#endif
-}
-
-// The usual case of training, only F's gradient and larger than the cache: from registers to memory.
-inline bool stream_scaled(const PseudoHuber& p, const Unit& unit, const Preconditioning<float>& weights, float factor,
-                          Buffers<float>& buffers) {
-  const Operand& to = p.gradient[0];
-  const bool alone = p.wanted[0] && !p.wanted[1] && !p.wanted[2] && sums_squares(p) && !p.weighs;
-  if (!alone || !to.streams || !is_compute_type<float>(to) || unit.count % kLanes != 0) return false;
-  float* out = static_cast<float*>(to.data) + unit.sample * to.batch_stride + unit.begin;
-  if (reinterpret_cast<uintptr_t>(out) % sizeof(Floats) != 0) return false;
-  with_residual(p, unit, weights, buffers, [&](const auto& residual) {
-    for (int64_t i = 0; i < unit.count; i += kLanes) stream(factor * residual.template lanes<Floats>(i), out + i);
-  });
-  return true;
-}
-#endif
-template <class C>
-bool stream_scaled(const PseudoHuber&, const Unit&, const Preconditioning<C>&, C, Buffers<C>&) {
-  return false;
+  with_residual(p, unit, weights, buffers,
+                [&](const auto& residual) { evaluate(residual, unit.count, buffers.residual); });
 }
 
 // Values shared by the elements of a sample.
@@ -163,8 +190,7 @@ void store_gradients(const PseudoHuber& p, const Unit& unit, const Factors<C>& f
 }
 
 template <class C>
-void differentiate_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
-  if (f.power == C(1) && stream_scaled(p, unit, f.weights, f.factor[0], buffers)) return;
+void differentiate_part(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
   form_residual(p, unit, f.weights, buffers);
   C* r = buffers.residual;
   if (p.weighs) {
@@ -176,6 +202,12 @@ void differentiate_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>
     for (int64_t i = 0; i < unit.count; ++i) r[i] = r[i] * f.power;
   }
   store_gradients(p, unit, f, buffers);
+}
+
+template <class C>
+void differentiate_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
+  const int64_t done = f.power == C(1) ? scale_residual(p, unit, f.weights, f.factor[0], buffers.memory) : 0;
+  if (done < unit.count) differentiate_part(p, {unit.sample, unit.begin + done, unit.count - done}, f, buffers);
 }
 
 // An elementwise distance's sum and gradients, which are independent.
@@ -213,7 +245,7 @@ double sum_units(const PseudoHuber& p, int64_t first, int64_t last, const Factor
 
 template <class C, bool Differentiates>
 void sums(const PseudoHuber& p, int64_t begin, int64_t end) {
-  Buffers<C> buffers;
+  Buffers<C> buffers(memory_for(p));
   const int64_t chunks = sum_chunks(p.layout), units = units_per_sample(p.layout);
   const bool at_once = Differentiates && p.distance == Distance::elementwise && !p.weighs;
   for (int64_t item = begin; item < end; ++item) {
@@ -240,7 +272,7 @@ void sums(const PseudoHuber& p, int64_t begin, int64_t end) {
 
 template <class C>
 void gradients(const PseudoHuber& p, int64_t begin, int64_t end) {
-  Buffers<C> buffers;
+  Buffers<C> buffers(memory_for(p));
   int64_t sample = -1;
   Factors<C> f = {};
   for (int64_t i = begin; i < end; ++i) {
@@ -262,13 +294,26 @@ void scale(const KeptGradient& p, int64_t begin, int64_t end) {
     const Unit unit = unit_at(p.layout, i);
     const C factor = load_number<C>(p.upstream, unit.sample);
     if (factor == C(1)) continue;
-    const C* x = load_unit(p.layout, p.gradient, unit, buffer);
-#pragma GCC ivdep
-    for (int64_t j = 0; j < unit.count; ++j) buffer[j] = factor * x[j];
-    store_unit(p.layout, p.gradient, unit, buffer);
+    store_scaled(p.layout, p.gradient, unit, factor, load_unit(p.layout, p.gradient, unit, buffer), buffer);
   }
   finish_streams();
 }
+
+#if defined(BICM_VECTOR)
+void scale_in_registers(const KeptGradient& p, int64_t begin, int64_t end, Memory memory) {
+  with_memory(memory, [&](auto kind) {
+    for (int64_t i = begin; i < end;) {
+      const Unit run = run_at(p.layout, i, end);
+      const float factor = load_number<float>(p.upstream, run.sample);
+      const auto to = target_of<decltype(kind)>(p.gradient, run);
+      if (factor != 1.0f) scale_elements(factor, to.memory, to, run.count);
+      i += units_of(run);
+    }
+  });
+}
+#else
+void scale_in_registers(const KeptGradient&, int64_t, int64_t, Memory) {}
+#endif
 
 }  // namespace
 
@@ -285,6 +330,8 @@ void pseudo_huber_with_gradient(const PseudoHuber& p, int64_t begin, int64_t end
 }
 
 void scale_gradient(const KeptGradient& p, int64_t begin, int64_t end) {
+  const Memory memory = memory_for(p.gradient);
+  if (memory != Memory::none) return scale_in_registers(p, begin, end, memory);
   (p.gradient.dtype == DType::float64 ? scale<double> : scale<float>)(p, begin, end);
 }
 
