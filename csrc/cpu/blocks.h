@@ -82,7 +82,14 @@ struct Dense {
     return load_floats(data + i);
   }
   BICM_HD Block load(int64_t i) const {
-    return each_part([&](int j) { return load_floats(data + i + j * kLanes); });
+    Block block;
+    BICM_UNROLL(4)
+    for (int j = 0; j < kBlockVectors; j += 2) {
+      const Pair pair = load_pair(data + i + j * kLanes);
+      block.part[j] = pair.first;
+      block.part[j + 1] = pair.second;
+    }
+    return block;
   }
   template <bool kStreams>
   BICM_HD void store(const Block& x, int64_t i) const {

@@ -96,6 +96,33 @@ BICM_HD Floats load_floats(const BFloat16* from) {
 #endif
 }
 
+struct Pair {
+  Floats first, second;
+};
+
+template <class T>
+BICM_HD Pair load_pair(const T* from) {
+  return {load_floats(from), load_floats(from + kLanes)};
+}
+
+#if defined(BICM_ISA_AVX512)
+// The words of a register for its permutation: first + step i.
+typedef uint16_t Places __attribute__((vector_size(4 * kLanes)));
+BICM_HD Bytes places(int first, int step) {
+  Places place = {};
+  for (int i = 0; i < 2 * kLanes; ++i) place[i] = static_cast<uint16_t>(first + i * step / 2);
+  return (Bytes)place;
+}
+
+// Words to the high halves of lanes in one instruction, and zeros to the low ones.
+BICM_HD Pair load_pair(const BFloat16* from) {
+  constexpr __mmask32 high = 0xAAAAAAAAu;
+  const Bytes x = load_vector<Bytes>(from);
+  return {(Floats)_mm512_maskz_permutexvar_epi16(high, places(0, 1), x),
+          (Floats)_mm512_maskz_permutexvar_epi16(high, places(kLanes, 1), x)};
+}
+#endif
+
 BICM_HD bool any_nan(Floats x, Floats y) {
 #if defined(BICM_ISA_AVX512)
   return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_UNORD_Q) != 0;
@@ -113,8 +140,14 @@ BICM_HD Floats plain_nan(Floats x) {
 
 // Rounded once, in the high half of every word.
 BICM_HD Words round_to_bfloat16(Floats x) {
-  const Words bits = bit_cast<Words>(x);
-  return bits + 0x7FFFu + (bits >> 16 & 1u);
+  const Words bits = bit_cast<Words>(x), up = bits + 0x7FFFu;
+#if defined(BICM_ISA_AVX512)
+  const Bytes one = _mm512_set1_epi32(1);
+  const __mmask16 odd = _mm512_test_epi32_mask((Bytes)bits, _mm512_set1_epi32(0x10000));
+  return (Words)_mm512_mask_add_epi32((Bytes)up, odd, (Bytes)up, one);
+#else
+  return up + (bits >> 16 & 1u);
+#endif
 }
 
 // Two vectors side by side, rounded once: instructions that narrow take two.
@@ -140,19 +173,16 @@ BICM_HD void store_pair(Floats x, Floats y, Half* to) {
 
 template <bool kStreams>
 BICM_HD void store_pair(Floats x, Floats y, BFloat16* to) {
+  Words high = round_to_bfloat16(x), higher = round_to_bfloat16(y);
   if (__builtin_expect(any_nan(x, y), 0)) {
-    x = plain_nan(x);
-    y = plain_nan(y);
+    high = round_to_bfloat16(plain_nan(x));
+    higher = round_to_bfloat16(plain_nan(y));
   }
 #if defined(BICM_ISA_AVX512)
-  typedef uint16_t Places __attribute__((vector_size(4 * kLanes)));
-  Places odd = {};  // among the 64 halves of both
-  for (int i = 0; i < 2 * kLanes; ++i) odd[i] = static_cast<uint16_t>(2 * i + 1);
-  const Bytes high = (Bytes)round_to_bfloat16(x), higher = (Bytes)round_to_bfloat16(y);
-  store_vector<kStreams>(_mm512_permutex2var_epi16(high, (Bytes)odd, higher), to);
+  store_vector<kStreams>(_mm512_permutex2var_epi16((Bytes)high, places(1, 4), (Bytes)higher), to);
 #else
   // Quarters of the first vector and of the second take turns.
-  const Bytes mixed = _mm256_packus_epi32((Bytes)(round_to_bfloat16(x) >> 16), (Bytes)(round_to_bfloat16(y) >> 16));
+  const Bytes mixed = _mm256_packus_epi32((Bytes)(high >> 16), (Bytes)(higher >> 16));
   store_vector<kStreams>(_mm256_permute4x64_epi64(mixed, 0xD8), to);
 #endif
 }

@@ -79,8 +79,9 @@ struct Update {
   }
 
   void elements(int64_t count) const {
+    const Update copy = *this;  // in registers: a store might change what is behind a pointer
     int64_t i = 0;
-    for (; i + kBlock <= count; i += kBlock) block(i);
+    for (; i + kBlock <= count; i += kBlock) copy.block(i);
     if (i < count) rest(i, count - i);
   }
 

@@ -1,111 +1,8 @@
 // Pseudo-Huber losses on one unit at a time: the residual into a buffer, then its sum or its gradients.
-#include "../core/pseudo_huber.h"
-
-#include "blocks.h"
-#include "sums.h"
+#include "pseudo_huber_residual.h"
 
 BICM_NAMESPACE_BEGIN
 namespace {
-
-// The residual, never stored, of inputs in memory of one kind.
-template <class M, class C, bool Denoises>
-struct Residual {
-  M prediction, target, x;
-  C c_skip, c_out;
-  BICM_HD C operator()(int64_t i) const {
-    return (Denoises ? c_skip * x(i) + c_out * prediction(i) : prediction(i)) - target(i);
-  }
-  template <class Lanes>
-  BICM_HD Lanes lanes(int64_t i) const {
-    const Lanes y = prediction.template lanes<Lanes>(i);
-    return (Denoises ? c_skip * x.template lanes<Lanes>(i) + c_out * y : y) - target.template lanes<Lanes>(i);
-  }
-};
-
-template <class C>
-struct Buffers {
-  explicit Buffers(Memory inputs) : memory(inputs) {}
-  const Memory memory;  // of the inputs
-  alignas(64) C prediction[kChunk];
-  alignas(64) C target[kChunk];
-  alignas(64) C x[kChunk];
-  alignas(64) C residual[kChunk];
-  alignas(64) C out[kChunk];
-  alignas(64) double terms[kChunk];  // where elements have weights
-};
-
-Memory memory_for(const PseudoHuber& p) {
-  CommonMemory common;
-  common.add(p.prediction);
-  common.add(p.target);
-  if (p.denoises) common.add(p.x);
-  for (int k = 0; k < kLossInputs; ++k) {
-    if (p.wanted[k]) common.add(p.gradient[k]);
-  }
-  return p.float64 ? Memory::none : common.memory();
-}
-
-template <class M, class C, class Visit>
-BICM_HD void visit_residual(M prediction, M target, M x, bool denoises, const Preconditioning<C>& w, Visit visit) {
-  if (!denoises) return visit(Residual<M, C, false>{prediction, target, x, C(0), C(1)});
-  visit(Residual<M, C, true>{prediction, target, x, w.c_skip, w.c_out});
-}
-
-#if defined(BICM_VECTOR)
-
-template <class Visit>
-BICM_HD void residual_in_registers(const PseudoHuber& p, const Unit& unit, const Preconditioning<float>& weights,
-                                   Memory memory, Visit visit) {
-  with_memory(memory, [&](auto kind) {
-    using M = decltype(kind);
-    const M prediction = memory_of<M>(p.prediction, unit), target = memory_of<M>(p.target, unit);
-    const M x = p.denoises ? memory_of<M>(p.x, unit) : prediction;
-    visit_residual(prediction, target, x, p.denoises, weights, visit);
-  });
-}
-
-// The usual case of training, only F's gradient: from memory to memory. Returns how many elements it did.
-int64_t scale_residual(const PseudoHuber& p, const Unit& unit, const Preconditioning<float>& weights, float factor,
-                       Memory memory) {
-  const bool alone = p.wanted[0] && !p.wanted[1] && !p.wanted[2];
-  if (memory == Memory::none || !alone || p.weighs || !sums_squares(p)) return 0;
-  int64_t i = 0;
-  residual_in_registers(p, unit, weights, memory, [&](const auto& residual) {
-    const auto to = target_of(residual.prediction, p.gradient[0], unit);
-    for (; i + kBlock <= unit.count; i += kBlock) {
-      to.store(each_part([&](int j) { return factor * residual.template lanes<Floats>(i + j * kLanes); }), i);
-    }
-  });
-  return i;
-}
-
-#endif
-
-template <class C>
-int64_t scale_residual(const PseudoHuber&, const Unit&, const Preconditioning<C>&, C, Memory) {
-  return 0;
-}
-
-// Calls visit with the unit's residual, after loading what is not read in registers.
-template <class C, class Visit>
-BICM_HD void with_residual(const PseudoHuber& p, const Unit& unit, const Preconditioning<C>& weights,
-                           Buffers<C>& buffers, Visit visit) {
-#if defined(BICM_VECTOR)
-  if constexpr (Same<C, float>::value) {
-    if (buffers.memory != Memory::none) return residual_in_registers(p, unit, weights, buffers.memory, visit);
-  }
-#endif
-  const Stored<C> prediction{load_unit(p.layout, p.prediction, unit, buffers.prediction)};
-  const Stored<C> target{load_unit(p.layout, p.target, unit, buffers.target)};
-  const Stored<C> x = p.denoises ? Stored<C>{load_unit(p.layout, p.x, unit, buffers.x)} : prediction;
-  visit_residual(prediction, target, x, p.denoises, weights, visit);
-}
-
-template <class C>
-void form_residual(const PseudoHuber& p, const Unit& unit, const Preconditioning<C>& weights, Buffers<C>& buffers) {
-  with_residual(p, unit, weights, buffers,
-                [&](const auto& residual) { evaluate(residual, unit.count, buffers.residual); });
-}
 
 // Values shared by the elements of a sample.
 template <class C>
@@ -130,28 +27,83 @@ void find_factors(const PseudoHuber& p, int64_t sample, double sum, Factors<C>& 
   f.plain = plain_slopes(sum, f.c);
 }
 
-// Elementwise distances times a power of two, which is 1 where the plain formula suffices.
-template <class C>
-void form_distances(const C* r, C c, C scale, int64_t count, C* distance) {
-  if (scale == C(1)) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) distance[i] = pseudo_huber_distance(r[i] * r[i], c);
-  } else {
-    for (int64_t i = 0; i < count; ++i) distance[i] = distance_anywhere(r[i], c, scale);
+// --- elementwise, by the plain formulas ---
+
+enum class Wanted { distance, slope, both };
+
+// Distances of a residual, or slopes; where both are wanted they share the root, and slopes are written beside.
+template <Wanted wanted, class C, class R>
+struct Elementwise {
+  R residual;
+  C c;
+  C* slopes;
+
+  template <class Lanes>
+  BICM_HD Lanes of(Lanes r, int64_t i) const {
+    const Lanes square = r * r, length = root(square + c * c);
+    if constexpr (wanted != Wanted::distance) {
+      const Lanes slope = r / nonzero(length);
+      if constexpr (wanted == Wanted::slope) return slope;
+      __builtin_memcpy(slopes + i, &slope, sizeof(slope));
+    }
+    return square / nonzero(length + c);
   }
+  BICM_HD C operator()(int64_t i) const { return of(residual(i), i); }
+  template <class Lanes>
+  BICM_HD Lanes lanes(int64_t i) const {
+    return of(residual.template lanes<Lanes>(i), i);
+  }
+};
+
+template <Wanted wanted, class C, class R>
+BICM_HD Elementwise<wanted, C, R> elementwise(const R& residual, C c, C* slopes) {
+  return {residual, c, slopes};
+}
+
+// The unit's sum of distances, and its slopes in the residual's buffer, as wanted. In registers, because divisions take
+// longer than all the rest: nothing may wait for them.
+template <Wanted wanted, class C>
+double elementwise_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
+  C *const r = buffers.residual, *const distance = buffers.out;
+  double total = 0.0;
+  if constexpr (kLanes > 1 && Same<C, float>::value) {
+    with_residual(p, unit, f.weights, buffers, [&](const auto& residual) {
+      const auto values = elementwise<wanted>(residual, f.c, r);
+      if constexpr (wanted == Wanted::slope) {
+        evaluate(values, unit.count, r);
+      } else {
+        total = sum_of<Identity, C>(values, unit.count);
+      }
+    });
+    return total;
+  }
+  form_residual(p, unit, f.weights, buffers);
+  const auto values = elementwise<wanted>(Stored<C>{r}, f.c, r);
+  C* const out = wanted == Wanted::slope ? r : distance;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < unit.count; ++i) out[i] = values(i);
+  return wanted == Wanted::slope ? 0.0 : sum_of<Identity, C>(Stored<C>{distance}, unit.count);
+}
+
+// --- of any size ---
+
+// Elementwise distances times a power of two, in place.
+template <class C>
+void form_distances(C c, C scale, int64_t count, C* r) {
+  for (int64_t i = 0; i < count; ++i) r[i] = distance_anywhere(r[i], c, scale);
 }
 
 // r / sqrt(r^2 + c^2), in place.
 template <class C>
-void form_slopes(const Factors<C>& f, int64_t count, C* r) {
-  if (f.plain) {
-    for (int64_t i = 0; i < count; ++i) r[i] = r[i] / nonzero(root(r[i] * r[i] + f.c * f.c));
-  } else if (f.c == C(0)) {
+void form_slopes(C c, int64_t count, C* r) {
+  if (c == C(0)) {
     for (int64_t i = 0; i < count; ++i) r[i] = slope_without_c(r[i]);
   } else {
-    for (int64_t i = 0; i < count; ++i) r[i] = slope_anywhere(r[i], f.c);
+    for (int64_t i = 0; i < count; ++i) r[i] = slope_anywhere(r[i], c);
   }
 }
+
+// --- a unit ---
 
 template <class C>
 double sum_weighed_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
@@ -161,12 +113,13 @@ double sum_weighed_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>
   return sum_of<Identity, double>(Stored<double>{buffers.terms}, unit.count);
 }
 
-// Of residuals, or elementwise distances, times a power of two.
+// Of residuals, or elementwise distances, times a power of two, which is 1 where the plain formula suffices.
 template <class C>
 double sum_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, C scale, Buffers<C>& buffers) {
   if (p.weighs) return sum_weighed_unit(p, unit, f, buffers);
+  if (scale == C(1) && !sums_squares(p)) return elementwise_unit<Wanted::distance>(p, unit, f, buffers);
   double total = 0.0;
-  if (sums_squares(p) && scale == C(1)) {
+  if (scale == C(1)) {
     with_residual(p, unit, f.weights, buffers,
                   [&](const auto& residual) { total = sum_of<Square, C>(residual, unit.count); });
     return total;
@@ -177,7 +130,7 @@ double sum_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, C s
     for (int64_t i = 0; i < unit.count; ++i) r[i] = r[i] * scale;
     return sum_of<Square, C>(Stored<C>{r}, unit.count);
   }
-  form_distances(r, f.c, scale, unit.count, r);
+  form_distances(f.c, scale, unit.count, r);
   return sum_of<Identity, C>(Stored<C>{r}, unit.count);
 }
 
@@ -190,44 +143,45 @@ void store_gradients(const PseudoHuber& p, const Unit& unit, const Factors<C>& f
 }
 
 template <class C>
-void differentiate_part(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
+void form_derivative(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
+  if (p.distance == Distance::elementwise && f.plain && !p.weighs) {
+    elementwise_unit<Wanted::slope>(p, unit, f, buffers);
+    return;
+  }
   form_residual(p, unit, f.weights, buffers);
   C* r = buffers.residual;
   if (p.weighs) {
     const C* weight = load_unit(p.layout, p.element_weight, unit, buffers.prediction);
     for (int64_t i = 0; i < unit.count; ++i) r[i] = weighed_slope(p, r[i], f.c, f.power, weight[i]);
   } else if (p.distance == Distance::elementwise) {
-    form_slopes(f, unit.count, r);
+    form_slopes(f.c, unit.count, r);
   } else if (f.power != C(1)) {
     for (int64_t i = 0; i < unit.count; ++i) r[i] = r[i] * f.power;
   }
-  store_gradients(p, unit, f, buffers);
 }
 
 template <class C>
 void differentiate_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
   const int64_t done = f.power == C(1) ? scale_residual(p, unit, f.weights, f.factor[0], buffers.memory) : 0;
-  if (done < unit.count) differentiate_part(p, {unit.sample, unit.begin + done, unit.count - done}, f, buffers);
+  if (done == unit.count) return;
+  const Unit rest = {unit.sample, unit.begin + done, unit.count - done};
+  form_derivative(p, rest, f, buffers);
+  store_gradients(p, rest, f, buffers);
 }
 
 // An elementwise distance's sum and gradients, which are independent.
 template <class C>
 double sum_and_differentiate_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, C scale,
                                   Buffers<C>& buffers) {
-  form_residual(p, unit, f.weights, buffers);
-  C *r = buffers.residual, *distance = buffers.prediction;  // the inputs are no longer needed
+  double total;
   if (f.plain) {
-    for (int64_t i = 0; i < unit.count; ++i) {
-      const C square = r[i] * r[i];
-      distance[i] = pseudo_huber_distance(square, f.c);
-      r[i] = r[i] / nonzero(root(square + f.c * f.c));
-    }
+    total = elementwise_unit<Wanted::both>(p, unit, f, buffers);
   } else {
-    form_distances(r, f.c, scale, unit.count, distance);
-    form_slopes(f, unit.count, r);
+    total = sum_unit(p, unit, f, scale, buffers);
+    form_derivative(p, unit, f, buffers);
   }
   store_gradients(p, unit, f, buffers);
-  return sum_of<Identity, C>(Stored<C>{distance}, unit.count);
+  return total;
 }
 
 // Units [first, last) of a sample; elementwise, with their gradients if AtOnce.
