@@ -208,7 +208,7 @@ void scale_elements(float factor, const From& from, const Target<To>& to, int64_
 
 #endif
 
-// factor times the unit's numbers: rounded in registers if the tensor is dense, otherwise through a buffer.
+// factor times the unit's numbers: rounded in registers if the tensor is dense, otherwise in place or through a buffer.
 template <class C>
 void store_scaled(const Layout& layout, const Operand& to, const Unit& unit, C factor, const C* from, C* buffer) {
 #if defined(BICM_VECTOR)
@@ -220,9 +220,11 @@ void store_scaled(const Layout& layout, const Operand& to, const Unit& unit, C f
     }
   }
 #endif
+  const bool in_place = is_compute_type<C>(to) && !to.streams;
+  C* out = in_place ? static_cast<C*>(to.data) + unit.sample * to.batch_stride + unit.begin : buffer;
 #pragma GCC ivdep
-  for (int64_t i = 0; i < unit.count; ++i) buffer[i] = factor * from[i];
-  store_unit(layout, to, unit, buffer);
+  for (int64_t i = 0; i < unit.count; ++i) out[i] = factor * from[i];
+  if (!in_place) store_unit(layout, to, unit, out);
 }
 
 BICM_NAMESPACE_END

@@ -40,9 +40,15 @@ __attribute__((noinline)) Numbers<C> numbers_of(const Multistep& m, int64_t samp
 
 #if defined(BICM_VECTOR)
 
+// What an update does: a weighted sum, with guidance, noise and a scaled copy where they are given, or a denoised
+// sample too. Most are sums, whose loops are so short that a test of every option would show.
+enum class Shape { sum, optional, denoised };
+
 // An update of adjacent elements: the operations of affine_unit and denoised_unit, for whole blocks.
-template <class M, int K, bool Denoises>
+template <class M, int K, Shape shape>
 struct Update {
+  static constexpr bool kDenoises = shape == Shape::denoised, kOptions = shape != Shape::sum;
+
   M input[K], conditional;
   Target<M> out, x0, next;
   const float* noise;
@@ -56,47 +62,47 @@ struct Update {
     BICM_UNROLL(5)
     for (int k = 0; k < K; ++k) {
       Block x = input[k].load(i);
-      if (k == K - 1 && guided) {
+      if (kOptions && k == K - 1 && guided) {
         const Block other = conditional.load(i);
         x = each_part([&](int j) { return guide(x.part[j], other.part[j], Floats{} + guidance); });
       }
       const Block last = y, last_clean = clean;
       y = each_part([&](int j) { return k ? last.part[j] + weight[k] * x.part[j] : weight[k] * x.part[j]; });
-      if (!Denoises) continue;
+      if (!kDenoises) continue;
       clean = each_part(
           [&](int j) { return k ? last_clean.part[j] + x0_weight[k] * x.part[j] : x0_weight[k] * x.part[j]; });
     }
-    if (Denoises) {
+    if (kDenoises) {
       clean = each_part([&](int j) { return clip_to(clean.part[j], Floats{} + bound); });
       y = each_part([&](int j) { return y.part[j] + weight_of_x0 * clean.part[j]; });
       x0.store(clean, i);
     }
-    if (noise_weight != 0.0f) {
+    if (kOptions && noise_weight != 0.0f) {
       y = each_part([&](int j) { return y.part[j] + noise_weight * load_floats(noise + i + j * kLanes); });
     }
     out.store(y, i);
-    if (scales) next.store(each_part([&](int j) { return scale * y.part[j]; }), i);
+    if (kOptions && scales) next.store(each_part([&](int j) { return scale * y.part[j]; }), i);
   }
 
-  void elements(int64_t count) const {
+  __attribute__((noinline)) void elements(int64_t count) const {
     const Update copy = *this;  // in registers: a store might change what is behind a pointer
     int64_t i = 0;
     for (; i + kBlock <= count; i += kBlock) copy.block(i);
     if (i < count) rest(i, count - i);
   }
 
-  __attribute__((noinline)) void rest(int64_t i, int64_t count) const {
+  void rest(int64_t i, int64_t count) const {
     Rest read[K], other, written[3];
     Update last = *this;
     for (int k = 0; k < K; ++k) last.input[k] = read[k].read(input[k], i, count);
     if (guided) last.conditional = other.read(conditional, i, count);
     last.out = written[0].room(out);
-    if (Denoises) last.x0 = written[1].room(x0);
+    if (kDenoises) last.x0 = written[1].room(x0);
     if (scales) last.next = written[2].room(next);
     last.noise = noise + i;  // whole blocks are drawn
-    last.block(0);
+    last.elements(kBlock);
     written[0].write(out, i, count);
-    if (Denoises) written[1].write(x0, i, count);
+    if (kDenoises) written[1].write(x0, i, count);
     if (scales) written[2].write(next, i, count);
   }
 };
@@ -107,9 +113,9 @@ struct Drawn {
   float weight;
 };
 
-template <class M, int K, bool Denoises>
+template <class M, int K, Shape shape>
 void update(const Multistep& m, const Unit& run, const Numbers<float>& n, const Drawn& drawn) {
-  Update<M, K, Denoises> u = {};
+  Update<M, K, shape> u = {};
   for (int k = 0; k < K; ++k) {
     u.input[k] = memory_of<M>(m.input[k], run);
     u.weight[k] = n.weight[k];
@@ -119,7 +125,7 @@ void update(const Multistep& m, const Unit& run, const Numbers<float>& n, const 
   u.guided = m.guided;
   u.scales = m.scales;
   if (m.guided) u.conditional = memory_of<M>(m.conditional, run);
-  if (Denoises) u.x0 = target_of<M>(m.x0, run);
+  if (u.kDenoises) u.x0 = target_of<M>(m.x0, run);
   if (m.scales) u.next = target_of<M>(m.next, run);
   u.noise = drawn.noise;
   u.noise_weight = drawn.weight;
@@ -130,14 +136,14 @@ void update(const Multistep& m, const Unit& run, const Numbers<float>& n, const 
   u.elements(run.count);
 }
 
-template <class M, bool Denoises>
+template <class M, Shape shape>
 void update_terms(const Multistep& m, const Unit& run, const Numbers<float>& n, const Drawn& drawn) {
   switch (m.terms) {
-    case 1: return update<M, 1, Denoises>(m, run, n, drawn);
-    case 2: return update<M, 2, Denoises>(m, run, n, drawn);
-    case 3: return update<M, 3, Denoises>(m, run, n, drawn);
-    case 4: return update<M, 4, Denoises>(m, run, n, drawn);
-    default: return update<M, 5, Denoises>(m, run, n, drawn);
+    case 1: return update<M, 1, shape>(m, run, n, drawn);
+    case 2: return update<M, 2, shape>(m, run, n, drawn);
+    case 3: return update<M, 3, shape>(m, run, n, drawn);
+    case 4: return update<M, 4, shape>(m, run, n, drawn);
+    default: return update<M, 5, shape>(m, run, n, drawn);
   }
 }
 
@@ -156,7 +162,9 @@ inline void update_in_registers(const Multistep& m, int64_t begin, int64_t end, 
     const Drawn drawn = {noise, draw<float>(m, run, noise)};
     with_memory(memory, [&](auto kind) {
       using M = decltype(kind);
-      (m.denoises ? update_terms<M, true> : update_terms<M, false>)(m, run, n, drawn);
+      if (m.denoises) return update_terms<M, Shape::denoised>(m, run, n, drawn);
+      if (m.guided || m.draws || m.scales) return update_terms<M, Shape::optional>(m, run, n, drawn);
+      update_terms<M, Shape::sum>(m, run, n, drawn);
     });
     i += units_of(run);
   }
