@@ -3,8 +3,8 @@
 
 #include "../core/multistep.h"
 
-#include "blocks.h"
 #include "noise_block.h"
+#include "staging.h"
 
 BICM_NAMESPACE_BEGIN
 namespace {
@@ -68,15 +68,15 @@ void load_inputs(const Multistep& m, const Unit& unit, Inputs<C>& buffers, const
   x[m.terms - 1] = guided;
 }
 
-// Noise with weight zero is not drawn.
+// The noise's weight; noise with weight zero is not drawn. One copy per unit: it is as long as all the rest.
 template <class C>
-C draw(const Multistep& m, const Unit& unit, Inputs<C>& buffers) {
+__attribute__((noinline)) C draw(const Multistep& m, const Unit& unit, float* noise) {
   if (!m.draws) return C(0);
   const C weight = load_number<C>(m.noise_weight, unit.sample);
   if (weight != C(0)) {
     for (int k = 0; k < m.terms; ++k) prefetch_unit(m.input[k], unit);
     if (!m.out.streams) prefetch_unit(m.out, unit);
-    fill_noise<Distribution::normal>(sample_key(m.key, unit.sample), unit.begin, unit.count, buffers.noise);
+    fill_noise<Distribution::normal>(sample_key(m.key, unit.sample), unit.begin, unit.count, noise);
   }
   return weight;
 }
@@ -86,17 +86,6 @@ inline Unit part_of(const Layout& layout, const Unit& unit, int64_t done, int64_
   const int64_t left = layout.elements - unit.begin - done;
   return {unit.sample, unit.begin + done, left < width ? left : width};
 }
-
-#if defined(BICM_VECTOR)
-
-// The guided block, from the unconditional one that is loaded.
-template <bool kFloats>
-BICM_HD Block guided_block(const Block& u, const Run& conditional, float scale, int64_t i) {
-  const Block c = load_block<kFloats>(conditional, i);
-  return each_part([&](int j) { return guide(u.part[j], c.part[j], Floats{} + scale); });
-}
-
-#endif
 
 }  // namespace
 BICM_NAMESPACE_END

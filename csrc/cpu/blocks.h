@@ -4,25 +4,58 @@
 
 #include "staging.h"
 
-#if defined(BICM_VECTOR)
-
 BICM_NAMESPACE_BEGIN
+
+// What kernels in registers are compiled for: operands of one dtype, or of several; `none`: staging.
+enum class Memory { none, floats, halves, bfloat16s, mixed };
+
+// What serves all of the operands that were added.
+class CommonMemory {
+ public:
+  void add(const Operand& x) {
+#if defined(BICM_VECTOR)
+    const bool serves = x.dense && x.dtype <= DType::float32;
+    const Memory own = !serves                     ? Memory::none
+                       : x.dtype == DType::float32 ? Memory::floats
+                       : x.dtype == DType::float16 ? Memory::halves
+                                                   : Memory::bfloat16s;
+    const bool joins = memory_ != Memory::none && own != Memory::none;
+    memory_ = first_ || own == memory_ ? own : joins ? Memory::mixed : Memory::none;
+    first_ = false;
+#else
+    (void)x;
+#endif
+  }
+  Memory memory() const { return memory_; }
+
+ private:
+  Memory memory_ = Memory::none;
+  bool first_ = true;
+};
+
+inline Memory memory_for(const Operand& x) {
+  CommonMemory common;
+  common.add(x);
+  return common.memory();
+}
+
+// As many elements of a sample as units before `end` have: whole samples need no units where nothing is buffered.
+inline Unit run_at(const Layout& layout, int64_t unit, int64_t end) {
+  Unit run = unit_at(layout, unit);
+  const int64_t left = layout.elements - run.begin, most = (end - unit) * kChunk;
+  run.count = left < most ? left : most;
+  return run;
+}
+inline int64_t units_of(const Unit& run) { return (run.count + kChunk - 1) / kChunk; }
+
+#if defined(BICM_VECTOR)
 
 constexpr int kBlockVectors = 4;
 constexpr int kBlock = kBlockVectors * kLanes;
 
-typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
-
 struct Block {
   Floats part[kBlockVectors];
 };
-
-template <class Vector>
-BICM_HD Vector load_vector(const void* from) {
-  Vector x;
-  __builtin_memcpy(&x, from, sizeof(x));
-  return x;
-}
 
 template <class Function>
 BICM_HD Block each_part(Function function) {
@@ -32,127 +65,166 @@ BICM_HD Block each_part(Function function) {
   return block;
 }
 
-// By instruction: the compiler's own conversions between words and halves take three times as many.
-BICM_HD Floats widen_bfloat16(Shorts x) {
-#if defined(BICM_ISA_AVX512)
-  const Words words = (Words)_mm512_cvtepu16_epi32((__m256i)x);
-#else
-  const Words words = (Words)_mm256_cvtepu16_epi32((__m128i)x);
-#endif
-  return bit_cast<Floats>(words << 16);
-}
+// Adjacent elements of one type.
+template <class T>
+struct Dense {
+  T* data;
 
-// Rounded once, in the low half of every word.
-BICM_HD Words to_bfloat16(Floats x) {
-  const Words bits = bit_cast<Words>(x), high = bits >> 16;
-  const Words rounded = (bits + 0x7FFFu + (high & 1u)) >> 16;
-  const Words nan = (high & 0x8000u) | 0x7FC0u;
-#if defined(BICM_ISA_AVX512)
-  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
-  return (Words)_mm512_mask_mov_epi32((__m512i)rounded, is_nan, (__m512i)nan);
-#else
-  const __m256 is_nan = _mm256_cmp_ps((__m256)x, (__m256)x, _CMP_UNORD_Q);
-  return (Words)_mm256_blendv_ps((__m256)rounded, (__m256)nan, is_nan);
-#endif
-}
+  BICM_HD static Dense of(void* data, DType) { return {static_cast<T*>(data)}; }
+  BICM_HD Dense with(void* other) const { return {static_cast<T*>(other)}; }
+  BICM_HD auto* address(int64_t i) const { return data + i; }
+  BICM_HD int64_t size() const { return sizeof(T); }
 
-BICM_HD void store_bfloat16(const Block& x, uint16_t* to) {
-#if defined(BICM_ISA_AVX512)
-  BICM_UNROLL(4)
-  for (int i = 0; i < kBlockVectors; ++i) {
-    _mm256_storeu_si256((__m256i*)(to + i * kLanes), _mm512_cvtepi32_epi16((__m512i)to_bfloat16(x.part[i])));
+  BICM_HD static Floats rounded(Floats x) { return round_as(x, static_cast<T*>(nullptr)); }
+  BICM_HD float operator()(int64_t i) const { return widen(data[i]); }
+  template <class Lanes>
+  BICM_HD Floats lanes(int64_t i) const {
+    return load_floats(data + i);
   }
-#else
-  BICM_UNROLL(4)
-  for (int i = 0; i < kBlockVectors; i += 2) {
-    // Quarters of the first vector and of the second take turns.
-    const __m256i mixed = _mm256_packus_epi32((__m256i)to_bfloat16(x.part[i]), (__m256i)to_bfloat16(x.part[i + 1]));
-    _mm256_storeu_si256((__m256i*)(to + i * kLanes), _mm256_permute4x64_epi64(mixed, 0xD8));
+  BICM_HD Block load(int64_t i) const {
+    Block block;
+    BICM_UNROLL(4)
+    for (int j = 0; j < kBlockVectors; j += 2) {
+      const Pair pair = load_pair(data + i + j * kLanes);
+      block.part[j] = pair.first;
+      block.part[j + 1] = pair.second;
+    }
+    return block;
   }
-#endif
-}
-
-// Elements `place` to `place + kBlock` after an address.
-BICM_HD Block load_block(const void* data, DType dtype, int64_t place) {
-  if (dtype == DType::float32) {
-    const float* from = static_cast<const float*>(data) + place;
-    return each_part([&](int i) { return load_vector<Floats>(from + i * kLanes); });
-  }
-  const uint16_t* from = static_cast<const uint16_t*>(data) + place;
-  if (dtype == DType::bfloat16) {
-    return each_part([&](int i) { return widen_bfloat16(load_vector<Shorts>(from + i * kLanes)); });
-  }
-  return each_part([&](int i) { return halves_to_floats(reinterpret_cast<const Half*>(from + i * kLanes)); });
-}
-
-// Non-temporal, aligned to whole vectors.
-inline void stream_block(const Block& x, float* data) {
-  BICM_UNROLL(4)
-  for (int i = 0; i < kBlockVectors; ++i) {
-#if defined(BICM_ISA_AVX512)
-    _mm512_stream_ps(data + i * kLanes, (__m512)x.part[i]);
-#else
-    _mm256_stream_ps(data + i * kLanes, (__m256)x.part[i]);
-#endif
-  }
-}
-
-// Rounds once.
-BICM_HD void store_block(const Block& x, void* data, DType dtype, int64_t place) {
-  if (dtype == DType::bfloat16) return store_bfloat16(x, static_cast<uint16_t*>(data) + place);
-  BICM_UNROLL(4)
-  for (int i = 0; i < kBlockVectors; ++i) {
-    const int64_t at = place + i * kLanes;
-    if (dtype == DType::float32) {
-      __builtin_memcpy(static_cast<float*>(data) + at, &x.part[i], sizeof(Floats));
-    } else {
-      floats_to_halves(x.part[i], static_cast<Half*>(data) + at);
+  template <bool kStreams>
+  BICM_HD void store(const Block& x, int64_t i) const {
+    BICM_UNROLL(4)
+    for (int j = 0; j < kBlockVectors; j += 2) {
+      store_pair<kStreams>(x.part[j], x.part[j + 1], data + i + j * kLanes);
     }
   }
-}
-
-// A unit of a dense operand of 16 or 32 bits. `streams`: written with non-temporal stores, vector by vector.
-struct Run {
-  void* data;
-  DType dtype;
-  bool streams;
 };
 
-inline bool is_run(const Operand& x) { return x.dense && x.dtype != DType::float64; }
+// The same of a type that is known at run time: for operands of different types.
+struct Mixed {
+  void* data;
+  DType dtype;
 
-inline Run run_of(const Operand& x, const Unit& unit) {
-  const int64_t size = x.dtype == DType::float32 ? 4 : 2;
-  return {static_cast<char*>(x.data) + (unit.sample * x.batch_stride + unit.begin) * size, x.dtype, false};
+  BICM_HD static Mixed of(void* data, DType dtype) { return {data, dtype}; }
+  BICM_HD Mixed with(void* other) const { return {other, dtype}; }
+  BICM_HD void* address(int64_t i) const { return static_cast<char*>(data) + i * size(); }
+  BICM_HD int64_t size() const { return dtype == DType::float32 ? 4 : 2; }
+
+  template <class Visit>
+  BICM_HD auto visit(Visit visit) const {
+    if (dtype == DType::float32) return visit(Dense<float>{static_cast<float*>(data)});
+    if (dtype == DType::bfloat16) return visit(Dense<BFloat16>{static_cast<BFloat16*>(data)});
+    return visit(Dense<Half>{static_cast<Half*>(data)});
+  }
+  BICM_HD Floats rounded(Floats x) const {
+    return visit([&](auto memory) { return memory.rounded(x); });
+  }
+  BICM_HD float operator()(int64_t i) const {
+    return visit([&](auto memory) { return memory(i); });
+  }
+  template <class Lanes>
+  BICM_HD Floats lanes(int64_t i) const {
+    return visit([&](auto memory) { return memory.template lanes<Lanes>(i); });
+  }
+  BICM_HD Block load(int64_t i) const {
+    return visit([&](auto memory) { return memory.load(i); });
+  }
+  template <bool kStreams>
+  BICM_HD void store(const Block& x, int64_t i) const {
+    visit([&](auto memory) { memory.template store<kStreams>(x, i); });
+  }
+};
+
+// The place where a kernel's operands get types: calls visit with memory of the type that serves all of them.
+template <class Visit>
+BICM_HD void with_memory(Memory memory, Visit visit) {
+  switch (memory) {
+    case Memory::floats: return visit(Dense<float>{});
+    case Memory::halves: return visit(Dense<Half>{});
+    case Memory::bfloat16s: return visit(Dense<BFloat16>{});
+    default: return visit(Mixed{});
+  }
 }
 
-// Non-temporal stores write whole cache lines: from registers where they are aligned to lines, otherwise in one burst
-// from a buffer, because stores between loads would flush partial lines.
-inline Run target_of(const Operand& x, const Unit& unit, void* buffer) {
-  const Run run = run_of(x, unit);
-  if (!x.streams) return run;
-  if (x.dtype == DType::float32 && reinterpret_cast<uintptr_t>(run.data) % 64 == 0) return {run.data, run.dtype, true};
-  return {buffer, run.dtype, false};
+template <class M>
+BICM_HD M memory_of(const Operand& x, const Unit& unit) {
+  const int64_t place = unit.sample * x.batch_stride + unit.begin;
+  return M::of(static_cast<char*>(x.data) + place * size_in_memory(x.dtype), x.dtype);
 }
 
-// `kFloats`: all are known to be float32.
-template <bool kFloats>
-BICM_HD Block load_block(const Run& from, int64_t place) {
-  return load_block(from.data, kFloats ? DType::float32 : from.dtype, place);
+// An output. Non-temporal stores write whole cache lines: only where they are aligned to lines.
+template <class M>
+struct Target {
+  M memory;
+  bool streams;
+
+  BICM_HD void store(const Block& x, int64_t i) const {
+    streams ? memory.template store<true>(x, i) : memory.template store<false>(x, i);
+  }
+};
+
+template <class M>
+BICM_HD Target<M> target_of(const Operand& x, const Unit& unit) {
+  const M memory = memory_of<M>(x, unit);
+  return {memory, x.streams && reinterpret_cast<uintptr_t>(memory.address(0)) % 64 == 0};
 }
 
-template <bool kFloats>
-BICM_HD void store_block(const Block& x, const Run& to, int64_t place) {
-  if (to.streams) return stream_block(x, static_cast<float*>(to.data) + place);
-  store_block(x, to.data, kFloats ? DType::float32 : to.dtype, place);
+// With the same kind of memory as another operand.
+template <class M>
+BICM_HD Target<M> target_of(const M&, const Operand& x, const Unit& unit) {
+  return target_of<M>(x, unit);
 }
 
-inline void finish_run(const Operand& x, const Unit& unit, const Run& run, int64_t count) {
-  if (!x.streams || run.streams) return;
-  const int64_t size = x.dtype == DType::float32 ? 4 : 2;
-  stream_bytes(static_cast<const unsigned char*>(run.data), static_cast<unsigned char*>(run_of(x, unit).data),
-               count * size);
+// The last elements of an operand, fewer than a block, in a block of their own.
+struct Rest {
+  alignas(64) unsigned char bytes[kBlock * sizeof(float)] = {};
+
+  template <class M>
+  M read(const M& from, int64_t i, int64_t count) {
+    __builtin_memcpy(bytes, from.address(i), static_cast<size_t>(count * from.size()));
+    return from.with(bytes);
+  }
+  template <class M>
+  Target<M> room(const Target<M>& to) {
+    return {to.memory.with(bytes), false};
+  }
+  template <class M>
+  void write(const Target<M>& to, int64_t i, int64_t count) const {
+    __builtin_memcpy(to.memory.address(i), bytes, static_cast<size_t>(count * to.memory.size()));
+  }
+};
+
+// factor times adjacent elements; they may be the target itself.
+template <class From, class To>
+void scale_elements(float factor, const From& from, const Target<To>& to, int64_t count) {
+  const auto scaled = [&](const Block& x) { return each_part([&](int j) { return factor * x.part[j]; }); };
+  int64_t i = 0;
+  for (; i + kBlock <= count; i += kBlock) to.store(scaled(from.load(i)), i);
+  if (i == count) return;
+  Rest read, written;
+  written.room(to).store(scaled(read.read(from, i, count - i).load(0)), 0);
+  written.write(to, i, count - i);
+}
+
+#endif
+
+// factor times the unit's numbers: rounded in registers if the tensor is dense, otherwise in place or through a buffer.
+template <class C>
+void store_scaled(const Layout& layout, const Operand& to, const Unit& unit, C factor, const C* from, C* buffer) {
+#if defined(BICM_VECTOR)
+  if constexpr (Same<C, float>::value) {
+    if (const Memory memory = memory_for(to); memory != Memory::none) {
+      return with_memory(memory, [&](auto kind) {
+        scale_elements(factor, Dense<const float>{from}, target_of<decltype(kind)>(to, unit), unit.count);
+      });
+    }
+  }
+#endif
+  const bool in_place = is_compute_type<C>(to) && !to.streams;
+  C* out = in_place ? static_cast<C*>(to.data) + unit.sample * to.batch_stride + unit.begin : buffer;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < unit.count; ++i) out[i] = factor * from[i];
+  if (!in_place) store_unit(layout, to, unit, out);
 }
 
 BICM_NAMESPACE_END
-
-#endif

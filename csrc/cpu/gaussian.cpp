@@ -2,6 +2,7 @@
 #include "../core/gaussian.h"
 
 #include "affine.h"
+#include "blocks.h"
 #include "sums.h"
 
 BICM_NAMESPACE_BEGIN
@@ -70,134 +71,116 @@ const C* minuend(const Gaussian& g, const Unit& unit, C noise_weight, Buffers<C>
 template <class C>
 void form_residual(const Gaussian& g, const Unit& unit, Buffers<C>& buffers, C* residual) {
   const C* x[kMaxTerms];
-  const C noise_weight = draw(g, unit, buffers);
+  const C noise_weight = draw<C>(g, unit, buffers.noise);
   load_inputs(g, unit, buffers, x);
   fold_terms<C, false>(g.terms, x, buffers.weight, nullptr, C(0), buffers.mean, unit.count);
   subtract(minuend(g, unit, noise_weight, buffers), buffers.mean, residual, unit.count);
 }
 
+Memory memory_for(const Gaussian& g) {
+  CommonMemory common;
+  for (int k = 0; k < g.terms; ++k) {
+    common.add(g.input[k]);
+    if (g.diverges) common.add(g.reference[k]);
+  }
+  if (g.guided) common.add(g.conditional);
+  if (!g.diverges) common.add(g.steps ? g.out : g.next);
+  return g.float64 ? Memory::none : common.memory();
+}
+
 #if defined(BICM_VECTOR)
 
-bool all_runs(const Gaussian& g) {
-  bool runs = !g.float64;
-  for (int k = 0; k < g.terms; ++k) runs = runs && is_run(g.input[k]) && (!g.diverges || is_run(g.reference[k]));
-  if (g.guided) runs = runs && is_run(g.conditional);
-  return runs && (g.diverges || is_run(g.steps ? g.out : g.next));
-}
-
-BICM_HD Block rounded(const Block& x, DType dtype) {
-  if (dtype == DType::bfloat16) return each_part([&](int j) { return bit_cast<Floats>(to_bfloat16(x.part[j]) << 16); });
-  if (dtype == DType::float32) return x;
-  Half halves[kLanes];
-  return each_part([&](int j) {
-    floats_to_halves(x.part[j], halves);
-    return halves_to_floats(halves);
-  });
-}
-
-// The mean of contiguous runs; the last operand may have a partner.
+// The mean of dense operands; the last may have a partner.
+template <class M, int K>
 struct Mean {
-  Run input[kMaxTerms], conditional;
+  M input[K], conditional;
   bool guided;
-  float weight[kMaxTerms], guidance;
+  float weight[K], guidance;
+
+  BICM_HD Block block(int64_t i) const {
+    Block y = {};
+    BICM_UNROLL(5)
+    for (int k = 0; k < K; ++k) {
+      Block x = input[k].load(i);
+      if (guided && k == K - 1) {
+        const Block other = conditional.load(i);
+        x = each_part([&](int j) { return guide(x.part[j], other.part[j], Floats{} + guidance); });
+      }
+      const Block last = y;
+      y = each_part([&](int j) { return k ? last.part[j] + weight[k] * x.part[j] : weight[k] * x.part[j]; });
+    }
+    return y;
+  }
 };
 
-template <int K>
-BICM_HD Block fold_block(const Mean& m, int64_t i) {
-  Block y = {};
-  BICM_UNROLL(5)
+// The same operations for whole blocks, in registers. Returns how many elements it did.
+template <class M, int K>
+int64_t residual_of_blocks(const Gaussian& g, const Unit& unit, Buffers<float>& buffers) {
+  Mean<M, K> ours = {}, theirs = {};
   for (int k = 0; k < K; ++k) {
-    Block x = load_block<false>(m.input[k], i);
-    if (m.guided && k == K - 1) x = guided_block<false>(x, m.conditional, m.guidance, i);
-    const Block last = y;
-    y = each_part([&](int j) { return k ? last.part[j] + m.weight[k] * x.part[j] : m.weight[k] * x.part[j]; });
-  }
-  return y;
-}
-
-// The same operations for whole blocks of dense operands, in registers. Returns how many elements it did.
-template <int K>
-int64_t residual_of_runs(const Gaussian& g, const Unit& unit, Buffers<float>& buffers) {
-  Mean ours = {}, theirs = {};
-  for (int k = 0; k < K; ++k) {
-    ours.input[k] = run_of(g.input[k], unit);
+    ours.input[k] = memory_of<M>(g.input[k], unit);
     ours.weight[k] = theirs.weight[k] = buffers.weight[k];
-    if (g.diverges) theirs.input[k] = run_of(g.reference[k], unit);
+    if (g.diverges) theirs.input[k] = memory_of<M>(g.reference[k], unit);
   }
   ours.guided = g.guided;
   if (g.guided) {
-    ours.conditional = run_of(g.conditional, unit);
+    ours.conditional = memory_of<M>(g.conditional, unit);
     ours.guidance = load_number<float>(g.guidance_scale, unit.sample);
   }
-  const Run next = g.steps ? target_of(g.out, unit, buffers.other) : g.diverges ? Run{} : run_of(g.next, unit);
-  const float noise_weight = draw(g, unit, buffers);
+  const Target<M> next = g.diverges ? Target<M>{} : target_of<M>(g.steps ? g.out : g.next, unit);
+  const float noise_weight = draw<float>(g, unit, buffers.noise);
+  const Dense<float> noise{buffers.noise}, residual{buffers.residual};
 
   int64_t i = 0;
   for (; i + kBlock <= unit.count; i += kBlock) {
-    const Block mean = fold_block<K>(ours, i);
+    const Block mean = ours.block(i);
     Block other = mean;
     if (g.steps) {
       if (noise_weight != 0.0f) {
-        other = each_part(
-            [&](int j) { return mean.part[j] + noise_weight * load_vector<Floats>(buffers.noise + i + j * kLanes); });
+        const Block n = noise.load(i);
+        other = each_part([&](int j) { return mean.part[j] + noise_weight * n.part[j]; });
       }
-      store_block<false>(other, next, i);
-      other = rounded(other, g.out.dtype);
+      next.store(other, i);
+      other = each_part([&](int j) { return next.memory.rounded(other.part[j]); });
     } else if (g.diverges) {
-      other = fold_block<K>(theirs, i);
+      other = theirs.block(i);
     } else {
-      other = load_block<false>(next, i);
+      other = next.memory.load(i);
     }
-    store_block(each_part([&](int j) { return other.part[j] - mean.part[j]; }), buffers.residual, DType::float32, i);
+    residual.store<false>(each_part([&](int j) { return other.part[j] - mean.part[j]; }), i);
   }
-  if (g.steps) finish_run(g.out, unit, next, i);
   return i;
 }
 
-int64_t residual_in_registers(const Gaussian& g, const Unit& unit, Buffers<float>& buffers) {
+template <class M>
+int64_t residual_of_terms(const Gaussian& g, const Unit& unit, Buffers<float>& buffers) {
   switch (g.terms) {
-    case 1: return residual_of_runs<1>(g, unit, buffers);
-    case 2: return residual_of_runs<2>(g, unit, buffers);
-    case 3: return residual_of_runs<3>(g, unit, buffers);
-    case 4: return residual_of_runs<4>(g, unit, buffers);
-    default: return residual_of_runs<5>(g, unit, buffers);
+    case 1: return residual_of_blocks<M, 1>(g, unit, buffers);
+    case 2: return residual_of_blocks<M, 2>(g, unit, buffers);
+    case 3: return residual_of_blocks<M, 3>(g, unit, buffers);
+    case 4: return residual_of_blocks<M, 4>(g, unit, buffers);
+    default: return residual_of_blocks<M, 5>(g, unit, buffers);
   }
 }
-int64_t residual_in_registers(const Gaussian&, const Unit&, Buffers<double>&) { return 0; }
 
-// Gradients of halves, rounded in registers. Returns how many elements it did.
-int64_t scale_in_registers(const Operand& to, const Unit& unit, float factor, Buffers<float>& buffers) {
-  if (!is_run(to) || to.dtype == DType::float32) return 0;
-  const Run run = target_of(to, unit, buffers.other);
-  int64_t i = 0;
-  for (; i + kBlock <= unit.count; i += kBlock) {
-    store_block<false>(
-        each_part([&](int j) { return factor * load_vector<Floats>(buffers.residual + i + j * kLanes); }), run, i);
-  }
-  finish_run(to, unit, run, i);
-  return i;
-}
-int64_t scale_in_registers(const Operand&, const Unit&, double, Buffers<double>&) { return 0; }
-
-#else
-
-bool all_runs(const Gaussian&) { return false; }
-template <class C>
-int64_t residual_in_registers(const Gaussian&, const Unit&, Buffers<C>&) {
-  return 0;
-}
-template <class C>
-int64_t scale_in_registers(const Operand&, const Unit&, C, Buffers<C>&) {
-  return 0;
+int64_t residual_in_registers(const Gaussian& g, const Unit& unit, Memory memory, Buffers<float>& buffers) {
+  int64_t done = 0;
+  with_memory(memory, [&](auto kind) { done = residual_of_terms<decltype(kind)>(g, unit, buffers); });
+  return done;
 }
 
 #endif
 
+template <class C>
+int64_t residual_in_registers(const Gaussian&, const Unit&, Memory, Buffers<C>&) {
+  return 0;
+}
+
 // The unit's residual, in its buffer.
 template <class C>
-void residual_unit(const Gaussian& g, const Unit& unit, bool runs, Buffers<C>& buffers) {
+void residual_unit(const Gaussian& g, const Unit& unit, Memory memory, Buffers<C>& buffers) {
   know_sample(g, unit.sample, buffers);
-  const int64_t done = runs ? residual_in_registers(g, unit, buffers) : 0;
+  const int64_t done = memory == Memory::none ? 0 : residual_in_registers(g, unit, memory, buffers);
   if (done < unit.count) {
     form_residual(g, part_of(g.layout, unit, done, unit.count - done), buffers, buffers.residual + done);
   }
@@ -213,17 +196,14 @@ void store_gradients(const Gaussian& g, const Unit& unit, Buffers<C>& buffers) {
   }
   for (int k = 0; k < kGaussianInputs; ++k) {
     if (!g.wanted[k]) continue;
-    const int64_t done = scale_in_registers(g.gradient[k], unit, pull.factor[k], buffers);
-    if (done == unit.count) continue;
-    const Unit rest = part_of(g.layout, unit, done, unit.count - done);
-    store_scaled(g.layout, g.gradient[k], rest, pull.factor[k], r + done, buffers.other);
+    store_scaled(g.layout, g.gradient[k], unit, pull.factor[k], r, buffers.other);
   }
 }
 
 template <class C, bool Differentiates>
 void sums(const Gaussian& g, int64_t begin, int64_t end) {
   Buffers<C> buffers;
-  const bool runs = all_runs(g);
+  const Memory memory = memory_for(g);
   const int64_t chunks = sum_chunks(g.layout), units = units_per_sample(g.layout);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t place = item % chunks * kUnitsPerSum, first = item / chunks * units + place;
@@ -231,7 +211,7 @@ void sums(const Gaussian& g, int64_t begin, int64_t end) {
     double total = 0.0;
     for (int64_t i = first; i < last; ++i) {
       const Unit unit = unit_at(g.layout, i);
-      residual_unit(g, unit, runs, buffers);
+      residual_unit(g, unit, memory, buffers);
       total = total + sum_of<Square, C>(Stored<C>{buffers.residual}, unit.count);
       if (Differentiates) store_gradients(g, unit, buffers);
     }
@@ -243,10 +223,10 @@ void sums(const Gaussian& g, int64_t begin, int64_t end) {
 template <class C>
 void gradients(const Gaussian& g, int64_t begin, int64_t end) {
   Buffers<C> buffers;
-  const bool runs = all_runs(g);
+  const Memory memory = memory_for(g);
   for (int64_t i = begin; i < end; ++i) {
     const Unit unit = unit_at(g.layout, i);
-    residual_unit(g, unit, runs, buffers);
+    residual_unit(g, unit, memory, buffers);
     store_gradients(g, unit, buffers);
   }
   finish_streams();

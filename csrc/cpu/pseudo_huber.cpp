@@ -1,84 +1,8 @@
 // Pseudo-Huber losses on one unit at a time: the residual into a buffer, then its sum or its gradients.
-#include "../core/pseudo_huber.h"
-
-#include "staging.h"
-#include "sums.h"
+#include "pseudo_huber_residual.h"
 
 BICM_NAMESPACE_BEGIN
 namespace {
-
-// The residual, never stored.
-template <class C, bool Denoises>
-struct Residual {
-  const C *prediction, *target, *x;
-  C c_skip, c_out;
-  BICM_HD C operator()(int64_t i) const {
-    return (Denoises ? c_skip * x[i] + c_out * prediction[i] : prediction[i]) - target[i];
-  }
-  template <class Lanes>
-  BICM_HD Lanes lanes(int64_t i) const {
-    const Lanes y = load_lanes<Lanes>(prediction + i);
-    return (Denoises ? c_skip * load_lanes<Lanes>(x + i) + c_out * y : y) - load_lanes<Lanes>(target + i);
-  }
-};
-
-template <class C>
-struct Buffers {
-  alignas(64) C prediction[kChunk];
-  alignas(64) C target[kChunk];
-  alignas(64) C x[kChunk];
-  alignas(64) C residual[kChunk];
-  alignas(64) C out[kChunk];
-  alignas(64) double terms[kChunk];  // where elements have weights
-};
-
-// Calls visit with the unit's residual, after loading its inputs.
-template <class C, class Visit>
-BICM_HD void with_residual(const PseudoHuber& p, const Unit& unit, const Preconditioning<C>& weights,
-                           Buffers<C>& buffers, Visit visit) {
-  const C* prediction = load_unit(p.layout, p.prediction, unit, buffers.prediction);
-  const C* target = load_unit(p.layout, p.target, unit, buffers.target);
-  if (!p.denoises) return visit(Residual<C, false>{prediction, target, nullptr, C(0), C(1)});
-  const C* x = load_unit(p.layout, p.x, unit, buffers.x);
-  visit(Residual<C, true>{prediction, target, x, weights.c_skip, weights.c_out});
-}
-
-template <class C>
-void form_residual(const PseudoHuber& p, const Unit& unit, const Preconditioning<C>& weights, Buffers<C>& buffers) {
-  C* out = buffers.residual;
-  with_residual(p, unit, weights, buffers, [&](const auto& residual) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < unit.count; ++i) out[i] = residual(i);
-  });
-}
-
-#if defined(BICM_VECTOR)
-BICM_HD void stream(Floats x, float* to) {
-#if defined(BICM_ISA_AVX512)
-  _mm512_stream_ps(to, (__m512)x);
-#else
-  _mm256_stream_ps(to, (__m256)x);
-#endif
-}
-
-// The usual case of training, only F's gradient and larger than the cache: from registers to memory.
-inline bool stream_scaled(const PseudoHuber& p, const Unit& unit, const Preconditioning<float>& weights, float factor,
-                          Buffers<float>& buffers) {
-  const Operand& to = p.gradient[0];
-  const bool alone = p.wanted[0] && !p.wanted[1] && !p.wanted[2] && sums_squares(p) && !p.weighs;
-  if (!alone || !to.streams || !is_compute_type<float>(to) || unit.count % kLanes != 0) return false;
-  float* out = static_cast<float*>(to.data) + unit.sample * to.batch_stride + unit.begin;
-  if (reinterpret_cast<uintptr_t>(out) % sizeof(Floats) != 0) return false;
-  with_residual(p, unit, weights, buffers, [&](const auto& residual) {
-    for (int64_t i = 0; i < unit.count; i += kLanes) stream(factor * residual.template lanes<Floats>(i), out + i);
-  });
-  return true;
-}
-#endif
-template <class C>
-bool stream_scaled(const PseudoHuber&, const Unit&, const Preconditioning<C>&, C, Buffers<C>&) {
-  return false;
-}
 
 // Values shared by the elements of a sample.
 template <class C>
@@ -103,28 +27,83 @@ void find_factors(const PseudoHuber& p, int64_t sample, double sum, Factors<C>& 
   f.plain = plain_slopes(sum, f.c);
 }
 
-// Elementwise distances times a power of two, which is 1 where the plain formula suffices.
-template <class C>
-void form_distances(const C* r, C c, C scale, int64_t count, C* distance) {
-  if (scale == C(1)) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) distance[i] = pseudo_huber_distance(r[i] * r[i], c);
-  } else {
-    for (int64_t i = 0; i < count; ++i) distance[i] = distance_anywhere(r[i], c, scale);
+// --- elementwise, by the plain formulas ---
+
+enum class Wanted { distance, slope, both };
+
+// Distances of a residual, or slopes; where both are wanted they share the root, and slopes are written beside.
+template <Wanted wanted, class C, class R>
+struct Elementwise {
+  R residual;
+  C c;
+  C* slopes;
+
+  template <class Lanes>
+  BICM_HD Lanes of(Lanes r, int64_t i) const {
+    const Lanes square = r * r, length = root(square + c * c);
+    if constexpr (wanted != Wanted::distance) {
+      const Lanes slope = r / nonzero(length);
+      if constexpr (wanted == Wanted::slope) return slope;
+      __builtin_memcpy(slopes + i, &slope, sizeof(slope));
+    }
+    return square / nonzero(length + c);
   }
+  BICM_HD C operator()(int64_t i) const { return of(residual(i), i); }
+  template <class Lanes>
+  BICM_HD Lanes lanes(int64_t i) const {
+    return of(residual.template lanes<Lanes>(i), i);
+  }
+};
+
+template <Wanted wanted, class C, class R>
+BICM_HD Elementwise<wanted, C, R> elementwise(const R& residual, C c, C* slopes) {
+  return {residual, c, slopes};
+}
+
+// The unit's sum of distances, and its slopes in the residual's buffer, as wanted. In registers, because divisions take
+// longer than all the rest: nothing may wait for them.
+template <Wanted wanted, class C>
+double elementwise_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
+  C *const r = buffers.residual, *const distance = buffers.out;
+  double total = 0.0;
+  if constexpr (kLanes > 1 && Same<C, float>::value) {
+    with_residual(p, unit, f.weights, buffers, [&](const auto& residual) {
+      const auto values = elementwise<wanted>(residual, f.c, r);
+      if constexpr (wanted == Wanted::slope) {
+        evaluate(values, unit.count, r);
+      } else {
+        total = sum_of<Identity, C>(values, unit.count);
+      }
+    });
+    return total;
+  }
+  form_residual(p, unit, f.weights, buffers);
+  const auto values = elementwise<wanted>(Stored<C>{r}, f.c, r);
+  C* const out = wanted == Wanted::slope ? r : distance;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < unit.count; ++i) out[i] = values(i);
+  return wanted == Wanted::slope ? 0.0 : sum_of<Identity, C>(Stored<C>{distance}, unit.count);
+}
+
+// --- of any size ---
+
+// Elementwise distances times a power of two, in place.
+template <class C>
+void form_distances(C c, C scale, int64_t count, C* r) {
+  for (int64_t i = 0; i < count; ++i) r[i] = distance_anywhere(r[i], c, scale);
 }
 
 // r / sqrt(r^2 + c^2), in place.
 template <class C>
-void form_slopes(const Factors<C>& f, int64_t count, C* r) {
-  if (f.plain) {
-    for (int64_t i = 0; i < count; ++i) r[i] = r[i] / nonzero(root(r[i] * r[i] + f.c * f.c));
-  } else if (f.c == C(0)) {
+void form_slopes(C c, int64_t count, C* r) {
+  if (c == C(0)) {
     for (int64_t i = 0; i < count; ++i) r[i] = slope_without_c(r[i]);
   } else {
-    for (int64_t i = 0; i < count; ++i) r[i] = slope_anywhere(r[i], f.c);
+    for (int64_t i = 0; i < count; ++i) r[i] = slope_anywhere(r[i], c);
   }
 }
+
+// --- a unit ---
 
 template <class C>
 double sum_weighed_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
@@ -134,12 +113,13 @@ double sum_weighed_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>
   return sum_of<Identity, double>(Stored<double>{buffers.terms}, unit.count);
 }
 
-// Of residuals, or elementwise distances, times a power of two.
+// Of residuals, or elementwise distances, times a power of two, which is 1 where the plain formula suffices.
 template <class C>
 double sum_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, C scale, Buffers<C>& buffers) {
   if (p.weighs) return sum_weighed_unit(p, unit, f, buffers);
+  if (scale == C(1) && !sums_squares(p)) return elementwise_unit<Wanted::distance>(p, unit, f, buffers);
   double total = 0.0;
-  if (sums_squares(p) && scale == C(1)) {
+  if (scale == C(1)) {
     with_residual(p, unit, f.weights, buffers,
                   [&](const auto& residual) { total = sum_of<Square, C>(residual, unit.count); });
     return total;
@@ -150,7 +130,7 @@ double sum_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, C s
     for (int64_t i = 0; i < unit.count; ++i) r[i] = r[i] * scale;
     return sum_of<Square, C>(Stored<C>{r}, unit.count);
   }
-  form_distances(r, f.c, scale, unit.count, r);
+  form_distances(f.c, scale, unit.count, r);
   return sum_of<Identity, C>(Stored<C>{r}, unit.count);
 }
 
@@ -163,39 +143,45 @@ void store_gradients(const PseudoHuber& p, const Unit& unit, const Factors<C>& f
 }
 
 template <class C>
-void differentiate_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
-  if (f.power == C(1) && stream_scaled(p, unit, f.weights, f.factor[0], buffers)) return;
+void form_derivative(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
+  if (p.distance == Distance::elementwise && f.plain && !p.weighs) {
+    elementwise_unit<Wanted::slope>(p, unit, f, buffers);
+    return;
+  }
   form_residual(p, unit, f.weights, buffers);
   C* r = buffers.residual;
   if (p.weighs) {
     const C* weight = load_unit(p.layout, p.element_weight, unit, buffers.prediction);
     for (int64_t i = 0; i < unit.count; ++i) r[i] = weighed_slope(p, r[i], f.c, f.power, weight[i]);
   } else if (p.distance == Distance::elementwise) {
-    form_slopes(f, unit.count, r);
+    form_slopes(f.c, unit.count, r);
   } else if (f.power != C(1)) {
     for (int64_t i = 0; i < unit.count; ++i) r[i] = r[i] * f.power;
   }
-  store_gradients(p, unit, f, buffers);
+}
+
+template <class C>
+void differentiate_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
+  const int64_t done = f.power == C(1) ? scale_residual(p, unit, f.weights, f.factor[0], buffers.memory) : 0;
+  if (done == unit.count) return;
+  const Unit rest = {unit.sample, unit.begin + done, unit.count - done};
+  form_derivative(p, rest, f, buffers);
+  store_gradients(p, rest, f, buffers);
 }
 
 // An elementwise distance's sum and gradients, which are independent.
 template <class C>
 double sum_and_differentiate_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, C scale,
                                   Buffers<C>& buffers) {
-  form_residual(p, unit, f.weights, buffers);
-  C *r = buffers.residual, *distance = buffers.prediction;  // the inputs are no longer needed
+  double total;
   if (f.plain) {
-    for (int64_t i = 0; i < unit.count; ++i) {
-      const C square = r[i] * r[i];
-      distance[i] = pseudo_huber_distance(square, f.c);
-      r[i] = r[i] / nonzero(root(square + f.c * f.c));
-    }
+    total = elementwise_unit<Wanted::both>(p, unit, f, buffers);
   } else {
-    form_distances(r, f.c, scale, unit.count, distance);
-    form_slopes(f, unit.count, r);
+    total = sum_unit(p, unit, f, scale, buffers);
+    form_derivative(p, unit, f, buffers);
   }
   store_gradients(p, unit, f, buffers);
-  return sum_of<Identity, C>(Stored<C>{distance}, unit.count);
+  return total;
 }
 
 // Units [first, last) of a sample; elementwise, with their gradients if AtOnce.
@@ -213,7 +199,7 @@ double sum_units(const PseudoHuber& p, int64_t first, int64_t last, const Factor
 
 template <class C, bool Differentiates>
 void sums(const PseudoHuber& p, int64_t begin, int64_t end) {
-  Buffers<C> buffers;
+  Buffers<C> buffers(memory_for(p));
   const int64_t chunks = sum_chunks(p.layout), units = units_per_sample(p.layout);
   const bool at_once = Differentiates && p.distance == Distance::elementwise && !p.weighs;
   for (int64_t item = begin; item < end; ++item) {
@@ -240,7 +226,7 @@ void sums(const PseudoHuber& p, int64_t begin, int64_t end) {
 
 template <class C>
 void gradients(const PseudoHuber& p, int64_t begin, int64_t end) {
-  Buffers<C> buffers;
+  Buffers<C> buffers(memory_for(p));
   int64_t sample = -1;
   Factors<C> f = {};
   for (int64_t i = begin; i < end; ++i) {
@@ -262,13 +248,26 @@ void scale(const KeptGradient& p, int64_t begin, int64_t end) {
     const Unit unit = unit_at(p.layout, i);
     const C factor = load_number<C>(p.upstream, unit.sample);
     if (factor == C(1)) continue;
-    const C* x = load_unit(p.layout, p.gradient, unit, buffer);
-#pragma GCC ivdep
-    for (int64_t j = 0; j < unit.count; ++j) buffer[j] = factor * x[j];
-    store_unit(p.layout, p.gradient, unit, buffer);
+    store_scaled(p.layout, p.gradient, unit, factor, load_unit(p.layout, p.gradient, unit, buffer), buffer);
   }
   finish_streams();
 }
+
+#if defined(BICM_VECTOR)
+void scale_in_registers(const KeptGradient& p, int64_t begin, int64_t end, Memory memory) {
+  with_memory(memory, [&](auto kind) {
+    for (int64_t i = begin; i < end;) {
+      const Unit run = run_at(p.layout, i, end);
+      const float factor = load_number<float>(p.upstream, run.sample);
+      const auto to = target_of<decltype(kind)>(p.gradient, run);
+      if (factor != 1.0f) scale_elements(factor, to.memory, to, run.count);
+      i += units_of(run);
+    }
+  });
+}
+#else
+void scale_in_registers(const KeptGradient&, int64_t, int64_t, Memory) {}
+#endif
 
 }  // namespace
 
@@ -285,6 +284,8 @@ void pseudo_huber_with_gradient(const PseudoHuber& p, int64_t begin, int64_t end
 }
 
 void scale_gradient(const KeptGradient& p, int64_t begin, int64_t end) {
+  const Memory memory = memory_for(p.gradient);
+  if (memory != Memory::none) return scale_in_registers(p, begin, end, memory);
   (p.gradient.dtype == DType::float64 ? scale<double> : scale<float>)(p, begin, end);
 }
 

@@ -2,9 +2,8 @@
 // processes contiguous numbers of one type; differences between tensors are handled here.
 #pragma once
 
-#include "../core/half.h"
+#include "halves.h"
 #include "kernels.h"
-#include "lanes.h"
 
 BICM_NAMESPACE_BEGIN
 
@@ -18,87 +17,6 @@ BICM_HD Unit unit_at(const Layout& layout, int64_t unit) {
   const int64_t left = layout.elements - begin;
   return {unit / per_sample, begin, left < kChunk ? left : kChunk};
 }
-
-BICM_HD float widen(float x) { return x; }
-BICM_HD double widen(double x) { return x; }
-BICM_HD int64_t widen(int32_t x) { return x; }
-BICM_HD int64_t widen(int64_t x) { return x; }
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-BICM_HD float widen(Half x) { return half_to_float(x.bits); }
-BICM_HD float widen(BFloat16 x) { return bfloat16_to_float(x.bits); }
-
-template <class T>
-struct Narrow {
-  template <class C>
-  BICM_HD static T from(C x) {
-    return static_cast<T>(x);
-  }
-};
-template <>
-struct Narrow<Half> {
-  template <class C>
-  BICM_HD static Half from(C x) {
-    return {float_to_half(static_cast<float>(x))};
-  }
-};
-template <>
-struct Narrow<BFloat16> {
-  template <class C>
-  BICM_HD static BFloat16 from(C x) {
-    return {float_to_bfloat16(static_cast<float>(x))};
-  }
-};
-
-template <class T, class C>
-inline void widen_all(const T* from, C* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<C>(widen(from[i]));
-}
-
-template <class T, class C>
-inline void narrow_all(const C* from, T* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = Narrow<T>::from(from[i]);
-}
-
-#if defined(BICM_VECTOR)
-#if defined(BICM_ISA_AVX512)
-BICM_HD Floats halves_to_floats(const Half* from) {
-  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
-}
-BICM_HD void floats_to_halves(Floats x, Half* to) {
-  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-#else
-BICM_HD Floats halves_to_floats(const Half* from) {
-  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
-}
-BICM_HD void floats_to_halves(Floats x, Half* to) {
-  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-#endif
-inline void widen_all(const Half* from, float* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const Floats x = halves_to_floats(from + i);
-    __builtin_memcpy(to + i, &x, sizeof(x));
-  }
-  for (; i < count; ++i) to[i] = widen(from[i]);
-}
-inline void narrow_all(const float* from, Half* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    Floats x;
-    __builtin_memcpy(&x, from + i, sizeof(x));
-    floats_to_halves(x, to + i);
-  }
-  for (; i < count; ++i) to[i] = Narrow<Half>::from(from[i]);
-}
-#endif
 
 // Calls visit(offset, place, length) for every run of elements along the last dimension:
 // `offset` of the run's first element in the tensor, its `place` in the unit.
@@ -140,15 +58,6 @@ inline const C* load_as(const Layout& layout, const Operand& x, const Unit& unit
   }
   return buffer;
 }
-
-template <class A, class B>
-struct Same {
-  static constexpr bool value = false;
-};
-template <class A>
-struct Same<A, A> {
-  static constexpr bool value = true;
-};
 
 template <class C>
 BICM_HD bool is_compute_type(const Operand& x) {
@@ -251,16 +160,6 @@ inline void store_unit(const Layout& layout, const Operand& x, const Unit& unit,
     case DType::float32: return store_as<float>(layout, x, unit, from);
     default: return store_as<double>(layout, x, unit, from);
   }
-}
-
-// factor times the unit's numbers: in place if the tensor is contiguous, otherwise through a buffer.
-template <class C>
-void store_scaled(const Layout& layout, const Operand& to, const Unit& unit, C factor, const C* from, C* buffer) {
-  const bool in_place = is_compute_type<C>(to) && !to.streams;
-  C* out = in_place ? static_cast<C*>(to.data) + unit.sample * to.batch_stride + unit.begin : buffer;
-#pragma GCC ivdep
-  for (int64_t i = 0; i < unit.count; ++i) out[i] = factor * from[i];
-  if (!in_place) store_unit(layout, to, unit, out);
 }
 
 BICM_NAMESPACE_END

@@ -16,27 +16,21 @@ constexpr int kDoubles = 2;
 #endif
 typedef double Doubles __attribute__((vector_size(8 * kDoubles)));
 
+// What is read of a buffer at a time: a whole register of float32, or doubles.
 template <class C>
 struct Part;
 template <>
 struct Part<float> {
+#if defined(BICM_VECTOR)
+  typedef Floats Lanes;
+#else
   typedef float Lanes __attribute__((vector_size(4 * kDoubles)));
+#endif
 };
 template <>
 struct Part<double> {
   typedef Doubles Lanes;
 };
-
-BICM_HD Doubles to_doubles(Doubles x) { return x; }
-BICM_HD Doubles to_doubles(Part<float>::Lanes x) {
-#if defined(BICM_ISA_AVX512)
-  return (Doubles)_mm512_cvtps_pd((__m256)x);
-#elif defined(BICM_VECTOR)
-  return (Doubles)_mm256_cvtps_pd((__m128)x);
-#else
-  return __builtin_convertvector(x, Doubles);
-#endif
-}
 
 struct Identity {
   BICM_HD static Doubles of(Doubles x) { return x; }
@@ -63,10 +57,30 @@ struct Stored {
   }
 };
 
+// Adds a term of every lane.
+template <class Term>
+BICM_HD void add_lanes(Doubles x, Doubles* total) {
+  total[0] += Term::of(x);
+}
+template <class Term>
+BICM_HD void add_lanes(Part<float>::Lanes x, Doubles* total) {
+#if defined(BICM_ISA_AVX512)
+  total[0] += Term::of((Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)));
+  total[1] += Term::of((Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1)));
+#elif defined(BICM_VECTOR)
+  total[0] += Term::of((Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)));
+  total[1] += Term::of((Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1)));
+#else
+  total[0] += Term::of(__builtin_convertvector(x, Doubles));
+#endif
+}
+
 template <class Term, class C, class Source>
 BICM_HD void add_round(const Source& source, int64_t i, Doubles* total) {
-  for (int k = 0; k < kAccumulators / kDoubles; ++k) {
-    total[k] += Term::of(to_doubles(source.template lanes<typename Part<C>::Lanes>(i + k * kDoubles)));
+  using Lanes = typename Part<C>::Lanes;
+  constexpr int width = sizeof(Lanes) / sizeof(C);
+  for (int k = 0; k < kAccumulators; k += width) {
+    add_lanes<Term>(source.template lanes<Lanes>(i + k), total + k / kDoubles);
   }
 }
 
@@ -86,6 +100,22 @@ double sum_of(const Source& source, int64_t count) {
     for (int j = 0; j < half; ++j) single[j] = single[j] + single[j + half];
   }
   return single[0];
+}
+
+// A source's elements into a buffer.
+template <class C, class Source>
+void evaluate(const Source& source, int64_t count, C* out) {
+  int64_t i = 0;
+#if defined(BICM_VECTOR)
+  using Lanes = typename Part<C>::Lanes;
+  constexpr int width = sizeof(Lanes) / sizeof(C);
+  for (; i + width <= count; i += width) {
+    const Lanes x = source.template lanes<Lanes>(i);
+    __builtin_memcpy(out + i, &x, sizeof(x));
+  }
+#endif
+#pragma GCC ivdep
+  for (; i < count; ++i) out[i] = source(i);
 }
 
 BICM_NAMESPACE_END
