@@ -17,7 +17,19 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import bicm_kernels as bk
 from bicm_kernels import backend
-from tests.support.ways import CONTEXTS, Bits, Counter, Op, Taken, agree, long_way, opened
+from tests.support.ways import (
+    CONTEXTS,
+    LAYOUTS,
+    SWITCHED,
+    TENSORS,
+    Bits,
+    Counter,
+    Op,
+    Taken,
+    agree,
+    long_way,
+    opened,
+)
 
 BDIA = {"a": 1.013, "b": -0.21, "a_last": 0.971, "b_last": 0.13, "gamma": 0.9}
 KEY = {"seed": 2**64 - 5, "step": 2, "sample_id": 3}
@@ -60,18 +72,6 @@ def states() -> tuple[Tensor, Tensor]:
     return x, x.flip(0).sin()
 
 
-LAYOUTS: dict[str, Op] = {
-    "contiguous": lambda x: x,
-    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda x: x.transpose(1, 3),
-    "every other": lambda x: torch.stack([x, -x], dim=-1)[..., 0],
-    "expanded": lambda x: x[:, :1].expand_as(x),
-    "a stride for nothing": lambda x: x[:, :, None].as_strided((2, 3, 1, 5, 4), (60, 20, 77, 4, 1)),
-    "one sample": lambda x: x[1:].repeat(2, 1, 1, 1),
-    "flat": lambda x: x.flatten(1),
-}
-
-
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_plain_calls_take_it(
@@ -85,22 +85,6 @@ def test_plain_calls_take_it(
                 ours = OPS[name](x, y)
                 assert taken.pop() == (name.split()[0], True)
                 agree(ours, long_way(OPS[name], x, y), same_bits)
-
-
-class Sub(Tensor):
-    """A subclass that changes nothing."""
-
-
-# What must go the long way because of a tensor: how a plain one becomes it.
-TENSORS: dict[str, Op] = {
-    "requires grad": lambda x: x.clone().requires_grad_(),
-    "in a graph": lambda x: x.clone().requires_grad_() * 1.0,
-    "parameter": lambda x: torch.nn.Parameter(x, requires_grad=False),
-    "subclass": lambda x: x.as_subclass(Sub),
-    "negated": lambda x: torch.complex(x, -x).conj().imag,
-    "negated, dense": lambda x: torch._neg_view(x),
-    "without memory": lambda x: torch._efficientzerotensor(x.shape),
-}
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -188,14 +172,6 @@ def test_an_implementation_from_python_replaces_ours(overload: str, states: tupl
         library.impl(overload, lambda tensors, *rest: torch.full_like(tensors[0], 7.0), "CPU")
         assert (bk.ddim_step(*states, a=0.9, b=number) == 7.0).all()
     assert torch.equal(bk.ddim_step(*states, a=0.9, b=number), expected)
-
-
-SWITCHED = """
-import torch, bicm_kernels as bk
-assert (bk.backend.direct is None) == {off}
-x = torch.ones(1, 3)
-assert torch.equal(bk.ddim_step(x, x, a=2.0, b=0.5), 2.5 * x)
-"""
 
 
 @pytest.mark.slow

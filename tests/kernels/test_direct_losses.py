@@ -14,8 +14,7 @@ from torch import Tensor
 
 import bicm_kernels as bk
 from bicm_kernels import backend
-from tests.kernels.test_direct import LAYOUTS, SWITCHED, TENSORS
-from tests.support.ways import CONTEXTS, Counter, Taken, agree, long_way
+from tests.support.ways import CONTEXTS, LAYOUTS, SWITCHED, TENSORS, Counter, Taken, agree, long_way
 
 Bits = Callable[[Tensor, Tensor], None]
 T, U = torch.tensor([0.7, 2.0], dtype=torch.float64), torch.tensor(0.3)

@@ -88,3 +88,39 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "forward mode": forward_ad.dual_level,
     "profiler": lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
 }
+
+#: Layouts of a state.
+LAYOUTS: dict[str, Op] = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(1, 3),
+    "every other": lambda x: torch.stack([x, -x], dim=-1)[..., 0],
+    "expanded": lambda x: x[:, :1].expand_as(x),
+    "a stride for nothing": lambda x: x[:, :, None].as_strided((2, 3, 1, 5, 4), (60, 20, 77, 4, 1)),
+    "one sample": lambda x: x[1:].repeat(2, 1, 1, 1),
+    "flat": lambda x: x.flatten(1),
+}
+
+
+class Sub(Tensor):
+    """A subclass that changes nothing."""
+
+
+# What must go the long way because of a tensor: how a plain one becomes it.
+TENSORS: dict[str, Op] = {
+    "requires grad": lambda x: x.clone().requires_grad_(),
+    "in a graph": lambda x: x.clone().requires_grad_() * 1.0,
+    "parameter": lambda x: torch.nn.Parameter(x, requires_grad=False),
+    "subclass": lambda x: x.as_subclass(Sub),
+    "negated": lambda x: torch.complex(x, -x).conj().imag,
+    "negated, dense": lambda x: torch._neg_view(x),
+    "without memory": lambda x: torch._efficientzerotensor(x.shape),
+}
+
+#: A program that is run with the direct way on or off.
+SWITCHED = """
+import torch, bicm_kernels as bk
+assert (bk.backend.direct is None) == {off}
+x = torch.ones(1, 3)
+assert torch.equal(bk.ddim_step(x, x, a=2.0, b=0.5), 2.5 * x)
+"""
