@@ -99,7 +99,7 @@ struct Update {
     last.out = written[0].room(out);
     if (kDenoises) last.x0 = written[1].room(x0);
     if (scales) last.next = written[2].room(next);
-    last.noise = noise + i;  // whole blocks are drawn
+    if (noise_weight != 0.0f) last.noise = noise + i;  // whole blocks are drawn
     last.elements(kBlock);
     written[0].write(out, i, count);
     if (kDenoises) written[1].write(x0, i, count);

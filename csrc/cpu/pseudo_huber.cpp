@@ -44,7 +44,11 @@ struct Elementwise {
     if constexpr (wanted != Wanted::distance) {
       const Lanes slope = r / nonzero(length);
       if constexpr (wanted == Wanted::slope) return slope;
-      __builtin_memcpy(slopes + i, &slope, sizeof(slope));
+      if constexpr (Same<Lanes, C>::value) {
+        slopes[i] = slope;
+      } else {
+        __builtin_memcpy(slopes + i, &slope, sizeof(slope));
+      }
     }
     return square / nonzero(length + c);
   }

@@ -102,9 +102,10 @@ double sum_of(const Source& source, int64_t count) {
   return single[0];
 }
 
-// A source's elements into a buffer.
+// A source's elements into a buffer. The source is a copy: behind a reference, its numbers would be read again after
+// every store.
 template <class C, class Source>
-void evaluate(const Source& source, int64_t count, C* out) {
+void evaluate(Source source, int64_t count, C* out) {
   int64_t i = 0;
 #if defined(BICM_VECTOR)
   using Lanes = typename Part<C>::Lanes;
