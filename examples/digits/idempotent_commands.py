@@ -34,7 +34,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--output", default=BUILD / "pairs", type=FOLDER, help="Folder for the shards; a killed run resumes.")
 @click.option("--count", default=PAIRS, type=click.IntRange(1), help="How many pairs.")
 @click.option("--steps", default=PAIR_STEPS, type=click.IntRange(1), help="Steps of the sampler.")
-@click.option("--sampler", default="ddim", type=click.Choice(["ddim", "heun"]), help="Heun's evaluates twice per step.")
+@click.option("--sampler", default="heun", type=click.Choice(["ddim", "heun"]), help="Heun's evaluates twice per step.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
 def pairs(output: Path, count: int, steps: int, sampler: str, threads: int) -> None:
     """Sample digits with the noise predictor, and store each with its noise."""

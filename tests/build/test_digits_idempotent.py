@@ -73,7 +73,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
-    make_pairs(folder, count=24, steps=3, progress=False)
+    make_pairs(folder, count=24, steps=3, sampler="ddim", progress=False)
     return folder
 
 
@@ -239,7 +239,7 @@ def test_the_weights_beside_the_code_are_what_the_documentation_says() -> None:
     assert notes["command"].startswith("python -m examples.digits train-idempotent --method reg")
     assert json.loads(notes["network"]) == {"width": 384, "blocks": 2}
     found = measure(load_network(), 0)
-    assert found.recognised >= 0.78 and found.frechet <= 0.9 and found.least >= 0.05
+    assert found.recognised >= 0.78 and found.frechet <= 0.75 and found.least >= 0.05
     assert found.idempotence is not None and found.idempotence[1] <= 0.06
     assert found.reconstruction is not None and found.reconstruction <= 0.0005
 
