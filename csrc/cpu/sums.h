@@ -84,8 +84,9 @@ BICM_HD void add_round(const Source& source, int64_t i, Doubles* total) {
   }
 }
 
+// Sources are copies: numbers behind a reference would be read again after every store.
 template <class Term, class C, class Source>
-double sum_of(const Source& source, int64_t count) {
+double sum_of(Source source, int64_t count) {
   Doubles total[kAccumulators / kDoubles] = {};
   int64_t i = 0;
   for (; i + kAccumulators <= count; i += kAccumulators) add_round<Term, C>(source, i, total);
@@ -102,8 +103,7 @@ double sum_of(const Source& source, int64_t count) {
   return single[0];
 }
 
-// A source's elements into a buffer. The source is a copy: behind a reference, its numbers would be read again after
-// every store.
+// A source's elements into a buffer.
 template <class C, class Source>
 void evaluate(Source source, int64_t count, C* out) {
   int64_t i = 0;
