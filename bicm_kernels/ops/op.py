@@ -46,12 +46,9 @@ def may_go_direct() -> bool:
 
 def _check_not_stacked(name: str, x: Any, first: Tensor | None, first_name: str) -> None:
     """Raise for a batch of unconditional and conditional predictions: kernels take a pair."""
-    if (
-        first is not None
-        and first.dim()
-        and isinstance(x, Tensor)
-        and x.shape == (2 * first.shape[0], *first.shape[1:])
-    ):
+    if first is None or first.dim() == 0 or first.shape[0] == 0 or not isinstance(x, Tensor):
+        return
+    if x.shape == (2 * first.shape[0], *first.shape[1:]):
         shapes = f"the shape of {first_name}, {tuple(first.shape)}, got {tuple(x.shape)}"
         raise ValueError(f"{name} must have {shapes}; pass a pair, {name}.chunk(2), with guidance_scale")
 

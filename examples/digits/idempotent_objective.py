@@ -117,8 +117,8 @@ def make_pairs(
 ) -> None:
     """Sample digits without labels with the noise predictor, and store them with their noise.
 
-    sampler: "heun", EDM's on levels up to 20 with two evaluations in all steps but the last, or "ddim" with one per step,
-    which loses variance.
+    sampler: "heun", EDM's on levels up to 20 with two evaluations in all steps but the last, or "ddim" with one per
+    step, which loses variance.
     """
     teacher = Teacher(load_denoiser())
 
