@@ -63,7 +63,7 @@ class Method:
 FLOW = {"flow": 1.0, "idem": 0.01}
 METHODS = {
     "ign": Method("IGN", {"recon": 20.0, "idem": 20.0, "tight": 2.5}, 4_000),
-    "flow": Method("SIGN: flow", FLOW, 4_000),
+    "flow": Method("SIGN: flow", FLOW, 10_000),
     "denoise": Method("SIGN: flow, denoise", {**FLOW, "denoise": 0.1}, 4_000),
     "control": Method("SIGN: flow, then flow", FLOW, 1_500, start="flow", learning_rate=2e-4),
     "dmd": Method(
