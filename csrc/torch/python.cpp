@@ -244,6 +244,7 @@ bool is_tracked(PyObject* tensor) { return !untracked(tensor); }
 bool saves_through_hooks() {
   if (torch_.saving_hooks == nullptr) return true;
   PyObject* const hooks = PyObject_CallFunctionObjArgs(torch_.saving_hooks, Py_True, nullptr);
+  if (hooks == nullptr) PyErr_Clear();
   Py_XDECREF(hooks);
   return hooks != Py_None;
 }

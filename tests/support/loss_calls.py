@@ -56,3 +56,11 @@ def step(x: Tensor, F: Tensor, target: Tensor, t: Any, c: Any, options: dict[str
     more = {key: value for key, value in options.items() if key != "c"}
     c = None if more.get("kind") == "squared" else c
     return bk.consistency_loss(x, 2 * F, t, None, target, c=c, **more) + bk.pseudo_huber(F, target, c=c, **more)
+
+
+def keeps(loss: Tensor) -> bool:
+    """Whether gradients were formed with the value."""
+    assert loss.grad_fn is not None
+    name = type(loss.grad_fn).__name__
+    assert name in ("KeptBesideBackward", "TrackedBackward"), name
+    return name == "KeptBesideBackward"
