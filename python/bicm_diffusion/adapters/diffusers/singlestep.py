@@ -70,6 +70,18 @@ def single_row(levels: list[Level], *, heun: bool, algorithm: str) -> Row:
     return kept, b / near, a / far, first - a / far - b / near, deviation
 
 
+def _cycled(orders: list[int], length: int, index: int) -> int:
+    """orders[index], by comparisons that hold for many steps: reading a list would make a graph for each index."""
+    regular = 0
+    while regular < len(orders) and orders[regular] == regular % length + 1:
+        regular += 1
+    if index < regular:
+        for order in range(1, length + 1):
+            if index % length == order - 1:
+                return order
+    return orders[index]
+
+
 class DpmSolverSinglestep(Counted):
     model_outputs: list[Any]
     order_list: list[int]
@@ -118,7 +130,8 @@ class DpmSolverSinglestep(Counted):
 
     def _order(self, index: int) -> int:
         """The scheduled order, limited by the number of outputs available."""
-        order = self.order_list[index]
+        orders = self.order_list
+        order = _cycled(orders, self._internal_dict.solver_order, index) if traced() else orders[index]
         while order > 1 and self.model_outputs[-order + 1] is None:
             order -= 1
         return order

@@ -155,7 +155,7 @@ def unreadable(sources: tuple[Source, ...], options: tuple[tuple[str, Any], ...]
             continue  # not set yet
         if not isinstance(source, Tensor | Real) or overrides(source):
             return f"{name} as {type(source).__name__}"
-        if isinstance(source, Tensor) and source.is_floating_point() and source.dtype.itemsize < 4:
+        if isinstance(source, Tensor) and (source.is_complex() or _is_narrow(source)):
             return f"{name} of {source.dtype}"  # in which the original computes
         if isinstance(source, Tensor) and source.requires_grad:
             return f"{name} that requires a gradient"
@@ -163,6 +163,10 @@ def unreadable(sources: tuple[Source, ...], options: tuple[tuple[str, Any], ...]
         if not (option is None or isinstance(option, str | Real)):
             return f"{name} as {type(option).__name__}"
     return None
+
+
+def _is_narrow(x: Tensor) -> bool:
+    return x.is_floating_point() and x.dtype.itemsize < 4
 
 
 def single(x: Number) -> Number:
