@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddim_cogvideox import DDIMSchedulerOutput as CogVideoXOutput
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput as DDIMInverseSchedulerOutput
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bicm_diffusion.adapters.diffusers.arguments import constant, host_value, numbers
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
@@ -63,11 +63,11 @@ def ddim_row(prediction: str, a: Number, below: Number, eta: float, *, clips: bo
 
 def leaves_no_direction(here: float, below: float, eta: float) -> bool:
     """Whether the direction's variance is negative in float32, the original's precision."""
-    # Arrays, because torch's tensors have no values in its fake modes, and NumPy's scalars may widen.
-    a, b = np.array([[here], [below]], dtype=np.float32)
-    with np.errstate(all="ignore"):
-        deviation = np.float32(eta) * np.sqrt((1 - b) / (1 - a) * (1 - a / b))
-        return bool((1 - b - deviation * deviation < 0).item())
+    # By torch, whose root may differ from the correctly rounded one, and with values in its fake modes too.
+    with _disable_current_modes():
+        a, b = torch.tensor([here, below], dtype=torch.float32, device="cpu")
+        deviation = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
+        return bool(1 - b - deviation**2 < 0)
 
 
 @dataclass
