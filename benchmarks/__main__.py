@@ -15,6 +15,7 @@ from benchmarks.cases import Shape, shape_of
 from benchmarks.isolation import measure_apart
 from benchmarks.measurement import DTYPES, Measurement, cores
 from benchmarks.registry import FAMILIES
+from benchmarks.shapes import shapes_given
 from benchmarks.timing import CLOCKS, QUICK, Effort
 
 SIZES = (3_072, 49_152, 786_432, 3_145_728)
@@ -32,16 +33,6 @@ def integers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
     if not all(x.isdecimal() and int(x) > 0 for x in items):
         raise click.BadParameter(f"expected positive integers separated by commas, got {value!r}")
     return tuple(int(x) for x in items)
-
-
-def shapes_given(_: click.Context, __: click.Parameter, value: str | None) -> tuple[Shape, ...] | None:
-    """Shapes as 1x4x64x64, separated by commas."""
-    if value is None:
-        return None
-    shapes = [tuple(int(n) if n.isdecimal() else 0 for n in item.strip().split("x")) for item in value.split(",")]
-    if not all(len(shape) > 1 and min(shape) > 0 for shape in shapes):
-        raise click.BadParameter(f"expected shapes like 1x4x64x64 separated by commas, got {value!r}")
-    return tuple(shapes)
 
 
 def names_among(choices: tuple[str, ...]) -> Callable[..., tuple[str, ...]]:

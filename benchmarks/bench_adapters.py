@@ -8,6 +8,7 @@ process freed before. Needs diffusers: the extra `[diffusers]`.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +25,7 @@ from rich.table import Table
 from benchmarks.cases import SEED, Shape
 from benchmarks.isolation import keep_memory
 from benchmarks.measurement import threads
+from benchmarks.shapes import shapes_given
 from benchmarks.timing import CLOCKS, QUICK, Call, Effort, interleave
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler
 from bicm_diffusion.adapters.diffusers.accelerate import COVERED
@@ -41,6 +43,7 @@ def steps_of(scheduler: Any, shape: Shape) -> Call:
     scheduler.set_timesteps(STEPS)
     timesteps = list(scheduler.timesteps)
     scales = hasattr(scheduler, "scale_model_input")  # flow matching's have none
+    takes_last = "timestep_back" in inspect.signature(scheduler.step).parameters  # CogVideoX's DPM
     fresh = {name: copy.copy(value) if isinstance(value, list) else value for name, value in vars(scheduler).items()}
 
     def walk() -> Iterator[None]:
@@ -48,10 +51,15 @@ def steps_of(scheduler: Any, shape: Shape) -> Call:
             for name, value in fresh.items():
                 setattr(scheduler, name, list(value) if isinstance(value, list) else value)
             x = start * float(getattr(scheduler, "init_noise_sigma", 1.0))
+            x0, back = None, None
             for t in timesteps:
                 if scales:
                     scheduler.scale_model_input(x, t)
-                x = scheduler.step(output, t, x).prev_sample
+                if takes_last:
+                    x, x0 = scheduler.step(output, x0, t, back, x, return_dict=False)
+                    back = t
+                else:
+                    x = scheduler.step(output, t, x).prev_sample
                 yield
 
     walking = walk()
@@ -61,8 +69,8 @@ def steps_of(scheduler: Any, shape: Shape) -> Call:
 Row = tuple[str, dict[str, float]]
 
 
-def measure(name: str, quick: bool, clock: str) -> list[Row]:
-    """Medians in microseconds at every shape; at the largest one, also with an allocator that keeps its memory."""
+def measure(name: str, shapes: tuple[Shape, ...], keeps_memory: bool, quick: bool, clock: str) -> list[Row]:
+    """Medians in microseconds at every shape; without keeps_memory, at the last one also where memory is kept."""
     cls = next(cls for cls in COVERED if cls.__name__ == name)
     effort = QUICK if quick else Effort(rounds=11, least_rounds=5, sample=2e-2, budget=1.5)
 
@@ -80,16 +88,26 @@ def measure(name: str, quick: bool, clock: str) -> list[Row]:
         return "×".join(map(str, shape)) + label, {key: t.median * 1e6 for key, t in times.items()}
 
     with torch.no_grad(), threads(1):
-        rows = [row(shape) for shape in SHAPES]
+        if keeps_memory:
+            keep_memory()
+            return [row(shape, ", memory kept") for shape in shapes]
+        rows = [row(shape) for shape in shapes]
         keep_memory()
-        return [*rows, row(SHAPES[-1], ", memory kept")]
+        return [*rows, row(shapes[-1], ", memory kept")]
 
 
 @click.command()
 @click.argument("names", nargs=-1)
+@click.option("--shapes", callback=shapes_given, help="As 1x4x64x64,16x4x128x128, the largest last.")
+@click.option(
+    "--keep-memory",
+    "keeps_memory",
+    is_flag=True,
+    help="Keep memory at every shape: page faults are no part of the times.",
+)
 @click.option("--quick", is_flag=True, help="A few short rounds: a smoke test.")
 @click.option("--clock", type=click.Choice(list(CLOCKS)), default="wall", help="processor: this thread's own time.")
-def main(names: tuple[str, ...], quick: bool, clock: str) -> None:
+def main(names: tuple[str, ...], shapes: tuple[Shape, ...] | None, keeps_memory: bool, quick: bool, clock: str) -> None:
     """Measure accelerated schedulers, all or those named, against the originals, with torch's noise and keyed noise."""
     table = Table(
         title=f"diffusers {diffusers.__version__}, torch {torch.__version__}, one thread, float32, {clock} time, µs"
@@ -101,7 +119,7 @@ def main(names: tuple[str, ...], quick: bool, clock: str) -> None:
         if names and cls.__name__ not in names:
             continue
         with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-            rows = pool.submit(measure, cls.__name__, quick, clock).result()
+            rows = pool.submit(measure, cls.__name__, shapes or SHAPES, keeps_memory, quick, clock).result()
         for shape, times in rows:
             assert all(map(math.isfinite, times.values()))
             original, accelerated, keyed, draw, our_draw = times.values()

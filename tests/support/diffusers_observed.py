@@ -53,18 +53,27 @@ def observed(
     scales: bool = True,
     as_number: bool = False,
     edit: Edit | None = None,
+    wide: bool = False,
     **arguments: Any,
 ) -> Iterator[Any]:
-    """All that a loop lets its caller see; an error is seen by its type."""
+    """All that a loop lets its caller see; an error is seen by its type.
+
+    With wide, states begin with the values that the given dtypes hold, and are float64.
+    """
     generator, drawn = (torch.Generator().manual_seed(seed) for seed in (0, 4))
     old: Any = None
     back: Any = None
+
+    def held(tensor: Tensor) -> Tensor:
+        rounded = tensor.to(dtypes[0])
+        return rounded.double() if wide else rounded
+
     with Heard() as heard:
         try:
-            x = torch.randn(SHAPE, generator=generator).to(dtypes[0]) * first_level(scheduler)
+            x = held(torch.randn(SHAPE, generator=generator)) * first_level(scheduler)
             yield scheduler.timesteps
             if start:
-                noise = torch.randn(SHAPE, generator=generator).to(dtypes[0])
+                noise = held(torch.randn(SHAPE, generator=generator))
                 at = scheduler.timesteps[start].expand(len(x))
                 if hasattr(scheduler, "scale_noise"):
                     x = scheduler.scale_noise(x / 9, at, noise)
@@ -78,7 +87,7 @@ def observed(
                 if edit is not None:
                     edit(scheduler, k, "input")
                 inputs = model_input(scheduler, x, at) if scales else x
-                output = network(inputs, k).to(dtypes[1])
+                output = network(inputs, k).to(torch.float64 if wide else dtypes[1])
                 if edit is not None:
                     edit(scheduler, k, "step")
                 states = (output, old, at, back, x) if takes_old else (output, at, x)
@@ -120,7 +129,7 @@ def agree(original: Any, ours: Any, **how: Any) -> None:
     """
     largest, half = 1.0, torch.float16 in how.get("dtypes", ())
     near = max(NEAR[dtype] for dtype in how.get("dtypes", (torch.float32,)))
-    wide = in_float64(original)
+    before = copy.deepcopy(original)
     # In float64 the original has no wider form to compare with: what its sums of states of the first level round away.
     lost = (
         4 * torch.finfo(torch.float64).eps * float(first_level(original))
@@ -142,7 +151,7 @@ def agree(original: Any, ours: Any, **how: Any) -> None:
         largest = max(largest, expected[finite].abs().max().item() if finite.any() else 0.0)
         atol = max(near * largest, lost)
         if finite.all() and not torch.allclose(seen.double(), expected.double(), rtol=0.0, atol=atol):
-            exact = exact or [*observed(wide, **{**how, "dtypes": (torch.float64, torch.float64)})]
+            exact = exact or [*observed(in_float64(before), **how, wide=True)]
             if no_further_from_float64(seen, expected, exact[place] if place < len(exact) else None):
                 continue
         torch.testing.assert_close(seen[finite].double(), expected[finite].double(), rtol=0.0, atol=atol)
