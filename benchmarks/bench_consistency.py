@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import SEED, Case
+from benchmarks.cases import SEED, Case, column
 from bicm_diffusion import Levels, bct_loss
 
 T_MIN = 0.002
@@ -62,7 +62,7 @@ def bct(
 ) -> Tensor:
     """BCM eq. 9, 11 and 20 as written, with as few operations as possible."""
     low_weight, partner_weight = 1 / (high - low), 1 / (low - partner).abs()
-    low, high, partner = (t.view(-1, 1, 1, 1) for t in (low, high, partner))
+    low, high, partner = (column(t, x) for t in (low, high, partner))
     network = _Turns(first, other)
 
     def leap(x_t: Tensor, t: Tensor, u: Tensor | float) -> Tensor:
