@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.bench_consistency import PassThrough
-from benchmarks.cases import SEED, Case
+from benchmarks.cases import SEED, Case, column
 from bicm_diffusion import Schedule, ign_loss, sign_loss
 
 #: One step, so that every sample has the same level however it is drawn.
@@ -62,7 +62,7 @@ def ours_sign(first: Tensor, other: Tensor, x: Tensor) -> Tensor:
 def levels(x: Tensor) -> tuple[Tensor, ...]:
     """Alpha and sigma of n and of n - 1, n uniform, shaped to broadcast against x."""
     n = torch.randint(1, SCHEDULE.steps + 1, (len(x),))
-    return tuple(t.view(-1, 1, 1, 1).to(x) for k in (n, n - 1) for t in SCHEDULE.table[1:, k])
+    return tuple(column(t, x).to(x) for k in (n, n - 1) for t in SCHEDULE.table[1:, k])
 
 
 def sign(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:

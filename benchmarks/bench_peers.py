@@ -152,6 +152,6 @@ CASES = (
     of_k_diffusion("euler", 9),
     of_k_diffusion("heun", 21),
     of_k_diffusion("dpmpp_2m", 11),
-    Case("edm_heun", ours_edm, heun, tensors=3, reads=3, writes=1, passes=36, compiles=False),
+    Case("edm_heun", ours_edm, heun, tensors=3, reads=3, writes=1, passes=36, compiles=False, temporaries=24),
     Case("edm_loss", ours_edm_loss, edm_loss, tensors=2, reads=4, writes=1, noise="added", trains=True, per_sample=1),
 )

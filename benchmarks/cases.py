@@ -37,6 +37,7 @@ class Case:
     Where ``eager`` is a peer's own function, ``package`` names the module that it comes from, without which the case
     is skipped. A run of several steps counts its ``passes`` over full tensors instead; it is not compiled
     (``compiles``), because torch.compile would fuse its steps across the network that the benchmark leaves out.
+    ``temporaries``: see `sizes.needed`.
     """
 
     name: str
@@ -54,11 +55,17 @@ class Case:
     package: str = ""
     passes: int = 0
     compiles: bool = True
+    temporaries: int = 0
 
     @property
     def installed(self) -> bool:
         """Whether the peer's package can be imported."""
         return not self.package or importlib.util.find_spec(self.package) is not None
+
+    @property
+    def copies(self) -> int:
+        """The copies, each of a step's bytes, that make up the bound."""
+        return max(1, self.passes // 4)
 
     def least_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
         """Minimum bytes to be read and written."""

@@ -189,7 +189,7 @@ def measure_together(
         calls: dict[str, Call] = {
             name: partial(case.measured(function), *inputs, **case.coefficients) for name, function in functions.items()
         }
-        calls["copy"] = copy_of(least_bytes, device, times=max(1, case.passes // 4))
+        calls["copy"] = copy_of(least_bytes, device, times=case.copies)
         # A compiled function has a version for each number of threads: the first, unmeasured calls compile them.
         together = {
             f"{count} {name}": OnThreads(count, call) for count in thread_counts for name, call in calls.items()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from benchmarks.measurement import Measurement
 
@@ -65,13 +66,16 @@ def verdict(points: Sequence[tuple[float, float]]) -> str:
 def panel(axes: Axes, curves: Sequence[Measurement]) -> None:
     """One op: the time of each contestant by size, and where ours and torch.compile cross."""
     for name, (color, marker, line) in STYLES.items():
-        points = [(m.tensor_bytes, m.times[name].median * 1e3) for m in curves if name in m.times]
+        points = [(m.tensor_bytes, m.times[name].median) for m in curves if name in m.times]
         if points:
             axes.plot(*zip(*points, strict=True), color=color, marker=marker, ms=4, linestyle=line, label=LABELS[name])
     axes.set(xscale="log", yscale="log")
+    for axis, unit in ((axes.xaxis, "B"), (axes.yaxis, "s")):
+        axis.set_major_formatter(EngFormatter(unit))
+        axis.set_minor_formatter(NullFormatter())
     axes.set_title(curves[-1].case, pad=16)
     points_of = ratios(curves, "compile")
-    where = f"faster than compile {verdict(points_of)}" if points_of else "a step across the network: not compiled"
+    where = f"faster than compile {verdict(points_of)}" if points_of else "not compiled"
     axes.text(0.5, 1.03, where, ha="center", fontsize=8, color="0.3", transform=axes.transAxes)
     for x in crossings(points_of):
         axes.axvline(x, color=STYLES["compile"][0], linestyle=":", gid="crossover")
@@ -98,7 +102,7 @@ def draw(measurements: Sequence[Measurement]) -> Figure:
             else:
                 panel(axes, sorted(curves, key=lambda m: m.elements))
         part.supxlabel("bytes of one tensor")
-        part.supylabel("ms of a call")
+        part.supylabel("time of a call")
         labels = {label: line for axes in grid for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         part.legend(labels.values(), labels.keys(), loc="outside upper right", ncols=4, frameon=False)
     return figure

@@ -17,7 +17,7 @@ from benchmarks.measurement import Measurement, Row, merged
 from benchmarks.overhead import COLUMNS, Overhead
 from benchmarks.picture import ratios, size, verdict
 
-WIDTH = 140
+WIDTH = 160
 #: Preemptions per second on a machine that is not quiet.
 BUSY = 20
 NOTES = """\

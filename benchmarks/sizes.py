@@ -23,8 +23,9 @@ SHAPES: dict[str, Shape] = {
     "video-8": (8, 16, 21, 90, 160),
     "video-103": (103, 16, 21, 90, 160),  # 2.0 GB
 }
-#: Tensors of the inputs' size that eager code holds at most besides inputs: a step's, and a loss's with its graph.
-TEMPORARIES, TEMPORARIES_OF_LOSS = 8, 24
+#: Tensors of the inputs' size that eager code holds at most besides its inputs, as resident memory showed: a formula's,
+#: a peer's own step, a loss with its graph.
+TEMPORARIES, TEMPORARIES_OF_PEER, TEMPORARIES_OF_LOSS = 4, 8, 24
 #: The share of the free memory that a case may take.
 SHARE = 0.85
 
@@ -47,9 +48,9 @@ class Skipped:
 
 def needed(case: Case, shape: Shape, dtype: torch.dtype) -> int:
     """An upper bound of the bytes that a case takes: inputs, temporaries of eager code, and the copy's two tensors."""
-    temporaries = TEMPORARIES_OF_LOSS if case.trains else TEMPORARIES
-    tensors = (case.tensors + temporaries) * max(dtype.itemsize, 4) + 3 * case.states * STATE.itemsize
-    return math.prod(shape) * tensors + case.least_bytes(shape, dtype)
+    usual = TEMPORARIES_OF_LOSS if case.trains else TEMPORARIES_OF_PEER if case.package else TEMPORARIES
+    tensors = (case.tensors + (case.temporaries or usual)) * max(dtype.itemsize, 4) + 3 * case.states * STATE.itemsize
+    return math.prod(shape) * tensors + case.least_bytes(shape, dtype) // case.copies
 
 
 def free_memory() -> int:
