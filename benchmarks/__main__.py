@@ -197,20 +197,34 @@ def main(
         plan = [
             (family, case, dtype, run) for run, (family, case), dtype in itertools.product(range(repeats), rows, dtypes)
         ]
-        measurements, skipped = measured(
-            plan,
-            shapes,
-            keeps_memory=settings["keeps_memory"],
-            thread_counts=threads,
-            compile_too=compile_too,
-            effort=effort,
-            clock=clock,
-        )
-        overheads = overhead.measure(effort, clock) if {OVERHEAD, ALL} & set(families) else []
-        new = documents.document(measurements, overheads, settings, skipped)
-        if json_path is not None:
-            json_path.write_text(json.dumps(new, indent=1) + "\n")
-        new |= {"measurements": measurements, "overhead": overheads}
+        measurements: list[Measurement] = []
+        skipped: list[sizes.Skipped] = []
+
+        def save(overheads: list[overhead.Overhead]) -> dict[str, Any]:
+            document = documents.document(measurements, overheads, settings, skipped)
+            if json_path is not None:
+                json_path.write_text(json.dumps(document, indent=1) + "\n")
+            return document | {"measurements": measurements, "overhead": overheads}
+
+        for family, case, dtype, run in (bar := tqdm(plan, disable=None, leave=False)):
+            bar.set_postfix_str(f"{case.name} {dtype}")
+            small, large = sizes.fitting(case, shapes, dtype, DTYPES[dtype], sizes.free_memory())
+            skipped += large
+            if small:
+                measurements += measure_apart(
+                    family,
+                    case.name,
+                    small,
+                    dtype,
+                    run=run,
+                    keeps_memory=settings["keeps_memory"],
+                    thread_counts=threads,
+                    compile_too=compile_too,
+                    effort=effort,
+                    clock=clock,
+                )
+            save([])  # a run of an hour that is interrupted leaves what it has
+        new = save(overhead.measure(effort, clock) if {OVERHEAD, ALL} & set(families) else [])
         for line in [*absent, *dict.fromkeys(map(str, skipped))]:
             click.echo(line)
     report.show(new["measurements"], new["overhead"], new["environment"])
@@ -218,21 +232,6 @@ def main(
         picture.plot(merged(new["measurements"]), plot_path)
     if old is not None:
         sys.exit(judged(old, new))
-
-
-def measured(
-    plan: list[tuple[str, Case, str, int]], shapes: tuple[Shape, ...], **options: Any
-) -> tuple[list[Measurement], list[sizes.Skipped]]:
-    """Measure a plan of (family, case, dtype, run), except for what does not fit into memory."""
-    measurements: list[Measurement] = []
-    skipped: list[sizes.Skipped] = []
-    for family, case, dtype, run in (bar := tqdm(plan, disable=None, leave=False)):
-        bar.set_postfix_str(f"{case.name} {dtype}")
-        small, large = sizes.fitting(case, shapes, dtype, DTYPES[dtype], sizes.free_memory())
-        skipped += large
-        if small:
-            measurements += measure_apart(family, case.name, small, dtype, run=run, **options)
-    return measurements, skipped
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from benchmarks import __main__ as command
 from benchmarks import comparison, documents, picture, report, sizes, timing
 from benchmarks.__main__ import chosen, main
 from benchmarks.cases import Case
@@ -191,6 +192,15 @@ def test_what_does_not_fit_is_skipped_and_said(monkeypatch: pytest.MonkeyPatch, 
     document = json.loads(path.read_text())
     assert document["measurements"] == [] and len(document["skipped"]) == 2
     assert document["settings"]["keeps_memory"] is True
+
+
+def test_an_interrupted_run_leaves_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, done = tmp_path / "figures.json", [row("normal", ours=1e-3, eager=5e-3)]
+    answers = iter([done])
+    monkeypatch.setattr(command, "measure_apart", lambda *_, **__: next(answers))
+    with pytest.raises(StopIteration):
+        CliRunner().invoke(main, ["noise", "--json", str(path)], catch_exceptions=False)
+    assert documents.read(path)["measurements"] == done
 
 
 def test_free_memory_is_a_number_of_bytes() -> None:
