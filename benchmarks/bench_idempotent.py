@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.bench_consistency import PassThrough
+from benchmarks.bench_consistency import PassThrough, turns
 from benchmarks.cases import SEED, Case, column
 from bicm_diffusion import Schedule, ign_loss, sign_loss
 
@@ -43,7 +43,7 @@ def ours_ign(first: Tensor, other: Tensor, x: Tensor) -> Tensor:
 
 def ign(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
     """SIGN eq. 3 to 5 with the bound of tanh, as written."""
-    f = _Answers([first, other, first, first])
+    f = turns(first, other, first, first)
     recon = squared(f(x), x)
     sample = f(draw(x))
     idem = squared(sample, f(sample))
@@ -67,7 +67,7 @@ def levels(x: Tensor) -> tuple[Tensor, ...]:
 
 def sign(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
     """SIGN eq. 3, 4 and 8 and denoising, as written."""
-    f = _Answers([first, other, first, other, first])
+    f = turns(first, other, first, other, first)
     recon = squared(f(x), x)
     sample = f(draw(x))
     idem = squared(sample, f(sample))
@@ -89,7 +89,7 @@ def ours_dmd(first: Tensor, other: Tensor, x: Tensor) -> Tensor:
 
 def dmd(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
     """SIGN eq. 7 by the usual surrogate, and denoising score matching of the sample."""
-    f, teacher, learned = _Answers([x]), _Answers([other]), _Answers([first, first])
+    f, teacher, learned = turns(x), turns(other), turns(first, first)
     sample = f(draw(x))
     alpha, sigma, _, _ = levels(x)
     with torch.no_grad():

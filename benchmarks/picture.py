@@ -94,7 +94,7 @@ def draw(measurements: Sequence[Measurement]) -> Figure:
     parts = figure.subfigures(len(blocks), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, ((device, count, dtype), panels), rows in zip(parts, blocks.items(), heights, strict=True):
         where = f"{count} thread{'s' if count > 1 else ''}" if device == "cpu" else device
-        part.suptitle(f"{dtype}, {where}", fontweight="bold")
+        part.suptitle(f"{dtype}, {where}", fontweight="bold", x=0.01, ha="left")
         grid = part.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for axes, curves in itertools.zip_longest(grid, panels.values()):
             if curves is None:
