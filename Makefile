@@ -96,7 +96,7 @@ sanitize: .venv/.requirements ## CPU and emulated CUDA kernels under the address
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(PYTEST) --cases $(CASES) --capture=sys -o pythonpath="build/sanitize" tests/emulator
 
-bench: native ## medians of every family against eager PyTorch and torch.compile
+bench: native ## the suite by which users decide: peers' code, eager PyTorch and torch.compile beside ours
 	BICM_KERNELS_BACKEND=native $(BIN)/python -m benchmarks
 
 # SYSTEM=1 takes PYTHON as it is, with its own torch, and makes no .venv; PART names one of build, triton and figures.

@@ -25,7 +25,7 @@ from rich.table import Table
 from benchmarks.cases import SEED, Shape
 from benchmarks.isolation import keep_memory
 from benchmarks.measurement import threads
-from benchmarks.shapes import shapes_given
+from benchmarks.sizes import shapes_given
 from benchmarks.timing import CLOCKS, QUICK, Call, Effort, interleave
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler
 from bicm_diffusion.adapters.diffusers.accelerate import COVERED

@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import SEED, Case
+from benchmarks.cases import SEED, Case, column
 from bicm_diffusion import Levels, bct_loss
 
 T_MIN = 0.002
+
+
+#: The stand-in's parameter in eager code: torch.compile makes none.
+PARAMETER = nn.Parameter(torch.empty(0))
 
 
 class PassThrough(torch.autograd.Function):
@@ -29,6 +33,17 @@ class PassThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor]:
         return gradients[0], None, gradients[0].new_empty(0)
+
+
+def turns(*outputs: Tensor) -> Callable[[Tensor], Tensor]:
+    """The network of eager code: its outputs in turn."""
+    stored = iter([output.detach() for output in outputs])
+
+    def network(scaled: Tensor) -> Tensor:
+        output: Tensor = PassThrough.apply(scaled, next(stored), PARAMETER)
+        return output
+
+    return network
 
 
 class _Turns(nn.Module):
@@ -62,8 +77,8 @@ def bct(
 ) -> Tensor:
     """BCM eq. 9, 11 and 20 as written, with as few operations as possible."""
     low_weight, partner_weight = 1 / (high - low), 1 / (low - partner).abs()
-    low, high, partner = (t.view(-1, 1, 1, 1) for t in (low, high, partner))
-    network = _Turns(first, other)
+    low, high, partner = (column(t, x) for t in (low, high, partner))
+    network = turns(other, first, first, other)
 
     def leap(x_t: Tensor, t: Tensor, u: Tensor | float) -> Tensor:
         s = 0.25 + t * t

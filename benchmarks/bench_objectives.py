@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_consistency import T_MIN
-from benchmarks.cases import SEED, Case
+from benchmarks.cases import SEED, Case, column
 from bicm_diffusion import ect_loss, gc_loss, ict_loss
 from bicm_diffusion.objectives.gc import generated
 
@@ -64,10 +64,10 @@ def gc(
     """GC eq. 13 to 15 and 21: the predictor's samples replace some of x."""
     noise = draw(x.float())
     with torch.no_grad():
-        t = column(low)
+        t = column(low, x)
         x_low = (x + t * noise).to(x.dtype)
         scaled(x_low, t)
-        mixed = torch.where(column(rows(len(x))), sample_of_bcm(x_low, third, t), x)
+        mixed = torch.where(column(rows(len(x)), x), sample_of_bcm(x_low, third, t), x)
     return pair_loss(first, other, mixed, noise, low, high, sample_of_bcm, 0.00054 * x[0].numel() ** 0.5)
 
 
@@ -84,7 +84,7 @@ def pair_loss(
 ) -> Tensor:
     """Return the weighted distance of two levels, whose networks' inputs are formed and not used."""
     weight = 1 / (high - low)
-    low, high = column(low), column(high)
+    low, high = column(low, x), column(high, x)
     x_low, x_high = (x + low * noise).to(x.dtype), (x + high * noise).to(x.dtype)
     scaled(x_low, low)
     scaled(x_high, high)
@@ -92,11 +92,6 @@ def pair_loss(
         goal = sample(x_low, other, low)
     apart = (sample(x_high, first, high).float() - goal.float()).flatten(1).square().sum(1)
     return (weight * ((apart + c * c).sqrt() - c)).mean()
-
-
-def column(numbers: Tensor) -> Tensor:
-    """Return a number per sample, shaped to multiply images."""
-    return numbers.view(-1, 1, 1, 1)
 
 
 def scaled(x_t: Tensor, t: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import bicm_kernels as bk
-from benchmarks.cases import SEED, Case
+from benchmarks.cases import SEED, Case, column
 
 SIGMA_DATA = 0.5
 
@@ -20,7 +20,7 @@ def scale_input(x: Tensor, t: Tensor) -> Tensor:
 
 def torch_scale_input(x: Tensor, t: Tensor) -> Tensor:
     """c_in x as EDM writes it."""
-    t = t.reshape(-1, 1, 1, 1)
+    t = column(t, x)
     return x * (1 / (SIGMA_DATA**2 + t**2).sqrt()).to(x.dtype)
 
 
@@ -31,7 +31,7 @@ def denoise(x: Tensor, F: Tensor, t: Tensor, u: Tensor) -> Tensor:
 
 def torch_denoise(x: Tensor, F: Tensor, t: Tensor, u: Tensor) -> Tensor:
     """BCM eq. 20, 39 and 43 as written."""
-    t, u = t.reshape(-1, 1, 1, 1), u.reshape(-1, 1, 1, 1)
+    t, u = column(t, x), column(u, x)
     c_skip = (SIGMA_DATA**2 + t * u) / (SIGMA_DATA**2 + t**2)
     c_out = SIGMA_DATA * (t - u) / (SIGMA_DATA**2 + t**2).sqrt()
     return c_skip.to(x.dtype) * x + c_out.to(x.dtype) * F
@@ -59,7 +59,7 @@ def torch_generated_pair(
     x: Tensor, F: Tensor, t: Tensor, *, draw: Callable[[Tensor], Tensor] = torch.randn_like
 ) -> tuple[Tensor, Tensor]:
     """GC Alg. 1: noise, the denoised sample, the same noise at both levels, c_in."""
-    noise, low = draw(x), t.reshape(-1, 1, 1, 1)
+    noise, low = draw(x), column(t, x)
     generated = torch_denoise(x + low.to(x.dtype) * noise, F, t, torch.full_like(t, 0.002))
     both = [(level, generated + level.to(x.dtype) * noise) for level in (low, 1.5 * low)]
     first, second = (y * (1 / (SIGMA_DATA**2 + level**2).sqrt()).to(x.dtype) for level, y in both)

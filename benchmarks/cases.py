@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,11 @@ class Case:
     noise is returned. Where it ``trains``, the functions return a loss and are measured
     with the backward pass down to the gradient of the first tensor. ``per_sample`` (B,) tensors follow the others, and
     then ``states`` fixed-point states (int64), of which ``state_passes`` have to be read or written.
+
+    Where ``eager`` is a peer's own function, ``package`` names the module that it comes from, without which the case
+    is skipped. A run of several steps counts its ``passes`` over full tensors instead; it is not compiled
+    (``compiles``), because torch.compile would fuse its steps across the network that the benchmark leaves out.
+    ``temporaries``: see `sizes.needed`.
     """
 
     name: str
@@ -46,10 +52,25 @@ class Case:
     per_sample: int = 0
     states: int = 0
     state_passes: int = 0
+    package: str = ""
+    passes: int = 0
+    compiles: bool = True
+    temporaries: int = 0
+
+    @property
+    def installed(self) -> bool:
+        """Whether the peer's package can be imported."""
+        return not self.package or importlib.util.find_spec(self.package) is not None
+
+    @property
+    def copies(self) -> int:
+        """The copies, each of a step's bytes, that make up the bound."""
+        return max(1, self.passes // 4)
 
     def least_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
         """Minimum bytes to be read and written."""
-        return math.prod(shape) * ((self.reads + self.writes) * dtype.itemsize + self.state_passes * STATE.itemsize)
+        passes = self.passes or self.reads + self.writes
+        return math.prod(shape) * (passes * dtype.itemsize + self.state_passes * STATE.itemsize)
 
     def inputs(self, shape: Shape, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
         """Seeded standard normal tensors."""
@@ -92,6 +113,11 @@ def shape_of(elements: int) -> Shape:
     if rest or batch < 1:
         raise ValueError(f"elements must be a multiple of {math.prod(SAMPLE)}, got {elements}")
     return (batch, *SAMPLE)
+
+
+def column(numbers: Tensor, x: Tensor) -> Tensor:
+    """A number per sample, shaped to multiply samples of any number of axes."""
+    return numbers.reshape(-1, *[1] * (x.dim() - 1))
 
 
 def keyed_noise(x: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
+import platform
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -10,12 +13,23 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Shape
-from benchmarks.measurement import Measurement, measure
+from benchmarks.measurement import Measurement, measure_together
 from benchmarks.registry import FAMILIES
+
+#: mallopt's numbers in glibc.
+TRIM_THRESHOLD, MAPPED_BLOCKS = -1, -4
 
 
 def keep_memory() -> None:
-    """Make the C library keep freed memory: by default it returns large blocks until a larger one was freed."""
+    """Make the C library keep freed memory of any size, as allocators that people preload do.
+
+    By default it returns large blocks at once until a larger one was freed, and those above 32 MiB always. Another C
+    library than glibc keeps its own rules.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(MAPPED_BLOCKS, 0)
+        mallopt(TRIM_THRESHOLD, -1)
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
@@ -26,7 +40,11 @@ def measure_shapes(
     if keeps_memory:
         keep_memory()
     case = next(case for case in FAMILIES[family] if case.name == name)
-    return [measure(family, case, shape, dtype, **options) for shape in sorted(shapes)]
+    return [
+        measurement
+        for shape in sorted(shapes, key=math.prod)
+        for measurement in measure_together(family, case, shape, dtype, **options)
+    ]
 
 
 def measure_apart(

@@ -1,69 +1,35 @@
-"""Measurements as tables, as JSON and as a picture."""
+"""Measurements as tables."""
 
 from __future__ import annotations
 
 import itertools
-import platform
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measurement import Measurement, cores
+from benchmarks.documents import environment
+from benchmarks.measurement import Measurement, Row, merged
 from benchmarks.overhead import COLUMNS, Overhead
-from bicm_kernels import backend
+from benchmarks.picture import ratios, size, verdict
 
-SCHEMA = 1
-WIDTH = 140
+WIDTH = 160
 #: Preemptions per second on a machine that is not quiet.
 BUSY = 20
 NOTES = """\
 ours, eager, compile, copy: median time of a call; every op and dtype in a separate process.
 ±: interquartile range of ours over the rounds.
+in family peers, eager is the peer's own code; a run of several of its steps is not compiled.
 moved: the minimum bytes that any implementation must read and write. copy: Tensor.copy_ of as many bytes.
 GB/s: moved / ours. vs eager, vs compile: how many times faster ours is.
 of bound: copy / ours, the fraction of the bandwidth bound that ours reaches.
+vs N threads: how many times faster ours is than on N threads, measured in turns with it.
 †: the allocator returned memory to the system and page-faulted it again in every call.\
 """
-STYLES = {
-    "ours": ("C3", "o", "-"),
-    "eager": ("C0", "s", "-"),
-    "compile": ("C2", "^", "-"),
-    "copy": ("0.45", "", "--"),
-}
-LABELS = {"ours": "bicm_kernels", "eager": "eager", "compile": "torch.compile", "copy": "bound: copy_"}
-
-
-def processor() -> str:
-    """The processor's model name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def environment() -> dict[str, Any]:
-    """The environment of the figures."""
-    about: dict[str, Any] = {
-        "processor": processor(),
-        "cores": cores(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "backend": backend.describe(),
-    }
-    if torch.cuda.is_available():
-        about |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return about
 
 
 def console() -> Console:
@@ -86,16 +52,6 @@ def time_of(m: Measurement, name: str) -> str:
     return duration(m.times[name].median) + (" †" if m.faulted(name) else "")
 
 
-def size(count: int) -> str:
-    """Bytes, in decimal units like the bandwidth."""
-    return f"{count / 1e3:.0f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"
-
-
-def short(count: int) -> str:
-    """A number of elements for an axis."""
-    return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}k"
-
-
 def quotient(value: float | None) -> str:
     """A ratio with three significant digits."""
     return "–" if value is None else f"{value:.2f}" if value < 10 else f"{value:.1f}"
@@ -115,8 +71,8 @@ def title(group: Sequence[Measurement]) -> str:
     return text
 
 
-def cells(m: Measurement) -> list[str]:
-    """The row of one measurement."""
+def cells(m: Measurement, base: Measurement | None = None) -> list[str]:
+    """The row of one measurement; base: the same on fewer threads."""
     return [
         m.case,
         m.dtype,
@@ -127,6 +83,7 @@ def cells(m: Measurement) -> list[str]:
         *(time_of(m, name) for name in ("eager", "compile", "copy")),
         f"{(m.bandwidth() or 0) / 1e9:.1f}",
         *(quotient(m.ratio(other)) for other in ("eager", "compile", "copy")),
+        *([] if base is None else [quotient(base.times["ours"].median / m.times["ours"].median)]),
     ]
 
 
@@ -136,13 +93,43 @@ HEADINGS = (
 )
 
 
-def table(group: Sequence[Measurement]) -> Table:
-    """The table of one family on one device."""
+def table(group: Sequence[Measurement], bases: Mapping[Row, Measurement] | None = None) -> Table:
+    """The table of one family on one device; bases: the rows on the fewest threads, where these are more."""
+    bases = bases or {}
+    fewest = {m.threads for m in bases.values()}
+    more = fewest and group[0].threads > min(fewest)
+    headings = (*HEADINGS, f"vs {min(fewest)} thread{'s' if min(fewest) > 1 else ''}") if more else HEADINGS
     result = Table(title=title(group), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for index, heading in enumerate(HEADINGS):
+    for index, heading in enumerate(headings):
         result.add_column(heading, justify="left" if index < 2 else "right", no_wrap=True)
     for m, following in itertools.zip_longest(group, group[1:]):
-        result.add_row(*cells(m), end_section=following is None or following.case != m.case)
+        base = bases.get(m.row) if more else None
+        result.add_row(*cells(m, base), end_section=following is None or following.case != m.case)
+    return result
+
+
+def on_fewest_threads(measurements: Iterable[Measurement]) -> dict[Row, Measurement]:
+    """Every row on the fewest threads."""
+    rows: dict[Row, Measurement] = {}
+    for m in sorted(measurements, key=lambda m: m.threads):
+        rows.setdefault(m.row, m)
+    return rows
+
+
+def decisions(measurements: Sequence[Measurement]) -> Table:
+    """Where ours is faster than what, a line for each op."""
+    headings = ("op", "dtype", "threads", "sizes of a tensor", "vs eager", "vs compile", "faster than torch.compile")
+    result = Table(title="to decide: smallest … largest size", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in headings:
+        result.add_column(heading, no_wrap=True)
+    ops: dict[tuple[str, str, int], list[Measurement]] = {}
+    for m in measurements:
+        ops.setdefault((m.case, m.dtype, m.threads), []).append(m)
+    for (case, dtype, threads), rows in ops.items():
+        eager, compiled = ratios(rows, "eager"), ratios(rows, "compile")
+        gains = (" … ".join(quotient(points[k][1]) for k in (0, -1)) if points else "–" for points in (eager, compiled))
+        sizes = " … ".join(size(eager[k][0]) for k in (0, -1)) if eager else "–"
+        result.add_row(case, dtype, str(threads), sizes, *gains, verdict(compiled))
     return result
 
 
@@ -168,18 +155,25 @@ def sorted_by_first_seen(rows: Sequence[Overhead]) -> list[Overhead]:
     return sorted(rows, key=lambda row: order[row.op])
 
 
-def show(measurements: Sequence[Measurement], overheads: Sequence[Overhead] = ()) -> None:
+def show(
+    measurements: Sequence[Measurement],
+    overheads: Sequence[Overhead] = (),
+    about: Mapping[str, Any] | None = None,
+) -> None:
     """Print the tables and, below them, failures and the meaning of the columns."""
     screen = console()
-    about = environment()
+    about = environment() if about is None else about
     screen.print(", ".join(f"{name} {value}" for name, value in about.items()), highlight=False)
+    measurements = merged(measurements)
+    bases = on_fewest_threads(measurements)
     for group in grouped(measurements):
-        screen.print(table(group))
+        screen.print(table(group, bases))
     for m in measurements:
         for name, error in m.failures.items():
             screen.print(f"{m.case} {m.dtype} {m.shape}: {name} failed: {error}", highlight=False, markup=False)
     if measurements:
         screen.print(NOTES, highlight=False)
+        screen.print(decisions(measurements))
     if overheads:
         screen.print(overhead_table(overheads))
 
@@ -190,65 +184,3 @@ def grouped(measurements: Iterable[Measurement]) -> list[list[Measurement]]:
     for m in measurements:
         groups.setdefault((m.device, m.threads, m.family), []).append(m)
     return list(groups.values())
-
-
-def document(measurements: Sequence[Measurement], overheads: Sequence[Overhead] = ()) -> dict[str, Any]:
-    """Everything as JSON: seconds, bytes, ratios."""
-    rows = [
-        asdict(m)
-        | {
-            "elements": m.elements,
-            "bytes_per_second": m.bandwidth(),
-            "ratios": {name: m.ratio(name) for name in m.times if name != "ours"},
-        }
-        for m in measurements
-    ]
-    return {
-        "schema": SCHEMA,
-        "environment": environment(),
-        "measurements": rows,
-        "overhead": [asdict(row) for row in overheads],
-    }
-
-
-def panel(axes: Axes, curves: Sequence[Measurement]) -> None:
-    """One op: the bandwidth of each contestant by size, and the speedup at the largest size."""
-    for name, (color, marker, line) in STYLES.items():
-        points = [(m.elements, bandwidth / 1e9) for m in curves if (bandwidth := m.bandwidth(name))]
-        if points:
-            axes.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=line, label=LABELS[name])
-    largest = curves[-1]
-    gains = [f"{quotient(ratio)}× {name}" for name in ("eager", "compile") if (ratio := largest.ratio(name))]
-    gain = f"{', '.join(gains)} at {short(largest.elements)}"
-    axes.set_title(largest.case, pad=16)
-    axes.text(0.5, 1.03, gain, ha="center", fontsize=8, color="0.3", transform=axes.transAxes)
-    axes.set(xscale="log", yscale="log")
-    axes.set_xticks([m.elements for m in curves], [short(m.elements) for m in curves], minor=False)
-    axes.set_xticks([], minor=True)
-    axes.margins(y=0.15)
-    axes.grid(True, which="major", color="0.9")
-    axes.set_axisbelow(True)
-
-
-def plot(measurements: Sequence[Measurement], path: str) -> None:
-    """Draw a block of panels for every dtype and thread count, one panel per op."""
-    blocks: dict[tuple[str, int, str], dict[str, list[Measurement]]] = {}
-    for m in measurements:
-        blocks.setdefault((m.device, m.threads, m.dtype), {}).setdefault(m.case, []).append(m)
-    columns = min(5, max(len(panels) for panels in blocks.values()))
-    heights = [-(-len(panels) // columns) for panels in blocks.values()]
-    figure = Figure(figsize=(3.1 * columns + 0.6, 2.7 * sum(heights) + 0.7 * len(blocks)), layout="constrained")
-    parts = figure.subfigures(len(blocks), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for part, ((device, count, dtype), panels), rows in zip(parts, blocks.items(), heights, strict=True):
-        where = f"{count} thread{'s' if count > 1 else ''}" if device == "cpu" else device
-        part.suptitle(f"{dtype}, {where}", fontweight="bold")
-        grid = part.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-        for axes, curves in itertools.zip_longest(grid, panels.values()):
-            if curves is None:
-                axes.set_axis_off()
-            else:
-                panel(axes, sorted(curves, key=lambda m: m.elements))
-        part.supxlabel("elements")
-        part.supylabel("GB/s of the bytes that must move")
-        part.legend(*grid[0].get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
-    figure.savefig(path, dpi=110)

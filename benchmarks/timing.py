@@ -7,7 +7,7 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,13 +20,15 @@ Sampler = Callable[[Call, int], float]
 class Effort:
     """How long to measure: ``rounds`` of samples of at least ``sample`` seconds.
 
-    If the rounds take more than ``budget`` seconds, only ``least_rounds`` are made.
+    If the rounds take more than ``budget`` seconds, only ``least_rounds`` are made, and of calls that take seconds
+    no more than three, the fewest with quartiles, once they took ``patience`` seconds.
     """
 
     rounds: int = 21
     least_rounds: int = 7
     sample: float = 5e-3
     budget: float = 3.0
+    patience: float = 60.0
 
 
 QUICK = Effort(rounds=3, least_rounds=3, sample=2e-4, budget=0.5)
@@ -56,6 +58,21 @@ def summary(samples: list[float], repeats: int, page_faults: float = 0.0) -> Tim
     return Timing(median, low, high, min(samples), len(samples), repeats, page_faults)
 
 
+def pooled(timings: Sequence[Timing]) -> Timing:
+    """One timing of several processes: the median of medians, between the lowest and the highest quartile."""
+    if len(timings) == 1:
+        return timings[0]
+    return Timing(
+        median=statistics.median(t.median for t in timings),
+        low=min(t.low for t in timings),
+        high=max(t.high for t in timings),
+        best=min(t.best for t in timings),
+        rounds=sum(t.rounds for t in timings),
+        repeats=max(t.repeats for t in timings),
+        page_faults=statistics.median(t.page_faults for t in timings),
+    )
+
+
 def clocked(clock: Callable[[], float]) -> Sampler:
     """A sampler that reads a clock of the host."""
 
@@ -81,6 +98,8 @@ def minor_faults() -> int:
 def repeats_for(call: Call, sampler: Sampler, seconds: float) -> int:
     """The number of calls that take a given time; the best of three tries, to exclude disturbances."""
     repeats = 1
+    if sampler(call, 1) >= 20 * seconds:
+        return 1  # no disturbance made it that long
     while True:
         elapsed = min(sampler(call, repeats) for _ in range(3)) * repeats
         if elapsed >= seconds:
@@ -112,11 +131,12 @@ def interleave(calls: Mapping[str, Call], effort: Effort, sampler: Sampler = CLO
     start = time.perf_counter()
     with no_collection():
         for index in range(effort.rounds):
-            if index >= effort.least_rounds and time.perf_counter() - start > effort.budget:
+            taken = time.perf_counter() - start
+            if (index >= effort.least_rounds and taken > effort.budget) or (index >= 3 and taken > effort.patience):
                 break
             shift = index % len(names)
             for name in names[shift:] + names[:shift]:
                 before = minor_faults()
                 samples[name].append(sampler(calls[name], repeats[name]))
                 faults[name].append((minor_faults() - before) / repeats[name])
-    return {name: summary(taken, repeats[name], statistics.median(faults[name])) for name, taken in samples.items()}
+    return {name: summary(seconds, repeats[name], statistics.median(faults[name])) for name, seconds in samples.items()}
