@@ -19,10 +19,10 @@ from bicm_kernels.torch_internals import transformed
 #: An attribute's name, its value as it was read, and its version counter, if it has one.
 Source = tuple[str, Any, int | None]
 
-#: Bits of `ready`'s answer: the inputs are as they were, and every argument may go to a kernel; every tensor is float32
-#: without a derivative to record, or a 0-d int64 one; one may be of another dtype than float32; those with dimensions
-#: are of one shape, strided and on the CPU, besides SINGLE.
-READY, SINGLE, WHOLE, ALIKE = 1, 2, 4, 16
+#: Bits of `ready`'s answer: the inputs are as they were, and every argument may go to a kernel; every tensor with
+#: dimensions is float32, and none carries a derivative to record; a tensor is of another dtype than float32; those with
+#: dimensions are of one shape, strided and on the CPU, besides SINGLE.
+READY, SINGLE, OTHER, ALIKE = 1, 2, 4, 16
 
 
 class Inputs(NamedTuple):
@@ -80,10 +80,8 @@ def ready(inputs: Any, own: dict[str, Any], args: Sequence[Any], kwargs: dict[st
         if type(x) is not Tensor:
             return 0
         single = x.dtype is torch.float32
-        answer |= 0 if single else WHOLE
-        if x.dtype is torch.int64 and not x.dim():
-            continue
-        if not single or (x.requires_grad and torch.is_grad_enabled()):
+        answer |= 0 if single else OTHER
+        if (not single and x.dim()) or (x.requires_grad and torch.is_grad_enabled()):
             answer &= ~(SINGLE | ALIKE)
         if x.dim():
             shape = x.shape if shape is None else shape

@@ -15,7 +15,7 @@ namespace {
 constexpr char kCapsule[] = "bicm_kernels.Inputs";
 
 // Bits of an answer, as `bicm_kernels.inputs` names them.
-constexpr long kReady = 1, kSingle = 2, kWhole = 4, kAlike = 16;
+constexpr long kReady = 1, kSingle = 2, kOther = 4, kAlike = 16;
 
 struct Named {
   Object name, value;
@@ -94,16 +94,15 @@ class Look {
   bool at(PyObject* argument) {
     if (!is_tensor(argument)) return true;
     if (!is_plain_tensor(argument)) return false;
-    if (!abi::tensors_have_handles()) return answer_ = kReady | kWhole, true;
+    if (!abi::tensors_have_handles()) return answer_ = kReady | kOther, true;
     const AtenTensorHandle tensor = abi::handle_of(argument);
-    static const int32_t single = aoti_torch_dtype_float32(), whole = aoti_torch_dtype_int64();
+    static const int32_t single = aoti_torch_dtype_float32();
     int32_t dtype = -1;
     int64_t dim = -1;
     aoti_torch_get_dtype(tensor, &dtype);
     aoti_torch_get_dim(tensor, &dim);
-    if (dtype != single) answer_ |= kWhole;
-    if (dtype == whole && dim == 0) return true;
-    if (dtype != single || is_tracked(argument)) answer_ &= ~(kSingle | kAlike);
+    if (dtype != single) answer_ |= kOther;
+    if ((dtype != single && dim != 0) || is_tracked(argument)) answer_ &= ~(kSingle | kAlike);
     if (dim != 0 && !is_alike(tensor, dim)) answer_ &= ~kAlike;
     return true;
   }

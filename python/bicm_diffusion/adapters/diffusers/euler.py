@@ -98,7 +98,9 @@ class _EulerSteps(Sigmas, Churning):
                 out, x0 = self._take(own, tables, index, [sample, model_output], plain)
                 if tables.gives_output:
                     x0 = model_output
-                return output(self._output, "prev_sample", out, "pred_original_sample", x0) if return_dict else (out, x0)
+                if not return_dict:
+                    return out, x0
+                return output(self._output, "prev_sample", out, "pred_original_sample", x0)
         graph = known == GRAPH
         if not graph and churn != NO_CHURN:
             s_churn, s_tmin, s_tmax, s_noise = churn

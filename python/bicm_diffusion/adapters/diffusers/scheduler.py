@@ -17,7 +17,7 @@ from torch import Tensor
 from bicm_diffusion.adapters.diffusers.arguments import check_plain, host_value
 from bicm_diffusion.adapters.diffusers.drawing import Drawing, KeyedConfig, WrongKeyError, traced
 from bicm_diffusion.adapters.diffusers.tables import Tables, noted, unreadable, version_of
-from bicm_kernels.inputs import ALIKE, READY, SINGLE, WHOLE, ready, unchanged
+from bicm_kernels.inputs import ALIKE, OTHER, READY, SINGLE, ready, unchanged
 
 dynamo = torch.compiler.is_dynamo_compiling
 
@@ -63,9 +63,9 @@ def fused(attempt: Callable[..., Any]) -> Any:
 
 
 #: What an attempt gets instead of `ready`'s answer while a graph is traced, and where Python looked at the arguments.
-GRAPH, LOOKED_AT = 8, READY | WHOLE
-#: What `ready` answers for most steps: float32 tensors, with timesteps of float32 or int64.
-PLAIN, PLAIN_WHOLE = READY | SINGLE | ALIKE, READY | SINGLE | ALIKE | WHOLE
+GRAPH, LOOKED_AT = 8, READY | OTHER
+#: What `ready` answers for most steps whose timesteps are float32.
+PLAIN = READY | SINGLE | ALIKE
 
 
 def on_tables(attempt: Callable[..., Any]) -> Any:

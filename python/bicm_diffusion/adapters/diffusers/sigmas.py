@@ -30,7 +30,7 @@ class SigmaTables(Tables):
     scales: list[float] = field(default_factory=list)
     #: The index of the last step, after which no input is scaled.
     last: int = 0
-    #: Steps without noise or clipping, as they are launched.
+    #: Steps without keyed noise, as they are launched.
     plain: dict[Any, PlainStep] = field(default_factory=dict)
 
     def scale_after(self, index: int) -> float | None:
@@ -83,18 +83,28 @@ class Counted(Accelerated):
         return {}
 
     def _take(
-        self, own: dict[str, Any], tables: Any, index: int, tensors: list[Any], plain: PlainStep
+        self,
+        own: dict[str, Any],
+        tables: Any,
+        index: int,
+        tensors: list[Any],
+        plain: PlainStep,
+        x0_weight: float = 0.0,
+        clip: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`_advance` without noise or clipping, of float32 tensors that nothing is recorded of."""
+        """`_advance` without keyed noise, of float32 tensors that nothing is recorded of."""
         x0_weights, weights, guidance, scale = plain
         if scale is not None and not own.get("_foresees", True):
             scale = None
-        if guidance is None:
-            out, x0, scaled = denoised_step(tensors, x0_weights, weights, x0_weight=0.0, next_scale=scale)
-        else:
-            out, x0, scaled = denoised_step(
-                tensors, x0_weights, weights, x0_weight=0.0, next_scale=scale, guidance_scale=guidance
-            )
+        out, x0, scaled = denoised_step(
+            tensors,
+            x0_weights,
+            weights,
+            x0_weight=x0_weight,
+            clip=clip,
+            next_scale=scale,
+            guidance_scale=guidance,
+        )
         own["_step_index"] = index = index + 1
         if scaled is not None:
             self._keep(own, tables, index, out, scaled)
