@@ -119,7 +119,7 @@ def output(cls: Any, *items: Any) -> Any:
 
 
 def place_in(row: Tensor, element: Any) -> int | None:
-    """Which element of a 1-d tensor a 0-d one is, by its address, which avoids a device sync; None for other tensors."""
+    """Which element of a 1-d tensor a 0-d one is, by its address, without a device sync; None for other tensors."""
     plain = type(element) is Tensor and type(row) is Tensor and not transformed()
     if not plain or element.dtype is not row.dtype or element.dim() or row.dim() != 1 or element.device != row.device:
         return None

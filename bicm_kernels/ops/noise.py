@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -112,6 +112,8 @@ def uniform(
 @dataclass(eq=False)
 class FoldIn(Op):
     """Seeds derived from seeds: the tensors are integers, 0-d or (B,); a 0-d one may be on the host."""
+
+    respells: ClassVar[bool] = True
 
     def states(self) -> tuple[str, ...]:
         return ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -68,6 +68,8 @@ class Op(Row):
 
     #: What the native library knows of it, from the first plain call on.
     native: Any = None
+    #: Whether a call differs from the arguments of the schema, or results from what the schema returns.
+    respells: ClassVar[bool] = False
 
     def call(self, *call: Any, outs: Any = None) -> Any:
         """Run the kernel, bypassing the dispatcher where possible; the reference where it is needed."""
@@ -84,13 +86,16 @@ class Op(Row):
         """The call through the dispatcher."""
         try:
             # Plain tensors and numbers, which nobody traces, transforms or differentiates.
-            if not dynamo() and backend.library is not None and self.is_writable(call, outs):
-                step, native = self.step(call), self.native or self.prepare()
+            writes = outs is not None or self.respells
+            if backend.library is not None and not (writes and not self.is_writable(call, outs)) and not dynamo():
+                step = self.step(call) if self.respells else call
+                native = self.native or self.prepare()
                 found = backend.library.call_through_dispatcher(native, step, backend.kernel_devices, outs)
                 if type(found) is list:
                     return self.asked_for(call, self.bare_tensor(*self.as_tensors(step, found)))
                 if found is not NotImplemented:
-                    return self.asked_for(call, found) if outs is None else found
+                    # None stands for a result that was not asked for.
+                    return self.with_given(call, found) if self.respells and outs is None else found
             if self.weights:
                 call = self.listed(call)
             if self.keyed:

@@ -226,6 +226,23 @@ PyObject* called(const PlainOp& op, PyObject* call, const Found& found, PyObject
   return results;
 }
 
+// What Python's overload returned, with None for a result that was not asked for.
+PyObject* as_asked(const PlainOp& op, PyObject* call, PyObject* results) {
+  if (results == nullptr || op.asked.size() == 1) return results;
+  const Object owned(results);
+  if (op.asked.empty()) return Py_NewRef(PyTuple_GetItem(call, 0));
+  const Py_ssize_t count = static_cast<Py_ssize_t>(op.asked.size());
+  const Object made(PySequence_Tuple(results));
+  if (made.get() == nullptr || PyTuple_Size(made.get()) != count) return nullptr;
+  PyObject* const found = PyTuple_New(count);
+  for (Py_ssize_t k = 0; k < count; ++k) {
+    const Py_ssize_t place = op.asked[static_cast<size_t>(k)];
+    const bool asked = place < 0 || PyTuple_GetItem(call, place) != Py_None;
+    PyTuple_SetItem(found, k, Py_NewRef(asked ? PyTuple_GetItem(made.get(), k) : Py_None));
+  }
+  return found;
+}
+
 bool are_plain(PyObject* outs) {
   return outs == Py_None || each(outs, [](PyObject* out, bool) { return is_untracked_tensor(out); });
 }
@@ -267,7 +284,7 @@ PyObject* call_through_dispatcher(PyObject*, PyObject* const* given, Py_ssize_t)
         result = called(*op, call, found, outs);
       } else if (!found.of_tensors && outs == Py_None) {
         const Object taken(schema_arguments(*op, call, found)), in_order(PySequence_Tuple(taken.get()));
-        return PyObject_CallObject(op->bare.get(), in_order.get());
+        return as_asked(*op, call, PyObject_CallObject(op->bare.get(), in_order.get()));
       }
     }
   } catch (const std::exception&) {

@@ -236,7 +236,7 @@ PyObject* output(PyObject*, PyObject* const* given, Py_ssize_t count) {
 
 // (row of numbers, tensor): which of the numbers a 0-d tensor is, by its address; None where it is none of them.
 PyObject* place_in(PyObject*, PyObject* const* given, Py_ssize_t) {
-  const int64_t place = nobody_transforms() ? place_of(given[1], given[0]) : -1;
+  const int64_t place = transformed() ? -1 : place_of(given[1], given[0]);
   PyErr_Clear();
   return place < 0 ? Py_NewRef(Py_None) : PyLong_FromLongLong(place);
 }

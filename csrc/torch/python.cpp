@@ -200,7 +200,7 @@ void know_implementations(int64_t count) { torch_.known_implementations = static
 
 bool nobody_replaced_ops() { return PySet_Size(torch_.implementations) == torch_.known_implementations; }
 
-static bool transformed() {
+bool transformed() {
   if (at::functorch::getDynamicLayerStack != nullptr) return !at::functorch::getDynamicLayerStack().empty();
   return !torch_.transforms.says_no();
 }

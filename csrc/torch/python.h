@@ -17,6 +17,9 @@ PyObject* find(const char* path);
 // Looks up the functions of torch; false where one is missing.
 bool open_torch();
 
+// Whether a torch.func transform is active, whose tensors wrap others.
+bool transformed();
+
 // Whether no tracing, transform or override is active; and whether no recording is active either.
 bool nobody_transforms();
 bool nobody_watches();

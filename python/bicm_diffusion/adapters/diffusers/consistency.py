@@ -17,7 +17,7 @@ from bicm_diffusion.adapters.diffusers.drawing import Generators
 from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
 from bicm_diffusion.adapters.diffusers.scheduler import GRAPH, on_tables
 from bicm_diffusion.adapters.diffusers.sigmas import ROWS, Counted, Sigmas, SigmaTables
-from bicm_diffusion.adapters.diffusers.tables import Row, Tables, is_double, single
+from bicm_diffusion.adapters.diffusers.tables import Number, Row, Tables, is_double, single
 from bicm_kernels import add_noise, affine_step, denoised_step
 from bicm_kernels.inputs import ALIKE, output
 
@@ -35,7 +35,7 @@ class ConsistencyTables(SigmaTables):
 class LatentTables(Tables):
     clip: float | None = None
     #: Steps without clipping or keyed noise: weights in x0 and in the result, of x0 in it, and whether it is the last.
-    plain: dict[int, tuple[Row, Row, float, bool]] = field(default_factory=dict)
+    plain: dict[int, tuple[Row, Row, Number, bool]] = field(default_factory=dict)
 
 
 class ConsistencyModel(Sigmas):

@@ -20,7 +20,7 @@ from bicm_kernels.inputs import foreseen
 ROWS = "rows"
 
 #: A step's weights in x0 and in the result, the scale of a guided pair, and that of the input that may be made ahead.
-PlainStep = tuple[tuple[float, ...], tuple[float, ...], float | None, float | None]
+PlainStep = tuple[Row, Row, float | None, float | None]
 HALVES = frozenset(dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype) and dtype.itemsize <= 2)
 
 
