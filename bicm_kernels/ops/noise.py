@@ -122,9 +122,6 @@ class FoldIn(Op):
         shaped, placed = (data, seed)[seed.dim() >= data.dim()], (data, seed)[data.is_cpu]
         return seed.new_empty(shaped.shape, device=placed.device)
 
-    def call(self, *call: Any, outs: Any = None) -> Tensor:
-        return self.run(call, outs)
-
     def step(self, call: Call) -> Call:
         if not all(isinstance(x, Tensor) for x in call):
             self.check(call, None)  # checked before conversion, because a tensor's value is not read later

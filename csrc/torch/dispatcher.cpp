@@ -1,6 +1,7 @@
 #include "dispatcher.h"
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -131,9 +132,9 @@ double number_in(PyObject* value) {
 // The arguments of a call as the dispatcher's stable interface takes them, which owns them from the call on.
 class Stack {
  public:
-  explicit Stack(size_t size) : values_(size) {}
   // While the interpreter is let go, torch must not drop the last of its references to a tensor of Python's: it would
-  // ask for the interpreter each time.
+  // ask for the interpreter each time. `keeps`: the interpreter is let go.
+  Stack(size_t size, bool keeps) : values_(size), keeps_(keeps) {}
   ~Stack() {
     for (AtenTensorHandle tensor : kept_) aoti_torch_delete_tensor_object(tensor);
   }
@@ -176,16 +177,18 @@ class Stack {
   }
 
   AtenTensorHandle handle(PyObject* tensor) {
-    AtenTensorHandle made[2];
-    for (AtenTensorHandle& each : made) {
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(abi::handle_of(tensor), &each));
+    AtenTensorHandle given, kept;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(abi::handle_of(tensor), &given));
+    if (keeps_) {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(abi::handle_of(tensor), &kept));
+      kept_.push_back(kept);
     }
-    kept_.push_back(made[0]);
-    return made[1];
+    return given;
   }
 
   std::vector<StableIValue> values_;
   std::vector<AtenTensorHandle> kept_;
+  bool keeps_;
   size_t used_ = 0;
 };
 
@@ -196,10 +199,21 @@ PyObject* taken(StableIValue result, bool asked) {
   return object;
 }
 
+// Whether a call is over before it would pay to let other threads have the interpreter.
+bool is_short(PyObject* first) {
+  constexpr int64_t kShort = 4096;
+  static const int32_t host = aoti_torch_device_type_cpu();
+  int32_t device;
+  int64_t elements;
+  return aoti_torch_get_device_type(abi::handle_of(first), &device) == 0 && device == host &&
+         aoti_torch_get_numel(abi::handle_of(first), &elements) == 0 && elements <= kShort;
+}
+
 // The results of a call that writes none, or nullptr for one that failed.
 PyObject* called(const PlainOp& op, PyObject* call, const Found& found, PyObject* outs) {
   const Py_ssize_t count = static_cast<Py_ssize_t>(op.kinds.size()), written = outs == Py_None ? 0 : PyTuple_Size(outs);
-  Stack stack(std::max(op.kinds.size() + static_cast<size_t>(written), op.asked.size()));
+  const bool lets_go = !is_short(found.first);
+  Stack stack(std::max(op.kinds.size() + static_cast<size_t>(written), op.asked.size()), lets_go);
   for (Py_ssize_t i = 0; i < count; ++i) {
     if (i == op.guidance && !found.paired) {
       stack.add(0.0);
@@ -210,7 +224,8 @@ PyObject* called(const PlainOp& op, PyObject* call, const Found& found, PyObject
   for (Py_ssize_t i = 0; i < written; ++i) stack.add(Kind::tensor, PyTuple_GetItem(outs, i));
   AOTITorchError failed;
   {
-    const Released released;
+    std::optional<Released> released;
+    if (lets_go) released.emplace();
     failed = torch_call_dispatcher(op.name.c_str(), written != 0 ? "out" : "", stack.values(), TORCH_ABI_VERSION);
   }
   if (failed != 0) return nullptr;
