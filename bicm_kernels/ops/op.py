@@ -68,7 +68,7 @@ class Op(Row):
 
     #: What the native library knows of it, from the first plain call on.
     native: Any = None
-    #: Whether a call differs from the arguments of the schema, or results from what the schema returns.
+    #: Whether a call differs from the arguments of the schema.
     respells: ClassVar[bool] = False
 
     def call(self, *call: Any, outs: Any = None) -> Any:
@@ -93,13 +93,13 @@ class Op(Row):
             native = self.native or self.prepare()
             found = library.call_through_dispatcher(native, step, backend.kernel_devices, outs)
             if type(found) is list:
+                step = self.step(call) if self.exact else step
                 return self.asked_for(call, self.bare_tensor(*self.as_tensors(step, found)))
         except arguments.FAILURES as error:
             arguments.explain(error, lambda: self.check(call, outs))
         if found is NotImplemented:
             return self.run(call, outs)
-        # None stands for a result that was not asked for.
-        return self.with_given(call, found) if self.respells and outs is None else found
+        return found  # with None for a result that was not asked for
 
     def run(self, call: Call, outs: Any) -> Any:
         """The call through the dispatcher, of any kind."""

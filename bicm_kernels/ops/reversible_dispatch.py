@@ -79,6 +79,8 @@ class ExactStep(Encode):
     nothing. With tensors, n and m of None are 1.
     """
 
+    respells: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
     guided: bool = True
     others: tuple[str, ...] = ("info",)
     integers: tuple[str, ...] = ("n", "m")

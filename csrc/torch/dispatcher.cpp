@@ -37,6 +37,8 @@ struct PlainOp {
   Py_ssize_t unweighted;
   // The number that weighs noise, and its seed.
   Py_ssize_t noise, seed;
+  // An exact step, whose calls are spelled as `exact_call` reads them.
+  int exact;
   std::string name;
   std::vector<Kind> kinds;
   // For each result, the place of the number that asks for it.
@@ -268,8 +270,8 @@ PyObject* plain_op(PyObject*, PyObject* arguments) {
   PyObject *asked, *types, *bare;
   const char* name;
   PlainOp op;
-  if (!PyArg_ParseTuple(arguments, "(pnnnnn)O!sO!O", &op.guided, &op.first_number, &op.guidance, &op.unweighted,
-                        &op.noise, &op.seed, &PyTuple_Type, &asked, &name, &PyTuple_Type, &types, &bare)) {
+  if (!PyArg_ParseTuple(arguments, "(pnnnnnp)O!sO!O", &op.guided, &op.first_number, &op.guidance, &op.unweighted,
+                        &op.noise, &op.seed, &op.exact, &PyTuple_Type, &asked, &name, &PyTuple_Type, &types, &bare)) {
     return nullptr;
   }
   op.name = name;
@@ -285,10 +287,38 @@ PyObject* plain_op(PyObject*, PyObject* arguments) {
   return PyCapsule_New(new PlainOp(std::move(op)), kCapsule, nullptr);
 }
 
+// The schema's arguments of an exact step without overflow, from (first state, other tensors, info, coefficients,
+// guidance_scale, (n, m), fraction_bits, overflow, mark); nullptr for other calls.
+static PyObject* exact_call(PyObject* call) {
+  if (!PyTuple_Check(call) || PyTuple_Size(call) != 9) return nullptr;
+  const auto item = [call](Py_ssize_t i) { return PyTuple_GetItem(call, i); };
+  PyObject *const others = item(1), *const ratio = item(5);
+  if (!is_sequence(others) || !PyTuple_Check(ratio) || PyTuple_Size(ratio) != 2 || item(7) != Py_None) return nullptr;
+  PyObject* const tensors = PyTuple_New(1 + size_of(others));
+  PyTuple_SetItem(tensors, 0, Py_NewRef(item(0)));
+  Py_ssize_t used = 1;
+  each(others, [&](PyObject* tensor, bool) { return PyTuple_SetItem(tensors, used++, Py_NewRef(tensor)) == 0; });
+  const Object owned(tensors);
+  PyObject *const n = PyTuple_GetItem(ratio, 0), *const m = PyTuple_GetItem(ratio, 1);
+  return PyTuple_Pack(7, tensors, item(2), item(3), item(4), n, m, item(6));
+}
+
+// A step that multiplies by 1 returns the buffer that it was given.
+static PyObject* with_buffer(PyObject* step, PyObject* results) {
+  const bool found = results != nullptr && PyTuple_Check(results) && PyTuple_Size(results) == 2;
+  PyObject *const n = PyTuple_GetItem(step, 4), *const m = PyTuple_GetItem(step, 5);
+  if (!found || PyObject_RichCompareBool(n, m, Py_EQ) != 1) return results;
+  const Object owned(results);
+  return PyTuple_Pack(2, PyTuple_GetItem(results, 0), PyTuple_GetItem(step, 1));
+}
+
 PyObject* call_through_dispatcher(PyObject*, PyObject* const* given, Py_ssize_t) {
   const auto* const op = static_cast<const PlainOp*>(PyCapsule_GetPointer(given[0], kCapsule));
   if (op == nullptr) return nullptr;
-  PyObject *const call = given[1], *const outs = given[3];
+  PyObject* const outs = given[3];
+  const Object exact(op->exact != 0 ? exact_call(given[1]) : nullptr);
+  PyObject* const call = op->exact != 0 ? exact.get() : given[1];
+  if (call == nullptr) return PyErr_Clear(), Py_NewRef(Py_NotImplemented);
   Found found;
   PyObject* result = nullptr;
   try {
@@ -297,9 +327,11 @@ PyObject* call_through_dispatcher(PyObject*, PyObject* const* given, Py_ssize_t)
         result = schema_arguments(*op, call, found);
       } else if (!found.of_tensors && abi::tensors_have_handles()) {
         result = called(*op, call, found, outs);
+        if (op->exact != 0) result = with_buffer(call, result);
       } else if (!found.of_tensors && outs == Py_None) {
         const Object taken(schema_arguments(*op, call, found)), in_order(PySequence_Tuple(taken.get()));
-        return as_asked(*op, call, PyObject_CallObject(op->bare.get(), in_order.get()));
+        PyObject* const results = as_asked(*op, call, PyObject_CallObject(op->bare.get(), in_order.get()));
+        return op->exact != 0 ? with_buffer(call, results) : results;
       }
     }
   } catch (const std::exception&) {
