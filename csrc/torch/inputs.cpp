@@ -160,9 +160,8 @@ PyObject* note(PyObject*, PyObject* arguments) {
   const auto item = [](PyObject* tuple, Py_ssize_t i) { return PyTuple_GetItem(tuple, i); };
   each(sources, [&](PyObject* source, bool) {
     PyObject *const value = item(source, 1), *const version = item(source, 2);
-    inputs->sources.push_back({{kept(item(source, 0)), kept(value)},
-                               is_tensor(value),
-                               version == Py_None ? -1 : PyLong_AsLongLong(version)});
+    inputs->sources.push_back(
+        {{kept(item(source, 0)), kept(value)}, is_tensor(value), version == Py_None ? -1 : PyLong_AsLongLong(version)});
     return true;
   });
   each(absent, [&](PyObject* name, bool) { return inputs->absent.push_back(kept(name)), true; });
@@ -250,12 +249,8 @@ PyMethodDef method(const char* name) {
 
 bool add_inputs(PyObject* module) {
   static PyMethodDef methods[] = {
-      {"note", note, METH_VARARGS, nullptr},
-      method<&unchanged>("unchanged"),
-      method<&ready>("ready"),
-      method<&foreseen>("foreseen"),
-      method<&output>("output"),
-      method<&place_in>("place_in"),
+      {"note", note, METH_VARARGS, nullptr}, method<&unchanged>("unchanged"), method<&ready>("ready"),
+      method<&foreseen>("foreseen"),         method<&output>("output"),       method<&place_in>("place_in"),
       {nullptr, nullptr, 0, nullptr},
   };
   const std::pair<PyObject**, const char*> names[] = {{&known_.version, "_version"},

@@ -233,8 +233,8 @@ int64_t place_of(PyObject* element, PyObject* row) {
   const bool alike = one.kind == all.kind && one.bits == all.bits && one.device_type == all.device_type;
   if (!alike || one.dim != 0 || all.dim != 1 || one.device_index != all.device_index) return -1;
   const int64_t spacing = all.strides[0] * all.bits / 8;
-  const int64_t distance = (static_cast<char*>(one.data) + one.byte_offset) -
-                           (static_cast<char*>(all.data) + all.byte_offset);
+  const int64_t distance =
+      (static_cast<char*>(one.data) + one.byte_offset) - (static_cast<char*>(all.data) + all.byte_offset);
   if (spacing <= 0 || distance < 0 || distance % spacing != 0) return -1;
   return distance / spacing < all.sizes[0] ? distance / spacing : -1;
 }
