@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -96,7 +97,8 @@ class Op(Row):
                 step = self.step(call) if self.exact else step
                 return self.asked_for(call, self.bare_tensor(*self.as_tensors(step, found)))
         except arguments.FAILURES as error:
-            arguments.explain(error, lambda: self.check(call, outs))
+            # Not a lambda: variables that a function inside refers to are slower in every call.
+            arguments.explain(error, partial(self.check, call, outs))
         if found is NotImplemented:
             return self.run(call, outs)
         return found  # with None for a result that was not asked for
