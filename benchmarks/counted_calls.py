@@ -137,8 +137,9 @@ class Asked:
         self.asked = False
 
     def __getattr__(self, name: str) -> Any:
+        found = getattr(self.functions, name)
         self.asked = True
-        return getattr(self.functions, name)
+        return found
 
 
 def repeat(call: Call, count: int) -> None:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from bicm_kernels.ops.arguments import Integer, Number, check_sequence, weight_list
-from bicm_kernels.ops.gaussian_dispatch import GAUSSIAN_KL, GAUSSIAN_LOG_PROB, GAUSSIAN_STEP
+from bicm_kernels.ops.gaussian_dispatch import ADDS_UP, GAUSSIAN_KL, GAUSSIAN_LOG_PROB, GAUSSIAN_STEP
 from bicm_kernels.ops.multistep import TensorOrPair
+from bicm_kernels.ops.reduction import check_choice
 
 
 def gaussian_step(
@@ -56,8 +57,13 @@ def gaussian_step(
     >>> torch.equal(log_prob, bk.gaussian_log_prob(next, [x, v], [1.0, -0.1], std=0.5))
     True
     """
-    result: tuple[Tensor, Tensor] = GAUSSIAN_STEP.reduced(
-        reduction, tensors, weights, guidance_scale, std, seed, step, sample_id
+    try:
+        adds_up = ADDS_UP[reduction]
+    except (KeyError, TypeError):
+        check_choice("reduction", reduction, ADDS_UP)
+        raise
+    result: tuple[Tensor, Tensor] = GAUSSIAN_STEP.call(
+        tensors, weights, guidance_scale, std, adds_up, seed, step, sample_id
     )
     return result
 

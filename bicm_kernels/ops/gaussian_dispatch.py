@@ -44,16 +44,6 @@ class Step(Op):
         super().check(call, outs)
         _check_deviation(self, call)
 
-    def reduced(self, reduction: str, *call: Any) -> Any:
-        """The op of a call that ends with its key, which the flag goes before."""
-        try:
-            adds_up = ADDS_UP[reduction]
-        except (KeyError, TypeError):
-            check_choice("reduction", reduction, ADDS_UP)
-            raise
-        at = self.first_flag
-        return self.call(*call[:at], adds_up, *call[at:])
-
 
 class Density(Reduction):
     """A number per sample from states, all of which it is differentiated in: (tensors, weights, guidance_scale, std,

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bicm_kernels import reference
+from bicm_kernels import backend, reference
 from bicm_kernels.ops import arguments
-from bicm_kernels.ops.arguments import UNWEIGHTED, Integer, Number
+from bicm_kernels.ops.arguments import UNWEIGHTED, Integer, Number, dynamo
 from bicm_kernels.ops.op import Op
 
 TensorOrPair = Tensor | tuple[Tensor, Tensor]
@@ -237,6 +237,24 @@ def denoised_step(
     if seed is not None and noise_weight is UNWEIGHTED:
         arguments.notice_unweighted("denoised_step")
     outs: tuple[Tensor, ...] | None = None
+    direct = backend.direct
+    if direct is not None and out is None and not dynamo():
+        # As in `Op.call`, which takes longer to be called than to do this.
+        results = direct.denoised_step(
+            tensors,
+            x0_weights,
+            weights,
+            guidance_scale,
+            x0_weight,
+            clip,
+            noise_weight,
+            next_scale,
+            seed,
+            step,
+            sample_id,
+        )
+        if results is not None:
+            return tuple.__new__(DenoisedStep, results)
     if out is not None:
         arguments.check_sequence("out", out, "(out, x0)" if next_scale is None else "(out, x0, next)")
         outs = tuple(out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -113,15 +113,14 @@ def uniform(
 class FoldIn(Op):
     """Seeds derived from seeds: the tensors are integers, 0-d or (B,); a 0-d one may be on the host."""
 
+    respells: ClassVar[bool] = True
+
     def states(self) -> tuple[str, ...]:
         return ()
 
     def fake(self, seed: Tensor, data: Tensor) -> Tensor:
         shaped, placed = (data, seed)[seed.dim() >= data.dim()], (data, seed)[data.is_cpu]
         return seed.new_empty(shaped.shape, device=placed.device)
-
-    def call(self, *call: Any, outs: Any = None) -> Tensor:
-        return self.run(call, outs)
 
     def step(self, call: Call) -> Call:
         if not all(isinstance(x, Tensor) for x in call):

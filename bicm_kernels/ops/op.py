@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -68,29 +69,43 @@ class Op(Row):
 
     #: What the native library knows of it, from the first plain call on.
     native: Any = None
+    #: Whether a call differs from the arguments of the schema.
+    respells: ClassVar[bool] = False
 
     def call(self, *call: Any, outs: Any = None) -> Any:
         """Run the kernel, bypassing the dispatcher where possible; the reference where it is needed."""
+        if dynamo():
+            return self.run(call, outs)
         direct = backend.direct
-        if direct is not None and outs is None and not dynamo():
-            result = getattr(direct, self.name)(*call)
-            if result is None and may_go_direct():
-                result = getattr(direct, self.name)(*call)
-            if result is not None:
-                return result
-        return self.run(call, outs)
-
-    def run(self, call: Call, outs: Any) -> Any:
-        """The call through the dispatcher."""
+        if direct is not None and outs is None:
+            function = getattr(direct, self.name, None)
+            if function is not None:
+                result = function(*call)
+                if result is None and may_go_direct():
+                    result = function(*call)
+                if result is not None:
+                    return result
+        library = backend.library
+        if library is None or ((outs is not None or self.respells) and not self.is_writable(call, outs)):
+            return self.run(call, outs)
         try:
             # Plain tensors and numbers, which nobody traces, transforms or differentiates.
-            if not dynamo() and backend.library is not None and self.is_writable(call, outs):
-                step, native = self.step(call), self.native or self.prepare()
-                found = backend.library.call_through_dispatcher(native, step, backend.kernel_devices, outs)
-                if type(found) is list:
-                    return self.asked_for(call, self.bare_tensor(*self.as_tensors(step, found)))
-                if found is not NotImplemented:
-                    return self.asked_for(call, found) if outs is None else found
+            step = self.step(call) if self.respells else call
+            native = self.native or self.prepare()
+            found = library.call_through_dispatcher(native, step, backend.kernel_devices, outs)
+            if type(found) is list:
+                step = self.step(call) if self.exact else step
+                return self.asked_for(call, self.bare_tensor(*self.as_tensors(step, found)))
+        except arguments.FAILURES as error:
+            # Not a lambda: variables that a function inside refers to are slower in every call.
+            arguments.explain(error, partial(self.check, call, outs))
+        if found is NotImplemented:
+            return self.run(call, outs)
+        return found  # with None for a result that was not asked for
+
+    def run(self, call: Call, outs: Any) -> Any:
+        """The call through the dispatcher, of any kind."""
+        try:
             if self.weights:
                 call = self.listed(call)
             if self.keyed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Encode(Op):
 
     outs: tuple[str, ...] = ("out", "overflow")
     results: int = 1
+    respells: ClassVar[bool] = True
 
     def extra(self, types: Types) -> list[str]:
         return [f"{types[2][1].rstrip('?')} mark"]
@@ -78,6 +79,8 @@ class ExactStep(Encode):
     nothing. With tensors, n and m of None are 1.
     """
 
+    respells: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
     guided: bool = True
     others: tuple[str, ...] = ("info",)
     integers: tuple[str, ...] = ("n", "m")
@@ -98,7 +101,9 @@ class ExactStep(Encode):
 
     def step(self, call: Call) -> Call:
         last, operands, info, table, guidance, ratio, fraction_bits, _, _ = call
-        if arguments.is_tensor(operands) or arguments.is_tensor(ratio):
+        # The types that most calls have are asked for first.
+        known = type(ratio) is tuple and type(operands) in (list, tuple)
+        if not known and (arguments.is_tensor(operands) or arguments.is_tensor(ratio)):
             raise TypeError("one tensor for a sequence of them")
         n, m = ratio
         return (last, *operands), info, table, guidance, n, m, fraction_bits
@@ -176,6 +181,8 @@ class ExactStep(Encode):
 def is_one(ratio: Sequence[Any]) -> bool:
     """Whether a ratio needs no buffer: equal numbers; tensors are not read."""
     n, m = ratio
+    if type(n) is int and type(m) is int:
+        return n == m
     return not arguments.is_tensor(n) and not arguments.is_tensor(m) and n == m
 
 

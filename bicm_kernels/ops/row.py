@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,6 +60,9 @@ class Row:
     #: The reference, called with the arguments by name; by default the one of this name.
     plain: Callable[..., Any] | None = None
 
+    #: Whether calls are spelled as exact steps' are, which the native library reads itself.
+    exact: ClassVar[bool] = False
+
     # Attribute access is fastest on objects of at most 30 attributes: what plain calls do not need is a property.
     def __post_init__(self) -> None:
         self.results = self.results or len(self.outs)
@@ -101,6 +104,7 @@ class Row:
             len(self.tensors) if self.weights else -1,
             noise_at,
             self.first_key if self.noise else -1,
+            self.exact,
         )
         asked = tuple(self.asked_at[: self.results])
         types = tuple(argument.split()[0] for argument in self.parameters(NUMBERS))

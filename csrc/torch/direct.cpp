@@ -7,6 +7,7 @@
 #include "dispatcher.h"
 #include "gaussian.h"
 #include "generator.h"
+#include "inputs.h"
 #include "preconditioning.h"
 #include "python.h"
 #include "reversible.h"
@@ -222,7 +223,7 @@ bool add_direct(PyObject* module) {
   if (!open_torch()) return true;
   open_generator();
   abi::look_for_handles();
-  return PyModule_AddFunctions(module, methods) == 0 && add_direct_losses(module);
+  return PyModule_AddFunctions(module, methods) == 0 && add_direct_losses(module) && add_inputs(module);
 }
 
 }  // namespace bicm

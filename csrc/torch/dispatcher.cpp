@@ -1,6 +1,7 @@
 #include "dispatcher.h"
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -36,6 +37,8 @@ struct PlainOp {
   Py_ssize_t unweighted;
   // The number that weighs noise, and its seed.
   Py_ssize_t noise, seed;
+  // An exact step, whose calls are spelled as `exact_call` reads them.
+  int exact;
   std::string name;
   std::vector<Kind> kinds;
   // For each result, the place of the number that asks for it.
@@ -131,9 +134,9 @@ double number_in(PyObject* value) {
 // The arguments of a call as the dispatcher's stable interface takes them, which owns them from the call on.
 class Stack {
  public:
-  explicit Stack(size_t size) : values_(size) {}
   // While the interpreter is let go, torch must not drop the last of its references to a tensor of Python's: it would
-  // ask for the interpreter each time.
+  // ask for the interpreter each time. `keeps`: the interpreter is let go.
+  Stack(size_t size, bool keeps) : values_(size), keeps_(keeps) {}
   ~Stack() {
     for (AtenTensorHandle tensor : kept_) aoti_torch_delete_tensor_object(tensor);
   }
@@ -176,16 +179,18 @@ class Stack {
   }
 
   AtenTensorHandle handle(PyObject* tensor) {
-    AtenTensorHandle made[2];
-    for (AtenTensorHandle& each : made) {
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(abi::handle_of(tensor), &each));
+    AtenTensorHandle given, kept;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(abi::handle_of(tensor), &given));
+    if (keeps_) {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(abi::handle_of(tensor), &kept));
+      kept_.push_back(kept);
     }
-    kept_.push_back(made[0]);
-    return made[1];
+    return given;
   }
 
   std::vector<StableIValue> values_;
   std::vector<AtenTensorHandle> kept_;
+  bool keeps_;
   size_t used_ = 0;
 };
 
@@ -196,10 +201,21 @@ PyObject* taken(StableIValue result, bool asked) {
   return object;
 }
 
+// Whether a call is over before it would pay to let other threads have the interpreter.
+bool is_short(PyObject* first) {
+  constexpr int64_t kShort = 4096;
+  static const int32_t host = aoti_torch_device_type_cpu();
+  int32_t device;
+  int64_t elements;
+  return aoti_torch_get_device_type(abi::handle_of(first), &device) == 0 && device == host &&
+         aoti_torch_get_numel(abi::handle_of(first), &elements) == 0 && elements <= kShort;
+}
+
 // The results of a call that writes none, or nullptr for one that failed.
 PyObject* called(const PlainOp& op, PyObject* call, const Found& found, PyObject* outs) {
   const Py_ssize_t count = static_cast<Py_ssize_t>(op.kinds.size()), written = outs == Py_None ? 0 : PyTuple_Size(outs);
-  Stack stack(std::max(op.kinds.size() + static_cast<size_t>(written), op.asked.size()));
+  const bool lets_go = !is_short(found.first);
+  Stack stack(std::max(op.kinds.size() + static_cast<size_t>(written), op.asked.size()), lets_go);
   for (Py_ssize_t i = 0; i < count; ++i) {
     if (i == op.guidance && !found.paired) {
       stack.add(0.0);
@@ -210,7 +226,8 @@ PyObject* called(const PlainOp& op, PyObject* call, const Found& found, PyObject
   for (Py_ssize_t i = 0; i < written; ++i) stack.add(Kind::tensor, PyTuple_GetItem(outs, i));
   AOTITorchError failed;
   {
-    const Released released;
+    std::optional<Released> released;
+    if (lets_go) released.emplace();
     failed = torch_call_dispatcher(op.name.c_str(), written != 0 ? "out" : "", stack.values(), TORCH_ABI_VERSION);
   }
   if (failed != 0) return nullptr;
@@ -226,6 +243,23 @@ PyObject* called(const PlainOp& op, PyObject* call, const Found& found, PyObject
   return results;
 }
 
+// What Python's overload returned, with None for a result that was not asked for.
+PyObject* as_asked(const PlainOp& op, PyObject* call, PyObject* results) {
+  if (results == nullptr || op.asked.size() == 1) return results;
+  const Object owned(results);
+  if (op.asked.empty()) return Py_NewRef(PyTuple_GetItem(call, 0));
+  const Py_ssize_t count = static_cast<Py_ssize_t>(op.asked.size());
+  const Object made(PySequence_Tuple(results));
+  if (made.get() == nullptr || PyTuple_Size(made.get()) != count) return nullptr;
+  PyObject* const found = PyTuple_New(count);
+  for (Py_ssize_t k = 0; k < count; ++k) {
+    const Py_ssize_t place = op.asked[static_cast<size_t>(k)];
+    const bool asked = place < 0 || PyTuple_GetItem(call, place) != Py_None;
+    PyTuple_SetItem(found, k, Py_NewRef(asked ? PyTuple_GetItem(made.get(), k) : Py_None));
+  }
+  return found;
+}
+
 bool are_plain(PyObject* outs) {
   return outs == Py_None || each(outs, [](PyObject* out, bool) { return is_untracked_tensor(out); });
 }
@@ -236,8 +270,8 @@ PyObject* plain_op(PyObject*, PyObject* arguments) {
   PyObject *asked, *types, *bare;
   const char* name;
   PlainOp op;
-  if (!PyArg_ParseTuple(arguments, "(pnnnnn)O!sO!O", &op.guided, &op.first_number, &op.guidance, &op.unweighted,
-                        &op.noise, &op.seed, &PyTuple_Type, &asked, &name, &PyTuple_Type, &types, &bare)) {
+  if (!PyArg_ParseTuple(arguments, "(pnnnnnp)O!sO!O", &op.guided, &op.first_number, &op.guidance, &op.unweighted,
+                        &op.noise, &op.seed, &op.exact, &PyTuple_Type, &asked, &name, &PyTuple_Type, &types, &bare)) {
     return nullptr;
   }
   op.name = name;
@@ -253,10 +287,38 @@ PyObject* plain_op(PyObject*, PyObject* arguments) {
   return PyCapsule_New(new PlainOp(std::move(op)), kCapsule, nullptr);
 }
 
+// The schema's arguments of an exact step without overflow, from (first state, other tensors, info, coefficients,
+// guidance_scale, (n, m), fraction_bits, overflow, mark); nullptr for other calls.
+static PyObject* exact_call(PyObject* call) {
+  if (!PyTuple_Check(call) || PyTuple_Size(call) != 9) return nullptr;
+  const auto item = [call](Py_ssize_t i) { return PyTuple_GetItem(call, i); };
+  PyObject *const others = item(1), *const ratio = item(5);
+  if (!is_sequence(others) || !PyTuple_Check(ratio) || PyTuple_Size(ratio) != 2 || item(7) != Py_None) return nullptr;
+  PyObject* const tensors = PyTuple_New(1 + size_of(others));
+  PyTuple_SetItem(tensors, 0, Py_NewRef(item(0)));
+  Py_ssize_t used = 1;
+  each(others, [&](PyObject* tensor, bool) { return PyTuple_SetItem(tensors, used++, Py_NewRef(tensor)) == 0; });
+  const Object owned(tensors);
+  PyObject *const n = PyTuple_GetItem(ratio, 0), *const m = PyTuple_GetItem(ratio, 1);
+  return PyTuple_Pack(7, tensors, item(2), item(3), item(4), n, m, item(6));
+}
+
+// A step that multiplies by 1 returns the buffer that it was given.
+static PyObject* with_buffer(PyObject* step, PyObject* results) {
+  const bool found = results != nullptr && PyTuple_Check(results) && PyTuple_Size(results) == 2;
+  PyObject *const n = PyTuple_GetItem(step, 4), *const m = PyTuple_GetItem(step, 5);
+  if (!found || PyObject_RichCompareBool(n, m, Py_EQ) != 1) return results;
+  const Object owned(results);
+  return PyTuple_Pack(2, PyTuple_GetItem(results, 0), PyTuple_GetItem(step, 1));
+}
+
 PyObject* call_through_dispatcher(PyObject*, PyObject* const* given, Py_ssize_t) {
   const auto* const op = static_cast<const PlainOp*>(PyCapsule_GetPointer(given[0], kCapsule));
   if (op == nullptr) return nullptr;
-  PyObject *const call = given[1], *const outs = given[3];
+  PyObject* const outs = given[3];
+  const Object exact(op->exact != 0 ? exact_call(given[1]) : nullptr);
+  PyObject* const call = op->exact != 0 ? exact.get() : given[1];
+  if (call == nullptr) return PyErr_Clear(), Py_NewRef(Py_NotImplemented);
   Found found;
   PyObject* result = nullptr;
   try {
@@ -265,9 +327,11 @@ PyObject* call_through_dispatcher(PyObject*, PyObject* const* given, Py_ssize_t)
         result = schema_arguments(*op, call, found);
       } else if (!found.of_tensors && abi::tensors_have_handles()) {
         result = called(*op, call, found, outs);
+        if (op->exact != 0) result = with_buffer(call, result);
       } else if (!found.of_tensors && outs == Py_None) {
         const Object taken(schema_arguments(*op, call, found)), in_order(PySequence_Tuple(taken.get()));
-        return PyObject_CallObject(op->bare.get(), in_order.get());
+        PyObject* const results = as_asked(*op, call, PyObject_CallObject(op->bare.get(), in_order.get()));
+        return op->exact != 0 ? with_buffer(call, results) : results;
       }
     }
   } catch (const std::exception&) {

@@ -82,21 +82,6 @@ struct Torch {
 };
 Torch torch_;
 
-PyObject* find(const char* path) {
-  PyObject* found = nullptr;
-  const std::string names(path);
-  for (size_t begin = 0, end; begin <= names.size(); begin = end + 1) {
-    end = std::min(names.find('.', begin), names.size());
-    const std::string name = names.substr(begin, end - begin);
-    PyObject* next =
-        found == nullptr ? PyImport_ImportModule(name.c_str()) : PyObject_GetAttrString(found, name.c_str());
-    Py_XDECREF(found);
-    if (next == nullptr) return nullptr;
-    found = next;
-  }
-  return found;
-}
-
 bool look_into(PyObject* object, View& view) {
   ExchangedTensor found;
   if (torch_.exchange->look_into(object, &found) != 0) return false;
@@ -190,6 +175,21 @@ class Allocation {
 
 }  // namespace
 
+PyObject* find(const char* path) {
+  PyObject* found = nullptr;
+  const std::string names(path);
+  for (size_t begin = 0, end; begin <= names.size(); begin = end + 1) {
+    end = std::min(names.find('.', begin), names.size());
+    const std::string name = names.substr(begin, end - begin);
+    PyObject* next =
+        found == nullptr ? PyImport_ImportModule(name.c_str()) : PyObject_GetAttrString(found, name.c_str());
+    Py_XDECREF(found);
+    if (next == nullptr) return nullptr;
+    found = next;
+  }
+  return found;
+}
+
 // Whether operations are recorded: by the profiler only, where torch does not export the full check.
 static bool recorded() {
   if (at::hasCallbacks != nullptr) return at::hasCallbacks();
@@ -200,7 +200,7 @@ void know_implementations(int64_t count) { torch_.known_implementations = static
 
 bool nobody_replaced_ops() { return PySet_Size(torch_.implementations) == torch_.known_implementations; }
 
-static bool transformed() {
+bool transformed() {
   if (at::functorch::getDynamicLayerStack != nullptr) return !at::functorch::getDynamicLayerStack().empty();
   return !torch_.transforms.says_no();
 }
@@ -219,6 +219,25 @@ bool nobody_transforms() {
 }
 
 bool nobody_watches() { return nobody_transforms() && !recorded(); }
+
+bool is_tensor(PyObject* object) {
+  return PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(torch_.tensor)) != 0;
+}
+
+bool is_plain_tensor(PyObject* object) { return is_of_torch(object); }
+
+int64_t place_of(PyObject* element, PyObject* row) {
+  ExchangedTensor one, all;
+  if (!is_of_torch(element) || !is_of_torch(row)) return -1;
+  if (torch_.exchange->look_into(element, &one) != 0 || torch_.exchange->look_into(row, &all) != 0) return -1;
+  const bool alike = one.kind == all.kind && one.bits == all.bits && one.device_type == all.device_type;
+  if (!alike || one.dim != 0 || all.dim != 1 || one.device_index != all.device_index) return -1;
+  const int64_t spacing = all.strides[0] * all.bits / 8;
+  const int64_t distance =
+      (static_cast<char*>(one.data) + one.byte_offset) - (static_cast<char*>(all.data) + all.byte_offset);
+  if (spacing <= 0 || distance < 0 || distance % spacing != 0) return -1;
+  return distance / spacing < all.sizes[0] ? distance / spacing : -1;
+}
 
 bool is_untracked_tensor(PyObject* object) { return is_of_torch(object) && untracked(object); }
 

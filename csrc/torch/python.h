@@ -11,8 +11,14 @@
 
 namespace bicm {
 
+// An object by its path, which begins with modules that are imported; nullptr, with an error, where there is none.
+PyObject* find(const char* path);
+
 // Looks up the functions of torch; false where one is missing.
 bool open_torch();
+
+// Whether a torch.func transform is active, whose tensors wrap others.
+bool transformed();
 
 // Whether no tracing, transform or override is active; and whether no recording is active either.
 bool nobody_transforms();
@@ -90,6 +96,13 @@ void* bytes_of(PyObject* tensor, int64_t& count);
 
 // Whether an object is a tensor of torch's own type, on any device, that autograd does not track.
 bool is_untracked_tensor(PyObject* object);
+
+// Whether an object is a tensor, of torch's own type or of a subclass; and whether it is of the former.
+bool is_tensor(PyObject* object);
+bool is_plain_tensor(PyObject* object);
+
+// Where a 0-d tensor lies in a 1-d one, by its address; -1 where it does not.
+int64_t place_of(PyObject* element, PyObject* row);
 
 // Whether such a tensor is on one of these devices, bits by DLPack's codes.
 bool is_on(PyObject* tensor, int64_t devices);

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 
 pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
 
-from bicm_diffusion.adapters.diffusers.tables import Reading, version_of
+from bicm_diffusion.adapters.diffusers.tables import noted, version_of
+from bicm_kernels import backend, inputs
 
 Own = dict[str, Any]
 NAMES = ("sigmas", "timesteps", "absent")
@@ -24,12 +24,28 @@ def attributes() -> Own:
     return {"sigmas": sigmas, "timesteps": timesteps, "num_inference_steps": 2, "_internal_dict": configuration}
 
 
-def read(own: Own) -> Reading:
-    sources = tuple((name, own.get(name), version_of(own.get(name))) for name in NAMES)
-    chosen = itemgetter("prediction_type", "sigma_data")
-    reading = Reading(own, sources, chosen)
-    reading.options = chosen(vars(own["_internal_dict"]))
-    return reading
+class Reading:
+    """What was noted of attributes, by the native library or in Python."""
+
+    def __init__(self, own: Own, functions: Any, monkeypatch: pytest.MonkeyPatch, used: bool = True) -> None:
+        sources = tuple((name, own.get(name), version_of(own.get(name))) for name in NAMES)
+        options = tuple((name, getattr(own["_internal_dict"], name)) for name in ("prediction_type", "sigma_data"))
+        monkeypatch.setattr("bicm_diffusion.adapters.diffusers.tables.note", functions.note)
+        self.functions, self.inputs = functions, noted(own, sources, options, used)
+
+    def stale(self, own: Own) -> bool:
+        answer = self.functions.unchanged(self.inputs, own)
+        assert bool(self.functions.ready(self.inputs, own, (torch.ones(2),), {})) is answer
+        return not answer
+
+
+@pytest.fixture(params=["native", "python"])
+def functions(request: pytest.FixtureRequest) -> Any:
+    if request.param == "python":
+        return SimpleNamespace(**inputs.TWINS)
+    if not hasattr(backend.library, "place_in"):
+        pytest.skip("the native library is not there")
+    return backend.library
 
 
 CHANGES: dict[str, Callable[[Own], Any]] = {
@@ -48,17 +64,17 @@ CHANGES: dict[str, Callable[[Own], Any]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_every_change_is_noticed(name: str) -> None:
+def test_every_change_is_noticed(name: str, functions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     own = attributes()
-    reading = read(own)
+    reading = Reading(own, functions, monkeypatch)
     assert not reading.stale(own) and not reading.stale(own)
     CHANGES[name](own)
     assert reading.stale(own)
 
 
-def test_what_does_not_matter_is_not_noticed() -> None:
+def test_what_does_not_matter_is_not_noticed(functions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     own = attributes()
-    reading = read(own)
+    reading = Reading(own, functions, monkeypatch)
     own["num_inference_steps"] = int("2")  # equal numbers
     own["something"] = torch.ones(3)
     own["_internal_dict"].clip_sample = True
@@ -66,5 +82,5 @@ def test_what_does_not_matter_is_not_noticed() -> None:
     own["sigmas"].requires_grad_()
     with torch.no_grad():
         assert not reading.stale(own)
-    reading.used = False  # tables without weights, whose reason to fall back was found before
-    assert not reading.stale(own)
+    # Tables without weights, whose reason to fall back was found before.
+    assert not Reading(own, functions, monkeypatch, used=False).stale(own)

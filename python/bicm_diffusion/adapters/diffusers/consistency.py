@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.arguments import host_value, is_whole
 from bicm_diffusion.adapters.diffusers.ddim import PREDICTIONS, reading
-from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
+from bicm_diffusion.adapters.diffusers.drawing import Generators
 from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
-from bicm_diffusion.adapters.diffusers.scheduler import fused
+from bicm_diffusion.adapters.diffusers.scheduler import GRAPH, on_tables
 from bicm_diffusion.adapters.diffusers.sigmas import ROWS, Counted, Sigmas, SigmaTables
-from bicm_diffusion.adapters.diffusers.tables import Row, Tables, is_double, single
+from bicm_diffusion.adapters.diffusers.tables import Number, Row, Tables, is_double, single
 from bicm_kernels import add_noise, affine_step, denoised_step
+from bicm_kernels.inputs import ALIKE, output
 
 #: The standard deviation of the data that latent consistency models are written for.
 LCM_SIGMA_DATA = 0.5
@@ -33,6 +34,8 @@ class ConsistencyTables(SigmaTables):
 @dataclass
 class LatentTables(Tables):
     clip: float | None = None
+    #: Steps without clipping or keyed noise: weights in x0 and in the result, of x0 in it, and whether it is the last.
+    plain: dict[int, tuple[Row, Row, Number, bool]] = field(default_factory=dict)
 
 
 class ConsistencyModel(Sigmas):
@@ -45,6 +48,13 @@ class ConsistencyModel(Sigmas):
     def _fill(self, tables: ConsistencyTables) -> None:
         super()._fill(tables)
         tables.clip = 1.0 if self.config.clip_denoised else None
+        for (_, index), row in tables.rows.items():
+            if row is not None:
+                c_skip, c_out, deviation = row
+                one = len(tables.timesteps.values) == 1  # which draws no noise
+                x0_weights, weights = ((c_skip, c_out, 0.0), (0.0, 0.0, deviation))
+                plain = (x0_weights[:2], weights[:2]) if one else (x0_weights, weights)
+                tables.plain[index] = *plain, None, tables.scale_after(index)
 
     def _row(self, tables: ConsistencyTables, index: int) -> Row:
         """c_skip, c_out and the deviation of fresh noise (consistency models, appendix C and algorithm 1)."""
@@ -56,20 +66,28 @@ class ConsistencyModel(Sigmas):
         fresh = config.s_noise * math.sqrt(level**2 - low**2)
         return data**2 / (passed**2 + data**2), passed * data / math.sqrt(sigma**2 + data**2), fresh
 
-    @fused
+    @on_tables
     def step(
         self,
+        tables: ConsistencyTables | None,
+        known: int,
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
         generator: Generators = None,
         return_dict: bool = True,
     ) -> Any:
-        graph = traced()
-        tables = self._ready(graph)
+        graph = known == GRAPH
         if tables is None or is_whole(timestep) or not self.is_scale_input_called:
             return None
         index = self._index(timestep)
+        plain = tables.plain.get(index) if known & ALIKE and self._noise != "keyed" else None
+        if plain is not None:
+            tensors = [sample, model_output]
+            if len(plain[0]) > 2:
+                tensors.append(self._drawn_alike(known, model_output, sample, generator))
+            out, _ = self._take(self.__dict__, tables, index, tensors, plain, 1.0, tables.clip)
+            return output(CMStochasticIterativeSchedulerOutput, "prev_sample", out) if return_dict else (out,)
         row: Any = tables.row(ROWS, index, sample.device if graph else None)
         if row is None:
             return None
@@ -83,6 +101,17 @@ class ConsistencyModel(Sigmas):
         terms = tensors, [c_skip, c_out], weights
         out, _ = self._advance(terms, index, state.dtype, scale, x0_weight=1.0, clip=tables.clip, **keyed)
         return as_output(graph, CMStochasticIterativeSchedulerOutput, out) if return_dict else (out,)
+
+
+def _denoising(row: Any, *, shares: bool) -> Any:
+    """Weights of sample and output in the denoised sample; shares: as the kernel rounds them to float32."""
+    x0_sample, x0_output, skip, out, *_ = row
+    exact = out * x0_sample + skip
+    if not shares:
+        return exact, out * x0_output
+    # The two terms may cancel: they share the rounding of the first weight.
+    shared = single(exact)
+    return shared, out * x0_output * (shared / exact)
 
 
 class LatentConsistencyModel(Counted):
@@ -106,6 +135,15 @@ class LatentConsistencyModel(Counted):
         self.sigma_data = LCM_SIGMA_DATA  # the original sets it in its first step
         tables.clip = float(self.config.clip_sample_range) if self.config.clip_sample else None
         tables.put(ROWS, lambda index: self._row(tables, index), len(tables.timesteps.values))
+        if self.config.clip_sample or self.num_inference_steps is None:
+            return
+        for (_, index), row in tables.rows.items():
+            if row is not None:
+                weights = _denoising(row, shares=self.config.prediction_type != "sample")
+                last = index == self.num_inference_steps - 1
+                kept, deviation = row[4:]
+                x0_weights = weights if last else (*weights, 0.0)
+                tables.plain[index] = x0_weights, (0.0, 0.0, deviation), kept, last
 
     def _row(self, tables: LatentTables, index: int) -> Row:
         """Weights of sample and output in x0, c_skip and c_out, then of the denoised sample and of fresh noise."""
@@ -120,18 +158,19 @@ class LatentConsistencyModel(Counted):
         skip, out = LCM_SIGMA_DATA**2 / total, scaled / math.sqrt(total)
         return float(of_sample), float(of_output), skip, out, math.sqrt(level), math.sqrt(1.0 - level)
 
-    @fused
+    @on_tables
     def step(
         self,
+        tables: LatentTables | None,
+        known: int,
         model_output: Tensor,
         timestep: int,
         sample: Tensor,
         generator: Generators = None,
         return_dict: bool = True,
     ) -> Any:
-        graph = traced()
-        tables = None if self.num_inference_steps is None else self._ready(graph)
-        if tables is None:
+        graph = known == GRAPH
+        if tables is None or self.num_inference_steps is None:
             return None
         index = self._index(timestep)
         row: Any = tables.row(ROWS, index, sample.device if graph else None)
@@ -142,6 +181,18 @@ class LatentConsistencyModel(Counted):
                 return None
         if row is None:
             return None
+        plain = tables.plain.get(index) if known & ALIKE and self._noise != "keyed" else None
+        if plain is not None:
+            x0_weights, all_weights, of_x0, is_last = plain
+            if is_last:
+                previous = denoised = affine_step([sample, model_output], x0_weights)
+            else:
+                tensors = [sample, model_output, self._drawn_alike(known, model_output, sample, generator)]
+                previous, denoised, _ = denoised_step(tensors, x0_weights, all_weights, x0_weight=of_x0)
+            self._step_index = index + 1
+            if not return_dict:
+                return previous, denoised
+            return output(LCMSchedulerOutput, "prev_sample", previous, "denoised", denoised)
         x0_sample, x0_output, skip, out, kept, deviation = row
         state, config = as_state(sample, model_output), self._internal_dict
         if config.clip_sample:
@@ -150,12 +201,7 @@ class LatentConsistencyModel(Counted):
             )
             following = self._renoised(denoised, None, (1.0, 0.0), index, (kept, deviation), model_output, generator)
         else:
-            exact = out * x0_sample + skip
-            weights = exact, out * x0_output
-            if config.prediction_type != "sample" and not is_double(state):
-                # The two terms may cancel: they share the rounding of the first weight.
-                shared = single(exact)
-                weights = shared, out * x0_output * (shared / exact)
+            weights = _denoising(row, shares=config.prediction_type != "sample" and not is_double(state))
             following = self._renoised(state, model_output, weights, index, (kept, deviation), model_output, generator)
             denoised = following[1]
         self._step_index = index + 1

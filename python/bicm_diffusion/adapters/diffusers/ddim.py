@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -17,9 +17,10 @@ from bicm_diffusion.adapters.diffusers.arguments import constant, host_value, nu
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
 from bicm_diffusion.adapters.diffusers.log_prob import check_states, per_sample, timesteps_of, with_log_prob
 from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
-from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, fused
+from bicm_diffusion.adapters.diffusers.scheduler import GRAPH, Accelerated, fused, on_tables
 from bicm_diffusion.adapters.diffusers.tables import Number, Row, Tables, root
 from bicm_kernels import denoised_step
+from bicm_kernels.inputs import SINGLE, output
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
@@ -70,6 +71,10 @@ def leaves_no_direction(here: float, below: float, eta: float) -> bool:
         return bool(1 - b - deviation**2 < 0)
 
 
+def _returned(cls: Any, found: tuple[Tensor, Tensor]) -> Any:
+    return output(cls, "prev_sample", found[0], "pred_original_sample", found[1])
+
+
 @dataclass
 class AlphaTables(Tables):
     #: How many training timesteps are between two steps.
@@ -78,6 +83,10 @@ class AlphaTables(Tables):
     clip: float | None = None
     #: Whether x0 is what the model predicts.
     gives_output: bool = False
+    #: Whether a number of steps is set.
+    is_set: bool = False
+    #: By the timestep, steps without noise as they are launched: weights in x0 and in the result, of x0 and of a pair.
+    plain: dict[int, tuple[Row, Row, Number, Number | None]] = field(default_factory=dict)
 
 
 class Alphas(Accelerated):
@@ -94,6 +103,7 @@ class Alphas(Accelerated):
     def _fill(self, tables: AlphaTables) -> None:
         tables.clip = float(self.config.clip_sample_range) if self._clips and self.config.clip_sample else None
         tables.gives_output = self.config.prediction_type == "sample"
+        tables.is_set = bool(self.num_inference_steps)
         tables.gap = self.config.num_train_timesteps // self.num_inference_steps if self.num_inference_steps else 0
 
     def _host_levels(self) -> list[float]:
@@ -190,6 +200,36 @@ class Alphas(Accelerated):
         out, x0 = self._two(tables, as_state(sample, output), output, row)
         return as_output(graph, cls, out, "pred_original_sample", x0) if return_dict else (out, x0)
 
+    def _launched(self, tables: AlphaTables, timestep: Any, sample: Tensor, output: Tensor) -> Any:
+        """The next state and x0 of a step without noise, of float32 tensors; None where no such step is known."""
+        at = timestep if type(timestep) is int else host_value(timestep, tables.timesteps)
+        plain = tables.plain.get(at)
+        if plain is None:
+            plain = self._plain_step(tables, at, sample)
+            if plain is None:
+                return None
+        x0_weights, weights, of_x0, guidance = plain
+        if guidance is None:
+            result = denoised_step([sample, output], x0_weights, weights, x0_weight=of_x0, clip=tables.clip)
+        else:
+            tensors: list[Any] = [sample, output, (output, sample)]
+            result = denoised_step(
+                tensors, x0_weights, weights, x0_weight=of_x0, clip=tables.clip, guidance_scale=guidance
+            )
+        return result.out, result.x0
+
+    def _plain_step(self, tables: AlphaTables, timestep: Any, sample: Tensor) -> Any:
+        """A row of `AlphaTables.plain`, which is made here."""
+        row = self._row_at(tables, timestep, sample, graph=False) if type(timestep) is int else None
+        if row is None:
+            return None
+        x0_sample, x0_output, of_sample, of_output, of_x0, _, *near = row
+        plain: Any = (x0_sample, x0_output), (of_sample, of_output), of_x0, None
+        if near:
+            plain = (0.0, 0.0, near[0]), (of_sample, of_output, 0.0), of_x0, near[1]
+        tables.plain[timestep] = plain
+        return plain
+
     def _two(
         self, tables: AlphaTables, state: Tensor, output: Tensor, row: Row, noise: Tensor | None = None, **keyed: Any
     ) -> tuple[Tensor, Tensor]:
@@ -260,9 +300,11 @@ class Ddim(Alphas):
                 return None
         return super()._row(levels, eta, rederives)
 
-    @fused
+    @on_tables
     def step(
         self,
+        tables: AlphaTables | None,
+        known: int,
         model_output: Tensor,
         timestep: int,
         sample: Tensor,
@@ -272,11 +314,15 @@ class Ddim(Alphas):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        graph = traced()
+        if known & SINGLE and tables is not None and tables.is_set and eta.__class__ is float and eta == 0.0:
+            found = None if use_clipped_model_output else self._launched(tables, timestep, sample, model_output)
+            if found is not None:
+                return _returned(DDIMSchedulerOutput, found) if return_dict else found
+        graph = known == GRAPH
         if not graph and (type(eta) is not float or eta != eta):
             numbers(eta=eta)
-        tables = self._ready(graph) if self.num_inference_steps else None
-        if tables is None or (variance_noise is not None and generator is not None and eta > 0):
+        given_twice = variance_noise is not None and generator is not None and eta > 0
+        if tables is None or not self.num_inference_steps or given_twice:
             return None
         at: Any = timestep if graph else host_value(timestep, tables.timesteps)
         row = self._row_at(tables, at, sample, graph, eta, use_clipped_model_output)
@@ -350,10 +396,22 @@ class DdimInverse(Alphas):
         below, most = timestep - tables.gap, self._internal_dict.num_train_timesteps - 1
         return (below.clamp(max=most) if isinstance(below, Tensor) else min(below, most)), timestep
 
-    @fused
-    def step(self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True) -> Any:
-        graph = traced()
-        tables = self._ready(graph) if self.num_inference_steps else None
+    @on_tables
+    def step(
+        self,
+        tables: AlphaTables | None,
+        known: int,
+        model_output: Tensor,
+        timestep: int,
+        sample: Tensor,
+        return_dict: bool = True,
+    ) -> Any:
+        if known & SINGLE and tables is not None and tables.is_set:
+            found = self._launched(tables, timestep, sample, model_output)
+            if found is not None:
+                return _returned(DDIMInverseSchedulerOutput, found) if return_dict else found
+        graph = known == GRAPH
+        tables = tables if self.num_inference_steps else None
         return self._plain(tables, model_output, timestep, sample, graph, DDIMInverseSchedulerOutput, return_dict)
 
 

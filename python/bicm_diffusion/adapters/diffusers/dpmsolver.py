@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.arguments import constant
-from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
+from bicm_diffusion.adapters.diffusers.drawing import Generators
 from bicm_diffusion.adapters.diffusers.euler import edm_denoiser
 from bicm_diffusion.adapters.diffusers.levels import (
     LEAST_SIGNAL,
@@ -26,10 +26,11 @@ from bicm_diffusion.adapters.diffusers.levels import (
     step_of_no_length,
 )
 from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
-from bicm_diffusion.adapters.diffusers.scheduler import fused
-from bicm_diffusion.adapters.diffusers.sigmas import Sigmas, SigmaTables
+from bicm_diffusion.adapters.diffusers.scheduler import GRAPH, on_tables
+from bicm_diffusion.adapters.diffusers.sigmas import PlainStep, Sigmas, SigmaTables
 from bicm_diffusion.adapters.diffusers.tables import Row, Tables
 from bicm_kernels import affine_step
+from bicm_kernels.inputs import SINGLE, output
 
 #: How many tensors, or pairs of them, a step adds up.
 MOST_TERMS = 5
@@ -81,6 +82,11 @@ class SolverTables(SigmaTables):
     ends_low: bool = False
     #: How many steps, from the first, predict x0 as a small difference of large terms.
     cancelling: int = 0
+    #: The configuration's order, and whether it draws noise, predicts x0, or has outputs that hold a variance too.
+    order: int = 1
+    noisy: bool = False
+    gives_output: bool = False
+    learned: bool = False
 
 
 class _Solver(Sigmas):
@@ -154,6 +160,10 @@ class _Solver(Sigmas):
         config, count = self.config, len(tables.timesteps.values)
         tables.short = bool(config.lower_order_final) and count < 15
         tables.ends_low = tables.short or bool(config.euler_at_final) or config.final_sigmas_type == "zero"
+        tables.order, tables.noisy = config.solver_order, config.algorithm_type == ALGORITHMS[1]
+        tables.gives_output = config.prediction_type == "sample"
+        learned = getattr(config, "variance_type", None) in ("learned", "learned_range")
+        tables.learned = learned and config.prediction_type == "epsilon"
         if self.num_inference_steps is None or len(tables.levels) <= count:
             return
         for order in range(1, config.solver_order + 1):
@@ -163,15 +173,55 @@ class _Solver(Sigmas):
         if self._cancels and self.config.prediction_type == "epsilon":
             signals = [self._level(sigma)[0] for sigma in tables.levels[:count]]
             tables.cancelling = next((index for index, alpha in enumerate(signals) if alpha >= LEAST_SIGNAL), count)
+        for (order, index), row in tables.rows.items():
+            if row is not None and not tables.noisy:
+                tables.plain[order, index] = self._plain_step(tables, order, index, row)
+
+    def _plain_step(self, tables: SolverTables, order: int, index: int, row: Any) -> PlainStep:
+        x0_sample, x0_output, *weights, _, near = row
+        scale = tables.scale_after(index) if self._scales else None
+        none = (0.0,) * (order - 1)
+        if index < tables.cancelling:  # see `_solve`
+            return (0.0, 0.0, *none, near), (*weights[: order + 1], 0.0), x0_sample / near, scale
+        return (x0_sample, x0_output, *none), tuple(weights[: order + 1]), None, scale
+
+    def _launched(self, tables: SolverTables, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor | None:
+        """The next state of a step without noise, of float32 tensors; None where no such step is known."""
+        own = self.__dict__
+        outputs, fewer, index = own["model_outputs"], own["lower_order_nums"], own["_step_index"]
+        if len(outputs) != tables.order:
+            return None
+        if index is None:
+            index = self._index(timestep)
+        order = self._order(tables, index)
+        plain = tables.plain.get((order, index))
+        if plain is None:
+            return None
+        tensors: list[Any] = [sample, model_output]
+        if order > 1:
+            for x in outputs[:-order:-1]:
+                if x is None or x.dtype is not torch.float32:
+                    return None
+                tensors.append(x)
+        if plain[2] is not None:
+            tensors.append((model_output, sample))
+        out, x0 = self._take(own, tables, index, tensors, plain)
+        del outputs[0]
+        outputs.append(model_output if tables.gives_output else x0)
+        if fewer < tables.order:
+            own["lower_order_nums"] = fewer + 1
+        return out
 
     def _order(self, tables: SolverTables, index: int) -> int:
-        order, left = self._internal_dict.solver_order, len(tables.timesteps.values) - index
+        order, left = tables.order, len(tables.timesteps.values) - index
         if order == 1 or self.lower_order_nums < 1 or (left == 1 and tables.ends_low):
             return 1
         return 2 if order == 2 or self.lower_order_nums < 2 or (left == 2 and tables.short) else 3
 
     def _solve(
         self,
+        tables: SolverTables | None,
+        known: int,
         model_output: Tensor,
         timestep: Any,
         sample: Tensor,
@@ -180,9 +230,12 @@ class _Solver(Sigmas):
         return_dict: bool,
     ) -> Any:
         """The step, or None where the original has to run."""
-        graph = traced()
-        tables = self._ready(graph) if self.num_inference_steps is not None else None
-        if tables is None or len(self.model_outputs) != self._internal_dict.solver_order:
+        if known & SINGLE and tables is not None and variance_noise is None and self.num_inference_steps is not None:
+            following = self._launched(tables, model_output, timestep, sample)
+            if following is not None:
+                return output(SchedulerOutput, "prev_sample", following) if return_dict else (following,)
+        graph = known == GRAPH
+        if tables is None or self.num_inference_steps is None or len(self.model_outputs) != tables.order:
             return None
         index = self._index(timestep)
         order = self._order(tables, index)
@@ -256,9 +309,11 @@ class DpmSolver(_Solver):
 
     scale_model_input = DPMSolverMultistepScheduler.scale_model_input
 
-    @fused
+    @on_tables
     def step(
         self,
+        tables: SolverTables | None,
+        known: int,
         model_output: Tensor,
         timestep: int | Tensor,
         sample: Tensor,
@@ -266,11 +321,9 @@ class DpmSolver(_Solver):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        config = self._internal_dict
-        output = model_output
-        if config.variance_type in ("learned", "learned_range") and config.prediction_type == "epsilon":
-            output = model_output[:, :3]
-        return self._solve(output, timestep, sample, generator, variance_noise, return_dict)
+        if tables is not None and tables.learned:
+            model_output = model_output[:, :3]
+        return self._solve(tables, known, model_output, timestep, sample, generator, variance_noise, return_dict)
 
 
 class EdmDpmSolver(_Solver):
@@ -293,13 +346,15 @@ class EdmDpmSolver(_Solver):
     def _reading(self, sigma: float) -> tuple[float, float]:
         return edm_denoiser(sigma, self.config.sigma_data, self.config.prediction_type)
 
-    @fused
+    @on_tables
     def step(
         self,
+        tables: SolverTables | None,
+        known: int,
         model_output: Tensor,
         timestep: int | Tensor,
         sample: Tensor,
         generator: Generators = None,
         return_dict: bool = True,
     ) -> Any:
-        return self._solve(model_output, timestep, sample, generator, None, return_dict)
+        return self._solve(tables, known, model_output, timestep, sample, generator, None, return_dict)

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from bicm_diffusion.adapters.diffusers.tables import version_of
 from bicm_diffusion.keys import SCHEDULER
 from bicm_kernels import fold_in, torch_randn
+from bicm_kernels.inputs import ALIKE
 
 Integer = int | Tensor
 Generators = Generator | list[Generator] | None
@@ -141,6 +142,13 @@ class Drawing:
         if isinstance(generator, list):
             generator = generator[: shape[0]] if several else generator[0]
         return torch_randn(shape, generator=generator, dtype=dtype)
+
+    def _drawn_alike(self, known: int, like: Tensor, sample: Tensor, generator: Generators) -> Tensor:
+        """`_drawn` of float32 tensors, with what `ready` found of them."""
+        on_host = generator is None or (type(generator) is Generator and generator.device.type == "cpu")
+        if known & ALIKE and on_host:
+            return torch_randn(like.shape, generator=generator, dtype=torch.float32)
+        return self._drawn(like, sample, generator)
 
     def _drawn_from(self, timestep: Tensor, least: int, like: Tensor, generator: Generators) -> Tensor:
         """Noise of a graph's step that the original draws from a timestep on; below it, nothing is drawn on the CPU.

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.arguments import is_whole, numbers
 from bicm_diffusion.adapters.diffusers.churn import Churning
-from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
+from bicm_diffusion.adapters.diffusers.drawing import Generators
 from bicm_diffusion.adapters.diffusers.outputs import as_output
-from bicm_diffusion.adapters.diffusers.scheduler import fused
+from bicm_diffusion.adapters.diffusers.scheduler import GRAPH, PLAIN, on_tables
 from bicm_diffusion.adapters.diffusers.sigmas import ROWS, Sigmas, SigmaTables
 from bicm_diffusion.adapters.diffusers.tables import Row, Tables
+from bicm_kernels.inputs import output
 
 #: The default churn arguments of both schedulers' `step`.
 NO_CHURN = (0.0, 0.0, math.inf, 1.0)
@@ -68,8 +69,16 @@ class _EulerSteps(Sigmas, Churning):
         sigma, below = tables.levels[index], tables.levels[index + 1]
         return self._weights(sigma, sigma, below)
 
+    def _fill(self, tables: EulerTables) -> None:
+        super()._fill(tables)
+        for (_, index), row in tables.rows.items():
+            if row is not None:
+                tables.plain[index] = row[:2], row[2:], None, tables.scale_after(index)
+
     def _euler(
         self,
+        tables: EulerTables | None,
+        known: int,
         model_output: Tensor,
         timestep: Any,
         sample: Tensor,
@@ -78,11 +87,24 @@ class _EulerSteps(Sigmas, Churning):
         return_dict: bool,
     ) -> Any:
         """The step, or None where the original has to run."""
-        graph = traced()
+        if known == PLAIN and churn == NO_CHURN and tables is not None:
+            own = self.__dict__
+            index = own["_step_index"]
+            if index is None:
+                index = self._index(timestep)
+            plain = tables.plain.get(index)
+            asked_for = own["is_scale_input_called"] and (type(timestep) is Tensor or not is_whole(timestep))
+            if plain is not None and asked_for:
+                out, x0 = self._take(own, tables, index, [sample, model_output], plain)
+                if tables.gives_output:
+                    x0 = model_output
+                if not return_dict:
+                    return out, x0
+                return output(self._output, "prev_sample", out, "pred_original_sample", x0)
+        graph = known == GRAPH
         if not graph and churn != NO_CHURN:
             s_churn, s_tmin, s_tmax, s_noise = churn
             numbers(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
-        tables = self._ready(graph)
         if tables is None or is_whole(timestep) or not self.is_scale_input_called:
             return None
         index = self._index(timestep)
@@ -127,9 +149,11 @@ class Euler(_EulerSteps):
         super()._fill(tables)
         tables.gives_output = self.config.prediction_type in ("sample", "original_sample")
 
-    @fused
+    @on_tables
     def step(
         self,
+        tables: EulerTables | None,
+        known: int,
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
@@ -140,7 +164,8 @@ class Euler(_EulerSteps):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> Any:
-        return self._euler(model_output, timestep, sample, (s_churn, s_tmin, s_tmax, s_noise), generator, return_dict)
+        churn = s_churn, s_tmin, s_tmax, s_noise
+        return self._euler(tables, known, model_output, timestep, sample, churn, generator, return_dict)
 
 
 class EdmEuler(_EulerSteps):
@@ -159,9 +184,11 @@ class EdmEuler(_EulerSteps):
         ratio = (below - raised) / raised
         return kept, of_output, 1.0 + ratio * (1.0 - kept), -ratio * of_output
 
-    @fused
+    @on_tables
     def step(
         self,
+        tables: EulerTables | None,
+        known: int,
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
@@ -175,4 +202,5 @@ class EdmEuler(_EulerSteps):
     ) -> Any:
         if pred_original_sample is not None:
             return None
-        return self._euler(model_output, timestep, sample, (s_churn, s_tmin, s_tmax, s_noise), generator, return_dict)
+        churn = s_churn, s_tmin, s_tmax, s_noise
+        return self._euler(tables, known, model_output, timestep, sample, churn, generator, return_dict)

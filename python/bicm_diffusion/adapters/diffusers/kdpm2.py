@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any, ClassVar
 
 import torch
@@ -98,11 +99,11 @@ class Kdpm2(Sigmas):
         self._for_second = self.sample is None
         return tables.scales_between[index + 1] if self._for_second else scale
 
-    def _foreseen(self, sample: Any) -> Tensor | None:
-        if self._for_second is not (self.sample is None):
-            return super()._foreseen(sample)
-        self._pending = None
-        return None
+    @wraps(Sigmas.scale_model_input)
+    def scale_model_input(self, *args: Any, **kwargs: Any) -> Any:
+        if not traced() and self._for_second is (self.sample is None):
+            self._pending = None  # made for the other half
+        return super().scale_model_input(*args, **kwargs)
 
     # --- a step -------------------------------------------------------------------------------------------------------
     @fused

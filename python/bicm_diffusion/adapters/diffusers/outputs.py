@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from bicm_kernels.inputs import output
 
 
 def as_output(graph: bool, cls: Any, previous: Tensor, name: str = "", x0: Tensor | None = None) -> Any:
     """Make a scheduler's output without the dataclass's constructor, which takes as long as a small kernel."""
     if graph:
         return cls(**({"prev_sample": previous, name: x0} if name else {"prev_sample": previous}))
-    result = cls.__new__(cls)
-    attributes = result.__dict__
-    attributes["prev_sample"] = previous
-    _set_item(result, "prev_sample", previous)
     if name:
-        attributes[name] = x0
-        _set_item(result, name, x0)
-    return result
-
-
-_set_item = OrderedDict.__setitem__
+        return output(cls, "prev_sample", previous, name, x0)
+    return output(cls, "prev_sample", previous)
 
 
 def as_state(sample: Tensor, model_output: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from operator import itemgetter
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,13 @@ from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.arguments import check_plain, host_value
 from bicm_diffusion.adapters.diffusers.drawing import Drawing, KeyedConfig, WrongKeyError, traced
-from bicm_diffusion.adapters.diffusers.tables import Reading, Tables, unreadable, version_of
+from bicm_diffusion.adapters.diffusers.tables import Tables, noted, unreadable, version_of
+from bicm_kernels.inputs import ALIKE, OTHER, READY, SINGLE, ready, unchanged
+
+dynamo = torch.compiler.is_dynamo_compiling
+
+#: An option that could not be read: nothing is equal to it.
+_UNKNOWN = object()
 
 
 def fused(attempt: Callable[..., Any]) -> Any:
@@ -56,6 +62,63 @@ def fused(attempt: Callable[..., Any]) -> Any:
     return method
 
 
+#: What an attempt gets instead of `ready`'s answer while a graph is traced, and where Python looked at the arguments.
+GRAPH, LOOKED_AT = 8, READY | OTHER
+#: What `ready` answers for most steps whose timesteps are float32.
+PLAIN = READY | SINGLE | ALIKE
+
+
+def on_tables(attempt: Callable[..., Any]) -> Any:
+    """Like `fused`, for an attempt whose first arguments are the tables, None where there are none, and what is known.
+
+    One call finds out whether the tables still hold and what the arguments are, for the attempt to save its own
+    questions: the answer of `bicm_kernels.inputs.ready`, or GRAPH.
+    """
+
+    name = attempt.__name__
+
+    @wraps(attempt)
+    def method(self: Accelerated, *args: Any, **kwargs: Any) -> Any:
+        tables, known = None, 0
+        if not dynamo():
+            own = self.__dict__
+            tables = own.get("_tables")
+            known = 0 if tables is None else ready(tables.inputs, own, args, kwargs)
+        if not known and traced():
+            result = attempt(self, self._ready(graph=True), GRAPH, *args, **kwargs)
+            return getattr(self._original, name)(self, *args, **kwargs) if result is None else result
+        why = ", for its dtypes, arguments or level,"
+        try:
+            if not known:
+                check_plain(args)
+                check_plain(kwargs.values())
+                tables, known = self._ready(graph=False), LOOKED_AT
+            elif tables.reason is not None:  # type: ignore[union-attr]
+                tables = None
+            if kwargs:
+                result = attempt(self, tables, known, *args, **kwargs)
+            else:
+                result = attempt(self, tables, known, *args)
+            if result is not None:
+                return result
+        except WrongKeyError:
+            raise
+        except Exception as error:
+            # Where the original raises too, its error is raised, with this one as its context.
+            result, why = getattr(self._original, name)(self, *args, **kwargs), f" ({error})"
+        else:
+            result = getattr(self._original, name)(self, *args, **kwargs)
+        if self._ready(graph=False) is not None:  # an unreadable schedule was reported already
+            self._say(f"a call that no kernel takes{why}")
+        return result
+
+    # Callers see the original's arguments.
+    shown = signature(attempt)
+    own, _, _, *rest = shown.parameters.values()
+    method.__signature__ = shown.replace(parameters=[own, *rest])  # type: ignore[attr-defined]
+    return method
+
+
 class Accelerated(Drawing):
     """A scheduler whose step is one fused launch; a mixin that `accelerate_scheduler` adds to a diffusers class."""
 
@@ -64,7 +127,6 @@ class Accelerated(Drawing):
     #: The attributes, and the options of the configuration, that a step's weights depend on.
     _sources: ClassVar[tuple[str, ...]] = ("sigmas", "timesteps")
     _options: ClassVar[tuple[str, ...]] = ()
-    _chosen: ClassVar[itemgetter[Any] | _Nothing]
     _kind: ClassVar[type[Tables]] = Tables
     #: Whether steps find their numbers by the timestep; otherwise timesteps serve to find the first step alone.
     _looks_up: ClassVar[bool] = True
@@ -83,10 +145,6 @@ class Accelerated(Drawing):
     _step_index: int | None
     _begin_index: int | None
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        cls._chosen = itemgetter(*cls._options) if cls._options else _nothing
-
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         if torch.is_inference_mode_enabled():
             # PyTorch does not count writes to inference tensors.
@@ -102,7 +160,7 @@ class Accelerated(Drawing):
     def _current(self) -> Any:
         """The tables of the current schedule."""
         tables = self._tables
-        return self._prepare() if tables is None or tables.reading.stale(self.__dict__) else tables
+        return self._prepare() if tables is None or not unchanged(tables.inputs, self.__dict__) else tables
 
     def _prepare(self) -> Tables:
         own = self.__dict__
@@ -110,19 +168,19 @@ class Accelerated(Drawing):
             (name, own.get(name), version_of(own.get(name)) if name != "timesteps" or self._looks_up else None)
             for name in self._sources
         )
-        tables = self._kind(Reading(own, sources, self._chosen))
+        tables = self._kind()
+        options: tuple[tuple[str, Any], ...] = tuple((name, _UNKNOWN) for name in self._options)
         try:
-            options = vars(own["_internal_dict"])
-            tables.reading.options = self._chosen(options)
-            named = tuple((name, options[name]) for name in self._options)
-            tables.reason = unreadable(sources, named) or self._uncovered()
+            configured = vars(own["_internal_dict"])
+            options = tuple((name, configured[name]) for name in self._options)
+            tables.reason = unreadable(sources, options) or self._uncovered()
             if tables.reason is None:
                 tables.read(self.timesteps, self._host_levels())
                 self._fill(tables)
         except Exception as error:
             tables.reason = f"a schedule or configuration that cannot be read ({error})"
+        tables.inputs = noted(own, sources, options, tables.reason is None)
         if tables.reason is not None:
-            tables.reading.used = False
             self._say(tables.reason)
         self._tables = tables
         return tables
@@ -145,7 +203,7 @@ class Accelerated(Drawing):
             # Attribute access is slow in a class with __getattr__: read them all at once.
             own = self.__dict__
             tables = own.get("_tables")
-            if tables is None or tables.reading.stale(own):
+            if tables is None or not unchanged(tables.inputs, own):
                 tables = self._prepare()
         return None if tables is None or tables.reason is not None else tables
 
@@ -201,21 +259,6 @@ class Accelerated(Drawing):
         again = value in tables.timesteps.values[first + 1 :]
         return tables.timesteps.values.index(value, first + 1) if again else first
 
-    # --- the next evaluation's input ----------------------------------------------------------------------------------
-    def _foreseen(self, sample: Any) -> Tensor | None:
-        """The scaled sample, if the last step precomputed it."""
-        own = self.__dict__
-        made_for, version, at, scaled = own["_pending"]
-        own["_pending"] = None
-        if made_for() is sample and at == own["_step_index"] and sample._version == version:
-            tables = own.get("_tables")
-            # Autograd has no record of the precomputed input as a function of the sample.
-            recorded = torch.is_grad_enabled() and sample.requires_grad
-            if not recorded and tables is not None and not tables.reading.stale(own):
-                return scaled  # type: ignore[no-any-return]
-        self._foresees = False  # the caller changes the sample first: do not precompute again
-        return None
-
     # --- configurations and copies ------------------------------------------------------------------------------------
     def register_to_config(self, **kwargs: Any) -> None:
         self._original.register_to_config(self, **kwargs)
@@ -230,16 +273,6 @@ class Accelerated(Drawing):
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name not in ("_tables", "_pending", "_seeds")}
         return _restore, (self._mixin, self._original), state
-
-
-class _Nothing:
-    """A reader of no options. Not a function: as a class attribute it would become a method."""
-
-    def __call__(self, options: Any) -> Any:
-        return ()
-
-
-_nothing = _Nothing()
 
 
 @lru_cache

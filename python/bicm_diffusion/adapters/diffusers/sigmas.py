@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
-from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, fused
+from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, dynamo, fused
 from bicm_diffusion.adapters.diffusers.tables import Row, Tables
 from bicm_kernels import affine_step, denoised_step
+from bicm_kernels.inputs import foreseen
 
 ROWS = "rows"
+
+#: A step's weights in x0 and in the result, the scale of a guided pair, and that of the input that may be made ahead.
+PlainStep = tuple[Row, Row, float | None, float | None]
 HALVES = frozenset(dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype) and dtype.itemsize <= 2)
 
 
@@ -26,6 +30,12 @@ class SigmaTables(Tables):
     scales: list[float] = field(default_factory=list)
     #: The index of the last step, after which no input is scaled.
     last: int = 0
+    #: Steps without keyed noise, as they are launched.
+    plain: dict[Any, PlainStep] = field(default_factory=dict)
+
+    def scale_after(self, index: int) -> float | None:
+        """The scale of the next evaluation's input, where there is one."""
+        return self.scales[index + 1] if index < self.last else None
 
 
 def foreseen_first(scale: Callable[..., Any]) -> Any:
@@ -33,11 +43,9 @@ def foreseen_first(scale: Callable[..., Any]) -> Any:
 
     @wraps(scale)
     def scale_model_input(self: Sigmas, *args: Any, **kwargs: Any) -> Any:
-        if self._pending is not None and not traced():
-            scaled = self._foreseen(args[0] if args else kwargs.get("sample"))
+        if not dynamo():
+            scaled = foreseen(self.__dict__, args[0] if args else kwargs.get("sample"))
             if scaled is not None:
-                if self._remembers:
-                    self.is_scale_input_called = True
                 return scaled
         return scale(self, *args, **kwargs)
 
@@ -74,6 +82,41 @@ class Counted(Accelerated):
         weights.append(deviation)
         return {}
 
+    def _take(
+        self,
+        own: dict[str, Any],
+        tables: Any,
+        index: int,
+        tensors: list[Any],
+        plain: PlainStep,
+        x0_weight: float = 0.0,
+        clip: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`_advance` without keyed noise, of float32 tensors that nothing is recorded of."""
+        x0_weights, weights, guidance, scale = plain
+        if scale is not None and not own.get("_foresees", True):
+            scale = None
+        out, x0, scaled = denoised_step(
+            tensors,
+            x0_weights,
+            weights,
+            x0_weight=x0_weight,
+            clip=clip,
+            next_scale=scale,
+            guidance_scale=guidance,
+        )
+        own["_step_index"] = index = index + 1
+        if scaled is not None:
+            self._keep(own, tables, index, out, scaled)
+        return out, x0
+
+    def _keep(self, own: dict[str, Any], tables: Any, index: int, out: Tensor, scaled: Tensor) -> None:
+        """Keep the next evaluation's input."""
+        try:
+            own["_pending"] = ref(out), out._version, index, scaled, tables.inputs
+        except RuntimeError:  # inference tensors have no version counter: precompute no other one
+            own["_foresees"] = False
+
     def _advance(
         self,
         terms: tuple[list[Any], list[Any], list[Any]],
@@ -97,10 +140,7 @@ class Counted(Accelerated):
             out, x0, scaled = denoised_step(tensors, x0_weights, weights, x0_weight=x0_weight, next_scale=scale)
         self._step_index = index = index + 1
         if scaled is not None:
-            try:
-                self._pending = ref(out), out._version, index, scaled
-            except RuntimeError:  # inference tensors have no version counter: precompute no other one
-                self._foresees = False
+            self._keep(self.__dict__, self._tables, index, out, scaled)
         return out if out.dtype is result else out.to(result), x0
 
 

@@ -7,91 +7,55 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bicm_kernels.inputs import Source, note, place_in
+
 Number = float | Tensor
 Row = tuple[Number, ...]
-
-#: A scheduler's attribute by its name, as it was read, and its version counter.
-Source = tuple[str, Any, int | None]
 
 #: The `__torch_function__` of tensor classes without overridden operations, such as parameters.
 UNCHANGED = torch.nn.Parameter.__torch_function__
 
 
-class Reading:
-    """The inputs of tables. Every step asks whether they are the same, so C functions compare them where possible."""
+def noted(own: dict[str, Any], sources: tuple[Source, ...], options: tuple[tuple[str, Any], ...], used: bool) -> Any:
+    """Note what tables were made from, for `bicm_kernels.inputs`.
 
-    def __init__(self, own: dict[str, Any], sources: tuple[Source, ...], chosen: Callable[[Any], Any]) -> None:
-        """Note the inputs. own: the scheduler's attributes. chosen: takes the options from those of a configuration."""
-        names = [*(name for name, _, _ in sources), "num_inference_steps"]
-        present = [name for name in names if name in own]
-        # The first one twice: with a single name, the getter would return no tuple.
-        self._get = itemgetter(present[0], *present)
-        self._seen = self._get(own)
-        self._absent = frozenset(names).difference(present)
-        self._counted = tuple((source, version) for _, source, version in sources if version is not None)
-        self._tensors = tuple(source for _, source, _ in sources if isinstance(source, Tensor))
-        self._chosen = chosen
-        #: The values of the options that a step reads.
-        self.options: Any = ()
-        #: Whether the tables give weights.
-        self.used = True
-
-    def stale(self, own: dict[str, Any]) -> bool:
-        """Whether any of it is another object now, or was written to. own: the scheduler's attributes."""
-        try:
-            # Tuples compare by identity first. The comparison of two tensors raises, or is true of equal numbers.
-            if self._get(own) != self._seen:
-                return True
-            for source, version in self._counted:
-                if source._version != version:  # type: ignore[union-attr]
-                    return True
-            # Recording or not is a matter of gradients alone: without them the tables serve as they are.
-            if torch.is_grad_enabled() and self.used:
-                for source in self._tensors:
-                    if source.requires_grad:
-                        return True
-            # The originals read attributes of the configuration, which may differ from its items.
-            if self._chosen(own["_internal_dict"].__dict__) != self.options:
-                return True
-            return bool(self._absent) and not self._absent.isdisjoint(own)
-        except Exception:  # an option that was deleted, or that is no number
-            return True
+    own: the scheduler's attributes. used: whether the tables give weights; otherwise gradients do not matter.
+    """
+    steps = "num_inference_steps"
+    sources = (*sources, (steps, own.get(steps), None))
+    present = tuple(source for source in sources if source[0] in own)
+    absent = tuple(name for name, _, _ in sources if name not in own)
+    return note(present, absent, "_internal_dict", options, used)
 
 
 @dataclass
 class Timesteps:
-    """The host's copy of the timesteps, and their addresses."""
+    """The host's copy of the timesteps, and the tensor."""
 
     values: list[float] = field(default_factory=list)
-    #: The storage, the first timestep's offset in it, and the stride in bytes.
+    #: An alias, which keeps the storage alive if the tensor gets another one, so that its addresses stay those of
+    #: timesteps.
     memory: Tensor | None = None
-    address: int = 0
-    spacing: int = 0
     #: How often the tensor had been written to.
     version: int | None = None
 
     def at(self, timestep: Tensor) -> float | None:
         """The timestep in a 0-d tensor, identified by address, which avoids a device sync; None for other tensors."""
-        if self.memory is None or not self.spacing or timestep.dtype is not self.memory.dtype:
-            return None
-        try:
-            position, rest = divmod(timestep.data_ptr() - self.address, self.spacing)
-        except RuntimeError:  # a transform's tensor has no address
-            return None
-        return self.values[position] if rest == 0 and 0 <= position < len(self.values) else None
+        place = None if self.memory is None else place_in(self.memory, timestep)
+        return None if place is None else self.values[place]
 
 
 @dataclass
 class Tables:
     """The host's copy of a schedule, and the weights made from it so far; schedulers add fields."""
 
-    reading: Reading
+    #: What all of it was made from, see `noted`.
+    inputs: Any = None
     #: Why no step can be fused, if none can.
     reason: str | None = None
     timesteps: Timesteps = field(default_factory=Timesteps)
@@ -107,11 +71,7 @@ class Tables:
         self.levels = levels
         if timesteps is None:
             return
-        # The alias keeps the storage alive if the tensor gets another one, so that its addresses stay those of
-        # timesteps.
-        spacing = timesteps.stride(0) * timesteps.element_size()
-        address, version = timesteps.data_ptr(), version_of(timesteps)
-        self.timesteps = Timesteps(timesteps.tolist(), timesteps.detach(), address, spacing, version)
+        self.timesteps = Timesteps(timesteps.tolist(), timesteps.detach(), version_of(timesteps))
 
     def put(self, name: Any, make: Callable[[int], Row], count: int) -> None:
         """Make a row for each step; for one that cannot be made, or that is not finite, the original step runs."""
