@@ -16,6 +16,7 @@ from bicm_diffusion.adapters.diffusers import accelerate_scheduler
 CASES: list[tuple[type[Any], dict[str, Any]]] = [
     (DDPMScheduler, {}),
     (DDIMScheduler, {}),
+    (DDIMScheduler, {"eta": 1.0}),
     (DDIMInverseScheduler, {}),
     (CogVideoXDDIMScheduler, {}),
 ]

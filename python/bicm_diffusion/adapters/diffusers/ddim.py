@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddim_cogvideox import DDIMSchedulerOutput as CogVideoXOutput
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput as DDIMInverseSchedulerOutput
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from bicm_diffusion.adapters.diffusers.arguments import constant, host_value, numbers
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
@@ -41,14 +41,25 @@ def reading(prediction: str, a: Number) -> tuple[Number, Number, Number, Number]
     return ra, -rb, rb, ra
 
 
-def ddim_row(prediction: str, a: Number, below: Number, eta: float, *, clips: bool, rederives: bool) -> Row:
+def quotient(a: Number, below: Number, single: bool) -> Number:
+    """alpha of one step; in float32 if the original divides in it: of a short step, 1 - alpha has few digits left."""
+    if not single:
+        return a / below
+    if isinstance(a, Tensor) or isinstance(below, Tensor):
+        return (torch.as_tensor(a).float() / torch.as_tensor(below).float()).double()
+    return float(np.float32(a) / np.float32(below))
+
+
+def ddim_row(
+    prediction: str, a: Number, below: Number, eta: float, *, single: bool, clips: bool, rederives: bool
+) -> Row:
     """x0's weights of sample and output, then the result's, of x0 and of noise (DDIM eq. 12 and 16).
 
     The last two numbers are for levels where sample and noise cancel: x0 = w·(m + g·(s - m)) is (s - rb·m)/ra, in terms
     no larger than x0 itself, so that nothing is lost.
     """
     x0_sample, x0_output, eps_sample, eps_output = reading(prediction, a)
-    deviation = eta * root((1.0 - below) / (1.0 - a) * (1.0 - a / below)) if eta else 0.0
+    deviation = eta * root((1.0 - below) / (1.0 - a) * (1.0 - quotient(a, below, single))) if eta else 0.0
     kept, direction = root(below), root(1.0 - below - deviation * deviation)
     ra, rb = root(a), root(1.0 - a)
     share = a / (1.0 + rb)  # 1 - rb
@@ -63,12 +74,9 @@ def ddim_row(prediction: str, a: Number, below: Number, eta: float, *, clips: bo
 
 
 def leaves_no_direction(here: float, below: float, eta: float) -> bool:
-    """Whether the direction's variance is negative in float32, the original's precision."""
-    # By torch, whose root may differ from the correctly rounded one, and with values in its fake modes too.
-    with _disable_current_modes():
-        a, b = torch.tensor([here, below], dtype=torch.float32, device="cpu")
-        deviation = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
-        return bool(1 - b - deviation**2 < 0)
+    """Whether the direction's variance is negative, or so small that the original's rounding may make it so."""
+    variance = eta * eta * (1.0 - below) / (1.0 - here) * (1.0 - here / below)
+    return variance > 0.0 and 1.0 - below - variance < 1e-6 * (1.0 - below)
 
 
 def _returned(cls: Any, found: tuple[Tensor, Tensor]) -> Any:
@@ -159,6 +167,7 @@ class Alphas(Accelerated):
                 config.prediction_type,
                 *levels,
                 eta,
+                single=self.alphas_cumprod.dtype is torch.float32,
                 clips=self._clips and config.clip_sample,
                 rederives=rederives,
             )
@@ -371,7 +380,11 @@ class Ddim(Alphas):
         times = [int(t) for t in timesteps_of(timestep, len(sample))]
         if not all(0 <= t < len(tables.levels) - 1 for t in times):
             raise ValueError(f"timestep: expected values in [0, {len(tables.levels) - 1}), got {times}")
-        options = {"clips": self.config.clip_sample, "rederives": use_clipped_model_output}
+        options = {
+            "single": self.alphas_cumprod.dtype is torch.float32,
+            "clips": self.config.clip_sample,
+            "rederives": use_clipped_model_output,
+        }
         rows = [
             ddim_row(
                 self.config.prediction_type, tables.levels[t], tables.levels[max(t - tables.gap, 0)], eta, **options

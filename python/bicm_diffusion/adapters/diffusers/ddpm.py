@@ -6,13 +6,12 @@ import math
 from numbers import Integral
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.arguments import host_value
-from bicm_diffusion.adapters.diffusers.ddim import CANCELS, LEAST, Alphas, AlphaTables, reading
+from bicm_diffusion.adapters.diffusers.ddim import CANCELS, LEAST, Alphas, AlphaTables, quotient, reading
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
 from bicm_diffusion.adapters.diffusers.log_prob import check_states, timesteps_of
 from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
@@ -22,11 +21,6 @@ from bicm_diffusion.adapters.diffusers.tables import Row
 
 #: The original's lower bound of the variance.
 LEAST_VARIANCE = 1e-20
-
-
-def quotient(a: float, below: float, dtype: torch.dtype) -> float:
-    """alpha of one step, rounded as in the original: of a short step, 1 - alpha keeps three digits in float32."""
-    return float(np.float32(a) / np.float32(below)) if dtype is torch.float32 else a / below
 
 
 class Ddpm(Alphas):
@@ -61,7 +55,7 @@ class Ddpm(Alphas):
         if config.prediction_type == "epsilon" and a < LEAST:
             raise ValueError("no signal")  # the original gives infinities
         x0_sample, x0_output, *_ = (float(x) for x in reading(config.prediction_type, a))
-        kept = quotient(a, below, self.alphas_cumprod.dtype)
+        kept = float(quotient(a, below, self.alphas_cumprod.dtype is torch.float32))
         of_x0 = math.sqrt(below) * (1.0 - kept) / (1.0 - a)
         of_sample = math.sqrt(kept) * (1.0 - below) / (1.0 - a)
         large = 1.0 - kept
