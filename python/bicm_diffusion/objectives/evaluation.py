@@ -147,7 +147,8 @@ def weighted_distance(
     survive any weight.
     """
     x_high, x_low = pair.pop(), pair.pop()
-    low, high = (level.to(x_low.device, level_dtype(x_low)) for level in levels[:2])
+    device, dtype = x_low.device, level_dtype(x_low)
+    low, high = (level.to(device, dtype) for level in levels[:2])
     with torch.no_grad():
         asked = low if clean is None and form.t_min > 0 else torch.where(low > 0, low, high)
         goal = form.sample(x_low, evaluate(x_low, asked), low)
