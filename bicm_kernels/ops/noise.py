@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -161,9 +162,15 @@ def fold_in(seed: Integer, data: Integer) -> Integer:
     True
     """
     if not isinstance(seed, Tensor) and not isinstance(data, Tensor) and not arguments.compiling():
-        FOLD_IN.check((seed, data), None)
-        return reference.fold_in_words(int(seed), int(data))
+        return (_folded if type(seed) is type(data) is int else _folded.__wrapped__)(seed, data)
     return FOLD_IN.call(seed, data)
+
+
+@lru_cache
+def _folded(seed: Any, data: Any) -> int:
+    """Of ints; a training step derives the same few seeds again and again."""
+    FOLD_IN.check((seed, data), None)
+    return reference.fold_in_words(int(seed), int(data))
 
 
 ADD_NOISE = Op("add_noise", ("x",), numbers=("scale", "sigma"), noise="sigma", differentiable=True)

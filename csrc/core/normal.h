@@ -15,8 +15,9 @@ struct LaneOps<float> {
   using Word = uint32_t;
   BICM_HD static float to_float(uint32_t x) { return static_cast<float>(x); }
   BICM_HD static float to_float(int32_t x) { return static_cast<float>(x); }
-  // mask is all ones or all zeros.
-  BICM_HD static float select(int32_t mask, float yes, float no) { return mask ? yes : no; }
+  // a b + c, where a b is exact: rounded once or twice, it is the same number.
+  BICM_HD static float add_exact(float a, float b, float c) { return a * b + c; }
+  BICM_HD static float where_odd(uint32_t bits, float yes, float no) { return bits & 1u ? yes : no; }
   // Where the top bit of `bits` is set.
   BICM_HD static float flip_sign(float x, uint32_t bits) {
     return bit_cast<float>(bit_cast<uint32_t>(x) ^ (bits & 0x80000000u));
@@ -33,6 +34,11 @@ struct LaneOps<float> {
 template <class F>
 BICM_HD F scaled_uniform_from_bits(typename LaneOps<F>::Word bits) {
   return LaneOps<F>::to_float(bits) + 0.5f;
+}
+// 4 u, in quarter turns, of the same bits.
+template <class F>
+BICM_HD F quarters_from_bits(typename LaneOps<F>::Word bits) {
+  return LaneOps<F>::add_exact(LaneOps<F>::to_float(bits), 0x1p-30f, 0x1p-31f);
 }
 template <class F>
 BICM_HD F uniform_from_bits(typename LaneOps<F>::Word bits) {
@@ -54,14 +60,13 @@ BICM_HD F minus_two_log(F scaled) {
   const F p = high * (f2 * f2) + low;
   // 2 ln 2 in two parts: the first has few enough bits that its product with e is exact.
   const F tail = (f2 * (f * p) + e * 0x1.bd0106p-12f) + f2;
-  return (tail - (f + f)) + e * -0x1.63p+0f;
+  return LaneOps<F>::add_exact(e, -0x1.63p+0f, LaneOps<F>::add_exact(f, -2.0f, tail));
 }
 
 // (cos, sin) of a number of quarter turns in [0, 4]: it is q + r with q whole and |r| <= 1/2, both exact; minimax
 // polynomials of sin(pi/2 r)/r and (cos(pi/2 r) - 1)/r^2 in r^2, then the quadrant.
 template <class F>
 BICM_HD void cos_sin_quarters(F quarters, F& cosine, F& sine) {
-  using I = typename LaneOps<F>::Int;
   using W = typename LaneOps<F>::Word;
   const F shifted = quarters + 0x1.8p23f;
   const W quadrant = bit_cast<W>(shifted);
@@ -75,10 +80,9 @@ BICM_HD void cos_sin_quarters(F quarters, F& cosine, F& sine) {
   c = c * t + 0x1.03c1b0p-2f;
   c = c * t + -0x1.3bd3ccp+0f;
   c = c * t + 1.0f;
-  const I odd = -bit_cast<I>(quadrant & 1u);
   // The quadrant's second bit, as a sign.
-  cosine = LaneOps<F>::flip_sign(LaneOps<F>::select(odd, s, c), (quadrant + 1u) << 30);
-  sine = LaneOps<F>::flip_sign(LaneOps<F>::select(odd, c, s), quadrant << 30);
+  cosine = LaneOps<F>::flip_sign(LaneOps<F>::where_odd(quadrant, s, c), (quadrant + 1u) << 30);
+  sine = LaneOps<F>::flip_sign(LaneOps<F>::where_odd(quadrant, c, s), quadrant << 30);
 }
 
 // Box-Muller on lanes (0, 1) and (2, 3): radius from the first, angle from the second; cosine, then sine.
@@ -88,7 +92,7 @@ BICM_HD void normals_from_bits(const Quad<typename LaneOps<F>::Word>& bits, F no
   for (int pair = 0; pair < 4; pair += 2) {
     const F radius = LaneOps<F>::square_root(minus_two_log<32>(scaled_uniform_from_bits<F>(bits.lane[pair])));
     F cosine, sine;
-    cos_sin_quarters(scaled_uniform_from_bits<F>(bits.lane[pair + 1]) * 0x1p-30f, cosine, sine);
+    cos_sin_quarters(quarters_from_bits<F>(bits.lane[pair + 1]), cosine, sine);
     normal[pair] = radius * cosine;
     normal[pair + 1] = radius * sine;
   }

@@ -14,6 +14,7 @@ struct Quad {
 };
 
 constexpr int kRounds = 10;
+constexpr uint32_t kFirstMultiplier = 0xD2511F53u, kSecondMultiplier = 0xCD9E8D57u;
 
 struct Key {
   uint32_t low, high;
@@ -69,8 +70,8 @@ BICM_HD Quad<Word> philox(Quad<Word> counter, const Keys& keys) {
   for (int round = 0; round < kRounds; ++round) {
     const Key key = keys.of_round(round);
     Word high0, low0, high1, low1;
-    Ops::multiply_wide(x0, 0xD2511F53u, high0, low0);
-    Ops::multiply_wide(x2, 0xCD9E8D57u, high1, low1);
+    Ops::multiply_wide(x0, kFirstMultiplier, high0, low0);
+    Ops::multiply_wide(x2, kSecondMultiplier, high1, low1);
     x0 = Ops::xor_three(high1, x1, key.low);
     x1 = low1;
     x2 = Ops::xor_three(high0, x3, key.high);

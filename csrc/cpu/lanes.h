@@ -32,12 +32,22 @@ struct LaneOps<Floats> {
   BICM_HD static Floats to_float(Ints x) { return __builtin_convertvector(x, Floats); }
   BICM_HD static Ints truncate(Floats x) { return __builtin_convertvector(x, Ints); }
   BICM_HD static Floats all(float x) { return Floats{} + x; }
-  // a b + c, rounded once: only to reproduce torch's arithmetic, never in this library's own.
+  // a b + c, rounded once: to reproduce torch's arithmetic; in this library's own only where a b is exact.
   BICM_HD static Floats fused(Floats a, Floats b, Floats c) {
 #if defined(BICM_ISA_AVX512)
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #else
     return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#endif
+  }
+  BICM_HD static Floats add_exact(Floats a, float b, float c) { return fused(a, all(b), all(c)); }
+  BICM_HD static Floats add_exact(Floats a, float b, Floats c) { return fused(a, all(b), c); }
+  BICM_HD static Floats where_odd(Words bits, Floats yes, Floats no) {
+#if defined(BICM_ISA_AVX512)
+    return (Floats)_mm512_mask_blend_ps(_mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(1)), (__m512)no,
+                                        (__m512)yes);
+#else
+    return select(-(Ints)(bits & 1u), yes, no);
 #endif
   }
   BICM_HD static Floats select(Ints mask, Floats yes, Floats no) {
@@ -56,7 +66,7 @@ struct LaneOps<Floats> {
 #else
   // No unsigned conversion in AVX2: both halves are exact, so the sum is the only rounding.
   BICM_HD static Floats to_float(Words x) {
-    return to_float((Ints)(x >> 16)) * 65536.0f + to_float((Ints)(x & 0xFFFFu));
+    return add_exact(to_float((Ints)(x >> 16)), 65536.0f, to_float((Ints)(x & 0xFFFFu)));
   }
   BICM_HD static Floats square_root(Floats x) { return (Floats)_mm256_sqrt_ps((__m256)x); }
 #endif
@@ -94,6 +104,12 @@ template <class T, int N>
 struct Group {
   T part[N];
 };
+
+template <class T, int N>
+BICM_HD const T& part_of(const Group<T, N>& group, int i) {
+  return group.part[i];
+}
+BICM_HD float part_of(float all, int) { return all; }
 
 #define BICM_GROUP_OPERATOR(op)                                                 \
   template <class T, int N>                                                     \
@@ -147,6 +163,17 @@ struct LaneOps<Group<T, N>> {
   BICM_HD static Group<T, N> fused(const Group<T, N>& a, const Group<T, N>& b, const Group<T, N>& c) {
     Group<T, N> result;
     for (int i = 0; i < N; ++i) result.part[i] = LaneOps<T>::fused(a.part[i], b.part[i], c.part[i]);
+    return result;
+  }
+  template <class Addend>
+  BICM_HD static Group<T, N> add_exact(const Group<T, N>& a, float b, const Addend& c) {
+    Group<T, N> result;
+    for (int i = 0; i < N; ++i) result.part[i] = LaneOps<T>::add_exact(a.part[i], b, part_of(c, i));
+    return result;
+  }
+  BICM_HD static Group<T, N> where_odd(const Word& bits, const Group<T, N>& yes, const Group<T, N>& no) {
+    Group<T, N> result;
+    for (int i = 0; i < N; ++i) result.part[i] = LaneOps<T>::where_odd(bits.part[i], yes.part[i], no.part[i]);
     return result;
   }
   BICM_HD static Group<T, N> select(const Int& mask, const Group<T, N>& yes, const Group<T, N>& no) {

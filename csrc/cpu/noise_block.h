@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../core/noise.h"
-#include "lanes.h"
+#include "adjacent_quads.h"
 
 BICM_NAMESPACE_BEGIN
 
@@ -39,16 +39,15 @@ BICM_HD Floats pairs_high(Floats a, Floats b) {
 #endif
 }
 
-BICM_HD Words merge_words(WideWords even, WideWords odd) {
-#if defined(BICM_ISA_AVX512)
-  return (Words)_mm512_mask_shuffle_epi32((__m512i)even, 0xAAAA, (__m512i)odd, _MM_PERM_CCAA);
-#else
-  return (Words)_mm256_blend_epi32((__m256i)even, _mm256_slli_epi64((__m256i)odd, 32), 0xAA);
-#endif
-}
-
 // Lane 4j + p of a vector works on quad (kLanes / 4) p + j of the block. With that order, transposing 4 x 4 inside
 // each 128-bit part, without crossing parts, leaves every quad's numbers adjacent and in place.
+
+#if !defined(BICM_ISA_AVX512)
+
+BICM_HD Words low_words(WideWords even, WideWords odd) {
+  return (Words)_mm256_blend_epi32((__m256i)even, _mm256_slli_epi64((__m256i)odd, 32), 0xAA);
+}
+
 BICM_HD WideWords quads(int64_t first, int odd) {
   constexpr int parts = kLanes / 4;
   WideWords offset;
@@ -59,26 +58,36 @@ BICM_HD WideWords quads(int64_t first, int odd) {
   return offset + static_cast<uint64_t>(first);
 }
 
-// The bits of adjacent blocks: low halves of the even lanes' words and of the odd lanes' words, side by side.
-template <int Blocks>
-BICM_HD void write_bits(const SampleKey& k, int64_t quad, uint32_t quad_high, float* out) {
-  using Word = Group<WideWords, 2 * Blocks>;
-  const WideWords zero = {};
-  Quad<Word> counter;
-  for (int i = 0; i < 2 * Blocks; ++i) {
-    counter.lane[0].part[i] = quads(quad + i / 2 * kLanes, i % 2);
-    counter.lane[1].part[i] = zero + quad_high;
-    counter.lane[2].part[i] = zero + k.sample;
-    counter.lane[3].part[i] = zero + k.step;
-  }
-  const Quad<Word> r = philox(counter, k.key);
-  for (int block = 0; block < Blocks; ++block) {
-    for (int lane = 0; lane < 4; ++lane) {
-      const Words bits = merge_words(r.lane[lane].part[2 * block], r.lane[lane].part[2 * block + 1]);
-      __builtin_memcpy(out + block * kNoiseBlock + lane * kLanes, &bits, sizeof(bits));
+struct AdjacentQuads {
+  SampleKey key;
+  uint32_t quad_high;
+
+  BICM_HD AdjacentQuads(const SampleKey& k, int64_t quad)
+      : key(k), quad_high(static_cast<uint32_t>(static_cast<uint64_t>(quad) >> 32)) {}
+
+  // The bits of adjacent blocks: low halves of the even lanes' words and of the odd lanes' words, side by side.
+  template <int Blocks>
+  BICM_HD void write_bits(uint32_t quad, float* out) const {
+    using Word = Group<WideWords, 2 * Blocks>;
+    const WideWords zero = {};
+    Quad<Word> counter;
+    for (int i = 0; i < 2 * Blocks; ++i) {
+      counter.lane[0].part[i] = quads(quad + i / 2 * kLanes, i % 2);
+      counter.lane[1].part[i] = zero + quad_high;
+      counter.lane[2].part[i] = zero + key.sample;
+      counter.lane[3].part[i] = zero + key.step;
+    }
+    const Quad<Word> r = philox(counter, key.key);
+    for (int block = 0; block < Blocks; ++block) {
+      for (int lane = 0; lane < 4; ++lane) {
+        const Words bits = low_words(r.lane[lane].part[2 * block], r.lane[lane].part[2 * block + 1]);
+        __builtin_memcpy(out + block * kNoiseBlock + lane * kLanes, &bits, sizeof(bits));
+      }
     }
   }
-}
+};
+
+#endif
 
 template <Distribution D, int Blocks>
 BICM_HD void bits_to_numbers(float* out) {
@@ -107,19 +116,19 @@ BICM_HD void bits_to_numbers(float* out) {
 template <Distribution D>
 BICM_HD void fill_noise(const SampleKey& k, int64_t begin, int64_t count, float* out) {
   constexpr int kPair = 2 * kNoiseBlock;
-  const uint32_t quad_high = static_cast<uint32_t>(static_cast<uint64_t>(begin) >> 34);
-  const int64_t quad = begin / 4;
+  const AdjacentQuads adjacent(k, begin / 4);
+  const uint32_t quad = static_cast<uint32_t>(begin / 4);
   const int64_t paired = (count + kNoiseBlock - 1) / kPair * kPair;
   if (paired > 0) {
-    write_bits<2>(k, quad, quad_high, out);
+    adjacent.write_bits<2>(quad, out);
     for (int64_t i = kPair; i < paired; i += kPair) {
-      write_bits<2>(k, quad + i / 4, quad_high, out + i);
+      adjacent.write_bits<2>(quad + static_cast<uint32_t>(i / 4), out + i);
       bits_to_numbers<D, 2>(out + i - kPair);
     }
     bits_to_numbers<D, 2>(out + paired - kPair);
   }
   if (paired < count) {
-    write_bits<1>(k, quad + paired / 4, quad_high, out + paired);
+    adjacent.write_bits<1>(quad + static_cast<uint32_t>(paired / 4), out + paired);
     bits_to_numbers<D, 1>(out + paired);
   }
 }

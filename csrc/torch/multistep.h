@@ -152,12 +152,12 @@ class Step : public Inputs<A> {
  private:
   static constexpr int kMaxOperands = kMaxTerms + 4;
 
-  // From this size on a denoised sample is written with non-temporal stores. Other results are read again at once;
-  // this one is not, or one step later.
-  static constexpr int64_t kStreamDenoisedBytes = int64_t{4} << 20;
+  // Those of a step that returns its denoised sample, which is not read at once; what is written beside it is, and
+  // several streams at a time are slower.
+  static constexpr int64_t kStreamDenoisedBytes = int64_t{4} << 20, kStreamBesideBytes = int64_t{8} << 20;
 
   bool streamed(const Operand& operand) const {
-    const int64_t from = &operand == &m.x0 ? kStreamDenoisedBytes : kStreamBytes;
+    const int64_t from = !m.denoises ? kStreamBytes : &operand == &m.x0 ? kStreamDenoisedBytes : kStreamBesideBytes;
     int64_t bytes = size_of(first().dtype);
     for (int64_t i = 0; i < first().dim; ++i) bytes *= first().sizes[i];
     return bytes >= from;

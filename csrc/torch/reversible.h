@@ -84,7 +84,7 @@ class ExactStep {
     if (problem.layout.batch == 0 || problem.layout.elements == 0) return;
     for (int out = inputs_; out < used_; ++out) {
       const int64_t bytes = problem.layout.batch * problem.layout.elements * size_of(operands_[out]->dtype);
-      operands_[out]->streams = bytes >= kStreamBytes;
+      operands_[out]->streams = bytes >= kStreamFrom;
     }
     Device::run(problem, first);
   }
@@ -92,6 +92,8 @@ class ExactStep {
   Reversible p = {};
 
  private:
+  static constexpr int64_t kStreamFrom = int64_t{8} << 20;  // the next step reads the states at once
+
   static constexpr int kMaxOperands = kMaxTerms + 5;
 
   const View first_;

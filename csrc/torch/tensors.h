@@ -136,7 +136,8 @@ bool overlaps_itself(const View& out);
 void merge(const View* const* views, Operand* const* operands, int count, bool ordered, bool per_sample,
            Layout& layout);
 
-// The number of elements above which an output is written with non-temporal stores.
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
+// From this size on an output is written with non-temporal stores: others would read its memory first, and would
+// displace what the next op reads from a cache that other programs share.
+constexpr int64_t kStreamBytes = int64_t{2} << 20;
 
 }  // namespace bicm

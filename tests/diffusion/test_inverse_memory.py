@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bicm_diffusion import Preconditioned
 from bicm_diffusion.inverse import cm_inversion_sample
 from tests.support.closed_forms import noise
+from tests.support.held_memory import most, state_bytes
 from tests.support.inverse_problems import (
     LEVELS,
     SCHEDULE,
@@ -31,37 +28,6 @@ from tests.support.inverse_problems import (
 )
 
 SHAPE = (4, 3, 16, 16)
-
-
-class Held(TorchDispatchMode):
-    """The most bytes that lived at once between two operations, those of `known` tensors left out."""
-
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self.known = {x.untyped_storage()._cdata for x in known}
-        self.living: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        for x in tree_leaves(results):
-            if isinstance(x, Tensor):
-                storage = x.untyped_storage()
-                if storage._cdata not in self.known:
-                    self.living[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.living = {key: one for key, one in self.living.items() if not one[0].expired()}
-        self.most = max(self.most, sum(size for _, size in self.living.values()))
-        return results
-
-
-def most(run: Callable[[], Tensor], *known: Tensor) -> int:
-    with Held(*known) as held:
-        run()
-    return held.most
-
-
-def state_bytes(z: Tensor) -> int:
-    return z.numel() * z.element_size()
 
 
 def test_the_count_sees_what_lives_and_what_is_saved() -> None:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -105,7 +106,8 @@ def evaluate_frozen(network: nn.Module, inputs: tuple[Tensor, ...], extra_args: 
             raise TypeError(f"network: expected an nn.Module in torch.compile, got {described(network)}")
         with _swapped(_parameters(network)):
             return network(*inputs, **extra_args)
-    values, structure = pytree.tree_flatten((inputs, dict(extra_args)))
+    # Without other arguments there is nothing to look for inside of.
+    values, structure = pytree.tree_flatten((inputs, dict(extra_args))) if extra_args else ([*inputs], None)
     places = [k for k, value in enumerate(values) if isinstance(value, Tensor) and value.requires_grad]
     if not (places and torch.is_grad_enabled()):
         with torch.no_grad():
@@ -114,7 +116,7 @@ def evaluate_frozen(network: nn.Module, inputs: tuple[Tensor, ...], extra_args: 
     leaves = [source.detach().requires_grad_() for source in sources]
     for k, leaf in zip(places, leaves, strict=True):
         values[k] = leaf
-    positional, named = pytree.tree_unflatten(values, structure)
+    positional, named = (values, {}) if structure is None else pytree.tree_unflatten(values, structure)
     with detached_parameters(network):
         output = network(*positional, **named)
     if not output.requires_grad:
@@ -135,10 +137,14 @@ def _without_reducer(network: nn.Module) -> nn.Module:
 def detached_parameters(network: nn.Module) -> Iterator[None]:
     """Replace a network's parameters by detached tensors, except those that something else manages."""
     # FSDP exchanges the parameters itself, before and after a module's forward and backward pass.
-    kinds = {base.__name__ for kind in {type(module) for module in _modules(network)} for base in kind.__mro__}
-    sharded = "FSDPModule" in kinds
+    sharded = any(map(_is_sharded, {type(module) for module in _modules(network)}))
     with _swapped([] if sharded else [slot for slot in _parameters(network) if _is_ordinary(*slot)]):
         yield
+
+
+@lru_cache
+def _is_sharded(kind: type) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in kind.__mro__)
 
 
 # A module's table of parameters and a name in it.

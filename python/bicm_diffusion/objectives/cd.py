@@ -70,5 +70,6 @@ def cd_loss(
         # c_in of the lower level times Euler's step, (t_n/t_{n+1})·x_{n+1} + (1 - t_n/t_{n+1})·D, in one pass.
         c_in, kept = 1 / (sigma_data * sigma_data + low * low).sqrt(), low / high
         x_low = affine_step([noisy, denoised], [c_in * kept, c_in * (1 - kept)])
-    pair = x_low, scale_input(noisy, high.to(level_dtype(x)), sigma_data=sigma_data)
+    pair = [x_low, scale_input(noisy, high.to(level_dtype(x)), sigma_data=sigma_data)]
+    del x_low, noisy, denoised
     return weighted_distance(evaluate, form, pair, levels, c=c, gradient=gradient)

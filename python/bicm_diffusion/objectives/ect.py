@@ -111,5 +111,6 @@ def ect_loss(
     predict = evaluate if predictor is None else evaluator(predictor, x, name="predictor", **asked)
     t, r = (time.to(x.device, level_dtype(x)) for time in times)
     replaced = augmented(x, r, mu, predict, form, sample_id=sample_id, allowed=times[1] > 0, **key)
-    pair = noisy_pair(x, r, t, **noise_key(x, seed, step, sample_id), **replaced, sigma_data=sigma_data)
+    pair = [*noisy_pair(x, r, t, **noise_key(x, seed, step, sample_id), **replaced, sigma_data=sigma_data)]
+    del replaced  # as large as x
     return weighted_distance(evaluate, form, pair, (times[1], times[0]), c=c, gradient=gradient, clean=x)

@@ -132,7 +132,7 @@ def check_parameterization(parameterization: str) -> None:
 def weighted_distance(
     evaluate: Evaluator,
     form: Form,
-    pair: tuple[Tensor, Tensor],
+    pair: list[Tensor],
     levels: Sequence[Tensor],
     *,
     c: float | None,
@@ -141,17 +141,20 @@ def weighted_distance(
 ) -> Loss:
     """Return d(f(x_high, t_high), sg f(x_low, t_low)) / (t_high - t_low), a mean, of a pair multiplied by c_in.
 
+    pair: the samples at t_low and t_high; the list is emptied, so that the first is freed before the second evaluation.
     levels: t_low and t_high, (B,) float64. clean: the target of the samples whose t_low is 0; None where none is, or F
     does not contribute to f there. Networks are not called at 0: they take its logarithm, whose NaN would
     survive any weight.
     """
-    x_low, x_high = pair
-    low, high = (level.to(x_low.device, level_dtype(x_low)) for level in levels[:2])
+    x_high, x_low = pair.pop(), pair.pop()
+    device, dtype = x_low.device, level_dtype(x_low)
+    low, high = (level.to(device, dtype) for level in levels[:2])
     with torch.no_grad():
         asked = low if clean is None and form.t_min > 0 else torch.where(low > 0, low, high)
         goal = form.sample(x_low, evaluate(x_low, asked), low)
         if clean is not None:
             goal = _replaced(goal, clean, levels[0].to(low.dtype) == 0)
+    del x_low
     weight = (levels[1] - levels[0]).reciprocal().to(low)
     loss = consistency_loss(
         x_high, evaluate(x_high, high), high, None, goal, c=c, weight=weight, gradient=gradient, **form.options

@@ -74,7 +74,8 @@ def gc_loss(
     predict = evaluate if predictor is None else evaluator(predictor, x, name="predictor", **asked)
     low, high = (level.to(x.device, level_dtype(x)) for level in levels[:2])
     replaced = augmented(x, low, mu, predict, form, sample_id=sample_id, **key)
-    pair = noisy_pair(x, low, high, **noise_key(x, seed, step, sample_id), **replaced, sigma_data=sigma_data)
+    pair = [*noisy_pair(x, low, high, **noise_key(x, seed, step, sample_id), **replaced, sigma_data=sigma_data)]
+    del replaced  # as large as x
     return weighted_distance(evaluate, form, pair, levels, c=c, gradient=gradient)
 
 
@@ -130,7 +131,7 @@ def augmented(
         return named(_answer(x, t, predict, form, key, None), mask.to(x.device))
     first = torch.zeros(1, dtype=torch.int64)
     asked = (rows if len(rows) else first).to(x.device, non_blocking=True)
-    answer = _answer(x[asked], t[asked], predict, form, key | {"sample_id": _ids_of(sample_id, asked)}, asked)
+    answer = _answer(_rows_of(x, asked), t[asked], predict, form, key | {"sample_id": _ids_of(sample_id, asked)}, asked)
     if not len(rows):
         return {}
     answer = torch.empty_like(x, dtype=answer.dtype, requires_grad=False).index_copy_(0, asked, answer)
@@ -144,6 +145,11 @@ def _answer(x: Tensor, t: Tensor, predict: Evaluator, form: Form, key: dict[str,
     # Networks take the logarithm of the level: at level 0, where f(x, 0) = x, they get another one.
     output = predict(scaled, torch.where(t > 0, t, 1.0), rows)
     return form.sample(scaled, output, t) if x.requires_grad else output
+
+
+def _rows_of(x: Tensor, rows: Tensor) -> Tensor:
+    """Return x[rows]; of contiguous samples index_select copies whole rows, in half the time."""
+    return x.index_select(0, rows) if x.is_contiguous() else x[rows]
 
 
 def _ids_of(sample_id: int | Tensor, rows: Tensor) -> Tensor:

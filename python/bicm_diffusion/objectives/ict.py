@@ -60,5 +60,5 @@ def ict_loss(
     form = Form(parameterization, sigma_data, t_min)
     evaluate = evaluator(network, x, seed=seed, step=step, extra_args=extra_args, end=form.end)
     low, high = (level.to(x.device, level_dtype(x)) for level in levels[:2])
-    pair = noisy_pair(x, low, high, **noise_key(x, seed, step, sample_id), sigma_data=sigma_data)
+    pair = [*noisy_pair(x, low, high, **noise_key(x, seed, step, sample_id), sigma_data=sigma_data)]
     return weighted_distance(evaluate, form, pair, levels, c=c, gradient=gradient)

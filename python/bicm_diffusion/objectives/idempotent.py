@@ -253,7 +253,7 @@ class _Sum:
         weight = self.weights[name]
         part = pseudo_huber(sample, goal, weight=None if weight == 1 else weight, **self.options)
         self.parts.append(part)
-        self.terms[name] = part / weight
+        self.terms[name] = part if weight == 1 else part / weight
 
     def add(self, name: str, term: Tensor, *, weight: float | None = None) -> None:
         """Add a term with weight 1."""
