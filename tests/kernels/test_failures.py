@@ -79,7 +79,7 @@ def test_a_check_of_the_kernels_is_a_value_error() -> None:
         bk.ddim_step(X, Y, a=1.0, b=0.5)
 
 
-@since(2, 13, reason="its stable ABI returns a number instead of the reason")
+@since("2.13", "its stable ABI returns a number instead of the reason")
 def test_torch_gives_its_reason_across_the_stable_abi() -> None:
     huge = torch.zeros(1, 1).expand(2**24, 2**24)
     with pytest.raises(RuntimeError, match="can't allocate memory") as raised:

@@ -204,4 +204,4 @@ def _run_integers(method: Method, z: State, direction: Direction, record: Record
         last, current = current, following
         if loop.callback is not None:
             loop.report(reached, decode(current, method.unit(reached), grid.dtype), output)
-    return grid.pair(current, last, method.unit(reached), method.unit(reached - direction.ahead))
+    return grid.pair(ExactPair, current, last, method.unit(reached), method.unit(reached - direction.ahead))

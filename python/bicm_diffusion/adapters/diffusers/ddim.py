@@ -11,7 +11,6 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddim_cogvideox import DDIMSchedulerOutput as CogVideoXOutput
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput as DDIMInverseSchedulerOutput
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from bicm_diffusion.adapters.diffusers.arguments import constant, host_value, numbers
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
@@ -20,6 +19,11 @@ from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
 from bicm_diffusion.adapters.diffusers.scheduler import Accelerated, fused
 from bicm_diffusion.adapters.diffusers.tables import Number, Row, Tables, root
 from bicm_kernels import denoised_step
+
+try:
+    from torch.utils._python_dispatch import _disable_current_modes
+except ImportError:  # numbers are then not known in fake modes, which raise
+    from contextlib import nullcontext as _disable_current_modes  # type: ignore[assignment]
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
