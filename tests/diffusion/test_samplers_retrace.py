@@ -270,8 +270,7 @@ def test_traced_loops_refuse_too() -> None:
 
     fast: Callable[..., Any] = torch.compile(retraced, fullgraph=True, backend="eager")
     assert torch.equal(fast(pair, 1.0).z, Z)
-    # Before torch 2.13 Dynamo stumbles over the message that it traces, and raises an error of its own.
-    with pytest.raises(Exception, match="gamma: expected 1/1" if torch.__version__ >= "2.13" else "bool"):
+    with pytest.raises(Exception, match="gamma: expected 1/1"):
         fast(pair, 0.5)
     torch._dynamo.reset()
 

@@ -109,7 +109,7 @@ def recorded(
     if isinstance(start, Tensor):
         notice_alone(start, record, loop.name)
     elif isinstance(start, Pair) and start.record is not None:
-        record.check(start.record, loop.name, functions[not inverse])
+        record.check(start.record, loop.name, functions[0 if inverse else 1])
     return record
 
 
