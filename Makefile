@@ -39,12 +39,13 @@ help: ## list the targets
 	$(BIN)/python -m pip install -q -e ".[docs]" --no-build-isolation
 	@touch $@
 
-# Another torch in an environment of its own, with .venv's other packages beside it.
+# Another torch in an environment of its own, with .venv's other packages beside it. The interpreter of Triton 3.6, torch
+# 2.10's, needs the older NumPy.
 OTHER = .venv/torch/$(subst ==,-,$(TORCH))
 SITE = import sysconfig; print(sysconfig.get_path("purelib"))
 $(OTHER)/.torch: | .venv/.native
 	$(BIN)/python -m venv --without-pip --clear $(OTHER)
-	$(BIN)/python -m pip --python $(OTHER)/bin/python install -q "$(TORCH)"
+	$(BIN)/python -m pip --python $(OTHER)/bin/python install -q "$(TORCH)" "numpy<2.4"
 	$(BIN)/python -c '$(SITE)' > "$$($(OTHER)/bin/python -c '$(SITE)')/venv.pth"
 	@touch $@
 
