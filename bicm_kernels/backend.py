@@ -36,6 +36,8 @@ _running: dict[str, tuple[str, str]] = {}
 #: Triton's kernels by the device they are registered for.
 _registrations: dict[str, torch.library.Library] = {}
 
+_OLDEST_TRITON = (3, 6)
+
 _kept_bytes = 256 << 20
 _drawer = "native"
 
@@ -113,6 +115,9 @@ def _triton(device_type: str) -> str:
         raise ImportError("Triton has no CPU backend (TRITON_INTERPRET=1 interprets its kernels)")
     if importlib.util.find_spec("triton") is None:
         raise ImportError("Triton is not installed")
+    found = importlib.import_module("triton").__version__
+    if tuple(map(int, found.split(".")[:2])) < _OLDEST_TRITON:
+        raise ImportError(f"Triton {found} flushes subnormal numbers to zero: expected 3.6 or later")
     kernels = importlib.import_module("bicm_kernels.triton_kernels")
     key = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}.get(device_type)
     if key is None:

@@ -55,9 +55,9 @@ def ict_loss(network: nn.Module, x: Tensor, ids: Tensor, table: LevelTable, *, e
     x_low, x_high = bk.noisy_pair(x, low, high, **key, sigma_data=SIGMA_DATA)
     options = {"parameterization": "cm", "sigma_data": SIGMA_DATA, "scaled": True}
     with torch.autocast(x.device.type, torch.bfloat16):
+        output = network(x_high, high)  # first: torch 2.10 would keep the casts without gradients of the other call
         with torch.no_grad():
             target = network(x_low, low)
-        output = network(x_high, high)
     # The ops take bfloat16 outputs together with float32 states; the sum and the loss are float32.
     goal = bk.denoise(x_low, target, low, **options)
     return bk.consistency_loss(x_high, output, high, None, goal, weight=1 / (high - low), **options)

@@ -171,6 +171,18 @@ def test_triton_with_a_gpu_leaves_the_cpu_without() -> None:
 
 
 @pytest.mark.usefixtures("gpu")
+def test_triton_that_is_too_old_is_refused_with_one_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    reason = "triton: Triton 3.5.1 flushes subnormal numbers to zero: expected 3.6 or later"
+    with pytest.raises(ImportError, match=f"the backend triton cannot run on cuda: {reason}"):
+        backend.choose("triton")
+    monkeypatch.setattr(triton, "__version__", "3.10.0+git")
+    with backend.use("triton"):
+        assert backend.running("cuda") == "triton"
+
+
+@pytest.mark.usefixtures("gpu")
 def test_triton_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import bicm_kernels as bk
 from bicm_kernels import backend
+from tests.support.torch_versions import KEEPS_RESULTS
 
 pytestmark = pytest.mark.skipif(backend.running("cpu") != "native", reason="the native library keeps the memory")
 
@@ -56,6 +57,8 @@ def op(request: pytest.FixtureRequest) -> Callable[[Tensor], Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_a_block_is_used_again(op: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    if op is in_graphs and not KEEPS_RESULTS:
+        pytest.skip("torch before 2.11: C makes no tensor of foreign memory")
     x = torch.randn(LARGE, dtype=dtype)
     first = op(x)
     place = first.data_ptr()
@@ -156,7 +159,9 @@ for op in (copy_of, in_graphs):
     ("most", "kept"), [("0", "True 0"), ("3", "False 0"), ("5", "False 4"), ("64", "False 64"), (None, "False 256")]
 )
 def test_the_environment_bounds_what_is_kept(python: Python, most: str | None, kept: str) -> None:
-    assert python(BOUNDED, BICM_KERNELS_KEPT_MEMORY=most).stdout.splitlines() == [kept, kept]
+    # Before torch 2.11 C makes no tensor of foreign memory: all results of the dispatcher are of torch's allocator.
+    through_dispatcher = kept if KEEPS_RESULTS else "True 0"
+    assert python(BOUNDED, BICM_KERNELS_KEPT_MEMORY=most).stdout.splitlines() == [kept, through_dispatcher]
 
 
 def test_any_number_is_a_bound(python: Python) -> None:

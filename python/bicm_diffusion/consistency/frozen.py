@@ -20,6 +20,9 @@ from bicm_diffusion.described import described
 _graph_is_retained: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
+_CASTS_LACK_GRADIENTS = torch.__version__ < "2.11"
+
+
 def check_network(network: nn.Module, name: str = "network") -> None:
     """Raise TypeError for wrappers that cannot evaluate a network several times before one backward pass.
 
@@ -45,10 +48,28 @@ def check_network(network: nn.Module, name: str = "network") -> None:
             )
 
 
+@contextmanager
+def leaving_no_casts() -> Iterator[None]:
+    """Keep what autocast casts of parameters where no gradients are recorded from a later call that records them.
+
+    Since torch 2.11 autocast does so itself: before, the later call would get the casts, and no gradient.
+    """
+    needed = _CASTS_LACK_GRADIENTS and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if not (needed and torch.is_autocast_cache_enabled()):
+        yield
+        return
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(True)
+
+
 def asked(network: Callable[..., Tensor], *inputs: Tensor, **extra_args: Any) -> Tensor:
     """Return network(*inputs, **extra_args); raises a TypeError with the expected call where the signature differs."""
     try:
-        return network(*inputs, **extra_args)
+        with leaving_no_casts():
+            return network(*inputs, **extra_args)
     except TypeError as error:
         if not torch.compiler.is_compiling() and (expected := _takes_otherwise(network, inputs, extra_args)):
             raise TypeError(expected) from error
@@ -110,7 +131,7 @@ def evaluate_frozen(network: nn.Module, inputs: tuple[Tensor, ...], extra_args: 
     values, structure = pytree.tree_flatten((inputs, dict(extra_args))) if extra_args else ([*inputs], None)
     places = [k for k, value in enumerate(values) if isinstance(value, Tensor) and value.requires_grad]
     if not (places and torch.is_grad_enabled()):
-        with torch.no_grad():
+        with torch.no_grad(), leaving_no_casts():
             return network(*inputs, **extra_args)
     sources = [values[k] for k in places]
     leaves = [source.detach().requires_grad_() for source in sources]

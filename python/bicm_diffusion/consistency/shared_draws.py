@@ -243,6 +243,8 @@ _STAND_INS: dict[Any, Callable[..., Any]] = {
     torch.rand_like: _filled("uniform_", torch.empty_like),
     torch.randn_like: _filled("normal_", torch.empty_like),
 } | {getattr(Tensor, method): _in_place(method) for method in _NUMBERS}
+if torch.__version__ < "2.13":  # Dynamo shows modes the higher-order op that it makes of a checkpoint
+    _STAND_INS[torch.ops.higher_order.tag_activation_checkpoint] = _checkpoint
 
 
 def _when_training(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> bool:

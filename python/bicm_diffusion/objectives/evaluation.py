@@ -37,7 +37,7 @@ def noise_key(x: Tensor, seed: int | Tensor, step: int | Tensor, sample_id: int 
     return {"seed": seed, "step": step, "sample_id": ids}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # Dynamo of torch 2.10 hashes what it calls before its fields are set
 class Evaluator:
     """(c_in(t)·x, t) -> F, of which all calls share the dropout mask of one key; see `evaluator`."""
 

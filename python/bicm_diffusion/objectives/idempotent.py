@@ -220,7 +220,7 @@ def sign_loss(
     return found.loss()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Applied:
     """f; all calls share the dropout mask of one key."""
 

@@ -245,7 +245,7 @@ def _run_integers(
         if loop.callback is not None:
             reached = i if inverse else i - 1
             loop.report(reached, decode(z, units[reached], grid.dtype), output)
-    return ExactTwins(**vars(grid.pair(z, y, units[end], units[end])))
+    return grid.pair(ExactTwins, z, y, units[end], units[end])
 
 
 @dataclass(frozen=True)

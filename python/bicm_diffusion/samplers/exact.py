@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from bicm_diffusion.samplers.prediction import Number
 from bicm_diffusion.samplers.record import Record, checksum, report_remainder
 from bicm_diffusion.samplers.states import ExactPair, decode
 from bicm_kernels import affine_step, exact_affine_inverse_step, exact_affine_step, fixed_point_encode
+
+P = TypeVar("P", bound=ExactPair)
 
 
 class Grid:
@@ -71,10 +73,10 @@ class Grid:
         )
         return q
 
-    def pair(self, q: Tensor, previous_q: Tensor, unit: Number, previous_unit: Number) -> ExactPair:
+    def pair(self, kind: type[P], q: Tensor, previous_q: Tensor, unit: Number, previous_unit: Number) -> P:
         """Return the states after checking for overflow; in a traced loop `ExactPair.check` does so."""
         units = (unit, previous_unit)
-        pair = ExactPair(q, previous_q, self.info, self.overflow, *units, self.dtype, record=self.record)
+        pair = kind(q, previous_q, self.info, self.overflow, *units, self.dtype, record=self.record)
         if self.host:
             pair.check()
             if self.made is not None:

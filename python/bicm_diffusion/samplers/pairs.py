@@ -109,7 +109,7 @@ def recorded(
     if isinstance(start, Tensor):
         notice_alone(start, record, loop.name)
     elif isinstance(start, Pair) and start.record is not None:
-        record.check(start.record, loop.name, functions[not inverse])
+        record.check(start.record, loop.name, functions[0 if inverse else 1])
     return record
 
 
@@ -204,4 +204,4 @@ def _run_integers(method: Method, z: State, direction: Direction, record: Record
         last, current = current, following
         if loop.callback is not None:
             loop.report(reached, decode(current, method.unit(reached), grid.dtype), output)
-    return grid.pair(current, last, method.unit(reached), method.unit(reached - direction.ahead))
+    return grid.pair(ExactPair, current, last, method.unit(reached), method.unit(reached - direction.ahead))

@@ -142,7 +142,9 @@ def _check_levels(
 
 def _same(made: Any, now: Any) -> bool:
     """Whether two settings are equal; a factor for all samples equals the same factor per sample."""
-    if made is now or (traced() and (_holds_tensors(made) or _holds_tensors(now))):
+    if traced() and (_holds_tensors(made) or _holds_tensors(now)):
+        return True
+    if not isinstance(made, tuple) and made is now:  # Dynamo before torch 2.13 cannot tell whether tuples are the same
         return True
     ours, theirs = _numbers(now), _numbers(made)
     if ours is None or theirs is None:

@@ -27,12 +27,12 @@ def sampler(options: Callable[..., Any] | None = None) -> Callable[[Callable[P, 
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = _opened(function, options)
-        names = signature.parameters.keys()
-        state = [*names][1]
+        names = frozenset(signature.parameters)
+        state = [*signature.parameters][1]
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if not kwargs.keys() <= names:
+            if not set(kwargs) <= names:  # Dynamo does not compare keys before torch 2.11
                 raise TypeError(_unknown(function.__name__, signature, kwargs))
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 _notice_gradients(function.__name__, args[1] if len(args) > 1 else kwargs.get(state))
