@@ -49,7 +49,6 @@ CPP = {
 #: Where the package above takes one itself: it may use public names of the ops alone.
 ELSEWHERE = {
     "consistency/frozen.py": {"_C._autograd", "utils._pytree.tree_flatten", "utils._pytree.tree_unflatten"},
-    "adapters/diffusers/ddim.py": {"utils._python_dispatch._disable_current_modes"},
     "adapters/diffusers/ddpm.py": {"_assert_async"},
     "adapters/diffusers/scheduler.py": {"_assert_async"},
     "train/trainer.py": {"utils._pytree.tree_map_only"},

@@ -22,11 +22,6 @@ from bicm_diffusion.adapters.diffusers.tables import Number, Row, Tables, root
 from bicm_kernels import denoised_step
 from bicm_kernels.inputs import SINGLE, output
 
-try:
-    from torch.utils._python_dispatch import _disable_current_modes
-except ImportError:  # numbers are then not known in fake modes, which raise
-    from contextlib import nullcontext as _disable_current_modes  # type: ignore[assignment]
-
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
