@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
 
 from bicm_diffusion.adapters.diffusers.tables import noted, version_of
-from bicm_kernels import backend, inputs
+from tests.support.step_inputs import WAYS, functions_of
 
 Own = dict[str, Any]
 NAMES = ("sigmas", "timesteps", "absent")
@@ -39,13 +39,9 @@ class Reading:
         return not answer
 
 
-@pytest.fixture(params=["native", "python"])
+@pytest.fixture(params=WAYS)
 def functions(request: pytest.FixtureRequest) -> Any:
-    if request.param == "python":
-        return SimpleNamespace(**inputs.TWINS)
-    if not hasattr(backend.library, "place_in"):
-        pytest.skip("the native library is not there")
-    return backend.library
+    return functions_of(request.param)
 
 
 CHANGES: dict[str, Callable[[Own], Any]] = {

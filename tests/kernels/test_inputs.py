@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from types import SimpleNamespace
 from typing import Any
 from weakref import ref
 
@@ -11,17 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bicm_kernels import backend, inputs
 from bicm_kernels.inputs import ALIKE, OTHER, READY, SINGLE
+from tests.support.step_inputs import WAYS, functions_of
 
 
-@pytest.fixture(params=["native", "python"])
+@pytest.fixture(params=WAYS)
 def functions(request: pytest.FixtureRequest) -> Any:
-    if request.param == "python":
-        return SimpleNamespace(**inputs.TWINS)
-    if not hasattr(backend.library, "place_in"):
-        pytest.skip("the native library is not there")
-    return backend.library
+    return functions_of(request.param)
 
 
 class Marked(Tensor):
