@@ -236,31 +236,7 @@ def denoised_step(
     """
     if seed is not None and noise_weight is UNWEIGHTED:
         arguments.notice_unweighted("denoised_step")
-    outs: tuple[Tensor, ...] | None = None
-    direct = backend.direct
-    if direct is not None and out is None and not dynamo():
-        # As in `Op.call`, which takes longer to be called than to do this.
-        results = direct.denoised_step(
-            tensors,
-            x0_weights,
-            weights,
-            guidance_scale,
-            x0_weight,
-            clip,
-            noise_weight,
-            next_scale,
-            seed,
-            step,
-            sample_id,
-        )
-        if results is not None:
-            return tuple.__new__(DenoisedStep, results)
-    if out is not None:
-        arguments.check_sequence("out", out, "(out, x0)" if next_scale is None else "(out, x0, next)")
-        outs = tuple(out)
-        if len(outs) != (2 if next_scale is None else 3):
-            raise ValueError(f"out must hold (out, x0), and next with next_scale, got {len(outs)} tensors")
-    results = DENOISED_STEP.call(
+    call = (
         tensors,
         x0_weights,
         weights,
@@ -272,6 +248,17 @@ def denoised_step(
         seed,
         step,
         sample_id,
-        outs=outs,
     )
+    outs: tuple[Tensor, ...] | None = None
+    direct = backend.direct
+    if direct is not None and out is None and not dynamo():
+        results = direct.denoised_step(*call)  # as in `Op.call`, which takes longer to be called than to do this
+        if results is not None:
+            return tuple.__new__(DenoisedStep, results)
+    if out is not None:
+        arguments.check_sequence("out", out, "(out, x0)" if next_scale is None else "(out, x0, next)")
+        outs = tuple(out)
+        if len(outs) != (2 if next_scale is None else 3):
+            raise ValueError(f"out must hold (out, x0), and next with next_scale, got {len(outs)} tensors")
+    results = DENOISED_STEP.call(*call, outs=outs)
     return tuple.__new__(DenoisedStep, results)
