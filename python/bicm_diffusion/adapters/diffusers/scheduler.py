@@ -38,7 +38,6 @@ def fused(attempt: Callable[..., Any]) -> Any:
         if traced():
             result = attempt(self, *args, **kwargs)
             return getattr(self._original, name)(self, *args, **kwargs) if result is None else result
-        why = ", for its dtypes, arguments or level,"
         try:
             check_plain(args)
             if kwargs:
@@ -52,12 +51,8 @@ def fused(attempt: Callable[..., Any]) -> Any:
             raise
         except Exception as error:
             # Where the original raises too, its error is raised, with this one as its context.
-            result, why = getattr(self._original, name)(self, *args, **kwargs), f" ({error})"
-        else:
-            result = getattr(self._original, name)(self, *args, **kwargs)
-        if self._ready(graph=False) is not None:  # an unreadable schedule was reported already
-            self._say(f"a call that no kernel takes{why}")
-        return result
+            return self._taken_by_original(name, args, kwargs, f" ({error})")
+        return self._taken_by_original(name, args, kwargs)
 
     return method
 
@@ -87,7 +82,6 @@ def on_tables(attempt: Callable[..., Any]) -> Any:
         if not known and traced():
             result = attempt(self, self._ready(graph=True), GRAPH, *args, **kwargs)
             return getattr(self._original, name)(self, *args, **kwargs) if result is None else result
-        why = ", for its dtypes, arguments or level,"
         try:
             if not known:
                 check_plain(args)
@@ -105,12 +99,8 @@ def on_tables(attempt: Callable[..., Any]) -> Any:
             raise
         except Exception as error:
             # Where the original raises too, its error is raised, with this one as its context.
-            result, why = getattr(self._original, name)(self, *args, **kwargs), f" ({error})"
-        else:
-            result = getattr(self._original, name)(self, *args, **kwargs)
-        if self._ready(graph=False) is not None:  # an unreadable schedule was reported already
-            self._say(f"a call that no kernel takes{why}")
-        return result
+            return self._taken_by_original(name, args, kwargs, f" ({error})")
+        return self._taken_by_original(name, args, kwargs)
 
     # Callers see the original's arguments.
     shown = signature(attempt)
@@ -218,6 +208,19 @@ class Accelerated(Drawing):
         noise = ", keyed noise" if self._noise == "keyed" else ""
         name, _, configuration = self._original.__repr__(self).partition(" ")
         return f"{name} ({form}{noise}) {configuration}"
+
+    def _taken_by_original(
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        why: str = ", for its dtypes, arguments or level,",
+    ) -> Any:
+        """The original's result of a call that is not fused, with a warning that says why."""
+        result = getattr(self._original, name)(self, *args, **kwargs)
+        if self._ready(graph=False) is not None:  # an unreadable schedule was reported already
+            self._say(f"a call that no kernel takes{why}")
+        return result
 
     def _say(self, reason: str) -> None:
         noise = ", with torch's noise" if self._noise == "keyed" else ""
