@@ -10,9 +10,9 @@ import diffusers
 from diffusers import SchedulerMixin
 
 from bicm_diffusion.adapters.diffusers.ancestral import EulerAncestral
-from bicm_diffusion.adapters.diffusers.cogvideox import CogVideoXDpm
+from bicm_diffusion.adapters.diffusers.cogvideox import CogVideoXDdim, CogVideoXDpm
 from bicm_diffusion.adapters.diffusers.consistency import ConsistencyModel, LatentConsistencyModel
-from bicm_diffusion.adapters.diffusers.ddim import CogVideoXDdim, Ddim, DdimInverse
+from bicm_diffusion.adapters.diffusers.ddim import Ddim, DdimInverse
 from bicm_diffusion.adapters.diffusers.ddpm import Ddpm
 from bicm_diffusion.adapters.diffusers.deis import Deis
 from bicm_diffusion.adapters.diffusers.dpmsolver import DpmSolver, EdmDpmSolver

@@ -12,8 +12,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
+from bicm_diffusion.adapters.diffusers.alphas import PREDICTIONS, reading
 from bicm_diffusion.adapters.diffusers.bdia_steps import BdiaSteps, check_gamma
-from bicm_diffusion.adapters.diffusers.ddim import PREDICTIONS, reading
 from bicm_diffusion.adapters.diffusers.drawing import traced
 from bicm_diffusion.adapters.diffusers.outputs import as_output
 

@@ -1,4 +1,4 @@
-"""CogVideoX's stochastic DPM-Solver++ of the second order, whose caller keeps the last x0: one launch per step."""
+"""CogVideoX's DDIM, and its stochastic DPM-Solver++ of the second order, whose caller keeps the last x0."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
+from diffusers.schedulers.scheduling_ddim_cogvideox import DDIMSchedulerOutput as DDIMOutput
 from diffusers.schedulers.scheduling_dpm_cogvideox import DDIMSchedulerOutput
 from torch import Tensor
 
+from bicm_diffusion.adapters.diffusers.alphas import LEAST, Alphas, AlphaTables
 from bicm_diffusion.adapters.diffusers.arguments import host_value
-from bicm_diffusion.adapters.diffusers.ddim import LEAST, Alphas, AlphaTables
 from bicm_diffusion.adapters.diffusers.drawing import FLOATING, Generators, traced
 from bicm_diffusion.adapters.diffusers.outputs import as_dtype, as_output, as_state
 from bicm_diffusion.adapters.diffusers.scheduler import fused
@@ -172,3 +173,33 @@ def _either(first: Any, row: Row, other: Row) -> Row:
     if not isinstance(first, Tensor):
         return row if first else other
     return tuple(torch.where(first, torch.as_tensor(x), torch.as_tensor(y)) for x, y in zip(row, other, strict=True))
+
+
+class CogVideoXDdim(Alphas):
+    """DDIM without noise; the original accepts eta and clipping, and ignores both."""
+
+    _beyond = "final_alpha_cumprod"
+    _sources = ("alphas_cumprod", "timesteps", _beyond)
+    _options = ("num_train_timesteps", "prediction_type")
+    _clips = False
+
+    def _ends(self, timestep: Any, tables: AlphaTables) -> tuple[Any, Any]:
+        return timestep, timestep - tables.gap
+
+    @fused
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        graph = traced()
+        if not (sample.is_floating_point() and model_output.is_floating_point()):
+            return None  # the original's float64 levels would determine the dtype
+        tables = self._ready(graph) if self.num_inference_steps else None
+        return self._plain(tables, model_output, timestep, sample, graph, DDIMOutput, return_dict)

@@ -11,8 +11,8 @@ from diffusers.schedulers.scheduling_consistency_models import CMStochasticItera
 from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from torch import Tensor
 
+from bicm_diffusion.adapters.diffusers.alphas import PREDICTIONS, reading
 from bicm_diffusion.adapters.diffusers.arguments import host_value, is_whole
-from bicm_diffusion.adapters.diffusers.ddim import PREDICTIONS, reading
 from bicm_diffusion.adapters.diffusers.drawing import Generators
 from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
 from bicm_diffusion.adapters.diffusers.scheduler import GRAPH, on_tables

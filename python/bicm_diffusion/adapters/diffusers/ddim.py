@@ -2,292 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
-from diffusers.schedulers.scheduling_ddim_cogvideox import DDIMSchedulerOutput as CogVideoXOutput
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput as DDIMInverseSchedulerOutput
 from torch import Tensor
 
+from bicm_diffusion.adapters.diffusers.alphas import Alphas, AlphaTables, ddim_row
 from bicm_diffusion.adapters.diffusers.arguments import constant, host_value, numbers
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
-from bicm_diffusion.adapters.diffusers.log_prob import check_states, per_sample, timesteps_of, with_log_prob
+from bicm_diffusion.adapters.diffusers.log_prob import check_states, timesteps_of
 from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
-from bicm_diffusion.adapters.diffusers.scheduler import GRAPH, Accelerated, fused, on_tables
-from bicm_diffusion.adapters.diffusers.tables import Number, Row, Tables, root
-from bicm_kernels import denoised_step
-from bicm_kernels.inputs import SINGLE, output
-
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
-
-
-#: Below this alpha-bar, the sample and the noise in it cancel to less than half when x0 is predicted.
-CANCELS = 0.25
-#: Below this one, the weights that compensate the cancellation leave float32's range.
-LEAST = 1e-30
-
-
-def reading(prediction: str, a: Number) -> tuple[Number, Number, Number, Number]:
-    """Weights of the sample and the model's output in x0, then in the predicted noise; a is alpha-bar."""
-    ra, rb = root(a), root(1.0 - a)
-    if prediction == "epsilon":
-        return 1.0 / ra, -rb / ra, 0.0, 1.0
-    if prediction == "sample":
-        return 0.0, 1.0, 1.0 / rb, -ra / rb
-    return ra, -rb, rb, ra
-
-
-def quotient(a: Number, below: Number, single: bool) -> Number:
-    """alpha of one step; in float32 if the original divides in it: of a short step, 1 - alpha has few digits left."""
-    if not single:
-        return a / below
-    if isinstance(a, Tensor) or isinstance(below, Tensor):
-        return (torch.as_tensor(a).float() / torch.as_tensor(below).float()).double()
-    return float(np.float32(a) / np.float32(below))
-
-
-def ddim_row(
-    prediction: str, a: Number, below: Number, eta: float, *, single: bool, clips: bool, rederives: bool
-) -> Row:
-    """x0's weights of sample and output, then the result's, of x0 and of noise (DDIM eq. 12 and 16).
-
-    The last two numbers are for levels where sample and noise cancel: x0 = w·(m + g·(s - m)) is (s - rb·m)/ra, in terms
-    no larger than x0 itself, so that nothing is lost.
-    """
-    x0_sample, x0_output, eps_sample, eps_output = reading(prediction, a)
-    deviation = eta * root((1.0 - below) / (1.0 - a) * (1.0 - quotient(a, below, single))) if eta else 0.0
-    kept, direction = root(below), root(1.0 - below - deviation * deviation)
-    ra, rb = root(a), root(1.0 - a)
-    share = a / (1.0 + rb)  # 1 - rb
-    near = share / ra, 1.0 / share
-    if clips and rederives:
-        return x0_sample, x0_output, direction / rb, 0.0, kept - direction * ra / rb, deviation, *near
-    if clips:
-        return x0_sample, x0_output, direction * eps_sample, direction * eps_output, kept, deviation, *near
-    sample = kept * x0_sample + direction * eps_sample
-    output = kept * x0_output + direction * eps_output
-    return x0_sample, x0_output, sample, output, 0.0, deviation, *near
+from bicm_diffusion.adapters.diffusers.scheduler import GRAPH, on_tables
+from bicm_diffusion.adapters.diffusers.tables import Number
 
 
 def leaves_no_direction(here: float, below: float, eta: float) -> bool:
     """Whether the direction's variance is negative, or so small that the original's rounding may make it so."""
     variance = eta * eta * (1.0 - below) / (1.0 - here) * (1.0 - here / below)
     return variance > 0.0 and 1.0 - below - variance < 1e-6 * (1.0 - below)
-
-
-def _returned(cls: Any, found: tuple[Tensor, Tensor]) -> Any:
-    return output(cls, "prev_sample", found[0], "pred_original_sample", found[1])
-
-
-@dataclass
-class AlphaTables(Tables):
-    #: How many training timesteps are between two steps.
-    gap: int = 0
-    #: The bound at which x0 is clipped, if any.
-    clip: float | None = None
-    #: Whether x0 is what the model predicts.
-    gives_output: bool = False
-    #: Whether a number of steps is set.
-    is_set: bool = False
-    #: By the timestep, steps without noise as they are launched: weights in x0 and in the result, of x0 and of a pair.
-    plain: dict[int, tuple[Row, Row, Number, Number | None]] = field(default_factory=dict)
-
-
-class Alphas(Accelerated):
-    """Schedulers that look up alpha-bar by the timestep itself."""
-
-    _kind: ClassVar[type[Tables]] = AlphaTables
-    alphas_cumprod: Tensor
-    #: The attribute that holds the level beyond the schedule's end.
-    _beyond: ClassVar[str]
-    #: Whether x0 may be clipped.
-    _clips: ClassVar[bool] = True
-    _options: ClassVar[tuple[str, ...]] = ("num_train_timesteps", "prediction_type", "clip_sample", "clip_sample_range")
-
-    def _fill(self, tables: AlphaTables) -> None:
-        tables.clip = float(self.config.clip_sample_range) if self._clips and self.config.clip_sample else None
-        tables.gives_output = self.config.prediction_type == "sample"
-        tables.is_set = bool(self.num_inference_steps)
-        tables.gap = self.config.num_train_timesteps // self.num_inference_steps if self.num_inference_steps else 0
-
-    def _host_levels(self) -> list[float]:
-        return [*self.alphas_cumprod.tolist(), float(getattr(self, self._beyond))]
-
-    def _uncovered(self) -> str | None:
-        if self.config.prediction_type not in PREDICTIONS:
-            return f"prediction_type={self.config.prediction_type!r}"
-        return None
-
-    def _levels_at(
-        self, timestep: Any, other: Any, tables: AlphaTables, sample: Tensor
-    ) -> tuple[Number, Number] | None:
-        """Alpha-bar at two timesteps; None for a missing one; negative ones are beyond the schedule's end."""
-        if traced():
-            beyond = getattr(self, self._beyond).double().reshape(1)
-            levels = torch.cat([self.alphas_cumprod.double(), beyond]).to(sample.device)
-            if not isinstance(timestep, Tensor):
-                return levels[max(timestep, -1)], levels[max(other, -1)]
-            both = torch.stack([timestep, other]).to(levels.device).clamp(min=-1) % len(levels)
-            here, there = levels.index_select(0, both).unbind()
-            return here, there
-        whole = isinstance(timestep, int | Integral) and isinstance(other, int | Integral)
-        if not whole or max(timestep, other) >= len(tables.levels) - 1:
-            return None
-        return tables.levels[max(int(timestep), -1)], tables.levels[max(int(other), -1)]
-
-    def _ends(self, timestep: Any, tables: AlphaTables) -> tuple[Any, Any]:
-        """The timesteps of the current state and of the next one."""
-        raise NotImplementedError
-
-    def _row_at(
-        self, tables: AlphaTables, timestep: Any, sample: Tensor, graph: bool, eta: float = 0.0, rederives: bool = False
-    ) -> Any:
-        """A step's weights, or None where the original has to run."""
-        kept = not graph and type(timestep) is int and type(eta) in (float, int)
-        key = timestep, eta, bool(rederives)
-        row = tables.rows.get(key) if kept else None
-        if row is not None:
-            return row
-        levels = self._levels_at(*self._ends(timestep, tables), tables, sample)
-        if levels is None or not (graph or timestep >= 0):
-            return None
-        row = self._row(levels, eta, rederives)
-        if kept:
-            tables.rows[key] = row
-        return row
-
-    def _row(self, levels: tuple[Number, Number], eta: float, rederives: bool) -> Any:
-        config = self.config
-        try:
-            row: Row | None = ddim_row(
-                config.prediction_type,
-                *levels,
-                eta,
-                single=self.alphas_cumprod.dtype is torch.float32,
-                clips=self._clips and config.clip_sample,
-                rederives=rederives,
-            )
-        except (ZeroDivisionError, ValueError, OverflowError):
-            row = None  # a level without signal or without noise: the original gives infinities
-        if not traced():
-            predicts_noise = config.prediction_type == "epsilon"
-            if predicts_noise and levels[0] < LEAST:
-                row = None
-            elif row is not None and not (predicts_noise and levels[0] < CANCELS):
-                row = row[:6]
-            return row
-        assert row is not None
-        if config.prediction_type != "epsilon":
-            return row[:6]
-        # A graph cannot choose the table row to read: it selects between weights.
-        x0_sample, x0_output, *rest, near, guidance = map(torch.as_tensor, row)
-        cancels, zero = torch.as_tensor(levels[0]) < CANCELS, torch.zeros_like(near)
-        plain = [torch.where(cancels, zero, x) for x in (x0_sample, x0_output)]
-        return *plain, *rest, torch.where(cancels, near, zero), torch.where(cancels, guidance, zero)
-
-    def _plain(
-        self,
-        tables: AlphaTables | None,
-        output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        graph: bool,
-        cls: Any,
-        return_dict: bool,
-    ) -> Any:
-        """A step without noise, or None where the original has to run."""
-        if tables is None:
-            return None
-        at = timestep if graph else host_value(timestep, tables.timesteps)
-        row = self._row_at(tables, at, sample, graph)
-        if row is None:
-            return None
-        out, x0 = self._two(tables, as_state(sample, output), output, row)
-        return as_output(graph, cls, out, "pred_original_sample", x0) if return_dict else (out, x0)
-
-    def _launched(self, tables: AlphaTables, timestep: Any, sample: Tensor, output: Tensor) -> Any:
-        """The next state and x0 of a step without noise, of float32 tensors; None where no such step is known."""
-        at = timestep if type(timestep) is int else host_value(timestep, tables.timesteps)
-        plain = tables.plain.get(at)
-        if plain is None:
-            plain = self._plain_step(tables, at, sample)
-            if plain is None:
-                return None
-        x0_weights, weights, of_x0, guidance = plain
-        if guidance is None:
-            result = denoised_step([sample, output], x0_weights, weights, x0_weight=of_x0, clip=tables.clip)
-        else:
-            tensors: list[Any] = [sample, output, (output, sample)]
-            result = denoised_step(
-                tensors, x0_weights, weights, x0_weight=of_x0, clip=tables.clip, guidance_scale=guidance
-            )
-        return result.out, result.x0
-
-    def _plain_step(self, tables: AlphaTables, timestep: Any, sample: Tensor) -> Any:
-        """A row of `AlphaTables.plain`, which is made here."""
-        row = self._row_at(tables, timestep, sample, graph=False) if type(timestep) is int else None
-        if row is None:
-            return None
-        x0_sample, x0_output, of_sample, of_output, of_x0, _, *near = row
-        plain: Any = (x0_sample, x0_output), (of_sample, of_output), of_x0, None
-        if near:
-            plain = (0.0, 0.0, near[0]), (of_sample, of_output, 0.0), of_x0, near[1]
-        tables.plain[timestep] = plain
-        return plain
-
-    def _two(
-        self, tables: AlphaTables, state: Tensor, output: Tensor, row: Row, noise: Tensor | None = None, **keyed: Any
-    ) -> tuple[Tensor, Tensor]:
-        """The next state and x0, from noise that was drawn already or that is keyed, where there is any."""
-        x0_sample, x0_output, of_sample, of_output, of_x0, deviation, *near = row
-        tensors: list[Any] = [state, output]
-        x0_weights, weights = [x0_sample, x0_output], [of_sample, of_output]
-        if noise is not None:
-            tensors.append(noise)
-            x0_weights.append(0.0)
-            weights.append(deviation)
-        elif keyed:
-            keyed["noise_weight"] = deviation
-        if near:
-            if not traced():
-                x0_weights[:2] = [0.0, 0.0]
-            tensors.append((output, state))
-            x0_weights.append(near[0])
-            weights.append(0.0)
-            keyed["guidance_scale"] = near[1]
-        out, x0, _ = denoised_step(tensors, x0_weights, weights, x0_weight=of_x0, clip=tables.clip, **keyed)
-        # The prediction is x0 itself: it keeps its dtype.
-        return out, x0.to(output.dtype) if tables.gives_output else x0
-
-    def _with_log_prob(
-        self,
-        rows: list[Row],
-        model_output: Tensor,
-        sample: Tensor,
-        prev_sample: Tensor | None,
-        generator: Generators,
-        at: list[int],
-    ) -> tuple[Tensor, Tensor]:
-        """A step of rows as `ddim_row` makes them, one or one for each sample, and its log-probability.
-
-        A clipped x0 is no affine map: then the mean is formed first, and the step is one around it.
-        """
-        columns: Any = per_sample([[float(x) for x in row[:6]] for row in rows], sample)
-        x0_sample, x0_output, of_sample, of_output, of_x0, deviation = columns
-        clip = float(self.config.clip_sample_range) if self._clips and self.config.clip_sample else None
-        tensors, weights = [sample, model_output], [of_sample, of_output]
-        if clip is not None:
-            both = [x0_sample, x0_output], [of_sample, of_output]
-            mean, _, _ = denoised_step(
-                [as_state(sample, model_output), model_output], *both, x0_weight=of_x0, clip=clip
-            )
-            tensors, weights = [mean], [1.0]
-        step = with_log_prob(self, tensors, weights, deviation, prev_sample, generator, model_output, at)
-        return step[0].to(sample.dtype), step[1]
 
 
 class Ddim(Alphas):
@@ -323,10 +57,10 @@ class Ddim(Alphas):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        if known & SINGLE and tables is not None and tables.is_set and eta.__class__ is float and eta == 0.0:
-            found = None if use_clipped_model_output else self._launched(tables, timestep, sample, model_output)
+        if eta.__class__ is float and eta == 0.0 and not use_clipped_model_output:
+            found = self._launched(tables, known, timestep, sample, model_output, DDIMSchedulerOutput, return_dict)
             if found is not None:
-                return _returned(DDIMSchedulerOutput, found) if return_dict else found
+                return found
         graph = known == GRAPH
         if not graph and (type(eta) is not float or eta != eta):
             numbers(eta=eta)
@@ -381,7 +115,7 @@ class Ddim(Alphas):
         if not all(0 <= t < len(tables.levels) - 1 for t in times):
             raise ValueError(f"timestep: expected values in [0, {len(tables.levels) - 1}), got {times}")
         options = {
-            "single": self.alphas_cumprod.dtype is torch.float32,
+            "rounds": self.alphas_cumprod.dtype is torch.float32,
             "clips": self.config.clip_sample,
             "rederives": use_clipped_model_output,
         }
@@ -419,40 +153,9 @@ class DdimInverse(Alphas):
         sample: Tensor,
         return_dict: bool = True,
     ) -> Any:
-        if known & SINGLE and tables is not None and tables.is_set:
-            found = self._launched(tables, timestep, sample, model_output)
-            if found is not None:
-                return _returned(DDIMInverseSchedulerOutput, found) if return_dict else found
+        found = self._launched(tables, known, timestep, sample, model_output, DDIMInverseSchedulerOutput, return_dict)
+        if found is not None:
+            return found
         graph = known == GRAPH
         tables = tables if self.num_inference_steps else None
         return self._plain(tables, model_output, timestep, sample, graph, DDIMInverseSchedulerOutput, return_dict)
-
-
-class CogVideoXDdim(Alphas):
-    """DDIM without noise; the original accepts eta and clipping, and ignores both."""
-
-    _beyond = "final_alpha_cumprod"
-    _sources = ("alphas_cumprod", "timesteps", _beyond)
-    _options = ("num_train_timesteps", "prediction_type")
-    _clips = False
-
-    def _ends(self, timestep: Any, tables: AlphaTables) -> tuple[Any, Any]:
-        return timestep, timestep - tables.gap
-
-    @fused
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int,
-        sample: Tensor,
-        eta: float = 0.0,
-        use_clipped_model_output: bool = False,
-        generator: Generators = None,
-        variance_noise: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        graph = traced()
-        if not (sample.is_floating_point() and model_output.is_floating_point()):
-            return None  # the original's float64 levels would determine the dtype
-        tables = self._ready(graph) if self.num_inference_steps else None
-        return self._plain(tables, model_output, timestep, sample, graph, CogVideoXOutput, return_dict)

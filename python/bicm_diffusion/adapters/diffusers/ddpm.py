@@ -10,8 +10,8 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
+from bicm_diffusion.adapters.diffusers.alphas import CANCELS, LEAST, Alphas, AlphaTables, quotient, reading
 from bicm_diffusion.adapters.diffusers.arguments import host_value
-from bicm_diffusion.adapters.diffusers.ddim import CANCELS, LEAST, Alphas, AlphaTables, quotient, reading
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
 from bicm_diffusion.adapters.diffusers.log_prob import check_states, timesteps_of
 from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state

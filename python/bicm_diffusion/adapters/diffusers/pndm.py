@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from bicm_diffusion.adapters.diffusers.alphas import Alphas, AlphaTables
 from bicm_diffusion.adapters.diffusers.arguments import host_value
-from bicm_diffusion.adapters.diffusers.ddim import Alphas, AlphaTables
 from bicm_diffusion.adapters.diffusers.drawing import traced
 from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
 from bicm_diffusion.adapters.diffusers.scheduler import fused

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from diffusers.schedulers.scheduling_tcd import TCDSchedulerOutput
 from torch import Tensor
 
+from bicm_diffusion.adapters.diffusers.alphas import LEAST, PREDICTIONS, reading
 from bicm_diffusion.adapters.diffusers.arguments import host_value, numbers
-from bicm_diffusion.adapters.diffusers.ddim import LEAST, PREDICTIONS, reading
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
 from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
 from bicm_diffusion.adapters.diffusers.scheduler import fused
