@@ -12,6 +12,7 @@ pytest.importorskip("diffusers")
 from diffusers import CogVideoXDDIMScheduler, DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
 
 from bicm_diffusion.adapters.diffusers import accelerate_scheduler
+from tests.support.diffusers_observed import agree, both
 
 CASES: list[tuple[type[Any], dict[str, Any]]] = [
     (DDPMScheduler, {}),
@@ -43,3 +44,12 @@ def test_a_step_of_a_thousand_differs_by_rounding(cls: type[Any], how: dict[str,
 
 def noisy(cls: type[Any]) -> bool:
     return cls in (DDPMScheduler, DDIMScheduler)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(("cls", "how"), [(DDPMScheduler, {}), (DDIMScheduler, {"eta": 0.5})])
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_step_between_two_levels_without_signal(cls: type[Any], how: dict[str, Any], prediction: str) -> None:
+    """The quotient of two zeros: the original step runs, and NumPy has nothing to warn of."""
+    config = {"trained_betas": [0.1] * 8 + [1.0, 1.0], "num_train_timesteps": 10, "prediction_type": prediction}
+    agree(*both(cls, config, 10), **how)
