@@ -260,5 +260,5 @@ def denoised_step(
         outs = tuple(out)
         if len(outs) != (2 if next_scale is None else 3):
             raise ValueError(f"out must hold (out, x0), and next with next_scale, got {len(outs)} tensors")
-    results = DENOISED_STEP.call(*call, outs=outs)
+    results = DENOISED_STEP.call(*call) if outs is None else DENOISED_STEP.call(*call, outs=outs)
     return tuple.__new__(DenoisedStep, results)
