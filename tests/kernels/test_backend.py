@@ -1,14 +1,11 @@
-"""Which implementation runs and why; one digest on every instruction set; imports that run one way."""
+"""Which implementation runs and why; one digest on every instruction set."""
 
 from __future__ import annotations
 
-import ast
 import importlib
-import inspect
-import pkgutil
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +274,7 @@ def test_the_contributors_are_told_every_variable() -> None:
     told = (KERNELS.parent / "CONTRIBUTING.md").read_text()
     read = {
         name
-        for path in [*files(KERNELS), *(KERNELS.parent / "csrc").rglob("*.cpp"), KERNELS.parent / "setup.py"]
+        for path in [*KERNELS.rglob("*.py"), *(KERNELS.parent / "csrc").rglob("*.cpp"), KERNELS.parent / "setup.py"]
         for name in re.findall(r'"(BICM_(?:KERNELS|CUDA)\w*)"', path.read_text())
     }
     assert {"BICM_KERNELS_KEPT_MEMORY", "BICM_KERNELS_GENERATOR", "BICM_KERNELS_ISA"} <= read
@@ -397,120 +394,3 @@ def test_instruction_sets_and_threads_give_one_digest(python: Python, best_diges
     drawn = "; torch_randn is torch.randn" if instructions == "scalar" else ""
     assert described == f"cpu: native (C++, {instructions}{drawn})"
     assert one == two == best_digest
-
-
-# --- the house ----------------------------------------------------------------------------------------------
-
-
-def imports(path: Path, package: str) -> Iterator[str]:
-    """Every module that a file imports, in full; names imported from a package count as its modules."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: {package} imports itself by a relative name"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def files(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.py"))
-
-
-@pytest.mark.parametrize(
-    ("room", "forbidden"),
-    [
-        (
-            "reference",
-            (
-                "bicm_kernels.ops",
-                "bicm_kernels.backend",
-                "bicm_kernels.triton_kernels",
-                "bicm_kernels._C",
-                "triton",
-            ),
-        ),
-        ("ops", ("triton", "bicm_kernels.triton_kernels", "bicm_kernels._C", "bicm_diffusion")),
-        ("triton_kernels", ("bicm_kernels.reference", "bicm_kernels.backend", "bicm_diffusion")),
-        ("backend.py", ("triton", "bicm_kernels.ops", "bicm_kernels.reference", "bicm_diffusion")),
-    ],
-)
-def test_imports_run_one_way(room: str, forbidden: tuple[str, ...]) -> None:
-    paths = [KERNELS / room] if room.endswith(".py") else files(KERNELS / room)
-    assert paths
-    for path in paths:
-        for name in imports(path, room):
-            wrong = [f for f in forbidden if name == f or name.startswith(f + ".")]
-            assert not wrong, f"{path.relative_to(KERNELS)} imports {name}"
-
-
-def test_diffusion_uses_public_names_only() -> None:
-    public = {f"bicm_kernels.{name}" for name in (*bk.__all__, "__version__")} | {"bicm_kernels"}
-    public -= {"bicm_kernels.reference"}
-    # What accelerated schedulers ask the native library before a step; it runs no kernel.
-    asked = "bicm_kernels.inputs."
-    for path in files(DIFFUSION):
-        for name in imports(path, "bicm_diffusion"):
-            allowed = name in public or (name.startswith(asked) and path.parent.name == "diffusers")
-            assert not name.startswith("bicm_kernels") or allowed, f"{path.name} imports {name}"
-
-
-def test_nothing_is_called_utils() -> None:
-    for folder in (
-        KERNELS,
-        DIFFUSION,
-        KERNELS.parent / "csrc",
-        KERNELS.parent / "tests",
-        KERNELS.parent / "benchmarks",
-    ):
-        for path in folder.rglob("*"):
-            assert path.stem.lower() not in ("utils", "util", "common", "helpers", "helper", "misc"), path
-
-
-def public_functions() -> list[tuple[str, Any]]:
-    found = [(name, getattr(bk, name)) for name in bk.__all__]
-    return [(name, value) for name, value in found if inspect.isfunction(value)]
-
-
-def test_public_names_exist() -> None:
-    assert set(bk.__all__) <= set(dir(bk))
-    assert bk.__all__ == sorted(bk.__all__, key=lambda name: (not name.isupper(), name))
-    expected = (
-        "affine_step denoised_step ddim_step bdia_step bdia_inverse_step normal uniform fold_in add_noise noisy_pair "
-        "scale_input denoise renoise pseudo_huber consistency_loss fixed_point_encode fixed_point_decode "
-        "exact_affine_step exact_affine_inverse_step bdia_exact_step bdia_exact_inverse_step torch_randn "
-        "gaussian_step gaussian_log_prob gaussian_kl"
-    )
-    assert {name for name, _ in public_functions()} == set(expected.split())
-    for module in pkgutil.walk_packages([str(KERNELS / "reference"), str(KERNELS / "ops")]):
-        assert not module.name.startswith("_")
-
-
-@pytest.mark.parametrize(("name", "function"), public_functions())
-def test_public_docstrings(name: str, function: Any) -> None:
-    text = inspect.getdoc(function) or ""
-    assert text.splitlines()[0].endswith(".")
-    assert ">>> " in text, "no example"
-    assert "Raises:" in text
-    signature = inspect.signature(function)
-    if "with the same arguments" in text:
-        text += inspect.getdoc(bk.normal) or ""
-    for parameter in signature.parameters:
-        assert parameter in text, f"{name}: {parameter} is not described"
-    assert all(value.annotation is not inspect.Parameter.empty for value in signature.parameters.values())
-
-
-def test_ops_and_references_share_their_signatures() -> None:
-    """An argument that one side lacks would fail only where that side runs; `gradient` is a matter of kernels alone."""
-    for name, function in public_functions():
-        ours = inspect.signature(function).parameters
-        plain = inspect.signature(getattr(bk.reference, name)).parameters
-        assert [key for key in ours if key not in ("out", "gradient")] == list(plain), name
-        assert all(
-            ours[key].default == value.default and ours[key].kind == value.kind for key, value in plain.items()
-        ), name
-
-
-def test_every_module_says_what_it_is() -> None:
-    for package in ("bicm_kernels.ops", "bicm_kernels.reference"):
-        for module in pkgutil.iter_modules(importlib.import_module(package).__path__, package + "."):
-            assert importlib.import_module(module.name).__doc__, module.name
