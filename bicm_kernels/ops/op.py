@@ -81,10 +81,16 @@ class Op(Row):
             function = getattr(direct, self.name, None)
             if function is not None:
                 result = function(*call)
-                if result is None and may_go_direct():
-                    result = function(*call)
-                if result is not None:
-                    return result
+                return self.refused(function, call) if result is None else result
+        return self.dispatch(call, outs)
+
+    def refused(self, function: Any, call: Call) -> Any:
+        """A direct call that returned None: once more where the library had to be asked again, else the dispatcher."""
+        result = function(*call) if may_go_direct() else None
+        return self.dispatch(call, None) if result is None else result
+
+    def dispatch(self, call: Call, outs: Any) -> Any:
+        """The call through the dispatcher: by the native library if it is plain."""
         library = backend.library
         if library is None or ((outs is not None or self.respells) and not self.is_writable(call, outs)):
             return self.run(call, outs)

@@ -146,7 +146,9 @@ class Drawing:
     def _drawn_alike(self, known: int, like: Tensor, sample: Tensor, generator: Generators) -> Tensor:
         """`_drawn` of float32 tensors, with what `ready` found of them."""
         on_host = generator is None or (type(generator) is Generator and generator.device.type == "cpu")
-        if known & ALIKE and on_host:
+        # Tensors with dimensions are alike; an argument may be none, and has to be refused before anything is drawn.
+        both = type(like) is type(sample) is Tensor and like.dim() > 0 < sample.dim()
+        if known & ALIKE and on_host and both:
             return torch_randn(like.shape, generator=generator, dtype=torch.float32)
         return self._drawn(like, sample, generator)
 
