@@ -254,7 +254,7 @@ def denoised_step(
     if direct is not None and out is None and not dynamo():
         results = direct.denoised_step(*call)  # as in `Op.call`, which takes longer to be called than to do this
         if results is None:
-            results = DENOISED_STEP.refused(direct.denoised_step, call)
+            results = DENOISED_STEP.call(*call, refused=True)
         return tuple.__new__(DenoisedStep, results)
     if out is not None:
         arguments.check_sequence("out", out, "(out, x0)" if next_scale is None else "(out, x0, next)")

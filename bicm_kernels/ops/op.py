@@ -72,25 +72,22 @@ class Op(Row):
     #: Whether a call differs from the arguments of the schema.
     respells: ClassVar[bool] = False
 
-    def call(self, *call: Any, outs: Any = None) -> Any:
-        """Run the kernel, bypassing the dispatcher where possible; the reference where it is needed."""
+    def call(self, *call: Any, outs: Any = None, refused: bool = False) -> Any:
+        """Run the kernel, bypassing the dispatcher where possible; the reference where it is needed.
+
+        refused: whether the library's direct function returned None for this call already.
+        """
         if dynamo():
             return self.run(call, outs)
         direct = backend.direct
         if direct is not None and outs is None:
             function = getattr(direct, self.name, None)
             if function is not None:
-                result = function(*call)
-                return self.refused(function, call) if result is None else result
-        return self.dispatch(call, outs)
-
-    def refused(self, function: Any, call: Call) -> Any:
-        """A direct call that returned None: once more where the library had to be asked again, else the dispatcher."""
-        result = function(*call) if may_go_direct() else None
-        return self.dispatch(call, None) if result is None else result
-
-    def dispatch(self, call: Call, outs: Any) -> Any:
-        """The call through the dispatcher: by the native library if it is plain."""
+                result = None if refused else function(*call)
+                if result is None and may_go_direct():
+                    result = function(*call)
+                if result is not None:
+                    return result
         library = backend.library
         if library is None or ((outs is not None or self.respells) and not self.is_writable(call, outs)):
             return self.run(call, outs)
