@@ -37,34 +37,23 @@ struct WordOps;
 template <>
 struct WordOps<uint32_t> {
   BICM_HD static void multiply_wide(uint32_t a, uint32_t multiplier, uint32_t& high, uint32_t& low) {
+#if defined(__CUDA_ARCH__)
+    // nvcc would multiply 64-bit operands, and add the product of the upper half, which is 0.
+    uint64_t product;
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(multiplier));
+#else
     const uint64_t product = static_cast<uint64_t>(a) * multiplier;
+#endif
     high = static_cast<uint32_t>(product >> 32);
     low = static_cast<uint32_t>(product);
   }
   BICM_HD static uint32_t xor_three(uint32_t a, uint32_t b, uint32_t key) { return a ^ b ^ key; }
 };
 
-// The operations of a round with these keys.
-template <class Word, class Keys>
-struct RoundOps : WordOps<Word> {};
-#if defined(__CUDA_ARCH__)
-// nvcc multiplies 64-bit operands elsewhere, and adds the product of the upper half, which is 0. This needs more
-// registers, which kernels of five operands do not have.
-template <>
-struct RoundOps<uint32_t, RoundKeys> : WordOps<uint32_t> {
-  BICM_HD static void multiply_wide(uint32_t a, uint32_t multiplier, uint32_t& high, uint32_t& low) {
-    uint64_t product;
-    asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(multiplier));
-    high = static_cast<uint32_t>(product >> 32);
-    low = static_cast<uint32_t>(product);
-  }
-};
-#endif
-
 // `Keys` is Key or RoundKeys.
 template <class Word, class Keys>
 BICM_HD Quad<Word> philox(Quad<Word> counter, const Keys& keys) {
-  using Ops = RoundOps<Word, Keys>;
+  using Ops = WordOps<Word>;
   Word x0 = counter.lane[0], x1 = counter.lane[1], x2 = counter.lane[2], x3 = counter.lane[3];
   BICM_UNROLL(10)
   for (int round = 0; round < kRounds; ++round) {

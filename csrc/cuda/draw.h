@@ -8,17 +8,32 @@ namespace bicm {
 namespace cuda {
 
 // The keys of all rounds. The empty statement keeps the compiler from adding them up again for every quad.
-BICM_DEVICE KeyOfSample<RoundKeys> with_round_keys(const SampleKey& key) {
-  KeyOfSample<RoundKeys> result = {{}, key.sample, key.step};
+BICM_DEVICE RoundKeys round_keys(const Key& key) {
+  RoundKeys result;
   BICM_UNROLL(10)
   for (int i = 0; i < kRounds; ++i) {
-    result.key.round[i] = key.key.of_round(i);
+    result.round[i] = key.of_round(i);
 #if defined(__CUDA_ARCH__)
-    asm volatile("" : "+r"(result.key.round[i].low), "+r"(result.key.round[i].high));
+    asm volatile("" : "+r"(result.round[i].low), "+r"(result.round[i].high));
 #endif
   }
   return result;
 }
+
+// From one sample's key to that of another: seeds that all samples share are taken once, for the first.
+BICM_DEVICE void next_key(const NoiseKey& noise, int64_t sample, bool, SampleKey& key) {
+  key = sample_key(noise, sample);
+}
+BICM_DEVICE void next_key(const NoiseKey& noise, int64_t sample, bool first, KeyOfSample<RoundKeys>& key) {
+  const SampleKey next = sample_key(noise, sample);
+  if (first || (noise.seed.data != nullptr && noise.seed.stride != 0)) key.key = round_keys(next.key);
+  key.sample = next.sample;
+  key.step = next.step;
+}
+
+// Elements of a group that is not whole, for `for_groups`: four numbers are drawn at a time.
+template <class Memory>
+constexpr int kRestOfDrawn = Memory::kGroup > 1 ? 4 : 1;
 
 template <Distribution D, int Group, class Keys>
 BICM_DEVICE void draw(const KeyOfSample<Keys>& key, int64_t begin, float* drawn) {

@@ -3,6 +3,8 @@
 // third. Policies share one interface:
 //
 //   Place at(layout, sample, begin, aligned)    the group's address, and how many of its elements exist
+//   Row row(operand, sample)                    a sample of a tensor; the following take it in place of the tensor
+//   Place in_row(layout, sample, begin, whole)  a group of it; `whole` is known when a kernel is compiled
 //   Raw load(layout, operand, place)            the bits, in flight until `widen` uses them
 //   void widen(operand, raw, values)            the values in the compute type
 //   void store(layout, operand, place, values)  rounded once to the operand's dtype
@@ -60,6 +62,9 @@ inline bool access_aligned(const Layout& layout, const Operand& x) {
   return (reinterpret_cast<int64_t>(x.data) | row) % kAccess == 0;
 }
 
+template <size_t Bytes>
+constexpr int kWords = Bytes < 4 ? 1 : Bytes / 4;
+
 // A group's bits. Elements are extracted and inserted by shifts, because registers cannot be indexed.
 template <int Words>
 struct alignas(kAccess) Bits {
@@ -98,15 +103,38 @@ struct DensePlace {
   bool whole;
 };
 
-template <class T>
-BICM_DEVICE T* dense_address(const Operand& x, const DensePlace& place) {
+// A sample of a dense tensor, whose address is computed once.
+struct DenseRow {
+  void* data;
+  DType dtype;
+  static constexpr int64_t batch_stride = 0;
+};
+
+// The empty statement keeps the compiler from computing the address again for every group.
+BICM_DEVICE DenseRow row_of(const Operand& x, int64_t sample, int64_t size) {
+  char* data = static_cast<char*>(x.data) + sample * x.batch_stride * size;
+#if defined(__CUDA_ARCH__)
+  size_t address = __cvta_generic_to_global(data);
+  asm volatile("" : "+l"(address));
+  data = static_cast<char*>(__cvta_global_to_generic(address));
+#endif
+  return {data, x.dtype};
+}
+
+// Whether a group is moved in vectors where it is whole.
+template <class T, int Group>
+constexpr bool kVectors = Group > 1 && Group * sizeof(T) >= 8;
+
+// X is Operand or DenseRow.
+template <class T, class X>
+BICM_DEVICE T* dense_address(const X& x, const DensePlace& place) {
   return static_cast<T*>(x.data) + place.sample * x.batch_stride + place.begin;
 }
 
-template <class T, int Group, class Raw>
-BICM_DEVICE void load_dense(const Operand& x, const DensePlace& place, Raw& raw) {
+template <class T, int Group, class X, class Raw>
+BICM_DEVICE void load_dense(const X& x, const DensePlace& place, Raw& raw) {
   const T* from = dense_address<T>(x, place);
-  if (place.whole) {
+  if (kVectors<T, Group> && place.whole) {
     load_wide<Group * sizeof(T)>(raw.word, from);
     return;
   }
@@ -116,13 +144,13 @@ BICM_DEVICE void load_dense(const Operand& x, const DensePlace& place, Raw& raw)
   }
 }
 
-template <class T, int Group, class C>
-BICM_DEVICE void store_dense(const Operand& x, const DensePlace& place, const C* values) {
+template <class T, int Group, class X, class C>
+BICM_DEVICE void store_dense(const X& x, const DensePlace& place, const C* values) {
   T* to = dense_address<T>(x, place);
-  Bits<Group * sizeof(T) / 4> raw = {};
+  Bits<kWords<Group * sizeof(T)>> raw = {};
   BICM_UNROLL(8)
   for (int i = 0; i < Group; ++i) raw.put(i, round_to<T>(values[i]));
-  if (place.whole) {
+  if (kVectors<T, Group> && place.whole) {
     store_wide<Group * sizeof(T)>(to, raw.word);
     return;
   }
@@ -142,38 +170,62 @@ template <class C, int Group>
 struct Dense {
   using Compute = C;
   using Place = DensePlace;
+  using Row = DenseRow;
   static constexpr int kGroup = Group;
 
   BICM_DEVICE static Place at(const Layout& layout, int64_t sample, int64_t begin, bool aligned) {
     const int64_t left = layout.elements - begin;
     return {sample, begin, left < Group ? static_cast<int>(left) : Group, aligned && left >= Group};
   }
+  BICM_DEVICE static Place in_row(const Layout& layout, int64_t, int64_t begin, bool whole) {
+    if (whole) return {0, begin, Group, true};
+    const int64_t left = layout.elements - begin;
+    return {0, begin, left < Group ? static_cast<int>(left) : Group, false};
+  }
 };
 
-// Every operand is dense and holds T.
-template <class T>
-struct Packed : Dense<Value<T>, sizeof(T) == 2 ? 8 : 4> {
-  using Base = Dense<Value<T>, sizeof(T) == 2 ? 8 : 4>;
-  using Base::kGroup;
+template <class T, int Group>
+struct PackedGroup : Dense<Value<T>, Group> {
+  using Dense<Value<T>, Group>::kGroup;
   using C = Value<T>;
-  using Raw = Bits<kGroup * sizeof(T) / 4>;
+  using Raw = Bits<kWords<Group * sizeof(T)>>;
 
-  BICM_DEVICE static Raw load(const Layout&, const Operand& x, const DensePlace& place) {
+  BICM_DEVICE static DenseRow row(const Operand& x, int64_t sample) { return row_of(x, sample, sizeof(T)); }
+
+  template <class X>
+  BICM_DEVICE static Raw load(const Layout&, const X& x, const DensePlace& place) {
     Raw raw = {};
     load_dense<T, kGroup>(x, place, raw);
     return raw;
   }
-  BICM_DEVICE static void widen(const Operand&, const Raw& raw, C* values) { widen_dense<T, kGroup>(raw, values); }
-  BICM_DEVICE static void store(const Layout&, const Operand& x, const DensePlace& place, const C* values) {
+  template <class X>
+  BICM_DEVICE static void widen(const X&, const Raw& raw, C* values) {
+    widen_dense<T, kGroup>(raw, values);
+  }
+  template <class X>
+  BICM_DEVICE static void store(const Layout&, const X& x, const DensePlace& place, const C* values) {
     store_dense<T, kGroup>(x, place, values);
   }
 };
 
-// Every operand is dense and float32 or a half; the dtype is checked at run time, once per group.
-struct Mixed : Dense<float, 8> {
-  using Raw = Bits<8>;  // halves fill the first four words
+// Every operand is dense and holds T. Part: groups of another size, whose elements move one by one.
+template <class T>
+struct Packed : PackedGroup<T, sizeof(T) == 2 ? 8 : 4> {
+  template <int Group>
+  using Part = PackedGroup<T, Group>;
+};
 
-  BICM_DEVICE static Raw load(const Layout&, const Operand& x, const DensePlace& place) {
+template <int Group>
+struct MixedGroup : Dense<float, Group> {
+  using Dense<float, Group>::kGroup;
+  using Raw = Bits<Group>;  // halves fill the first half
+
+  BICM_DEVICE static DenseRow row(const Operand& x, int64_t sample) {
+    return row_of(x, sample, size_in_bytes(x.dtype));
+  }
+
+  template <class X>
+  BICM_DEVICE static Raw load(const Layout&, const X& x, const DensePlace& place) {
     Raw raw = {};
     if (x.dtype == DType::float32) {
       load_dense<float, kGroup>(x, place, raw);
@@ -183,7 +235,8 @@ struct Mixed : Dense<float, 8> {
     return raw;
   }
 
-  BICM_DEVICE static void widen(const Operand& x, const Raw& raw, float* values) {
+  template <class X>
+  BICM_DEVICE static void widen(const X& x, const Raw& raw, float* values) {
     switch (x.dtype) {
       case DType::float16: return widen_dense<Half, kGroup>(raw, values);
       case DType::bfloat16: return widen_dense<BFloat16, kGroup>(raw, values);
@@ -191,7 +244,8 @@ struct Mixed : Dense<float, 8> {
     }
   }
 
-  BICM_DEVICE static void store(const Layout&, const Operand& x, const DensePlace& place, const float* values) {
+  template <class X>
+  BICM_DEVICE static void store(const Layout&, const X& x, const DensePlace& place, const float* values) {
     switch (x.dtype) {
       case DType::float16: return store_dense<Half, kGroup>(x, place, values);
       case DType::bfloat16: return store_dense<BFloat16, kGroup>(x, place, values);
@@ -199,6 +253,31 @@ struct Mixed : Dense<float, 8> {
     }
   }
 };
+
+// Every operand is dense and float32 or a half; the dtype is checked at run time, once per group.
+struct Mixed : MixedGroup<8> {
+  template <int Group>
+  using Part = MixedGroup<Group>;
+};
+
+// Calls `step(memory, place)` with every group of a row that the calling thread has: whole, aligned ones, about which
+// nothing is asked, then groups of `Rest` elements where a row is not aligned, or does not end with a whole group.
+template <class Memory, int Rest, class Step>
+BICM_DEVICE void for_groups(const Layout& layout, int64_t sample, bool aligned, Step step) {
+  constexpr int G = Memory::kGroup;
+  int64_t done = 0;
+  if (G > 1 && aligned) {
+    done = layout.elements - layout.elements % G;
+    for (int64_t begin = first_group() * G; begin < done; begin += group_stride() * G) {
+      step(Memory{}, Memory::in_row(layout, sample, begin, true));
+    }
+  }
+  using Part = typename Memory::template Part<Rest>;
+  BICM_LOOP
+  for (int64_t begin = done + first_group() * Rest; begin < layout.elements; begin += group_stride() * Rest) {
+    step(Part{}, Part::in_row(layout, sample, begin, false));
+  }
+}
 
 }  // namespace cuda
 }  // namespace bicm

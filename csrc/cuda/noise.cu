@@ -10,18 +10,20 @@ namespace {
 template <class Memory, Distribution D>
 __global__ void __launch_bounds__(kThreads) noise_kernel(const __grid_constant__ Noise problem, bool aligned) {
   using C = typename Memory::Compute;
-  constexpr int G = Memory::kGroup;
   const Layout& layout = problem.layout;
+  KeyOfSample<RoundKeys> key;
   for (int64_t sample = blockIdx.y; sample < layout.batch; sample += gridDim.y) {
-    const KeyOfSample<RoundKeys> key = with_round_keys(sample_key(problem.key, sample));
-    for (int64_t begin = first_group() * G; begin < layout.elements; begin += group_stride() * G) {
+    next_key(problem.key, sample, sample == blockIdx.y, key);
+    const typename Memory::Row out = Memory::row(problem.out, sample);
+    for_groups<Memory, kRestOfDrawn<Memory>>(layout, sample, aligned, [&](auto memory, const auto& place) {
+      constexpr int G = decltype(memory)::kGroup;
       float drawn[G];
-      draw<D, G>(key, begin, drawn);
+      draw<D, G>(key, place.begin, drawn);
       C values[G];
       BICM_UNROLL(8)
       for (int i = 0; i < G; ++i) values[i] = static_cast<C>(drawn[i]);
-      Memory::store(layout, problem.out, Memory::at(layout, sample, begin, aligned), values);
-    }
+      memory.store(layout, out, place, values);
+    });
   }
 }
 
@@ -43,62 +45,89 @@ BICM_DEVICE void add_level(const C* x, const float* drawn, C sigma, C scale, C* 
   for (int i = 0; i < G; ++i) y[i] = scale * at_level(x[i], sigma, drawn[i]);
 }
 
+// Minimum blocks per multiprocessor: as many as leave each thread enough registers.
 template <class Memory>
-__global__ void __launch_bounds__(kThreads, 2) noisy_pair_kernel(const __grid_constant__ NoisyPair p, bool aligned) {
+constexpr int kPairsResident = Memory::kGroup == 1 || sizeof(typename Memory::Compute) == 8 ? 2 : 4;
+
+// A sample's tensors and numbers.
+template <class Memory>
+struct Levels {
   using C = typename Memory::Compute;
+  typename Memory::Row low_out, high_out;
+  C low, high, low_scale, high_scale;
+};
+
+template <class Memory>
+BICM_DEVICE Levels<Memory> levels_of(const NoisyPair& p, int64_t sample) {
+  using C = typename Memory::Compute;
+  Levels<Memory> l = {};
+  l.low_out = Memory::row(p.low, sample);
+  l.high_out = Memory::row(p.high, sample);
+  l.low = load_number<C>(p.sigma_low, sample);
+  l.high = load_number<C>(p.sigma_high, sample);
+  l.low_scale = pair_scale(p, sample, l.low);
+  l.high_scale = pair_scale(p, sample, l.high);
+  return l;
+}
+
+template <class Memory, class Levels, class Place, class C>
+BICM_DEVICE void store_levels(const NoisyPair& p, const Levels& l, const Place& place, const C* x, const float* drawn) {
   constexpr int G = Memory::kGroup;
+  C y[G];
+  add_level<G>(x, drawn, l.low, l.low_scale, y);
+  Memory::store(p.layout, l.low_out, place, y);
+  add_level<G>(x, drawn, l.high, l.high_scale, y);
+  Memory::store(p.layout, l.high_out, place, y);
+}
+
+template <class Memory>
+__global__ void __launch_bounds__(kThreads, kPairsResident<Memory>)
+    noisy_pair_kernel(const __grid_constant__ NoisyPair p, bool aligned) {
+  using C = typename Memory::Compute;
   for (int64_t sample = blockIdx.y; sample < p.layout.batch; sample += gridDim.y) {
     const SampleKey key = sample_key(p.key, sample);
-    const C low = load_number<C>(p.sigma_low, sample), high = load_number<C>(p.sigma_high, sample);
-    const C low_scale = pair_scale(p, sample, low), high_scale = pair_scale(p, sample, high);
+    const Levels<Memory> levels = levels_of<Memory>(p, sample);
     const bool generated = p.mask != nullptr && number_at<bool>(p.mask, sample * p.mask_stride);
-    for (int64_t begin = first_group() * G; begin < p.layout.elements; begin += group_stride() * G) {
-      const typename Memory::Place place = Memory::at(p.layout, sample, begin, aligned);
-      const typename Memory::Raw raw =
-          generated ? Memory::load(p.layout, p.x_hat, place) : Memory::load(p.layout, p.x, place);
+    const typename Memory::Row in = Memory::row(generated ? p.x_hat : p.x, sample);
+    for_groups<Memory, kRestOfDrawn<Memory>>(p.layout, sample, aligned, [&](auto memory, const auto& place) {
+      constexpr int G = decltype(memory)::kGroup;
+      const auto raw = memory.load(p.layout, in, place);
       float drawn[G];
-      draw<Distribution::normal, G>(key, begin, drawn);
-      C x[G], y[G];
-      Memory::widen(p.x, raw, x);
-      add_level<G>(x, drawn, low, low_scale, y);
-      Memory::store(p.layout, p.low, place, y);
-      add_level<G>(x, drawn, high, high_scale, y);
-      Memory::store(p.layout, p.high, place, y);
-    }
+      draw<Distribution::normal, G>(key, place.begin, drawn);
+      C x[G];
+      memory.widen(in, raw, x);
+      store_levels<decltype(memory)>(p, levels, place, x, drawn);
+    });
   }
 }
 
 // The same with the network's prediction at the low level, where the mask is true.
 template <class Memory>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kPairsResident<Memory>)
     generated_pair_kernel(const __grid_constant__ NoisyPair p, bool aligned) {
   using C = typename Memory::Compute;
-  constexpr int G = Memory::kGroup;
   for (int64_t sample = blockIdx.y; sample < p.layout.batch; sample += gridDim.y) {
     const SampleKey key = sample_key(p.key, sample);
-    const C low = load_number<C>(p.sigma_low, sample), high = load_number<C>(p.sigma_high, sample);
-    const C low_scale = pair_scale(p, sample, low), high_scale = pair_scale(p, sample, high);
+    const Levels<Memory> levels = levels_of<Memory>(p, sample);
     const bool generated = p.mask == nullptr || number_at<bool>(p.mask, sample * p.mask_stride);
-    const Preconditioning<C> weights = pair_weights(p, sample, low);
-    for (int64_t begin = first_group() * G; begin < p.layout.elements; begin += group_stride() * G) {
-      const typename Memory::Place place = Memory::at(p.layout, sample, begin, aligned);
-      const typename Memory::Raw raw = Memory::load(p.layout, p.x, place);
-      typename Memory::Raw network = {};
-      if (generated) network = Memory::load(p.layout, p.x_hat, place);
+    const Preconditioning<C> weights = pair_weights(p, sample, levels.low);
+    const typename Memory::Row in = Memory::row(p.x, sample), output = Memory::row(p.x_hat, sample);
+    for_groups<Memory, kRestOfDrawn<Memory>>(p.layout, sample, aligned, [&](auto memory, const auto& place) {
+      constexpr int G = decltype(memory)::kGroup;
+      const auto raw = memory.load(p.layout, in, place);
+      typename decltype(memory)::Raw network = {};
+      if (generated) network = memory.load(p.layout, output, place);
       float drawn[G];
-      draw<Distribution::normal, G>(key, begin, drawn);
-      C x[G], y[G];
-      Memory::widen(p.x, raw, x);
+      draw<Distribution::normal, G>(key, place.begin, drawn);
+      C x[G], f[G];
+      memory.widen(in, raw, x);
       if (generated) {
-        Memory::widen(p.x_hat, network, y);
+        memory.widen(output, network, f);
         BICM_UNROLL(8)
-        for (int i = 0; i < G; ++i) x[i] = weights.c_skip * at_level(x[i], low, drawn[i]) + weights.c_out * y[i];
+        for (int i = 0; i < G; ++i) x[i] = weights.c_skip * at_level(x[i], levels.low, drawn[i]) + weights.c_out * f[i];
       }
-      add_level<G>(x, drawn, low, low_scale, y);
-      Memory::store(p.layout, p.low, place, y);
-      add_level<G>(x, drawn, high, high_scale, y);
-      Memory::store(p.layout, p.high, place, y);
-    }
+      store_levels<decltype(memory)>(p, levels, place, x, drawn);
+    });
   }
 }
 

@@ -12,6 +12,8 @@ template <class C>
 struct Strided {
   using Compute = C;
   static constexpr int kGroup = 1;
+  template <int>
+  using Part = Strided;
   struct Raw {
     C value;
   };
@@ -34,6 +36,17 @@ struct Strided {
       left = rest;
     }
     return place;
+  }
+
+  BICM_DEVICE static Place in_row(const Layout& layout, int64_t sample, int64_t begin, bool) {
+    return at(layout, sample, begin, false);
+  }
+  using Row = const Operand*;
+  BICM_DEVICE static Row row(const Operand& x, int64_t) { return &x; }
+  BICM_DEVICE static Raw load(const Layout& layout, Row x, const Place& place) { return load(layout, *x, place); }
+  BICM_DEVICE static void widen(Row, const Raw& raw, C* values) { values[0] = raw.value; }
+  BICM_DEVICE static void store(const Layout& layout, Row x, const Place& place, const C* values) {
+    store(layout, *x, place, values);
   }
 
   BICM_DEVICE static int64_t offset(const Layout& layout, const Operand& x, const Place& place) {

@@ -1,0 +1,127 @@
+"""Instructions of the loops of the CUDA kernels, counted in the machine code of one architecture.
+
+A loop's count is that of the shortest way through it which has the 128-bit accesses of whole, aligned groups: the way
+that nearly every iteration takes. What is called (square roots of subnormal numbers) is not on it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    predicate: str
+    name: str
+    rest: str
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch goes."""
+        found = re.search(r"\b0x([0-9a-f]+)\s*$", self.rest)
+        return int(found[1], 16) if found and self.name.split(".")[0] == "BRA" else None
+
+    @property
+    def wide(self) -> bool:
+        return re.fullmatch(r"(LDG|STG)\.E(\.\w+)*\.128(\.\w+)*", self.name) is not None
+
+
+LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z][\w.]*)\s*(.*?)\s*;", re.MULTILINE)
+
+
+def functions(disassembly: str) -> Iterator[tuple[str, list[Instruction]]]:
+    """Name and instructions of every kernel, without the filling behind the last."""
+    for part in disassembly.split("Function : ")[1:]:
+        name, _, body = part.partition("\n")
+        code = [Instruction(int(m[1], 16), m[2] or "", m[3], m[4]) for m in LINE.finditer(body)]
+        while code and code[-1].name in ("NOP", "BRA"):
+            code.pop()
+        yield name.strip(), code
+
+
+@dataclass
+class Block:
+    """Instructions that run one after another, and where it goes on."""
+
+    instructions: list[Instruction] = field(default_factory=list)
+    following: list[int] = field(default_factory=list)
+
+    @property
+    def avoided(self) -> bool:
+        return any(x.name.startswith(("CALL", "EXIT", "RET")) and not x.predicate for x in self.instructions)
+
+
+def blocks_of(code: list[Instruction]) -> dict[int, Block]:
+    targets = {x.target for x in code if x.target is not None}
+    blocks: dict[int, Block] = {}
+    current: Block | None = None
+    for i, x in enumerate(code):
+        if current is None or x.address in targets:
+            if current is not None:
+                current.following.append(x.address)
+            current = blocks[x.address] = Block()
+        current.instructions.append(x)
+        following = code[i + 1].address if i + 1 < len(code) else None
+        if x.target is not None:
+            current.following.append(x.target)
+            # "!UPT" and "!PT" never hold; a branch without a condition has neither predicate nor operand.
+            conditional = x.predicate or re.match(r"!?U?P\d", x.rest)
+            if conditional and following is not None:
+                current.following.append(following)
+            current = None
+        elif x.name.startswith(("EXIT", "RET")) and not x.predicate:
+            current = None
+    return blocks
+
+
+def loops(code: list[Instruction]) -> Iterator[tuple[int, dict[int, int]]]:
+    """Of every loop without one inside: its address, and the fewest instructions of a round by its wide accesses."""
+    blocks = blocks_of(code)
+    backward = [(x.target, x.address) for x in code if x.target is not None and x.target <= x.address]
+    for head, tail in backward:
+        if any(head <= h and t <= tail and (h, t) != (head, tail) for h, t in backward):
+            continue
+
+        @cache
+        def ways(address: int, head: int = head, tail: int = tail) -> dict[int, int]:
+            block = blocks[address]
+            if block.avoided:
+                return {}
+            count, wide = len(block.instructions), sum(x.wide for x in block.instructions)
+            found: dict[int, int] = {}
+            for following in block.following:
+                if following == head:
+                    rest = {0: 0}
+                elif head < following <= tail and following > address:
+                    rest = ways(following)
+                else:
+                    continue
+                for accesses, length in rest.items():
+                    found[wide + accesses] = min(found.get(wide + accesses, 1 << 30), count + length)
+            return found
+
+        yield head, ways(head)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A kernel's loop over whole groups: instructions a group, and groups in a round."""
+
+    instructions: float
+    groups: int
+
+
+def loop_of(code: list[Instruction], accesses: int) -> Loop | None:
+    """The loop whose groups have so many wide accesses, with the fewest instructions a group; of several groups first."""
+    best: Loop | None = None
+    for _, found in loops(code):
+        for wide, count in found.items():
+            if wide and wide % accesses == 0:
+                loop = Loop(count / (wide // accesses), wide // accesses)
+                if best is None or loop.instructions < best.instructions:
+                    best = loop
+    return best
