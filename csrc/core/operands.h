@@ -12,11 +12,18 @@ enum class DType : int32_t { float16, bfloat16, float32, float64, int32, int64 }
 constexpr int kMaxDims = 8;   // of a sample, after adjacent dimensions were merged
 constexpr int kMaxTerms = 5;  // tensors of an affine map
 
+// x / size = x multiplier >> shift for 0 <= x < 2^31; GPUs have no instruction for a quotient of integers.
+struct Reciprocal {
+  uint32_t multiplier, shift;
+};
+
 // B samples of d elements; sizes are the sample's merged dimensions, their product is d.
 struct Layout {
   int64_t batch, elements;
   int64_t sizes[kMaxDims];
   int32_t dims;
+  bool narrow;  // `reciprocals` are those of the sizes: kernels on any strides
+  Reciprocal reciprocals[kMaxDims];
 };
 
 // A tensor in that layout; strides count elements. Dense: the elements of a sample are adjacent, in row-major order.

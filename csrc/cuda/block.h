@@ -67,6 +67,7 @@ BICM_DEVICE Sum<C> block_sum(Sum<C> x) {
   }
   __syncthreads();
   if (thread == 0) {
+    BICM_LOOP
     for (int warp = 1; warp < warps; ++warp) x = add(x, {high[warp], low[warp]});
   }
   __syncthreads();  // the next sum writes there again

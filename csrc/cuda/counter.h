@@ -23,6 +23,37 @@ BICM_DEVICE bool finishes_last(unsigned* finished) {
   return last[0];
 }
 
+// Numbers that one thread adds up one after another, at most.
+constexpr int64_t kSerial = 32;
+
+// What is left of every sample's sums where there were many: so many, so far apart.
+struct Folded {
+  int64_t count, step;
+};
+
+// Adds up the sums of every sample's chunks, in place, until at most kSerial are left: a thread adds kSerial of them at
+// a time. Which are added depends on their number alone. Every thread of the block must call this.
+template <class Add>
+BICM_DEVICE Folded fold_sums(double* sums, int64_t batch, int64_t chunks, Add add) {
+  Folded left = {chunks, 1};
+  BICM_LOOP
+  while (left.count > kSerial) {
+    const int64_t parts = (left.count + kSerial - 1) / kSerial;
+    BICM_LOOP
+    for (int64_t part = threadIdx.x; part < batch * parts; part += blockDim.x) {
+      const int64_t first = part % parts * kSerial, rest = left.count - first;
+      double* const from = sums + part / parts * chunks + first * left.step;
+      double sum = load_at(from);
+      BICM_LOOP
+      for (int64_t i = 1; i < (rest < kSerial ? rest : kSerial); ++i) sum = add(sum, load_at(from + i * left.step));
+      store_at(from, sum);
+    }
+    __syncthreads();
+    left = {parts, left.step * kSerial};
+  }
+  return left;
+}
+
 // A counter for the launches of one stream, which follow each other: 0 before the first, and each leaves it at 0. Null
 // where there is no memory for one. Nothing is ever freed: a kernel may still run when the process ends.
 inline unsigned* counter_of_stream(cudaStream_t stream) {

@@ -1,6 +1,8 @@
 // Keyed noise for a thread's group of adjacent elements: whole quads, or one element's lane of its quad.
 #pragma once
 
+#include <type_traits>
+
 #include "../core/noise.h"
 #include "launch.h"
 
@@ -20,16 +22,31 @@ BICM_DEVICE RoundKeys round_keys(const Key& key) {
   return result;
 }
 
-// From one sample's key to that of another: seeds that all samples share are taken once, for the first.
-BICM_DEVICE void next_key(const NoiseKey& noise, int64_t sample, bool, SampleKey& key) {
-  key = sample_key(noise, sample);
+BICM_DEVICE bool differs(const Integer& integer) { return integer.data != nullptr && integer.stride != 0; }
+
+BICM_DEVICE void take_key(const SampleKey& from, SampleKey& key) { key = from; }
+BICM_DEVICE void take_key(const SampleKey& from, KeyOfSample<RoundKeys>& key) {
+  key = {round_keys(from.key), from.sample, from.step};
 }
-BICM_DEVICE void next_key(const NoiseKey& noise, int64_t sample, bool first, KeyOfSample<RoundKeys>& key) {
-  const SampleKey next = sample_key(noise, sample);
-  if (first || (noise.seed.data != nullptr && noise.seed.stride != 0)) key.key = round_keys(next.key);
-  key.sample = next.sample;
-  key.step = next.step;
-}
+
+// The keys of the samples that a block draws for, one after another: what they share is read for the first alone, where
+// there are registers to keep it.
+template <class Keys>
+struct BlockKeys {
+  KeyOfSample<Keys> key;
+  bool varies;
+
+  BICM_DEVICE explicit BlockKeys(const NoiseKey& noise)
+      : key(), varies(differs(noise.seed) || differs(noise.step) || differs(noise.sample)) {}
+
+  BICM_DEVICE void move_to(const NoiseKey& noise, int64_t sample, bool first) {
+    if (first || varies || std::is_same_v<Keys, Key>) {
+      take_key(sample_key(noise, sample), key);
+    } else if (noise.counts) {
+      key.sample += gridDim.y;
+    }
+  }
+};
 
 // Elements of a group that is not whole, for `for_groups`: four numbers are drawn at a time.
 template <class Memory>

@@ -203,9 +203,15 @@ __global__ void __launch_bounds__(kThreads, kResident<Memory>)
     }
   }
   if (to.finished == nullptr || !finishes_last(to.finished)) return;
+  const Folded left =
+      fold_sums(to.chunk_sums, g.layout.batch, to.chunks, [](double a, double b) { return a + b; });
+  BICM_LOOP
   for (int64_t sample = threadIdx.x; sample < g.layout.batch; sample += blockDim.x) {
     double sum = 0.0;
-    for (int64_t i = 0; i < to.chunks; ++i) sum = sum + load_at(to.chunk_sums + sample * to.chunks + i);
+    BICM_LOOP
+    for (int64_t i = 0; i < left.count; ++i) {
+      sum = sum + load_at(to.chunk_sums + sample * to.chunks + i * left.step);
+    }
     finish_sample<C>(g, sample, sum);
   }
 }
@@ -230,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, kResident<Memory>)
 template <class Memory>
 cudaError_t run_sums(const Gaussian& g, const Totals& to, bool aligned, cudaStream_t stream) {
   Grid grid;
-  const cudaError_t error = plan_blocks(g.layout.batch * to.chunks, grid);
+  const cudaError_t error = plan_blocks(g.layout.batch * to.chunks, gaussian_kernel<Memory>, grid);
   if (error != cudaSuccess) return error;
   const int64_t longest = g.layout.elements < kGaussianChunk ? g.layout.elements : kGaussianChunk;
   const int64_t warps = divide_up(divide_up(longest, kCell), kLanesOfWarp), most = kThreads / kLanesOfWarp;
@@ -242,7 +248,7 @@ cudaError_t run_sums(const Gaussian& g, const Totals& to, bool aligned, cudaStre
 template <class Memory>
 cudaError_t run_gradient(const Gaussian& g, const Totals&, bool aligned, cudaStream_t stream) {
   Grid grid;
-  const cudaError_t error = plan(g.layout, Memory::kGroup, grid);
+  const cudaError_t error = plan(g.layout, Memory::kGroup, gaussian_gradient_kernel<Memory>, grid);
   if (error != cudaSuccess) return error;
   grid.synchronises = true;
   return launch(gaussian_gradient_kernel<Memory>, grid, stream, g, aligned);
@@ -280,8 +286,8 @@ cudaError_t run(const Gaussian& g, const Totals& to, cudaStream_t stream) {
   });
   if (dense && narrow) return Pass::template kernel<Mixed>(g, to, aligned, stream);
   if (dense && wide) return Pass::template kernel<Packed<double>>(g, to, aligned, stream);
-  return (g.float64 ? Pass::template kernel<Strided<double>> : Pass::template kernel<Strided<float>>)(g, to, false,
-                                                                                                      stream);
+  const auto strided = g.float64 ? Pass::template kernel<Strided<double>> : Pass::template kernel<Strided<float>>;
+  return strided(with_reciprocals(g), to, false, stream);
 }
 
 int64_t gaussian_chunks(const Layout& layout) {

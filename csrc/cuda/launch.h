@@ -2,6 +2,12 @@
 // plain loops in the emulator. Kernels stride over both axes, so every grid computes the same bits.
 #pragma once
 
+#include <stdint.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "../core/operands.h"
 
 #if defined(BICM_EMULATE)
@@ -23,9 +29,6 @@ struct Grid {
   unsigned cluster = 1;    // blocks along x that run together
 };
 
-// Enough blocks to balance the load, few enough that a block's setup (the weights, the key) is
-// amortised over many groups.
-constexpr int64_t kBlocksPerProcessor = 32;
 constexpr int64_t kMaxGridY = 65535;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -35,33 +38,72 @@ inline int64_t even_share(int64_t work, int64_t limit) {
   return work <= limit ? work : divide_up(work, divide_up(work, limit));
 }
 
-inline cudaError_t capacity_of_device(int64_t& blocks) {
-  int device, processors = 0;
+// Blocks of kThreads that the current device runs at a time: a launch of just as many ends everywhere at the same time,
+// and each block forms what its elements share once. Asked once for a kernel and a device.
+template <class... Parameters>
+cudaError_t capacity_for(void (*kernel)(Parameters...), int64_t& blocks) {
+  static std::mutex& mutex = *new std::mutex;
+  static auto& known = *new std::map<std::pair<int, const void*>, int64_t>;
+  const void* const address = reinterpret_cast<const void*>(kernel);
+  int device, processors = 0, resident = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  blocks = processors * kBlocksPerProcessor;
-  return error;
-}
-
-// One block per work item, or per even share of the items; the caller chooses the threads.
-inline cudaError_t plan_blocks(int64_t work, Grid& grid) {
-  int64_t capacity;
-  const cudaError_t error = capacity_of_device(capacity);
   if (error != cudaSuccess) return error;
-  grid = {static_cast<unsigned>(work < 1 ? 1 : even_share(work, capacity)), 1, kThreads, false};
+  const std::lock_guard<std::mutex> lock(mutex);
+  int64_t& capacity = known[{device, address}];
+  if (capacity == 0) {
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) {
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, address, kThreads, 0);
+    }
+    if (error != cudaSuccess) return error;
+    capacity = int64_t{processors} * (resident < 1 ? 1 : resident);
+  }
+  blocks = capacity;
   return cudaSuccess;
 }
 
-inline cudaError_t plan(const Layout& layout, int group, Grid& grid) {
+// One block per work item, or per even share of the items, for clusters of so many blocks; the caller chooses the
+// threads.
+template <class Kernel>
+cudaError_t plan_blocks(int64_t work, Kernel* kernel, Grid& grid, unsigned cluster = 1) {
   int64_t capacity;
-  const cudaError_t error = capacity_of_device(capacity);
+  const cudaError_t error = capacity_for(kernel, capacity);
   if (error != cudaSuccess) return error;
-  const int64_t groups = divide_up(layout.elements, group);
-  const int64_t threads = groups < kThreads ? divide_up(groups, 32) * 32 : kThreads;
-  const int64_t x = even_share(divide_up(groups, threads), capacity);
-  const int64_t rows = divide_up(capacity, x);
-  const int64_t y = even_share(layout.batch, rows < kMaxGridY ? rows : kMaxGridY);
-  grid = {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(threads), false};
+  capacity = capacity < cluster ? 1 : capacity / cluster;
+  grid = {static_cast<unsigned>(work < 1 ? 1 : even_share(work, capacity)) * cluster, 1, kThreads, false, cluster};
+  return cudaSuccess;
+}
+
+// Blocks along the batch, of rows that take `x` blocks each, in at most four rounds of as many blocks as run at a time:
+// the number with which the last one ends first. Fewer rounds form what a row's elements share for more rows at once.
+inline int64_t rows_at_once(int64_t batch, int64_t x, int64_t capacity) {
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t rounds = 1; rounds <= 4; ++rounds) {
+    const int64_t fit = rounds * capacity / x, rows = fit < 1 ? 1 : fit < kMaxGridY ? fit : kMaxGridY;
+    const int64_t cost = rounds * divide_up(batch, rows);
+    if (cost < least) best = even_share(batch, rows), least = cost;
+    if (rows >= batch) break;
+  }
+  return best;
+}
+
+template <class Kernel>
+cudaError_t plan(const Layout& layout, int group, Kernel* kernel, Grid& grid) {
+  int64_t capacity;
+  const cudaError_t error = capacity_for(kernel, capacity);
+  if (error != cudaSuccess) return error;
+  const int64_t groups = divide_up(layout.elements, group), blocks = divide_up(groups, kThreads);
+  const int64_t threads = divide_up(divide_up(groups, blocks), 32) * 32;
+  capacity = capacity * kThreads / threads;
+  int64_t x = even_share(blocks, capacity);
+  for (const int64_t rounds : {4, 2}) {
+    // Rows enough: a thread takes several groups of each, so that what a row's elements share is formed less often.
+    if (layout.batch * divide_up(x, rounds) < capacity) continue;
+    x = divide_up(x, rounds);
+    break;
+  }
+  grid = {static_cast<unsigned>(x), static_cast<unsigned>(rows_at_once(layout.batch, x, capacity)),
+          static_cast<unsigned>(threads), false};
   return cudaSuccess;
 }
 

@@ -260,21 +260,39 @@ struct Mixed : MixedGroup<8> {
   using Part = MixedGroup<Group>;
 };
 
+// The calling thread's share of every row: its first whole, aligned group, the distance to its next, and where they end.
+template <class Memory>
+struct Share {
+  int64_t first, stride, whole;
+
+  BICM_DEVICE Share(const Layout& layout, bool aligned)
+      : first(first_group() * Memory::kGroup),
+        stride(group_stride() * Memory::kGroup),
+        whole(Memory::kGroup > 1 && aligned ? layout.elements - layout.elements % Memory::kGroup : 0) {}
+
+  // The empty statement keeps the compiler from computing it again for every row.
+  BICM_DEVICE Share kept() const {
+    Share share = *this;
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+l"(share.first), "+l"(share.stride), "+l"(share.whole));
+#endif
+    return share;
+  }
+};
+
 // Calls `step(memory, place)` with every group of a row that the calling thread has: whole, aligned ones, about which
 // nothing is asked, then groups of `Rest` elements where a row is not aligned, or does not end with a whole group.
 template <class Memory, int Rest, class Step>
-BICM_DEVICE void for_groups(const Layout& layout, int64_t sample, bool aligned, Step step) {
-  constexpr int G = Memory::kGroup;
-  int64_t done = 0;
-  if (G > 1 && aligned) {
-    done = layout.elements - layout.elements % G;
-    for (int64_t begin = first_group() * G; begin < done; begin += group_stride() * G) {
+BICM_DEVICE void for_groups(const Layout& layout, int64_t sample, const Share<Memory>& share, Step step) {
+  if (Memory::kGroup > 1) {
+    for (int64_t begin = share.first; begin < share.whole; begin += share.stride) {
       step(Memory{}, Memory::in_row(layout, sample, begin, true));
     }
+    if (share.whole == layout.elements) return;
   }
   using Part = typename Memory::template Part<Rest>;
   BICM_LOOP
-  for (int64_t begin = done + first_group() * Rest; begin < layout.elements; begin += group_stride() * Rest) {
+  for (int64_t begin = share.whole + first_group() * Rest; begin < layout.elements; begin += group_stride() * Rest) {
     step(Part{}, Part::in_row(layout, sample, begin, false));
   }
 }

@@ -39,9 +39,9 @@ cudaError_t run(const Multistep& m, bool aligned, cudaStream_t stream) {
   Weights<C> weights = {};
   if (formed == Formed::on_host) weights = weights_of<C>(m, 0);
   Grid grid;
-  const cudaError_t error = plan(m.layout, Memory::kGroup, grid);
-  if (error != cudaSuccess) return error;
-  return launch(multistep_kernel<Memory, Terms, Parts>, grid, stream, m, weights, formed, aligned);
+  const auto kernel = multistep_kernel<Memory, Terms, Parts>;
+  const cudaError_t error = plan(m.layout, Memory::kGroup, kernel, grid);
+  return error != cudaSuccess ? error : launch(kernel, grid, stream, m, weights, formed, aligned);
 }
 
 template <class Memory>
@@ -100,10 +100,27 @@ void for_operands(const Multistep& m, Visit visit) {
   if (m.scales) visit(m.next);
 }
 
+// Samples that lie one behind another and share all their numbers are one long row, whatever the length of each.
+bool joins_rows(const Multistep& m) {
+  bool joins = m.layout.batch > 1 && !m.draws && formed_where(m) != Formed::each;
+  for_operands(m, [&](const Operand& x) { joins = joins && x.dense && x.batch_stride == m.layout.elements; });
+  return joins;
+}
+
+Multistep with_joined_rows(const Multistep& m) {
+  Multistep joined = m;
+  joined.layout.elements *= joined.layout.batch;
+  joined.layout.batch = 1;
+  return joined;
+}
+
 }  // namespace
 
-cudaError_t multistep(const Multistep& m, cudaStream_t stream) {
-  if (m.layout.batch == 0 || m.layout.elements == 0) return cudaSuccess;
+cudaError_t multistep(const Multistep& given, cudaStream_t stream) {
+  if (given.layout.batch == 0 || given.layout.elements == 0) return cudaSuccess;
+  const bool joins = joins_rows(given);
+  const Multistep joined = joins ? with_joined_rows(given) : Multistep{};
+  const Multistep& m = joins ? joined : given;
   bool dense = true, uniform = true, aligned = true, any_float64 = false;
   for_operands(m, [&](const Operand& x) {
     dense = dense && x.dense;
@@ -112,7 +129,9 @@ cudaError_t multistep(const Multistep& m, cudaStream_t stream) {
     any_float64 = any_float64 || x.dtype == DType::float64;
   });
   const bool packed = dense && m.float64 == any_float64 && (uniform || !any_float64);
-  if (!packed) return (m.float64 ? run_any<Strided<double>> : run_any<Strided<float>>)(m, false, stream);
+  if (!packed) {
+    return (m.float64 ? run_any<Strided<double>> : run_any<Strided<float>>)(with_reciprocals(m), false, stream);
+  }
   if (!uniform) return run_mixed(m, aligned, stream);
   switch (m.out.dtype) {
     case DType::float16: return run_dense<Packed<Half>>(m, aligned, stream);

@@ -143,6 +143,7 @@ template <class Memory, int Terms, int Parts>
 constexpr int kResident = sizeof(typename Memory::Compute) == 8 || Memory::kGroup == 1 ? 2
                           : Terms == 0                                                 ? 2
                           : Parts == 0                                                 ? 5
+                          : Terms == 3 && Memory::kGroup == 8 && (Parts & kDenoises)   ? 3
                                                                                        : 4;
 
 template <class Memory, int Terms, int Parts>
@@ -153,14 +154,18 @@ __global__ void __launch_bounds__(kThreads, kResident<Memory, Terms, Parts>)
   constexpr int kRest = (Parts & kDraws) != 0 ? kRestOfDrawn<Memory> : 1;
   Weights<C> w = given;
   // The keys of all rounds need registers that kernels of many tensors do not have.
-  KeyOfSample<std::conditional_t<(Parts & (kGuides | kDenoises)) != 0, Key, RoundKeys>> key;
+  BlockKeys<std::conditional_t<(Parts & (kGuides | kDenoises)) != 0, Key, RoundKeys>> keys(m.key);
+  constexpr bool kKeeps = (Parts & kDraws) != 0 && Terms == 1;  // there are registers enough
+  Share<Memory> share(m.layout, aligned);
+  if (kKeeps) share = share.kept();
   bool first = true;
   for (int64_t sample = blockIdx.y; sample < m.layout.batch; sample += gridDim.y) {
     if (formed == Formed::each || (formed == Formed::once && first)) w = weights_of<C>(m, sample);
-    if ((Parts & kDraws) && w.noise_weight != C(0)) next_key(m.key, sample, first, key);
+    if ((Parts & kDraws) && m.draws) keys.move_to(m.key, sample, first);
+    if (!kKeeps) share = Share<Memory>(m.layout, aligned);
     const auto rows = rows_of<Memory, Terms, Parts>(m, sample);
-    for_groups<Memory, kRest>(m.layout, sample, aligned, [&](auto memory, const typename Memory::Place& place) {
-      step_group<decltype(memory), Terms, Parts>(m, rows, w, key, place);
+    for_groups<Memory, kRest>(m.layout, sample, share, [&](auto memory, const typename Memory::Place& place) {
+      step_group<decltype(memory), Terms, Parts>(m, rows, w, keys.key, place);
     });
     first = false;
   }

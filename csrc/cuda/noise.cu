@@ -11,14 +11,15 @@ template <class Memory, Distribution D>
 __global__ void __launch_bounds__(kThreads) noise_kernel(const __grid_constant__ Noise problem, bool aligned) {
   using C = typename Memory::Compute;
   const Layout& layout = problem.layout;
-  KeyOfSample<RoundKeys> key;
+  BlockKeys<RoundKeys> keys(problem.key);
+  const Share<Memory> share = Share<Memory>(layout, aligned).kept();
   for (int64_t sample = blockIdx.y; sample < layout.batch; sample += gridDim.y) {
-    next_key(problem.key, sample, sample == blockIdx.y, key);
+    keys.move_to(problem.key, sample, sample == blockIdx.y);
     const typename Memory::Row out = Memory::row(problem.out, sample);
-    for_groups<Memory, kRestOfDrawn<Memory>>(layout, sample, aligned, [&](auto memory, const auto& place) {
+    for_groups<Memory, kRestOfDrawn<Memory>>(layout, sample, share, [&](auto memory, const auto& place) {
       constexpr int G = decltype(memory)::kGroup;
       float drawn[G];
-      draw<D, G>(key, place.begin, drawn);
+      draw<D, G>(keys.key, place.begin, drawn);
       C values[G];
       BICM_UNROLL(8)
       for (int i = 0; i < G; ++i) values[i] = static_cast<C>(drawn[i]);
@@ -30,12 +31,11 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(const __grid_constant__
 template <class Memory>
 cudaError_t run(const Noise& problem, cudaStream_t stream) {
   Grid grid;
-  const cudaError_t error = plan(problem.layout, Memory::kGroup, grid);
-  if (error != cudaSuccess) return error;
-  const bool aligned = access_aligned(problem.layout, problem.out);
   const bool normal = problem.distribution == Distribution::normal;
-  return launch(normal ? noise_kernel<Memory, Distribution::normal> : noise_kernel<Memory, Distribution::uniform>, grid,
-                stream, problem, aligned);
+  const auto kernel = normal ? noise_kernel<Memory, Distribution::normal> : noise_kernel<Memory, Distribution::uniform>;
+  const cudaError_t error = plan(problem.layout, Memory::kGroup, kernel, grid);
+  if (error != cudaSuccess) return error;
+  return launch(kernel, grid, stream, problem, access_aligned(problem.layout, problem.out));
 }
 
 // y = scale (x + sigma n); a level of zero draws nothing.
@@ -84,16 +84,17 @@ template <class Memory>
 __global__ void __launch_bounds__(kThreads, kPairsResident<Memory>)
     noisy_pair_kernel(const __grid_constant__ NoisyPair p, bool aligned) {
   using C = typename Memory::Compute;
+  BlockKeys<Key> keys(p.key);
   for (int64_t sample = blockIdx.y; sample < p.layout.batch; sample += gridDim.y) {
-    const SampleKey key = sample_key(p.key, sample);
+    keys.move_to(p.key, sample, sample == blockIdx.y);
     const Levels<Memory> levels = levels_of<Memory>(p, sample);
     const bool generated = p.mask != nullptr && number_at<bool>(p.mask, sample * p.mask_stride);
     const typename Memory::Row in = Memory::row(generated ? p.x_hat : p.x, sample);
-    for_groups<Memory, kRestOfDrawn<Memory>>(p.layout, sample, aligned, [&](auto memory, const auto& place) {
+    for_groups<Memory, kRestOfDrawn<Memory>>(p.layout, sample, Share<Memory>(p.layout, aligned), [&](auto memory, const auto& place) {
       constexpr int G = decltype(memory)::kGroup;
       const auto raw = memory.load(p.layout, in, place);
       float drawn[G];
-      draw<Distribution::normal, G>(key, place.begin, drawn);
+      draw<Distribution::normal, G>(keys.key, place.begin, drawn);
       C x[G];
       memory.widen(in, raw, x);
       store_levels<decltype(memory)>(p, levels, place, x, drawn);
@@ -106,19 +107,20 @@ template <class Memory>
 __global__ void __launch_bounds__(kThreads, kPairsResident<Memory>)
     generated_pair_kernel(const __grid_constant__ NoisyPair p, bool aligned) {
   using C = typename Memory::Compute;
+  BlockKeys<Key> keys(p.key);
   for (int64_t sample = blockIdx.y; sample < p.layout.batch; sample += gridDim.y) {
-    const SampleKey key = sample_key(p.key, sample);
+    keys.move_to(p.key, sample, sample == blockIdx.y);
     const Levels<Memory> levels = levels_of<Memory>(p, sample);
     const bool generated = p.mask == nullptr || number_at<bool>(p.mask, sample * p.mask_stride);
     const Preconditioning<C> weights = pair_weights(p, sample, levels.low);
     const typename Memory::Row in = Memory::row(p.x, sample), output = Memory::row(p.x_hat, sample);
-    for_groups<Memory, kRestOfDrawn<Memory>>(p.layout, sample, aligned, [&](auto memory, const auto& place) {
+    for_groups<Memory, kRestOfDrawn<Memory>>(p.layout, sample, Share<Memory>(p.layout, aligned), [&](auto memory, const auto& place) {
       constexpr int G = decltype(memory)::kGroup;
       const auto raw = memory.load(p.layout, in, place);
       typename decltype(memory)::Raw network = {};
       if (generated) network = memory.load(p.layout, output, place);
       float drawn[G];
-      draw<Distribution::normal, G>(key, place.begin, drawn);
+      draw<Distribution::normal, G>(keys.key, place.begin, drawn);
       C x[G], f[G];
       memory.widen(in, raw, x);
       if (generated) {
@@ -134,9 +136,9 @@ __global__ void __launch_bounds__(kThreads, kPairsResident<Memory>)
 template <class Memory>
 cudaError_t run_pair(const NoisyPair& p, bool aligned, cudaStream_t stream) {
   Grid grid;
-  const cudaError_t error = plan(p.layout, Memory::kGroup, grid);
-  if (error != cudaSuccess) return error;
-  return launch(p.generates ? generated_pair_kernel<Memory> : noisy_pair_kernel<Memory>, grid, stream, p, aligned);
+  const auto kernel = p.generates ? generated_pair_kernel<Memory> : noisy_pair_kernel<Memory>;
+  const cudaError_t error = plan(p.layout, Memory::kGroup, kernel, grid);
+  return error != cudaSuccess ? error : launch(kernel, grid, stream, p, aligned);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -151,7 +153,7 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t noise(const Noise& problem, cudaStream_t stream) {
   if (problem.layout.batch == 0 || problem.layout.elements == 0) return cudaSuccess;
-  if (!problem.out.dense) return run<Strided<float>>(problem, stream);
+  if (!problem.out.dense) return run<Strided<float>>(with_reciprocals(problem), stream);
   switch (problem.out.dtype) {
     case DType::float16: return run<Packed<Half>>(problem, stream);
     case DType::bfloat16: return run<Packed<BFloat16>>(problem, stream);
@@ -171,7 +173,9 @@ cudaError_t noisy_pair(const NoisyPair& p, cudaStream_t stream) {
   const bool uniform = p.x_hat.dtype == p.x.dtype;
   const bool mixed = dense && !uniform && !p.float64 && p.x_hat.dtype != DType::float64;
   if (mixed) return run_pair<Mixed>(p, aligned, stream);
-  if (!dense || !uniform) return (p.float64 ? run_pair<Strided<double>> : run_pair<Strided<float>>)(p, false, stream);
+  if (!dense || !uniform) {
+    return (p.float64 ? run_pair<Strided<double>> : run_pair<Strided<float>>)(with_reciprocals(p), false, stream);
+  }
   switch (p.x.dtype) {
     case DType::float16: return run_pair<Packed<Half>>(p, aligned, stream);
     case DType::bfloat16: return run_pair<Packed<BFloat16>>(p, aligned, stream);
@@ -186,7 +190,7 @@ cudaError_t fold_in(const Integer& seed, const Integer& data, int64_t* out, int6
   layout.batch = 1;
   layout.elements = count;
   Grid grid;
-  const cudaError_t error = plan(layout, 1, grid);
+  const cudaError_t error = plan(layout, 1, fold_in_kernel, grid);
   return error != cudaSuccess ? error : launch(fold_in_kernel, grid, stream, seed, data, out, count);
 }
 

@@ -19,15 +19,23 @@ BICM_DEVICE double chunk_sum(const PseudoHuber& p, int64_t sample, int64_t first
   constexpr int G = Memory::kGroup;
   const Preconditioning<C> weights = denoising_weights<C>(p, sample);
   const bool elementwise = p.distance == Distance::elementwise;
+  const LossRows<Memory> rows = loss_rows<Memory, Denoises>(p, sample, false);
+  const int64_t whole = G > 1 && aligned ? last - (last - first) % G : first;
   return chunk_total<C>(p, sample, [&](C c, C scale) {
     if (elementwise && scale != C(1)) {
       return sum_anywhere<Memory, Denoises>(p, weights, sample, first, last, aligned, c, scale);
     }
     Sum<C> sum = {};
-    for (int64_t begin = first + threadIdx.x * G; begin < last; begin += blockDim.x * G) {
+    int64_t begin = first + threadIdx.x * G;
+    const auto add_group = [&](const typename Memory::Place& place, int64_t count) {
       C r[G];
-      residual<Memory, Denoises>(p, weights, Memory::at(p.layout, sample, begin, aligned), r);
-      sum = add(sum, {sum_of_terms<G>(r, last - begin, elementwise, c, scale), C(0)});
+      residual_of<Memory, Denoises>(p, weights, load_inputs<Memory, Denoises>(p.layout, rows, place), r);
+      sum = add(sum, {sum_of_terms<G>(r, count, elementwise, c, scale), C(0)});
+    };
+    for (; begin < whole; begin += blockDim.x * G) add_group(Memory::in_row(p.layout, sample, begin, true), G);
+    BICM_LOOP
+    for (; begin < last; begin += blockDim.x * G) {
+      add_group(Memory::in_row(p.layout, sample, begin, false), last - begin);
     }
     return sum;
   });
@@ -48,41 +56,54 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 template <class Memory, bool Denoises>
 cudaError_t run_sums(const PseudoHuber& p, const Results& to, bool aligned, cudaStream_t stream) {
-  Grid grid;
-  const cudaError_t error = plan_blocks(p.layout.batch * to.chunks, grid);
-  if (error != cudaSuccess) return error;
-  grid.threads = threads_of_chunk<Memory>(p.layout);
-  grid.synchronises = true;
-  return launch(pseudo_huber_kernel<Memory, Denoises>, grid, stream, p, to, aligned);
+  return run_chunks<Memory>(pseudo_huber_kernel<Memory, Denoises>, p, to, aligned, stream);
 }
 
+// Minimum blocks per multiprocessor: as many as leave each thread enough registers.
 template <class Memory, bool Denoises>
-__global__ void __launch_bounds__(kThreads, 3) gradient_kernel(const __grid_constant__ PseudoHuber p, bool aligned) {
+constexpr int kGradientBlocks = Denoises && Memory::kGroup > 4 ? 2 : 3;
+
+// A group's inputs are loaded while the sample's factor, or the group before, is computed.
+template <class Memory, bool Denoises>
+__global__ void __launch_bounds__(kThreads, kGradientBlocks<Memory, Denoises>)
+    gradient_kernel(const __grid_constant__ PseudoHuber p, bool aligned) {
   using C = typename Memory::Compute;
+  using Part = typename Memory::template Part<1>;
   constexpr int G = Memory::kGroup;
-  for (int64_t sample = blockIdx.y; sample < p.layout.batch; sample += gridDim.y) {
+  const Layout& layout = p.layout;
+  for (int64_t sample = blockIdx.y; sample < layout.batch; sample += gridDim.y) {
+    const LossRows<Memory> rows = loss_rows<Memory, Denoises>(p, sample, true);
+    const int64_t done = G > 1 && aligned ? layout.elements - layout.elements % G : 0;
+    const int64_t first = first_group() * G, stride = group_stride() * G;
+    const auto load = [&](int64_t begin) {
+      return load_inputs<Memory, Denoises>(layout, rows, Memory::in_row(layout, sample, begin, true));
+    };
+    Inputs<Memory> next = {};
+    if (first < done) next = load(first);
     const Factors<C> f = factors_of<C>(p, sample, threadIdx.x == 0 ? number_at<double>(p.sums, sample) : 0.0);
     if (f.anywhere) {
-      store_gradients_anywhere<Memory, Denoises>(p, f, sample, first_group() * G, p.layout.elements, group_stride() * G,
-                                                 aligned);
+      store_gradients_anywhere<Memory, Denoises>(p, f, sample, first, layout.elements, stride, aligned);
       continue;
     }
-    for (int64_t begin = first_group() * G; begin < p.layout.elements; begin += group_stride() * G) {
-      const typename Memory::Place place = Memory::at(p.layout, sample, begin, aligned);
+    for (int64_t begin = first; begin < done; begin += stride) {
       C r[G];
-      residual<Memory, Denoises>(p, f.weights, place, r);
-      store_gradients<Memory, Denoises>(p, f, place, r);
+      residual_of<Memory, Denoises>(p, f.weights, next, r);
+      if (begin + stride < done) next = load(begin + stride);
+      store_gradients<Memory, Denoises>(p, f, rows.gradient, Memory::in_row(layout, sample, begin, true), r);
+    }
+    BICM_LOOP
+    for (int64_t begin = done + first_group(); begin < layout.elements; begin += group_stride()) {
+      const typename Memory::Place place = Part::in_row(layout, sample, begin, false);
+      C r[1];
+      residual_of<Part, Denoises>(p, f.weights, load_inputs<Part, Denoises>(layout, rows, place), r);
+      store_gradients<Part, Denoises>(p, f, rows.gradient, place, r);
     }
   }
 }
 
 template <class Memory, bool Denoises>
 cudaError_t run_gradient(const PseudoHuber& p, const Results&, bool aligned, cudaStream_t stream) {
-  Grid grid;
-  const cudaError_t error = plan(p.layout, Memory::kGroup, grid);
-  if (error != cudaSuccess) return error;
-  grid.synchronises = true;
-  return launch(gradient_kernel<Memory, Denoises>, grid, stream, p, aligned);
+  return run_elements<Memory>(gradient_kernel<Memory, Denoises>, p, aligned, stream);
 }
 
 // Determines the traversal of memory, and with it the order of a sum.
@@ -134,9 +155,14 @@ cudaError_t run(const PseudoHuber& p, const Results& to, bool aligned, cudaStrea
 }
 
 template <class Pass>
+cudaError_t run_strided(const PseudoHuber& p, const Results& to, cudaStream_t stream) {
+  return (p.float64 ? run<Pass, Strided<double>> : run<Pass, Strided<float>>)(with_reciprocals(p), to, false, stream);
+}
+
+template <class Pass>
 cudaError_t run_pass(const PseudoHuber& p, const Results& to, const Access& access, cudaStream_t stream) {
   if (!access.dense || (p.float64 && !access.uniform)) {
-    return (p.float64 ? run<Pass, Strided<double>> : run<Pass, Strided<float>>)(p, to, false, stream);
+    return run_strided<Pass>(p, to, stream);
   }
   if (!access.uniform) return run<Pass, Mixed>(p, to, access.aligned, stream);
   switch (p.prediction.dtype) {
@@ -150,10 +176,7 @@ cudaError_t run_pass(const PseudoHuber& p, const Results& to, const Access& acce
 // Weights of elements: fewer kernels, which check for halves at run time.
 template <class Pass>
 cudaError_t run_weighed(const PseudoHuber& p, const Results& to, const Access& access, cudaStream_t stream) {
-  if (p.float64) return run<Pass, Strided<double>>(p, to, false, stream);
-  if (!access.dense || p.element_weight.dtype == DType::float64) {
-    return run<Pass, Strided<float>>(p, to, false, stream);
-  }
+  if (p.float64 || !access.dense || p.element_weight.dtype == DType::float64) return run_strided<Pass>(p, to, stream);
   const bool floats = access.uniform && p.prediction.dtype == DType::float32;
   return (floats ? run<Pass, Packed<float>> : run<Pass, Mixed>)(p, to, access.aligned, stream);
 }
@@ -225,7 +248,7 @@ cudaError_t scale_gradient(const KeptGradient& p, cudaStream_t stream) {
   if (p.layout.batch == 0 || p.layout.elements == 0) return cudaSuccess;
   const bool wide = p.gradient.dtype == DType::float64;
   if (!p.gradient.dense || size_in_bytes(p.gradient.dtype) < 4) {
-    return (wide ? run_scale<Strided<double>> : run_scale<Strided<float>>)(p, stream);
+    return (wide ? run_scale<Strided<double>> : run_scale<Strided<float>>)(with_reciprocals(p), stream);
   }
   return (wide ? run_scale<Packed<double>> : run_scale<Packed<float>>)(p, stream);
 }

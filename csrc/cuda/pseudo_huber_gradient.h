@@ -44,8 +44,9 @@ BICM_DEVICE Factors<C> factors_of(const PseudoHuber& p, int64_t sample, double s
 }
 
 // From a group's residuals times the power, or from slopes of elementwise distances.
-template <class Memory, bool Denoises, class C>
-BICM_DEVICE void store_scaled(const PseudoHuber& p, const Factors<C>& f, const typename Memory::Place& place, C* r) {
+template <class Memory, bool Denoises, class C, class To>
+BICM_DEVICE void store_scaled(const PseudoHuber& p, const Factors<C>& f, const To* to,
+                              const typename Memory::Place& place, C* r) {
   constexpr int G = Memory::kGroup;
   BICM_UNROLL(3)
   for (int k = 0; k < (Denoises ? 3 : 2); ++k) {
@@ -53,13 +54,14 @@ BICM_DEVICE void store_scaled(const PseudoHuber& p, const Factors<C>& f, const t
     C gradient[G];
     BICM_UNROLL(8)
     for (int i = 0; i < G; ++i) gradient[i] = f.factor[k] * r[i];
-    Memory::store(p.layout, p.gradient[k], place, gradient);
+    Memory::store(p.layout, to[k], place, gradient);
   }
 }
 
 // From the residuals of a group.
-template <class Memory, bool Denoises, class C>
-BICM_DEVICE void store_gradients(const PseudoHuber& p, const Factors<C>& f, const typename Memory::Place& place, C* r) {
+template <class Memory, bool Denoises, class C, class To>
+BICM_DEVICE void store_gradients(const PseudoHuber& p, const Factors<C>& f, const To* to,
+                                 const typename Memory::Place& place, C* r) {
   constexpr int G = Memory::kGroup;
   if (p.distance == Distance::elementwise) {
     BICM_UNROLL(8)
@@ -68,7 +70,7 @@ BICM_DEVICE void store_gradients(const PseudoHuber& p, const Factors<C>& f, cons
     BICM_UNROLL(8)
     for (int i = 0; i < G; ++i) r[i] = r[i] * f.power;
   }
-  store_scaled<Memory, Denoises>(p, f, place, r);
+  store_scaled<Memory, Denoises>(p, f, to, place, r);
 }
 
 // The same where the plain formula is not accurate, for the elements of a sample that a thread processes from `begin`
@@ -84,8 +86,19 @@ BICM_DEVICE void store_gradients_anywhere(const PseudoHuber& p, const Factors<C>
     residual<Memory, Denoises>(p, f.weights, place, r);
     BICM_UNROLL(8)
     for (int i = 0; i < G; ++i) r[i] = slope_anywhere(r[i], f.c);
-    store_scaled<Memory, Denoises>(p, f, place, r);
+    store_scaled<Memory, Denoises>(p, f, p.gradient, place, r);
   }
+}
+
+// Launches a kernel over a batch's elements.
+template <class Memory>
+cudaError_t run_elements(void (*kernel)(const PseudoHuber, bool), const PseudoHuber& p, bool aligned,
+                         cudaStream_t stream) {
+  Grid grid;
+  const cudaError_t error = plan(p.layout, Memory::kGroup, kernel, grid);
+  if (error != cudaSuccess) return error;
+  grid.synchronises = true;
+  return launch(kernel, grid, stream, p, aligned);
 }
 
 // Gradients that were formed for an upstream of 1; those of a sample whose upstream is 1 are not touched.
@@ -110,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__
 template <class Memory>
 cudaError_t run_scale(const KeptGradient& p, cudaStream_t stream) {
   Grid grid;
-  const cudaError_t error = plan(p.layout, Memory::kGroup, grid);
+  const cudaError_t error = plan(p.layout, Memory::kGroup, scale_kernel<Memory>, grid);
   if (error != cudaSuccess) return error;
   return launch(scale_kernel<Memory>, grid, stream, p, access_aligned(p.layout, p.gradient));
 }

@@ -48,6 +48,25 @@ struct Unrounded : Memory {
   }
 };
 
+// The residuals of a whole, aligned chunk: all its loads are in flight before the first is used, or half of those of
+// three inputs, which registers hold.
+template <class Memory, bool Denoises>
+BICM_DEVICE void residuals_of_whole(const PseudoHuber& p, const Preconditioning<typename Memory::Compute>& weights,
+                                    int64_t sample, int64_t first, typename Memory::Compute (*r)[Memory::kGroup]) {
+  constexpr int kBatch = Denoises ? kRounds<Memory> / 2 : kRounds<Memory>;
+  BICM_UNROLL(2)
+  for (int batch = 0; batch < kRounds<Memory>; batch += kBatch) {
+    Inputs<Memory> in[kBatch];
+    BICM_UNROLL(8)
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t begin = first + ((batch + i) * kThreads + static_cast<int>(threadIdx.x)) * Memory::kGroup;
+      in[i] = load_inputs<Memory, Denoises>(p.layout, p, {sample, begin, Memory::kGroup, true});
+    }
+    BICM_UNROLL(8)
+    for (int i = 0; i < kBatch; ++i) residual_of<Memory, Denoises>(p, weights, in[i], r[batch + i]);
+  }
+}
+
 // A chunk of a sample: its sum, and its gradients once `sum_of_sample` returns the sample's sum.
 template <class Memory, bool Denoises, class SumOfSample>
 BICM_DEVICE void differentiate_chunk(const PseudoHuber& p, const Results& to, int64_t sample, int64_t chunk,
@@ -60,11 +79,15 @@ BICM_DEVICE void differentiate_chunk(const PseudoHuber& p, const Results& to, in
   const int count = static_cast<int>(left < kSumChunk ? left : kSumChunk);
   const auto place_of = [](int round) { return static_cast<int>(round * blockDim.x + threadIdx.x) * G; };
   C r[kRounds<Memory>][G] = {};
-  BICM_UNROLL(8)
-  for (int round = 0; round < kRounds<Memory>; ++round) {
-    const int place = place_of(round);
-    if (place >= count) continue;
-    residual<Memory, Denoises>(p, weights, Memory::at(p.layout, sample, first + place, aligned), r[round]);
+  if (aligned && count == kRounds<Memory> * kThreads * G) {
+    residuals_of_whole<Memory, Denoises>(p, weights, sample, first, r);
+  } else {
+    BICM_UNROLL(8)
+    for (int round = 0; round < kRounds<Memory>; ++round) {
+      const int place = place_of(round);
+      if (place >= count) continue;
+      residual<Memory, Denoises>(p, weights, Memory::at(p.layout, sample, first + place, aligned), r[round]);
+    }
   }
   const double total = chunk_total<C>(p, sample, [&](C c, C scale) {
     if (elementwise && scale != C(1)) {
@@ -91,8 +114,8 @@ BICM_DEVICE void differentiate_chunk(const PseudoHuber& p, const Results& to, in
     for (int round = 0; round < kRounds<Memory>; ++round) {
       const int place = place_of(round);
       if (place >= count) continue;
-      store_gradients<Unrounded<Memory>, Denoises>(p, f, Memory::at(p.layout, sample, first + place, aligned),
-                                                   r[round]);
+      store_gradients<Unrounded<Memory>, Denoises>(
+          p, f, p.gradient, Memory::at(p.layout, sample, first + place, aligned), r[round]);
     }
   }
   if (threadIdx.x == 0 && count > 0) finish_chunk<C>(p, to, sample, sample * to.chunks + chunk, total);
@@ -134,19 +157,12 @@ inline unsigned blocks_of_sample(const PseudoHuber& p) {
 template <class Memory, bool Denoises>
 cudaError_t run_resident(const PseudoHuber& p, const Results& to, bool aligned, cudaStream_t stream) {
   const unsigned blocks = blocks_of_sample(p);
-  Grid grid;
-  const cudaError_t error = plan_blocks(blocks == 1 ? p.layout.batch * to.chunks : p.layout.batch, grid);
-  if (error != cudaSuccess) return error;
-  grid.x *= blocks;
-  grid.cluster = blocks;
-  grid.threads = threads_of_chunk<Memory>(p.layout);
-  grid.synchronises = true;
-  if (blocks == 1) return launch(resident_kernel<Memory, Denoises>, grid, stream, p, to, aligned);
+  if (blocks == 1) return run_chunks<Memory>(resident_kernel<Memory, Denoises>, p, to, aligned, stream);
   // Half a chunk of float64 fits in a block: samples of several chunks are excluded.
   if constexpr (sizeof(typename Memory::Compute) == 8) {
     return cudaErrorInvalidConfiguration;
   } else {
-    return launch(cluster_kernel<Memory, Denoises>, grid, stream, p, to, aligned);
+    return run_chunks<Memory>(cluster_kernel<Memory, Denoises>, p, to, aligned, stream, blocks);
   }
 }
 

@@ -20,25 +20,61 @@ BICM_DEVICE void subtract(const C* y, C* x) {
   for (int i = 0; i < G; ++i) x[i] = x[i] - y[i];
 }
 
+// A sample's tensors; of all samples they are those of PseudoHuber.
+template <class Memory>
+struct LossRows {
+  typename Memory::Row prediction, target, x, gradient[kLossInputs];
+};
+
+template <class Memory, bool Denoises>
+BICM_DEVICE LossRows<Memory> loss_rows(const PseudoHuber& p, int64_t sample, bool differentiates) {
+  LossRows<Memory> rows = {};
+  rows.prediction = Memory::row(p.prediction, sample);
+  rows.target = Memory::row(p.target, sample);
+  if (Denoises) rows.x = Memory::row(p.x, sample);
+  BICM_UNROLL(3)
+  for (int k = 0; k < (Denoises ? 3 : 2); ++k) {
+    if (differentiates) rows.gradient[k] = Memory::row(p.gradient[k], sample);
+  }
+  return rows;
+}
+
+// A group of every input, in flight until `residual_of` uses it.
+template <class Memory>
+struct Inputs {
+  typename Memory::Raw prediction, target, x;
+};
+
+template <class Memory, bool Denoises, class From>
+BICM_DEVICE Inputs<Memory> load_inputs(const Layout& layout, const From& from, const typename Memory::Place& place) {
+  Inputs<Memory> in = {};
+  in.prediction = Memory::load(layout, from.prediction, place);
+  in.target = Memory::load(layout, from.target, place);
+  if (Denoises) in.x = Memory::load(layout, from.x, place);
+  return in;
+}
+
+template <class Memory, bool Denoises>
+BICM_DEVICE void residual_of(const PseudoHuber& p, const Preconditioning<typename Memory::Compute>& weights,
+                             const Inputs<Memory>& in, typename Memory::Compute* r) {
+  using C = typename Memory::Compute;
+  constexpr int G = Memory::kGroup;
+  Memory::widen(p.prediction, in.prediction, r);
+  C other[G];
+  if (Denoises) {
+    Memory::widen(p.x, in.x, other);
+    BICM_UNROLL(8)
+    for (int i = 0; i < G; ++i) r[i] = weights.c_skip * other[i] + weights.c_out * r[i];
+  }
+  Memory::widen(p.target, in.target, other);
+  subtract<G>(other, r);
+}
+
 // The residual of a group. All inputs are loaded before the first is used.
 template <class Memory, bool Denoises>
 BICM_DEVICE void residual(const PseudoHuber& p, const Preconditioning<typename Memory::Compute>& weights,
                           const typename Memory::Place& place, typename Memory::Compute* r) {
-  using C = typename Memory::Compute;
-  constexpr int G = Memory::kGroup;
-  const typename Memory::Raw prediction = Memory::load(p.layout, p.prediction, place);
-  const typename Memory::Raw target = Memory::load(p.layout, p.target, place);
-  typename Memory::Raw x = {};
-  if (Denoises) x = Memory::load(p.layout, p.x, place);
-  Memory::widen(p.prediction, prediction, r);
-  C other[G];
-  if (Denoises) {
-    Memory::widen(p.x, x, other);
-    BICM_UNROLL(8)
-    for (int i = 0; i < G; ++i) r[i] = weights.c_skip * other[i] + weights.c_out * r[i];
-  }
-  Memory::widen(p.target, target, other);
-  subtract<G>(other, r);
+  residual_of<Memory, Denoises>(p, weights, load_inputs<Memory, Denoises>(p.layout, p, place), r);
 }
 
 // The terms of a group's elements that exist, added up in pairs.
@@ -95,6 +131,7 @@ template <class C, class SumOfThread>
 BICM_DEVICE double chunk_total(const PseudoHuber& p, int64_t sample, SumOfThread sum_of_thread) {
   const C c = p.distance == Distance::elementwise ? load_number<C>(p.c, sample) : C(0);
   C scale = C(1);
+  BICM_LOOP
   for (;;) {
     const double total = block_total(sum_of_thread(c, scale));
     if (scale != C(1)) return keep_sum(p, total, scale);

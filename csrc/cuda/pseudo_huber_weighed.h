@@ -51,12 +51,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class Memory, bool Denoises>
 cudaError_t run_weighed_sums(const PseudoHuber& p, const Results& to, bool aligned, cudaStream_t stream) {
-  Grid grid;
-  const cudaError_t error = plan_blocks(p.layout.batch * to.chunks, grid);
-  if (error != cudaSuccess) return error;
-  grid.threads = threads_of_chunk<Memory>(p.layout);
-  grid.synchronises = true;
-  return launch(weighed_sums_kernel<Memory, Denoises>, grid, stream, p, to, aligned);
+  return run_chunks<Memory>(weighed_sums_kernel<Memory, Denoises>, p, to, aligned, stream);
 }
 
 template <class Memory, bool Denoises>
@@ -73,18 +68,14 @@ __global__ void __launch_bounds__(kThreads, 2)
       weighed_residual<Memory, Denoises>(p, f.weights, place, r, weight);
       BICM_UNROLL(8)
       for (int i = 0; i < G; ++i) r[i] = weighed_slope(p, r[i], f.c, f.power, weight[i]);
-      store_scaled<Memory, Denoises>(p, f, place, r);
+      store_scaled<Memory, Denoises>(p, f, p.gradient, place, r);
     }
   }
 }
 
 template <class Memory, bool Denoises>
 cudaError_t run_weighed_gradient(const PseudoHuber& p, const Results&, bool aligned, cudaStream_t stream) {
-  Grid grid;
-  const cudaError_t error = plan(p.layout, Memory::kGroup, grid);
-  if (error != cudaSuccess) return error;
-  grid.synchronises = true;
-  return launch(weighed_gradient_kernel<Memory, Denoises>, grid, stream, p, aligned);
+  return run_elements<Memory>(weighed_gradient_kernel<Memory, Denoises>, p, aligned, stream);
 }
 
 }  // namespace cuda

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class Memory, class Problem>
 cudaError_t run(void (*kernel)(const Problem, bool), const Problem& p, bool aligned, cudaStream_t stream) {
   Grid grid;
-  const cudaError_t error = plan(p.layout, Memory::kGroup, grid);
+  const cudaError_t error = plan(p.layout, Memory::kGroup, kernel, grid);
   return error != cudaSuccess ? error : launch(kernel, grid, stream, p, aligned);
 }
 
@@ -168,16 +168,16 @@ cudaError_t reversible(const Reversible& p, cudaStream_t stream) {
   });
   if (!p.steps) {
     return dense ? run<DenseFixed>(reversible_kernel<DenseFixed, 1, Task::encode>, p, aligned, stream)
-                 : run<StridedFixed>(reversible_kernel<StridedFixed, 1, Task::encode>, p, false, stream);
+                 : run<StridedFixed>(reversible_kernel<StridedFixed, 1, Task::encode>, with_reciprocals(p), false, stream);
   }
-  return dense ? run_dense(p, aligned, stream) : run_step<StridedFixed, 0>(p, false, stream);
+  return dense ? run_dense(p, aligned, stream) : run_step<StridedFixed, 0>(with_reciprocals(p), false, stream);
 }
 
 cudaError_t fixed_point_decode(const FixedPointDecode& p, cudaStream_t stream) {
   if (p.layout.batch == 0 || p.layout.elements == 0) return cudaSuccess;
   const bool aligned = access_aligned(p.layout, p.q) && access_aligned(p.layout, p.out);
   return p.q.dense && p.out.dense ? run<DenseFixed>(fixed_point_decode_kernel<DenseFixed>, p, aligned, stream)
-                                  : run<StridedFixed>(fixed_point_decode_kernel<StridedFixed>, p, false, stream);
+                                  : run<StridedFixed>(fixed_point_decode_kernel<StridedFixed>, with_reciprocals(p), false, stream);
 }
 
 }  // namespace cuda

@@ -7,6 +7,36 @@
 namespace bicm {
 namespace cuda {
 
+// 2^(31 + l) / d, rounded up, where 2^l is the first power of two that is no less than d: its product with x < 2^31
+// is too large by less than 2^(31 + l) / d, a quotient's least distance from the next integer.
+inline Reciprocal reciprocal_of(int64_t size) {
+  uint32_t log = 0;
+  while ((int64_t{1} << log) < size) ++log;
+  return {static_cast<uint32_t>((uint64_t{1} << (31 + log)) / static_cast<uint64_t>(size) + 1), 31 + log};
+}
+
+// A problem with the reciprocals of its sizes, where indices have at most 31 bits.
+template <class Problem>
+Problem with_reciprocals(const Problem& given) {
+  Problem problem = given;
+  Layout& layout = problem.layout;
+  layout.narrow = layout.elements <= INT32_MAX;
+  for (int dim = 0; layout.narrow && dim < layout.dims; ++dim) {
+    layout.reciprocals[dim] = reciprocal_of(layout.sizes[dim]);
+  }
+  return problem;
+}
+
+// The last index of a position `left` in dimensions that end with one of this size; `left` becomes that in the others.
+BICM_DEVICE int64_t take_index(bool last, const Reciprocal& reciprocal, int64_t size, uint32_t& left) {
+  if (last) return left;
+  const uint32_t rest =
+      static_cast<uint32_t>(static_cast<uint64_t>(left) * reciprocal.multiplier >> reciprocal.shift);
+  const uint32_t index = left - rest * static_cast<uint32_t>(size);
+  left = rest;
+  return index;
+}
+
 // C is the compute type.
 template <class C>
 struct Strided {
@@ -26,6 +56,15 @@ struct Strided {
     Place place = {};
     place.sample = sample;
     place.begin = begin;
+    if (layout.narrow) {
+      uint32_t left = static_cast<uint32_t>(begin);
+      BICM_UNROLL(8)
+      for (int back = 1; back <= kMaxDims; ++back) {
+        const int dim = kMaxDims - back;
+        if (dim < layout.dims) place.index[dim] = take_index(dim == 0, layout.reciprocals[dim], layout.sizes[dim], left);
+      }
+      return place;
+    }
     int64_t left = begin;
     BICM_UNROLL(8)
     for (int back = 1; back <= kMaxDims; ++back) {

@@ -37,7 +37,7 @@ namespace emulator {
 // The emulated device. A test may force the grid (zero: as planned), run only some of the blocks along x (from
 // 0 until 0: all), run blocks and threads backwards, or let every call of the runtime fail.
 struct Device {
-  int processors = 2;
+  int processors = 2, blocks = 4;  // of 256 threads, on each
   unsigned x = 0, y = 0, threads = 0;
   unsigned from_block = 0, until_block = 0;
   bool backwards = false, fails = false;
@@ -249,6 +249,11 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const bicm::emulator::Device& device = bicm::emulator::device;
   *value = attribute == cudaDevAttrClusterLaunch ? device.has_clusters : device.processors;
+  return bicm::emulator::device.error();
+}
+
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  *blocks = bicm::emulator::device.blocks;
   return bicm::emulator::device.error();
 }
 

@@ -1,7 +1,7 @@
 """Instructions of the loops of the CUDA kernels, counted in the machine code of one architecture.
 
 A loop's count is that of the shortest way through it which has the 128-bit accesses of whole, aligned groups: the way
-that nearly every iteration takes. What is called (square roots of subnormal numbers) is not on it.
+that nearly every iteration takes. What is called (square drawn_ of subnormal numbers) is not on it.
 """
 
 from __future__ import annotations
@@ -78,50 +78,43 @@ def blocks_of(code: list[Instruction]) -> dict[int, Block]:
     return blocks
 
 
-def loops(code: list[Instruction]) -> Iterator[tuple[int, dict[int, int]]]:
-    """Of every loop without one inside: its address, and the fewest instructions of a round by its wide accesses."""
+#: Wide accesses of a way through a loop, and numbers that are drawn: one conversion of random bits each.
+Work = tuple[int, int]
+
+
+def ways_of(blocks: dict[int, Block], head: int, tail: int) -> dict[Work, int]:
+    """The fewest instructions of a round of the loop between two addresses, by the work on the way."""
+
+    @cache
+    def ways(address: int) -> dict[Work, int]:
+        block = blocks[address]
+        found: dict[Work, int] = {}
+        if block.avoided:
+            return found
+        count, wide = len(block.instructions), sum(x.wide for x in block.instructions)
+        drawn_ = sum(x.name == "I2FP.F32.U32" for x in block.instructions)
+        for following in block.following:
+            rest = {(0, 0): 0} if following == head else {}
+            if address < following <= tail:
+                rest = ways(following)
+            for (accesses, drawn), length in rest.items():
+                work = wide + accesses, drawn_ + drawn
+                found[work] = min(found.get(work, 1 << 30), count + length)
+        return found
+
+    return ways(head)
+
+
+def loops(code: list[Instruction], nested: bool = False) -> Iterator[dict[Work, int]]:
+    """Of every loop without one inside, or with one: the fewest instructions of a round, by its work."""
     blocks = blocks_of(code)
     backward = [(x.target, x.address) for x in code if x.target is not None and x.target <= x.address]
     for head, tail in backward:
-        if any(head <= h and t <= tail and (h, t) != (head, tail) for h, t in backward):
-            continue
-
-        @cache
-        def ways(address: int, head: int = head, tail: int = tail) -> dict[int, int]:
-            block = blocks[address]
-            if block.avoided:
-                return {}
-            count, wide = len(block.instructions), sum(x.wide for x in block.instructions)
-            found: dict[int, int] = {}
-            for following in block.following:
-                if following == head:
-                    rest = {0: 0}
-                elif head < following <= tail and following > address:
-                    rest = ways(following)
-                else:
-                    continue
-                for accesses, length in rest.items():
-                    found[wide + accesses] = min(found.get(wide + accesses, 1 << 30), count + length)
-            return found
-
-        yield head, ways(head)
+        inside = any(head <= h and t <= tail and (h, t) != (head, tail) for h, t in backward)
+        if inside == nested:
+            yield ways_of(blocks, head, tail)
 
 
-@dataclass(frozen=True)
-class Loop:
-    """A kernel's loop over whole groups: instructions a group, and groups in a round."""
-
-    instructions: float
-    groups: int
-
-
-def loop_of(code: list[Instruction], accesses: int) -> Loop | None:
-    """The loop whose groups have so many wide accesses, with the fewest instructions a group; of several groups first."""
-    best: Loop | None = None
-    for _, found in loops(code):
-        for wide, count in found.items():
-            if wide and wide % accesses == 0:
-                loop = Loop(count / (wide // accesses), wide // accesses)
-                if best is None or loop.instructions < best.instructions:
-                    best = loop
-    return best
+def round_of(code: list[Instruction], accesses: int, drawn_: int = 0, *, nested: bool = False) -> int | None:
+    """Instructions of a round that moves one whole group, or, of an outer loop, of a sample that has one group."""
+    return min((found[accesses, drawn_] for found in loops(code, nested) if (accesses, drawn_) in found), default=None)
