@@ -203,8 +203,7 @@ __global__ void __launch_bounds__(kThreads, kResident<Memory>)
     }
   }
   if (to.finished == nullptr || !finishes_last(to.finished)) return;
-  const Folded left =
-      fold_sums(to.chunk_sums, g.layout.batch, to.chunks, [](double a, double b) { return a + b; });
+  const Folded left = fold_sums(to.chunk_sums, g.layout.batch, to.chunks, [](double a, double b) { return a + b; });
   BICM_LOOP
   for (int64_t sample = threadIdx.x; sample < g.layout.batch; sample += blockDim.x) {
     double sum = 0.0;

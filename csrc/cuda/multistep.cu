@@ -86,9 +86,7 @@ cudaError_t run_dense(const Multistep& m, bool aligned, cudaStream_t stream) {
 // States of float32 beside predictions of a network in a half.
 cudaError_t run_mixed(const Multistep& m, bool aligned, cudaStream_t stream) {
   const int terms = parts_of(m) == 0 ? m.terms : 0;
-  return (terms == 2   ? run<Mixed, 2, 0>
-          : terms == 3 ? run<Mixed, 3, 0>
-                       : run_any<Mixed>)(m, aligned, stream);
+  return (terms == 2 ? run<Mixed, 2, 0> : terms == 3 ? run<Mixed, 3, 0> : run_any<Mixed>)(m, aligned, stream);
 }
 
 template <class Visit>

@@ -90,7 +90,8 @@ __global__ void __launch_bounds__(kThreads, kPairsResident<Memory>)
     const Levels<Memory> levels = levels_of<Memory>(p, sample);
     const bool generated = p.mask != nullptr && number_at<bool>(p.mask, sample * p.mask_stride);
     const typename Memory::Row in = Memory::row(generated ? p.x_hat : p.x, sample);
-    for_groups<Memory, kRestOfDrawn<Memory>>(p.layout, sample, Share<Memory>(p.layout, aligned), [&](auto memory, const auto& place) {
+    const Share<Memory> share(p.layout, aligned);
+    for_groups<Memory, kRestOfDrawn<Memory>>(p.layout, sample, share, [&](auto memory, const auto& place) {
       constexpr int G = decltype(memory)::kGroup;
       const auto raw = memory.load(p.layout, in, place);
       float drawn[G];
@@ -114,7 +115,8 @@ __global__ void __launch_bounds__(kThreads, kPairsResident<Memory>)
     const bool generated = p.mask == nullptr || number_at<bool>(p.mask, sample * p.mask_stride);
     const Preconditioning<C> weights = pair_weights(p, sample, levels.low);
     const typename Memory::Row in = Memory::row(p.x, sample), output = Memory::row(p.x_hat, sample);
-    for_groups<Memory, kRestOfDrawn<Memory>>(p.layout, sample, Share<Memory>(p.layout, aligned), [&](auto memory, const auto& place) {
+    const Share<Memory> share(p.layout, aligned);
+    for_groups<Memory, kRestOfDrawn<Memory>>(p.layout, sample, share, [&](auto memory, const auto& place) {
       constexpr int G = decltype(memory)::kGroup;
       const auto raw = memory.load(p.layout, in, place);
       typename decltype(memory)::Raw network = {};

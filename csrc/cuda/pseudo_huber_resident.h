@@ -114,8 +114,8 @@ BICM_DEVICE void differentiate_chunk(const PseudoHuber& p, const Results& to, in
     for (int round = 0; round < kRounds<Memory>; ++round) {
       const int place = place_of(round);
       if (place >= count) continue;
-      store_gradients<Unrounded<Memory>, Denoises>(
-          p, f, p.gradient, Memory::at(p.layout, sample, first + place, aligned), r[round]);
+      store_gradients<Unrounded<Memory>, Denoises>(p, f, p.gradient,
+                                                   Memory::at(p.layout, sample, first + place, aligned), r[round]);
     }
   }
   if (threadIdx.x == 0 && count > 0) finish_chunk<C>(p, to, sample, sample * to.chunks + chunk, total);

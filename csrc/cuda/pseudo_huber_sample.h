@@ -68,8 +68,8 @@ BICM_DEVICE Sum<double> finish_samples(const PseudoHuber& p, const Results& to, 
 template <class C>
 BICM_DEVICE void finish_batch(const PseudoHuber& p, const Results& to) {
   const bool mean = p.reduction == Reduction::mean;
-  const Folded left = fold_sums(to.chunk_sums, p.layout.batch, to.chunks,
-                                [&](double a, double b) { return add_sums<C>(p, a, b); });
+  const Folded left =
+      fold_sums(to.chunk_sums, p.layout.batch, to.chunks, [&](double a, double b) { return add_sums<C>(p, a, b); });
   Sum<double> total = finish_samples<C>(p, to, left, 1.0);
   if (p.reduction == Reduction::none) return;
   double unit = 1.0;

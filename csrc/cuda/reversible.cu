@@ -168,7 +168,8 @@ cudaError_t reversible(const Reversible& p, cudaStream_t stream) {
   });
   if (!p.steps) {
     return dense ? run<DenseFixed>(reversible_kernel<DenseFixed, 1, Task::encode>, p, aligned, stream)
-                 : run<StridedFixed>(reversible_kernel<StridedFixed, 1, Task::encode>, with_reciprocals(p), false, stream);
+                 : run<StridedFixed>(reversible_kernel<StridedFixed, 1, Task::encode>, with_reciprocals(p), false,
+                                     stream);
   }
   return dense ? run_dense(p, aligned, stream) : run_step<StridedFixed, 0>(with_reciprocals(p), false, stream);
 }
@@ -176,8 +177,9 @@ cudaError_t reversible(const Reversible& p, cudaStream_t stream) {
 cudaError_t fixed_point_decode(const FixedPointDecode& p, cudaStream_t stream) {
   if (p.layout.batch == 0 || p.layout.elements == 0) return cudaSuccess;
   const bool aligned = access_aligned(p.layout, p.q) && access_aligned(p.layout, p.out);
-  return p.q.dense && p.out.dense ? run<DenseFixed>(fixed_point_decode_kernel<DenseFixed>, p, aligned, stream)
-                                  : run<StridedFixed>(fixed_point_decode_kernel<StridedFixed>, with_reciprocals(p), false, stream);
+  return p.q.dense && p.out.dense
+             ? run<DenseFixed>(fixed_point_decode_kernel<DenseFixed>, p, aligned, stream)
+             : run<StridedFixed>(fixed_point_decode_kernel<StridedFixed>, with_reciprocals(p), false, stream);
 }
 
 }  // namespace cuda

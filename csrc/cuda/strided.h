@@ -30,8 +30,7 @@ Problem with_reciprocals(const Problem& given) {
 // The last index of a position `left` in dimensions that end with one of this size; `left` becomes that in the others.
 BICM_DEVICE int64_t take_index(bool last, const Reciprocal& reciprocal, int64_t size, uint32_t& left) {
   if (last) return left;
-  const uint32_t rest =
-      static_cast<uint32_t>(static_cast<uint64_t>(left) * reciprocal.multiplier >> reciprocal.shift);
+  const uint32_t rest = static_cast<uint32_t>(static_cast<uint64_t>(left) * reciprocal.multiplier >> reciprocal.shift);
   const uint32_t index = left - rest * static_cast<uint32_t>(size);
   left = rest;
   return index;
@@ -61,7 +60,8 @@ struct Strided {
       BICM_UNROLL(8)
       for (int back = 1; back <= kMaxDims; ++back) {
         const int dim = kMaxDims - back;
-        if (dim < layout.dims) place.index[dim] = take_index(dim == 0, layout.reciprocals[dim], layout.sizes[dim], left);
+        if (dim < layout.dims)
+          place.index[dim] = take_index(dim == 0, layout.reciprocals[dim], layout.sizes[dim], left);
       }
       return place;
     }

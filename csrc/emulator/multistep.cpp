@@ -82,6 +82,11 @@ void multistep(const std::string& target, py::object out, const py::sequence& in
 }  // namespace
 
 void bind_multistep(py::module_& module) {
+  // How kernels on any strides divide: a position below 2^31 by a size.
+  module.def("quotient", [](uint32_t position, int64_t size) {
+    const int64_t rest = cuda::take_index(false, cuda::reciprocal_of(size), size, position);
+    return std::make_pair(position, rest);
+  });
   module.def("multistep", &multistep, py::arg("target"), py::arg("out"), py::arg("inputs"), py::arg("coefficients"),
              py::kw_only(), py::arg("form") = "affine", py::arg("conditional") = py::none(),
              py::arg("guidance_scale") = py::none(), py::arg("noise_weight") = py::none(), py::arg("seed") = 0,

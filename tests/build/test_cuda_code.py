@@ -136,9 +136,10 @@ def expected_accesses(name: str) -> tuple[int, int] | None:
     if dtype is None:
         return None
     width = 2 if dtype[1] == "d" else 1
-    if multistep := re.search(r"multistep_kernel\w+?Li(\d)ELb(\d)", name):
-        # A guided step has a partner; a scaled one writes a third result.
-        return (int(multistep[1]) + 1) * width, (2 + int(multistep[2])) * width
+    if multistep := re.search(r"multistep_kernel\w+?Li(\d)ELi(\d+)E", name):
+        # Parts: a guided step has a partner; a scaled one writes another result, and so does one with x0.
+        terms, parts = int(multistep[1]) or 5, int(multistep[2])
+        return (terms + (parts & 1)) * width, (1 + (parts >> 2 & 1) + (parts >> 3 & 1)) * width
     if "weighed_" in name:
         return None  # weights lie in any strides
     if "generated_pair_kernel" in name:

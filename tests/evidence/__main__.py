@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from . import ladder, pipelines, resources, steps, triton_resources
+from . import ladder, loops, pipelines, resources, steps, triton_resources
 from .document import write
 
 
@@ -24,6 +24,14 @@ def _cuda() -> str | None:
         return resources.of_cuda()
     print("no CUDA library was built: its table stays as it is", file=sys.stderr)
     return None
+
+
+def _loops() -> str | None:
+    return loops.loops() if resources.LIBRARY.exists() and resources.tool("cuobjdump") else None
+
+
+def _size() -> str | None:
+    return loops.compressed_size() if resources.LIBRARY.exists() and resources.tool("cuobjdump") else None
 
 
 def _compilers() -> str:
@@ -42,6 +50,8 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "steps": steps.steps,
     "pipelines": pipelines.pipelines,
     "cuda": _cuda,
+    "loops": _loops,
+    "size": _size,
     "triton": triton_resources.of_triton,
     "compilers": _compilers,
 }
