@@ -110,13 +110,17 @@ struct DenseRow {
   static constexpr int64_t batch_stride = 0;
 };
 
-// The empty statement keeps the compiler from computing the address again for every group.
+// The empty statement keeps the compiler from computing the address again for every group; `Keeps`: there are registers
+// for it.
+template <bool Keeps>
 BICM_DEVICE DenseRow row_of(const Operand& x, int64_t sample, int64_t size) {
   char* data = static_cast<char*>(x.data) + sample * x.batch_stride * size;
 #if defined(__CUDA_ARCH__)
-  size_t address = __cvta_generic_to_global(data);
-  asm volatile("" : "+l"(address));
-  data = static_cast<char*>(__cvta_global_to_generic(address));
+  if constexpr (Keeps) {
+    size_t address = __cvta_generic_to_global(data);
+    asm volatile("" : "+l"(address));
+    data = static_cast<char*>(__cvta_global_to_generic(address));
+  }
 #endif
   return {data, x.dtype};
 }
@@ -190,7 +194,9 @@ struct PackedGroup : Dense<Value<T>, Group> {
   using C = Value<T>;
   using Raw = Bits<kWords<Group * sizeof(T)>>;
 
-  BICM_DEVICE static DenseRow row(const Operand& x, int64_t sample) { return row_of(x, sample, sizeof(T)); }
+  BICM_DEVICE static DenseRow row(const Operand& x, int64_t sample) {
+    return row_of<sizeof(T) < 8>(x, sample, sizeof(T));
+  }
 
   template <class X>
   BICM_DEVICE static Raw load(const Layout&, const X& x, const DensePlace& place) {
@@ -221,7 +227,7 @@ struct MixedGroup : Dense<float, Group> {
   using Raw = Bits<Group>;  // halves fill the first half
 
   BICM_DEVICE static DenseRow row(const Operand& x, int64_t sample) {
-    return row_of(x, sample, size_in_bytes(x.dtype));
+    return row_of<true>(x, sample, size_in_bytes(x.dtype));
   }
 
   template <class X>

@@ -83,6 +83,19 @@ cudaError_t run_dense(const Multistep& m, bool aligned, cudaStream_t stream) {
   return run_any<Memory>(m, aligned, stream);
 }
 
+// Of float64 registers hold the terms that there are and no others.
+cudaError_t run_wide(const Multistep& m, bool aligned, cudaStream_t stream) {
+  using Memory = Packed<double>;
+  if (!m.denoises) return run<Memory, 0, kAnySum>(m, aligned, stream);
+  switch (m.terms) {
+    case 1: return run<Memory, 1, kAnything>(m, aligned, stream);
+    case 2: return run<Memory, 2, kAnything>(m, aligned, stream);
+    case 3: return run<Memory, 3, kAnything>(m, aligned, stream);
+    case 4: return run<Memory, 4, kAnything>(m, aligned, stream);
+    default: return run<Memory, 5, kAnything>(m, aligned, stream);
+  }
+}
+
 // States of float32 beside predictions of a network in a half.
 cudaError_t run_mixed(const Multistep& m, bool aligned, cudaStream_t stream) {
   const int terms = parts_of(m) == 0 ? m.terms : 0;
@@ -135,7 +148,7 @@ cudaError_t multistep(const Multistep& given, cudaStream_t stream) {
     case DType::float16: return run_dense<Packed<Half>>(m, aligned, stream);
     case DType::bfloat16: return run_dense<Packed<BFloat16>>(m, aligned, stream);
     case DType::float32: return run_dense<Packed<float>>(m, aligned, stream);
-    default: return run_any<Packed<double>>(m, aligned, stream);
+    default: return run_wide(m, aligned, stream);
   }
 }
 

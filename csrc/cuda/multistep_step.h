@@ -138,16 +138,24 @@ BICM_DEVICE auto rows_of(const Multistep& m, int64_t sample) {
   return rows;
 }
 
+// Compilers for sm_100 and later take more registers for the same code.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kDenoisingBlocks = 3;
+#else
+constexpr int kDenoisingBlocks = 4;
+#endif
+
 // Minimum blocks per multiprocessor: as many as leave each thread enough registers.
 template <class Memory, int Terms, int Parts>
-constexpr int kResident = sizeof(typename Memory::Compute) == 8 || Memory::kGroup == 1 ? 2
-                          : Terms == 0                                                 ? 2
-                          : Parts == 0                                                 ? 5
-                          : Terms == 3 && Memory::kGroup == 8 && (Parts & kDenoises)   ? 3
-                                                                                       : 4;
+constexpr int resident_blocks() {
+  if (Terms == 0 || sizeof(typename Memory::Compute) == 8) return 2;
+  if (Parts == 0) return Terms < 4 ? 5 : 4;
+  if ((Parts & kDenoises) == 0 || Memory::kGroup < 8) return 4;
+  return Terms == 2 ? kDenoisingBlocks : 2;
+}
 
 template <class Memory, int Terms, int Parts>
-__global__ void __launch_bounds__(kThreads, kResident<Memory, Terms, Parts>)
+__global__ void __launch_bounds__(kThreads, resident_blocks<Memory, Terms, Parts>())
     multistep_kernel(const __grid_constant__ Multistep m,
                      const __grid_constant__ Weights<typename Memory::Compute> given, Formed formed, bool aligned) {
   using C = typename Memory::Compute;

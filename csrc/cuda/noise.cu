@@ -47,7 +47,9 @@ BICM_DEVICE void add_level(const C* x, const float* drawn, C sigma, C scale, C* 
 
 // Minimum blocks per multiprocessor: as many as leave each thread enough registers.
 template <class Memory>
-constexpr int kPairsResident = Memory::kGroup == 1 || sizeof(typename Memory::Compute) == 8 ? 2 : 4;
+constexpr int kPairsResident = Memory::kGroup == 1 || sizeof(typename Memory::Compute) == 8 ? 2
+                               : Memory::kGroup > 4                                         ? 3
+                                                                                            : 4;
 
 // A sample's tensors and numbers.
 template <class Memory>

@@ -61,7 +61,7 @@ cudaError_t run_sums(const PseudoHuber& p, const Results& to, bool aligned, cuda
 
 // Minimum blocks per multiprocessor: as many as leave each thread enough registers.
 template <class Memory, bool Denoises>
-constexpr int kGradientBlocks = Denoises && Memory::kGroup > 4 ? 2 : 3;
+constexpr int kGradientBlocks = Denoises && (Memory::kGroup > 4 || sizeof(typename Memory::Compute) == 8) ? 2 : 3;
 
 // A group's inputs are loaded while the sample's factor, or the group before, is computed.
 template <class Memory, bool Denoises>
