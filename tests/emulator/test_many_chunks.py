@@ -59,7 +59,7 @@ def test_quotients_by_reciprocals(size: int) -> None:
 def numbers(value: float, kind: str, batch: int) -> float | Tensor:
     if kind == "float":
         return value
-    return Tensor.of(np.full((batch,) if kind == "each" else (), value), "float32")
+    return Tensor.of(np.asarray(value if kind == "shared" else value * np.linspace(0.9, 1.1, batch)), "float32")
 
 
 @pytest.mark.parametrize("grid", [(0, 0, 0), (1, 1, 32), (2, 3, 64)], ids=str)
