@@ -77,14 +77,23 @@ BICM_HD void store_vector(Vector x, void* to) {
 
 BICM_HD Floats load_floats(const float* from) { return load_vector<Floats>(from); }
 
-BICM_HD Floats load_floats(const Half* from) {
-  const HalfBytes x = load_vector<HalfBytes>(from);
+BICM_HD HalfBytes to_halves(Floats x) {
+#if defined(BICM_ISA_AVX512)
+  return _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  return _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#endif
+}
+
+BICM_HD Floats from_halves(HalfBytes x) {
 #if defined(BICM_ISA_AVX512)
   return (Floats)_mm512_cvtph_ps(x);
 #else
   return (Floats)_mm256_cvtph_ps(x);
 #endif
 }
+
+BICM_HD Floats load_floats(const Half* from) { return from_halves(load_vector<HalfBytes>(from)); }
 
 // By instruction: the compiler's own conversions between words and halves take three times as many.
 BICM_HD Floats load_floats(const BFloat16* from) {
@@ -150,29 +159,24 @@ BICM_HD Words round_to_bfloat16(Floats x) {
 #endif
 }
 
-// Two vectors side by side, rounded once: instructions that narrow take two.
+// Two vectors side by side, rounded once: instructions that narrow take two. Returns the numbers that are in memory then.
 template <bool kStreams>
-BICM_HD void store_pair(Floats x, Floats y, float* to) {
+BICM_HD Pair store_pair(Floats x, Floats y, float* to) {
   store_vector<kStreams>((Bytes)x, to);
   store_vector<kStreams>((Bytes)y, to + kLanes);
-}
-
-BICM_HD HalfBytes to_halves(Floats x) {
-#if defined(BICM_ISA_AVX512)
-  return _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  return _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#endif
+  return {x, y};
 }
 
 template <bool kStreams>
-BICM_HD void store_pair(Floats x, Floats y, Half* to) {
-  store_vector<kStreams>(to_halves(x), to);
-  store_vector<kStreams>(to_halves(y), to + kLanes);
+BICM_HD Pair store_pair(Floats x, Floats y, Half* to) {
+  const HalfBytes first = to_halves(x), second = to_halves(y);
+  store_vector<kStreams>(first, to);
+  store_vector<kStreams>(second, to + kLanes);
+  return {from_halves(first), from_halves(second)};
 }
 
 template <bool kStreams>
-BICM_HD void store_pair(Floats x, Floats y, BFloat16* to) {
+BICM_HD Pair store_pair(Floats x, Floats y, BFloat16* to) {
   Words high = round_to_bfloat16(x), higher = round_to_bfloat16(y);
   if (__builtin_expect(any_nan(x, y), 0)) {
     high = round_to_bfloat16(plain_nan(x));
@@ -185,17 +189,7 @@ BICM_HD void store_pair(Floats x, Floats y, BFloat16* to) {
   const Bytes mixed = _mm256_packus_epi32((Bytes)(high >> 16), (Bytes)(higher >> 16));
   store_vector<kStreams>(_mm256_permute4x64_epi64(mixed, 0xD8), to);
 #endif
-}
-
-// A vector's numbers after they were stored with a type and read again.
-BICM_HD Floats round_as(Floats x, const float*) { return x; }
-BICM_HD Floats round_as(Floats x, const BFloat16*) {
-  return bit_cast<Floats>(round_to_bfloat16(plain_nan(x)) & 0xFFFF0000u);
-}
-BICM_HD Floats round_as(Floats x, const Half*) {
-  Half halves[kLanes];
-  store_vector<false>(to_halves(x), halves);
-  return load_floats(halves);
+  return {bit_cast<Floats>(high & 0xFFFF0000u), bit_cast<Floats>(higher & 0xFFFF0000u)};
 }
 
 #endif
