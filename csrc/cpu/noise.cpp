@@ -29,6 +29,7 @@ namespace {
 template <class C>
 struct PairNumbers {
   C low, high, low_scale, high_scale;
+  int64_t place;
   bool generates;
   Preconditioning<C> of_network;
 };
@@ -40,14 +41,22 @@ PairNumbers<C> numbers_of(const NoisyPair& p, int64_t sample) {
   n.high = load_number<C>(p.sigma_high, sample);
   n.low_scale = pair_scale(p, sample, n.low);
   n.high_scale = pair_scale(p, sample, n.high);
-  n.generates = p.generates && takes_place(p, sample);
+  n.place = place_of(p, sample);
+  n.generates = p.generates && n.place >= 0;
   if (n.generates) n.of_network = pair_weights(p, sample, n.low);
   return n;
 }
 
 // What is noised: x, or the samples that replace it.
-inline const Operand& clean_samples(const NoisyPair& p, int64_t sample) {
-  return !p.generates && takes_place(p, sample) ? p.x_hat : p.x;
+template <class C>
+const Operand& clean_samples(const NoisyPair& p, const PairNumbers<C>& n) {
+  return !p.generates && n.place >= 0 ? p.x_hat : p.x;
+}
+
+// Where the network's output of a unit is.
+template <class C>
+Unit unit_of_network(const PairNumbers<C>& n, const Unit& unit) {
+  return {n.place, unit.begin, unit.count};
 }
 
 // scale (x + sigma n)
@@ -61,10 +70,10 @@ void add_level(const C* x, const float* noise, C sigma, C scale, C* out, int64_t
 template <class C>
 void pair_of_buffers(const NoisyPair& p, const PairNumbers<C>& n, const Unit& unit, const float* noise) {
   alignas(64) C input[kChunk], out[kChunk], network[kChunk], generated[kChunk];
-  const C* x = load_unit(p.layout, clean_samples(p, unit.sample), unit, input);
+  const C* x = load_unit(p.layout, clean_samples(p, n), unit, input);
   if (n.generates) {
     const Preconditioning<C>& w = n.of_network;
-    const C* F = load_unit(p.layout, p.x_hat, unit, network);
+    const C* F = load_unit(p.layout, p.x_hat, unit_of_network(n, unit), network);
 #pragma GCC ivdep
     for (int64_t i = 0; i < unit.count; ++i) {
       generated[i] = w.c_skip * at_level(x[i], n.low, noise[i]) + w.c_out * F[i];
@@ -90,8 +99,8 @@ BICM_HD Block scaled(const Block& x, float scale) {
 // Whole blocks of dense operands, in registers. Returns how many elements it did.
 template <class M>
 int64_t pair_of_blocks(const NoisyPair& p, const PairNumbers<float>& n, const Unit& unit, const float* noise) {
-  const M x = memory_of<M>(clean_samples(p, unit.sample), unit);
-  const M F = n.generates ? memory_of<M>(p.x_hat, unit) : x;
+  const M x = memory_of<M>(clean_samples(p, n), unit);
+  const M F = n.generates ? memory_of<M>(p.x_hat, unit_of_network(n, unit)) : x;
   const Target<M> low = target_of<M>(p.low, unit), high = target_of<M>(p.high, unit);
   const Preconditioning<float> w = n.of_network;
   int64_t i = 0;
@@ -139,7 +148,7 @@ void pair_units(const NoisyPair& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const Unit unit = unit_at(p.layout, i);
     if (unit.sample != sample) n = numbers_of<C>(p, sample = unit.sample);
-    prefetch_unit(clean_samples(p, unit.sample), unit);
+    prefetch_unit(clean_samples(p, n), unit);
     fill_noise<Distribution::normal>(sample_key(p.key, unit.sample), unit.begin, unit.count, noise);
     const int64_t done = pair_in_registers(p, memory, n, unit, noise);
     if (done < unit.count) {

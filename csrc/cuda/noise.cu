@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 2) noisy_pair_kernel(const __grid_co
     const SampleKey key = sample_key(p.key, sample);
     const C low = load_number<C>(p.sigma_low, sample), high = load_number<C>(p.sigma_high, sample);
     const C low_scale = pair_scale(p, sample, low), high_scale = pair_scale(p, sample, high);
-    const bool generated = p.mask != nullptr && number_at<bool>(p.mask, sample * p.mask_stride);
+    const bool generated = place_of(p, sample) >= 0;
     for (int64_t begin = first_group() * G; begin < p.layout.elements; begin += group_stride() * G) {
       const typename Memory::Place place = Memory::at(p.layout, sample, begin, aligned);
       const typename Memory::Raw raw =
@@ -78,13 +78,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     const SampleKey key = sample_key(p.key, sample);
     const C low = load_number<C>(p.sigma_low, sample), high = load_number<C>(p.sigma_high, sample);
     const C low_scale = pair_scale(p, sample, low), high_scale = pair_scale(p, sample, high);
-    const bool generated = p.mask == nullptr || number_at<bool>(p.mask, sample * p.mask_stride);
+    const int64_t of_network = place_of(p, sample);
+    const bool generated = of_network >= 0;
     const Preconditioning<C> weights = pair_weights(p, sample, low);
     for (int64_t begin = first_group() * G; begin < p.layout.elements; begin += group_stride() * G) {
       const typename Memory::Place place = Memory::at(p.layout, sample, begin, aligned);
       const typename Memory::Raw raw = Memory::load(p.layout, p.x, place);
       typename Memory::Raw network = {};
-      if (generated) network = Memory::load(p.layout, p.x_hat, place);
+      if (generated) network = Memory::load(p.layout, p.x_hat, Memory::at(p.layout, of_network, begin, aligned));
       float drawn[G];
       draw<Distribution::normal, G>(key, begin, drawn);
       C x[G], y[G];
@@ -135,9 +136,11 @@ cudaError_t noisy_pair(const NoisyPair& p, cudaStream_t stream) {
   if (p.layout.batch == 0 || p.layout.elements == 0) return cudaSuccess;
   bool dense = true, aligned = true;
   const Operand* const operands[] = {&p.x, &p.x_hat, &p.low, &p.high};
+  Layout samples = p.layout;
+  if (p.places != nullptr && samples.batch == 1) samples.batch = 2;  // x_hat may have more
   for (const Operand* x : operands) {
     dense = dense && x->dense;
-    aligned = aligned && access_aligned(p.layout, *x);
+    aligned = aligned && access_aligned(samples, *x);
   }
   const bool uniform = p.x_hat.dtype == p.x.dtype;
   const bool mixed = dense && !uniform && !p.float64 && p.x_hat.dtype != DType::float64;

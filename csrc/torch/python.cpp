@@ -251,9 +251,11 @@ bool read(PyObject* from, PythonArguments::Mask& to) {
   if (from == Py_None) return true;
   ExchangedTensor found;
   if (!is_of_torch(from) || torch_.exchange->look_into(from, &found) != 0) return false;
-  const bool bools = found.device_type == kCpuDevice && found.kind == abi::kBool && found.bits == 8;
-  if (!bools || found.dim != 1 || found.data == nullptr) return false;
-  to.rows = {reinterpret_cast<const bool*>(static_cast<char*>(found.data) + found.byte_offset), found.strides[0]};
+  const bool bools = found.kind == abi::kBool && found.bits == 8, integers = found.kind == abi::kSigned && found.bits == 64;
+  if (found.device_type != kCpuDevice || !(bools || integers) || found.dim != 1 || found.data == nullptr) return false;
+  const char* const data = static_cast<char*>(found.data) + found.byte_offset;
+  to.rows = {bools ? reinterpret_cast<const bool*>(data) : nullptr,
+             integers ? reinterpret_cast<const int64_t*>(data) : nullptr, found.strides[0]};
   to.count = found.sizes[0];
   return true;
 }

@@ -190,11 +190,11 @@ struct PythonArguments {
   struct Mask {
     Replaced rows;
     int64_t count = 0;
-    bool has_value() const { return rows.rows != nullptr; }
+    bool has_value() const { return rows.rows != nullptr || rows.places != nullptr; }
   };
 };
 
-// False for what is not a (B,) bool tensor on the CPU, or None.
+// False for what is not a (B,) bool or int64 tensor on the CPU, or None.
 bool read(PyObject* from, PythonArguments::Mask& to);
 
 using PythonStep = Step<PythonArguments>;
