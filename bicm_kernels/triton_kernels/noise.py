@@ -271,14 +271,16 @@ def launch_pair(
 ) -> tuple[Tensor, Tensor]:
     """A pair of x and x_hat; with a form, x_hat is the network's output."""
     placed = bool(form) and mask is not None and mask.dtype == torch.int64
-    if placed and len(x) == 1:  # layouts of one sample have no stride between samples
-        x_hat, mask, placed = x_hat[mask.clamp(min=0)], mask >= 0, False
-    states = [x] if x_hat is None else [x, x_hat]
-    checks.check_states(states[:1] if placed else states, 1)
     if placed:
-        checks.check_states(states[1:], 1)
+        checks.check_states([x], 1)
+        checks.check_states([x_hat], 1)
         fits = x_hat.shape[1:] == x.shape[1:] and x_hat.device == x.device and len(x_hat) > 0
         checks.require(fits, "tensors differ in shape or device")
+        if len(x) == 1:  # layouts of one sample have no stride between samples
+            x_hat, mask, placed = x_hat[mask.clamp(0, len(x_hat) - 1)], mask >= 0, False
+    states = [x] if x_hat is None else [x, x_hat]
+    if not placed:
+        checks.check_states(states, 1)
     if mask is not None:
         fits = x_hat is not None and mask.shape == x.shape[:1] and mask.device == x.device
         checks.require(fits and (placed or mask.dtype == torch.bool), "mask must be a (B,) bool tensor beside x_hat")
