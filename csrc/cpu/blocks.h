@@ -159,7 +159,10 @@ struct Target {
   bool streams;
 
   BICM_HD void store(const Block& x, int64_t i) const {
-    streams ? memory.template store<true>(x, i) : memory.template store<false>(x, i);
+#if defined(BICM_STREAMS)
+    if (streams) return memory.template store<true>(x, i);
+#endif
+    memory.template store<false>(x, i);
   }
 };
 
