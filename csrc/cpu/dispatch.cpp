@@ -35,11 +35,11 @@ struct Candidate {
 };
 
 #define BICM_ENTRY(Result, name, arguments) , name
-#define BICM_CANDIDATE(isa)                            \
-  {[] {                                                \
-     using namespace isa;                              \
+#define BICM_CANDIDATE(isa)                             \
+  {[] {                                                 \
+     using namespace isa;                               \
      return Kernels{#isa BICM_EACH_KERNEL(BICM_ENTRY)}; \
-   }(),                                                \
+   }(),                                                 \
    has_##isa},
 const Candidate candidates[] = {BICM_EACH_ISA(BICM_CANDIDATE)};
 

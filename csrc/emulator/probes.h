@@ -32,9 +32,9 @@ struct Probes {
 };
 
 #define BICM_ENTRY(name, arguments) set::name,
-#define BICM_PROBES_OF(isa)              \
-  if (strcmp(name, #isa) == 0) {         \
-    namespace set = isa;                 \
+#define BICM_PROBES_OF(isa)               \
+  if (strcmp(name, #isa) == 0) {          \
+    namespace set = isa;                  \
     return {BICM_EACH_PROBE(BICM_ENTRY)}; \
   }
 // Those of the instruction set with this name.
