@@ -28,12 +28,16 @@ uint64_t element(DType dtype, double x) {
   }
 }
 
+uint64_t infinity_of(DType dtype) {
+  const uint64_t bits[] = {0x7C00, 0x7F80, 0x7F800000, 0x7FF0000000000000};
+  return bits[static_cast<int>(dtype)];
+}
+uint64_t sign_of(DType dtype) { return uint64_t{1} << (8 * size_of(dtype) - 1); }
+
 uint64_t one_nan(DType dtype, uint64_t bits) {
-  const uint64_t infinity[] = {0x7C00, 0x7F80, 0x7F800000, 0x7FF0000000000000};
   if (dtype > DType::float64) return bits;
-  const uint64_t least = infinity[static_cast<int>(dtype)];
-  const uint64_t magnitude = bits & ~(uint64_t{1} << (8 * size_of(dtype) - 1));
-  return magnitude > least ? least + 1 : bits;
+  const uint64_t infinity = infinity_of(dtype);
+  return (bits & ~sign_of(dtype)) > infinity ? infinity + 1 : bits;
 }
 
 }  // namespace
@@ -97,8 +101,12 @@ Operand Case::input(const Layout& layout, DType dtype) {
   const int64_t size = size_of(dtype), count = (memory.size - 2 * kGuard) / size;
   const double scale = one_in(4) ? bit_cast<double>(static_cast<uint64_t>(1023 - 140 + below(260)) << 52) : 1.0;
   const int64_t special = one_of({0, 0, 0, 3, 500});  // one element in so many is any bits
+  const uint64_t infinity = infinity_of(dtype), sign = sign_of(dtype);
+  // 0, the least and the largest number, infinity, a NaN that signals, and one that rounding would carry out of.
+  const std::initializer_list<uint64_t> ends = {0, 1, infinity - 1, infinity, infinity + 1, sign - 1};
+  const auto special_bits = [&] { return one_in(2) ? random() : one_of(ends) ^ (one_in(2) ? sign : 0); };
   for (int64_t i = 0; i < count; ++i) {
-    const uint64_t bits = special > 0 && one_in(special) ? random() : element(dtype, scale * number());
+    const uint64_t bits = special > 0 && one_in(special) ? special_bits() : element(dtype, scale * number());
     memcpy(memory.bytes.get() + kGuard + i * size, &bits, static_cast<size_t>(size));
   }
   if (special > 0) about += " special";
