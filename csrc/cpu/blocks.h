@@ -160,7 +160,10 @@ struct Target {
   bool streams;
 
   BICM_HD Block store(const Block& x, int64_t i) const {
-    return streams ? memory.template store<true>(x, i) : memory.template store<false>(x, i);
+#if defined(BICM_STREAMS)
+    if (streams) return memory.template store<true>(x, i);
+#endif
+    return memory.template store<false>(x, i);
   }
 };
 

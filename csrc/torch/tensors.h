@@ -137,7 +137,11 @@ void merge(const View* const* views, Operand* const* operands, int count, bool o
            Layout& layout);
 
 // From this size on an output is written with non-temporal stores: others would read its memory first, and would
-// displace what the next op reads from a cache that other programs share.
+// displace what the next op reads from a cache that other programs share. Only x86-64's kernels have such stores.
+#if defined(__x86_64__)
 constexpr int64_t kStreamBytes = int64_t{2} << 20;
+#else
+constexpr int64_t kStreamBytes = int64_t{1} << 60;
+#endif
 
 }  // namespace bicm
