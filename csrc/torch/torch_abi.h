@@ -39,7 +39,7 @@ struct Exchange {
 constexpr int32_t kCpuDevice = 1, kCudaDevice = 2;
 constexpr uint8_t kSigned = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4, kBool = 6;
 
-// Whether a table describes `sample`, a contiguous (2, 3) float32 tensor on a device of this type, as the tensor does.
+// Whether a table describes `sample`, a contiguous (2, 3) float32 tensor on that device, as the tensor does.
 bool describes(const Exchange& table, PyObject* sample, int32_t device_type, int32_t device_index);
 
 // The table in a capsule; nullptr where it does not describe `sample`, such a tensor on the CPU.
