@@ -143,6 +143,19 @@ class FakeGpus:
         self.fails.clear()
         self.used, self.current = [-x.data_ptr() % ALIGNED for x in self.memory], 0
 
+    def nothing(self) -> object:
+        """Launchers that do nothing, for counts of what calls cost: from now on all memory is GPU 0's."""
+        from bicm_kernels import backend
+
+        torch.empty_like = self.theirs
+        self.library.set_all(1)
+        own = Table.from_buffer_copy(Table.from_address(address_in(backend.library.host_launchers(), LAUNCHERS)))
+        for name, kind in Table._fields_[1:]:
+            does = "launch_nothing" if FIELDS.get(name, -1) > 0 else name if name == "current_device" else "scratch"
+            setattr(own, name, ctypes.cast(getattr(self.library, does), kind))
+        self.own = own
+        return capsule_of(ctypes.addressof(own), LAUNCHERS)
+
     def launchers(self, version: int = 0) -> object:
         """The CPU's kernels as launchers of the GPUs, which note the launches."""
         from bicm_kernels import backend
