@@ -42,7 +42,8 @@ inline int64_t size_of(DType dtype) {
   }
 }
 
-inline int32_t device_of(const Tensor& tensor) { return tensor.device_type() * 256 + tensor.device_index() + 1; }
+inline int32_t device_code(int32_t type, int32_t index) { return type * 256 + index + 1; }
+inline int32_t device_of(const Tensor& tensor) { return device_code(tensor.device_type(), tensor.device_index()); }
 
 constexpr int32_t kHost = 0;  // a CPU tensor's device
 inline bool on_host(int32_t device) { return device < 256; }

@@ -221,7 +221,7 @@ def test_a_processor_without_avx2_is_told_of(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_table_has_a_limit_for_every_call_and_loop() -> None:
-    from benchmarks.counted_calls import rows
+    from benchmarks.counted_calls import ON_GPU, rows
 
     table = json.loads(LIMITS.read_text())
     limits = table["limits"]
@@ -233,6 +233,7 @@ def test_the_table_has_a_limit_for_every_call_and_loop() -> None:
     for instructions in instruction_counts.INSTRUCTION_SETS:
         assert {row.name for row in every if instructions in row.loops} == set(limits[f"elements, {instructions}"])
     assert set(limits["calls through the dispatcher"]) < set(limits["calls"])
+    assert set(limits["calls on a GPU"]) == set(ON_GPU) < set(limits["calls"])
     assert all(limit > 0 for section in limits.values() for limit in section.values())
 
 
