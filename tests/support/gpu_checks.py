@@ -267,30 +267,42 @@ def what_fails(gpus: FakeGpus) -> None:
 
 @check
 def losses(gpus: FakeGpus) -> None:
-    """With their derivatives; the upstream gradient on a GPU is read by the kernel alone."""
+    """With their derivatives. What they return is allocated by torch's C++, which takes all tensors for the CPU's."""
     switched_on(gpus)
     x, y = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0)).unbind()
-    x, y = x.reshape(3, 40), y.reshape(3, 40)
     launched = {
         "backward": ["pseudo_huber", "pseudo_huber_gradient"],
-        "forward": ["pseudo_huber_with_gradient", "scale_gradient", "scale_gradient"],
-        "auto": ["pseudo_huber_with_gradient", "scale_gradient", "scale_gradient"],
+        "forward": ["pseudo_huber_with_gradient"],
+        "auto": ["pseudo_huber_with_gradient"],
     }
-    for upstream in (1.0, 0.3):
-        for way, names in launched.items():
-            found = []
-            for put in (gpus.put, torch.clone):
-                pred, target = (put(z).requires_grad_() for z in (x, y))
-                factor = put(torch.tensor(upstream))
-                gpus.clear()
+    for way, names in launched.items():
 
-                def run(pred: Tensor, target: Tensor, factor: Tensor, way: str = way) -> tuple[Tensor, ...]:
-                    loss = bk.pseudo_huber(pred, target, c=0.1, gradient=way)
-                    return (loss.detach(), *torch.autograd.grad(loss, (pred, target), factor))
+        def run(pred: Tensor, target: Tensor, way: str = way) -> tuple[Tensor, ...]:
+            loss = bk.pseudo_huber(pred, target, c=0.1, gradient=way)
+            return (loss.detach(), *torch.autograd.grad(loss, (pred, target)))
 
-                found.append(run(pred, target, factor) if put is gpus.put else long_way(run, pred, target, factor))
-                assert [name for name, _ in gpus.launched] == (names if put is gpus.put else [])
-            assert all(map(same, *found))
+        expected = long_way(run, x.clone().requires_grad_(), y.clone().requires_grad_())
+        gpus.clear()
+        found = run(gpus.put(x).requires_grad_(), gpus.put(y).requires_grad_())
+        assert [name for name, _ in gpus.launched] == names
+        assert all(map(same, found, expected))
+
+
+@check
+def kept_gradients(gpus: FakeGpus) -> None:
+    """The upstream gradient on a GPU is read by the kernel alone; one on the CPU, here."""
+    switched_on(gpus)
+    for factor in (torch.tensor(1.0), torch.tensor(0.5), torch.tensor([1.0, 0.5])):
+        for put in (gpus.put, torch.clone):
+            if put is torch.clone and factor.dim():
+                continue
+            gpus.clear()
+            gradients = (gpus.put(torch.ones(2, 3)), gpus.put(torch.ones(2, 3).double()))
+            assert backend.library.scale_gradients_(put(factor), gradients) is True
+            read_here = put is torch.clone and factor.item() == 1.0
+            assert [name for name, _ in gpus.launched] == ["scale_gradient"] * (0 if read_here else 2)
+            for gradient in gradients:
+                assert torch.equal(gradient, factor.reshape(-1, 1).expand(2, 3).to(gradient.dtype))
 
 
 @check
