@@ -96,12 +96,12 @@ class FakeGpus:
 
     def wrap_exporter(self) -> None:
         """Put the exporter in the place of torch's."""
-        theirs = address_in(torch.Tensor.__dlpack_c_exchange_api__, EXCHANGE)  # type: ignore[attr-defined]
+        theirs = address_in(torch.Tensor.__dlpack_c_exchange_api__, EXCHANGE)
         self.table = (ctypes.c_size_t * WORDS).from_buffer_copy(ctypes.string_at(theirs, 8 * WORDS))
         self.library.wrap(_WORD(self.table[LOOK_INTO]))
         self.table[LOOK_INTO] = ctypes.cast(self.library.look_into, _WORD).value or 0
         capsule = capsule_of(ctypes.addressof(self.table), EXCHANGE)
-        torch.Tensor.__dlpack_c_exchange_api__ = capsule  # type: ignore[attr-defined]
+        torch.Tensor.__dlpack_c_exchange_api__ = capsule
 
     def room(self, elements: int, dtype: torch.dtype, gpu: int) -> Tensor:
         """Unused memory of a GPU."""
@@ -150,7 +150,7 @@ class FakeGpus:
         torch.empty_like = self.theirs
         self.library.set_all(1)
         own = Table.from_buffer_copy(Table.from_address(address_in(backend.library.host_launchers(), LAUNCHERS)))
-        for name, kind in Table._fields_[1:]:
+        for name, kind, *_ in Table._fields_[1:]:
             does = "launch_nothing" if FIELDS.get(name, -1) > 0 else name if name == "current_device" else "scratch"
             setattr(own, name, ctypes.cast(getattr(self.library, does), kind))
         self.own = own

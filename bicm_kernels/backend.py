@@ -133,7 +133,7 @@ _CAPSULE = b"bicm_kernels.Launchers"
 def _hand_over_launchers() -> None:
     """Let calls on GPUs bypass the dispatcher where that is asked for and the native library runs; else not."""
     global cuda_is_direct, hand_overs
-    functions = sys.modules.get("bicm_kernels._C")
+    functions: Any = sys.modules.get("bicm_kernels._C")
     if not hasattr(functions, "use_launchers"):
         return
     wanted = _switch == "cuda" and _running.get("cuda", ("",))[0] == "native" and library is not None
