@@ -160,9 +160,10 @@ struct Target {
 
   BICM_HD void store(const Block& x, int64_t i) const {
 #if defined(BICM_STREAMS)
-    if (streams) return memory.template store<true>(x, i);
-#endif
+    streams ? memory.template store<true>(x, i) : memory.template store<false>(x, i);
+#else
     memory.template store<false>(x, i);
+#endif
   }
 };
 
