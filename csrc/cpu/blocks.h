@@ -161,9 +161,10 @@ struct Target {
 
   BICM_HD Block store(const Block& x, int64_t i) const {
 #if defined(BICM_STREAMS)
-    if (streams) return memory.template store<true>(x, i);
-#endif
+    return streams ? memory.template store<true>(x, i) : memory.template store<false>(x, i);
+#else
     return memory.template store<false>(x, i);
+#endif
   }
 };
 

@@ -55,20 +55,22 @@ BICM_HD Floats pairs_high(Floats a, Floats b) {
 // As many of philox's words as have the counters of a vector's lanes: word w those of lanes kWords i + w.
 constexpr int kWords = kLanes / kCounters;
 
-// Side by side, as a vector.
-BICM_HD Words join(const PhiloxWord words[kWords]) {
+// The first of them and the last, which may be the same, as a vector.
+BICM_HD Words join(PhiloxWord first, PhiloxWord last) {
 #if defined(BICM_ISA_AVX2)
-  return (Words)_mm256_blend_epi32((__m256i)words[0], _mm256_slli_epi64((__m256i)words[1], 32), 0xAA);
+  return (Words)_mm256_blend_epi32((__m256i)first, _mm256_slli_epi64((__m256i)last, 32), 0xAA);
 #else
-  return words[0];
+  (void)last;
+  return first;
 #endif
 }
 
 BICM_HD PhiloxWord quads(uint32_t first, int word) {
+  constexpr int parts = kLanes / 4;
   PhiloxWord offset;
   for (int i = 0; i < kCounters; ++i) {
     const int lane = kWords * i + word;
-    offset[i] = static_cast<uint32_t>(kLanes / 4 * (lane % 4) + lane / 4);
+    offset[i] = static_cast<uint32_t>(parts * (lane % 4) + lane / 4);
   }
   return offset + first;
 }
@@ -95,7 +97,8 @@ struct AdjacentQuads {
     const Quad<Word> r = philox(counter, key.key);
     for (int block = 0; block < Blocks; ++block) {
       for (int lane = 0; lane < 4; ++lane) {
-        const Words bits = join(r.lane[lane].part + kWords * block);
+        const int first = kWords * block, last = first + kWords - 1;
+        const Words bits = join(r.lane[lane].part[first], r.lane[lane].part[last]);
         __builtin_memcpy(out + block * kNoiseBlock + lane * kLanes, &bits, sizeof(bits));
       }
     }
