@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 
 import bicm_kernels as bk
-from benchmarks.cases import Case
+from benchmarks.cases import Case, column
 
 
 def ours_pseudo_huber(pred: Tensor, target: Tensor, weight: Tensor, *, gradient: str = "backward") -> Tensor:
@@ -44,15 +44,16 @@ def squared(pred: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return (weight * (pred.float() - target.float()).flatten(1).square().sum(1)).mean()
 
 
-def ours_consistency(F: Tensor, target: Tensor, x: Tensor, weight: Tensor, *, gradient: str = "backward") -> Tensor:
-    """``consistency_loss`` with times per sample; the weight's numbers serve as times."""
-    return bk.consistency_loss(x, F, weight, 0.5 * weight, target, weight=weight, gradient=gradient)
+def ours_consistency(
+    F: Tensor, target: Tensor, x: Tensor, u: Tensor, t: Tensor, *, gradient: str = "backward"
+) -> Tensor:
+    """``consistency_loss`` with times per sample, one of which serves as weight."""
+    return bk.consistency_loss(x, F, t, u, target, weight=u, gradient=gradient)
 
 
-def consistency(F: Tensor, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def consistency(F: Tensor, target: Tensor, x: Tensor, weight: Tensor, t: Tensor) -> Tensor:
     """BCM eq. 20 and 11: the denoised sample, then the distance."""
-    t = weight.view(-1, 1, 1, 1)
-    u = 0.5 * t
+    u, t = column(weight, x), column(t, x)
     s = 0.25 + t * t
     denoised = (0.25 + t * u) / s * x + 0.5 * (t - u) / s.sqrt() * F
     return pseudo_huber(denoised, target, weight)
@@ -65,12 +66,12 @@ def kept(ours: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 # Every pass reads its inputs, and the backward pass writes one gradient; or one pass does both.
 CASES = tuple(
-    Case(name + suffix, route(ours), eager, tensors, reads=passes * tensors, writes=1, trains=True, per_sample=1)
-    for name, ours, eager, tensors in (
-        ("pseudo_huber", ours_pseudo_huber, pseudo_huber, 2),
-        ("pseudo_huber_elementwise", ours_elementwise, elementwise, 2),
-        ("pseudo_huber_squared", ours_squared, squared, 2),
-        ("consistency_loss", ours_consistency, consistency, 3),
+    Case(name + suffix, route(ours), eager, tensors, reads=passes * tensors, writes=1, trains=True, per_sample=numbers)
+    for name, ours, eager, tensors, numbers in (
+        ("pseudo_huber", ours_pseudo_huber, pseudo_huber, 2, 1),
+        ("pseudo_huber_elementwise", ours_elementwise, elementwise, 2, 1),
+        ("pseudo_huber_squared", ours_squared, squared, 2, 1),
+        ("consistency_loss", ours_consistency, consistency, 3, 2),
     )
     for suffix, route, passes in (("", partial, 2), ("_kept", kept, 1))
 )

@@ -81,16 +81,18 @@ class Case:
         return [*tensors, *numbers, *states]
 
     def measured(self, function: Callable[..., Results]) -> Callable[..., Results | None]:
-        """The timed function: itself, or for a loss a step that computes the gradient and returns nothing."""
+        """The timed function: itself, or for a loss a step that computes the gradient and returns nothing.
+
+        Gradients must be enabled where it trains: a context in the step would be timed with it.
+        """
         if not self.trains:
             return function
 
         def step(first: Tensor, *rest: Tensor, **coefficients: Any) -> None:
-            with torch.enable_grad():
-                first.requires_grad_().grad = None
-                loss = function(first, *rest, **coefficients)
-                assert isinstance(loss, Tensor)
-                loss.backward()
+            first.requires_grad_().grad = None
+            loss = function(first, *rest, **coefficients)
+            assert isinstance(loss, Tensor)
+            loss.backward()
 
         return step
 

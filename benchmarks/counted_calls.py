@@ -10,8 +10,10 @@ import ctypes
 import gc
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +33,11 @@ FEW, MANY = 8_192, 49_152
 #: The same where results are written with non-temporal stores.
 STREAMED = (2_162_688, 2_228_224)
 SMALL = 16
+#: Rows that are counted with launchers that do nothing: a call on a GPU, from Python to the launch.
+ON_GPU = (
+    *("ddim_step", "bdia_step", "affine_step_5", "denoised_step", "add_noise", "noisy_pair", "bdia_exact_step"),
+    *("gaussian_step", "scale_input"),
+)
 #: Random numbers are drawn for this many elements, and repeated: drawing is slow under Callgrind.
 DRAWN = 4_096
 
@@ -185,9 +192,7 @@ def count(callgrind: ctypes.CDLL, instructions: str) -> None:
     for pair in large.values():
         for call in pair:
             repeat(call, 3)
-    gc.collect()
-    gc.freeze()
-    gc.disable()
+    freeze()
     callgrind.begin()
     for section, (backend.direct, some) in ways.items():
         for row in some:
@@ -201,19 +206,55 @@ def count(callgrind: ctypes.CDLL, instructions: str) -> None:
             measure(f"elements, {instructions}", row.name, call, 2, size)
 
 
+def count_on_gpu(callgrind: ctypes.CDLL) -> None:
+    """Count calls past the dispatcher on a GPU that is not there."""
+    from benchmarks.fake_gpu import FakeGpus
+
+    with tempfile.TemporaryDirectory() as directory:
+        gpus = FakeGpus(Path(directory))
+    # What torch does on the CPU costs the interpreter as much.
+    guards: Any = torch._C._dynamo.guards
+    guards._empty_strided_cuda = guards._empty_strided_cpu
+    from bicm_kernels import backend
+
+    if not backend.library.use_launchers(gpus.nothing()):
+        raise RuntimeError("the library takes no launchers")
+    calls = {row.name: row.make(SMALL) for row in rows() if row.name in ON_GPU}
+    for name, call in calls.items():
+        before = gpus.library.launches()
+        repeat(call, 100)
+        if gpus.library.launches() - before < 99:  # but for the first, which looks for implementations
+            raise RuntimeError(f"{name} did not bypass the dispatcher")
+    freeze()
+    callgrind.begin()
+    for name, call in calls.items():
+        repeat(call, 2)
+        for number in CALLS:
+            callgrind.zero()
+            repeat(call, number)
+            callgrind.write_down(f"calls on a GPU|{name}|{number}".encode())
+
+
+def freeze() -> None:
+    """Let no garbage collection fall into a measurement."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
 def main(library: str) -> int:
     """Count on every instruction set, each in a separate process: importing torch takes the longest."""
     torch.set_num_threads(1)
     callgrind = ctypes.CDLL(library)
     callgrind.write_down.argtypes = [ctypes.c_char_p]
     children: list[int] = []
-    for instructions in INSTRUCTION_SETS:
+    for instructions in (*INSTRUCTION_SETS, None):
         child = os.fork()
         if child:
             children.append(child)
             continue
         try:
-            count(callgrind, instructions)
+            count(callgrind, instructions) if instructions else count_on_gpu(callgrind)
             os._exit(0)
         except BaseException:
             sys.excepthook(*sys.exc_info())

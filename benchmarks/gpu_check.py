@@ -180,7 +180,9 @@ def smoke(machine: Machine) -> dict[str, Any]:
     return {"backend": tail(machine.out / "smoke.log", 1)}
 
 
-def shared_tests(machine: Machine, name: str, selection: str, most: float, *paths: str) -> dict[str, Any]:
+def shared_tests(
+    machine: Machine, name: str, selection: str, most: float, *paths: str, **variables: str
+) -> dict[str, Any]:
     """Tests by several processes, each of which takes its share."""
     machine.needs_card()
     until = min(time.time() + most, machine.until)
@@ -189,7 +191,7 @@ def shared_tests(machine: Machine, name: str, selection: str, most: float, *path
         log = machine.out / f"{name}-{k}.log"
         command = pytest_command(f"{k}/{SHARES}", selection, str(log.with_suffix(".xml")), *paths)
         with log.open("w") as file:
-            begun.append((log, Started(command, machine.environment, file)))
+            begun.append((log, Started(command, machine.environment | variables, file)))
     wrong = [(log, why) for log, process in begun if (why := process.wait_until(until - time.time()))]
     counts = counted([log.with_suffix(".xml") for log, _ in begun])
     failed = "\n".join(f"{log.name}: {why}\n{tail(log, 8)}" for log, why in wrong if not why.endswith("status was 5"))
@@ -223,6 +225,13 @@ SLOW = "test_compiled or twenty_steps or any_group or own_sanitizer"
 
 def native_tests(machine: Machine) -> dict[str, Any]:
     return shared_tests(machine, "native", f"not triton and not ({SLOW})", 270)
+
+
+def direct_tests(machine: Machine) -> dict[str, Any]:
+    """The tests of plain calls once more, past the dispatcher; tests/gpu/test_direct_on_the_gpu.py compares the two."""
+    again = "of_the_cpu or numbers_on_the_cpu or another_stream or another_device or captured or nothing_waits"
+    path = f"{TESTS}/test_on_the_gpu.py"
+    return shared_tests(machine, "direct", f"native and ({again})", 150, path, BICM_KERNELS_DIRECT="cuda")
 
 
 # --- part 2: Triton, compiled loops, processes, sanitizers ------------------------------------------------------------
@@ -283,7 +292,13 @@ def counters(machine: Machine) -> dict[str, Any]:
 
 Run = Callable[[Machine], dict[str, Any]]
 PARTS: dict[str, dict[str, Run]] = {
-    "build": {"versions": versions, "build": build, "smoke test": smoke, "tests, CUDA": native_tests},
+    "build": {
+        "versions": versions,
+        "build": build,
+        "smoke test": smoke,
+        "tests, CUDA": native_tests,
+        "tests, CUDA, past the dispatcher": direct_tests,
+    },
     "triton": {
         "tests, Triton": triton_tests,
         "tests, compiled loops and processes": slow_tests,

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -195,6 +196,18 @@ def bounds(clock: Clock) -> list[Row]:
     return rows
 
 
+@contextmanager
+def past_the_dispatcher() -> Iterator[None]:
+    """Calls on the GPU without the dispatcher, as under BICM_KERNELS_DIRECT=cuda."""
+    before, backend._switch = backend._switch, "cuda"
+    backend._hand_over_launchers()
+    try:
+        yield
+    finally:
+        backend._switch = before
+        backend._hand_over_launchers()
+
+
 def hosts(clock: Clock, budget: Budget, compile_too: bool) -> list[Row]:
     """Microseconds of the host for a call, and from a call to its end where it is compiled into a graph."""
     rows: list[Row] = []
@@ -205,6 +218,8 @@ def hosts(clock: Clock, budget: Budget, compile_too: bool) -> list[Row]:
         with torch.set_grad_enabled(case.trains):
             for name, function in contestants(case, compile_too):
                 attempt(row, name, partial(clock.host, partial(function, *x, **case.coefficients)))
+            with past_the_dispatcher():
+                attempt(row, "past it", partial(clock.host, partial(case.measured(case.ours), *x, **case.coefficients)))
             if compile_too:
                 torch.compiler.reset()
                 fast = case.measured(torch.compile(case.eager, mode="reduce-overhead"))

@@ -51,6 +51,7 @@ _OF_PYTHON = ("compiler", "python", "torch", "libc")
 SECTIONS = {
     "calls": Section(0.04, _OF_PYTHON),
     "calls through the dispatcher": Section(0.04, _OF_PYTHON),
+    "calls on a GPU": Section(0.04, _OF_PYTHON),
     **{f"elements, {instructions}": Section(0.03, ("compiler",)) for instructions in INSTRUCTION_SETS},
     "loops, avx512": Section(0.05, ("compiler",), both_ways=True),
 }
@@ -198,7 +199,7 @@ def has_avx2() -> bool:
 
 @click.command()
 @click.option("--update", is_flag=True, help="Print what changed, and write today's counts as the limits.")
-@click.option("--only", multiple=True, help="With --update: only rows whose name contains this. May be repeated.")
+@click.option("--only", multiple=True, help="With --update: only the rows of a section, or those named so.")
 @click.option("--all", "show_all", is_flag=True, help="Print every count, not only the changed ones.")
 def main(update: bool, only: tuple[str, ...], show_all: bool) -> None:
     """Compare the instructions of every op's call and loop with the table of limits."""
@@ -220,7 +221,7 @@ def main(update: bool, only: tuple[str, ...], show_all: bool) -> None:
         changed = [row for row in compare(counts, table["limits"]) if row.count != row.limit]
         limits = counts
         if only:
-            changed = [row for row in changed if any(part in row.name for part in only)]
+            changed = [row for row in changed if any(x in row.name or x == row.section for x in only)]
             limits = table["limits"]
             replace_rows(limits, changed)
         for row in changed:

@@ -179,7 +179,7 @@ def measure_together(
     least_bytes = case.least_bytes(shape, DTYPES[dtype])
     functions: dict[str, Callable[..., Results]] = {"ours": case.ours, "eager": case.eager}
     failures: dict[str, str] = {}
-    with torch.no_grad(), threads(max(thread_counts)):
+    with torch.set_grad_enabled(case.trains), threads(max(thread_counts)):
         if compile_too and case.compiles:
             # Any error of the compiler or its C++ toolchain is this contestant's result.
             try:

@@ -3,15 +3,17 @@
 Three implementations give the same bits: ``native`` (C++ on the CPU, CUDA on NVIDIA GPUs), ``triton`` (any GPU that
 Triton supports) and ``reference`` (plain PyTorch, slow). The environment variable ``BICM_KERNELS_BACKEND`` chooses:
 ``auto`` (the default) takes the first one available; any other name forces that one, and raises if it is missing.
-``BICM_KERNELS_ISA`` (scalar, avx2, avx512) forces an instruction set of the native CPU library,
+``BICM_KERNELS_ISA`` (scalar, avx2, avx512; on Arm scalar, neon) forces an instruction set of the native CPU library,
 ``BICM_KERNELS_KEPT_MEMORY`` bounds the memory that it keeps for results, in MiB (256; 0 keeps none), and
 ``BICM_KERNELS_GENERATOR`` selects what draws ``torch_randn``: ``native`` (the default: the native library where its
-bits match torch's) or ``torch``. ``BICM_KERNELS_DIRECT=0`` sends every CPU call through torch's dispatcher. They
-are read once, when the package is imported.
+bits match torch's) or ``torch``. ``BICM_KERNELS_DIRECT=0`` sends every call through torch's dispatcher, ``cuda`` lets
+plain calls on NVIDIA GPUs bypass it too; ``1``, the default, those on the CPU alone. They are read once, when the
+package is imported.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import os
@@ -28,6 +30,8 @@ from bicm_kernels import generator_check, torch_internals
 
 CHOICES = ("auto", "native", "triton", "reference")
 DRAWERS = ("native", "torch")
+#: Which plain calls bypass the dispatcher: none, those on the CPU, those on the CPU and on NVIDIA GPUs.
+SWITCHES = ("0", "1", "cuda")
 
 _choice = "auto"
 #: Where the choice came from, for messages.
@@ -44,8 +48,8 @@ _drawer = "native"
 #: Whether kernels run on CPU tensors, native or interpreted. Every call reads it first.
 cpu_is_compiled = False
 
-#: The native library's functions for CPU tensors that bypass the dispatcher. They return None for every call that they
-#: do not support. None where another implementation runs.
+#: The native library's functions that bypass the dispatcher. They return None for every call that they do not support.
+#: None where another implementation runs.
 library: Any = None
 #: The same for the ops, which try them first; None under ``BICM_KERNELS_DIRECT=0``.
 direct: Any = None
@@ -54,7 +58,12 @@ direct: Any = None
 kernel_devices = 0
 _DLPACK = {"cpu": 1, "cuda": 2 if torch.version.hip is None else 10, "xpu": 14}
 
-_goes_direct = True
+#: One of SWITCHES.
+_switch = "1"
+#: Whether the native library has the CUDA library's launchers: its functions take calls on GPUs too.
+cuda_is_direct = False
+#: How often that may have changed.
+hand_overs = 0
 
 _draws_like_torch: bool | None = None
 
@@ -94,8 +103,11 @@ def draws_like_torch() -> bool:
     return bool(_draws_like_torch)
 
 
+_CUDA_LIBRARY = Path(__file__).with_name("_C_cuda.so")
+
+
 def _native_cuda() -> str:
-    path = Path(__file__).with_name("_C_cuda.so")
+    path = _CUDA_LIBRARY
     if torch.version.hip is not None or not path.exists():
         raise ImportError("the CUDA library was not built: install where nvcc is found")
     try:
@@ -103,6 +115,33 @@ def _native_cuda() -> str:
     except OSError as error:
         raise ImportError(f"the CUDA library does not load: {error}") from error
     return "CUDA C++"
+
+
+def _launchers() -> object:
+    """The CUDA library's launchers, in a capsule."""
+    table = ctypes.CDLL(str(_CUDA_LIBRARY)).bicm_kernels_launchers
+    table.restype = ctypes.c_void_p
+    capsule = ctypes.pythonapi.PyCapsule_New
+    capsule.restype, capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    return capsule(table(), _CAPSULE, None)
+
+
+#: A capsule keeps the address of its name.
+_CAPSULE = b"bicm_kernels.Launchers"
+
+
+def _hand_over_launchers() -> None:
+    """Let calls on GPUs bypass the dispatcher where that is asked for and the native library runs; else not."""
+    global cuda_is_direct, hand_overs
+    functions: Any = sys.modules.get("bicm_kernels._C")
+    if not hasattr(functions, "use_launchers"):
+        return
+    wanted = _switch == "cuda" and _running.get("cuda", ("",))[0] == "native" and library is not None
+    if wanted or cuda_is_direct:
+        # Implementations from Python on GPUs count from now on, or no longer.
+        functions.know_implementations(-1)
+        hand_overs += 1
+        cuda_is_direct = bool(functions.use_launchers(_launchers() if wanted else None))
 
 
 def _interpreted() -> bool:
@@ -176,6 +215,8 @@ def running(device_type: str) -> str:
         _running[device_type] = _start(device_type)
         if _running[device_type][0] != "reference" and device_type in _DLPACK:
             kernel_devices |= 1 << _DLPACK[device_type]
+        if device_type == "cuda":
+            _hand_over_launchers()
     return _running[device_type][0]
 
 
@@ -195,6 +236,8 @@ def _describe(device_type: str) -> str:
     except ImportError as error:
         return f"nothing ({error})"
     what = _running[device_type][1]
+    if device_type == "cuda" and name == "native" and _switch == "cuda":
+        what += "; plain calls bypass the dispatcher" if cuda_is_direct else "; no call can bypass the dispatcher"
     if device_type == "cpu" and name == "native" and not draws_like_torch():
         what += "; torch_randn is torch.randn"
         what += " (BICM_KERNELS_GENERATOR=torch)" if _drawer == "torch" else ""
@@ -219,9 +262,11 @@ def _choose(name: str, chosen_by: str) -> None:
     _choice, _chosen_by, _running, kernel_devices = name, chosen_by, {}, 0
     try:
         cpu_is_compiled, library = _make_ready()
-        direct = library if _goes_direct else None
+        direct = library if _switch != "0" else None
+        _hand_over_launchers()
     except BaseException:
         _choice, _chosen_by, _running, kernel_devices = before
+        _hand_over_launchers()
         _unregister(set(_registrations) - registered)
         raise
     _unregister({device for device in _registrations if _running.get(device, ("",))[0] != "triton"})
@@ -285,14 +330,13 @@ def _mebibytes(name: str, default: int) -> int:
 
 def start() -> None:
     """Read the environment at import, after the schemas are defined, and apply its choice."""
-    global _kept_bytes, _drawer, _goes_direct
+    global _kept_bytes, _drawer, _switch
     _kept_bytes = _mebibytes("BICM_KERNELS_KEPT_MEMORY", 256)
     _drawer = os.environ.get("BICM_KERNELS_GENERATOR", "native")
     if _drawer not in DRAWERS:
         raise ValueError(f"BICM_KERNELS_GENERATOR: expected {' or '.join(DRAWERS)}, got {_drawer!r}")
-    switch = os.environ.get("BICM_KERNELS_DIRECT", "1")
-    if switch not in ("0", "1"):
-        raise ValueError(f"BICM_KERNELS_DIRECT: expected 0 or 1, got {switch!r}")
-    _goes_direct = switch == "1"
+    _switch = os.environ.get("BICM_KERNELS_DIRECT", "1")
+    if _switch not in SWITCHES:
+        raise ValueError(f"BICM_KERNELS_DIRECT: expected 0, 1 or cuda, got {_switch!r}")
     name = os.environ.get("BICM_KERNELS_BACKEND", "auto")
     _choose(name, f"BICM_KERNELS_BACKEND={name}")

@@ -66,4 +66,4 @@ def differentiate(upstream: Tensor, kept: Sequence[Tensor], needs: Sequence[bool
 def filled(needs: Sequence[bool], results: Sequence[Tensor]) -> Gradients:
     """The gradients of the inputs in their order, None for one that is not needed."""
     found = iter(results)
-    return tuple(next(found) if need else None for need in needs)
+    return tuple([next(found) if need else None for need in needs])

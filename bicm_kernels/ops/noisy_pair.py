@@ -27,6 +27,16 @@ class PairOp(Op):
     def states(self) -> tuple[str, ...]:
         return tuple(name for name in super().states() if name != "mask")
 
+    def check_tensors(self, call: Call) -> dict[str, Any]:
+        tensors = dict(zip(self.tensors, call, strict=False))
+        if "x_hat" in tensors and (tensors["x_hat"] is None) != (tensors["mask"] is None):
+            raise ValueError("x_hat and mask go together: mask selects the samples that x_hat replaces")
+        x, F, mask = call[:3]
+        if "F" in tensors and isinstance(mask, Tensor) and mask.dtype == torch.int64:
+            check_places(x, F, mask)
+            F, mask = F.new_empty(x.shape), mask >= 0
+        return super().check_tensors((x, F, mask, *call[3:]))
+
     def check_tensor(self, name: str, x: object, first: Tensor | None, first_name: str) -> None:
         if first is None or name != "mask":
             arguments.check_state(name, x, first, first_name)
@@ -39,10 +49,21 @@ class PairOp(Op):
             shape = f"({first.shape[0]},)"
             raise ValueError(f"mask must have shape {shape} and be on {first.device}, got {arguments.describe(x)}")
 
-    def check_tensors(self, call: Call) -> dict[str, Any]:
-        if "x_hat" in self.optional and (call[1] is None) != (call[2] is None):
-            raise ValueError("x_hat and mask go together: mask selects the samples that x_hat replaces")
-        return super().check_tensors(call)
+
+def check_places(x: object, F: object, places: Tensor) -> None:
+    """Raise unless places are in range, where they are on the host, and F has samples like x."""
+    arguments.check_state("x", x)
+    arguments.check_state("F", F)
+    assert isinstance(x, Tensor) and isinstance(F, Tensor)
+    if F.shape[1:] != x.shape[1:] or not len(F):
+        shape = f"(N, {', '.join(map(str, x.shape[1:]))})"
+        raise ValueError(f"F must have shape {shape} and a sample, as mask holds places in it, got {tuple(F.shape)}")
+    if places.shape != x.shape[:1] or places.device != x.device:
+        given = arguments.describe(places)
+        raise ValueError(f"mask must have shape ({x.shape[0]},) and be on {x.device}, got {given}")
+    readable = places.is_cpu and not arguments.compiling() and len(places)
+    if readable and int(places.max()) >= len(F):
+        raise ValueError(f"mask must hold places below {len(F)}, the number of samples in F, got {int(places.max())}")
 
 
 def _plain_generated(*, sigma_data: Any, cm: bool, scales: bool, **named: Any) -> tuple[Tensor, Tensor]:
@@ -126,7 +147,9 @@ def noisy_pair(
             ``scaled=True``, and the samples that are not scaled need not exist.
         F: instead of x_hat, the network's output on x + sigma_low n, with the noise of this key: like x, of any
             floating dtype. x_hat = c_skip (x + sigma_low n) + c_out F, formed in the compute type and never stored
-            (GC eq. 13-15); everywhere without a mask. Rows that the mask leaves out are not read.
+            (GC eq. 13-15); everywhere without a mask. Rows that the mask leaves out are not read. Where the network
+            saw some samples only, F has their outputs, (N, ...), and mask their places: (B,) int64, negative for the
+            others.
         parameterization, sigma_min: of the network that gave F, as for ``denoise``; its sigma_data is the one above,
             or 0.5.
 

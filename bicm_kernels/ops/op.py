@@ -20,10 +20,12 @@ from bicm_kernels.ops.library import without_lists
 from bicm_kernels.ops.row import KEY, Call, Row
 from bicm_kernels.torch_internals import implementations
 
-#: How many implementations were registered at the last check.
-_implementations = -1
-#: What the package itself registers from Python: shapes without values, Triton kernels.
+#: At the last check: how many implementations were registered, and the number of the hand-over of launchers.
+_known = (-1, 0)
+#: What the package itself registers from Python: shapes without values; Triton kernels, which run on no device that is
+#: called past the dispatcher.
 _OURS = ("Meta", "CUDA", "XPU")
+_OURS_ON_GPUS = ("Meta", "XPU")
 #: And the entries of the derivatives that it registers for traced graphs.
 derivatives: set[str] = set()
 
@@ -35,13 +37,14 @@ def _is_direct(name: str) -> bool:
 
 def may_go_direct() -> bool:
     """Whether the native library declined a call for implementations that are new, none of which replaces ours."""
-    global _implementations
-    if len(implementations) == _implementations:
+    global _known
+    known = len(implementations), backend.hand_overs
+    if known == _known:
         return False
-    _implementations = len(implementations)
+    _known, ours = known, _OURS_ON_GPUS if backend.cuda_is_direct else _OURS
     found = (entry.split("/")[1:] for entry in implementations - derivatives if entry.startswith("bicm_kernels/"))
-    replaced = any(key not in _OURS and _is_direct(name.partition(".")[0]) for name, key in found)
-    backend.library.know_implementations(-1 if replaced else _implementations)
+    replaced = any(key not in ours and _is_direct(name.partition(".")[0]) for name, key in found)
+    backend.library.know_implementations(-1 if replaced else len(implementations))
     return not replaced
 
 

@@ -117,18 +117,18 @@ class KeptBeside(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, made: _Made, *tensors: Any) -> Tensor:
         op, kernels, rest = call
         value, found = made or kernels.both(bits(ctx.needs_input_grad[2:]), *op.joined(tensors, rest))
-        ctx.save_for_backward(*tensors, *found)
-        ctx.call = call
+        ctx.save_for_backward(*found, *tensors)
+        ctx.call = op, rest, len(found)
         return value
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> Any:
         # All are unpacked: this raises where a tensor was written to in place, as it does for the other functions.
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+        op, rest, kept = ctx.call
         if torch.is_grad_enabled():
-            op, _, rest = ctx.call
-            return None, None, *_twice(op, upstreams[0], needs, saved[: len(needs)], rest)
-        return None, None, *filled(needs, scaled(upstreams[0], saved[len(needs) :]))
+            return None, None, *_twice(op, upstreams[0], needs[2:], saved[kept:], rest)
+        return filled(needs, scaled(upstreams[0], saved[:kept]))
 
 
 _twice = arguments.faithful(_by_reference)

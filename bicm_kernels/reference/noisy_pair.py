@@ -27,8 +27,10 @@ def noisy_pair(
 ) -> tuple[Tensor, Tensor]:
     """(x + sigma_low n, x + sigma_high n), with x_hat in place of x where the mask is true (GC Alg. 1); or scaled.
 
-    With F, x_hat is c_skip (x + sigma_low n) + c_out F.
+    With F, x_hat is c_skip (x + sigma_low n) + c_out F; an integer mask holds the places of F in the batch.
     """
+    if F is not None and mask is not None and mask.dtype == torch.int64:
+        F, mask = F.index_select(0, mask.clamp(min=0)), mask >= 0
     compute = compute_dtype(x) if F is None else compute_dtype(x, F)
     base = x.to(compute)
     if F is not None:

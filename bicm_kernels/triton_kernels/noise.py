@@ -99,7 +99,7 @@ def add_level(x, n, sigma):
     return tl.where(sigma != 0.0, x + sigma * n, x)
 
 
-@triton.jit(do_not_specialize=["batch", "blocks", "seed", "step", "sample_id"])
+@triton.jit(do_not_specialize=["batch", "blocks", "seed", "step", "sample_id", "last_place"])
 def pair(
     low,
     high,
@@ -107,6 +107,8 @@ def pair(
     x_hat,
     network,
     mask,
+    places,
+    last_place,
     sizes,
     batch,
     elements,
@@ -133,7 +135,11 @@ def pair(
     Or on the sample predicted from x at the low level and the network's output.
     """
     sample, present, first, element, inside = locate(elements, batch, blocks, ROWS, COLUMNS, INDEX)
-    generated = present
+    generated, place = present, sample
+    if places is not None:
+        place = tl.load(places[0] + sample * places[1], mask=present, other=-1)
+        generated = place >= 0
+        place = tl.minimum(tl.maximum(place, 0), last_place)
     if mask is not None:
         generated = tl.load(mask[0] + sample * mask[1], mask=present, other=0) != 0
     if x_hat is None:
@@ -154,7 +160,7 @@ def pair(
             c_skip, c_out = cm(first_level, least, deviation, False)
         else:
             c_skip, c_out = bcm(first_level, least, deviation, False)
-        F = load(network, sizes, sample, element, inside & generated, COMPUTE)
+        F = load(network, sizes, place, element, inside & generated, COMPUTE)
         y = tl.where(generated, c_skip * add_level(y, n, first_level) + c_out * F, y)
     noisy_low, noisy_high = add_level(y, n, first_level), add_level(y, n, second_level)
     if SCALES:
@@ -264,11 +270,20 @@ def launch_pair(
     scales: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """A pair of x and x_hat; with a form, x_hat is the network's output."""
+    placed = bool(form) and mask is not None and mask.dtype == torch.int64
+    if placed:
+        checks.check_states([x], 1)
+        checks.check_states([x_hat], 1)
+        fits = x_hat.shape[1:] == x.shape[1:] and x_hat.device == x.device and len(x_hat) > 0
+        checks.require(fits, "tensors differ in shape or device")
+        if len(x) == 1:  # layouts of one sample have no stride between samples
+            x_hat, mask, placed = x_hat[mask.clamp(0, len(x_hat) - 1)], mask >= 0, False
     states = [x] if x_hat is None else [x, x_hat]
-    checks.check_states(states, 1)
+    if not placed:
+        checks.check_states(states, 1)
     if mask is not None:
-        fits = x_hat is not None and mask.dtype == torch.bool and mask.shape == x.shape[:1] and mask.device == x.device
-        checks.require(fits, "mask must be a (B,) bool tensor beside x_hat")
+        fits = x_hat is not None and mask.shape == x.shape[:1] and mask.device == x.device
+        checks.require(fits and (placed or mask.dtype == torch.bool), "mask must be a (B,) bool tensor beside x_hat")
     low, high = torch.empty_like(x), torch.empty_like(x)
     key = given_key(*whole_key, x)
     wide = torch.float64 in [state.dtype for state in states]
@@ -281,7 +296,9 @@ def launch_pair(
         x=layout.operands[2],
         x_hat=layout.operands[-1] if mask is not None and not form else None,
         network=layout.operands[-1] if form else None,
-        mask=None if mask is None else (mask.view(torch.uint8), mask.stride(0)),
+        mask=None if mask is None or placed else (mask.view(torch.uint8), mask.stride(0)),
+        places=(mask, mask.stride(0)) if mask is not None and placed else None,
+        last_place=len(x_hat) - 1 if placed else 0,
         sigma_low=number_argument(sigma_low, compute, x),
         sigma_high=number_argument(sigma_high, compute, x),
         sigma_data=None if sigma_data is None else number_argument(sigma_data, compute, x),

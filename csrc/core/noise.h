@@ -18,13 +18,15 @@ struct Noise {
 
 // One noise at two levels: low = x + sigma_low n, high = x + sigma_high n, with x_hat for x where the mask is true;
 // each times c_in of its level if scaled. If `generates`, x_hat holds the network's output F at the low level: then
-// c_skip (x + sigma_low n) + c_out F replaces x, and is never stored.
+// c_skip (x + sigma_low n) + c_out F replaces x, and is never stored; F then may be given for other samples in other places.
 struct NoisyPair {
   Layout layout;
   bool float64;
   Operand x, x_hat;
-  const bool* mask;  // null: x everywhere, or where it generates x nowhere
-  int64_t mask_stride;
+  // Either may be null; both: x everywhere, or where it generates x nowhere.
+  const bool* mask;
+  const int64_t* places;  // of a sample in x_hat, up to `last_place`; negative where x stays
+  int64_t mask_stride, last_place;
   Number sigma_low, sigma_high;
   bool scales;
   Number sigma_data;
@@ -50,9 +52,14 @@ BICM_HD C pair_scale(const NoisyPair& p, int64_t sample, C sigma) {
   return p.scales ? c_in(sigma, load_number<C>(p.sigma_data, sample)) : C(1);
 }
 
-// Whether x_hat, or the network's prediction, replaces a sample.
-BICM_HD bool takes_place(const NoisyPair& p, int64_t sample) {
-  return p.mask == nullptr ? p.generates : p.mask[sample * p.mask_stride];
+// The place in x_hat of what replaces a sample, or is predicted of it; negative where x stays.
+BICM_HD int64_t place_of(const NoisyPair& p, int64_t sample) {
+  if (p.places != nullptr) {
+    const int64_t place = number_at<int64_t>(p.places, sample * p.mask_stride);
+    return place < p.last_place ? place : p.last_place;
+  }
+  const bool replaced = p.mask == nullptr ? p.generates : number_at<bool>(p.mask, sample * p.mask_stride);
+  return replaced ? sample : -1;
 }
 
 template <class C>

@@ -1,7 +1,7 @@
 // Philox4x32-10 (Salmon, Moraes, Dror & Shaw, SC 2011), generic over the word that holds a lane.
 //
-// A word is uint32_t (one counter at a time), or a vector whose lanes hold a 32-bit word in the low half of 64 bits and
-// arbitrary bits in the high half; WordOps of that type implements the multiplication.
+// A word is uint32_t (one counter at a time), a vector of them, or a vector whose lanes hold a 32-bit word in the low half
+// of 64 bits and arbitrary bits in the high half; WordOps of that type implements the multiplication.
 #pragma once
 
 #include "platform.h"

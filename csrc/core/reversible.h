@@ -58,7 +58,7 @@ BICM_HD double power_of_two(int exponent) { return bit_cast<double>(static_cast<
 // Rounded to nearest even. Without an instruction for it, both halves are converted exactly through their bits; the
 // sum is the only rounding.
 BICM_HD double to_double(int64_t x) {
-#if defined(__CUDA_ARCH__) || defined(BICM_ISA_AVX512)
+#if defined(__CUDA_ARCH__) || defined(BICM_ISA_AVX512) || defined(__aarch64__)
   return static_cast<double>(x);
 #else
   const uint64_t bits = static_cast<uint64_t>(x);
@@ -88,7 +88,7 @@ BICM_HD int64_t largest_of(DType dtype) { return dtype == DType::int32 ? 0x7FFFF
 // too.
 BICM_HD int64_t mask_of(bool condition) { return -static_cast<int64_t>(condition); }
 BICM_HD int64_t choose(int64_t mask, int64_t yes, int64_t no) {
-#if defined(BICM_ISA_AVX2) || defined(BICM_ISA_AVX512)
+#if defined(BICM_ISA_AVX2) || defined(BICM_ISA_AVX512) || defined(BICM_ISA_NEON)
   return (yes & mask) | (no & ~mask);
 #else
   return mask != 0 ? yes : no;

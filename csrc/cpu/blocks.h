@@ -75,7 +75,6 @@ struct Dense {
   BICM_HD auto* address(int64_t i) const { return data + i; }
   BICM_HD int64_t size() const { return sizeof(T); }
 
-  BICM_HD static Floats rounded(Floats x) { return round_as(x, static_cast<T*>(nullptr)); }
   BICM_HD float operator()(int64_t i) const { return widen(data[i]); }
   template <class Lanes>
   BICM_HD Floats lanes(int64_t i) const {
@@ -91,12 +90,17 @@ struct Dense {
     }
     return block;
   }
+  // Returns what is in memory then.
   template <bool kStreams>
-  BICM_HD void store(const Block& x, int64_t i) const {
+  BICM_HD Block store(const Block& x, int64_t i) const {
+    Block rounded;
     BICM_UNROLL(4)
     for (int j = 0; j < kBlockVectors; j += 2) {
-      store_pair<kStreams>(x.part[j], x.part[j + 1], data + i + j * kLanes);
+      const Pair pair = store_pair<kStreams>(x.part[j], x.part[j + 1], data + i + j * kLanes);
+      rounded.part[j] = pair.first;
+      rounded.part[j + 1] = pair.second;
     }
+    return rounded;
   }
 };
 
@@ -116,9 +120,6 @@ struct Mixed {
     if (dtype == DType::bfloat16) return visit(Dense<BFloat16>{static_cast<BFloat16*>(data)});
     return visit(Dense<Half>{static_cast<Half*>(data)});
   }
-  BICM_HD Floats rounded(Floats x) const {
-    return visit([&](auto memory) { return memory.rounded(x); });
-  }
   BICM_HD float operator()(int64_t i) const {
     return visit([&](auto memory) { return memory(i); });
   }
@@ -130,8 +131,8 @@ struct Mixed {
     return visit([&](auto memory) { return memory.load(i); });
   }
   template <bool kStreams>
-  BICM_HD void store(const Block& x, int64_t i) const {
-    visit([&](auto memory) { memory.template store<kStreams>(x, i); });
+  BICM_HD Block store(const Block& x, int64_t i) const {
+    return visit([&](auto memory) { return memory.template store<kStreams>(x, i); });
   }
 };
 
@@ -158,8 +159,12 @@ struct Target {
   M memory;
   bool streams;
 
-  BICM_HD void store(const Block& x, int64_t i) const {
-    streams ? memory.template store<true>(x, i) : memory.template store<false>(x, i);
+  BICM_HD Block store(const Block& x, int64_t i) const {
+#if defined(BICM_STREAMS)
+    return streams ? memory.template store<true>(x, i) : memory.template store<false>(x, i);
+#else
+    return memory.template store<false>(x, i);
+#endif
   }
 };
 

@@ -10,50 +10,48 @@
   BICM_EACH_KERNEL(BICM_DECLARE)  \
   }                               \
   }
-
-BICM_DECLARE_KERNELS(scalar)
-#if defined(__x86_64__)
-BICM_DECLARE_KERNELS(avx2)
-BICM_DECLARE_KERNELS(avx512)
-#endif
+BICM_EACH_ISA(BICM_DECLARE_KERNELS)
 
 namespace bicm {
 namespace {
 
-#define BICM_ENTRY(Result, name, arguments) , name
-#define BICM_TABLE_OF(isa)                             \
-  [] {                                                 \
-    using namespace isa;                               \
-    return Kernels{#isa BICM_EACH_KERNEL(BICM_ENTRY)}; \
-  }()
+// Whether this processor has it.
+bool has_scalar() { return true; }
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
+}
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#elif defined(__aarch64__)
+bool has_neon() { return true; }  // every 64-bit Arm processor has
+#endif
 
 struct Candidate {
   Kernels kernels;
   bool (*supported)();
 };
 
-// Best first.
-const Candidate candidates[] = {
-#if defined(__x86_64__)
-    {BICM_TABLE_OF(avx512),
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     }},
-    {BICM_TABLE_OF(avx2),
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma"); }},
-#endif
-    {BICM_TABLE_OF(scalar), [] { return true; }},
-};
+#define BICM_ENTRY(Result, name, arguments) , name
+#define BICM_CANDIDATE(isa)                             \
+  {[] {                                                 \
+     using namespace isa;                               \
+     return Kernels{#isa BICM_EACH_KERNEL(BICM_ENTRY)}; \
+   }(),                                                 \
+   has_##isa},
+const Candidate candidates[] = {BICM_EACH_ISA(BICM_CANDIDATE)};
 
 }  // namespace
 
 const Kernels* find_kernels(const char* name) {
+  const Kernels* best = nullptr;
   for (const Candidate& candidate : candidates) {
     const bool asked = name[0] == '\0' || strcmp(name, candidate.kernels.name) == 0;
-    if (asked && candidate.supported()) return &candidate.kernels;
+    if (asked && candidate.supported()) best = &candidate.kernels;
   }
-  return nullptr;
+  return best;
 }
 
 }  // namespace bicm

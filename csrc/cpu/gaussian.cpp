@@ -113,21 +113,26 @@ struct Mean {
   }
 };
 
+// Where the minuend of the residual comes from.
+enum class Minuend { drawn, given, reference };
+
 // The same operations for whole blocks, in registers. Returns how many elements it did.
-template <class M, int K>
+template <class M, int K, Minuend minuend>
 int64_t residual_of_blocks(const Gaussian& g, const Unit& unit, Buffers<float>& buffers) {
   Mean<M, K> ours = {}, theirs = {};
   for (int k = 0; k < K; ++k) {
     ours.input[k] = memory_of<M>(g.input[k], unit);
     ours.weight[k] = theirs.weight[k] = buffers.weight[k];
-    if (g.diverges) theirs.input[k] = memory_of<M>(g.reference[k], unit);
+    if (minuend == Minuend::reference) theirs.input[k] = memory_of<M>(g.reference[k], unit);
   }
   ours.guided = g.guided;
   if (g.guided) {
     ours.conditional = memory_of<M>(g.conditional, unit);
     ours.guidance = load_number<float>(g.guidance_scale, unit.sample);
   }
-  const Target<M> next = g.diverges ? Target<M>{} : target_of<M>(g.steps ? g.out : g.next, unit);
+  Target<M> next = {};
+  if (minuend == Minuend::drawn) next = target_of<M>(g.out, unit);
+  if (minuend == Minuend::given) next.memory = memory_of<M>(g.next, unit);
   const float noise_weight = draw<float>(g, unit, buffers.noise);
   const Dense<float> noise{buffers.noise}, residual{buffers.residual};
 
@@ -135,37 +140,40 @@ int64_t residual_of_blocks(const Gaussian& g, const Unit& unit, Buffers<float>& 
   for (; i + kBlock <= unit.count; i += kBlock) {
     const Block mean = ours.block(i);
     Block other = mean;
-    if (g.steps) {
+    if constexpr (minuend == Minuend::drawn) {
       if (noise_weight != 0.0f) {
         const Block n = noise.load(i);
         other = each_part([&](int j) { return mean.part[j] + noise_weight * n.part[j]; });
       }
-      next.store(other, i);
-      other = each_part([&](int j) { return next.memory.rounded(other.part[j]); });
-    } else if (g.diverges) {
-      other = theirs.block(i);
+      other = next.store(other, i);
     } else {
-      other = next.memory.load(i);
+      other = minuend == Minuend::given ? next.memory.load(i) : theirs.block(i);
     }
     residual.store<false>(each_part([&](int j) { return other.part[j] - mean.part[j]; }), i);
   }
   return i;
 }
 
-template <class M>
+template <class M, Minuend minuend>
 int64_t residual_of_terms(const Gaussian& g, const Unit& unit, Buffers<float>& buffers) {
   switch (g.terms) {
-    case 1: return residual_of_blocks<M, 1>(g, unit, buffers);
-    case 2: return residual_of_blocks<M, 2>(g, unit, buffers);
-    case 3: return residual_of_blocks<M, 3>(g, unit, buffers);
-    case 4: return residual_of_blocks<M, 4>(g, unit, buffers);
-    default: return residual_of_blocks<M, 5>(g, unit, buffers);
+    case 1: return residual_of_blocks<M, 1, minuend>(g, unit, buffers);
+    case 2: return residual_of_blocks<M, 2, minuend>(g, unit, buffers);
+    case 3: return residual_of_blocks<M, 3, minuend>(g, unit, buffers);
+    case 4: return residual_of_blocks<M, 4, minuend>(g, unit, buffers);
+    default: return residual_of_blocks<M, 5, minuend>(g, unit, buffers);
   }
 }
 
 int64_t residual_in_registers(const Gaussian& g, const Unit& unit, Memory memory, Buffers<float>& buffers) {
   int64_t done = 0;
-  with_memory(memory, [&](auto kind) { done = residual_of_terms<decltype(kind)>(g, unit, buffers); });
+  with_memory(memory, [&](auto kind) {
+    using M = decltype(kind);
+    const auto residual = g.steps      ? residual_of_terms<M, Minuend::drawn>
+                          : g.diverges ? residual_of_terms<M, Minuend::reference>
+                                       : residual_of_terms<M, Minuend::given>;
+    done = residual(g, unit, buffers);
+  });
   return done;
 }
 

@@ -7,7 +7,8 @@
 
 BICM_NAMESPACE_BEGIN
 
-#if defined(BICM_VECTOR)
+// torch draws with vectors on x86-64 alone; elsewhere its numbers are those of the C library's functions.
+#if defined(BICM_ISA_AVX512) || defined(BICM_ISA_AVX2)
 
 namespace {
 

@@ -51,11 +51,14 @@ using Bytes = __m512i;
 using HalfBytes = __m256i;
 BICM_HD void stream_bytes_of(Bytes x, void* to) { _mm512_stream_si512(static_cast<Bytes*>(to), x); }
 BICM_HD void stream_bytes_of(HalfBytes x, void* to) { _mm256_stream_si256(static_cast<HalfBytes*>(to), x); }
-#else
+#elif defined(BICM_ISA_AVX2)
 using Bytes = __m256i;
 using HalfBytes = __m128i;
 BICM_HD void stream_bytes_of(Bytes x, void* to) { _mm256_stream_si256(static_cast<Bytes*>(to), x); }
 BICM_HD void stream_bytes_of(HalfBytes x, void* to) { _mm_stream_si128(static_cast<HalfBytes*>(to), x); }
+#else
+using Bytes = uint8x16_t;
+using HalfBytes = uint8x8_t;
 #endif
 
 template <class Vector>
@@ -69,7 +72,7 @@ BICM_HD Vector load_vector(const void* from) {
 template <bool kStreams, class Vector>
 BICM_HD void store_vector(Vector x, void* to) {
   if constexpr (kStreams) {
-    stream_bytes_of(x, to);
+    stream_bytes_of(x, to);  // where BICM_STREAMS
   } else {
     __builtin_memcpy(to, &x, sizeof(x));
   }
@@ -77,22 +80,37 @@ BICM_HD void store_vector(Vector x, void* to) {
 
 BICM_HD Floats load_floats(const float* from) { return load_vector<Floats>(from); }
 
-BICM_HD Floats load_floats(const Half* from) {
-  const HalfBytes x = load_vector<HalfBytes>(from);
+BICM_HD HalfBytes to_halves(Floats x) {
 #if defined(BICM_ISA_AVX512)
-  return (Floats)_mm512_cvtph_ps(x);
+  return _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(BICM_ISA_AVX2)
+  return _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  return (Floats)_mm256_cvtph_ps(x);
+  return (HalfBytes)vcvt_f16_f32((float32x4_t)x);
 #endif
 }
+
+BICM_HD Floats from_halves(HalfBytes x) {
+#if defined(BICM_ISA_AVX512)
+  return (Floats)_mm512_cvtph_ps(x);
+#elif defined(BICM_ISA_AVX2)
+  return (Floats)_mm256_cvtph_ps(x);
+#else
+  return (Floats)vcvt_f32_f16((float16x4_t)x);
+#endif
+}
+
+BICM_HD Floats load_floats(const Half* from) { return from_halves(load_vector<HalfBytes>(from)); }
 
 // By instruction: the compiler's own conversions between words and halves take three times as many.
 BICM_HD Floats load_floats(const BFloat16* from) {
   const HalfBytes x = load_vector<HalfBytes>(from);
 #if defined(BICM_ISA_AVX512)
   return bit_cast<Floats>((Words)_mm512_cvtepu16_epi32(x) << 16);
-#else
+#elif defined(BICM_ISA_AVX2)
   return bit_cast<Floats>((Words)_mm256_cvtepu16_epi32(x) << 16);
+#else
+  return (Floats)vshll_n_u16((uint16x4_t)x, 16);
 #endif
 }
 
@@ -126,6 +144,8 @@ BICM_HD Pair load_pair(const BFloat16* from) {
 BICM_HD bool any_nan(Floats x, Floats y) {
 #if defined(BICM_ISA_AVX512)
   return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_UNORD_Q) != 0;
+#elif defined(BICM_ISA_NEON)
+  return vminvq_u32((uint32x4_t)((x == x) & (y == y))) == 0;
 #else
   const __m256 nan = _mm256_cmp_ps((__m256)x, (__m256)y, _CMP_UNORD_Q);
   return !_mm256_testz_ps(nan, nan);
@@ -150,29 +170,24 @@ BICM_HD Words round_to_bfloat16(Floats x) {
 #endif
 }
 
-// Two vectors side by side, rounded once: instructions that narrow take two.
+// Two vectors side by side, rounded once: instructions that narrow take two. Returns the numbers that are in memory then.
 template <bool kStreams>
-BICM_HD void store_pair(Floats x, Floats y, float* to) {
+BICM_HD Pair store_pair(Floats x, Floats y, float* to) {
   store_vector<kStreams>((Bytes)x, to);
   store_vector<kStreams>((Bytes)y, to + kLanes);
-}
-
-BICM_HD HalfBytes to_halves(Floats x) {
-#if defined(BICM_ISA_AVX512)
-  return _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  return _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#endif
+  return {x, y};
 }
 
 template <bool kStreams>
-BICM_HD void store_pair(Floats x, Floats y, Half* to) {
-  store_vector<kStreams>(to_halves(x), to);
-  store_vector<kStreams>(to_halves(y), to + kLanes);
+BICM_HD Pair store_pair(Floats x, Floats y, Half* to) {
+  const HalfBytes first = to_halves(x), second = to_halves(y);
+  store_vector<kStreams>(first, to);
+  store_vector<kStreams>(second, to + kLanes);
+  return {from_halves(first), from_halves(second)};
 }
 
 template <bool kStreams>
-BICM_HD void store_pair(Floats x, Floats y, BFloat16* to) {
+BICM_HD Pair store_pair(Floats x, Floats y, BFloat16* to) {
   Words high = round_to_bfloat16(x), higher = round_to_bfloat16(y);
   if (__builtin_expect(any_nan(x, y), 0)) {
     high = round_to_bfloat16(plain_nan(x));
@@ -180,22 +195,14 @@ BICM_HD void store_pair(Floats x, Floats y, BFloat16* to) {
   }
 #if defined(BICM_ISA_AVX512)
   store_vector<kStreams>(_mm512_permutex2var_epi16((Bytes)high, places(1, 4), (Bytes)higher), to);
+#elif defined(BICM_ISA_NEON)
+  store_vector<kStreams>((Bytes)vuzp2q_u16((uint16x8_t)high, (uint16x8_t)higher), to);
 #else
   // Quarters of the first vector and of the second take turns.
   const Bytes mixed = _mm256_packus_epi32((Bytes)(high >> 16), (Bytes)(higher >> 16));
   store_vector<kStreams>(_mm256_permute4x64_epi64(mixed, 0xD8), to);
 #endif
-}
-
-// A vector's numbers after they were stored with a type and read again.
-BICM_HD Floats round_as(Floats x, const float*) { return x; }
-BICM_HD Floats round_as(Floats x, const BFloat16*) {
-  return bit_cast<Floats>(round_to_bfloat16(plain_nan(x)) & 0xFFFF0000u);
-}
-BICM_HD Floats round_as(Floats x, const Half*) {
-  Half halves[kLanes];
-  store_vector<false>(to_halves(x), halves);
-  return load_floats(halves);
+  return {bit_cast<Floats>(high & 0xFFFF0000u), bit_cast<Floats>(higher & 0xFFFF0000u)};
 }
 
 #endif

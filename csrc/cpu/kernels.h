@@ -34,6 +34,15 @@ constexpr int64_t kUnitsPerSum = 64;
   /* As torch.randn draws them, 16 numbers or more; false where the instruction set has nothing for it. */ \
   KERNEL(bool, generator_normals, (Mersenne & state, float* out, int64_t count))
 
+// The instruction sets of this architecture, from the least to the best. CMakeLists.txt lists them too.
+#if defined(__x86_64__)
+#define BICM_EACH_ISA(ISA) ISA(scalar) ISA(avx2) ISA(avx512)
+#elif defined(__aarch64__)
+#define BICM_EACH_ISA(ISA) ISA(scalar) ISA(neon)
+#else
+#define BICM_EACH_ISA(ISA) ISA(scalar)
+#endif
+
 struct Kernels {
   const char* name;
 #define BICM_FIELD(Result, name, arguments) Result(*name) arguments;
@@ -41,8 +50,8 @@ struct Kernels {
 #undef BICM_FIELD
 };
 
-// The kernels of the instruction set with this name (scalar, avx2, avx512), or null where this build or this processor
-// has none; an empty name selects the best.
+// The kernels of the instruction set with this name, or null where this build or this processor has none; an empty name
+// selects the best.
 const Kernels* find_kernels(const char* name);
 
 inline int64_t units_per_sample(const Layout& layout) { return (layout.elements + kChunk - 1) / kChunk; }

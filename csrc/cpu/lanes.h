@@ -1,11 +1,15 @@
-// The lane types of an instruction set, and the few functions that core/ needs of a lane type. AVX-512 and AVX2 use the
-// compiler's vector types, so that core/ is written once with ordinary operators; scalar code is one lane.
+// The lane types of an instruction set, and the few functions that core/ needs of a lane type. AVX-512, AVX2 and NEON use
+// the compiler's vector types, so that core/ is written once with ordinary operators; scalar code is one lane.
 #pragma once
 
 #include "../core/normal.h"
 
 #if defined(BICM_ISA_AVX512) || defined(BICM_ISA_AVX2)
 #include <immintrin.h>
+#define BICM_VECTOR 1
+#define BICM_STREAMS 1  // has non-temporal stores
+#elif defined(BICM_ISA_NEON)
+#include <arm_neon.h>
 #define BICM_VECTOR 1
 #endif
 
@@ -15,15 +19,15 @@ BICM_NAMESPACE_BEGIN
 
 #if defined(BICM_ISA_AVX512)
 constexpr int kLanes = 16;
-#else
+#elif defined(BICM_ISA_AVX2)
 constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-// One 32-bit word in the low half of each 64-bit lane: the layout of the multiplication instruction.
-typedef uint64_t WideWords __attribute__((vector_size(4 * kLanes)));
 
 template <>
 struct LaneOps<Floats> {
@@ -36,8 +40,10 @@ struct LaneOps<Floats> {
   BICM_HD static Floats fused(Floats a, Floats b, Floats c) {
 #if defined(BICM_ISA_AVX512)
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#else
+#elif defined(BICM_ISA_AVX2)
     return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #endif
   }
   BICM_HD static Floats add_exact(Floats a, float b, float c) { return fused(a, all(b), all(c)); }
@@ -63,6 +69,9 @@ struct LaneOps<Floats> {
 #if defined(BICM_ISA_AVX512)
   BICM_HD static Floats to_float(Words x) { return (Floats)_mm512_cvtepu32_ps((__m512i)x); }
   BICM_HD static Floats square_root(Floats x) { return (Floats)_mm512_sqrt_ps((__m512)x); }
+#elif defined(BICM_ISA_NEON)
+  BICM_HD static Floats to_float(Words x) { return __builtin_convertvector(x, Floats); }
+  BICM_HD static Floats square_root(Floats x) { return (Floats)vsqrtq_f32((float32x4_t)x); }
 #else
   // No unsigned conversion in AVX2: both halves are exact, so the sum is the only rounding.
   BICM_HD static Floats to_float(Words x) {
@@ -71,6 +80,30 @@ struct LaneOps<Floats> {
   BICM_HD static Floats square_root(Floats x) { return (Floats)_mm256_sqrt_ps((__m256)x); }
 #endif
 };
+
+#if defined(BICM_ISA_NEON)
+
+// Products of the lower and of the upper two lanes; their low words, and their high words.
+template <>
+struct WordOps<Words> {
+  BICM_HD static void multiply_wide(Words a, uint32_t multiplier, Words& high, Words& low) {
+    const uint32x4_t x = (uint32x4_t)a, m = vdupq_n_u32(multiplier);
+    const uint32x4_t lower = (uint32x4_t)vmull_u32(vget_low_u32(x), vget_low_u32(m));
+    const uint32x4_t upper = (uint32x4_t)vmull_high_u32(x, m);
+    low = (Words)vuzp1q_u32(lower, upper);
+    high = (Words)vuzp2q_u32(lower, upper);
+  }
+  BICM_HD static Words xor_three(Words a, Words b, uint32_t key) { return a ^ b ^ key; }
+};
+
+using PhiloxWord = Words;
+BICM_HD void set_counter(Words& words, int i, uint32_t word) { words[i] = word; }
+BICM_HD uint32_t get_counter(const Words& words, int i) { return words[i]; }
+
+#else
+
+// One 32-bit word in the low half of each 64-bit lane: the layout of the multiplication instruction.
+typedef uint64_t WideWords __attribute__((vector_size(4 * kLanes)));
 
 template <>
 struct WordOps<WideWords> {
@@ -92,11 +125,15 @@ struct WordOps<WideWords> {
   }
 };
 
-// As many counters as philox takes at once, in its layout. The high halves are arbitrary.
-constexpr int kCounters = kLanes / 2;
+// The high halves are arbitrary.
 using PhiloxWord = WideWords;
 BICM_HD void set_counter(WideWords& words, int i, uint32_t word) { words[i] = word | 0xBAD0000000000000ull; }
 BICM_HD uint32_t get_counter(const WideWords& words, int i) { return static_cast<uint32_t>(words[i]); }
+
+#endif
+
+// As many counters as philox takes at once, in its layout.
+constexpr int kCounters = sizeof(PhiloxWord) / sizeof(PhiloxWord{}[0]);
 
 // Several vectors processed as one. A single chain of dependent operations is bound by latency;
 // a group interleaves the chains of its parts, operation by operation.

@@ -13,29 +13,37 @@ constexpr int kNoiseBlock = 4 * kLanes;  // numbers written at a time
 BICM_HD Floats interleave_low(Floats a, Floats b) {
 #if defined(BICM_ISA_AVX512)
   return (Floats)_mm512_unpacklo_ps((__m512)a, (__m512)b);
-#else
+#elif defined(BICM_ISA_AVX2)
   return (Floats)_mm256_unpacklo_ps((__m256)a, (__m256)b);
+#else
+  return (Floats)vzip1q_f32((float32x4_t)a, (float32x4_t)b);
 #endif
 }
 BICM_HD Floats interleave_high(Floats a, Floats b) {
 #if defined(BICM_ISA_AVX512)
   return (Floats)_mm512_unpackhi_ps((__m512)a, (__m512)b);
-#else
+#elif defined(BICM_ISA_AVX2)
   return (Floats)_mm256_unpackhi_ps((__m256)a, (__m256)b);
+#else
+  return (Floats)vzip2q_f32((float32x4_t)a, (float32x4_t)b);
 #endif
 }
 BICM_HD Floats pairs_low(Floats a, Floats b) {
 #if defined(BICM_ISA_AVX512)
   return (Floats)_mm512_unpacklo_pd((__m512d)a, (__m512d)b);
-#else
+#elif defined(BICM_ISA_AVX2)
   return (Floats)_mm256_unpacklo_pd((__m256d)a, (__m256d)b);
+#else
+  return (Floats)vzip1q_f64((float64x2_t)a, (float64x2_t)b);
 #endif
 }
 BICM_HD Floats pairs_high(Floats a, Floats b) {
 #if defined(BICM_ISA_AVX512)
   return (Floats)_mm512_unpackhi_pd((__m512d)a, (__m512d)b);
-#else
+#elif defined(BICM_ISA_AVX2)
   return (Floats)_mm256_unpackhi_pd((__m256d)a, (__m256d)b);
+#else
+  return (Floats)vzip2q_f64((float64x2_t)a, (float64x2_t)b);
 #endif
 }
 
@@ -44,18 +52,27 @@ BICM_HD Floats pairs_high(Floats a, Floats b) {
 
 #if !defined(BICM_ISA_AVX512)
 
-BICM_HD Words low_words(WideWords even, WideWords odd) {
-  return (Words)_mm256_blend_epi32((__m256i)even, _mm256_slli_epi64((__m256i)odd, 32), 0xAA);
+// As many of philox's words as have the counters of a vector's lanes: word w those of lanes kWords i + w.
+constexpr int kWords = kLanes / kCounters;
+
+// The first of them and the last, which may be the same, as a vector.
+BICM_HD Words join(PhiloxWord first, PhiloxWord last) {
+#if defined(BICM_ISA_AVX2)
+  return (Words)_mm256_blend_epi32((__m256i)first, _mm256_slli_epi64((__m256i)last, 32), 0xAA);
+#else
+  (void)last;
+  return first;
+#endif
 }
 
-BICM_HD WideWords quads(int64_t first, int odd) {
+BICM_HD PhiloxWord quads(uint32_t first, int word) {
   constexpr int parts = kLanes / 4;
-  WideWords offset;
-  for (int i = 0; i < kLanes / 2; ++i) {
-    const int lane = 2 * i + odd;
-    offset[i] = static_cast<uint64_t>(parts * (lane % 4) + lane / 4);
+  PhiloxWord offset;
+  for (int i = 0; i < kCounters; ++i) {
+    const int lane = kWords * i + word;
+    offset[i] = static_cast<uint32_t>(parts * (lane % 4) + lane / 4);
   }
-  return offset + static_cast<uint64_t>(first);
+  return offset + first;
 }
 
 struct AdjacentQuads {
@@ -65,14 +82,14 @@ struct AdjacentQuads {
   BICM_HD AdjacentQuads(const SampleKey& k, int64_t quad)
       : key(k), quad_high(static_cast<uint32_t>(static_cast<uint64_t>(quad) >> 32)) {}
 
-  // The bits of adjacent blocks: low halves of the even lanes' words and of the odd lanes' words, side by side.
+  // The bits of adjacent blocks.
   template <int Blocks>
   BICM_HD void write_bits(uint32_t quad, float* out) const {
-    using Word = Group<WideWords, 2 * Blocks>;
-    const WideWords zero = {};
+    using Word = Group<PhiloxWord, kWords * Blocks>;
+    const PhiloxWord zero = {};
     Quad<Word> counter;
-    for (int i = 0; i < 2 * Blocks; ++i) {
-      counter.lane[0].part[i] = quads(quad + i / 2 * kLanes, i % 2);
+    for (int i = 0; i < kWords * Blocks; ++i) {
+      counter.lane[0].part[i] = quads(quad + static_cast<uint32_t>(i / kWords * kLanes), i % kWords);
       counter.lane[1].part[i] = zero + quad_high;
       counter.lane[2].part[i] = zero + key.sample;
       counter.lane[3].part[i] = zero + key.step;
@@ -80,7 +97,8 @@ struct AdjacentQuads {
     const Quad<Word> r = philox(counter, key.key);
     for (int block = 0; block < Blocks; ++block) {
       for (int lane = 0; lane < 4; ++lane) {
-        const Words bits = low_words(r.lane[lane].part[2 * block], r.lane[lane].part[2 * block + 1]);
+        const int first = kWords * block, last = first + kWords - 1;
+        const Words bits = join(r.lane[lane].part[first], r.lane[lane].part[last]);
         __builtin_memcpy(out + block * kNoiseBlock + lane * kLanes, &bits, sizeof(bits));
       }
     }

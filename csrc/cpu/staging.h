@@ -97,7 +97,7 @@ inline const C* load_unit(const Layout& layout, const Operand& x, const Unit& un
 
 // Copies with non-temporal stores: whole cache lines where aligned, ordinary stores at the ends.
 inline void stream_bytes(const unsigned char* from, unsigned char* to, int64_t bytes) {
-#if defined(BICM_VECTOR)
+#if defined(BICM_STREAMS)
   constexpr int64_t width = 4 * kLanes;
   int64_t head = -static_cast<int64_t>(reinterpret_cast<uintptr_t>(to)) & (width - 1);
   if (head > bytes) head = bytes;
@@ -120,7 +120,7 @@ inline void stream_bytes(const unsigned char* from, unsigned char* to, int64_t b
 
 // Streamed stores are weakly ordered: a thread must fence before another may read what it wrote.
 inline void finish_streams() {
-#if defined(BICM_VECTOR)
+#if defined(BICM_STREAMS)
   _mm_sfence();
 #endif
 }

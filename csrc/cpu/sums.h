@@ -67,9 +67,12 @@ BICM_HD void add_lanes(Part<float>::Lanes x, Doubles* total) {
 #if defined(BICM_ISA_AVX512)
   total[0] += Term::of((Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)));
   total[1] += Term::of((Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1)));
-#elif defined(BICM_VECTOR)
+#elif defined(BICM_ISA_AVX2)
   total[0] += Term::of((Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)));
   total[1] += Term::of((Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1)));
+#elif defined(BICM_ISA_NEON)
+  total[0] += Term::of((Doubles)vcvt_f64_f32(vget_low_f32((float32x4_t)x)));
+  total[1] += Term::of((Doubles)vcvt_high_f64_f32((float32x4_t)x));
 #else
   total[0] += Term::of(__builtin_convertvector(x, Doubles));
 #endif

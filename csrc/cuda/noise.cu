@@ -90,8 +90,7 @@ __global__ void __launch_bounds__(kThreads, kPairsResident<Memory>)
   for (int64_t sample = blockIdx.y; sample < p.layout.batch; sample += gridDim.y) {
     keys.move_to(p.key, sample, sample == blockIdx.y);
     const Levels<Memory> levels = levels_of<Memory>(p, sample);
-    const bool generated = p.mask != nullptr && number_at<bool>(p.mask, sample * p.mask_stride);
-    const typename Memory::Row in = Memory::row(generated ? p.x_hat : p.x, sample);
+    const typename Memory::Row in = Memory::row(place_of(p, sample) >= 0 ? p.x_hat : p.x, sample);
     const Share<Memory> share(p.layout, aligned);
     for_groups<Memory, kRestOfDrawn<Memory>>(p.layout, sample, share, [&](auto memory, const auto& place) {
       constexpr int G = decltype(memory)::kGroup;
@@ -114,9 +113,10 @@ __global__ void __launch_bounds__(kThreads, kPairsResident<Memory>)
   for (int64_t sample = blockIdx.y; sample < p.layout.batch; sample += gridDim.y) {
     keys.move_to(p.key, sample, sample == blockIdx.y);
     const Levels<Memory> levels = levels_of<Memory>(p, sample);
-    const bool generated = p.mask == nullptr || number_at<bool>(p.mask, sample * p.mask_stride);
+    const int64_t of_network = place_of(p, sample);
+    const bool generated = of_network >= 0;
     const Preconditioning<C> weights = pair_weights(p, sample, levels.low);
-    const typename Memory::Row in = Memory::row(p.x, sample), output = Memory::row(p.x_hat, sample);
+    const typename Memory::Row in = Memory::row(p.x, sample), output = Memory::row(p.x_hat, generated ? of_network : 0);
     const Share<Memory> share(p.layout, aligned);
     for_groups<Memory, kRestOfDrawn<Memory>>(p.layout, sample, share, [&](auto memory, const auto& place) {
       constexpr int G = decltype(memory)::kGroup;

@@ -80,12 +80,21 @@ struct Strided {
   BICM_DEVICE static Place in_row(const Layout& layout, int64_t sample, int64_t begin, bool) {
     return at(layout, sample, begin, false);
   }
-  using Row = const Operand*;
-  BICM_DEVICE static Row row(const Operand& x, int64_t) { return &x; }
-  BICM_DEVICE static Raw load(const Layout& layout, Row x, const Place& place) { return load(layout, *x, place); }
-  BICM_DEVICE static void widen(Row, const Raw& raw, C* values) { values[0] = raw.value; }
-  BICM_DEVICE static void store(const Layout& layout, Row x, const Place& place, const C* values) {
-    store(layout, *x, place, values);
+  struct Row {
+    const Operand* operand;
+    int64_t sample;
+  };
+  BICM_DEVICE static Row row(const Operand& x, int64_t sample) { return {&x, sample}; }
+  BICM_DEVICE static Place of_row(const Row& row, Place place) {
+    place.sample = row.sample;
+    return place;
+  }
+  BICM_DEVICE static Raw load(const Layout& layout, const Row& row, const Place& place) {
+    return load(layout, *row.operand, of_row(row, place));
+  }
+  BICM_DEVICE static void widen(const Row&, const Raw& raw, C* values) { values[0] = raw.value; }
+  BICM_DEVICE static void store(const Layout& layout, const Row& row, const Place& place, const C* values) {
+    store(layout, *row.operand, of_row(row, place), values);
   }
 
   BICM_DEVICE static int64_t offset(const Layout& layout, const Operand& x, const Place& place) {

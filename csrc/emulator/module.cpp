@@ -152,7 +152,8 @@ namespace {
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const char* name : {"scalar", "avx2", "avx512"}) {
+#define BICM_NAME(isa) #isa,
+  for (const char* name : {BICM_EACH_ISA(BICM_NAME)}) {
     if (find_kernels(name) != nullptr) names.push_back(name);
   }
   return names;

@@ -41,14 +41,14 @@ void noisy_pair(const std::string& target, py::object low, py::object high, py::
   NoisyPair p = {};
   p.generates = !F.is_none();
   p.to_least = to_least;
-  const Views views = {{view_of(x), &p.x},
-                       {view_of(p.generates       ? F
-                                : x_hat.is_none() ? x
-                                                  : x_hat),
-                        &p.x_hat},
-                       {view_of(low), &p.low},
-                       {view_of(high), &p.high}};
-  lay_out(views, merge, p.layout);
+  const View first = view_of(x);
+  View other = view_of(p.generates ? F : x_hat.is_none() ? x : x_hat);
+  watch({{other, nullptr}});
+  const auto watched = ranges.back();
+  const int64_t others = other.sizes.at(0);
+  if (p.generates) other.sizes[0] = first.sizes.at(0);
+  lay_out({{first, &p.x}, {other, &p.x_hat}, {view_of(low), &p.low}, {view_of(high), &p.high}}, merge, p.layout);
+  ranges[1] = watched;  // x_hat has a size of its own
   const int64_t batch = p.layout.batch;
   p.low.streams = p.high.streams = streams;
   p.float64 = p.x.dtype == DType::float64 || p.x_hat.dtype == DType::float64;
@@ -59,14 +59,21 @@ void noisy_pair(const std::string& target, py::object low, py::object high, py::
   p.sigma_data = number_of(sigma_data, batch);
   p.key = key_of(seed, step, sample, counts, batch);
   if (!mask.is_none()) {
-    if (!py::isinstance<py::array_t<bool, 0>>(mask)) throw py::type_error("mask must be a bool array");
-    const auto flags = py::reinterpret_borrow<py::array_t<bool, 0>>(mask);
-    if (flags.ndim() != 1 || flags.shape(0) != batch) throw py::value_error("mask must be (B,)");
-    p.mask = flags.data();
-    p.mask_stride = flags.strides(0);
-    const int64_t first = reinterpret_cast<int64_t>(p.mask), last = first + (batch - 1) * p.mask_stride;
+    const auto numbers = py::reinterpret_borrow<py::array>(mask);
+    if (numbers.ndim() != 1 || numbers.shape(0) != batch) throw py::value_error("mask must be (B,)");
+    const int64_t size = numbers.itemsize();
+    if (py::isinstance<py::array_t<bool, 0>>(mask)) {
+      p.mask = static_cast<const bool*>(numbers.data());
+    } else if (py::isinstance<py::array_t<int64_t, 0>>(mask)) {
+      p.places = static_cast<const int64_t*>(numbers.data());
+      p.last_place = others - 1;
+    } else {
+      throw py::type_error("mask must be a bool or int64 array");
+    }
+    p.mask_stride = numbers.strides(0) / size;
+    const int64_t first = reinterpret_cast<int64_t>(numbers.data()), last = first + (batch - 1) * numbers.strides(0);
     ranges.push_back({static_cast<uintptr_t>(first < last ? first : last),
-                      static_cast<uintptr_t>((first < last ? last : first) + 1)});
+                      static_cast<uintptr_t>((first < last ? last : first) + size)});
   }
   if (target == "cuda") {
     if (cuda::noisy_pair(p, nullptr) != cudaSuccess) throw std::runtime_error("cuda::noisy_pair returned an error");

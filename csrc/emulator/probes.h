@@ -4,6 +4,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../cpu/kernels.h"
+
 // A probe returns its results through its arguments.
 #define BICM_EACH_PROBE(PROBE)                                                    \
   PROBE(log_all, (const float* u, float* out, int64_t count))                     \
@@ -18,11 +20,7 @@
   BICM_EACH_PROBE(BICM_DECLARE)  \
   }                              \
   }
-BICM_DECLARE_PROBES(scalar)
-#if defined(__x86_64__)
-BICM_DECLARE_PROBES(avx2)
-BICM_DECLARE_PROBES(avx512)
-#endif
+BICM_EACH_ISA(BICM_DECLARE_PROBES)
 #undef BICM_DECLARE
 
 namespace bicm {
@@ -33,22 +31,18 @@ struct Probes {
 #undef BICM_FIELD
 };
 
-#define BICM_ENTRY(name, arguments) isa::name,
+#define BICM_ENTRY(name, arguments) set::name,
+#define BICM_PROBES_OF(isa)               \
+  if (strcmp(name, #isa) == 0) {          \
+    namespace set = isa;                  \
+    return {BICM_EACH_PROBE(BICM_ENTRY)}; \
+  }
 // Those of the instruction set with this name.
 inline Probes probes_of(const char* name) {
-#if defined(__x86_64__)
-  if (strcmp(name, "avx512") == 0) {
-    namespace isa = avx512;
-    return {BICM_EACH_PROBE(BICM_ENTRY)};
-  }
-  if (strcmp(name, "avx2") == 0) {
-    namespace isa = avx2;
-    return {BICM_EACH_PROBE(BICM_ENTRY)};
-  }
-#endif
-  namespace isa = scalar;
-  return {BICM_EACH_PROBE(BICM_ENTRY)};
+  BICM_EACH_ISA(BICM_PROBES_OF)
+  return {};
 }
+#undef BICM_PROBES_OF
 #undef BICM_ENTRY
 
 }  // namespace bicm

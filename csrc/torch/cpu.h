@@ -35,9 +35,11 @@ struct Cpu {
   static void run(const struct Noise& problem, const Tensor&) { run(problem); }
   static void run(const struct NoisyPair& problem);
   static void run(const struct NoisyPair& problem, const Tensor&) { run(problem); }
+  static void sums(struct PseudoHuber& problem, void* loss, double* sums);
   static void sums(struct PseudoHuber& problem, const Tensor& loss, double* sums);
   static void sums(struct PseudoHuber& problem, const Tensor& loss, const Tensor& sums);
   static void gradients(const struct PseudoHuber& problem, const Tensor&);
+  static void sums_and_gradients(struct PseudoHuber& problem, void* loss, double* sums);
   static void sums_and_gradients(struct PseudoHuber& problem, const Tensor& loss, double* sums);
   static void scale(const struct KeptGradient& problem, const Tensor&);
   static void run(const struct Gaussian& problem);

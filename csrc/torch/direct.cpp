@@ -1,6 +1,7 @@
 // The step ops called directly from Python, bypassing torch's dispatcher, whose overhead exceeds a small
-// kernel. They return None for unsupported calls. Supported are CPU tensors of torch's own type, without a derivative
-// to record, outside modes and transforms. The dispatcher handles the others, and raises their errors.
+// kernel. They return None for unsupported calls. Supported are tensors of torch's own type on the CPU, and on a GPU
+// where its launchers are given, without a derivative to record, outside modes and transforms. The dispatcher handles
+// the others, and raises their errors.
 #include "direct.h"
 
 #include "cpu.h"
@@ -8,6 +9,7 @@
 #include "gaussian.h"
 #include "generator.h"
 #include "inputs.h"
+#include "launchers.h"
 #include "preconditioning.h"
 #include "python.h"
 #include "reversible.h"
@@ -86,10 +88,24 @@ int64_t grain_of(const NoisyPair&) { return Cpu::kNoiseGrain; }
 int64_t grain_of(const Reversible&) { return Cpu::kGrain; }
 int64_t grain_of(const FixedPointDecode&) { return Cpu::kGrain; }
 
-// The CPU, called by Python.
+void launch_on(int32_t gpu, const Multistep& problem, const Object&) { launch(&Launchers::multistep, problem, gpu); }
+void launch_on(int32_t gpu, const Noise& problem, const Object&) { launch(&Launchers::noise, problem, gpu); }
+void launch_on(int32_t gpu, const NoisyPair& problem, const Object&) { launch(&Launchers::noisy_pair, problem, gpu); }
+void launch_on(int32_t gpu, const Reversible& problem, const Object&) { launch(&Launchers::reversible, problem, gpu); }
+void launch_on(int32_t gpu, const FixedPointDecode& problem, const Object&) {
+  launch(&Launchers::fixed_point_decode, problem, gpu);
+}
+// The scratch memory is given back at once: whatever takes it next runs later on the same stream.
+void launch_on(int32_t gpu, const Gaussian& problem, const Object& first) {
+  const Object scratch = row_like(first, launchers().gaussian_scratch(problem), DType::float64);
+  launch(&Launchers::gaussian, problem, static_cast<double*>(scratch.view.data), gpu);
+}
+
+// The tensors' device, called by Python.
 struct Direct {
   template <class Problem>
-  static void run(const Problem& problem, const Object&) {
+  static void run(const Problem& problem, const Object& first) {
+    if (!on_host(first.view.device)) return launch_on(index_of(first.view.device), problem, first);
     std::optional<Released> released;
     if (problem.layout.batch * problem.layout.elements > grain_of(problem)) released.emplace();
     Cpu::run(problem);
@@ -215,6 +231,8 @@ bool add_direct(PyObject* module) {
       method<&fixed_point_decode<Direct, Object, DType>>("fixed_point_decode"),
       {"know_implementations", known, METH_O, nullptr},
       {"forget_handles", forget, METH_NOARGS, nullptr},
+      {"use_launchers", use_launchers, METH_O, nullptr},
+      {"host_launchers", host_launchers, METH_NOARGS, nullptr},
       {"plain_op", plain_op, METH_VARARGS, nullptr},
       {"call_through_dispatcher", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call_through_dispatcher)),
        METH_FASTCALL, nullptr},

@@ -2,6 +2,7 @@
 // may have a derivative to record. It is Python that records it, from what the call returns.
 #include "cpu.h"
 #include "direct.h"
+#include "launchers.h"
 #include "pseudo_huber.h"
 #include "python.h"
 #include "torch_abi.h"
@@ -13,9 +14,11 @@ namespace {
 enum Way : int64_t { backward, forward, automatic };
 
 // A tensor of torch's C++, which Python's keeps: `Borrowed` gives it back. What autograd says of it is read beside.
-bool read(PyObject* from, Tensor& to) {
+// `device`: of the first that is read, -1 before.
+bool read(PyObject* from, Tensor& to, int32_t& device) {
   View view;
   if (!look_into_plain(from, view)) return false;
+  if (device < 0) device = view.device;
   to.release();
   to = Tensor(abi::handle_of(from));
   return true;
@@ -24,8 +27,13 @@ bool read(PyObject* from, Tensor& to) {
 using bicm::read;
 
 template <class T>
-bool read(PyObject* from, std::optional<T>& to) {
-  return from == Py_None || read(from, to.emplace());
+bool read(PyObject* from, T& to, int32_t&) {
+  return read(from, to);
+}
+
+template <class T>
+bool read(PyObject* from, std::optional<T>& to, int32_t& device) {
+  return from == Py_None || read(from, to.emplace(), device);
 }
 
 template <class T>
@@ -52,13 +60,16 @@ class Borrowed {
     int i = 0;
     const auto read_one = [&](auto& argument) {
       PyObject* const from = given[i++];
-      if (!read(from, argument)) return false;
+      if (!read(from, argument, device_)) return false;
       if (!kIsTensor<std::decay_t<decltype(argument)>> || from == Py_None || !is_tracked(from)) return true;
       tracked |= int64_t{1} << (i - 1);
       return i <= states;
     };
     return apply([&](auto&... argument) { return (read_one(argument) && ...); });
   }
+
+  // Of the first state.
+  bool on_gpu() const { return !on_host(device_); }
 
  private:
   static void give_back(Tensor& tensor) { tensor.release(); }
@@ -69,6 +80,7 @@ class Borrowed {
   static void give_back(Number&) {}
 
   std::tuple<Arguments...> arguments_;
+  int32_t device_ = -1;
 };
 
 // The CPU, called by Python.
@@ -94,6 +106,32 @@ struct DirectLoss {
   }
   static void scale(const KeptGradient& p, const Tensor& gradient) {
     run(p, [&] { Cpu::scale(p, gradient); });
+  }
+};
+
+// A GPU, called by Python.
+struct GpuLoss {
+  static constexpr bool kOnHost = false;
+
+  static void sums(PseudoHuber& p, const Tensor& loss, const Tensor& sums) {
+    value(&Launchers::pseudo_huber, p, loss, sums);
+  }
+  static void sums_and_gradients(PseudoHuber& p, const Tensor& loss, const Tensor& sums) {
+    value(&Launchers::pseudo_huber_with_gradient, p, loss, sums);
+  }
+  static void gradients(const PseudoHuber& p, const Tensor& sums) {
+    launch(&Launchers::pseudo_huber_gradient, p, sums.device_index());
+  }
+  static void scale(const KeptGradient& p, const Tensor& gradient) {
+    launch(&Launchers::scale_gradient, p, gradient.device_index());
+  }
+
+ private:
+  template <class Entry>
+  static void value(Entry launcher, PseudoHuber& p, const Tensor& loss, const Tensor& sums) {
+    p.sums = static_cast<double*>(sums.data_ptr());
+    const Tensor scratch = row_like(sums, launchers().pseudo_huber_scratch(p), DType::float64);
+    launch(launcher, p, loss.data_ptr(), static_cast<double*>(scratch.data_ptr()), sums.device_index());
   }
 };
 
@@ -125,6 +163,12 @@ PyObject* unseen(Run run) {
   Py_RETURN_NONE;
 }
 
+// Calls a function with what runs on the device.
+template <class Run>
+auto on_device(bool gpu, Run run) {
+  return gpu ? run(GpuLoss()) : run(DirectLoss());
+}
+
 // A loss by its arguments, of which the first tensors are states.
 template <int States, auto Read>
 struct Loss;
@@ -140,13 +184,16 @@ struct Loss<States, Read> {
       if (count != 1 + kCount || !read(given[0], way) || !arguments.read_all(given + 1, States, needs)) return nullptr;
       LossCall call;
       arguments.apply([&](const auto&... argument) { Read(call, argument...); });
-      if (needs == 0) return object_of(call.template value_alone<DirectLoss>());
+      const bool gpu = arguments.on_gpu();
+      const auto alone = [&](auto device) { return call.template value_alone<decltype(device)>(); };
+      if (needs == 0) return object_of(on_device(gpu, alone));
       const bool keeps = way != backward && call.can_keep(needs);
       if (keeps && (way == forward || !saves_through_hooks())) {
-        const auto [loss, gradients] = call.template value_and_gradients<DirectLoss>(needs);
+        const auto [loss, gradients] =
+            on_device(gpu, [&](auto device) { return call.template value_and_gradients<decltype(device)>(needs); });
         return recorded(true, loss, gradients);
       }
-      auto [loss, sums] = call.template value<DirectLoss>();
+      auto [loss, sums] = on_device(gpu, [&](auto device) { return call.template value<decltype(device)>(); });
       std::vector<Tensor> saved;
       saved.push_back(std::move(sums));
       return recorded(false, loss, saved);
@@ -165,36 +212,67 @@ struct Loss<States, Read> {
       LossCall call;
       arguments.apply([&](const auto&... argument) { Read(call, argument...); });
       return ours.apply([&](const Tensor& upstream, const Tensor& sums) {
-        return objects_of(call.template gradients<DirectLoss>(upstream, sums, needs));
+        return objects_of(on_device(arguments.on_gpu(), [&](auto device) {
+          return call.template gradients<decltype(device)>(upstream, sums, needs);
+        }));
       });
     });
   }
 };
 
+// Not asked of a GPU, whose kernel reads the number, and returns at once.
 bool is_one(const View& upstream) {
   const bool floating = upstream.dtype != DType::int32 && upstream.dtype != DType::int64;
-  return floating && upstream.dim == 0 && load_number<double>(number_of(upstream, 1, upstream.device), 0) == 1.0;
+  return on_host(upstream.device) && floating && upstream.dim == 0 &&
+         load_number<double>(number_of(upstream, 1, upstream.device), 0) == 1.0;
+}
+
+// Some gradients are scaled and a launch failed: the dispatcher would scale them again.
+struct ScaledInPart {};
+
+void scale_on_gpu(const Tensor& upstream, const std::vector<Tensor>& gradients) {
+  for (const Tensor& gradient : gradients) {
+    try {
+      scale_gradients<GpuLoss>(upstream, {gradient});
+    } catch (const std::exception&) {
+      if (&gradient == &gradients.front()) throw;
+      throw ScaledInPart();
+    }
+  }
 }
 
 // (upstream, gradients) -> True once they are scaled in place
-PyObject* scale_kept(PyObject*, PyObject* const* given, Py_ssize_t count) {
+PyObject* scale_kept(PyObject*, PyObject* const* given, Py_ssize_t count) try {
   return unseen([&]() -> PyObject* {
     View upstream;
     if (count != 2 || !PyTuple_Check(given[1]) || !look_into_plain(given[0], upstream)) return nullptr;
     if (is_one(upstream)) Py_RETURN_TRUE;
     // The op owns its arguments.
-    const auto owned = [](PyObject* tensor) {
+    int32_t device = kHost;
+    const auto owned = [&device](PyObject* tensor) {
       AtenTensorHandle handle = nullptr;
       View view;
       const bool plain = look_into_plain(tensor, view) && !is_tracked(tensor);
+      device = view.device;
       STD_TORCH_CHECK(plain && aoti_torch_new_tensor_handle(abi::handle_of(tensor), &handle) == 0, "not plain");
       return Tensor(handle);
     };
     std::vector<Tensor> gradients;
-    each(given[1], [&](PyObject* gradient, bool) { return gradients.push_back(owned(gradient)), true; });
-    scale_gradients<DirectLoss>(owned(given[0]), std::move(gradients));
+    Tensor factor = owned(given[0]);
+    each(given[1], [&](PyObject* gradient, bool) {
+      gradients.push_back(owned(gradient));
+      return gradients.size() == 1 || device_of(gradients.back()) == device_of(gradients.front());
+    });
+    if (on_host(device)) {
+      scale_gradients<DirectLoss>(std::move(factor), std::move(gradients));
+    } else {
+      scale_on_gpu(factor, gradients);
+    }
     Py_RETURN_TRUE;
   });
+} catch (const ScaledInPart&) {
+  PyErr_SetString(PyExc_RuntimeError, "bicm_kernels: a launch failed when some gradients had been scaled");
+  return nullptr;
 }
 
 template <class Function>

@@ -14,7 +14,7 @@ const Kernels& active_kernels() {
     const char* name = getenv("BICM_KERNELS_ISA");
     const Kernels* found = find_kernels(name == nullptr ? "" : name);
     STD_TORCH_CHECK(found != nullptr, "BICM_KERNELS_ISA=", name,
-                    ": this processor or build has no such instruction set; known are scalar, avx2 and avx512");
+                    ": this processor or build has no such instruction set; known are scalar, avx2, avx512 and neon");
     return found;
   }();
   return *kernels;

@@ -154,7 +154,7 @@ class Step : public Inputs<A> {
 
   // Those of a step that returns its denoised sample, which is not read at once; what is written beside it is, and
   // several streams at a time are slower.
-  static constexpr int64_t kStreamDenoisedBytes = int64_t{4} << 20, kStreamBesideBytes = int64_t{8} << 20;
+  static constexpr int64_t kStreamDenoisedBytes = 2 * kStreamBytes, kStreamBesideBytes = 4 * kStreamBytes;
 
   bool streamed(const Operand& operand) const {
     const int64_t from = !m.denoises ? kStreamBytes : &operand == &m.x0 ? kStreamDenoisedBytes : kStreamBesideBytes;

@@ -49,18 +49,22 @@ Tensor fold_in_tensors(Tensor seed, Tensor data) {
   return out;
 }
 
-// The samples that are replaced.
+// The samples that are replaced, or the places of what replaces them.
 struct Replaced {
   const bool* rows = nullptr;
+  const int64_t* places = nullptr;
   int64_t stride = 0;
 };
 
 inline Replaced replaced_rows(const std::optional<Tensor>& mask, const View& first) {
   if (!mask.has_value()) return {};
-  STD_TORCH_CHECK(mask->dtype() == aoti_torch_dtype_bool() && mask->dim() == 1 && mask->sizes()[0] == first.sizes[0] &&
+  const bool given = mask->dtype() == aoti_torch_dtype_bool(), placed = mask->dtype() == aoti_torch_dtype_int64();
+  STD_TORCH_CHECK((given || placed) && mask->dim() == 1 && mask->sizes()[0] == first.sizes[0] &&
                       device_of(*mask) == first.device,
                   "bicm_kernels: mask must be a (B,) bool tensor");
-  return {static_cast<const bool*>(mask->data_ptr()), mask->strides()[0]};
+  const void* const data = mask->data_ptr();
+  return {given ? static_cast<const bool*>(data) : nullptr, placed ? static_cast<const int64_t*>(data) : nullptr,
+          mask->strides()[0]};
 }
 
 // Two levels of one noise. Where the mask is true, other samples replace x: given ones, or those
@@ -70,20 +74,36 @@ class Pair : public Inputs<A> {
  public:
   using Tensor = typename A::Tensor;
 
-  Pair(const Tensor& x, const Tensor* other) : Inputs<A>(x_view_), x_(x), x_view_(view_of(x)) {
+  Pair(const Tensor& x, const Tensor* other, const typename A::Mask& mask)
+      : Inputs<A>(x_view_), x_(x), x_view_(view_of(x)) {
     other_view_ = other != nullptr ? view_of(*other) : x_view_;
-    STD_TORCH_CHECK(x_view_.dim > 0 && same_sizes(x_view_, other_view_) && x_view_.device == other_view_.device,
+    STD_TORCH_CHECK(x_view_.dim > 0 && x_view_.dim == other_view_.dim, "bicm_kernels: tensors differ in shape");
+    const Replaced replaced = replaced_rows(mask, x_view_);
+    problem.mask = replaced.rows;
+    problem.places = replaced.places;
+    problem.mask_stride = replaced.stride;
+    if (replaced.places != nullptr) {
+      problem.last_place = other_view_.sizes[0] - 1;
+      STD_TORCH_CHECK(problem.last_place >= 0 && places_exist(), "bicm_kernels: a place past the last sample");
+      others_.assign(other_view_.sizes, other_view_.sizes + other_view_.dim);
+      others_[0] = x_view_.sizes[0];
+      other_view_.sizes = others_.data();
+    }
+    STD_TORCH_CHECK(same_sizes(x_view_, other_view_) && x_view_.device == other_view_.device,
                     "bicm_kernels: tensors differ in shape or device");
     problem.float64 = x_view_.dtype == DType::float64 || other_view_.dtype == DType::float64;
   }
 
-  bool of_one_dtype() const { return x_view_.dtype == other_view_.dtype; }
-
-  void rows(const typename A::Mask& mask) {
-    const Replaced found = replaced_rows(mask, x_view_);
-    problem.mask = found.rows;
-    problem.mask_stride = found.stride;
+  // Elsewhere than on the host kernels take the last sample for one past it.
+  bool places_exist() const {
+    if (!on_host(x_view_.device)) return true;
+    for (int64_t i = 0; i < x_view_.sizes[0]; ++i) {
+      if (problem.places[i * problem.mask_stride] > problem.last_place) return false;
+    }
+    return true;
   }
+
+  bool of_one_dtype() const { return x_view_.dtype == other_view_.dtype; }
 
   template <class Device>
   std::tuple<Tensor, Tensor> run(Device) {
@@ -93,6 +113,7 @@ class Pair : public Inputs<A> {
     Operand* operands[] = {&problem.x, &problem.low, &problem.high, &problem.x_hat};
     Layout& layout = problem.layout;
     merge(views, operands, 4, true, true, layout);
+    if (problem.places != nullptr) problem.x_hat.batch_stride = other_view_.strides[0];
     if (layout.batch > 0 && layout.elements > 0) {
       const int64_t bytes = layout.batch * layout.elements * size_of(x_view_.dtype);
       problem.low.streams = problem.high.streams = bytes >= kStreamBytes;
@@ -106,6 +127,7 @@ class Pair : public Inputs<A> {
  private:
   const Tensor& x_;
   View x_view_, other_view_;
+  std::vector<int64_t> others_;  // sizes
 };
 
 template <class Device>
@@ -115,10 +137,9 @@ struct GivenPair {
       typename A::Tensor x, std::optional<typename A::Tensor> x_hat, typename A::Mask mask,
       typename A::Coefficient sigma_low, typename A::Coefficient sigma_high, typename A::Maybe sigma_data,
       typename A::Seed seed, typename A::Counter at, typename A::Counter sample_id) {
-    Pair<A> pair(x, x_hat.has_value() ? &*x_hat : nullptr);
-    STD_TORCH_CHECK(x_hat.has_value() == mask.has_value() && pair.of_one_dtype(),
-                    "bicm_kernels: x_hat has the dtype of x, and a mask beside it");
-    pair.rows(mask);
+    Pair<A> pair(x, x_hat.has_value() ? &*x_hat : nullptr, mask);
+    STD_TORCH_CHECK(x_hat.has_value() == mask.has_value() && pair.of_one_dtype() && pair.problem.places == nullptr,
+                    "bicm_kernels: x_hat has the dtype of x, and a bool mask beside it");
     pair.problem.sigma_low = given(pair, sigma_low);
     pair.problem.sigma_high = given(pair, sigma_high);
     pair.problem.scales = sigma_data.has_value();
@@ -135,8 +156,7 @@ struct GeneratedPair {
       typename A::Tensor x, typename A::Tensor F, typename A::Mask mask, typename A::Coefficient sigma_low,
       typename A::Coefficient sigma_high, typename A::Coefficient sigma_min, typename A::Coefficient sigma_data,
       bool cm, bool scales, typename A::Seed seed, typename A::Counter at, typename A::Counter sample_id) {
-    Pair<A> pair(x, &F);
-    pair.rows(mask);
+    Pair<A> pair(x, &F, mask);
     pair.problem.sigma_low = given(pair, sigma_low);
     pair.problem.sigma_high = given(pair, sigma_high);
     pair.problem.generates = true;

@@ -40,7 +40,7 @@ void finish_sums(const PseudoHuber& p, const double* partial, double* results) {
   }
 }
 
-void add_up(PseudoHuber& p, const Tensor& loss, double* results, void (*kernel)(const PseudoHuber&, int64_t, int64_t)) {
+void add_up(PseudoHuber& p, void* value, double* results, void (*kernel)(const PseudoHuber&, int64_t, int64_t)) {
   const int64_t chunks = sum_chunks(p.layout), batch = p.layout.batch;
   std::vector<double> partial(chunks > 1 ? static_cast<size_t>(batch * chunks) : 0);
   p.sums = chunks > 1 ? partial.data() : results;
@@ -51,15 +51,14 @@ void add_up(PseudoHuber& p, const Tensor& loss, double* results, void (*kernel)(
   }
   (p.float64 ? finish_sums<double> : finish_sums<float>)(p, partial.data(), results);
   p.sums = results;
-  void* const value = loss.data_ptr();
   p.float64 ? finish(p, results, static_cast<double*>(value)) : finish(p, results, static_cast<float*>(value));
 }
 
 }  // namespace
 
-void Cpu::sums(PseudoHuber& p, const Tensor& loss, double* sums) {
-  add_up(p, loss, sums, active_kernels().pseudo_huber);
-}
+void Cpu::sums(PseudoHuber& p, void* loss, double* sums) { add_up(p, loss, sums, active_kernels().pseudo_huber); }
+
+void Cpu::sums(PseudoHuber& p, const Tensor& loss, double* results) { sums(p, loss.data_ptr(), results); }
 
 void Cpu::sums(PseudoHuber& p, const Tensor& loss, const Tensor& results) {
   sums(p, loss, static_cast<double*>(results.data_ptr()));
@@ -70,11 +69,15 @@ void Cpu::gradients(const PseudoHuber& p, const Tensor&) {
 }
 
 // A gradient that needs the sums of several chunks takes a second pass, in which all threads share a sample.
-void Cpu::sums_and_gradients(PseudoHuber& p, const Tensor& loss, double* sums) {
+void Cpu::sums_and_gradients(PseudoHuber& p, void* loss, double* sums) {
   const Kernels& kernels = active_kernels();
   const bool at_once = gradient_follows_sum(p);
   add_up(p, loss, sums, at_once ? kernels.pseudo_huber_with_gradient : kernels.pseudo_huber);
-  if (!at_once) gradients(p, loss);
+  if (!at_once) gradients(p, Tensor());
+}
+
+void Cpu::sums_and_gradients(PseudoHuber& p, const Tensor& loss, double* sums) {
+  sums_and_gradients(p, loss.data_ptr(), sums);
 }
 
 void Cpu::scale(const KeptGradient& p, const Tensor&) { split(p, p.layout, kGrain, active_kernels().scale_gradient); }

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "launchers.h"
 #include "torch_abi.h"
 
 // Not part of torch's stable ABI. Since torch 1.9: whether a record function is active.
@@ -26,7 +27,7 @@ __attribute__((weak)) const std::shared_ptr<TracingState>& getTracingState();
 namespace bicm {
 namespace {
 
-using abi::ExchangedTensor, abi::ManagedTensor, abi::kCpuDevice;
+using abi::ExchangedTensor, abi::ManagedTensor, abi::kCpuDevice, abi::kCudaDevice;
 
 // In the order of DType.
 struct Kind {
@@ -71,6 +72,8 @@ struct Torch {
   PyObject *tensor, *empty_strided, *empty_like, *forward_mode, *profiler, *implementations;
   // Asks for the hooks for saved tensors; nullptr where torch has no such function.
   PyObject* saving_hooks;
+  // Makes a tensor on the current GPU; nullptr where torch has no such function.
+  PyObject* empty_on_gpu;
   Question is_negated, is_tracing, transforms;
   // Active modes that must intercept ops.
   std::array<Question, 2> watchers;
@@ -82,10 +85,19 @@ struct Torch {
 };
 Torch torch_;
 
+// As a view has it; -1 for a device on which no direct call runs.
+int32_t device_of(const ExchangedTensor& found) {
+  if (found.device_type == kCpuDevice) return kHost;
+  if (found.device_type != kCudaDevice || !has_launchers()) return -1;
+  static const int32_t gpu = aoti_torch_device_type_cuda();
+  return device_code(gpu, found.device_index);
+}
+
 bool look_into(PyObject* object, View& view) {
   ExchangedTensor found;
   if (torch_.exchange->look_into(object, &found) != 0) return false;
-  if (found.device_type != kCpuDevice || found.data == nullptr) return false;
+  const int32_t device = device_of(found);
+  if (device < 0 || found.data == nullptr) return false;
   for (size_t i = 0; i < std::size(kKinds); ++i) {
     if (kKinds[i].kind != found.kind || kKinds[i].bits != found.bits) continue;
     view = {static_cast<char*>(found.data) + found.byte_offset,
@@ -93,7 +105,7 @@ bool look_into(PyObject* object, View& view) {
             found.strides,
             found.dim,
             static_cast<DType>(i),
-            kHost};
+            device};
     return found.lanes == 1;
   }
   return false;
@@ -251,9 +263,13 @@ bool read(PyObject* from, PythonArguments::Mask& to) {
   if (from == Py_None) return true;
   ExchangedTensor found;
   if (!is_of_torch(from) || torch_.exchange->look_into(from, &found) != 0) return false;
-  const bool bools = found.device_type == kCpuDevice && found.kind == abi::kBool && found.bits == 8;
-  if (!bools || found.dim != 1 || found.data == nullptr) return false;
-  to.rows = {reinterpret_cast<const bool*>(static_cast<char*>(found.data) + found.byte_offset), found.strides[0]};
+  to.device = device_of(found);
+  const bool bools = found.kind == abi::kBool && found.bits == 8;
+  const bool integers = found.kind == abi::kSigned && found.bits == 64;
+  if (to.device < 0 || !(bools || integers) || found.dim != 1 || found.data == nullptr) return false;
+  const char* const data = static_cast<char*>(found.data) + found.byte_offset;
+  to.rows = {bools ? reinterpret_cast<const bool*>(data) : nullptr,
+             integers ? reinterpret_cast<const int64_t*>(data) : nullptr, found.strides[0]};
   to.count = found.sizes[0];
   return true;
 }
@@ -304,18 +320,35 @@ Object empty_in_layout_of(const Object& first, DType dtype) {
   return like(first, view);
 }
 
+// Torch's function allocates on the current device and its current stream.
+static PyObject* allocator_of(int32_t device) {
+  if (on_host(device)) return torch_.empty_strided;
+  STD_TORCH_CHECK(launchers().current_device() == index_of(device), "bicm_kernels: the device is not the current one");
+  return torch_.empty_on_gpu;
+}
+
 Object like(const Object& first, const View& view, bool streamed) {
   static Allocation& last = *new Allocation();  // never destroyed: the interpreter ends before static objects do
   PyObject* made = object_in_kept_memory(view, streamed);
   if (made == nullptr) {
     const bool plain = contiguous(view) && view.dim <= Allocation::kDims;
     if (plain && !last.fits(view)) last = Allocation(view);
-    made = plain ? PyObject_CallObject(torch_.empty_strided, last.arguments())
+    made = plain ? PyObject_CallObject(allocator_of(view.device), last.arguments())
                  : PyObject_CallFunctionObjArgs(torch_.empty_like, first.get(), nullptr);
   }
   Object result(made);
-  STD_TORCH_CHECK(made != nullptr && look_into(made, result.view), "bicm_kernels: no memory for the result");
+  const bool lies = made != nullptr && look_into(made, result.view) && result.view.device == view.device;
+  STD_TORCH_CHECK(lies, "bicm_kernels: no memory for the result");
   return result;
+}
+
+bool makes_results_on_gpu(int32_t index) {
+  if (torch_.empty_on_gpu == nullptr || index < 0) return false;
+  PyObject* const float32 = torch_.dtypes[static_cast<size_t>(DType::float32)];
+  const Object sample(PyObject_CallFunction(torch_.empty_on_gpu, "(ii)(ii)O", 2, 3, 3, 1, float32));
+  const bool made = sample.get() != nullptr && abi::describes(*torch_.exchange, sample.get(), kCudaDevice, index);
+  PyErr_Clear();
+  return made;
 }
 
 bool open_torch() {
@@ -343,6 +376,7 @@ bool open_torch() {
   if (PyObject* function = look_up("torch._C._functorch.peek_interpreter_stack"))
     torch_.transforms = Question(function);
   torch_.saving_hooks = find("torch._C._autograd._top_saved_tensors_default_hooks");
+  torch_.empty_on_gpu = find("torch._C._dynamo.guards._empty_strided_cuda");
   torch_.requires_grad = PyUnicode_InternFromString("requires_grad");
   torch_.profiling = PyUnicode_InternFromString("_is_profiler_enabled");
   torch_.level = PyUnicode_InternFromString("_current_level");

@@ -17,6 +17,9 @@ PyObject* find(const char* path);
 // Looks up the functions of torch; false where one is missing.
 bool open_torch();
 
+// Whether torch makes results on a GPU, the current one, and describes them as lying there.
+bool makes_results_on_gpu(int32_t index);
+
 // Whether a torch.func transform is active, whose tensors wrap others.
 bool transformed();
 
@@ -63,7 +66,7 @@ bool is_tracked(PyObject* tensor);
 // Whether hooks pack what is saved for the backward pass, or nobody knows.
 bool saves_through_hooks();
 
-// False unless it is a CPU tensor of torch's own type, with plain memory.
+// False unless it is a tensor of torch's own type, with plain memory, on the CPU or on a GPU that is called directly.
 bool look_into_plain(PyObject* from, View& view);
 
 // The same with no derivative to record.
@@ -108,6 +111,7 @@ int64_t place_of(PyObject* element, PyObject* row);
 bool is_on(PyObject* tensor, int64_t devices);
 
 // An uninitialised tensor in the dtype and layout of another; `streamed`: it will be written with non-temporal stores.
+// On a GPU it is of the current stream; throws where that GPU is not the current one.
 Object like(const Object& first, const View& view, bool streamed = false);
 
 // The same in another dtype; throws where the tensor is not contiguous.
@@ -190,11 +194,12 @@ struct PythonArguments {
   struct Mask {
     Replaced rows;
     int64_t count = 0;
-    bool has_value() const { return rows.rows != nullptr; }
+    int32_t device = kHost;
+    bool has_value() const { return rows.rows != nullptr || rows.places != nullptr; }
   };
 };
 
-// False for what is not a (B,) bool tensor on the CPU, or None.
+// False for what is not a (B,) bool or int64 tensor, or None.
 bool read(PyObject* from, PythonArguments::Mask& to);
 
 using PythonStep = Step<PythonArguments>;
@@ -230,7 +235,8 @@ inline NoiseKey key_of(const KeyObjects& key, int64_t batch, int32_t device) {
 }
 
 inline Replaced replaced_rows(const PythonArguments::Mask& mask, const View& first) {
-  STD_TORCH_CHECK(!mask.has_value() || mask.count == first.sizes[0], "bicm_kernels: mask must be a (B,) bool tensor");
+  STD_TORCH_CHECK(!mask.has_value() || (mask.count == first.sizes[0] && mask.device == first.device),
+                  "bicm_kernels: mask must be a (B,) bool tensor");
   return mask.rows;
 }
 

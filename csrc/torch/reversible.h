@@ -92,7 +92,7 @@ class ExactStep {
   Reversible p = {};
 
  private:
-  static constexpr int64_t kStreamFrom = int64_t{8} << 20;  // the next step reads the states at once
+  static constexpr int64_t kStreamFrom = 4 * kStreamBytes;  // the next step reads the states at once
 
   static constexpr int kMaxOperands = kMaxTerms + 5;
 

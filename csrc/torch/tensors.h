@@ -42,7 +42,8 @@ inline int64_t size_of(DType dtype) {
   }
 }
 
-inline int32_t device_of(const Tensor& tensor) { return tensor.device_type() * 256 + tensor.device_index() + 1; }
+inline int32_t device_code(int32_t type, int32_t index) { return type * 256 + index + 1; }
+inline int32_t device_of(const Tensor& tensor) { return device_code(tensor.device_type(), tensor.device_index()); }
 
 constexpr int32_t kHost = 0;  // a CPU tensor's device
 inline bool on_host(int32_t device) { return device < 256; }
@@ -137,7 +138,11 @@ void merge(const View* const* views, Operand* const* operands, int count, bool o
            Layout& layout);
 
 // From this size on an output is written with non-temporal stores: others would read its memory first, and would
-// displace what the next op reads from a cache that other programs share.
+// displace what the next op reads from a cache that other programs share. Only x86-64's kernels have such stores.
+#if defined(__x86_64__)
 constexpr int64_t kStreamBytes = int64_t{2} << 20;
+#else
+constexpr int64_t kStreamBytes = int64_t{1} << 60;
+#endif
 
 }  // namespace bicm

@@ -32,22 +32,25 @@ size_t place_of(void* word, PyObject* object) {
   return found;
 }
 
-bool describes(const Exchange& table, PyObject* sample, unsigned long long address) {
-  ExchangedTensor found = {};
-  if (table.look_into(sample, &found) != 0 || found.dim != 2 || found.device_type != kCpuDevice) return false;
-  const bool shape = found.sizes[0] == 2 && found.sizes[1] == 3 && found.strides[0] == 3 && found.strides[1] == 1;
-  return shape && found.kind == kFloat && found.bits == 32 && found.lanes == 1 &&
-         reinterpret_cast<uintptr_t>(found.data) + found.byte_offset == address;
-}
-
 }  // namespace
+
+bool describes(const Exchange& table, PyObject* sample, int32_t device_type, int32_t device_index) {
+  PyObject* const address = PyObject_CallMethod(sample, "data_ptr", nullptr);
+  const unsigned long long data = address != nullptr ? PyLong_AsUnsignedLongLong(address) : 0;
+  Py_XDECREF(address);
+  ExchangedTensor found = {};
+  if (data == 0 || table.look_into(sample, &found) != 0 || found.dim != 2) return false;
+  const bool place =
+      found.device_type == device_type && (device_type == kCpuDevice || found.device_index == device_index);
+  const bool shape = found.sizes[0] == 2 && found.sizes[1] == 3 && found.strides[0] == 3 && found.strides[1] == 1;
+  return place && shape && found.kind == kFloat && found.bits == 32 && found.lanes == 1 &&
+         reinterpret_cast<uintptr_t>(found.data) + found.byte_offset == data;
+}
 
 const Exchange* exchange_in(PyObject* capsule, PyObject* sample) {
   const auto* const table = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-  PyObject* const address = PyObject_CallMethod(sample, "data_ptr", nullptr);
-  const bool holds = table != nullptr && address != nullptr && table->major == 1 && table->to_python != nullptr &&
-                     table->look_into != nullptr && describes(*table, sample, PyLong_AsUnsignedLongLong(address));
-  Py_XDECREF(address);
+  const bool holds = table != nullptr && table->major == 1 && table->to_python != nullptr &&
+                     table->look_into != nullptr && describes(*table, sample, kCpuDevice, 0);
   PyErr_Clear();
   return holds ? table : nullptr;
 }

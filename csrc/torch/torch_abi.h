@@ -36,11 +36,13 @@ struct Exchange {
   int (*to_python)(ManagedTensor* owned, void** object);
   int (*look_into)(void* object, ExchangedTensor* result);
 };
-constexpr int32_t kCpuDevice = 1;
+constexpr int32_t kCpuDevice = 1, kCudaDevice = 2;
 constexpr uint8_t kSigned = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4, kBool = 6;
 
-// The table in a capsule; nullptr where it does not describe `sample`, a contiguous (2, 3) float32 tensor on the CPU,
-// as the tensor itself does.
+// Whether a table describes `sample`, a contiguous (2, 3) float32 tensor on that device, as the tensor does.
+bool describes(const Exchange& table, PyObject* sample, int32_t device_type, int32_t device_index);
+
+// The table in a capsule; nullptr where it does not describe `sample`, such a tensor on the CPU.
 const Exchange* exchange_in(PyObject* capsule, PyObject* sample);
 
 // A tensor of torch's C++ inside Python's tensor, as the stable ABI knows it, and Python's tensor of one. `look_for_handles`

@@ -130,7 +130,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> instruction_cou
     monkeypatch.setattr(instruction_counts, "has_avx2", lambda: True)
     monkeypatch.setattr(instruction_counts, "LIMITS", tmp_path / "limits.json")
     status, printed = run("--update")
-    assert status == 0 and printed.endswith("limits.json: 10 of 10 limits are new\n")
+    assert status == 0 and printed.endswith("limits.json: 12 of 12 limits are new\n")
     return counts
 
 
@@ -163,7 +163,7 @@ def test_an_update_of_chosen_rows_leaves_the_others(measured: instruction_counts
     measured["calls"] = {"a": 130.0, "ba": 7.0}
     measured["elements, avx2"]["b"] = 60.0
     status, printed = run("--update", "--only", "a")
-    assert status == 0 and printed.endswith("limits.json: 2 of 11 limits are new\n")
+    assert status == 0 and printed.endswith("limits.json: 2 of 13 limits are new\n")
     assert [line.split()[:2] for line in printed.splitlines()[:-1]] == [["calls", "a"], ["calls", "ba"]]
     status, printed = run()
     assert status == 1  # b has grown, and is gone from the calls
@@ -221,7 +221,7 @@ def test_a_processor_without_avx2_is_told_of(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_table_has_a_limit_for_every_call_and_loop() -> None:
-    from benchmarks.counted_calls import rows
+    from benchmarks.counted_calls import ON_GPU, rows
 
     table = json.loads(LIMITS.read_text())
     limits = table["limits"]
@@ -233,6 +233,7 @@ def test_the_table_has_a_limit_for_every_call_and_loop() -> None:
     for instructions in instruction_counts.INSTRUCTION_SETS:
         assert {row.name for row in every if instructions in row.loops} == set(limits[f"elements, {instructions}"])
     assert set(limits["calls through the dispatcher"]) < set(limits["calls"])
+    assert set(limits["calls on a GPU"]) == set(ON_GPU) < set(limits["calls"])
     assert all(limit > 0 for section in limits.values() for limit in section.values())
 
 

@@ -20,6 +20,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from tests.support import instruction_sets
+
 ROOT = Path(__file__).resolve().parents[2]
 NO_COMPILER = "installing without the native library"
 
@@ -254,9 +256,10 @@ def defined_symbols(path: Path, *options: str) -> Iterator[tuple[str, str]]:
             yield match[1], match[2]
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have the baseline alone")
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", instruction_sets.EVERY)
 def test_no_symbol_leaves_its_instruction_set(wheel: Wheel, isa: str) -> None:
+    if isa not in instruction_sets.of_machine():
+        pytest.skip("of another architecture")
     # The linker keeps one of several weak definitions of a name: were a name shared between instruction sets,
     # the baseline could be left with the AVX-512 copy. A name in its own set's namespace is not shared.
     objects = list((ROOT / "build/native/CMakeFiles" / f"bicm_cpu_{isa}.dir").rglob("*.o"))

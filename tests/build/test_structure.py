@@ -85,6 +85,7 @@ INCLUDES: dict[str, set[str]] = {
     "cpu": {"core", "cpu"},
     "cuda": {"core", "cuda", "emulator"},  # without nvcc, the emulator's header stands in for CUDA's
     "emulator": {"core", "cpu", "cuda", "emulator"},
+    "bits": {"core", "cpu", "bits"},
     "torch": {"core", "cpu", "cuda", "torch"},
 }
 

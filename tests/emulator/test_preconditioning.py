@@ -107,15 +107,18 @@ class Pair:
             values_ = np.asarray(level.values if isinstance(level, Tensor) else level).astype(compute)
             return values_.reshape(column) if values_.ndim else values_
 
-        x_hat = self.x_hat.values.astype(compute)
+        x_hat, replaced = self.x_hat.values.astype(compute), self.mask
         if self.F:
+            outputs = self.F.values.astype(compute)
+            if replaced is not None and replaced.dtype == np.int64:
+                outputs, replaced = outputs[np.clip(replaced, 0, len(outputs) - 1)], replaced >= 0
             form, sigma = model.cm if self.cm else model.bcm, numbers_of(self.levels[0])
             c_skip, c_out = form(sigma, numbers_of(self.end), numbers_of(self.sigma_data))
             noisy = np.where(sigma != 0, base + sigma * noise.astype(compute), base)
-            x_hat = c_skip * noisy + c_out * self.F.values.astype(compute)
+            x_hat = c_skip * noisy + c_out * outputs
             base = x_hat if self.mask is None else base
-        if self.mask is not None:
-            base = np.where(self.mask.reshape(column), x_hat, base)
+        if replaced is not None:
+            base = np.where(replaced.reshape(column), x_hat, base)
         self.run(target)
 
         for out, level in zip((self.low, self.high), self.levels, strict=True):
@@ -140,6 +143,20 @@ def test_the_pair_of_what_the_network_generates(target: str, size: int, state: s
             pair.check(target)
             pair.levels = [Tensor.of(np.array([0.0, 2.5, 0.3]), "float32"), 1.0]
             pair.check(target)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "every second"])
+@pytest.mark.parametrize(("state", "network"), PAIRS)
+@pytest.mark.parametrize("size", [1, 65, 4099])
+def test_outputs_in_other_places(target: str, size: int, state: str, network: str, layout: str) -> None:
+    """The network saw some samples only; a place past the last one is the last."""
+    for batch, places in ((3, [1, -1, 0]), (4, [4, 0, -7, 2]), (1, [2]), (2, [0, 9])):
+        pair = Pair((batch, size), state)
+        pair.F, pair.sigma_data = Tensor.of(values(7, (max(2, max(places[:1]) + 1), size)), network, layout), 0.5
+        pair.mask = np.array(places, np.int64)
+        pair.check(target)
+        pair.mask = np.repeat(pair.mask, 2)[::2]
+        pair.check(target)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -115,6 +115,21 @@ def test_generated_pair(dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[in
             assert_same(result, wanted)
 
 
+@pytest.mark.parametrize("places", [[1, -1, 0], [4, 0, 2], [2]], ids=str)
+def test_outputs_in_other_places(places: list[int]) -> None:
+    batch = len(places)
+    x, F = random((batch, 2, 41)), random((5, 2, 41), BF16, 1)
+    level, half = torch.tensor(0.7, dtype=F64), torch.tensor(0.5, dtype=F64)
+    for outputs in (F, F.transpose(1, 2).contiguous().transpose(1, 2)):
+        rest = (level, 2 * level, 0.01 * half, half, False, True, *TENSOR_KEY)
+        actual = OPS["generated_pair"](x, outputs, torch.tensor(places), *rest)
+        given = {"F": F, "mask": torch.tensor(places), "sigma_data": 0.5, "sigma_min": 0.005}
+        for result, wanted in zip(actual, reference.noisy_pair(x, 0.7, 1.4, **KEY, **given), strict=True):
+            assert_same(result, wanted)
+    with pytest.raises(RuntimeError, match="bicm_kernels: "):
+        OPS["generated_pair"](x, F[:0], torch.tensor(places), *rest)
+
+
 def test_a_masked_sample_is_not_read() -> None:
     x, x_hat = torch.full((2, 9), float("nan")), torch.full((2, 9), float("nan"))
     x[0], x_hat[1] = 1.0, 2.0

@@ -14,6 +14,7 @@ import torch
 
 import bicm_kernels as bk
 from bicm_kernels import backend
+from tests.support import instruction_sets
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 KERNELS = Path(bk.__file__).parent
@@ -52,7 +53,7 @@ def test_an_unknown_instruction_set_is_refused(python: Python, choice: str | Non
     done = python(DESCRIBE, check=False, BICM_KERNELS_BACKEND=choice, BICM_KERNELS_ISA="sse9")
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith("ValueError: ")
-    for word in ("BICM_KERNELS_ISA=sse9", "scalar, avx2 and avx512"):
+    for word in ("BICM_KERNELS_ISA=sse9", "scalar, avx2, avx512 and neon"):
         assert word in done.stderr.splitlines()[-1]
 
 
@@ -384,13 +385,10 @@ def best_digest() -> str:
     return str(space["digest_all"]())
 
 
-@pytest.mark.parametrize("instructions", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("instructions", instruction_sets.EVERY)
 def test_instruction_sets_and_threads_give_one_digest(python: Python, best_digest: str, instructions: str) -> None:
-    order = ("scalar", "avx2", "avx512")
-    capability = {"DEFAULT": "scalar", "AVX2": "avx2", "AVX512": "avx512"}[torch.backends.cpu.get_cpu_capability()]
-    if order.index(instructions) > order.index(capability):
-        pytest.skip(f"this processor has no {instructions}")
+    instruction_sets.need(instructions)
     described, one, two = python(DIGEST, BICM_KERNELS_ISA=instructions).stdout.splitlines()
-    drawn = "; torch_randn is torch.randn" if instructions == "scalar" else ""
+    drawn = "" if instructions in instruction_sets.DRAW_LIKE_TORCH else "; torch_randn is torch.randn"
     assert described == f"cpu: native (C++, {instructions}{drawn})"
     assert one == two == best_digest

@@ -175,14 +175,15 @@ def test_an_implementation_from_python_replaces_ours(overload: str, states: tupl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("value", "off"), [("0", True), ("1", False), (None, False)])
+@pytest.mark.parametrize(("value", "off"), [("0", True), ("1", False), ("cuda", False), (None, False)])
 def test_it_can_be_switched_off(value: str | None, off: bool, python: Callable[..., Any]) -> None:
     python(SWITCHED.format(off=off), BICM_KERNELS_DIRECT=value, BICM_KERNELS_BACKEND="native")
 
 
-def test_the_switch_takes_two_values(python: Callable[..., Any]) -> None:
-    done = python("import bicm_kernels", check=False, BICM_KERNELS_DIRECT="no")
-    assert "BICM_KERNELS_DIRECT: expected 0 or 1, got 'no'" in done.stderr
+@pytest.mark.parametrize("value", ["no", "", "CUDA"])
+def test_the_switch_takes_three_values(value: str, python: Callable[..., Any]) -> None:
+    done = python("import bicm_kernels", check=False, BICM_KERNELS_DIRECT=value)
+    assert f"BICM_KERNELS_DIRECT: expected 0, 1 or cuda, got {value!r}" in done.stderr
 
 
 def test_fake_and_meta_tensors(states: tuple[Tensor, Tensor], taken: Taken) -> None:

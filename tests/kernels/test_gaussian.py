@@ -11,6 +11,7 @@ from torch import Tensor
 
 import bicm_kernels as bk
 from bicm_kernels import backend, reference
+from tests.support import instruction_sets
 from tests.support.gaussian_calls import (
     DTYPES,
     FORMS,
@@ -231,12 +232,9 @@ def digest_all():
 """
 
 
-@pytest.mark.parametrize("instructions", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("instructions", instruction_sets.EVERY)
 def test_instruction_sets_and_threads_give_one_digest(python: Any, instructions: str) -> None:
-    order = ("scalar", "avx2", "avx512")
-    capability = {"DEFAULT": "scalar", "AVX2": "avx2", "AVX512": "avx512"}[torch.backends.cpu.get_cpu_capability()]
-    if order.index(instructions) > order.index(capability):
-        pytest.skip(f"this processor has no {instructions}")
+    instruction_sets.need(instructions)
     space: dict[str, Any] = {}
     exec(DIGEST, space)
     program = DIGEST + "for n in (1, 2):\n    torch.set_num_threads(n)\n    print(digest_all())\n"

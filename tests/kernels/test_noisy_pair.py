@@ -145,6 +145,43 @@ def test_generated_as_the_reference(
             assert actual.stride() == torch.empty_like(layout(x)).stride()
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.float16)])
+def test_outputs_of_some_samples(
+    each_backend: str, dtypes: tuple[torch.dtype, torch.dtype], same_bits: Bits
+) -> None:
+    """A network's outputs of some samples, and their places, give what all outputs and a mask give."""
+    x, F = random(4, 3, 41, dtype=dtypes[0]), random(2, 3, 41, dtype=dtypes[1], seed=1)
+    key: dict[str, Any] = {"seed": 3, "step": 1, "sample_id": 5, "sigma_data": 0.5}
+    for places in ([1, -1, 0, -1], [-1, -5, -1, -1], [1, 1, 1, 0]):
+        at = torch.tensor(places)
+        expected = bk.noisy_pair(x, LEVELS, 2.0, F=F[at.clamp(min=0)], mask=at >= 0, **key)
+        for found in (
+            bk.noisy_pair(x, LEVELS, 2.0, F=F, mask=at, **key),
+            bk.noisy_pair(x, LEVELS, 2.0, F=F.transpose(1, 2).clone().transpose(1, 2), mask=at, **key),
+            bk.noisy_pair(x, LEVELS, 2.0, F=F, mask=at.repeat_interleave(2)[::2], **key),
+        ):
+            for actual, wanted in zip(found, expected, strict=True):
+                same_bits(actual, wanted)
+    alone = bk.noisy_pair(x[2:3], LEVELS[2], 2.0, F=F, mask=torch.tensor([1]), **key | {"sample_id": 7})
+    for actual, wanted in zip(alone, bk.noisy_pair(x, LEVELS, 2.0, F=F, mask=torch.tensor([-1, -1, 1, -1]), **key)):
+        same_bits(actual, wanted[2:3])
+
+
+def test_places_out_of_range_and_their_derivatives() -> None:
+    x, F = random(3, 5, dtype=torch.float64), random(2, 5, dtype=torch.float64, seed=1).requires_grad_()
+    key: dict[str, Any] = {"seed": 3, "step": 1}
+    at = torch.tensor([1, -1, 0])
+    assert torch.autograd.gradcheck(lambda F: bk.noisy_pair(x, 0.5, 2.0, F=F, mask=at, **key), (F,))
+    with pytest.raises(ValueError, match="mask must hold places below 2, the number of samples in F, got 2"):
+        bk.noisy_pair(x, 0.5, 2.0, F=F.detach(), mask=at + 1, **key)
+    with pytest.raises(ValueError, match=r"F must have shape \(N, 5\) and a sample"):
+        bk.noisy_pair(x, 0.5, 2.0, F=F[:0].detach(), mask=-at.abs(), **key)
+    with pytest.raises(ValueError, match=r"mask must have shape \(3,\)"):
+        bk.noisy_pair(x, 0.5, 2.0, F=F.detach(), mask=at[:2], **key)
+    with pytest.raises(TypeError, match="mask must be a bool tensor"):
+        bk.noisy_pair(x, 0.5, 2.0, x_hat=x, mask=at, **key)
+
+
 def test_generated_rows_alone_are_read() -> None:
     x, F = random(4, 9), torch.full((4, 9), float("nan"))
     F[0], F[2] = 1.0, 2.0

@@ -93,7 +93,7 @@ def test_what_is_saved() -> None:
         F.grad = None
         loss = loss_of("consistency_loss", [F, target, x])
         saved = [y for y in loss.grad_fn.saved_tensors if y is not None and y.numel() > 16]  # type: ignore[union-attr]
-        *inputs, kept = [y.data_ptr() for y in saved]
+        kept, *inputs = [y.data_ptr() for y in saved]
         assert inputs == [y.data_ptr() for y in (F, target, x)]
         del saved
         (factor * loss).backward()

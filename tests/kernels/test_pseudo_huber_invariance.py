@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import bicm_kernels as bk
+from tests.support import instruction_sets
 from tests.support.loss_calls import EVERY_KIND
 from tests.support.tensors import BF16, F32, Bits, Threads, random
 
@@ -71,12 +72,9 @@ def best_digest() -> str:
     return str(space["digest_all"]())
 
 
-@pytest.mark.parametrize("instructions", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("instructions", instruction_sets.EVERY)
 def test_instruction_sets_and_threads_give_one_digest(python: Any, best_digest: str, instructions: str) -> None:
-    order = ("scalar", "avx2", "avx512")
-    capability = {"DEFAULT": "scalar", "AVX2": "avx2", "AVX512": "avx512"}[torch.backends.cpu.get_cpu_capability()]
-    if order.index(instructions) > order.index(capability):
-        pytest.skip(f"this processor has no {instructions}")
+    instruction_sets.need(instructions)
     program = (
         DIGEST
         + "print(bk.backend.describe())\nfor n in (1, 2):\n    torch.set_num_threads(n)\n    print(digest_all())\n"

@@ -37,6 +37,7 @@ PYTHON = {
 CPP = {
     "_C._autograd._top_saved_tensors_default_hooks",
     "_C._dynamo.guards._empty_strided_cpu",
+    "_C._dynamo.guards._empty_strided_cuda",
     "_C._functorch.peek_interpreter_stack",
     "_C._is_tracing",
     "_C._len_torch_dispatch_stack",

@@ -28,8 +28,10 @@ class Spy:
         self.direct, self.taken = backend.direct, taken
 
     def __getattr__(self, name: str) -> Op:
+        function = getattr(self.direct, name)
+
         def call(*args: Any) -> Any:
-            result = getattr(self.direct, name)(*args)
+            result = function(*args)
             self.taken.append((name, result is not None))
             return result
 

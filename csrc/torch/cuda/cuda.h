@@ -14,7 +14,11 @@ struct Cuda {
 
   template <class Launch>
   static void on_stream(const Tensor& tensor, Launch launch) {
-    const int32_t device = tensor.device_index();
+    on_device(tensor.device_index(), launch);
+  }
+
+  template <class Launch>
+  static void on_device(int32_t device, Launch launch) {
     const torch::stable::accelerator::DeviceGuard guard(device);
     void* stream;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));

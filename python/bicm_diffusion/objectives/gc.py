@@ -134,13 +134,10 @@ def augmented(
     answer = _answer(_rows_of(x, asked), t[asked], predict, form, key | {"sample_id": _ids_of(sample_id, asked)}, asked)
     if not len(rows):
         return {}
-    if x.is_contiguous() and answer.is_contiguous():
-        # Other samples get any row: gathering whole rows takes half the time of scattering them.
-        places = (mask.cumsum(0) - 1).clamp_(min=0).to(x.device, non_blocking=True)
-        answer = answer.index_select(0, places)
-    else:
-        answer = torch.empty_like(x, dtype=answer.dtype, requires_grad=False).index_copy_(0, asked, answer)
-    return named(answer, mask.to(x.device, non_blocking=True))
+    places = torch.where(mask, mask.cumsum(0) - 1, -1).to(x.device, non_blocking=True)
+    if x.requires_grad:
+        return named(answer.index_select(0, places.clamp(min=0)), places >= 0)
+    return named(answer, places)
 
 
 @torch.no_grad()
