@@ -90,7 +90,7 @@ def test_a_chunk_on_chip_is_loaded_at_once() -> None:
     """Sixteen accesses of two inputs, which wait for one another nowhere; a chunk of float64 is half as long."""
     checked = 0
     for name, code in functions(output(str(tool("cuobjdump")), "-sass", "-arch", "sm_90", LIBRARY)):
-        if code and re.search(r"(resident|cluster)_kernelINS0_6PackedI[fd]ELb0", name) and any(x.wide for x in code):
+        if code and re.search(r"(resident|cluster)_kernelINS0_6PackedI[fd]EELb0", name) and any(x.wide for x in code):
             assert bursts(code) >= 16, name
             checked += 1
     assert checked >= 2
