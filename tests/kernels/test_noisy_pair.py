@@ -146,9 +146,7 @@ def test_generated_as_the_reference(
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.float16)])
-def test_outputs_of_some_samples(
-    each_backend: str, dtypes: tuple[torch.dtype, torch.dtype], same_bits: Bits
-) -> None:
+def test_outputs_of_some_samples(each_backend: str, dtypes: tuple[torch.dtype, torch.dtype], same_bits: Bits) -> None:
     """A network's outputs of some samples, and their places, give what all outputs and a mask give."""
     x, F = random(4, 3, 41, dtype=dtypes[0]), random(2, 3, 41, dtype=dtypes[1], seed=1)
     key: dict[str, Any] = {"seed": 3, "step": 1, "sample_id": 5, "sigma_data": 0.5}
