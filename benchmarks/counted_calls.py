@@ -232,7 +232,7 @@ def count_on_gpu(callgrind: ctypes.CDLL) -> None:
         for number in CALLS:
             callgrind.zero()
             repeat(call, number)
-            callgrind.write_down(f"calls on a GPU|{name}|{number}".encode())
+            callgrind.write_down(f"calls on GPUs|{name}|{number}".encode())
 
 
 def freeze() -> None:

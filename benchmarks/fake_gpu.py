@@ -150,7 +150,8 @@ class FakeGpus:
         torch.empty_like = self.theirs
         self.library.set_all(1)
         own = Table.from_buffer_copy(Table.from_address(address_in(backend.library.host_launchers(), LAUNCHERS)))
-        for name, kind, *_ in Table._fields_[1:]:
+        fields: Any = Table._fields_[1:]
+        for name, kind in fields:
             does = "launch_nothing" if FIELDS.get(name, -1) > 0 else name if name == "current_device" else "scratch"
             setattr(own, name, ctypes.cast(getattr(self.library, does), kind))
         self.own = own

@@ -51,7 +51,7 @@ _OF_PYTHON = ("compiler", "python", "torch", "libc")
 SECTIONS = {
     "calls": Section(0.04, _OF_PYTHON),
     "calls through the dispatcher": Section(0.04, _OF_PYTHON),
-    "calls on a GPU": Section(0.04, _OF_PYTHON),
+    "calls on GPUs": Section(0.04, _OF_PYTHON),
     **{f"elements, {instructions}": Section(0.03, ("compiler",)) for instructions in INSTRUCTION_SETS},
     "loops, avx512": Section(0.05, ("compiler",), both_ways=True),
 }

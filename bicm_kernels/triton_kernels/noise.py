@@ -270,8 +270,9 @@ def launch_pair(
     scales: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """A pair of x and x_hat; with a form, x_hat is the network's output."""
-    placed = bool(form) and mask is not None and mask.dtype == torch.int64
-    if placed:
+    placed = False
+    if form and x_hat is not None and mask is not None and mask.dtype == torch.int64:
+        placed = True
         checks.check_states([x], 1)
         checks.check_states([x_hat], 1)
         fits = x_hat.shape[1:] == x.shape[1:] and x_hat.device == x.device and len(x_hat) > 0
@@ -298,7 +299,7 @@ def launch_pair(
         network=layout.operands[-1] if form else None,
         mask=None if mask is None or placed else (mask.view(torch.uint8), mask.stride(0)),
         places=(mask, mask.stride(0)) if mask is not None and placed else None,
-        last_place=len(x_hat) - 1 if placed else 0,
+        last_place=len(x_hat) - 1 if x_hat is not None and placed else 0,
         sigma_low=number_argument(sigma_low, compute, x),
         sigma_high=number_argument(sigma_high, compute, x),
         sigma_data=None if sigma_data is None else number_argument(sigma_data, compute, x),

@@ -59,9 +59,9 @@ struct Replaced {
 inline Replaced replaced_rows(const std::optional<Tensor>& mask, const View& first) {
   if (!mask.has_value()) return {};
   const bool given = mask->dtype() == aoti_torch_dtype_bool(), placed = mask->dtype() == aoti_torch_dtype_int64();
-  STD_TORCH_CHECK((given || placed) && mask->dim() == 1 && mask->sizes()[0] == first.sizes[0] &&
-                      device_of(*mask) == first.device,
-                  "bicm_kernels: mask must be a (B,) bool tensor");
+  STD_TORCH_CHECK(
+      (given || placed) && mask->dim() == 1 && mask->sizes()[0] == first.sizes[0] && device_of(*mask) == first.device,
+      "bicm_kernels: mask must be a (B,) bool tensor");
   const void* const data = mask->data_ptr();
   return {given ? static_cast<const bool*>(data) : nullptr, placed ? static_cast<const int64_t*>(data) : nullptr,
           mask->strides()[0]};

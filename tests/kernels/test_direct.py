@@ -19,6 +19,7 @@ import bicm_kernels as bk
 from bicm_kernels import backend
 from tests.support.ways import (
     CONTEXTS,
+    COUNTED,
     LAYOUTS,
     SWITCHED,
     TENSORS,
@@ -268,7 +269,7 @@ def test_errors_are_those_of_the_long_way(name: str, states: tuple[Tensor, Tenso
 def test_nothing_is_kept(states: tuple[Tensor, Tensor]) -> None:
     x, y = states
     weights, tensors = [0.9, PER_SAMPLE], [x, (y, x)]
-    kept = [x, y, PER_SAMPLE, weights, tensors, None, torch.float32]
+    kept = [x, y, PER_SAMPLE, weights, tensors, torch.float32, *COUNTED]
     before = [sys.getrefcount(one) for one in kept]
     for _ in range(1000):
         bk.affine_step(tensors, weights, guidance_scale=2.0, noise_weight=PER_SAMPLE, **SEEDS)

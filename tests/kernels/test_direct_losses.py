@@ -14,7 +14,7 @@ from torch import Tensor
 
 import bicm_kernels as bk
 from bicm_kernels import backend
-from tests.support.ways import CONTEXTS, LAYOUTS, SWITCHED, TENSORS, Counter, Taken, agree, long_way
+from tests.support.ways import CONTEXTS, COUNTED, LAYOUTS, SWITCHED, TENSORS, Counter, Taken, agree, long_way
 
 Bits = Callable[[Tensor, Tensor], None]
 T, U = torch.tensor([0.7, 2.0], dtype=torch.float64), torch.tensor(0.3)
@@ -313,7 +313,7 @@ def test_errors_are_those_of_the_long_way(name: str, tracked: bool, states: list
 def test_nothing_is_kept(states: list[Tensor]) -> None:
     """Neither by a call nor by a graph that is gone, and no graph waits for the collector of cycles."""
     F = states[0].clone().requires_grad_()
-    kept = [F, states[1], T, U, True, None]
+    kept = [F, states[1], T, U, *COUNTED]
 
     def run() -> None:
         for way in WAYS:

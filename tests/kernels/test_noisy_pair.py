@@ -146,9 +146,7 @@ def test_generated_as_the_reference(
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.float16)])
-def test_outputs_of_some_samples(
-    each_backend: str, dtypes: tuple[torch.dtype, torch.dtype], same_bits: Bits
-) -> None:
+def test_outputs_of_some_samples(each_backend: str, dtypes: tuple[torch.dtype, torch.dtype], same_bits: Bits) -> None:
     """A network's outputs of some samples, and their places, give what all outputs and a mask give."""
     x, F = random(4, 3, 41, dtype=dtypes[0]), random(2, 3, 41, dtype=dtypes[1], seed=1)
     key: dict[str, Any] = {"seed": 3, "step": 1, "sample_id": 5, "sigma_data": 0.5}
@@ -163,7 +161,8 @@ def test_outputs_of_some_samples(
             for actual, wanted in zip(found, expected, strict=True):
                 same_bits(actual, wanted)
     alone = bk.noisy_pair(x[2:3], LEVELS[2], 2.0, F=F, mask=torch.tensor([1]), **key | {"sample_id": 7})
-    for actual, wanted in zip(alone, bk.noisy_pair(x, LEVELS, 2.0, F=F, mask=torch.tensor([-1, -1, 1, -1]), **key)):
+    together = bk.noisy_pair(x, LEVELS, 2.0, F=F, mask=torch.tensor([-1, -1, 1, -1]), **key)
+    for actual, wanted in zip(alone, together, strict=True):
         same_bits(actual, wanted[2:3])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,6 +20,8 @@ Bits = Callable[[Tensor, Tensor], None]
 #: The calls that the direct way was asked for, and whether it took them.
 Taken = list[tuple[str, bool]]
 Op = Callable[..., Any]
+#: Constants whose references are counted: since Python 3.12 by code for older ones alone, and to no effect.
+COUNTED: tuple[bool | None, ...] = (True, None) if sys.version_info < (3, 12) else ()
 
 
 class Spy:
