@@ -24,7 +24,9 @@ Layout long_layout(Case& c) {
 Layout any_layout(Case& c) { return c.one_in(40) ? long_layout(c) : c.layout(); }
 
 Distribution any_distribution(Case& c) {
-  return c.one_of({Distribution::normal, Distribution::normal, Distribution::uniform});
+  const bool uniform = c.one_in(3);
+  c.about += uniform ? "uniform, " : "normal, ";
+  return uniform ? Distribution::uniform : Distribution::normal;
 }
 
 // --- noise ---
