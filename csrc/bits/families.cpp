@@ -9,6 +9,15 @@ namespace {
 int64_t units_of(const Layout& layout) { return layout.batch * units_per_sample(layout); }
 int64_t sums_of(const Layout& layout) { return layout.batch * sum_chunks(layout); }
 
+Layout one_row(int64_t elements) {
+  Layout layout = {};
+  layout.batch = 1;
+  layout.dims = 2;
+  layout.sizes[0] = 1;
+  layout.sizes[1] = layout.elements = elements;
+  return layout;
+}
+
 // One sample of more elements than a partial sum has.
 Layout long_layout(Case& c) {
   Layout layout = {};
@@ -42,7 +51,7 @@ void noise(Case& c, const Kernels& kernels) {
 
 void many_numbers(Case& c, const Kernels& kernels) {
   Noise p = {};
-  p.layout = {1, int64_t{1} << 18, {1, int64_t{1} << 18}, 2};
+  p.layout = one_row(int64_t{1} << 18);
   p.distribution = any_distribution(c);
   p.key = c.key(p.layout);
   const int64_t elements = p.layout.elements;
@@ -54,7 +63,7 @@ void many_numbers(Case& c, const Kernels& kernels) {
 void far_numbers(Case& c, const Kernels& kernels) {
   Noise p = {};
   const int64_t elements = int64_t{1} << 40, unit = (c.one_in(2) ? int64_t{1} << 24 : c.below(int64_t{1} << 30)) - 1;
-  p.layout = {1, elements, {1, elements}, 2};
+  p.layout = one_row(elements);
   p.distribution = any_distribution(c);
   p.key = c.key(p.layout);
   const uintptr_t first = reinterpret_cast<uintptr_t>(c.floats(2 * kChunk));

@@ -90,7 +90,8 @@ __global__ void __launch_bounds__(kThreads, kPairsResident<Memory>)
   for (int64_t sample = blockIdx.y; sample < p.layout.batch; sample += gridDim.y) {
     keys.move_to(p.key, sample, sample == blockIdx.y);
     const Levels<Memory> levels = levels_of<Memory>(p, sample);
-    const typename Memory::Row in = Memory::row(place_of(p, sample) >= 0 ? p.x_hat : p.x, sample);
+    const bool replaced = p.mask != nullptr && number_at<bool>(p.mask, sample * p.mask_stride);
+    const typename Memory::Row in = Memory::row(replaced ? p.x_hat : p.x, sample);
     const Share<Memory> share(p.layout, aligned);
     for_groups<Memory, kRestOfDrawn<Memory>>(p.layout, sample, share, [&](auto memory, const auto& place) {
       constexpr int G = decltype(memory)::kGroup;
