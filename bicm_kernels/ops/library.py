@@ -16,6 +16,8 @@ library = torch.library.Library("bicm_kernels", "DEF")
 _PLACEHOLDERS = frozenset(("next", "info_out", "overflow"))
 #: Numbers that may be given per element, with the shape of the states.
 _OF_ELEMENTS = frozenset(("weight",))
+#: Tensors that may be of other samples, and the arguments that have their places then, int64.
+_PLACED = {"F": "mask"}
 
 
 def define(schema: str, states: Sequence[str], fake: Callable[..., Any]) -> None:
@@ -89,7 +91,7 @@ def _check_alike(call: Mapping[str, Any], states: Sequence[str]) -> None:
     tensors = [(name, x) for name, value in call.items() for x in _opened(value)]
     devices = {x.device for _, x in tensors if x.dim() or x.device.type != "cpu"}
     shaped = [
-        (name in states or (name in _OF_ELEMENTS and x.dim() > 1), x.shape)
+        (name in states or (name in _OF_ELEMENTS and x.dim() > 1), _shape_in(call, name, x))
         for name, x in tensors
         if not (name in _PLACEHOLDERS and x.shape == (0,))
     ]
@@ -99,6 +101,13 @@ def _check_alike(call: Mapping[str, Any], states: Sequence[str]) -> None:
         raise RuntimeError("bicm_kernels: tensors differ in shape or device")
     if any(row != (shapes or rows)[0][:1] for row in rows):
         raise RuntimeError("bicm_kernels: a number must be 0-d or (B,)")
+
+
+def _shape_in(call: Mapping[str, Any], name: str, x: Tensor) -> torch.Size:
+    """The shape of a tensor of a call; of one that is placed, as if it were of all samples."""
+    places = call.get(_PLACED.get(name, ""))
+    placed = isinstance(places, Tensor) and places.dtype == torch.int64 and x.dim() > 0
+    return places.shape + x.shape[1:] if placed else x.shape  # type: ignore[union-attr]
 
 
 def _opened(value: Any) -> list[Tensor]:

@@ -27,7 +27,8 @@ def noisy_pair(
 ) -> tuple[Tensor, Tensor]:
     """(x + sigma_low n, x + sigma_high n), with x_hat in place of x where the mask is true (GC Alg. 1); or scaled.
 
-    With F, x_hat is c_skip (x + sigma_low n) + c_out F; an integer mask holds the places of F in the batch.
+    With F, x_hat is c_skip (x + sigma_low n) + c_out F. An int64 mask has every sample's place in F, negative where x
+    stays.
     """
     if F is not None and mask is not None and mask.dtype == torch.int64:
         F, mask = F.index_select(0, mask.clamp(min=0)), mask >= 0

@@ -195,6 +195,12 @@ const bool* Case::flags(int64_t count) {
   return data;
 }
 
+const int64_t* Case::places(int64_t count, int64_t most) {
+  auto* const data = static_cast<int64_t*>(memory(count, DType::int64, false));
+  for (int64_t i = 0; i < count; ++i) data[i] = below(most + 2) - 1;
+  return data;
+}
+
 std::vector<uint64_t> Case::written() const {
   std::vector<uint64_t> result;
   for (const Memory& memory : memories_) {

@@ -52,6 +52,8 @@ class Case {
   int64_t* zeros(int64_t count);
   float* floats(int64_t count) { return static_cast<float*>(memory(count, DType::float32, true)); }
   const bool* flags(int64_t count);
+  // From -1 up to `most`.
+  const int64_t* places(int64_t count, int64_t most);
 
   // Runs a kernel's units in one call or in two.
   template <class Problem>

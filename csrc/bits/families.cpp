@@ -83,6 +83,12 @@ void noisy_pair(Case& c, const Kernels& kernels) {
   p.scales = c.one_in(2);
   if (c.one_in(2)) p.mask = c.flags(p.layout.batch);
   p.mask_stride = 1;
+  if (p.generates && p.mask == nullptr && c.one_in(2)) {
+    // Places past the last are the last.
+    p.last_place = c.below(p.layout.batch);
+    p.places = c.places(p.layout.batch, p.last_place + 1);
+    c.about += ", placed";
+  }
   p.sigma_low = c.number(p.layout);
   p.sigma_high = c.number(p.layout);
   p.sigma_data = c.number(p.layout);

@@ -18,14 +18,15 @@ struct Noise {
 
 // One noise at two levels: low = x + sigma_low n, high = x + sigma_high n, with x_hat for x where the mask is true;
 // each times c_in of its level if scaled. If `generates`, x_hat holds the network's output F at the low level: then
-// c_skip (x + sigma_low n) + c_out F replaces x, and is never stored; F then may be given for other samples in other places.
+// c_skip (x + sigma_low n) + c_out F replaces x, and is never stored. The network may have seen some samples only: then
+// `places` has the place in x_hat of each sample's output.
 struct NoisyPair {
   Layout layout;
   bool float64;
   Operand x, x_hat;
-  // Either may be null; both: x everywhere, or where it generates x nowhere.
+  // One of them or none is given. None: x everywhere, or where it generates x nowhere.
   const bool* mask;
-  const int64_t* places;  // of a sample in x_hat, up to `last_place`; negative where x stays
+  const int64_t* places;  // negative where x stays; above `last_place` it is taken for that
   int64_t mask_stride, last_place;
   Number sigma_low, sigma_high;
   bool scales;

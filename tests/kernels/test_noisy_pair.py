@@ -166,6 +166,30 @@ def test_outputs_of_some_samples(each_backend: str, dtypes: tuple[torch.dtype, t
         same_bits(actual, wanted[2:3])
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_places_in_a_graph(backend: str, same_bits: Bits) -> None:
+    x, F, at = random(3, 5), random(2, 5, seed=1), torch.tensor([1, -1, 0])
+
+    def body(F: Tensor, at: Tensor, low: float) -> tuple[Tensor, Tensor]:
+        return bk.noisy_pair(x, low, 2 * low, F=F, mask=at, seed=1, step=2)
+
+    compiled = torch.compile(body, fullgraph=True, backend=backend)
+    for outputs, places in ((F, at), (random(4, 5, seed=2), at + 1)):
+        for actual, expected in zip(compiled(outputs, places, 0.5), body(outputs, places, 0.5), strict=True):
+            same_bits(actual, expected)
+
+
+def test_the_derivative_of_placed_outputs_in_a_graph(same_bits: Bits) -> None:
+    x, F, at = random(3, 5), random(2, 5, seed=1).requires_grad_(), torch.tensor([1, -1, 0])
+
+    def body(F: Tensor) -> Tensor:
+        return bk.noisy_pair(x, 0.5, 2.0, F=F, mask=at, seed=1, step=2)[1].square().sum()
+
+    compiled = torch.compile(body, fullgraph=True, backend="aot_eager")
+    ours, eager = (torch.autograd.grad(f(F), F)[0] for f in (compiled, body))
+    same_bits(ours, eager)
+
+
 def test_places_out_of_range_and_their_derivatives() -> None:
     x, F = random(3, 5, dtype=torch.float64), random(2, 5, dtype=torch.float64, seed=1).requires_grad_()
     key: dict[str, Any] = {"seed": 3, "step": 1}

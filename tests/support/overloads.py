@@ -128,10 +128,14 @@ def pair_samples() -> dict[str, list[tuple[Any, ...]]]:
             (x, None, None, 0.5, 2.0, None, 1, 2, 3, {}),
             (x, x_hat, mask, 0.5, 2.0, 0.5, 1, 2, 3, {}),
         ],
-        "generated_pair": [(x, x_hat, mask, 0.5, 2.0, 0.002, 0.5, False, True, 1, 2, 3, {})],
+        "generated_pair": [
+            (x, x_hat, mask, 0.5, 2.0, 0.002, 0.5, False, True, 1, 2, 3, {}),
+            (x, x_hat[:2], torch.tensor([-1, 1, 0, -1]), 0.5, 2.0, 0.002, 0.5, False, True, 1, 2, 3, {}),
+        ],
         "generated_pair.tensor": [
             (x, x_hat, None, d(0.5), d(2.0), d(0.002), d(0.5), False, True, *key, {}),
             (x, x_hat.half(), mask, torch.rand(4), d(2.0), d(0.002), d(0.5), True, False, *key, {}),
+            (x, x_hat[:1], torch.tensor([-1, 0, 0, 0]), torch.rand(4), *[d(0.5)] * 3, True, False, *key, {}),
         ],
     }
 
