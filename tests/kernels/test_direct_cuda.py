@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from bicm_kernels import backend
+from tests.support import gpu_hand_over, gpu_losses  # noqa: F401  they add theirs
 from tests.support.gpu_checks import CHECKS
 
 PROGRAM = """
 from pathlib import Path
 from benchmarks.fake_gpu import FakeGpus
 gpus = FakeGpus(Path.cwd())
+from tests.support import gpu_hand_over, gpu_losses
 from tests.support.gpu_checks import CHECKS
 CHECKS[{name!r}](gpus)
 """

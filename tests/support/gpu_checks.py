@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_leaves, tree_map_with_path
@@ -263,149 +261,6 @@ def what_fails(gpus: FakeGpus) -> None:
             gpus.clear()
             op_of(name)(**changed(call, lambda _, x: gpus.put(x)))
             assert len(gpus.launched) == 1
-
-
-@check
-def losses(gpus: FakeGpus) -> None:
-    """With their derivatives. What they return is allocated by torch's C++, which takes all tensors for the CPU's."""
-    switched_on(gpus)
-    x, y = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0)).unbind()
-    launched = {
-        "backward": ["pseudo_huber", "pseudo_huber_gradient"],
-        "forward": ["pseudo_huber_with_gradient"],
-        "auto": ["pseudo_huber_with_gradient"],
-    }
-    for way, names in launched.items():
-
-        def run(pred: Tensor, target: Tensor, way: str = way) -> tuple[Tensor, ...]:
-            loss = bk.pseudo_huber(pred, target, c=0.1, gradient=way)
-            return (loss.detach(), *torch.autograd.grad(loss, (pred, target)))
-
-        expected = long_way(run, x.clone().requires_grad_(), y.clone().requires_grad_())
-        gpus.clear()
-        found = run(gpus.put(x).requires_grad_(), gpus.put(y).requires_grad_())
-        assert [name for name, _ in gpus.launched] == names
-        assert all(map(same, found, expected))
-
-
-@check
-def kept_gradients(gpus: FakeGpus) -> None:
-    """The upstream gradient on a GPU is read by the kernel alone; one on the CPU, here."""
-    switched_on(gpus)
-    for factor in (torch.tensor(1.0), torch.tensor(0.5), torch.tensor([1.0, 0.5])):
-        for put in (gpus.put, torch.clone):
-            if put is torch.clone and factor.dim():
-                continue
-            gpus.clear()
-            gradients = (gpus.put(torch.ones(2, 3)), gpus.put(torch.ones(2, 3).double()))
-            assert backend.library.scale_gradients_(put(factor), gradients) is True
-            read_here = put is torch.clone and factor.item() == 1.0
-            assert [name for name, _ in gpus.launched] == ["scale_gradient"] * (0 if read_here else 2)
-            for gradient in gradients:
-                assert torch.equal(gradient, factor.reshape(-1, 1).expand(2, 3).to(gradient.dtype))
-
-
-@check
-def gradients_scaled_in_part(gpus: FakeGpus) -> None:
-    """An error: the dispatcher would scale the first ones again."""
-    switched_on(gpus)
-    gradients = (gpus.put(torch.ones(2, 3)), gpus.put(torch.ones(2, 3)))
-    factor = gpus.put(torch.tensor(2.0))
-    gpus.fails = {"scale_gradient"}
-    assert backend.library.scale_gradients_(factor, gradients) is None
-    assert gradients[0].eq(1.0).all()
-    gpus.fails = {"scale_gradient, second"}
-    gpus.launched.clear()
-    with pytest.raises(RuntimeError, match="some gradients had been scaled"):
-        backend.library.scale_gradients_(factor, gradients)
-    assert gradients[0].eq(2.0).all()
-
-
-@check
-def implementations_from_python(gpus: FakeGpus) -> None:
-    """One on GPUs replaces ours from the hand-over on, not before: until then it is Triton's."""
-    x = torch.ones(2, 3)
-    with torch.library._scoped_library("bicm_kernels", "IMPL") as library, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        library.impl("ddim_step", lambda tensors, *rest: torch.full_like(tensors[0], 7.0), "CUDA")
-        bk.ddim_step(x, x, a=0.9, b=0.1)
-        assert backend.library.ddim_step((x, x), (0.9, 0.1), None) is not None
-        handed_over(gpus)
-        bk.ddim_step(gpus.put(x), gpus.put(x), a=0.9, b=0.1)
-        assert gpus.launched == []
-    bk.ddim_step(gpus.put(x), gpus.put(x), a=0.9, b=0.1)
-    assert gpus.launched == [("multistep", 0)]
-
-
-def handed_over(gpus: FakeGpus) -> None:
-    """As at the first call on a GPU."""
-    backend._switch = "cuda"
-    backend._launchers = gpus.launchers  # type: ignore[assignment]
-    backend._native_cuda = lambda: "CUDA C++"
-    assert backend.running("cuda") == "native"
-
-
-@check
-def the_backend_hands_over(gpus: FakeGpus) -> None:
-    """Where the switch says so, as long as the native library runs on GPUs."""
-    x = torch.ones(2, 3)
-
-    def is_taken() -> bool:
-        gpus.clear()
-        on_gpu = gpus.put(x)
-        bk.ddim_step(on_gpu, on_gpu, a=0.9, b=0.1)
-        return bool(gpus.launched)
-
-    assert not is_taken()
-    assert backend.running("cpu") == "native"
-    for switch in ("0", "1"):
-        backend._switch = switch
-        backend._launchers = gpus.launchers  # type: ignore[assignment]
-        backend._native_cuda = lambda: "CUDA C++"
-        backend._running.pop("cuda", None)
-        backend.running("cuda")
-        assert not (is_taken() or backend.cuda_is_direct)
-    backend._running.pop("cuda")
-    handed_over(gpus)
-    assert backend.cuda_is_direct
-    assert is_taken()
-    assert "bypass the dispatcher" in backend._describe("cuda")
-    with backend.use("reference"):
-        assert not (is_taken() or backend.cuda_is_direct)
-    assert not is_taken()  # until the first call that finds out what runs there
-    backend.running("cuda")
-    assert is_taken()
-    with pytest.raises(ValueError, match="no backend"):
-        backend.choose("no backend")
-    assert is_taken()
-
-
-@check
-def launchers_of_another_version(gpus: FakeGpus) -> None:
-    assert not backend.library.use_launchers(gpus.launchers(version=1))
-    backend._launchers = lambda: gpus.launchers(version=1)
-    backend._switch = "cuda"
-    backend._native_cuda = lambda: "CUDA C++"
-    backend.running("cuda")
-    x = gpus.put(torch.ones(2, 3))
-    assert torch.equal(bk.ddim_step(x, x, a=0.5, b=1.0), 1.5 * x)
-    assert gpus.launched == []
-    assert "no call can bypass" in backend._describe("cuda")
-    for wrong in (3, "no capsule"):
-        with pytest.raises(ValueError, match="Capsule"):
-            backend.library.use_launchers(wrong)
-
-
-@check
-def torch_makes_nothing_on_gpus(gpus: FakeGpus) -> None:
-    """As a torch without CUDA, whose function raises."""
-    gpus.fails = {"allocation"}
-    assert not backend.library.use_launchers(gpus.launchers())
-    gpus.clear()
-    gpus.current = OTHER
-    x = gpus.put(torch.ones(2, 3))
-    bk.ddim_step(x, x, a=0.9, b=0.1)
-    assert gpus.launched == []
 
 
 @check
