@@ -3,6 +3,7 @@
 // its result agree to the bit. The block that finishes last adds the chunks of every sample, in order.
 #include "../core/gaussian.h"
 
+#include "affine.h"
 #include "draw.h"
 #include "kernels.h"
 #include "pseudo_huber_sample.h"
@@ -56,16 +57,6 @@ BICM_DEVICE double round_as(DType dtype, double x) {
 template <class Memory, class C>
 BICM_DEVICE void load_group(const Gaussian& g, const Operand& x, const typename Memory::Place& place, C* values) {
   Memory::widen(x, Memory::load(g.layout, x, place), values);
-}
-
-// A step of a left fold: y = weight x for the first term, y + weight x for the others.
-template <int G, class C>
-BICM_DEVICE void fold(bool first, C weight, const C* x, C* y) {
-  BICM_UNROLL(8)
-  for (int i = 0; i < G; ++i) {
-    const C product = weight * x[i];
-    y[i] = first ? product : y[i] + product;
-  }
 }
 
 // The residuals of a group; a step stores its next state.

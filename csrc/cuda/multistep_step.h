@@ -4,6 +4,7 @@
 
 #include "../core/multistep.h"
 
+#include "affine.h"
 #include "draw.h"
 #include "memory.h"
 
@@ -53,16 +54,6 @@ template <class Row, int Slots>
 struct Rows {
   Row input[Slots], conditional, out, x0, next;
 };
-
-// A step of a left fold: y = weight x for the first term, y + weight x for the others.
-template <int G, class C>
-BICM_DEVICE void fold(bool first, C weight, const C* x, C* y) {
-  BICM_UNROLL(8)
-  for (int i = 0; i < G; ++i) {
-    const C product = weight * x[i];
-    y[i] = first ? product : y[i] + product;
-  }
-}
 
 template <int G, class C, class Keys>
 BICM_DEVICE void add_noise(const KeyOfSample<Keys>& key, int64_t begin, C weight, C* y) {

@@ -170,10 +170,12 @@ cudaError_t noise(const Noise& problem, cudaStream_t stream) {
 cudaError_t noisy_pair(const NoisyPair& p, cudaStream_t stream) {
   if (p.layout.batch == 0 || p.layout.elements == 0) return cudaSuccess;
   bool dense = true, aligned = true;
+  Layout samples = p.layout;
+  if (p.places != nullptr && samples.batch == 1) samples.batch = 2;  // x_hat may have more
   const Operand* const operands[] = {&p.x, &p.x_hat, &p.low, &p.high};
   for (const Operand* x : operands) {
     dense = dense && x->dense;
-    aligned = aligned && access_aligned(p.layout, *x);
+    aligned = aligned && access_aligned(samples, *x);
   }
   const bool uniform = p.x_hat.dtype == p.x.dtype;
   const bool mixed = dense && !uniform && !p.float64 && p.x_hat.dtype != DType::float64;

@@ -1,5 +1,7 @@
 // Exact reversible updates: every thread reads its group of every tensor, rounds the increment once, steps, stores.
 #include "../core/multistep.h"
+
+#include "affine.h"
 #include "kernels.h"
 #include "reversible_fixed_point.h"
 
@@ -8,15 +10,6 @@ namespace cuda {
 namespace {
 
 enum class Task { encode, step, scaled_step };
-
-template <int G>
-BICM_DEVICE void fold(bool first, double weight, const double* x, double* y) {
-  BICM_UNROLL(8)
-  for (int i = 0; i < G; ++i) {
-    const double product = weight * x[i];
-    y[i] = first ? product : y[i] + product;
-  }
-}
 
 template <bool Inverse, Task T, int G>
 BICM_DEVICE void step_all(const Exact& e, const int64_t* last, const int64_t* increment, int64_t* info, int64_t* out) {
