@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,16 +47,17 @@ def check_network(network: nn.Module, name: str = "network") -> None:
             )
 
 
-@contextmanager
-def leaving_no_casts() -> Iterator[None]:
+def leaving_no_casts() -> AbstractContextManager[None]:
     """Keep what autocast casts of parameters where no gradients are recorded from a later call that records them.
 
     Since torch 2.11 autocast does so itself: before, the later call would get the casts, and no gradient.
     """
     needed = _CASTS_LACK_GRADIENTS and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    if not (needed and torch.is_autocast_cache_enabled()):
-        yield
-        return
+    return _without_cached_casts() if needed and torch.is_autocast_cache_enabled() else nullcontext()
+
+
+@contextmanager
+def _without_cached_casts() -> Iterator[None]:
     torch.set_autocast_cache_enabled(False)
     try:
         yield

@@ -11,8 +11,8 @@ numbers equal the eager ones under any compiler.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
 
@@ -44,7 +44,7 @@ def draws_alike(key: int | Tensor, device: torch.device) -> Callable[[], Abstrac
         _show_to_modes()
         return lambda: _Draws(_seeded_state(key, device))
     seed = int(key)
-    return lambda: _seeded(seed, device)
+    return lambda: _Seeded(seed, device)
 
 
 def dropout_key(seed: int | Tensor, step: int | Tensor) -> int | Tensor:
@@ -62,16 +62,18 @@ def _default_generator(device: torch.device) -> torch.Generator:
     return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
 
 
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+class _Seeded:
     """Run with torch's own generator seeded, and restore its state; torch.manual_seed would format a stack trace."""
-    generator = _default_generator(device)
-    state = generator.get_state()
-    generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        generator.set_state(state)
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.seed, self.generator = seed, _default_generator(device)
+
+    def __enter__(self) -> None:
+        self.state = self.generator.get_state()
+        self.generator.manual_seed(self.seed)
+
+    def __exit__(self, *_: object) -> None:
+        self.generator.set_state(self.state)
 
 
 # --- in traced graphs -----------------------------------------------------------------------------------------------
