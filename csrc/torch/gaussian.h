@@ -119,7 +119,7 @@ class Density {
     merge_all();
     for (int i = 0; i < inputs; ++i) {
       const int64_t bytes = g.layout.batch * g.layout.elements * size_of(views_[i].dtype);
-      g.gradient[i].streams = g.wanted[i] && bytes >= kStreamBytes;
+      g.gradient[i].streams = g.wanted[i] && streams(bytes, inputs, 1);
     }
     g.differentiates = !results.empty();
     return results;

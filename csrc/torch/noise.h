@@ -30,7 +30,7 @@ struct Draw {
     problem.distribution = D;
     problem.key = key_given(Inputs<A>(view), seed, at, sample_id);
     if (problem.layout.batch == 0 || problem.layout.elements == 0) return;
-    problem.out.streams = problem.layout.batch * problem.layout.elements * size_of(view.dtype) >= kStreamBytes;
+    problem.out.streams = streams(problem.layout.batch * problem.layout.elements * size_of(view.dtype), 0, 1);
     Device::run(problem, out);
   }
 };
@@ -116,7 +116,7 @@ class Pair : public Inputs<A> {
     if (problem.places != nullptr) problem.x_hat.batch_stride = other_view_.strides[0];
     if (layout.batch > 0 && layout.elements > 0) {
       const int64_t bytes = layout.batch * layout.elements * size_of(x_view_.dtype);
-      problem.low.streams = problem.high.streams = bytes >= kStreamBytes;
+      problem.low.streams = problem.high.streams = streams(bytes, 1, 2);
       Device::run(problem, x_);
     }
     return {std::move(low), std::move(high)};

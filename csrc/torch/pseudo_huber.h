@@ -167,7 +167,7 @@ class LossCall {
     merge_all();
     for (int i = 0; i < count_; ++i) {
       const int64_t bytes = p.layout.batch * p.layout.elements * size_of(views_[i].dtype);
-      p.gradient[i].streams = p.wanted[i] && bytes >= kStreamBytes;
+      p.gradient[i].streams = p.wanted[i] && streams(bytes, count_, 1);
     }
     return results;
   }

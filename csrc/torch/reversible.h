@@ -84,7 +84,7 @@ class ExactStep {
     if (problem.layout.batch == 0 || problem.layout.elements == 0) return;
     for (int out = inputs_; out < used_; ++out) {
       const int64_t bytes = problem.layout.batch * problem.layout.elements * size_of(operands_[out]->dtype);
-      operands_[out]->streams = bytes >= kStreamFrom;
+      operands_[out]->streams = bytes >= kStreamFrom && streams(bytes, inputs_, used_ - inputs_);
     }
     Device::run(problem, first);
   }

@@ -1,5 +1,7 @@
 #include "tensors.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 
 // Since torch 2.11; absent from the oldest ABI that this library takes.
@@ -107,6 +109,12 @@ Tensor contiguous_like(const Tensor& first, const View& view) {
   View laid_out = view;
   laid_out.strides = strides;
   return like(first, laid_out);
+}
+
+bool streams_large(int64_t bytes, int inputs, int outputs) {
+  const int64_t traffic = bytes * (inputs + 2 * outputs);  // with ordinary stores
+  if (inputs + outputs < 3) return traffic >= int64_t{28} << 20;
+  return outputs > 1 || traffic >= int64_t{24} << 20 || torch::stable::get_num_threads() == 1;
 }
 
 bool overlaps_itself(const View& out) {

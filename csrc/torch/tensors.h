@@ -137,12 +137,20 @@ bool overlaps_itself(const View& out);
 void merge(const View* const* views, Operand* const* operands, int count, bool ordered, bool per_sample,
            Layout& layout);
 
-// From this size on an output is written with non-temporal stores: others would read its memory first, and would
-// displace what the next op reads from a cache that other programs share. Only x86-64's kernels have such stores.
+// From this size on outputs may be written with non-temporal stores. Only x86-64's kernels have such stores.
 #if defined(__x86_64__)
 constexpr int64_t kStreamBytes = int64_t{2} << 20;
 #else
 constexpr int64_t kStreamBytes = int64_t{1} << 60;
 #endif
+
+// Whether a call that reads `inputs` and writes `outputs` tensors of this many bytes writes them with non-temporal
+// stores. Others read the memory of a result first and displace what the next op reads; but a result that stays in the
+// cache is written faster, by several threads above all, since one of them nearly fills the path to the memory.
+// The limits were measured on a cache of 32 MiB: docs/performance.md, "Non-temporal stores".
+bool streams_large(int64_t bytes, int inputs, int outputs);
+inline bool streams(int64_t bytes, int inputs, int outputs) {
+  return bytes >= kStreamBytes && streams_large(bytes, inputs, outputs);
+}
 
 }  // namespace bicm
