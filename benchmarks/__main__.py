@@ -109,7 +109,11 @@ PRESENT = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--sizes", "elements", callback=integers, help="Elements per tensor, multiples of 3072, as 3072,49152.")
 @click.option("--shapes", callback=shapes_given, help=f"1x4x64x64,16x4x128x128 or names: {','.join(sizes.SHAPES)}.")
-@click.option("--dtypes", callback=names_among(tuple(DTYPES)), help=f"{','.join(DTYPES)}; the suite's: float32.")
+@click.option(
+    "--dtypes",
+    callback=names_among(tuple(DTYPES)),
+    help=f"{','.join(DTYPES)}; default: the first two, of the suite float32.",
+)
 @click.option("--cases", callback=names_among(CASE_NAMES), help="Only these cases of the families.")
 @click.option("--compile/--no-compile", "compile_too", default=True, help="Whether to time torch.compile too.")
 @click.option("--json", "json_path", type=FILE, help="Write the figures here.")
@@ -179,7 +183,7 @@ def main(
 
     new = contents(new_path)
     if new is None:
-        dtypes = dtypes or (("float32",) if suite else tuple(DTYPES))
+        dtypes = dtypes or (("float32",) if suite else ("float32", "bfloat16"))
         rows, absent = present(chosen(families, cases))
         plan = [
             (family, case, dtype, run) for run, (family, case), dtype in itertools.product(range(repeats), rows, dtypes)

@@ -21,7 +21,7 @@ from benchmarks.timing import CLOCKS, Call, Effort, Sampler, Timing, interleave,
 
 #: Elements for every thread of an operation that PyTorch distributes.
 WOKEN = 1 << 16
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Row: TypeAlias = tuple[str, str, str, str, Shape]
 
 

@@ -166,7 +166,8 @@ void form_derivative(const PseudoHuber& p, const Unit& unit, const Factors<C>& f
 
 template <class C>
 void differentiate_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, Buffers<C>& buffers) {
-  const int64_t done = f.power == C(1) ? scale_residual(p, unit, f.weights, f.factor[0], buffers.memory) : 0;
+  const bool plain = sums_squares(p) ? f.power == C(1) : f.plain;
+  const int64_t done = plain ? scale_slopes(p, unit, f.weights, f.c, f.factor[0], buffers.memory) : 0;
   if (done == unit.count) return;
   const Unit rest = {unit.sample, unit.begin + done, unit.count - done};
   form_derivative(p, rest, f, buffers);

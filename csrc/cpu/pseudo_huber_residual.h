@@ -80,17 +80,25 @@ BICM_HD void residual_in_registers(const PseudoHuber& p, const Unit& unit, const
   });
 }
 
-// The usual case of training, only F's gradient: from memory to memory. Returns how many elements it did.
-int64_t scale_residual(const PseudoHuber& p, const Unit& unit, const Preconditioning<float>& weights, float factor,
-                       Memory memory) {
+// The usual case of training, only F's gradient, by the plain formulas: from memory to memory. Returns how many elements
+// it did.
+int64_t scale_slopes(const PseudoHuber& p, const Unit& unit, const Preconditioning<float>& weights, float c,
+                     float factor, Memory memory) {
   const bool alone = p.wanted[0] && !p.wanted[1] && !p.wanted[2];
-  if (memory == Memory::none || !alone || p.weighs || !sums_squares(p)) return 0;
+  if (memory == Memory::none || !alone || p.weighs) return 0;
   int64_t i = 0;
   residual_in_registers(p, unit, weights, memory, [&](const auto& residual) {
     const auto to = target_of(residual.prediction, p.gradient[0], unit);
-    for (; i + kBlock <= unit.count; i += kBlock) {
-      const Block r = residual.load(i);
-      to.store(each_part([&](int j) { return factor * r.part[j]; }), i);
+    const auto scale = [&](auto slope) {
+      for (; i + kBlock <= unit.count; i += kBlock) {
+        const Block r = residual.load(i);
+        to.store(each_part([&](int j) { return factor * slope(r.part[j]); }), i);
+      }
+    };
+    if (sums_squares(p)) {
+      scale([](Floats r) { return r; });
+    } else {
+      scale([&](Floats r) { return r / nonzero(root(r * r + c * c)); });
     }
   });
   return i;
@@ -99,7 +107,7 @@ int64_t scale_residual(const PseudoHuber& p, const Unit& unit, const Preconditio
 #endif
 
 template <class C>
-int64_t scale_residual(const PseudoHuber&, const Unit&, const Preconditioning<C>&, C, Memory) {
+int64_t scale_slopes(const PseudoHuber&, const Unit&, const Preconditioning<C>&, C, C, Memory) {
   return 0;
 }
 

@@ -233,7 +233,7 @@ def test_command_line(tmp_path: Path) -> None:
         (["--sizes", "3000"], "multiple of 3072"),
         (["--sizes", "many"], "positive integers"),
         (["--threads", "0"], "positive integers"),
-        (["--dtypes", "int8"], "expected names among float32, bfloat16, got int8"),
+        (["--dtypes", "int8"], "expected names among float32, bfloat16, float16, got int8"),
         (["--clock", "processor", "--threads", "1,2"], "does not measure several threads"),
         (["nothing"], "'nothing' is not one of"),
     ],
