@@ -293,8 +293,8 @@ def release_memory() -> int:
 
     CPU results of 64 KiB and more come from a free list, which avoids page faults: the C library would map and
     fault such blocks in every step. It holds at most 256 MiB, or ``BICM_KERNELS_KEPT_MEMORY`` MiB: with 0 nothing is
-    kept, and torch allocates every result; so does a library built for the address sanitizer. Results
-    in use are not affected.
+    kept, and torch allocates every result, as it does those larger than the limit; so does a library built for the
+    address sanitizer. Results in use are not affected.
 
     >>> import bicm_kernels
     >>> bicm_kernels.backend.release_memory() >= 0

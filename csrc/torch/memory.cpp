@@ -117,8 +117,9 @@ void keep_at_most(int64_t bytes) {
 }
 
 KeptBlock* take_block(int64_t bytes, bool streamed) {
-  if (most_kept.load(std::memory_order_relaxed) == 0) return nullptr;
   const int64_t capacity = (bytes + kPage - 1) / kPage * kPage;
+  // What cannot be kept is torch's: its allocator may keep it, and a new mapping is page-faulted in every call.
+  if (capacity > most_kept.load(std::memory_order_relaxed)) return nullptr;
   if (KeptBlock* const block = kept().take(capacity, streamed)) return block->streamed = streamed, block;
   void* const data = map(capacity);
   if (data == nullptr) return nullptr;

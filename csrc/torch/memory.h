@@ -14,7 +14,7 @@ constexpr int64_t kKeptFrom = int64_t{64} << 10;
 // Sets the maximum of unused bytes. Initially, with 0, and in a build for the address sanitizer no blocks are kept.
 void keep_at_most(int64_t bytes);
 
-// A block of memory, owned by the caller until it is returned; nullptr where there is none.
+// A block of memory, owned by the caller until it is returned; nullptr where there is none, or it could not be kept.
 // `streamed`: written with non-temporal stores. Prefer a block that was last written the same way.
 struct KeptBlock {
   void* data;

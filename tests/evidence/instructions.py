@@ -10,6 +10,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from typing import NamedTuple
+
+#: What is computed of elements rather than of addresses and rounds: floating point and its conversions, the widening of
+#: halves, and Philox's products and exclusive ors.
+ARITHMETIC = re.compile(
+    r"F(ADD|MUL|FMA|SEL|MNMX|SETP?|CHK)|H(ADD|MUL|FMA)2|MUFU|I2FP|F2FP?|PRMT|LOP3|SHF|IMAD\.(WIDE|HI)\.U32|IMAD\.U32|IMAD\.SHL"
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,10 @@ class Instruction:
     @property
     def wide(self) -> bool:
         return re.fullmatch(r"(LDG|STG)\.E(\.\w+)*\.128(\.\w+)*", self.name) is not None
+
+    @property
+    def computes(self) -> bool:
+        return ARITHMETIC.match(self.name) is not None
 
 
 LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z][\w.]*)\s*(.*?)\s*;", re.MULTILINE)
@@ -82,30 +93,39 @@ def blocks_of(code: list[Instruction]) -> dict[int, Block]:
 Work = tuple[int, int]
 
 
-def ways_of(blocks: dict[int, Block], head: int, tail: int) -> dict[Work, int]:
+class Cost(NamedTuple):
+    """Instructions, and the arithmetic among them."""
+
+    instructions: int
+    arithmetic: int
+
+
+def ways_of(blocks: dict[int, Block], head: int, tail: int) -> dict[Work, Cost]:
     """The fewest instructions of a round of the loop between two addresses, by the work on the way."""
 
     @cache
-    def ways(address: int) -> dict[Work, int]:
+    def ways(address: int) -> dict[Work, Cost]:
         block = blocks[address]
-        found: dict[Work, int] = {}
+        found: dict[Work, Cost] = {}
         if block.avoided:
             return found
         count, wide = len(block.instructions), sum(x.wide for x in block.instructions)
+        computed = sum(x.computes for x in block.instructions)
         drawn_ = sum(x.name == "I2FP.F32.U32" for x in block.instructions)
         for following in block.following:
-            rest = {(0, 0): 0} if following == head else {}
+            rest = {(0, 0): Cost(0, 0)} if following == head else {}
             if address < following <= tail:
                 rest = ways(following)
-            for (accesses, drawn), length in rest.items():
+            for (accesses, drawn), after in rest.items():
                 work = wide + accesses, drawn_ + drawn
-                found[work] = min(found.get(work, 1 << 30), count + length)
+                cost = Cost(count + after.instructions, computed + after.arithmetic)
+                found[work] = min(found.get(work, cost), cost)
         return found
 
     return ways(head)
 
 
-def loops(code: list[Instruction], nested: bool = False) -> Iterator[dict[Work, int]]:
+def loops(code: list[Instruction], nested: bool = False) -> Iterator[dict[Work, Cost]]:
     """Of every loop without one inside, or with one: the fewest instructions of a round, by its work."""
     blocks = blocks_of(code)
     backward = [(x.target, x.address) for x in code if x.target is not None and x.target <= x.address]
@@ -115,6 +135,6 @@ def loops(code: list[Instruction], nested: bool = False) -> Iterator[dict[Work, 
             yield ways_of(blocks, head, tail)
 
 
-def round_of(code: list[Instruction], accesses: int, drawn_: int = 0, *, nested: bool = False) -> int | None:
-    """Instructions of a round that moves one whole group, or, of an outer loop, of a sample that has one group."""
+def round_of(code: list[Instruction], accesses: int, drawn_: int = 0, *, nested: bool = False) -> Cost | None:
+    """The cost of a round that moves one whole group, or, of an outer loop, of a sample that has one group."""
     return min((found[accesses, drawn_] for found in loops(code, nested) if (accesses, drawn_) in found), default=None)

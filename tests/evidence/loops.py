@@ -63,11 +63,12 @@ MOST = 0.92
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a form in a dtype; instructions are those of an element."""
+    """Of a form in a dtype; instructions, and the arithmetic among them, are those of an element."""
 
     registers: int
     static: int
     instructions: float
+    arithmetic: float
     small: float | None
     bytes_moved: int
     loaded: int
@@ -103,8 +104,9 @@ def measure(form: Form, dtype: str, code: list[Instruction], registers: int) -> 
     return Measured(
         registers,
         len(code),
-        inner / group,
-        small_samples(inner, outer, group) if outer else None,
+        inner.instructions / group,
+        inner.arithmetic / group,
+        small_samples(inner.instructions, outer.instructions, group) if outer else None,
         size * accesses,
         16 * form.loads,
     )
@@ -131,6 +133,7 @@ def loops() -> str:
         "blocks of 256 threads",
         "bytes loaded at a time",
         "instructions an element",
+        "arithmetic",
     ]
     header += ["small samples", "static instructions", *(f"estimate, {card}" for card in CARDS)]
     rows = [
@@ -140,6 +143,7 @@ def loops() -> str:
             str(m.blocks),
             f"{m.in_flight:,}" if m.in_flight else "",
             f"{m.instructions:.1f}",
+            f"{m.arithmetic:.1f}",
             f"{m.small:.1f}" if m.small else "",
             str(m.static),
             *(f"{m.share(card):.0%}".replace("%", " %") for card in CARDS.values()),
