@@ -35,8 +35,8 @@ def test_instructions_of_a_loop() -> None:
     ((name, code),) = functions(LISTING)
     assert name == "_ZN4bicm6kernelE"
     assert len(code) == 12
-    assert round_of(code, 2, 1) == 5  # neither the call nor the branch behind it
-    assert round_of(code, 2, 1, nested=True) == 8
+    assert round_of(code, 2, 1) == (5, 1)  # neither the call nor the branch behind it
+    assert round_of(code, 2, 1, nested=True) == (8, 1)
     assert round_of(code, 2) is None
     assert round_of(code, 1, 1) is None
 
