@@ -83,9 +83,9 @@ test: native $(if $(filter yes,$(EMULATED)),emulator) ## every test that needs n
 	--junitxml=build/results/tests.xml
 	$(INTERPRETED) --cases $(CASES) --junitxml=build/results/interpreter.xml tests/interpreter
 
-test-fast: native ## a few cases of every test, for the inner loop; neither the emulator's nor what is slow
-	BICM_KERNELS_BACKEND=native $(PYTEST) --cases 2 -m "not slow" --ignore=tests/emulator
-	$(INTERPRETED) --cases 2 tests/interpreter
+test-fast: native ## one case of every test, for the inner loop; neither the emulator's nor what is slow
+	BICM_KERNELS_BACKEND=native $(PYTEST) --cases 1 -m "not slow" --ignore=tests/emulator
+	$(INTERPRETED) --cases 1 -m "not slow" tests/interpreter
 
 # Builds nothing: the library of .venv, under the torch that is named.
 test-torch: native $(OTHER)/.torch ## the quick tests with another torch, as in docs/versions.md: make test-torch TORCH=torch==2.10.0

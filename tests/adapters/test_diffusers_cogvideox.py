@@ -121,6 +121,7 @@ def test_odd_calls_do_what_the_original_does(call: Callable[..., Any]) -> None:
             assert got == expected
 
 
+@pytest.mark.slow
 def test_a_loop_in_one_graph() -> None:
     eager, compiled = (accelerate_scheduler(CogVideoXDPMScheduler(**SHIPPED), noise="keyed", seed=3) for _ in range(2))
     for scheduler in (eager, compiled):

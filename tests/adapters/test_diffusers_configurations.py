@@ -103,6 +103,7 @@ def test_where_the_original_is_not_a_number(cls: type[Any], config: dict[str, An
     agree(*both(cls, config, 4), **how)
 
 
+@pytest.mark.slow
 @settings(max_examples=120, derandomize=True, deadline=None)
 @given(runs())
 def test_options_together(run: tuple[type[Any], dict[str, Any], dict[str, Any]]) -> None:

@@ -70,6 +70,7 @@ def test_a_compiled_step_serves_every_step(cls: type[Any], config: dict[str, Any
     assert torch.equal(loop(compiled, x, step), loop(eager, x, eager.step)) and counter.frame_count <= MOST_GRAPHS
 
 
+@pytest.mark.slow
 def test_a_step_compiled_by_inductor() -> None:
     eager, compiled, x = three(DDIMScheduler)
     step = torch.compile(compiled.step, fullgraph=True)
@@ -95,6 +96,7 @@ def test_a_graph_of_ddpm_draws_as_the_original_does(backend: str) -> None:
     assert torch.equal(ends[1][1], ends[0][1])
 
 
+@pytest.mark.slow
 def test_an_eta_that_one_step_had_before() -> None:
     eager, compiled, x = three(TCDScheduler)
     counter = CompileCounterWithBackend("eager")

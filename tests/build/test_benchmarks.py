@@ -181,6 +181,7 @@ def test_overhead_has_every_step_op() -> None:
     assert report.overhead_table(rows).row_count == len(columns) + 2
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     figures, picture = tmp_path / "figures.json", tmp_path / "picture.png"
@@ -279,6 +280,7 @@ def test_gpu_check_counts_by_reports(tmp_path: Path) -> None:
     assert gpu_check.counted([report, tmp_path / "none.xml"]) == {"passed": 3, "failed": 3, "skipped": 3}
 
 
+@pytest.mark.slow
 def test_gpu_check_collects_its_tests_in_a_fresh_clone() -> None:
     """Without the emulator's module, which `make gpu-check` does not build, and without any plug-in."""
     command = gpu_check.pytest_command("0/1", "not triton", os.devnull)

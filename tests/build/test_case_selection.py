@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CASES = """
 import pytest
 
@@ -30,6 +32,7 @@ def collected(folder: Path, *options: str) -> list[str]:
     return [line.partition("::")[2] for line in listing.splitlines() if "::" in line]
 
 
+@pytest.mark.slow
 def test_so_many_cases_of_every_test(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text((Path(__file__).parents[1] / "conftest.py").read_text())
     (tmp_path / "test_cases.py").write_text(CASES)

@@ -64,6 +64,7 @@ def loose(found: Counter[str]) -> list[str]:
     return [name for name in found if not rounded.fullmatch(name)]
 
 
+@pytest.mark.slow
 def test_no_operation_is_contracted_or_approximate(ptx: dict[str, str]) -> None:
     """ptxas never fuses operations that name their rounding, and takes no short cut for their quotients."""
     found: Counter[str] = Counter()
@@ -74,6 +75,7 @@ def test_no_operation_is_contracted_or_approximate(ptx: dict[str, str]) -> None:
     assert loose(found) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_contraction_would_be_seen(tmp_path: Path) -> None:
     """The check, tested: the noise compiled as nvcc does it when it is not told otherwise."""
@@ -89,6 +91,7 @@ PER_SAMPLE = re.compile(
 )
 
 
+@pytest.mark.slow
 def test_float32_kernels_compute_in_float32(ptx: dict[str, str]) -> None:
     """Per sample there is as much float64 in kernels of one, four and eight elements a thread: none is per element."""
     per_sample: dict[tuple[str | None, ...], set[int]] = {}

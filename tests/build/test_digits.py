@@ -184,6 +184,7 @@ def test_denoiser_predicts_noise_in_images_it_has_not_seen() -> None:
     assert loss < HELD_OUT_LOSS
 
 
+@pytest.mark.slow
 def test_bdia_returns_real_digits_and_ddim_does_not() -> None:
     network, digits = load_denoiser(dtype=torch.float64), one_per_class(load_split().held_out)
     schedule = vp_schedule(50)
@@ -193,6 +194,7 @@ def test_bdia_returns_real_digits_and_ddim_does_not() -> None:
         assert result.max_error <= 1e-9 < 1e-3 * ddim.max_error
 
 
+@pytest.mark.slow
 def test_bdia_in_float32_is_far_below_ddim() -> None:
     network, digits = load_denoiser(), one_per_class(load_split().held_out)
     schedule = vp_schedule(50)
@@ -207,6 +209,7 @@ def test_exact_bdia_returns_every_bit_of_real_digits(dtype: torch.dtype) -> None
     assert result.method.exact and result.max_error == 0 and result.noise.std() > 0.5
 
 
+@pytest.mark.slow
 def test_samples_are_recognised_as_their_class() -> None:
     labels = torch.arange(10).repeat(4)
     noise = torch.randn(len(labels), 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0))

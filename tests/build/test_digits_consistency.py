@@ -131,6 +131,7 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
         load_network(tmp_path / "none.safetensors")
 
 
+@pytest.mark.slow
 def test_samples_without_labels_are_digits_of_every_class() -> None:
     network, labels = load_network(), sample_labels(labelled=False)
     held_out = load_split().held_out
@@ -196,6 +197,7 @@ def test_timings_are_positive() -> None:
     assert min(time_sampling(load_network(), ConsistencySchedule((20.0,)), 2, repeats=2)) > 0
 
 
+@pytest.mark.slow
 def test_eager_code_draws_the_same_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="the picture is drawn with matplotlib, an extra of this package")
     from examples.digits import consistency_demo
@@ -209,6 +211,7 @@ def test_eager_code_draws_the_same_picture(monkeypatch: pytest.MonkeyPatch) -> N
         assert refused.exit_code == 1 and "expected at most 0.001" in refused.output
 
 
+@pytest.mark.slow
 def test_the_demo_draws_and_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="the picture is drawn with matplotlib, an extra of this package")
     from examples.digits import consistency_demo, consistency_measurements

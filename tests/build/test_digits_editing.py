@@ -29,6 +29,8 @@ from examples.digits.editing import (
 from examples.digits.network import Denoiser
 from examples.digits.recognition import recognised
 
+pytestmark = pytest.mark.slow
+
 SCHEDULE = vp_schedule(40)
 EXACT = [method for method in METHODS if method.has_exact_inverse]
 

@@ -152,6 +152,7 @@ def test_a_killed_command_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+@pytest.mark.slow
 def test_commands_train_tell_and_draw_and_repeat_nothing(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ def test_batch_ot_and_generated_samples_cost_less_transport() -> None:
     assert independent == pytest.approx(1 + x.square().mean().item(), rel=0.02) and paired < independent - 0.01
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_and_pictures_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("examples.digits.objectives.METHODS", (*METHODS[:3], METHODS[8], METHODS[9], METHODS[13]))
     monkeypatch.setattr(

@@ -45,6 +45,7 @@ def test_steps_in_public_code_and_ours() -> None:
     assert written("steps") == steps.steps(), STALE
 
 
+@pytest.mark.slow
 def test_pipelines_that_load_a_covered_scheduler() -> None:
     diffusers = pytest.importorskip("diffusers")
     if f"diffusers {diffusers.__version__} " not in written("pipelines"):

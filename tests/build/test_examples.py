@@ -44,6 +44,7 @@ def test_consistency_training_resumes_with_the_same_losses_and_does_not_depend_o
     assert len(losses(whole)) == 2 and losses(together) == pytest.approx(losses(whole), rel=2e-2)
 
 
+@pytest.mark.slow
 def test_huber_lora_trains_the_adapter() -> None:
     for package in ("diffusers", "peft"):
         pytest.importorskip(package, reason="needs the extra [dev]")
@@ -101,6 +102,7 @@ def test_cifar10_trains_with_every_objective(
     assert capsys.readouterr().out == first
 
 
+@pytest.mark.slow
 def test_an_edit_with_the_same_prompt_returns_the_latents() -> None:
     for package in ("diffusers", "transformers"):
         pytest.importorskip(package, reason="needs the extra [dev]")

@@ -41,6 +41,7 @@ def run(code: str, *blocked: str) -> subprocess.CompletedProcess[str]:
         return fresh.run(program, os.environ, Path(directory), [str(ROOT), str(ROOT / "python")])
 
 
+@pytest.mark.slow
 def test_the_packages_import_and_sample_without_extras() -> None:
     ran = run(
         """
@@ -124,6 +125,7 @@ def test_a_missing_package_names_its_extra(call: str) -> None:
     assert f'pip install "bicm-kernels[{name}]"' in error
 
 
+@pytest.mark.slow
 def test_shards_ask_for_their_library_before_the_first_batch(tmp_path: Path) -> None:
     code = """
     from bicm_diffusion.distributed import sample_shards

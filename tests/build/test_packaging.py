@@ -22,6 +22,8 @@ from packaging.requirements import Requirement
 
 from tests.support import instruction_sets
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 NO_COMPILER = "installing without the native library"
 

@@ -84,6 +84,7 @@ def test_two_processes_train_as_one(ranks: list[Found], alone: Found, wrapper: s
         torch.testing.assert_close(averaged(parts, name), expected, rtol=1e-14, atol=bound, msg=name)
 
 
+@pytest.mark.slow
 def test_wrappers_agree_to_the_bit(ranks: list[Found]) -> None:
     """With each other and with checkpoints; the order in which one process adds is another one."""
     plain = ranks[0]["DDP"]
@@ -91,6 +92,7 @@ def test_wrappers_agree_to_the_bit(ranks: list[Found]) -> None:
         assert all(torch.equal(ranks[0][wrapper][name], x) for name, x in plain.items()), wrapper
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", REFUSED)
 def test_wrappers_that_cannot_be_right_are_refused(ranks: list[Found], wrapper: str) -> None:
     for rank in ranks:

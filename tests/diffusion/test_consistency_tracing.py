@@ -138,6 +138,7 @@ class Drawing(nn.Module):
         return self.second(torch.cat([draw(h).reshape(scaled.shape) for draw in self.draws], dim=1))
 
 
+@pytest.mark.slow
 def test_random_functions_draw_the_eager_numbers() -> None:
     network = build(partial(Drawing, [*DRAWS.values()]))
     body = step_of(network, *problem())

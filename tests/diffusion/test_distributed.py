@@ -77,6 +77,7 @@ def test_two_processes_make_what_one_makes_and_a_killed_run_goes_on(
     assert {name: after[name] for name in before} == before
 
 
+@pytest.mark.slow
 def test_what_is_said_does_not_need_the_group_s_own_backend(alone: torch.Tensor, tmp_path: Path) -> None:
     """One like nccl, which carries nothing between hosts; this one carries nothing at all."""
     finished = launch("torchrun", tmp_path, "safetensors", group="fake")

@@ -362,6 +362,7 @@ def test_ranks_that_differ_are_refused_on_every_rank(tmp_path: Path, rank_1: Map
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_rank_0_cannot_write_is_told_on_every_rank(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for error in two_ranks(tmp_path / "file"):

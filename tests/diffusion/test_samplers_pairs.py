@@ -154,6 +154,7 @@ torch.save(bdia_invert(network(6), pair, vp_schedule(10, final_time=0.01), gamma
 """
 
 
+@pytest.mark.slow
 def test_a_pair_goes_on_in_another_process(tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     x = (Z * 2**20).round() / 2**20
@@ -176,6 +177,7 @@ def test_pairs_made_by_hand_travel_too() -> None:
         assert torch.equal(bdia_invert(MODEL, travel(plain), SCHEDULE).z, bdia_invert(MODEL, exact, SCHEDULE).z)
 
 
+@pytest.mark.slow
 def test_pairs_of_traced_loops_travel() -> None:
     fast: Callable[..., Any] = torch.compile(
         lambda z: edict_sample(MODEL, z, SCHEDULE), fullgraph=True, backend="eager"

@@ -262,6 +262,7 @@ def test_a_changed_guidance_scale_is_an_edit() -> None:
     assert not torch.equal(edited.z, Z)
 
 
+@pytest.mark.slow
 def test_traced_loops_refuse_too() -> None:
     pair = bdia_sample(MODEL, Z, SCHEDULE)
 

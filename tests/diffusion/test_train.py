@@ -170,6 +170,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
         other.load(path)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     """SIGKILL between checkpoints, twice, and a last call that finds the run complete."""
     program = f"""

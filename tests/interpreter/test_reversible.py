@@ -247,6 +247,7 @@ def test_wrong_arguments_raise(wrong: Callable[[], object]) -> None:
         wrong()
 
 
+@pytest.mark.slow
 def test_the_public_functions_run_on_the_kernels() -> None:
     """Sixty steps at 1/2 there and back return every bit."""
     first = reference.fixed_point_encode(random((2, 9)))

@@ -176,6 +176,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_instruction_sets_agree(python: Any) -> None:
     digests = {}
     for name in instruction_sets.available():

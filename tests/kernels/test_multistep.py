@@ -171,6 +171,7 @@ def test_results_larger_than_the_cache(dtype: torch.dtype, same_bits: Bits, thre
             assert out[0] == out[-1] == 7.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("states", "network"), [(F32, F32), (F32, BF16), (BF16, BF16)])
 def test_denoised_samples_past_the_cache(states: torch.dtype, network: torch.dtype, same_bits: Bits) -> None:
     """Samples that begin at the boundaries of cache lines and between them, and memory around them."""

@@ -179,6 +179,7 @@ def test_places_in_a_graph(backend: str, same_bits: Bits) -> None:
             same_bits(actual, expected)
 
 
+@pytest.mark.slow
 def test_the_derivative_of_placed_outputs_in_a_graph(same_bits: Bits) -> None:
     x, F, at = random(3, 5), random(2, 5, seed=1).requires_grad_(), torch.tensor([1, -1, 0])
 

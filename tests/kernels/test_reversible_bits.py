@@ -148,6 +148,7 @@ print(total, bk.backend.describe().split()[1])
 """
 
 
+@pytest.mark.slow
 def test_the_same_bits_on_every_instruction_set(python: Callable[..., Any]) -> None:
     runs = [python(DIGEST, BICM_KERNELS_ISA=isa).stdout for isa in instruction_sets.available()]
     runs.append(python(DIGEST, BICM_KERNELS_BACKEND="reference").stdout)

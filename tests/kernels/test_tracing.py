@@ -218,6 +218,7 @@ def test_fake_tensors(name: str) -> None:
         assert (x.shape, x.dtype, x.stride(), x.device) == (y.shape, y.dtype, y.stride(), y.device)
 
 
+@pytest.mark.slow
 def test_the_reference_traces_too(same_bits: Bits) -> None:
     with backend.use("reference"):
         for name in ("bdia_step", "uniform"):
