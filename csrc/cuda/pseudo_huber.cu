@@ -30,7 +30,10 @@ BICM_DEVICE double chunk_sum(const PseudoHuber& p, int64_t sample, int64_t first
     const auto add_group = [&](const typename Memory::Place& place, int64_t count) {
       C r[G];
       residual_of<Memory, Denoises>(p, weights, load_inputs<Memory, Denoises>(p.layout, rows, place), r);
-      sum = add(sum, {sum_of_terms<G>(r, count, elementwise, c, scale), C(0)});
+      // Chosen once per group.
+      const C terms =
+          elementwise ? sum_of_terms<G>(r, count, true, c, scale) : sum_of_terms<G>(r, count, false, c, scale);
+      sum = add(sum, {terms, C(0)});
     };
     for (; begin < whole; begin += blockDim.x * G) add_group(Memory::in_row(p.layout, sample, begin, true), G);
     BICM_LOOP

@@ -97,12 +97,8 @@ template <int G, class C>
 BICM_DEVICE C sum_of_terms(C* r, int64_t count, bool elementwise, C c, C scale) {
   BICM_UNROLL(8)
   for (int i = 0; i < G; ++i) {
-    const C scaled = r[i] * scale;
-    r[i] = scaled * scaled;
-  }
-  if (elementwise) {
-    BICM_UNROLL(8)
-    for (int i = 0; i < G; ++i) r[i] = pseudo_huber_distance(r[i], c);
+    const C scaled = r[i] * scale, square = scaled * scaled;
+    r[i] = elementwise ? pseudo_huber_distance(square, c) : square;
   }
   return sum_of_group<G>(r, count);
 }
