@@ -53,8 +53,15 @@ def measured() -> dict[str, loops.Measured]:
     return {f"{form.title}, {dtype}": found for (form, dtype), found in loops.measured().items()}
 
 
-#: Less than four instructions of arithmetic an element: three accesses and the loop take longer.
-LITTLE_ARITHMETIC = ("`pseudo_huber`, one gradient, float32",)
+#: Instructions over arithmetic: at most 1.6, but where accesses, addresses and the loop weigh more.
+MOST = 1.6
+MOST_OF = {
+    "`bdia_step`, guided, float32": 1.7,
+    "`affine_step` of five, float32": 1.7,
+    "`pseudo_huber`, sums of squares, float32": 1.7,
+    "`pseudo_huber`, one gradient, float32": 3.2,
+    "`pseudo_huber`, one gradient, bfloat16": 1.8,
+}
 
 
 @needs_library
@@ -63,8 +70,8 @@ def test_steps_and_noise_take_few_registers_and_instructions(measured: dict[str,
         assert m.registers <= 64, name
         if name.startswith(("`ddim", "`bdia_step`, float32", "`bdia_step`, bfloat16", "`scale")):
             assert (m.registers <= 48, m.instructions <= 12) == (True, True), name
-        elif not name.startswith(LITTLE_ARITHMETIC):
-            assert round(m.instructions / m.arithmetic, 1) <= 1.6, name
+        else:
+            assert m.instructions <= MOST_OF.get(name, MOST) * m.arithmetic, name
         if name.startswith("`normal"):
             assert m.instructions <= 56, name
         if name.startswith("`add_noise"):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 #: What is computed of elements rather than of addresses and rounds: floating point and its conversions, the widening of
 #: halves, and Philox's products and exclusive ors.
 ARITHMETIC = re.compile(
-    r"[FD](ADD|MUL|FMA|SEL|MNMX|SETP?|CHK)|H(ADD|MUL|FMA)2|MUFU|I2FP|F2FP?|PRMT|LOP3|SHF|IMAD\.(WIDE|HI)\.U32|IMAD\.U32|IMAD\.SHL"
+    r"[FD](ADD|MUL|FMA|SEL|MNMX|SETP?|CHK)|H(ADD|MUL|FMA)2|MUFU|I2FP|F2FP?|PRMT|LOP3|IMAD\.(WIDE|HI)\.U32|IMAD\.U32"
 )
 
 
