@@ -11,7 +11,7 @@ from torch import Tensor
 import bicm_kernels as bk
 from tests.support import instruction_sets
 from tests.support.loss_calls import EVERY_KIND
-from tests.support.tensors import BF16, F32, Bits, Threads, random
+from tests.support.tensors import BF16, F16, F32, F64, Bits, Threads, random
 
 
 @pytest.mark.parametrize("options", EVERY_KIND[::3])
@@ -41,6 +41,27 @@ def test_a_sample_does_not_depend_on_its_batch(
             same_bits(actual, expected[begin:end])
 
 
+@pytest.mark.parametrize("gradient", ["auto", "forward", "backward"])
+@pytest.mark.parametrize("options", EVERY_KIND)
+@pytest.mark.parametrize("shape", [(3, 5001), (300, 64), (2, 5, 6, 7)])
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
+def test_a_gradient_does_not_depend_on_which_others_are_needed(
+    gradient: str, options: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype, same_bits: Bits
+) -> None:
+    """That of F alone, as training asks for it, goes from memory to memory in registers."""
+    F, target, x = (random(*shape, dtype=dtype, seed=k) for k in range(3))
+    t, options = torch.linspace(0.1, 80, shape[0]), {**options, "gradient": gradient}
+
+    def losses(F: Tensor, target: Tensor, x: Tensor) -> Tensor:
+        return bk.pseudo_huber(F, target, **options) + bk.consistency_loss(x, F, t, None, target, **options)
+
+    def gradient_of_prediction(needed: bool) -> Tensor:
+        inputs = [F.clone().requires_grad_(), *(y.clone().requires_grad_(needed) for y in (target, x))]
+        return torch.autograd.grad(losses(*inputs), inputs[0])[0]
+
+    same_bits(gradient_of_prediction(False), gradient_of_prediction(True))
+
+
 DIGEST = """
 import hashlib, itertools, torch, bicm_kernels as bk
 def digest_all():
@@ -60,6 +81,8 @@ def digest_all():
             value = bk.consistency_loss(x, F, t, t / 2, target, reduction="none", **options)
             add(value, *torch.autograd.grad(value.sum(), [x, F, target]))
             value = bk.consistency_loss(x, F, t, None, target, parameterization="cm", **options)
+            add(value, *torch.autograd.grad(value, [F]))
+            value = bk.consistency_loss(x.detach(), F, t, None, target.detach(), gradient="backward", **options)
             add(value, *torch.autograd.grad(value, [F]))
     return digest.hexdigest()
 """
