@@ -54,16 +54,16 @@ def scaled(upstream: Tensor, kept: Sequence[Tensor]) -> Sequence[Tensor]:
     return kept
 
 
-def differentiate(upstream: Tensor, kept: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
-    """The gradients of the inputs that need one, in their order; double backward raises."""
+def differentiate(upstream: Tensor, kept: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gradients that were kept, scaled; double backward raises."""
     if not torch.is_grad_enabled():
-        return filled(needs, scaled(upstream, kept))
+        return scaled(upstream, kept)
     with torch.no_grad():
         results = scaled(upstream, kept)
-    return filled(needs, refusing(_TWICE, [*results]) if results else results)
+    return refusing(_TWICE, [*results]) if results else results
 
 
 def filled(needs: Sequence[bool], results: Sequence[Tensor]) -> Gradients:
-    """The gradients of the inputs in their order, None for one that is not needed."""
+    """The gradients of all inputs in their order, None for one that is not needed."""
     found = iter(results)
     return tuple([next(found) if need else None for need in needs])

@@ -99,9 +99,9 @@ class LossOp(Reduction):
                     if any(a is not b for a, b in zip(tensors, laid_out, strict=True)):
                         found, operands = direct_call(self.name, GRADIENTS[gradient], *laid_out, *rest), laid_out
                 if type(found) is tuple:
-                    kept, *made = found
+                    kept, needs, tracked, *made = found
                     way = gradient if kept else "backward"
-                    found = APPLIES[way]((self, self.kernels["bare"], rest), made, *operands)
+                    found = APPLIES[way]((self, self.kernels["bare"], rest, needs), made, operands, *tracked)
                 if found is not None:
                     value: Tensor = found
                     return value

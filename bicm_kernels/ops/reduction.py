@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from bicm_kernels.ops import arguments
-from bicm_kernels.ops.kept_gradient import can_be_kept, differentiate
+from bicm_kernels.ops.kept_gradient import can_be_kept, differentiate, filled
 from bicm_kernels.ops.library import define, library
 from bicm_kernels.ops.op import Op, derivatives
 from bicm_kernels.ops.reduction_functions import (
@@ -123,14 +124,14 @@ class Reduction(Op):
             ctx.lengths = [len(x) if isinstance(x, list | tuple) else -1 for x in inputs]
 
         def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:
-            found = ctx.saved_tensors  # read once, as checkpoints ask for
-            sums, saved = found[: self.sums], found[self.sums :]
+            saved = ctx.saved_tensors  # read once, as checkpoints ask for
+            sums, saved = saved[: self.sums], saved[self.sums :]
             flat = iter([x if tensor is None else tensor for x, tensor in zip(ctx.plain, saved, strict=True)])
             call = [next(flat) if n < 0 else [next(flat) for _ in range(n)] for n in ctx.lengths]
             tensors, rest = self.parted(call)
             needs = self.parted(ctx.needs_input_grad)[0]
-            each = gradients(self, self.kernels["tensor"].derivative, upstream, sums, needs, tensors, rest)
-            return (*self.joined(each, nothing_for(rest)),)
+            found = gradients(self, self.kernels["tensor"].derivative, upstream, sums, bits(needs), tensors, rest)
+            return (*self.joined(filled(needs, found), nothing_for(rest)),)
 
         def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
             needs, *call = inputs
@@ -142,8 +143,9 @@ class Reduction(Op):
 
         def give_out(ctx: Any, upstream: Tensor | None, _: Any) -> Any:
             needs = ctx.needs
-            found = [None] * len(needs) if upstream is None else differentiate(upstream, ctx.saved_tensors, needs)
-            return None, *self.joined(found, ctx.nothing)
+            if upstream is None:
+                return None, *self.joined([None] * len(needs), ctx.nothing)
+            return None, *self.joined(filled(needs, differentiate(upstream, ctx.saved_tensors)), ctx.nothing)
 
         def nothing_for(rest: Sequence[Any]) -> list[Any]:
             return [[None] * len(x) if isinstance(x, list | tuple) else None for x in rest]
@@ -200,7 +202,7 @@ class Reduction(Op):
         kernels = self.kernels["bare"]
         if tracked and torch.is_grad_enabled():
             apply = APPLIES[way_of(gradient, states)]
-            value: Tensor = apply((self, kernels, rest), None, *tensors)
+            value: Tensor = apply(*self.recorded(kernels, tensors, rest))
             return value
         return self.opened(kernels.value(*self.joined(tensors, rest)))[0]
 
@@ -237,8 +239,16 @@ class Reduction(Op):
             gradient = "forward"  # torch saves no such tensor
         # Copies, because nothing would notice if they were overwritten before the backward pass.
         copied = [[_copied(y) for y in x] if isinstance(x, list | tuple) else _copied(x) for x in rest]
-        value: Tensor = FUNCTIONS[way_of(gradient, states)].apply((self, kernels, copied), None, *tensors)
+        value: Tensor = FUNCTIONS[way_of(gradient, states)].apply(*self.recorded(kernels, tensors, copied))
         return value
+
+    def recorded(self, kernels: Kernels, tensors: Sequence[Any], rest: Sequence[Any]) -> Sequence[Any]:
+        """The arguments of the autograd function of a call that no kernel has run yet."""
+        tracked = [x.requires_grad for x in tensors[: self.states_end]]
+        call = self, kernels, rest, bits(tracked)
+        if arguments.scripting():
+            return call, None, None, *tensors
+        return call, None, tensors, *compress(tensors, tracked)
 
     def check_all(self, call: Call, gradient: object) -> None:
         """Raise what is wrong with a call, if anything is."""

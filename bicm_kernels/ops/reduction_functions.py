@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bicm_kernels.ops import arguments
-from bicm_kernels.ops.kept_gradient import Gradients, can_be_kept, differentiate, filled, scaled
+from bicm_kernels.ops.kept_gradient import can_be_kept, differentiate, filled, scaled
 from bicm_kernels.ops.op import direct_call
 from bicm_kernels.torch_internals import apply_of, is_batched_gradient, saves_through_hooks, transformed
 
@@ -27,8 +28,8 @@ class Kernels(NamedTuple):
     both: Kernel
 
 
-# An op, its kernels, and the arguments that are not tensors.
-_Call = tuple["Reduction", Kernels, Sequence[Any]]
+# An op, its kernels, the arguments that are not tensors, and which states are tracked, see `bits`.
+_Call = tuple["Reduction", Kernels, Sequence[Any], int]
 # The value, and what it leaves for its derivative, where the native library has made them already.
 _Made = tuple[Tensor, Sequence[Tensor]] | None
 
@@ -41,46 +42,66 @@ def bits(needs: Sequence[bool]) -> int:
     return found
 
 
+@lru_cache(maxsize=64)
+def places(needs: int) -> tuple[int, ...]:
+    """Where the bits are that are set."""
+    return tuple(k for k in range(needs.bit_length()) if needs >> k & 1)
+
+
 @arguments.faithful
 def gradients(
     op: Reduction,
     kernel: Kernel,
     upstream: Tensor,
     sums: Sequence[Tensor],
-    needs: Sequence[bool],
+    needs: int,
     tensors: Sequence[Any],
     rest: Sequence[Any],
-) -> Gradients:
+) -> Sequence[Tensor]:
     """The derivatives that are needed, in one pass; through the reference where they are differentiated themselves."""
     if not (torch.is_grad_enabled() or is_batched_gradient(upstream) or transformed()):
-        found = None
+        found: Sequence[Tensor] | None = None
         if op.goes_direct and not arguments.compiling():
-            found = direct_call(f"{op.name}_backward", upstream, *sums, bits(needs), *tensors, *rest)
-        if found is None:
-            found = kernel(upstream, *sums, bits(needs), *op.joined(tensors, rest))
-        return filled(needs, found)
+            found = direct_call(f"{op.name}_backward", upstream, *sums, needs, *tensors, *rest)
+        return kernel(upstream, *sums, needs, *op.joined(tensors, rest)) if found is None else found
     return _by_reference(op, upstream, needs, tensors, rest)
 
 
 def _by_reference(
-    op: Reduction, upstream: Tensor, needs: Sequence[bool], tensors: Sequence[Any], rest: Sequence[Any]
-) -> Gradients:
+    op: Reduction, upstream: Tensor, needs: int, tensors: Sequence[Any], rest: Sequence[Any]
+) -> Sequence[Tensor]:
     differentiable = torch.is_grad_enabled()
     states, others = op.divided(tensors)
     with torch.enable_grad():
         # Views, because one tensor may be given twice.
         inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in states]
         value = op.plain_value([*inputs, *others], rest)
-        wanted = [x for x, need in zip(inputs, needs, strict=False) if need]
-        return filled(needs, torch.autograd.grad(value, wanted, upstream, create_graph=differentiable))
+        return torch.autograd.grad(value, [inputs[k] for k in places(needs)], upstream, create_graph=differentiable)
+
+
+# Only tracked states are arguments of their own, since torch takes .3 us for each. TorchScript has to see all tensors:
+# it gets them so, with None in place of the tuple, and may run what it traced with others tracked.
+
+
+def _seen(ctx: Any, call: _Call, given: Sequence[Any]) -> tuple[_Call, Sequence[Any]]:
+    """A call that TorchScript traces, and its tensors."""
+    return (*call[:3], bits(ctx.needs_input_grad[3:])), given
+
+
+def _returned(ctx: Any, found: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Gradients in the places of the arguments that need them."""
+    needs = ctx.needs_input_grad
+    return (None, None, None, *found) if len(needs) == 3 + len(found) else filled(needs, found)
 
 
 class Tracked(torch.autograd.Function):
     """An op for eager calls; what ``register_autograd`` makes for traced graphs costs several times as much."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, made: _Made, *tensors: Any) -> Tensor:
-        op, kernels, rest = call
+    def forward(ctx: Any, call: _Call, made: _Made, tensors: Sequence[Any] | None, *given: Any) -> Tensor:
+        if tensors is None:
+            call, tensors = _seen(ctx, call, given)
+        op, kernels, rest, _ = call
         value, sums = made or op.opened(kernels.value(*op.joined(tensors, rest)))
         ctx.save_for_backward(*sums, *tensors)
         ctx.call = call
@@ -88,47 +109,49 @@ class Tracked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> Any:
-        op, kernels, rest = ctx.call
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]  # read once, as checkpoints ask for
+        op, kernels, rest, needs = ctx.call
+        saved = ctx.saved_tensors  # read once, as checkpoints ask for
         sums, tensors = saved[: op.sums], saved[op.sums :]
-        return None, None, *gradients(op, kernels.derivative, upstreams[0], sums, needs, tensors, rest)
+        return _returned(ctx, gradients(op, kernels.derivative, upstreams[0], sums, needs, tensors, rest))
 
 
 class Kept(torch.autograd.Function):
     """The same with the gradients formed with the value, kept in place of the tensors."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, made: _Made, *tensors: Any) -> Tensor:
-        op, kernels, rest = call
-        ctx.needs = ctx.needs_input_grad[2:]
-        value, found = made or kernels.both(bits(ctx.needs), *op.joined(tensors, rest))
+    def forward(ctx: Any, call: _Call, made: _Made, tensors: Sequence[Any] | None, *given: Any) -> Tensor:
+        if tensors is None:
+            call, tensors = _seen(ctx, call, given)
+        op, kernels, rest, needs = call
+        value, found = made or kernels.both(needs, *op.joined(tensors, rest))
         ctx.save_for_backward(*found)
         return value
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> Any:
-        return None, None, *differentiate(upstreams[0], ctx.saved_tensors, ctx.needs)
+        return _returned(ctx, differentiate(upstreams[0], ctx.saved_tensors))
 
 
 class KeptBeside(torch.autograd.Function):
     """The same with the gradients kept beside references to the tensors, which second derivatives need."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, made: _Made, *tensors: Any) -> Tensor:
-        op, kernels, rest = call
-        value, found = made or kernels.both(bits(ctx.needs_input_grad[2:]), *op.joined(tensors, rest))
+    def forward(ctx: Any, call: _Call, made: _Made, tensors: Sequence[Any] | None, *given: Any) -> Tensor:
+        if tensors is None:
+            call, tensors = _seen(ctx, call, given)
+        op, kernels, rest, needs = call
+        value, found = made or kernels.both(needs, *op.joined(tensors, rest))
         ctx.save_for_backward(*found, *tensors)
-        ctx.call = op, rest, len(found)
+        ctx.call = op, rest, needs, len(found)
         return value
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> Any:
         # All are unpacked: this raises where a tensor was written to in place, as it does for the other functions.
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
-        op, rest, kept = ctx.call
+        saved, (op, rest, needs, count) = ctx.saved_tensors, ctx.call
         if torch.is_grad_enabled():
-            return None, None, *_twice(op, upstreams[0], needs[2:], saved[kept:], rest)
-        return filled(needs, scaled(upstreams[0], saved[:kept]))
+            return _returned(ctx, _twice(op, upstreams[0], needs, saved[count:], rest))
+        return _returned(ctx, scaled(upstreams[0], saved[:count]))
 
 
 _twice = arguments.faithful(_by_reference)

@@ -144,9 +144,20 @@ PyObject* objects_of(const std::vector<Tensor>& tensors) {
   return tuple;
 }
 
-// (whether gradients are kept, the value, what it leaves for its derivative)
-PyObject* recorded(bool kept, const Tensor& value, const std::vector<Tensor>& saved) {
-  return Py_BuildValue("(ONN)", kept ? Py_True : Py_False, object_of(value), objects_of(saved));
+// (whether gradients are kept, which states are tracked, these, the value, what it leaves for its derivative)
+PyObject* recorded(bool kept, int64_t needs, PyObject* const* states, const Tensor& value,
+                   const std::vector<Tensor>& saved) {
+  PyObject* const tracked = PyTuple_New(__builtin_popcountll(static_cast<uint64_t>(needs)));
+  Py_ssize_t count = 0;
+  for (int k = 0; needs >> k != 0; ++k) {
+    if (needs >> k & 1) PyTuple_SetItem(tracked, count++, Py_NewRef(states[k]));
+  }
+  PyObject* const parts[] = {Py_NewRef(kept ? Py_True : Py_False), PyLong_FromLongLong(needs), tracked,
+                             object_of(value), objects_of(saved)};
+  PyObject* const result = PyTuple_New(std::size(parts));
+  Py_ssize_t i = 0;
+  for (PyObject* part : parts) PyTuple_SetItem(result, i++, part);
+  return result;
 }
 
 // Runs what returns an object, or nullptr for a call that it does not support, where nobody has to see the call.
@@ -191,12 +202,12 @@ struct Loss<States, Read> {
       if (keeps && (way == forward || !saves_through_hooks())) {
         const auto [loss, gradients] =
             on_device(gpu, [&](auto device) { return call.template value_and_gradients<decltype(device)>(needs); });
-        return recorded(true, loss, gradients);
+        return recorded(true, needs, given + 1, loss, gradients);
       }
       auto [loss, sums] = on_device(gpu, [&](auto device) { return call.template value<decltype(device)>(); });
       std::vector<Tensor> saved;
       saved.push_back(std::move(sums));
-      return recorded(false, loss, saved);
+      return recorded(false, needs, given + 1, loss, saved);
     });
   }
 

@@ -59,6 +59,30 @@ def test_twice(each_backend: str, options: dict[str, Any]) -> None:
     assert gradgradcheck(lambda a, b, c: bk.consistency_loss(a, b, 2.0, 0.5, c, **options), (x, pred, target))
 
 
+@pytest.mark.parametrize("gradient", ["auto", "forward", "backward"])
+@pytest.mark.parametrize("tracked", range(1, 8))
+def test_a_graph_gives_the_gradients_that_are_asked_for(each_backend: str, gradient: str, tracked: int) -> None:
+    """Of some of the tensors that are tracked, once and twice."""
+    inputs = [y.detach().requires_grad_(bool(tracked >> k & 1)) for k, y in enumerate(leaves(3, 3, 4))]
+    wanted = [y for y in inputs if y.requires_grad]
+
+    def loss() -> Tensor:
+        return bk.consistency_loss(*inputs[:2], 1.3, 0.4, inputs[2], c=0.5, gradient=gradient)
+
+    plain = reference.consistency_loss(*inputs[:2], 1.3, 0.4, inputs[2], c=0.5)
+    expected = torch.autograd.grad(plain, wanted, create_graph=True)
+    for y, gradient_of_y in zip(wanted, expected, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(loss(), [y])[0], gradient_of_y)
+        if gradient == "forward":
+            continue
+        (ours,) = torch.autograd.grad(loss(), [y], create_graph=True)
+        torch.testing.assert_close(ours, gradient_of_y)
+        second = torch.autograd.grad(ours.pow(3).sum(), wanted)
+        torch.testing.assert_close(
+            second, torch.autograd.grad(gradient_of_y.pow(3).sum(), wanted, retain_graph=True), rtol=1e-7, atol=1e-12
+        )
+
+
 def test_one_tensor_in_two_places(each_backend: str) -> None:
     (x,) = leaves(1, 2, 3)
     (gradient,) = torch.autograd.grad(bk.pseudo_huber(x, x), [x], create_graph=True)

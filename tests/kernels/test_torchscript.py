@@ -108,6 +108,25 @@ def test_gradients(gradient: str, same_bits: Bits) -> None:
             same_bits(actual, expected)
 
 
+@pytest.mark.parametrize("gradient", ["backward", "forward"])
+def test_other_tensors_may_be_tracked(gradient: str, same_bits: Bits) -> None:
+    """Than those that were when a loss was traced."""
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return bk.pseudo_huber(x, y, gradient=gradient)
+
+    def inputs(x_tracked: bool) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        x, y = (torch.randn(3, 4, generator=generator) for _ in range(2))
+        return [x.requires_grad_(x_tracked), y.requires_grad_()]
+
+    traced = torch.jit.trace(loss, inputs(True), check_trace=False)
+    for x_tracked in (True, False):
+        x, y = inputs(x_tracked)
+        (found,), (expected,) = (torch.autograd.grad(function(x, y), [y]) for function in (traced, loss))
+        same_bits(found, expected)
+
+
 def both(traced: Any, plain: Any, inputs: Any, seed: int) -> list[tuple[Tensor, list[Tensor]]]:
     return [(function(*given), given) for function, given in ((traced, inputs(seed)), (plain, inputs(seed)))]
 
