@@ -40,7 +40,7 @@ _running: dict[str, tuple[str, str]] = {}
 #: Triton's kernels by the device they are registered for.
 _registrations: dict[str, torch.library.Library] = {}
 
-_OLDEST_TRITON = (3, 6)
+_OLDEST_TRITON, _OLDEST_TRITON_ELSEWHERE = (3, 5), (3, 6)
 
 _kept_bytes = 256 << 20
 _drawer = "native"
@@ -155,8 +155,12 @@ def _triton(device_type: str) -> str:
     if importlib.util.find_spec("triton") is None:
         raise ImportError("Triton is not installed")
     found = importlib.import_module("triton").__version__
-    if tuple(map(int, found.split(".")[:2])) < _OLDEST_TRITON:
-        raise ImportError(f"Triton {found} flushes subnormal numbers to zero: expected 3.6 or later")
+    nvidia = device_type != "xpu" and torch.version.hip is None
+    oldest = _OLDEST_TRITON if nvidia else _OLDEST_TRITON_ELSEWHERE  # 3.5 flushes subnormal numbers, but for our PTX
+    if tuple(map(int, found.split(".")[:2])) < oldest:
+        raise ImportError(
+            f"Triton {found} is too old for {device_type}: expected {'.'.join(map(str, oldest))} or later"
+        )
     kernels = importlib.import_module("bicm_kernels.triton_kernels")
     key = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}.get(device_type)
     if key is None:

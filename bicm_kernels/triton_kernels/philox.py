@@ -12,13 +12,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bicm_kernels.triton_kernels.rounding import root, wrapping_product
+
 
 @triton.jit
 def philox(x0, x1, x2, x3, k0, k1):
     """Philox4x32-10 (Salmon, Moraes, Dror & Shaw, SC 2011) on uint32 tensors that broadcast."""
     for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(x0, 0xD2511F53), tl.mul(x0, 0xD2511F53, sanitize_overflow=False)
-        high1, low1 = tl.umulhi(x2, 0xCD9E8D57), tl.mul(x2, 0xCD9E8D57, sanitize_overflow=False)
+        high0, low0 = tl.umulhi(x0, 0xD2511F53), wrapping_product(x0, 0xD2511F53)
+        high1, low1 = tl.umulhi(x2, 0xCD9E8D57), wrapping_product(x2, 0xCD9E8D57)
         x0 = high1 ^ x1 ^ k0
         x1 = low1
         x2 = high0 ^ x3 ^ k1
@@ -86,6 +88,6 @@ def cos_sin_turns(u):
 @triton.jit
 def box_muller(first, second):
     """Two normal numbers: radius from the first word, angle from the second; cosine, then sine."""
-    radius = tl.sqrt_rn(minus_two_log(uniform_from_bits(first)))
+    radius = root(minus_two_log(uniform_from_bits(first)))
     cosine, sine = cos_sin_turns(uniform_from_bits(second))
     return radius * cosine, radius * sine

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bicm_kernels.triton_kernels import OPS, operands
+from bicm_kernels.triton_kernels import OPS, operands, rounding
 from tests.support.triton_cases import (
     BDIA,
     DENSE,
@@ -273,12 +273,18 @@ VARIANTS = {name: case[:2] for cases in (DENSE, LOSSES, RESIDENTS, EXACT) for na
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_elsewhere(name: str, target: GPUTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if target.backend == "hip":
+        skip_amd_where_old()
         monkeypatch.setattr(operands, "WARPS", 2)
         check_amd(compiled(*VARIANTS[name], target))
         return
     binary = compiled(*VARIANTS[name], target)
     check_arithmetic(binary)
     check_resources(binary, tmp_path, stack=ON_THE_STACK.get((name, target.arch), 0))
+
+
+def skip_amd_where_old() -> None:
+    if rounding.OLD:
+        pytest.skip("before Triton 3.6 quotients are in PTX, and AMD's GPUs are refused")
 
 
 def check_amd(binary: Any) -> None:
@@ -293,6 +299,7 @@ ON_AMD = ["bdia mixed", "affine noisy bfloat16", "denoised float32", "normal flo
 
 @pytest.mark.parametrize("case", ON_AMD)
 def test_amd_moves_128_bits_at_a_time(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_amd_where_old()
     monkeypatch.setattr(operands, "WARPS", 2)
     binary = compiled(*DENSE[case][:2], TARGETS[-1])
     check_amd(binary)

@@ -171,13 +171,17 @@ def test_triton_with_a_gpu_leaves_the_cpu_without() -> None:
 @pytest.mark.usefixtures("gpu")
 def test_triton_that_is_too_old_is_refused_with_one_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("triton")
-    monkeypatch.setattr(triton, "__version__", "3.5.1")
-    reason = "triton: Triton 3.5.1 flushes subnormal numbers to zero: expected 3.6 or later"
-    with pytest.raises(ImportError, match=f"the backend triton cannot run on cuda: {reason}"):
-        backend.choose("triton")
-    monkeypatch.setattr(triton, "__version__", "3.10.0+git")
-    with backend.use("triton"):
-        assert backend.running("cuda") == "triton"
+    for version, hip, oldest in (("3.4.0", None, "3.5"), ("3.5.1", "6.4", "3.6")):
+        monkeypatch.setattr(triton, "__version__", version)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        reason = f"triton: Triton {version} is too old for cuda: expected {oldest} or later"
+        with pytest.raises(ImportError, match=f"the backend triton cannot run on cuda: {reason}"):
+            backend.choose("triton")
+    monkeypatch.setattr(torch.version, "hip", None)
+    for version in ("3.5.0", "3.10.0+git"):
+        monkeypatch.setattr(triton, "__version__", version)
+        with backend.use("triton"):
+            assert backend.running("cuda") == "triton"
 
 
 @pytest.mark.usefixtures("gpu")
