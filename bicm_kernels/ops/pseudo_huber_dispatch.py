@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bicm_kernels import backend
 from bicm_kernels.ops import arguments
-from bicm_kernels.ops.op import direct_call
+from bicm_kernels.ops.op import direct_call, may_go_direct
 from bicm_kernels.ops.reduction import Reduction, check_choice
 from bicm_kernels.ops.reduction_functions import APPLIES, GRADIENTS
 from bicm_kernels.ops.row import Call, Types
@@ -89,19 +89,20 @@ class LossOp(Reduction):
 
     def loss(self, tensors: Sequence[Any], numbers: Sequence[Any], names: tuple[Any, ...], gradient: str) -> Tensor:
         """The value of a call, past the dispatcher where possible."""
-        if backend.direct is not None and not arguments.dynamo():
+        direct = backend.direct
+        if direct is not None and not arguments.dynamo():
             try:
-                operands, rest = tensors, (*numbers, *self.codes[names])
-                found = direct_call(self.name, GRADIENTS[gradient], *operands, *rest)
-                if found is None and undisturbed():
+                way, rest, operands = GRADIENTS[gradient], (*numbers, *self.codes[names]), tensors
+                found = getattr(direct, self.name)(way, *tensors, *rest)
+                if found is None:
                     # Floats among the tensors, a mask, or a weight that is to be expanded.
-                    laid_out = self.laid_out(tensors)
-                    if any(a is not b for a, b in zip(tensors, laid_out, strict=True)):
-                        found, operands = direct_call(self.name, GRADIENTS[gradient], *laid_out, *rest), laid_out
+                    operands = self.laid_out(tensors) if undisturbed() else tensors
+                    if may_go_direct() or any(a is not b for a, b in zip(tensors, operands, strict=True)):
+                        found = direct_call(self.name, way, *operands, *rest)
                 if type(found) is tuple:
                     kept, needs, tracked, *made = found
-                    way = gradient if kept else "backward"
-                    found = APPLIES[way]((self, self.kernels["bare"], rest, needs), made, operands, *tracked)
+                    apply = APPLIES[gradient if kept else "backward"]
+                    found = apply((self, self.kernels["bare"], rest, needs), made, operands, *tracked)
                 if found is not None:
                     value: Tensor = found
                     return value

@@ -12,7 +12,13 @@ from torch import Tensor
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.kept_gradient import can_be_kept, differentiate, filled, scaled
 from bicm_kernels.ops.op import direct_call
-from bicm_kernels.torch_internals import apply_of, is_batched_gradient, saves_through_hooks, transformed
+from bicm_kernels.torch_internals import (
+    apply_of,
+    call_backward_at_once,
+    is_batched_gradient,
+    saves_through_hooks,
+    transformed,
+)
 
 if TYPE_CHECKING:
     from bicm_kernels.ops.reduction import Reduction
@@ -158,6 +164,8 @@ _twice = arguments.faithful(_by_reference)
 
 #: Which function records a call, by the name of its way.
 FUNCTIONS: dict[str, type[torch.autograd.Function]] = {"backward": Tracked, "forward": Kept, "auto": KeptBeside}
+for _function in FUNCTIONS.values():
+    call_backward_at_once(_function)
 #: Without the detour through Function.apply, which looks for transforms that an undisturbed call has not.
 APPLIES: dict[str, Kernel] = {name: apply_of(function) for name, function in FUNCTIONS.items()}
 #: The ways of a gradient, and what the native library calls them: see `Way` in csrc/torch/direct_losses.cpp.

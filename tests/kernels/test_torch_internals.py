@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from bicm_kernels import torch_internals
+
 ROOT = Path(__file__).resolve().parents[2]
 INTERNALS = ROOT / "bicm_kernels" / "torch_internals.py"
 NATIVE = ROOT / "csrc" / "torch" / "python.cpp"
@@ -150,3 +152,11 @@ def test_the_package_works_without_each(python: Callable[..., Any]) -> None:
     names = sorted((PYTHON | CPP) - {"library._impls"})  # torch.library itself does not work without that one
     program = f"import sys\nsys.argv[1:] = {names!r}\n{WITHOUT}"
     python(program, BICM_KERNELS_BACKEND="native")
+
+
+def test_a_function_may_lack_its_node() -> None:
+    class Function:
+        pass
+
+    torch_internals.call_backward_at_once(Function)
+    assert not hasattr(Function, "apply")
