@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bicm_diffusion.consistency.frozen import asked, check_network, evaluate_frozen
+from bicm_diffusion.consistency.frozen import asked, check_network, distance_to_frozen
 from bicm_diffusion.consistency.shared_draws import draws_alike, dropout_key
 from bicm_diffusion.keys import LATENTS, LEARNING, MATCHING
 from bicm_diffusion.objectives.evaluation import Loss, Network, noise_key
@@ -22,6 +22,7 @@ from bicm_diffusion.objectives.score_models import (
     matching_loss,
     ode_step,
 )
+from bicm_diffusion.objectives.terms import Terms
 from bicm_diffusion.samplers.checks import (
     check_arguments,
     check_model,
@@ -79,26 +80,24 @@ def ign_loss(
     f = _applied(network, x, seed=seed, step=step, extra_args=extra_args)
     if bound is not None:
         check_number("bound", bound)
-    found = _Sum(weights, {"gradient": gradient})
+    found = Terms(weights, {"gradient": gradient})
     bounded = bound is not None and weights["tight"] > 0
-    distance: dict[str, Any] = {"kind": "squared", "reduction": "none", "gradient": "backward"}
-    errors = pseudo_huber(f(x), x, **distance) if bounded else None
-    if errors is not None:
-        found.add("recon", errors.mean())
-    elif weights["recon"]:
+    errors = found.each("recon", f(x), x) if bounded else None
+    if errors is None and weights["recon"]:
         found.distance("recon", f(x), x)
     if weights["idem"] or weights["tight"]:
         sample = f(_latents(x, latent_std, seed=seed, step=step, sample_id=sample_id))
         if weights["idem"]:
-            found.distance("idem", sample, f.frozen(sample))
+            found.add_weighted("idem", f.again(sample, found.weighted("idem")))
     if weights["tight"]:
         start = sample.detach()
-        away = -pseudo_huber(f(start), start, **distance)
+        # Its upstream gradients depend on the bound: nothing is kept for an upstream of 1.
+        away = pseudo_huber(f(start), start, kind="squared", reduction="none", gradient="backward")
         if errors is not None and bound is not None:
-            reach = bound * errors.detach()
-            # Where the reconstruction error is 0, so is the bound.
-            away = torch.where(reach > 0, reach * (away / torch.where(reach > 0, reach, 1.0)).tanh(), 0.0 * away)
-        found.add("tight", away.mean())
+            # Where the reconstruction error is 0, so are the bound and what is multiplied by it.
+            reach = bound * errors
+            away = reach * (away / reach.clamp_min(torch.finfo(errors.dtype).tiny)).tanh()
+        found.add("tight", -away.mean())
     return found.loss()
 
 
@@ -178,14 +177,14 @@ def sign_loss(
     key: dict[str, Any] = {"seed": seed, "step": step, "sample_id": sample_id}
     guide = ScoreModel(teacher, prediction, f.alike, "teacher") if teacher is not None else None
     index = draw_indices(len(x), schedule, **key) if any(weights[name] for name in ("flow", "dmd", "denoise")) else None
-    found = _Sum(weights, {"kind": kind, "c": c, "gradient": gradient})
+    found = Terms(weights, {"kind": kind, "c": c, "gradient": gradient})
 
     if weights["recon"]:
         found.distance("recon", f(x), x)
     if weights["idem"] or weights["dmd"]:
         sample = f(_latents(x, schedule.sigma[-1], **key))
         if weights["idem"]:
-            found.distance("idem", sample, f.frozen(sample))
+            found.add_weighted("idem", f.again(sample, found.weighted("idem")))
     if index is not None and (weights["flow"] or weights["denoise"]):
         level = levels_at(schedule, index, x.device)
         x_n = affine_step([x], [level.alpha], noise_weight=level.sigma, **noise_key(x, **key))
@@ -199,8 +198,11 @@ def sign_loss(
                     kept = below.sigma / level.sigma
                     x_s = affine_step([x_n, x], [kept, below.alpha - kept * level.alpha])
                 goal = f(x_s)
+        if weights["flow"] and weights["denoise"]:
+            found.distances(("flow", "denoise"), answer, (goal, x))
+        elif weights["flow"]:
             found.distance("flow", answer, goal)
-        if weights["denoise"]:
+        else:
             found.distance("denoise", answer, x)
     if weights["reg"]:
         noise, image, named = _checked_pairs(pairs, x, extra_args)
@@ -234,39 +236,10 @@ class _Applied:
         check_output(output, x, name="network")
         return output
 
-    def frozen(self, x: Tensor) -> Tensor:
-        """Return f'(x), differentiable in x and in no parameter."""
+    def again(self, sample: Tensor, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Return distance(sample, f'(sample)), differentiable in the sample and in no parameter of f'."""
         with self.alike():
-            return evaluate_frozen(self.network, (x,), self.extra_args)  # type: ignore[arg-type]
-
-
-class _Sum:
-    """Terms, and their weighted sum; weights are applied inside the distances, so that gradients need no scaling."""
-
-    def __init__(self, weights: Mapping[str, float], distance: Mapping[str, Any]) -> None:
-        self.weights, self.options = weights, {"kind": "squared", **distance}
-        self.terms: dict[str, Tensor] = {}
-        self.parts: list[Tensor] = []
-
-    def distance(self, name: str, sample: Tensor, goal: Tensor) -> None:
-        """Add D(sample, goal), a mean over samples."""
-        weight = self.weights[name]
-        part = pseudo_huber(sample, goal, weight=None if weight == 1 else weight, **self.options)
-        self.parts.append(part)
-        self.terms[name] = part if weight == 1 else part / weight
-
-    def add(self, name: str, term: Tensor, *, weight: float | None = None) -> None:
-        """Add a term with weight 1."""
-        weight = self.weights[name] if weight is None else weight
-        self.terms[name] = term
-        if weight:
-            self.parts.append(term * weight)
-
-    def loss(self) -> Loss:
-        total = self.parts[0]
-        for part in self.parts[1:]:
-            total = total + part
-        return Loss(total, self.terms)
+            return distance_to_frozen(self.network, sample, self.extra_args, distance)  # type: ignore[arg-type]
 
 
 def _applied(network: Network, x: Tensor, *, seed: Any, step: Any, extra_args: Any) -> _Applied:
