@@ -282,7 +282,7 @@ class _Opposite(torch.autograd.Function):
         return graph.outputs[0].detach()
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None, Tensor]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         graph, (x,) = ctx.graph, ctx.saved_tensors
         if torch.is_grad_enabled():
             leaf, output = graph.leaves

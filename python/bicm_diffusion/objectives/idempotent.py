@@ -93,11 +93,13 @@ def ign_loss(
         start = sample.detach()
         # Its upstream gradients depend on the bound: nothing is kept for an upstream of 1.
         away = pseudo_huber(f(start), start, kind="squared", reduction="none", gradient="backward")
-        if errors is not None and bound is not None:
+        if errors is None or bound is None:
+            found.add("tight", -away.mean())
+        else:
             # Where the reconstruction error is 0, so are the bound and what is multiplied by it.
             reach = bound * errors
-            away = reach * (away / reach.clamp_min(torch.finfo(errors.dtype).tiny)).tanh()
-        found.add("tight", -away.mean())
+            share = reach * (-weights["tight"] / max(1, len(x)))
+            found.add_weighted("tight", (share * (away / reach.clamp_min(torch.finfo(reach.dtype).tiny)).tanh()).sum())
     return found.loss()
 
 
@@ -177,6 +179,7 @@ def sign_loss(
     key: dict[str, Any] = {"seed": seed, "step": step, "sample_id": sample_id}
     guide = ScoreModel(teacher, prediction, f.alike, "teacher") if teacher is not None else None
     index = draw_indices(len(x), schedule, **key) if any(weights[name] for name in ("flow", "dmd", "denoise")) else None
+    level = levels_at(schedule, index, x.device) if index is not None else None
     found = Terms(weights, {"kind": kind, "c": c, "gradient": gradient})
 
     if weights["recon"]:
@@ -185,8 +188,7 @@ def sign_loss(
         sample = f(_latents(x, schedule.sigma[-1], **key))
         if weights["idem"]:
             found.add_weighted("idem", f.again(sample, found.weighted("idem")))
-    if index is not None and (weights["flow"] or weights["denoise"]):
-        level = levels_at(schedule, index, x.device)
+    if index is not None and level is not None and (weights["flow"] or weights["denoise"]):
         x_n = affine_step([x], [level.alpha], noise_weight=level.sigma, **noise_key(x, **key))
         answer = f(x_n)
         if weights["flow"]:
@@ -207,10 +209,9 @@ def sign_loss(
     if weights["reg"]:
         noise, image, named = _checked_pairs(pairs, x, extra_args)
         found.distance("reg", f(noise, named), image)
-    if weights["dmd"] and learned is not None and guide is not None and index is not None:
+    if weights["dmd"] and learned is not None and guide is not None and level is not None:
         follower = ScoreModel(learned, prediction, f.alike, "learned")
         with torch.no_grad():
-            level = levels_at(schedule, index, x.device)
             start = sample.detach().to(x.dtype)
             around = noise_key(x, fold_in(seed, MATCHING), step, sample_id)
             y = affine_step([start], [level.alpha], noise_weight=level.sigma, **around)

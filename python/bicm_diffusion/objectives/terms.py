@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bicm_diffusion.objectives.evaluation import Loss
 from bicm_kernels import affine_step, pseudo_huber
+from bicm_kernels.torch_internals import apply_of, transformed
 
 
 class Terms:
@@ -36,9 +37,9 @@ class Terms:
     def distances(self, names: tuple[str, str], sample: Tensor, goals: tuple[Tensor, Tensor]) -> None:
         """Add D(sample, goal) of two goals."""
         given = self.options["kind"], self.options.get("c"), self.options["gradient"]
-        if given in _SHARED and not any(goal.requires_grad for goal in goals):
-            weights = self.weights[names[0]], self.weights[names[1]]
-            part, *terms = _TwoSquares.apply(sample, *goals, weights)
+        plain = not (torch.compiler.is_compiling() or transformed())
+        if plain and given in _SHARED and not any(goal.requires_grad for goal in goals):
+            part, *terms = _apply(sample, *goals, [self.weights[name] for name in names])
             self.parts.append(part)
             self.terms.update(zip(names, terms, strict=True))
             return
@@ -87,18 +88,13 @@ class _TwoSquares(torch.autograd.Function):
     that of the distance from a weighted mean of the goals, which is exactly 0 where both are the sample.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(sample: Tensor, goal: Tensor, other: Tensor, weights: tuple[float, float]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, sample: Tensor, goal: Tensor, other: Tensor, weights: Sequence[float]) -> tuple[Tensor, ...]:
+        ctx.weights = weights
+        ctx.save_for_backward(sample, goal, other)
+        ctx.set_materialize_grads(False)
         terms = [pseudo_huber(sample, x, kind="squared") for x in (goal, other)]
         return weights[0] * terms[0] + weights[1] * terms[1], *terms
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
-        *tensors, ctx.weights = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, part: Tensor | None, *terms: Tensor | None) -> tuple[Tensor | None, None, None, None]:
@@ -113,3 +109,6 @@ class _TwoSquares(torch.autograd.Function):
                 own = (of_mean * term * (sample - goal)).to(sample.dtype)
                 gradient = own if gradient is None else gradient + own
         return gradient, None, None, None
+
+
+_apply = apply_of(_TwoSquares)
