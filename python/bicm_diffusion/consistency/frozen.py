@@ -152,8 +152,9 @@ def distance_to_frozen(
 ) -> Tensor:
     """Return distance(x, network(x)), the network evaluated as by `evaluate_frozen`; differentiable in both arguments.
 
-    distance: a function of the difference of its arguments: its derivatives in them are opposite. So only that in
-    the network's output is formed, and x gets in one pass what comes through the network less it.
+    distance: an even function of the difference of its arguments, which may be exchanged, and whose derivatives in them
+    are opposite. So only that in the network's output is formed, and x gets in one pass what comes through the
+    network less it.
 
     >>> network, x = nn.Linear(1, 1), torch.ones(1, 1, requires_grad=True)
     >>> distance_to_frozen(network, x, {}, torch.nn.functional.l1_loss).backward(); network.weight.grad is None
@@ -170,7 +171,7 @@ def distance_to_frozen(
         return distance(x, output)
     if output.dtype != x.dtype:  # the derivative in the output is rounded to its dtype
         return distance(x, *_Isolated.apply(_Graph(network, (output,), (leaf,)), x))
-    value = distance(x.detach(), output)
+    value = distance(output, x.detach())
     result: Tensor = _Opposite.apply(_Graph(network, (value,), (leaf, output)), distance, x)
     return result
 
