@@ -180,6 +180,8 @@ double sum_and_differentiate_unit(const PseudoHuber& p, const Unit& unit, const 
                                   Buffers<C>& buffers) {
   double total;
   if (sums_squares(p)) {
+    const bool done = f.power == C(1) && sum_and_scale_squares(p, unit, f.weights, f.factor[0], buffers.memory, total);
+    if (done) return total;
     total = sum_unit(p, unit, f, scale, buffers);
     differentiate_unit(p, unit, f, buffers);
     return total;
@@ -211,9 +213,7 @@ template <class C, bool Differentiates>
 void sums(const PseudoHuber& p, int64_t begin, int64_t end) {
   Buffers<C> buffers(memory_for(p));
   const int64_t chunks = sum_chunks(p.layout), units = units_per_sample(p.layout);
-  // Squares of float64 may have to be added up again, in other units.
-  const bool plain = sizeof(C) < sizeof(double) || p.distance == Distance::elementwise;
-  const bool at_once = Differentiates && !gradient_needs_sum(p) && !p.weighs && plain;
+  const bool at_once = Differentiates && !gradient_needs_sum(p) && !p.weighs;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t sample = item / chunks, place = item % chunks * kUnitsPerSum, first = sample * units + place;
     const int64_t last = first + (units - place < kUnitsPerSum ? units - place : kUnitsPerSum);
