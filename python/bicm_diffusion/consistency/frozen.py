@@ -160,7 +160,7 @@ def distance_to_frozen(
     >>> distance_to_frozen(network, x, {}, torch.nn.functional.l1_loss).backward(); network.weight.grad is None
     True
     """
-    others = pytree.tree_leaves(dict(extra_args)) if extra_args else []
+    others = pytree.tree_flatten(dict(extra_args))[0] if extra_args else []
     alone = x.requires_grad and not any(isinstance(value, Tensor) and value.requires_grad for value in others)
     if torch.compiler.is_compiling() or not (alone and torch.is_grad_enabled()):
         return distance(x, evaluate_frozen(network, (x,), extra_args))
