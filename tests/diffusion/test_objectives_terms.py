@@ -109,7 +109,13 @@ def test_two_distances_differentiate_twice_and_under_transforms() -> None:
     tracked = sample.clone().requires_grad_()
     assert torch.autograd.gradcheck(total, (tracked,))
     assert torch.autograd.gradgradcheck(total, (tracked,))
-    torch.testing.assert_close(torch.func.grad(total)(sample), torch.autograd.grad(total(tracked), tracked)[0])
+    gradient = torch.autograd.grad(total(tracked), tracked)[0]
+    torch.testing.assert_close(torch.func.grad(total)(sample), gradient)
+    batched = torch.vmap(torch.func.grad(total))(torch.stack([sample, 2 * sample]))
+    torch.testing.assert_close(batched[0], gradient)
+    direction = torch.ones_like(sample)
+    _, forward = torch.func.jvp(total, (sample,), (direction,))
+    torch.testing.assert_close(forward, (gradient * direction).sum())
 
 
 def test_goals_get_gradients_where_they_need_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from bicm_diffusion.objectives.evaluation import Loss
 from bicm_kernels import affine_step, pseudo_huber
-from bicm_kernels.torch_internals import apply_of, transformed
 
 
 class Terms:
@@ -37,14 +37,17 @@ class Terms:
     def distances(self, names: tuple[str, str], sample: Tensor, goals: tuple[Tensor, Tensor]) -> None:
         """Add D(sample, goal) of two goals."""
         given = self.options["kind"], self.options.get("c"), self.options["gradient"]
-        plain = not (torch.compiler.is_compiling() or transformed())
-        if plain and given in _SHARED and not any(goal.requires_grad for goal in goals):
-            part, *terms = _apply(sample, *goals, [self.weights[name] for name in names])
-            self.parts.append(part)
-            self.terms.update(zip(names, terms, strict=True))
+        found = None
+        if given in _SHARED and not (torch.compiler.is_compiling() or any(goal.requires_grad for goal in goals)):
+            with suppress(RuntimeError):  # transforms of torch.func and forward derivatives refuse it
+                found = _TwoSquares.apply(sample, *goals, [self.weights[name] for name in names])
+        if found is None:
+            for name, goal in zip(names, goals, strict=True):
+                self.distance(name, sample, goal)
             return
-        for name, goal in zip(names, goals, strict=True):
-            self.distance(name, sample, goal)
+        part, *terms = found
+        self.parts.append(part)
+        self.terms.update(zip(names, terms, strict=True))
 
     def each(self, name: str, sample: Tensor, goal: Tensor) -> Tensor:
         """Add D(sample, goal), and return that of every sample, (B,), detached."""
@@ -109,6 +112,3 @@ class _TwoSquares(torch.autograd.Function):
                 own = (of_mean * term * (sample - goal)).to(sample.dtype)
                 gradient = own if gradient is None else gradient + own
         return gradient, None, None, None
-
-
-_apply = apply_of(_TwoSquares)
