@@ -174,11 +174,18 @@ void differentiate_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>
   store_gradients(p, rest, f, buffers);
 }
 
-// An elementwise distance's sum and gradients, which are independent.
+// A sum and gradients that do not depend on it.
 template <class C>
 double sum_and_differentiate_unit(const PseudoHuber& p, const Unit& unit, const Factors<C>& f, C scale,
                                   Buffers<C>& buffers) {
   double total;
+  if (sums_squares(p)) {
+    const bool done = f.power == C(1) && sum_and_scale_squares(p, unit, f.weights, f.factor[0], buffers.memory, total);
+    if (done) return total;
+    total = sum_unit(p, unit, f, scale, buffers);
+    differentiate_unit(p, unit, f, buffers);
+    return total;
+  }
   if (f.plain) {
     total = elementwise_unit<Wanted::both>(p, unit, f, buffers);
   } else {
@@ -189,7 +196,7 @@ double sum_and_differentiate_unit(const PseudoHuber& p, const Unit& unit, const 
   return total;
 }
 
-// Units [first, last) of a sample; elementwise, with their gradients if AtOnce.
+// Units [first, last) of a sample, with their gradients if at_once.
 template <class C>
 double sum_units(const PseudoHuber& p, int64_t first, int64_t last, const Factors<C>& f, C scale, bool at_once,
                  Buffers<C>& buffers) {
@@ -206,7 +213,7 @@ template <class C, bool Differentiates>
 void sums(const PseudoHuber& p, int64_t begin, int64_t end) {
   Buffers<C> buffers(memory_for(p));
   const int64_t chunks = sum_chunks(p.layout), units = units_per_sample(p.layout);
-  const bool at_once = Differentiates && p.distance == Distance::elementwise && !p.weighs;
+  const bool at_once = Differentiates && !gradient_needs_sum(p) && !p.weighs;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t sample = item / chunks, place = item % chunks * kUnitsPerSum, first = sample * units + place;
     const int64_t last = first + (units - place < kUnitsPerSum ? units - place : kUnitsPerSum);

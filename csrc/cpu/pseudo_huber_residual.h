@@ -104,11 +104,58 @@ int64_t scale_slopes(const PseudoHuber& p, const Unit& unit, const Preconditioni
   return i;
 }
 
+// A residual whose multiples, the gradient of its square, are written beside.
+template <class R, bool kStreams>
+struct WithMultiples {
+  R residual;
+  float factor;
+  float* multiples;
+
+  BICM_HD float operator()(int64_t i) const {
+    const float r = residual(i);
+    multiples[i] = factor * r;
+    return r;
+  }
+  template <class Lanes>
+  BICM_HD Lanes lanes(int64_t i) const {
+    const Lanes r = residual.template lanes<Lanes>(i);
+    store_vector<kStreams>((Bytes)(factor * r), multiples + i);
+    return r;
+  }
+};
+
+template <bool kStreams, class R>
+BICM_HD double sum_with_multiples(const R& residual, float factor, float* multiples, int64_t count) {
+  return sum_of<Square, float>(WithMultiples<R, kStreams>{residual, factor, multiples}, count);
+}
+
+// The same case of squares, whose slopes need no sum: both from the same registers. Returns whether it did it.
+bool sum_and_scale_squares(const PseudoHuber& p, const Unit& unit, const Preconditioning<float>& weights, float factor,
+                           Memory memory, double& total) {
+  const bool alone = p.wanted[0] && !p.wanted[1] && !p.wanted[2];
+  if (memory == Memory::none || !alone || p.gradient[0].dtype != DType::float32) return false;
+  residual_in_registers(p, unit, weights, memory, [&](const auto& residual) {
+    const auto to = target_of<Dense<float>>(p.gradient[0], unit);
+#if defined(BICM_STREAMS)
+    if (to.streams) {
+      total = sum_with_multiples<true>(residual, factor, to.memory.data, unit.count);
+      return;
+    }
+#endif
+    total = sum_with_multiples<false>(residual, factor, to.memory.data, unit.count);
+  });
+  return true;
+}
+
 #endif
 
 template <class C>
 int64_t scale_slopes(const PseudoHuber&, const Unit&, const Preconditioning<C>&, C, C, Memory) {
   return 0;
+}
+template <class C>
+bool sum_and_scale_squares(const PseudoHuber&, const Unit&, const Preconditioning<C>&, C, Memory, double&) {
+  return false;
 }
 
 // Calls visit with the unit's residual, after loading what is not read in registers.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import bicm_kernels as bk
 from tests.support import instruction_sets
-from tests.support.loss_calls import EVERY_KIND
+from tests.support.loss_calls import CODES, EVERY_KIND
 from tests.support.tensors import BF16, F16, F32, F64, Bits, Threads, random
 
 
@@ -43,23 +43,55 @@ def test_a_sample_does_not_depend_on_its_batch(
 
 @pytest.mark.parametrize("gradient", ["auto", "forward", "backward"])
 @pytest.mark.parametrize("options", EVERY_KIND)
-@pytest.mark.parametrize("shape", [(3, 5001), (300, 64), (2, 5, 6, 7)])
-@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
+@pytest.mark.parametrize("shape", [(3, 5001), (300, 64), (2, 5, 6, 7), (256, 3, 32, 32)])
+@pytest.mark.parametrize(("dtype", "other"), [(F16, F16), (BF16, BF16), (F32, F32), (F64, F64), (F32, BF16)])
 def test_a_gradient_does_not_depend_on_which_others_are_needed(
-    gradient: str, options: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype, same_bits: Bits
+    gradient: str,
+    options: dict[str, Any],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    other: torch.dtype,
+    same_bits: Bits,
+    threads: Threads,
 ) -> None:
-    """That of F alone, as training asks for it, goes from memory to memory in registers."""
-    F, target, x = (random(*shape, dtype=dtype, seed=k) for k in range(3))
+    """That of F alone, as training asks for it, goes from memory to memory in registers; with its sum, if squared."""
+    F, target, x = (random(*shape, dtype=kind, seed=k) for k, kind in enumerate((dtype, other, other)))
     t, options = torch.linspace(0.1, 80, shape[0]), {**options, "gradient": gradient}
 
     def losses(F: Tensor, target: Tensor, x: Tensor) -> Tensor:
         return bk.pseudo_huber(F, target, **options) + bk.consistency_loss(x, F, t, None, target, **options)
 
-    def gradient_of_prediction(needed: bool) -> Tensor:
+    def value_and_gradient(needed: bool) -> list[Tensor]:
         inputs = [F.clone().requires_grad_(), *(y.clone().requires_grad_(needed) for y in (target, x))]
-        return torch.autograd.grad(losses(*inputs), inputs[0])[0]
+        value = losses(*inputs)
+        return [value.detach(), torch.autograd.grad(value, inputs[0])[0]]
 
-    same_bits(gradient_of_prediction(False), gradient_of_prediction(True))
+    with threads(1):  # large results are written with non-temporal stores
+        for actual, expected in zip(value_and_gradient(False), value_and_gradient(True), strict=True):
+            same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("weight", [1e-42, 1e-60, 1e39])
+def test_squares_of_weights_outside_float32(each_backend: str, weight: float) -> None:
+    """With the value or after it, of the prediction alone or of both: the slope is as accurate as its product."""
+    scale = 2.0**-40 if weight > 1 else 2.0**40
+    pred, target = (scale * random(2, 70, dtype=F32, seed=k) for k in range(2))
+    for gradient in ("backward", "forward"):
+        for needed in (False, True):
+            inputs = [x.clone().requires_grad_(own) for x, own in ((pred, True), (target, needed))]
+            loss = bk.pseudo_huber(*inputs, kind="squared", weight=weight, gradient=gradient)
+            (found,) = torch.autograd.grad(loss, inputs[0])
+            torch.testing.assert_close(found.double(), weight * (pred - target).double(), rtol=3e-7, atol=2.0**-149)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_the_gradient_of_a_half_is_rounded_once_with_its_value(dtype: torch.dtype) -> None:
+    """Autograd keeps none, but the op may be called."""
+    pred, target = (random(3, 70, dtype=dtype, seed=k) for k in range(2))
+    rest = None, None, CODES["squared"], 1
+    _, (alone,) = torch.ops.bicm_kernels.pseudo_huber_with_gradients(1, pred, target, *rest)
+    _, (both, _) = torch.ops.bicm_kernels.pseudo_huber_with_gradients(3, pred, target, *rest)
+    assert torch.equal(alone, both) and torch.equal(alone, (2 * (pred.float() - target.float())).to(dtype))
 
 
 DIGEST = """
@@ -83,6 +115,8 @@ def digest_all():
             value = bk.consistency_loss(x, F, t, None, target, parameterization="cm", **options)
             add(value, *torch.autograd.grad(value, [F]))
             value = bk.consistency_loss(x.detach(), F, t, None, target.detach(), gradient="backward", **options)
+            add(value, *torch.autograd.grad(value, [F]))
+            value = bk.pseudo_huber(F, target.detach(), weight=t, **options)
             add(value, *torch.autograd.grad(value, [F]))
     return digest.hexdigest()
 """

@@ -14,6 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from bicm_diffusion.described import described
+from bicm_kernels import affine_step
 
 # Where torch does not provide this, every graph may be needed again.
 _graph_is_retained: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -146,6 +147,35 @@ def evaluate_frozen(network: nn.Module, inputs: tuple[Tensor, ...], extra_args: 
     return result
 
 
+def distance_to_frozen(
+    network: nn.Module, x: Tensor, extra_args: Mapping[str, Any], distance: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Return distance(x, network(x)), the network evaluated as by `evaluate_frozen`; differentiable in both arguments.
+
+    distance: an even function of the difference of its arguments, which may be exchanged, and whose derivatives in them
+    are opposite. So only that in the network's output is formed, and x gets in one pass what comes through the
+    network less it.
+
+    >>> network, x = nn.Linear(1, 1), torch.ones(1, 1, requires_grad=True)
+    >>> distance_to_frozen(network, x, {}, torch.nn.functional.l1_loss).backward(); network.weight.grad is None
+    True
+    """
+    others = pytree.tree_flatten(dict(extra_args))[0] if extra_args else []
+    alone = x.requires_grad and not any(isinstance(value, Tensor) and value.requires_grad for value in others)
+    if torch.compiler.is_compiling() or not (alone and torch.is_grad_enabled()):
+        return distance(x, evaluate_frozen(network, (x,), extra_args))
+    network, leaf = _without_reducer(network), x.detach().requires_grad_()
+    with detached_parameters(network):
+        output = network(leaf, **extra_args)
+    if not output.requires_grad:
+        return distance(x, output)
+    if output.dtype != x.dtype:  # the derivative in the output is rounded to its dtype
+        return distance(x, *_Isolated.apply(_Graph(network, (output,), (leaf,)), x))
+    value = distance(output, x.detach())
+    result: Tensor = _Opposite.apply(_Graph(network, (value,), (leaf, output)), distance, x)
+    return result
+
+
 def _without_reducer(network: nn.Module) -> nn.Module:
     """The module in DistributedDataParallel, whose reducer may wait for gradients of an evaluation that has none."""
     wrapper = getattr(network, "_orig_mod", network)
@@ -241,3 +271,23 @@ class _Isolated(torch.autograd.Function):
         for k, x in zip(places, _Isolated.apply(inner, *sources, *upstream) if places else (), strict=True):
             found[k] = x
         return None, *found
+
+
+class _Opposite(torch.autograd.Function):
+    """A distance of x from a network's output, computed in a separate graph from the leaf that represents x."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: _Graph, distance: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+        ctx.graph, ctx.distance = graph, distance
+        ctx.save_for_backward(x)
+        return graph.outputs[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        graph, (x,) = ctx.graph, ctx.saved_tensors
+        if torch.is_grad_enabled():
+            leaf, output = graph.leaves
+            (same,) = _Isolated.apply(_Graph(graph.network, (output,), (leaf,), shared=True), x)
+            return None, None, *torch.autograd.grad(ctx.distance(x, same), (x,), upstream, create_graph=True)
+        through, direct = graph.differentiate(upstream, again=False)
+        return None, None, -direct if through is None else affine_step([through, direct], [1.0, -1.0])

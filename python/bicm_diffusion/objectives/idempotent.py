@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bicm_diffusion.consistency.frozen import asked, check_network, evaluate_frozen
+from bicm_diffusion.consistency.frozen import asked, check_network, distance_to_frozen
 from bicm_diffusion.consistency.shared_draws import draws_alike, dropout_key
 from bicm_diffusion.keys import LATENTS, LEARNING, MATCHING
 from bicm_diffusion.objectives.evaluation import Loss, Network, noise_key
@@ -22,6 +22,7 @@ from bicm_diffusion.objectives.score_models import (
     matching_loss,
     ode_step,
 )
+from bicm_diffusion.objectives.terms import Terms
 from bicm_diffusion.samplers.checks import (
     check_arguments,
     check_model,
@@ -79,26 +80,26 @@ def ign_loss(
     f = _applied(network, x, seed=seed, step=step, extra_args=extra_args)
     if bound is not None:
         check_number("bound", bound)
-    found = _Sum(weights, {"gradient": gradient})
+    found = Terms(weights, {"gradient": gradient})
     bounded = bound is not None and weights["tight"] > 0
-    distance: dict[str, Any] = {"kind": "squared", "reduction": "none", "gradient": "backward"}
-    errors = pseudo_huber(f(x), x, **distance) if bounded else None
-    if errors is not None:
-        found.add("recon", errors.mean())
-    elif weights["recon"]:
+    errors = found.each("recon", f(x), x) if bounded else None
+    if errors is None and weights["recon"]:
         found.distance("recon", f(x), x)
     if weights["idem"] or weights["tight"]:
         sample = f(_latents(x, latent_std, seed=seed, step=step, sample_id=sample_id))
         if weights["idem"]:
-            found.distance("idem", sample, f.frozen(sample))
+            found.add_weighted("idem", f.again(sample, found.weighted("idem")))
     if weights["tight"]:
         start = sample.detach()
-        away = -pseudo_huber(f(start), start, **distance)
-        if errors is not None and bound is not None:
-            reach = bound * errors.detach()
-            # Where the reconstruction error is 0, so is the bound.
-            away = torch.where(reach > 0, reach * (away / torch.where(reach > 0, reach, 1.0)).tanh(), 0.0 * away)
-        found.add("tight", away.mean())
+        # Its upstream gradients depend on the bound: nothing is kept for an upstream of 1.
+        away = pseudo_huber(f(start), start, kind="squared", reduction="none", gradient="backward")
+        if errors is None or bound is None:
+            found.add("tight", -away.mean())
+        else:
+            # Where the reconstruction error is 0, so are the bound and what is multiplied by it.
+            reach = bound * errors
+            share = reach * (-weights["tight"] / max(1, len(x)))
+            found.add_weighted("tight", (share * (away / reach.clamp_min(torch.finfo(reach.dtype).tiny)).tanh()).sum())
     return found.loss()
 
 
@@ -152,7 +153,9 @@ def sign_loss(
     dmd_weight, alpha_power: g = α^p·(D_learned - D_teacher)/w. "variance" has w = σ², with p = 1 SIGN eq. 7; p = 2 is
         the gradient of the divergence itself, since dy/df = α. "normalised" has w = mean |f(z) - D_teacher| (Yin et
         al.).
-    kind, c: of the distance D, see `bicm_kernels.pseudo_huber`, also for gradient.
+    kind, c: of the distance D, see `bicm_kernels.pseudo_huber`, also for gradient. Of squares, flow and denoise
+        together have one gradient, formed in the backward pass unless gradient="forward": it is rounded relative to
+        f(x_n) and its goals, not to their differences.
     seed, step, sample_id: the key, see `bicm_kernels.normal`; n of x_n is drawn from it as in every objective.
     Returns a `Loss`, whose terms are not weighted. Values of flow and dmd do not measure progress.
     Raises ValueError for a weight below 0, weights that are all 0, an unknown choice, and a term whose inputs are
@@ -178,16 +181,16 @@ def sign_loss(
     key: dict[str, Any] = {"seed": seed, "step": step, "sample_id": sample_id}
     guide = ScoreModel(teacher, prediction, f.alike, "teacher") if teacher is not None else None
     index = draw_indices(len(x), schedule, **key) if any(weights[name] for name in ("flow", "dmd", "denoise")) else None
-    found = _Sum(weights, {"kind": kind, "c": c, "gradient": gradient})
+    level = levels_at(schedule, index, x.device) if index is not None else None
+    found = Terms(weights, {"kind": kind, "c": c, "gradient": gradient})
 
     if weights["recon"]:
         found.distance("recon", f(x), x)
     if weights["idem"] or weights["dmd"]:
         sample = f(_latents(x, schedule.sigma[-1], **key))
         if weights["idem"]:
-            found.distance("idem", sample, f.frozen(sample))
-    if index is not None and (weights["flow"] or weights["denoise"]):
-        level = levels_at(schedule, index, x.device)
+            found.add_weighted("idem", f.again(sample, found.weighted("idem")))
+    if index is not None and level is not None and (weights["flow"] or weights["denoise"]):
         x_n = affine_step([x], [level.alpha], noise_weight=level.sigma, **noise_key(x, **key))
         answer = f(x_n)
         if weights["flow"]:
@@ -199,16 +202,18 @@ def sign_loss(
                     kept = below.sigma / level.sigma
                     x_s = affine_step([x_n, x], [kept, below.alpha - kept * level.alpha])
                 goal = f(x_s)
+        if weights["flow"] and weights["denoise"]:
+            found.distances(("flow", "denoise"), answer, (goal, x))
+        elif weights["flow"]:
             found.distance("flow", answer, goal)
-        if weights["denoise"]:
+        else:
             found.distance("denoise", answer, x)
     if weights["reg"]:
         noise, image, named = _checked_pairs(pairs, x, extra_args)
         found.distance("reg", f(noise, named), image)
-    if weights["dmd"] and learned is not None and guide is not None and index is not None:
+    if weights["dmd"] and learned is not None and guide is not None and level is not None:
         follower = ScoreModel(learned, prediction, f.alike, "learned")
         with torch.no_grad():
-            level = levels_at(schedule, index, x.device)
             start = sample.detach().to(x.dtype)
             around = noise_key(x, fold_in(seed, MATCHING), step, sample_id)
             y = affine_step([start], [level.alpha], noise_weight=level.sigma, **around)
@@ -234,39 +239,10 @@ class _Applied:
         check_output(output, x, name="network")
         return output
 
-    def frozen(self, x: Tensor) -> Tensor:
-        """Return f'(x), differentiable in x and in no parameter."""
+    def again(self, sample: Tensor, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Return distance(sample, f'(sample)), differentiable in the sample and in no parameter of f'."""
         with self.alike():
-            return evaluate_frozen(self.network, (x,), self.extra_args)  # type: ignore[arg-type]
-
-
-class _Sum:
-    """Terms, and their weighted sum; weights are applied inside the distances, so that gradients need no scaling."""
-
-    def __init__(self, weights: Mapping[str, float], distance: Mapping[str, Any]) -> None:
-        self.weights, self.options = weights, {"kind": "squared", **distance}
-        self.terms: dict[str, Tensor] = {}
-        self.parts: list[Tensor] = []
-
-    def distance(self, name: str, sample: Tensor, goal: Tensor) -> None:
-        """Add D(sample, goal), a mean over samples."""
-        weight = self.weights[name]
-        part = pseudo_huber(sample, goal, weight=None if weight == 1 else weight, **self.options)
-        self.parts.append(part)
-        self.terms[name] = part if weight == 1 else part / weight
-
-    def add(self, name: str, term: Tensor, *, weight: float | None = None) -> None:
-        """Add a term with weight 1."""
-        weight = self.weights[name] if weight is None else weight
-        self.terms[name] = term
-        if weight:
-            self.parts.append(term * weight)
-
-    def loss(self) -> Loss:
-        total = self.parts[0]
-        for part in self.parts[1:]:
-            total = total + part
-        return Loss(total, self.terms)
+            return distance_to_frozen(self.network, sample, self.extra_args, distance)  # type: ignore[arg-type]
 
 
 def _applied(network: Network, x: Tensor, *, seed: Any, step: Any, extra_args: Any) -> _Applied:

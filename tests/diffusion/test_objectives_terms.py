@@ -1,0 +1,330 @@
+"""Gradients that idempotent losses form once: of two distances of one sample, and of one from the frozen network."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bicm_diffusion import vp_schedule
+from bicm_diffusion.consistency.frozen import distance_to_frozen, evaluate_frozen
+from bicm_diffusion.objectives import ign_loss, sign_loss
+from bicm_diffusion.objectives.terms import Terms
+from bicm_kernels import pseudo_huber
+from bicm_kernels.ops import kept_gradient
+from bicm_kernels.ops.kept_gradient import scaled
+from tests.support.plain_idempotent import Plain, made, samples
+
+NAMES = ("flow", "denoise")
+WEIGHTS = {"flow": 0.7, "denoise": 0.3}
+SQUARED = partial(pseudo_huber, kind="squared")
+
+
+def three(dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(5, 2, 3, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)]
+
+
+def shared(sample: Tensor, goals: tuple[Tensor, Tensor], **options: Any) -> Terms:
+    found = Terms(WEIGHTS, {"c": None, "gradient": "auto", **options})
+    found.distances(NAMES, sample, goals)
+    return found
+
+
+def mean_square(sample: Tensor, goal: Tensor) -> Tensor:
+    return (sample - goal).flatten(1).square().sum(1).mean()
+
+
+def plain(sample: Tensor, goals: tuple[Tensor, Tensor]) -> Tensor:
+    pairs = zip(WEIGHTS.values(), goals, strict=True)
+    return sum((weight * mean_square(sample, goal) for weight, goal in pairs), torch.zeros(()))
+
+
+# --- two distances of one sample --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradient", ["auto", "backward", "forward"])
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_two_distances_are_the_formula(gradient: str, factor: float) -> None:
+    sample, *goals = three()
+    sample.requires_grad_()
+    loss = shared(sample, (goals[0], goals[1]), gradient=gradient).loss()
+    expected = plain(sample, (goals[0], goals[1]))
+    torch.testing.assert_close(loss.total, expected)
+    for name, goal in zip(NAMES, goals, strict=True):
+        torch.testing.assert_close(loss.terms[name], mean_square(sample, goal))
+    found, wanted = (torch.autograd.grad(factor * value, sample)[0] for value in (loss.total, expected))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_terms_of_two_distances_are_differentiable_alone_and_in_their_sum() -> None:
+    sample, *goals = three()
+    sample.requires_grad_()
+    loss = shared(sample, (goals[0], goals[1])).loss()
+    mixed = loss.total - 2.0 * loss.terms["flow"]
+    expected = plain(sample, (goals[0], goals[1])) - 2.0 * mean_square(sample, goals[0])
+    found = torch.autograd.grad(mixed, sample, retain_graph=True)[0]
+    torch.testing.assert_close(found, torch.autograd.grad(expected, sample)[0])
+    (alone,) = torch.autograd.grad(loss.terms["denoise"], sample)
+    torch.testing.assert_close(alone, torch.autograd.grad(mean_square(sample, goals[1]), sample)[0])
+
+
+@pytest.mark.parametrize("dtypes", [("float32",) * 3, ("bfloat16", "bfloat16", "float32"), ("float16",) * 3])
+def test_two_distances_in_other_dtypes_are_rounded_once(dtypes: tuple[str, ...]) -> None:
+    sample, *goals = (x.to(getattr(torch, name)) for x, name in zip(three(), dtypes, strict=True))
+    sample.requires_grad_()
+    # A factor that would be lost in halves if the gradient were rounded before it is known.
+    scale = 2.0**-20
+    (found,) = torch.autograd.grad(shared(sample, (goals[0], goals[1])).loss().total * scale, sample)
+    wide = sample.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(plain(wide, (goals[0].double(), goals[1].double())), wide)
+    assert found.dtype == sample.dtype
+    # Rounded relative to the samples, whose products are added, not to their differences.
+    bound = 4 * torch.finfo(torch.float32).eps * wide.detach().abs().max() + torch.finfo(sample.dtype).eps * exact.abs()
+    bound += torch.finfo(sample.dtype).tiny / scale if sample.dtype == torch.float16 else 0
+    assert ((found.double() / scale - exact).abs() <= bound).all()
+
+
+def test_a_sample_on_both_goals_has_no_gradient() -> None:
+    (sample, *_) = three(torch.float32)
+    goal = sample.clone()
+    sample.requires_grad_()
+    (found,) = torch.autograd.grad(shared(sample, (goal, goal.clone())).loss().total, sample)
+    assert not found.any()
+
+
+def test_two_distances_differentiate_twice_and_under_transforms() -> None:
+    sample, *goals = three()
+
+    def total(sample: Tensor) -> Tensor:
+        return shared(sample, (goals[0], goals[1])).loss().total * sample.sum()
+
+    tracked = sample.clone().requires_grad_()
+    assert torch.autograd.gradcheck(total, (tracked,))
+    assert torch.autograd.gradgradcheck(total, (tracked,))
+    gradient = torch.autograd.grad(total(tracked), tracked)[0]
+    torch.testing.assert_close(torch.func.grad(total)(sample), gradient)
+    batched = torch.vmap(torch.func.grad(total))(torch.stack([sample, 2 * sample]))
+    torch.testing.assert_close(batched[0], gradient)
+    direction = torch.ones_like(sample)
+    _, forward = torch.func.jvp(total, (sample,), (direction,))
+    torch.testing.assert_close(forward, (gradient * direction).sum())
+
+
+def test_goals_get_gradients_where_they_need_them() -> None:
+    sample, *goals = (x.requires_grad_() for x in three())
+    loss = shared(sample, (goals[0], goals[1])).loss()
+    expected = plain(sample, (goals[0], goals[1]))
+    for found, wanted in zip(*(torch.autograd.grad(v, [sample, *goals]) for v in (loss.total, expected)), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("options", [{"kind": "vector", "c": 0.3}, {"kind": "elementwise", "c": 0.3}])
+def test_other_kinds_are_added(options: dict[str, Any]) -> None:
+    sample, *goals = three()
+    sample.requires_grad_()
+    loss = shared(sample, (goals[0], goals[1]), **options).loss()
+    expected = sum(WEIGHTS[k] * pseudo_huber(sample, goal, **options) for k, goal in zip(NAMES, goals, strict=True))
+    torch.testing.assert_close(loss.total, expected)
+
+
+@pytest.mark.parametrize("options", [{"gradient": "never"}, {"kind": "cubed"}, {"c": 1.0}])
+def test_options_of_two_distances_are_checked(options: dict[str, Any]) -> None:
+    sample, *goals = three()
+    with pytest.raises(ValueError, match=next(iter(options))):
+        shared(sample, (goals[0], goals[1]), **options)
+
+
+def test_each_distance_has_its_weight_and_sums_to_the_term() -> None:
+    sample, goal, _ = three()
+    sample.requires_grad_()
+    found = Terms({"recon": 0.4}, {"gradient": "auto"})
+    each = found.each("recon", sample, goal)
+    torch.testing.assert_close(each, (sample - goal).flatten(1).square().sum(1).detach())
+    assert not each.requires_grad
+    torch.testing.assert_close(found.loss().total, 0.4 * found.terms["recon"])
+    torch.testing.assert_close(found.terms["recon"], each.mean())
+
+
+# --- a distance from the frozen network -------------------------------------------------------------------------------
+
+
+def network() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6), nn.Unflatten(1, (2, 3))
+        ).double()
+
+
+@pytest.mark.parametrize("kind", ["squared", "vector"])
+@pytest.mark.parametrize("gradient", ["auto", "backward", "forward"])
+def test_a_distance_to_the_frozen_network_is_that_of_both_arguments(kind: str, gradient: str) -> None:
+    f, (x, *_) = network(), three()
+    distance = partial(pseudo_huber, kind=kind, c=None if kind == "squared" else 0.2, weight=0.3, gradient=gradient)
+    x.requires_grad_()
+    ours = 3.0 * distance_to_frozen(f, x, {}, distance)
+    theirs = 3.0 * distance(x, evaluate_frozen(f, (x,), {}))
+    torch.testing.assert_close(ours, theirs)
+    wanted = torch.autograd.grad(theirs, x)[0]
+    torch.testing.assert_close(torch.autograd.grad(ours, x, retain_graph=True)[0], wanted)
+    torch.testing.assert_close(torch.autograd.grad(ours, x)[0], wanted)
+    assert all(p.grad is None for p in f.parameters())
+
+
+def test_a_distance_to_the_frozen_network_differentiates_three_times() -> None:
+    f, (x, *_) = network(), three()
+    frozen = copy.deepcopy(f).requires_grad_(False)
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda y: distance_to_frozen(f, y, {}, SQUARED), (x,))
+    assert torch.autograd.gradgradcheck(lambda y: distance_to_frozen(f, y, {}, SQUARED), (x,))
+    thirds = []
+    for function in (lambda y: distance_to_frozen(f, y, {}, SQUARED), lambda y: SQUARED(y, frozen(y))):
+        y = function(x)
+        for _ in range(3):
+            (y,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        thirds.append(y)
+        assert all(g is None for g in torch.autograd.grad(y.sum(), list(f.parameters()), allow_unused=True))
+    torch.testing.assert_close(*thirds, rtol=1e-9, atol=1e-9)
+
+
+OUTSIDE = torch.full((2, 3), 0.5, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: x,
+        lambda x: x.view_as(x),
+        lambda x: OUTSIDE.expand_as(x),  # of a parameter that the network does not list
+        lambda x: OUTSIDE * x,
+        lambda x: torch.ones_like(x),
+    ],
+    ids=["identity", "view", "constant", "scaled", "ones"],
+)
+def test_any_network_is_frozen(f: Callable[[Tensor], Tensor]) -> None:
+    x, *_ = three()
+    x.requires_grad_()
+    value = distance_to_frozen(f, x, {}, SQUARED)  # type: ignore[arg-type]
+    expected = SQUARED(x, evaluate_frozen(f, (x,), {}))  # type: ignore[arg-type]
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(torch.autograd.grad(value, x)[0], torch.autograd.grad(expected, x)[0])
+    assert OUTSIDE.grad is None
+
+
+def test_arguments_that_are_trained_get_gradients() -> None:
+    x, *_ = three()
+    shift = torch.zeros(1, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    class Shifted(nn.Module):
+        def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+            return x.tanh() + shift
+
+    distance_to_frozen(Shifted(), x.requires_grad_(), {"shift": shift}, SQUARED).backward()
+    assert shift.grad is not None and shift.grad.any()
+
+
+def test_the_sample_of_a_network_of_another_dtype_gets_an_unrounded_gradient() -> None:
+    x = three(torch.float32)[0].requires_grad_()
+
+    class Half(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (0.3 * x).bfloat16()
+
+    (found,) = torch.autograd.grad(distance_to_frozen(Half(), x, {}, SQUARED), x)
+    (wanted,) = torch.autograd.grad(SQUARED(x, evaluate_frozen(Half(), (x,), {})), x)
+    assert torch.equal(found, wanted)
+
+
+# --- passes -----------------------------------------------------------------------------------------------------------
+
+
+class Large(TorchDispatchMode):
+    """Counts ops by name that make a tensor of many elements outside of the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        is_view = func._schema.returns and any(r.alias_info is not None for r in func._schema.returns)
+        if func.namespace == "bicm_kernels" or (isinstance(result, Tensor) and result.numel() >= 36 and not is_view):
+            self.found[name] += 1
+        return result
+
+
+class Twice(torch.autograd.Function):
+    """A network whose passes make no tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class Passing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = Twice.apply(x, self.weight)
+        return y
+
+
+def large(step: Callable[[nn.Module, Tensor], Tensor]) -> Counter[str]:
+    f, x = Passing(), samples().float()
+    with Large() as counted:
+        step(f, x).backward()
+    return counted.found
+
+
+KEY: dict[str, Any] = {"seed": 5, "step": 3}
+
+
+def test_passes_of_sign() -> None:
+    """z, x_n and x_s; idem's sum; one gradient of flow and denoise. Recon's and idem's are read again under a mode."""
+    given = {"schedule": vp_schedule(4), "idem": 0.1, "denoise": 0.1}
+    found = large(lambda f, x: sign_loss(f, x, **KEY, **given).total)
+    assert found.pop("uniform") == 1
+    assert found == {"affine_step": 5, "pseudo_huber": 4, "pseudo_huber_backward": 2}
+
+
+def test_passes_of_ign() -> None:
+    """z, and idem's sum; recon and idem with their gradients, whose upstream is 1; tight, forward and backward."""
+    found = large(lambda f, x: ign_loss(f, x, **KEY, gradient="forward").total)
+    assert found.pop("scale_gradients_") == 1  # recon's, one number per sample: nothing is read where it is 1
+    ours = {"affine_step": 2, "pseudo_huber": 1, "pseudo_huber_backward": 1, "pseudo_huber_with_gradients": 2}
+    assert found == ours
+
+
+def test_the_gradient_of_recon_is_final_where_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    upstreams: list[Tensor] = []
+
+    def noted(upstream: Tensor, kept: Sequence[Tensor]) -> Sequence[Tensor]:
+        upstreams.append(upstream)
+        return scaled(upstream, kept)
+
+    monkeypatch.setattr(kept_gradient, "scaled", noted)
+    ign_loss(Passing(), samples().float(), **KEY, recon=3.0, idem=0.3, gradient="forward").total.backward()
+    assert len(upstreams) == 2 and all((upstream == 1).all() for upstream in upstreams)
+
+
+def test_the_weight_of_recon_does_not_move_the_bound() -> None:
+    model, x = made(Plain, 1), samples()
+    values = [ign_loss(model, x, **KEY, recon=weight).terms for weight in (0.0, 0.3, 20.0)]
+    for name in ("recon", "tight"):
+        for value in values[1:]:
+            torch.testing.assert_close(value[name], values[0][name])
