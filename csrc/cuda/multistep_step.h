@@ -115,12 +115,14 @@ BICM_DEVICE void step_group(const Multistep& m, const Rows& rows, const Weights<
     if (Parts & kDenoises) fold<G>(k == 0, w.x0_coefficient[k], x, x0);
     fold<G>(k == 0, w.weight[k], x, y);
   }
-  if (Parts & kDenoises) add_denoised<G>(m.clips, w, x0, y);
+  if (Parts & kDenoises) {
+    add_denoised<G>(m.clips, w, x0, y);
+    Memory::store(m.layout, rows.x0, place, x0);  // here, so that the noise has its registers
+  }
   if constexpr ((Parts & kDraws) != 0) {
     if (w.noise_weight != C(0)) add_noise<G>(key, place.begin, w.noise_weight, y);
   }
 
-  if (Parts & kDenoises) Memory::store(m.layout, rows.x0, place, x0);
   Memory::store(m.layout, rows.out, place, y);
   if (takes<Parts, kScales>(m.scales)) {
     BICM_UNROLL(8)
@@ -162,14 +164,13 @@ template <class Memory, int Terms, int Parts>
 constexpr int resident_blocks() {
   if (Terms == 0 || sizeof(typename Memory::Compute) == 8) return 2;
   if (Parts == 0) return Terms < 4 ? 5 : 4;
-  if ((Parts & kDenoises) == 0 || Memory::kGroup < 8) return 4;
-  return Terms == 2 ? 4 - kFewerBlocks : 2;
+  return (Parts & kDenoises) == 0 || Memory::kGroup < 8 ? 4 : 4 - kFewerBlocks;
 }
 
-// Groups that a thread moves in one round: as many as registers hold and the accesses ask for.
+// Groups that a thread moves in one round, as many as registers hold: of a single tensor 16 elements.
 template <class Memory, int Terms, int Parts>
 constexpr int kGroupsOfRound = Terms == 0 || (Parts & ~kGuides) != 0 || !kOneAccess<Memory> ? 1
-                               : Terms == 1                                                 ? 4
+                               : Terms == 1                                                 ? 16 / Memory::kGroup
                                                                                             : 2;
 
 template <class Memory, int Terms, int Parts>

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks<Memory, Denoises>)
 
 template <class Memory, bool Denoises>
 cudaError_t run_gradient(const PseudoHuber& p, const Results&, bool aligned, cudaStream_t stream) {
-  const int groups = p.distance == Distance::elementwise ? 1 : kGroupsOfGradient<Memory>;
+  const int groups = aligned && p.distance != Distance::elementwise ? kGroupsOfGradient<Memory> : 1;
   return run_elements<Memory>(gradient_kernel<Memory, Denoises>, p, aligned, stream, groups);
 }
 

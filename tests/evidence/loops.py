@@ -41,6 +41,7 @@ FORMS = (
     Form("`add_noise`", "16multistep_kernel.*Li1ELi6E", 1, 1, True),
     Form("`renoise`", "16multistep_kernel.*Li2ELi6E", 2, 2, True),
     Form("`denoised_step`, with everything", "16multistep_kernel.*Li2ELi14E", 2, 3, True),
+    Form("`denoised_step` of three, with everything", "16multistep_kernel.*Li3ELi14E", 3, 3, True),
     Form("`normal`", "12noise_kernel.*DistributionE0E", 0, 1, True),
     Form("`noisy_pair`", "17noisy_pair_kernel", 1, 2, True),
     Form("`pseudo_huber`, sums of squares", "19pseudo_huber_kernel.*Lb0E", 2, 0),
