@@ -23,6 +23,13 @@ namespace cuda {
 
 constexpr int kThreads = 256;
 
+// Compilers for sm_100 and later take more registers for the same code: a block less fits where they would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kFewerBlocks = 1;
+#else
+constexpr int kFewerBlocks = 0;
+#endif
+
 struct Grid {
   unsigned x, y, threads;  // blocks along a sample, blocks along the batch, threads of a block
   bool synchronises;       // whether the kernel's threads wait for one another; used by the emulator
@@ -87,12 +94,15 @@ inline int64_t rows_at_once(int64_t batch, int64_t x, int64_t capacity) {
   return best;
 }
 
+// `groups_of_round`: a thread moves so many groups at once where not all of them can have a thread of their own.
 template <class Kernel>
-cudaError_t plan(const Layout& layout, int group, Kernel* kernel, Grid& grid) {
+cudaError_t plan(const Layout& layout, int group, Kernel* kernel, Grid& grid, int groups_of_round = 1) {
   int64_t capacity;
   const cudaError_t error = capacity_for(kernel, capacity);
   if (error != cudaSuccess) return error;
-  const int64_t groups = divide_up(layout.elements, group), blocks = divide_up(groups, kThreads);
+  int64_t groups = divide_up(layout.elements, group);
+  if (layout.batch * divide_up(groups, kThreads) > capacity) groups = divide_up(groups, groups_of_round);
+  const int64_t blocks = divide_up(groups, kThreads);
   const int64_t threads = divide_up(divide_up(groups, blocks), 32) * 32;
   capacity = capacity * kThreads / threads;
   int64_t x = even_share(blocks, capacity);

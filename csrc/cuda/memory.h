@@ -9,6 +9,8 @@
 //   void widen(operand, raw, values)            the values in the compute type
 //   void store(layout, operand, place, values)  rounded once to the operand's dtype
 //
+// Those of groups that are one access take a RoundPlace, too; rounds.h says which groups a thread has.
+//
 // A thread reads its group of every input before it writes, so outputs may alias inputs exactly.
 #pragma once
 
@@ -103,6 +105,12 @@ struct DensePlace {
   bool whole;
 };
 
+// The bytes between a whole, aligned group and the start of its row, the same in every tensor of a round. A loop that
+// counts bytes multiplies nothing by an element's size.
+struct RoundPlace {
+  int64_t offset;
+};
+
 // A sample of a dense tensor, whose address is computed once.
 struct DenseRow {
   void* data;
@@ -135,6 +143,11 @@ BICM_DEVICE T* dense_address(const X& x, const DensePlace& place) {
   return static_cast<T*>(x.data) + place.sample * x.batch_stride + place.begin;
 }
 
+template <class T, class X>
+BICM_DEVICE T* dense_address(const X& x, const RoundPlace& place) {
+  return reinterpret_cast<T*>(static_cast<char*>(x.data) + place.offset);
+}
+
 template <class T, int Group, class X, class Raw>
 BICM_DEVICE void load_dense(const X& x, const DensePlace& place, Raw& raw) {
   const T* from = dense_address<T>(x, place);
@@ -148,12 +161,23 @@ BICM_DEVICE void load_dense(const X& x, const DensePlace& place, Raw& raw) {
   }
 }
 
-template <class T, int Group, class X, class C>
-BICM_DEVICE void store_dense(const X& x, const DensePlace& place, const C* values) {
-  T* to = dense_address<T>(x, place);
+template <class T, int Group, class X, class Raw>
+BICM_DEVICE void load_dense(const X& x, const RoundPlace& place, Raw& raw) {
+  load_wide<Group * sizeof(T)>(raw.word, dense_address<T>(x, place));
+}
+
+template <class T, int Group, class C>
+BICM_DEVICE auto rounded(const C* values) {
   Bits<kWords<Group * sizeof(T)>> raw = {};
   BICM_UNROLL(8)
   for (int i = 0; i < Group; ++i) raw.put(i, round_to<T>(values[i]));
+  return raw;
+}
+
+template <class T, int Group, class X, class C>
+BICM_DEVICE void store_dense(const X& x, const DensePlace& place, const C* values) {
+  T* to = dense_address<T>(x, place);
+  const auto raw = rounded<T, Group>(values);
   if (kVectors<T, Group> && place.whole) {
     store_wide<Group * sizeof(T)>(to, raw.word);
     return;
@@ -162,6 +186,11 @@ BICM_DEVICE void store_dense(const X& x, const DensePlace& place, const C* value
   for (int i = 0; i < Group; ++i) {
     if (i < place.count) store_at(to + i, raw.template get<T>(i));
   }
+}
+
+template <class T, int Group, class X, class C>
+BICM_DEVICE void store_dense(const X& x, const RoundPlace& place, const C* values) {
+  store_wide<Group * sizeof(T)>(dense_address<T>(x, place), rounded<T, Group>(values).word);
 }
 
 template <class T, int Group, class Raw, class C>
@@ -198,8 +227,8 @@ struct PackedGroup : Dense<Value<T>, Group> {
     return row_of<sizeof(T) < 8>(x, sample, sizeof(T));
   }
 
-  template <class X>
-  BICM_DEVICE static Raw load(const Layout&, const X& x, const DensePlace& place) {
+  template <class X, class Place>
+  BICM_DEVICE static Raw load(const Layout&, const X& x, const Place& place) {
     Raw raw = {};
     load_dense<T, kGroup>(x, place, raw);
     return raw;
@@ -208,8 +237,8 @@ struct PackedGroup : Dense<Value<T>, Group> {
   BICM_DEVICE static void widen(const X&, const Raw& raw, C* values) {
     widen_dense<T, kGroup>(raw, values);
   }
-  template <class X>
-  BICM_DEVICE static void store(const Layout&, const X& x, const DensePlace& place, const C* values) {
+  template <class X, class Place>
+  BICM_DEVICE static void store(const Layout&, const X& x, const Place& place, const C* values) {
     store_dense<T, kGroup>(x, place, values);
   }
 };
@@ -265,43 +294,6 @@ struct Mixed : MixedGroup<8> {
   template <int Group>
   using Part = MixedGroup<Group>;
 };
-
-// The calling thread's share of every row: its first whole, aligned group, the distance to its next, and where they end.
-template <class Memory>
-struct Share {
-  int64_t first, stride, whole;
-
-  BICM_DEVICE Share(const Layout& layout, bool aligned)
-      : first(first_group() * Memory::kGroup),
-        stride(group_stride() * Memory::kGroup),
-        whole(Memory::kGroup > 1 && aligned ? layout.elements - layout.elements % Memory::kGroup : 0) {}
-
-  // The empty statement keeps the compiler from computing it again for every row.
-  BICM_DEVICE Share kept() const {
-    Share share = *this;
-#if defined(__CUDA_ARCH__)
-    asm volatile("" : "+l"(share.first), "+l"(share.stride), "+l"(share.whole));
-#endif
-    return share;
-  }
-};
-
-// Calls `step(memory, place)` with every group of a row that the calling thread has: whole, aligned ones, about which
-// nothing is asked, then groups of `Rest` elements where a row is not aligned, or does not end with a whole group.
-template <class Memory, int Rest, class Step>
-BICM_DEVICE void for_groups(const Layout& layout, int64_t sample, const Share<Memory>& share, Step step) {
-  if (Memory::kGroup > 1) {
-    for (int64_t begin = share.first; begin < share.whole; begin += share.stride) {
-      step(Memory{}, Memory::in_row(layout, sample, begin, true));
-    }
-    if (share.whole == layout.elements) return;
-  }
-  using Part = typename Memory::template Part<Rest>;
-  BICM_LOOP
-  for (int64_t begin = share.whole + first_group() * Rest; begin < layout.elements; begin += group_stride() * Rest) {
-    step(Part{}, Part::in_row(layout, sample, begin, false));
-  }
-}
 
 }  // namespace cuda
 }  // namespace bicm

@@ -40,7 +40,8 @@ cudaError_t run(const Multistep& m, bool aligned, cudaStream_t stream) {
   if (formed == Formed::on_host) weights = weights_of<C>(m, 0);
   Grid grid;
   const auto kernel = multistep_kernel<Memory, Terms, Parts>;
-  const cudaError_t error = plan(m.layout, Memory::kGroup, kernel, grid);
+  const int groups_of_round = aligned ? kGroupsOfRound<Memory, Terms, Parts> : 1;
+  const cudaError_t error = plan(m.layout, Memory::kGroup, kernel, grid, groups_of_round);
   return error != cudaSuccess ? error : launch(kernel, grid, stream, m, weights, formed, aligned);
 }
 

@@ -6,7 +6,7 @@
 
 #include "affine.h"
 #include "draw.h"
-#include "memory.h"
+#include "rounds.h"
 
 namespace bicm {
 namespace cuda {
@@ -72,47 +72,77 @@ BICM_DEVICE void add_denoised(bool clips, const Weights<C>& w, C* x0, C* y) {
   }
 }
 
-// All inputs are loaded before the first is used. With Terms = 0 the number of terms is a run-time value; loops over
-// terms have a constant end all the same, so that no register is indexed.
-template <class Memory, int Terms, int Parts, class Rows, class Keys>
+// A group of every input, in flight until it is used.
+template <class Memory, int Slots>
+struct Loaded {
+  typename Memory::Raw input[Slots], conditional;
+};
+
+// With Terms = 0 the number of terms is a run-time value; loops over terms have a constant end all the same, so that no
+// register is indexed.
+template <class Memory, int Terms, int Parts, class Rows, class Place>
+BICM_DEVICE auto load_group(const Multistep& m, const Rows& rows, const Place& place) {
+  constexpr int kSlots = Terms == 0 ? kMaxTerms : Terms;
+  Loaded<Memory, kSlots> in = {};
+  BICM_UNROLL(8)
+  for (int k = 0; k < kSlots; ++k) {
+    if (Terms != 0 || k < m.terms) in.input[k] = Memory::load(m.layout, rows.input[k], place);
+  }
+  if (takes<Parts, kGuides>(m.guided)) in.conditional = Memory::load(m.layout, rows.conditional, place);
+  return in;
+}
+
+template <class Memory, int Terms, int Parts, int Slots, class Rows, class Keys, class Place>
 BICM_DEVICE void step_group(const Multistep& m, const Rows& rows, const Weights<typename Memory::Compute>& w,
-                            const KeyOfSample<Keys>& key, const typename Memory::Place& place) {
+                            const KeyOfSample<Keys>& key, const Place& place, const Loaded<Memory, Slots>& in) {
   using C = typename Memory::Compute;
-  constexpr int G = Memory::kGroup, kSlots = Terms == 0 ? kMaxTerms : Terms;
+  constexpr int G = Memory::kGroup;
   const int terms = Terms == 0 ? m.terms : Terms;
   const bool guided = takes<Parts, kGuides>(m.guided);
 
-  typename Memory::Raw input[kSlots] = {}, conditional = {};
-  BICM_UNROLL(8)
-  for (int k = 0; k < kSlots; ++k) {
-    if (k < terms) input[k] = Memory::load(m.layout, rows.input[k], place);
-  }
-  if (guided) conditional = Memory::load(m.layout, rows.conditional, place);
-
   C x0[G] = {}, y[G] = {};
   BICM_UNROLL(8)
-  for (int k = 0; k < kSlots; ++k) {
+  for (int k = 0; k < Slots; ++k) {
     if (k >= terms) continue;
     C x[G];
-    Memory::widen(rows.input[k], input[k], x);
+    Memory::widen(rows.input[k], in.input[k], x);
     if (guided && k == terms - 1) {
       C partner[G];
-      Memory::widen(rows.conditional, conditional, partner);
+      Memory::widen(rows.conditional, in.conditional, partner);
       BICM_UNROLL(8)
       for (int i = 0; i < G; ++i) x[i] = guide(x[i], partner[i], w.guidance_scale);
     }
     if (Parts & kDenoises) fold<G>(k == 0, w.x0_coefficient[k], x, x0);
     fold<G>(k == 0, w.weight[k], x, y);
   }
-  if (Parts & kDenoises) add_denoised<G>(m.clips, w, x0, y);
-  if ((Parts & kDraws) && w.noise_weight != C(0)) add_noise<G>(key, place.begin, w.noise_weight, y);
+  if (Parts & kDenoises) {
+    add_denoised<G>(m.clips, w, x0, y);
+    Memory::store(m.layout, rows.x0, place, x0);  // here, so that the noise has its registers
+  }
+  if constexpr ((Parts & kDraws) != 0) {
+    if (w.noise_weight != C(0)) add_noise<G>(key, place.begin, w.noise_weight, y);
+  }
 
-  if (Parts & kDenoises) Memory::store(m.layout, rows.x0, place, x0);
   Memory::store(m.layout, rows.out, place, y);
   if (takes<Parts, kScales>(m.scales)) {
     BICM_UNROLL(8)
     for (int i = 0; i < G; ++i) y[i] = w.next_scale * y[i];
     Memory::store(m.layout, rows.next, place, y);
+  }
+}
+
+// All inputs of a round are loaded before the first is used.
+template <class Memory, int Terms, int Parts, int Groups, class Rows, class Keys, class Place>
+BICM_DEVICE void step_round(const Multistep& m, const Rows& rows, const Weights<typename Memory::Compute>& w,
+                            const KeyOfSample<Keys>& key, const Place& place) {
+  Loaded<Memory, Terms == 0 ? kMaxTerms : Terms> in[Groups];
+  BICM_UNROLL(8)
+  for (int i = 0; i < Groups; ++i) {
+    in[i] = load_group<Memory, Terms, Parts>(m, rows, in_round(place, i));
+  }
+  BICM_UNROLL(8)
+  for (int i = 0; i < Groups; ++i) {
+    step_group<Memory, Terms, Parts>(m, rows, w, key, in_round(place, i), in[i]);
   }
 }
 
@@ -129,21 +159,19 @@ BICM_DEVICE auto rows_of(const Multistep& m, int64_t sample) {
   return rows;
 }
 
-// Compilers for sm_100 and later take more registers for the same code.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kDenoisingBlocks = 3;
-#else
-constexpr int kDenoisingBlocks = 4;
-#endif
-
 // Minimum blocks per multiprocessor: as many as leave each thread enough registers.
 template <class Memory, int Terms, int Parts>
 constexpr int resident_blocks() {
   if (Terms == 0 || sizeof(typename Memory::Compute) == 8) return 2;
   if (Parts == 0) return Terms < 4 ? 5 : 4;
-  if ((Parts & kDenoises) == 0 || Memory::kGroup < 8) return 4;
-  return Terms == 2 ? kDenoisingBlocks : 2;
+  return (Parts & kDenoises) == 0 || Memory::kGroup < 8 ? 4 : 4 - kFewerBlocks;
 }
+
+// Groups that a thread moves in one round, as many as registers hold: of a single tensor 16 elements.
+template <class Memory, int Terms, int Parts>
+constexpr int kGroupsOfRound = Terms == 0 || (Parts & ~kGuides) != 0 || !kOneAccess<Memory> ? 1
+                               : Terms == 1                                                 ? 16 / Memory::kGroup
+                                                                                            : 2;
 
 template <class Memory, int Terms, int Parts>
 __global__ void __launch_bounds__(kThreads, resident_blocks<Memory, Terms, Parts>())
@@ -155,16 +183,17 @@ __global__ void __launch_bounds__(kThreads, resident_blocks<Memory, Terms, Parts
   // The keys of all rounds need registers that kernels of many tensors do not have.
   BlockKeys<std::conditional_t<(Parts & (kGuides | kDenoises)) != 0, Key, RoundKeys>> keys(m.key);
   constexpr bool kKeeps = (Parts & kDraws) != 0 && Terms == 1;  // there are registers enough
-  Share<Memory> share(m.layout, aligned);
+  using Share = Share<Memory, kGroupsOfRound<Memory, Terms, Parts>>;
+  Share share(m.layout, aligned);
   if (kKeeps) share = share.kept();
   bool first = true;
   for (int64_t sample = blockIdx.y; sample < m.layout.batch; sample += gridDim.y) {
     if (formed == Formed::each || (formed == Formed::once && first)) w = weights_of<C>(m, sample);
     if ((Parts & kDraws) && m.draws) keys.move_to(m.key, sample, first);
-    if (!kKeeps) share = Share<Memory>(m.layout, aligned);
+    if (!kKeeps) share = Share(m.layout, aligned);
     const auto rows = rows_of<Memory, Terms, Parts>(m, sample);
-    for_groups<Memory, kRest>(m.layout, sample, share, [&](auto memory, const typename Memory::Place& place) {
-      step_group<decltype(memory), Terms, Parts>(m, rows, w, keys.key, place);
+    for_groups<Memory, kRest>(m.layout, sample, share, [&](auto memory, const auto& place, auto groups) {
+      step_round<decltype(memory), Terms, Parts, decltype(groups)::value>(m, rows, w, keys.key, place);
     });
     first = false;
   }

@@ -1,6 +1,7 @@
 // The keyed noise itself: every thread draws its group and stores it once.
 #include "draw.h"
 #include "kernels.h"
+#include "rounds.h"
 #include "strided.h"
 
 namespace bicm {
@@ -16,7 +17,7 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(const __grid_constant__
   for (int64_t sample = blockIdx.y; sample < layout.batch; sample += gridDim.y) {
     keys.move_to(problem.key, sample, sample == blockIdx.y);
     const typename Memory::Row out = Memory::row(problem.out, sample);
-    for_groups<Memory, kRestOfDrawn<Memory>>(layout, sample, share, [&](auto memory, const auto& place) {
+    for_groups<Memory, kRestOfDrawn<Memory>>(layout, sample, share, [&](auto memory, const auto& place, auto) {
       constexpr int G = decltype(memory)::kGroup;
       float drawn[G];
       draw<D, G>(keys.key, place.begin, drawn);
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, kPairsResident<Memory>)
     const bool replaced = p.mask != nullptr && number_at<bool>(p.mask, sample * p.mask_stride);
     const typename Memory::Row in = Memory::row(replaced ? p.x_hat : p.x, sample);
     const Share<Memory> share(p.layout, aligned);
-    for_groups<Memory, kRestOfDrawn<Memory>>(p.layout, sample, share, [&](auto memory, const auto& place) {
+    for_groups<Memory, kRestOfDrawn<Memory>>(p.layout, sample, share, [&](auto memory, const auto& place, auto) {
       constexpr int G = decltype(memory)::kGroup;
       const auto raw = memory.load(p.layout, in, place);
       float drawn[G];
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, kPairsResident<Memory>)
     const Preconditioning<C> weights = pair_weights(p, sample, levels.low);
     const typename Memory::Row in = Memory::row(p.x, sample), output = Memory::row(p.x_hat, generated ? of_network : 0);
     const Share<Memory> share(p.layout, aligned);
-    for_groups<Memory, kRestOfDrawn<Memory>>(p.layout, sample, share, [&](auto memory, const auto& place) {
+    for_groups<Memory, kRestOfDrawn<Memory>>(p.layout, sample, share, [&](auto memory, const auto& place, auto) {
       constexpr int G = decltype(memory)::kGroup;
       const auto raw = memory.load(p.layout, in, place);
       typename decltype(memory)::Raw network = {};

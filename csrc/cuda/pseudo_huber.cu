@@ -13,6 +13,32 @@ namespace bicm {
 namespace cuda {
 namespace {
 
+// Adds a thread's squares as far as they make whole rounds, of groups that are loaded before the first is added; where
+// the next group begins. A group is as far from the next as in the loop over single ones, which keeps their order.
+template <class Memory, bool Denoises, class C>
+BICM_DEVICE int64_t add_rounds(const PseudoHuber& p, const Preconditioning<C>& weights, const LossRows<Memory>& rows,
+                               int64_t begin, int64_t whole, Sum<C>& sum) {
+  constexpr int G = Memory::kGroup, kGroups = 2;
+  constexpr int64_t kDistance = kThreads * kAccess;
+  const int64_t end = whole * kElementSize<Memory> - (kGroups - 1) * kDistance;
+  int64_t offset = begin * kElementSize<Memory>;
+  BICM_LOOP
+  for (; offset < end; offset += kGroups * kDistance) {
+    Inputs<Memory> in[kGroups];
+    BICM_UNROLL(8)
+    for (int i = 0; i < kGroups; ++i) {
+      in[i] = load_inputs<Memory, Denoises>(p.layout, rows, RoundPlace{offset + i * kDistance});
+    }
+    BICM_UNROLL(8)
+    for (int i = 0; i < kGroups; ++i) {
+      C r[G];
+      residual_of<Memory, Denoises>(p, weights, in[i], r);
+      sum = add(sum, {sum_of_terms<G>(r, G, false, C(0), C(1)), C(0)});
+    }
+  }
+  return offset / kElementSize<Memory>;
+}
+
 template <class Memory, bool Denoises>
 BICM_DEVICE double chunk_sum(const PseudoHuber& p, int64_t sample, int64_t first, int64_t last, bool aligned) {
   using C = typename Memory::Compute;
@@ -27,6 +53,12 @@ BICM_DEVICE double chunk_sum(const PseudoHuber& p, int64_t sample, int64_t first
     }
     Sum<C> sum = {};
     int64_t begin = first + threadIdx.x * G;
+    // The squares of the first try: `scale` is 1.
+    if constexpr (kOneAccess<Memory>) {
+      if (!elementwise && scale == C(1) && blockDim.x == kThreads) {
+        begin = add_rounds<Memory, Denoises>(p, weights, rows, begin, whole, sum);
+      }
+    }
     const auto add_group = [&](const typename Memory::Place& place, int64_t count) {
       C r[G];
       residual_of<Memory, Denoises>(p, weights, load_inputs<Memory, Denoises>(p.layout, rows, place), r);
@@ -64,49 +96,85 @@ cudaError_t run_sums(const PseudoHuber& p, const Results& to, bool aligned, cuda
 
 // Minimum blocks per multiprocessor: as many as leave each thread enough registers.
 template <class Memory, bool Denoises>
-constexpr int kGradientBlocks = Denoises && (Memory::kGroup > 4 || sizeof(typename Memory::Compute) == 8) ? 2 : 3;
+constexpr int kGradientBlocks = Denoises && Memory::kGroup > 4                      ? 2
+                                : Denoises && sizeof(typename Memory::Compute) == 8 ? 3 - kFewerBlocks
+                                : Denoises || !kOneAccess<Memory>                   ? 3
+                                                                                    : 4 - kFewerBlocks;
 
-// A group's inputs are loaded while the sample's factor, or the group before, is computed.
+// Groups that a thread moves in one round: 16 elements.
+template <class Memory>
+constexpr int kGroupsOfGradient = kOneAccess<Memory> ? 16 / Memory::kGroup : 1;
+
+// A thread's first inputs are loaded while the sample's factor is computed. Of elementwise distances, whose code is
+// long, a round has one group, and the next one's inputs are loaded while it is computed.
 template <class Memory, bool Denoises>
 __global__ void __launch_bounds__(kThreads, kGradientBlocks<Memory, Denoises>)
     gradient_kernel(const __grid_constant__ PseudoHuber p, bool aligned) {
   using C = typename Memory::Compute;
   using Part = typename Memory::template Part<1>;
-  constexpr int G = Memory::kGroup;
+  constexpr int G = Memory::kGroup, kGroups = kGroupsOfGradient<Memory>;
   const Layout& layout = p.layout;
+  const bool elementwise = p.distance == Distance::elementwise;
   for (int64_t sample = blockIdx.y; sample < layout.batch; sample += gridDim.y) {
     const LossRows<Memory> rows = loss_rows<Memory, Denoises>(p, sample, true);
-    const int64_t done = G > 1 && aligned ? layout.elements - layout.elements % G : 0;
-    const int64_t first = first_group() * G, stride = group_stride() * G;
-    const auto load = [&](int64_t begin) {
-      return load_inputs<Memory, Denoises>(layout, rows, Memory::in_row(layout, sample, begin, true));
+    Share<Memory, kGroups> share(layout, aligned, !elementwise);
+    if (kGroups > 1) share = share.kept();
+    const auto place = [&](int64_t begin) { return Memory::in_row(layout, sample, begin, true); };
+    Inputs<Memory> in[kGroups] = {};
+    const auto load = [&](const auto& place, auto groups) {
+      BICM_UNROLL(8)
+      for (int i = 0; i < decltype(groups)::value; ++i) {
+        in[i] = load_inputs<Memory, Denoises>(layout, rows, in_round(place, i));
+      }
     };
-    Inputs<Memory> next = {};
-    if (first < done) next = load(first);
+    const bool in_rounds = share.offset < share.end;
+    int64_t begin = share.first;
+    if constexpr (kGroups > 1) {
+      if (in_rounds) load(RoundPlace{share.offset}, GroupsOfRound<kGroups>{});
+    }
+    if (!in_rounds && begin < share.whole) load(place(begin), GroupsOfRound<1>{});
     const Factors<C> f = factors_of<C>(p, sample, threadIdx.x == 0 ? number_at<double>(p.sums, sample) : 0.0);
     if (f.anywhere) {
-      store_gradients_anywhere<Memory, Denoises>(p, f, sample, first, layout.elements, stride, aligned);
+      store_gradients_anywhere<Memory, Denoises>(p, f, sample, first_group() * G, layout.elements, group_stride() * G,
+                                                 aligned);
       continue;
     }
-    for (int64_t begin = first; begin < done; begin += stride) {
-      C r[G];
-      residual_of<Memory, Denoises>(p, f.weights, next, r);
-      if (begin + stride < done) next = load(begin + stride);
-      store_gradients<Memory, Denoises>(p, f, rows.gradient, Memory::in_row(layout, sample, begin, true), r);
+    if constexpr (kGroups > 1) {
+      if (in_rounds) {
+        int64_t offset = share.offset;
+        for (;;) {
+          C r[kGroups][G];
+          BICM_UNROLL(8)
+          for (int i = 0; i < kGroups; ++i) residual_of<Memory, Denoises>(p, f.weights, in[i], r[i]);
+          store_gradients<Memory, Denoises, kGroups>(p, f, rows.gradient, RoundPlace{offset}, r);
+          offset += share.step;
+          if (offset >= share.end) break;
+          load(RoundPlace{offset}, GroupsOfRound<kGroups>{});
+        }
+        begin = offset / kElementSize<Memory>;
+        if (begin < share.whole) load(place(begin), GroupsOfRound<1>{});
+      }
+    }
+    for (; begin < share.whole; begin += share.stride) {
+      C r[1][G];
+      residual_of<Memory, Denoises>(p, f.weights, in[0], r[0]);
+      if (begin + share.stride < share.whole) load(place(begin + share.stride), GroupsOfRound<1>{});
+      store_gradients<Memory, Denoises, 1>(p, f, rows.gradient, place(begin), r);
     }
     BICM_LOOP
-    for (int64_t begin = done + first_group(); begin < layout.elements; begin += group_stride()) {
-      const typename Memory::Place place = Part::in_row(layout, sample, begin, false);
-      C r[1];
-      residual_of<Part, Denoises>(p, f.weights, load_inputs<Part, Denoises>(layout, rows, place), r);
-      store_gradients<Part, Denoises>(p, f, rows.gradient, place, r);
+    for (begin = share.whole + first_group(); begin < layout.elements; begin += group_stride()) {
+      const typename Memory::Place at = Part::in_row(layout, sample, begin, false);
+      C r[1][1];
+      residual_of<Part, Denoises>(p, f.weights, load_inputs<Part, Denoises>(layout, rows, at), r[0]);
+      store_gradients<Part, Denoises, 1>(p, f, rows.gradient, at, r);
     }
   }
 }
 
 template <class Memory, bool Denoises>
 cudaError_t run_gradient(const PseudoHuber& p, const Results&, bool aligned, cudaStream_t stream) {
-  return run_elements<Memory>(gradient_kernel<Memory, Denoises>, p, aligned, stream);
+  const int groups = aligned && p.distance != Distance::elementwise ? kGroupsOfGradient<Memory> : 1;
+  return run_elements<Memory>(gradient_kernel<Memory, Denoises>, p, aligned, stream, groups);
 }
 
 // Determines the traversal of memory, and with it the order of a sum.

@@ -60,7 +60,8 @@ BICM_DEVICE void residuals_of_whole(const PseudoHuber& p, const Preconditioning<
     BICM_UNROLL(8)
     for (int i = 0; i < kBatch; ++i) {
       const int64_t begin = first + ((batch + i) * kThreads + static_cast<int>(threadIdx.x)) * Memory::kGroup;
-      in[i] = load_inputs<Memory, Denoises>(p.layout, p, {sample, begin, Memory::kGroup, true});
+      const typename Memory::Place place = {sample, begin, Memory::kGroup, true};
+      in[i] = load_inputs<Memory, Denoises>(p.layout, p, place);
     }
     BICM_UNROLL(8)
     for (int i = 0; i < kBatch; ++i) residual_of<Memory, Denoises>(p, weights, in[i], r[batch + i]);
@@ -114,8 +115,8 @@ BICM_DEVICE void differentiate_chunk(const PseudoHuber& p, const Results& to, in
     for (int round = 0; round < kRounds<Memory>; ++round) {
       const int place = place_of(round);
       if (place >= count) continue;
-      store_gradients<Unrounded<Memory>, Denoises>(p, f, p.gradient,
-                                                   Memory::at(p.layout, sample, first + place, aligned), r[round]);
+      store_gradients<Unrounded<Memory>, Denoises, 1>(p, f, p.gradient,
+                                                      Memory::at(p.layout, sample, first + place, aligned), r + round);
     }
   }
   if (threadIdx.x == 0 && count > 0) finish_chunk<C>(p, to, sample, sample * to.chunks + chunk, total);

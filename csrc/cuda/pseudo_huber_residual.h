@@ -45,8 +45,8 @@ struct Inputs {
   typename Memory::Raw prediction, target, x;
 };
 
-template <class Memory, bool Denoises, class From>
-BICM_DEVICE Inputs<Memory> load_inputs(const Layout& layout, const From& from, const typename Memory::Place& place) {
+template <class Memory, bool Denoises, class From, class Place>
+BICM_DEVICE Inputs<Memory> load_inputs(const Layout& layout, const From& from, const Place& place) {
   Inputs<Memory> in = {};
   in.prediction = Memory::load(layout, from.prediction, place);
   in.target = Memory::load(layout, from.target, place);

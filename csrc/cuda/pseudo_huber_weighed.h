@@ -64,11 +64,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     BICM_LOOP
     for (int64_t begin = first_group() * G; begin < p.layout.elements; begin += group_stride() * G) {
       const typename Memory::Place place = Memory::at(p.layout, sample, begin, aligned);
-      C r[G], weight[G];
-      weighed_residual<Memory, Denoises>(p, f.weights, place, r, weight);
+      C r[1][G], weight[G];
+      weighed_residual<Memory, Denoises>(p, f.weights, place, r[0], weight);
       BICM_UNROLL(8)
-      for (int i = 0; i < G; ++i) r[i] = weighed_slope(p, r[i], f.c, f.power, weight[i]);
-      store_scaled<Memory, Denoises>(p, f, p.gradient, place, r);
+      for (int i = 0; i < G; ++i) r[0][i] = weighed_slope(p, r[0][i], f.c, f.power, weight[i]);
+      store_scaled<Memory, Denoises, 1>(p, f, p.gradient, place, r);
     }
   }
 }

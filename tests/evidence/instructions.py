@@ -1,7 +1,7 @@
 """Instructions of the loops of the CUDA kernels, counted in the machine code of one architecture.
 
-A loop's count is that of the shortest way through it which has the 128-bit accesses of whole, aligned groups: the way
-that nearly every iteration takes. What is called (square drawn_ of subnormal numbers) is not on it.
+A loop's count is that of the shortest way through it which has the 128-bit accesses of whole, aligned groups, one or
+several: the way that nearly every iteration takes. What is called (square drawn_ of subnormal numbers) is not on it.
 """
 
 from __future__ import annotations
@@ -136,5 +136,5 @@ def loops(code: list[Instruction], nested: bool = False) -> Iterator[dict[Work, 
 
 
 def round_of(code: list[Instruction], accesses: int, drawn_: int = 0, *, nested: bool = False) -> Cost | None:
-    """The cost of a round that moves one whole group, or, of an outer loop, of a sample that has one group."""
+    """The cost of a round with so many wide accesses, or, of an outer loop, of a sample that has one group."""
     return min((found[accesses, drawn_] for found in loops(code, nested) if (accesses, drawn_) in found), default=None)

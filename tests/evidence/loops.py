@@ -15,6 +15,8 @@ from .resources import LIBRARY, output, tool
 ARCHITECTURE = "sm_90"
 #: Elements of a group, and what a kernel's name says of its memory.
 DTYPES = {"float32": (4, "PackedIfE"), "bfloat16": (8, "BFloat16E")}
+#: A round of a loop moves so many groups. Of a kernel's loops that counts which moves most: another has the rest.
+GROUPS = (8, 4, 2, 1)
 #: A sample of this many elements is small: 3 x 32 x 32.
 SMALL = 3072
 
@@ -39,6 +41,7 @@ FORMS = (
     Form("`add_noise`", "16multistep_kernel.*Li1ELi6E", 1, 1, True),
     Form("`renoise`", "16multistep_kernel.*Li2ELi6E", 2, 2, True),
     Form("`denoised_step`, with everything", "16multistep_kernel.*Li2ELi14E", 2, 3, True),
+    Form("`denoised_step` of three, with everything", "16multistep_kernel.*Li3ELi14E", 3, 3, True),
     Form("`normal`", "12noise_kernel.*DistributionE0E", 0, 1, True),
     Form("`noisy_pair`", "17noisy_pair_kernel", 1, 2, True),
     Form("`pseudo_huber`, sums of squares", "19pseudo_huber_kernel.*Lb0E", 2, 0),
@@ -80,7 +83,7 @@ class Measured:
 
     @property
     def in_flight(self) -> int:
-        """Bytes that a processor's threads load at a time: a whole group of every input each."""
+        """Bytes that a processor's threads load at a time: the groups of a round of every input each."""
         return self.blocks * 256 * self.loaded
 
     def share(self, card: Card) -> float:
@@ -98,17 +101,18 @@ def small_samples(inner: int, outer: int, group: int) -> float:
 def measure(form: Form, dtype: str, code: list[Instruction], registers: int) -> Measured:
     group, _ = DTYPES[dtype]
     size, accesses, drawn = 16 // group, form.loads + form.stores, group if form.draws else 0
-    inner = round_of(code, accesses, drawn)
+    rounds = ((n, round_of(code, n * accesses, n * drawn)) for n in GROUPS)
+    groups, inner = next(((n, found) for n, found in rounds if found), (0, None))
     assert inner is not None, f"{form.title} in {dtype}: the loop was not found"
     outer = round_of(code, accesses, drawn, nested=True) if form.draws else None
     return Measured(
         registers,
         len(code),
-        inner.instructions / group,
-        inner.arithmetic / group,
+        inner.instructions / (groups * group),
+        inner.arithmetic / (groups * group),
         small_samples(inner.instructions, outer.instructions, group) if outer else None,
         size * accesses,
-        16 * form.loads,
+        16 * form.loads * groups,
     )
 
 
