@@ -13,8 +13,8 @@
 namespace at {
 __attribute__((weak)) bool hasCallbacks();
 }
-// Python's functions for these two take ten times as long: the active torch.func transforms, and TorchScript's tracing
-// state, null where it does not trace.
+// Python's functions for these take ten times as long: the active torch.func transforms; TorchScript's tracing state, null
+// where it does not trace; and whether a tensor has the negative bit.
 namespace at::functorch {
 struct DynamicLayer;
 __attribute__((weak)) const std::vector<DynamicLayer>& getDynamicLayerStack();
@@ -23,6 +23,12 @@ namespace torch::jit::tracer {
 struct TracingState;
 __attribute__((weak)) const std::shared_ptr<TracingState>& getTracingState();
 }  // namespace torch::jit::tracer
+namespace at {
+class Tensor;
+namespace native {
+__attribute__((weak)) bool is_neg(const Tensor& self);
+}
+}  // namespace at
 
 namespace bicm {
 namespace {
@@ -284,9 +290,14 @@ bool saves_through_hooks() {
   return hooks != Py_None;
 }
 
+static bool negated(PyObject* tensor) {
+  if (at::native::is_neg == nullptr || !abi::tensors_have_handles()) return !torch_.is_negated.says_no(tensor);
+  return at::native::is_neg(*reinterpret_cast<const at::Tensor*>(abi::handle_of(tensor)));
+}
+
 bool look_into_plain(PyObject* from, View& view) {
   // A view with the negative bit is not ordinary memory.
-  return is_of_torch(from) && look_into(from, view) && torch_.is_negated.says_no(from);
+  return is_of_torch(from) && look_into(from, view) && !negated(from);
 }
 
 bool read(PyObject* from, Object& to) {
