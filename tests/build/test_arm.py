@@ -209,7 +209,7 @@ Instructions = list[tuple[str, str]]
 FUSED_ON_PURPOSE = {("fmla", "4s")}
 #: Functions that work on whole blocks of float32 or halves: beside a few numbers per call, only in vectors.
 IN_VECTORS = re.compile(
-    r"draw<(float|double|\(bicm::Distribution\)0)>|::Update<.*::elements|residual_of_blocks<|scale_elements<|scale_slopes\(|differentiate_unit<float>"
+    r"draw<(float|double|\(bicm::Distribution\)0)>|::Update<.*::elements|residual_of_blocks<|scale_elements<|scale_slopes\(|(?<!sum_and_)differentiate_unit<float>"
 )
 
 
