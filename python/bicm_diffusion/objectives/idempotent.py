@@ -153,9 +153,7 @@ def sign_loss(
     dmd_weight, alpha_power: g = α^p·(D_learned - D_teacher)/w. "variance" has w = σ², with p = 1 SIGN eq. 7; p = 2 is
         the gradient of the divergence itself, since dy/df = α. "normalised" has w = mean |f(z) - D_teacher| (Yin et
         al.).
-    kind, c: of the distance D, see `bicm_kernels.pseudo_huber`, also for gradient. Of squares, flow and denoise
-        together have one gradient, formed in the backward pass unless gradient="forward": it is rounded relative to
-        f(x_n) and its goals, not to their differences.
+    kind, c: of the distance D, see `bicm_kernels.pseudo_huber`, also for gradient.
     seed, step, sample_id: the key, see `bicm_kernels.normal`; n of x_n is drawn from it as in every objective.
     Returns a `Loss`, whose terms are not weighted. Values of flow and dmd do not measure progress.
     Raises ValueError for a weight below 0, weights that are all 0, an unknown choice, and a term whose inputs are
@@ -202,11 +200,8 @@ def sign_loss(
                     kept = below.sigma / level.sigma
                     x_s = affine_step([x_n, x], [kept, below.alpha - kept * level.alpha])
                 goal = f(x_s)
-        if weights["flow"] and weights["denoise"]:
-            found.distances(("flow", "denoise"), answer, (goal, x))
-        elif weights["flow"]:
             found.distance("flow", answer, goal)
-        else:
+        if weights["denoise"]:
             found.distance("denoise", answer, x)
     if weights["reg"]:
         noise, image, named = _checked_pairs(pairs, x, extra_args)

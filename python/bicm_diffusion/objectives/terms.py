@@ -1,17 +1,15 @@
-"""The terms of a loss that is a weighted sum of distances: weights inside them, one gradient for several goals."""
+"""The terms of a loss that is a weighted sum of distances."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bicm_diffusion.objectives.evaluation import Loss
-from bicm_kernels import affine_step, pseudo_huber
+from bicm_kernels import pseudo_huber
 
 
 class Terms:
@@ -33,21 +31,6 @@ class Terms:
     def distance(self, name: str, sample: Tensor, goal: Tensor) -> None:
         """Add D(sample, goal), a mean over samples."""
         self.add_weighted(name, self.weighted(name)(sample, goal))
-
-    def distances(self, names: tuple[str, str], sample: Tensor, goals: tuple[Tensor, Tensor]) -> None:
-        """Add D(sample, goal) of two goals."""
-        given = self.options["kind"], self.options.get("c"), self.options["gradient"]
-        found = None
-        if given in _SHARED and not (torch.compiler.is_compiling() or any(goal.requires_grad for goal in goals)):
-            with suppress(RuntimeError):  # transforms of torch.func and forward derivatives refuse it
-                found = _TwoSquares.apply(sample, *goals, [self.weights[name] for name in names])
-        if found is None:
-            for name, goal in zip(names, goals, strict=True):
-                self.distance(name, sample, goal)
-            return
-        part, *terms = found
-        self.parts.append(part)
-        self.terms.update(zip(names, terms, strict=True))
 
     def each(self, name: str, sample: Tensor, goal: Tensor) -> Tensor:
         """Add D(sample, goal), and return that of every sample, (B,), detached."""
@@ -78,37 +61,3 @@ class Terms:
         for part in self.parts[1:]:
             total = total + part
         return Loss(total, self.terms)
-
-
-#: Options of distances whose gradients are one affine map of the sample and its goals.
-_SHARED = [("squared", None, gradient) for gradient in ("auto", "backward")]
-
-
-class _TwoSquares(torch.autograd.Function):
-    """Mean ‖sample - goal‖² of two goals: their weighted sum, and each.
-
-    The gradient of the sum is formed in the backward pass by one op, instead of two that are kept and then added. It is
-    that of the distance from a weighted mean of the goals, which is exactly 0 where both are the sample.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, sample: Tensor, goal: Tensor, other: Tensor, weights: Sequence[float]) -> tuple[Tensor, ...]:
-        ctx.weights = weights
-        ctx.save_for_backward(sample, goal, other)
-        ctx.set_materialize_grads(False)
-        terms = [pseudo_huber(sample, x, kind="squared") for x in (goal, other)]
-        return weights[0] * terms[0] + weights[1] * terms[1], *terms
-
-    @staticmethod
-    def backward(ctx: Any, part: Tensor | None, *terms: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        sample, *goals = ctx.saved_tensors
-        of_mean, gradient = 2 / max(1, len(sample)), None
-        if part is not None:
-            total = sum(ctx.weights)
-            factor = part * (of_mean * total)
-            gradient = affine_step([sample, tuple(goals)], [factor, -factor], guidance_scale=ctx.weights[1] / total)
-        for term, goal in zip(terms, goals, strict=True):
-            if term is not None:
-                own = (of_mean * term * (sample - goal)).to(sample.dtype)
-                gradient = own if gradient is None else gradient + own
-        return gradient, None, None, None
