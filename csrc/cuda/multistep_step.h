@@ -131,18 +131,25 @@ BICM_DEVICE void step_group(const Multistep& m, const Rows& rows, const Weights<
   }
 }
 
-// All inputs of a round are loaded before the first is used.
+// Groups of a round whose inputs are loaded before the first is used.
+constexpr int kAtOnce = 4;
+
 template <class Memory, int Terms, int Parts, int Groups, class Rows, class Keys, class Place>
 BICM_DEVICE void step_round(const Multistep& m, const Rows& rows, const Weights<typename Memory::Compute>& w,
                             const KeyOfSample<Keys>& key, const Place& place) {
-  Loaded<Memory, Terms == 0 ? kMaxTerms : Terms> in[Groups];
+  constexpr int kLoaded = Groups < kAtOnce ? Groups : kAtOnce;
+  static_assert(Groups % kLoaded == 0, "the last groups of a round would be left out");
   BICM_UNROLL(8)
-  for (int i = 0; i < Groups; ++i) {
-    in[i] = load_group<Memory, Terms, Parts>(m, rows, in_round(place, i));
-  }
-  BICM_UNROLL(8)
-  for (int i = 0; i < Groups; ++i) {
-    step_group<Memory, Terms, Parts>(m, rows, w, key, in_round(place, i), in[i]);
+  for (int first = 0; first < Groups; first += kLoaded) {
+    Loaded<Memory, Terms == 0 ? kMaxTerms : Terms> in[kLoaded];
+    BICM_UNROLL(8)
+    for (int i = 0; i < kLoaded; ++i) {
+      in[i] = load_group<Memory, Terms, Parts>(m, rows, in_round(place, first + i));
+    }
+    BICM_UNROLL(8)
+    for (int i = 0; i < kLoaded; ++i) {
+      step_group<Memory, Terms, Parts>(m, rows, w, key, in_round(place, first + i), in[i]);
+    }
   }
 }
 
@@ -167,10 +174,11 @@ constexpr int resident_blocks() {
   return (Parts & kDenoises) == 0 || Memory::kGroup < 8 ? 4 : 4 - kFewerBlocks;
 }
 
-// Groups that a thread moves in one round, as many as registers hold: of a single tensor 16 elements.
+// Groups that a thread moves in one round; the fewer terms, the less arithmetic is beside its addresses.
 template <class Memory, int Terms, int Parts>
 constexpr int kGroupsOfRound = Terms == 0 || (Parts & ~kGuides) != 0 || !kOneAccess<Memory> ? 1
-                               : Terms == 1                                                 ? 16 / Memory::kGroup
+                               : Terms == 1 && Memory::kGroup == 4                          ? 24
+                               : Terms == 1 || (Terms == 2 && Memory::kGroup == 4)          ? 4
                                                                                             : 2;
 
 template <class Memory, int Terms, int Parts>

@@ -128,11 +128,14 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks<Memory, Denoises>)
       }
     };
     const bool in_rounds = share.offset < share.end;
-    int64_t begin = share.first;
+    const auto load_single = [&] {
+      const int64_t begin = share.single();
+      if (begin < share.whole) load(place(begin), GroupsOfRound<1>{});
+    };
     if constexpr (kGroups > 1) {
       if (in_rounds) load(RoundPlace{share.offset}, GroupsOfRound<kGroups>{});
     }
-    if (!in_rounds && begin < share.whole) load(place(begin), GroupsOfRound<1>{});
+    if (!in_rounds) load_single();
     const Factors<C> f = factors_of<C>(p, sample, threadIdx.x == 0 ? number_at<double>(p.sums, sample) : 0.0);
     if (f.anywhere) {
       store_gradients_anywhere<Memory, Denoises>(p, f, sample, first_group() * G, layout.elements, group_stride() * G,
@@ -151,18 +154,17 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks<Memory, Denoises>)
           if (offset >= share.end) break;
           load(RoundPlace{offset}, GroupsOfRound<kGroups>{});
         }
-        begin = offset / kElementSize<Memory>;
-        if (begin < share.whole) load(place(begin), GroupsOfRound<1>{});
+        load_single();
       }
     }
-    for (; begin < share.whole; begin += share.stride) {
+    for (int64_t begin = share.single(); begin < share.whole; begin += share.stride) {
       C r[1][G];
       residual_of<Memory, Denoises>(p, f.weights, in[0], r[0]);
       if (begin + share.stride < share.whole) load(place(begin + share.stride), GroupsOfRound<1>{});
       store_gradients<Memory, Denoises, 1>(p, f, rows.gradient, place(begin), r);
     }
     BICM_LOOP
-    for (begin = share.whole + first_group(); begin < layout.elements; begin += group_stride()) {
+    for (int64_t begin = share.whole + first_group(); begin < layout.elements; begin += group_stride()) {
       const typename Memory::Place at = Part::in_row(layout, sample, begin, false);
       C r[1][1];
       residual_of<Part, Denoises>(p, f.weights, load_inputs<Part, Denoises>(layout, rows, at), r[0]);

@@ -28,7 +28,8 @@ BICM_DEVICE Place in_round(const Place& place, int) {
 }
 
 // The calling thread's share of every row: rounds of several groups, from byte to byte, then whole, aligned groups one
-// by one, from element to element. There are rounds where `in_rounds` asks for them and all warps have several groups.
+// by one, from element to element. There are rounds where `in_rounds` asks for them and a row has more than half of one
+// for every thread; what makes no whole round of a warp is one group each of some threads.
 template <class Memory, int Groups = 1>
 struct Share {
   int64_t first, stride, whole;
@@ -44,21 +45,27 @@ struct Share {
     static_assert(Groups == 1 || kOneAccess<Memory>, "the groups of a round have different distances");
     if constexpr (Groups > 1) {
       constexpr int64_t kSize = kElementSize<Memory>, kDistance = kApart * Memory::kGroup;
-      if (in_rounds && stride < whole && blockDim.x % kApart == 0) {
-        first += (first - first % kDistance) * (Groups - 1);
+      if (in_rounds && Groups * stride < 2 * whole && blockDim.x % kApart == 0) {
+        const int64_t rounds = whole - whole % (Groups * kDistance);
+        offset = (first + (first - first % kDistance) * (Groups - 1)) * kSize;
         step = Groups * stride * kSize;
-        end = (whole - (Groups - 1) * kDistance) * kSize;
-        stride = kDistance;
+        end = rounds * kSize;
       }
-      offset = first * kSize;
     }
+  }
+
+  // The first element of the groups that are moved one by one. After rounds it is computed: they need the registers.
+  BICM_DEVICE int64_t single() const {
+    if constexpr (Groups > 1) return first_group() * Memory::kGroup + end / kElementSize<Memory>;
+    return first;
   }
 
   // The empty statement keeps the compiler from computing it again for every row, or round.
   BICM_DEVICE Share kept() const {
     Share share = *this;
 #if defined(__CUDA_ARCH__)
-    asm volatile("" : "+l"(share.first), "+l"(share.stride), "+l"(share.whole));
+    if (Groups == 1) asm volatile("" : "+l"(share.first));
+    asm volatile("" : "+l"(share.stride), "+l"(share.whole));
     if (Groups > 1) asm volatile("" : "+l"(share.step), "+l"(share.end));
 #endif
     return share;
@@ -74,15 +81,12 @@ using GroupsOfRound = std::integral_constant<int, Groups>;
 template <class Memory, int Rest, int Groups, class Step>
 BICM_DEVICE void for_groups(const Layout& layout, int64_t sample, const Share<Memory, Groups>& share, Step step) {
   if (Memory::kGroup > 1) {
-    int64_t begin = share.first;
     if constexpr (Groups > 1) {
-      int64_t offset = share.offset;
-      for (; offset < share.end; offset += share.step) {
+      for (int64_t offset = share.offset; offset < share.end; offset += share.step) {
         step(Memory{}, RoundPlace{offset}, GroupsOfRound<Groups>{});
       }
-      begin = offset / kElementSize<Memory>;
     }
-    for (; begin < share.whole; begin += share.stride) {
+    for (int64_t begin = share.single(); begin < share.whole; begin += share.stride) {
       step(Memory{}, Memory::in_row(layout, sample, begin, true), GroupsOfRound<1>{});
     }
     if (share.whole == layout.elements) return;

@@ -211,7 +211,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& planned, cudaStrea
   gridDim = {x, y, 1};
   blockDim = {threads, 1, 1};
   emulator::Restart restart;
-  const unsigned until = device.until_block ? device.until_block : x;
+  const unsigned until = device.until_block && device.until_block < x ? device.until_block : x;
   for (unsigned j = 0; j < y; ++j) {
     for (unsigned i = device.from_block; i < until; i += cluster) {
       for (auto& numbers : emulator::numbers_of_block) numbers.clear();
@@ -241,8 +241,9 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& planned, cudaStrea
 }  // namespace cuda
 }  // namespace bicm
 
+// What is asked of a device is remembered by its number: one with other processors is another.
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = bicm::emulator::device.processors;
   return bicm::emulator::device.error();
 }
 

@@ -14,8 +14,8 @@ from .tensors import Tensor
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 #: Blocks along a sample and along the batch, threads; with 48 threads there are no rounds.
 GRIDS = [(1, 1, 32), (1, 2, 96), (2, 1, 64), (3, 3, 48)]
-#: Groups of a row: none in a round, one round and all kinds of rests, several rounds.
-GROUPS = [31, 33, 96, 97, 128, 160, 257, 500, 1000]
+#: Groups of a row: none in a round, one round and all kinds of rests, several rounds; of 2, of 4 and of 24 groups.
+GROUPS = [31, 33, 96, 97, 128, 160, 257, 500, 512, 1000, 1600, 2100]
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -44,6 +44,24 @@ def test_a_row_that_ends_with_a_part_of_a_group(device: bicm_emulator.Device, gr
     device.x, device.y, device.threads = 1, 1, 32
     for dtype, size in SIZES.items():
         check_step(lambda p: p.run("cuda"), affine((1, groups * 16 // size + 3), dtype, dtype, 3))
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3])
+def test_every_processor_has_work(device: bicm_emulator.Device, terms: int) -> None:
+    """Where there are more groups than threads that run at a time: rounds do not leave processors without any."""
+    device.processors, threads = 8, 8 * 4 * 256
+    traffic = bicm_emulator.traffic
+    for groups in [threads + 1, 2 * threads, 5 * threads, 9 * threads + 100, 40 * threads]:
+        problem = affine((1, groups * 4), "float32", "float32", terms)
+        written = []
+        for block in range(8 * 4 * 8):  # blocks of 32 threads
+            device.from_block, device.until_block = block, block + 1
+            traffic.written = 0
+            problem.run("cuda")
+            written.append(traffic.written)
+        assert sum(written) == groups * 16
+        assert sum(bytes_of_block > 0 for bytes_of_block in written) >= device.processors, groups
+        assert max(written) <= 3 * groups * 16 / (8 * 4) + 24 * 16 * 256, groups
 
 
 @pytest.mark.parametrize("kind", ["vector", "squared", "elementwise"])

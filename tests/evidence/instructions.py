@@ -17,6 +17,8 @@ from typing import NamedTuple
 ARITHMETIC = re.compile(
     r"[FD](ADD|MUL|FMA|SEL|MNMX|SETP?|CHK)|H(ADD|MUL|FMA)2|MUFU|I2FP|F2FP?|PRMT|LOP3|IMAD\.(WIDE|HI)\.U32|IMAD\.U32"
 )
+#: An address from the number of an access, and a move from a uniform register.
+OF_ADDRESSES = re.compile(r", 0x10, R|^R\d+, -?RZ, RZ, ")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Instruction:
 
     @property
     def computes(self) -> bool:
-        return ARITHMETIC.match(self.name) is not None
+        return ARITHMETIC.match(self.name) is not None and not OF_ADDRESSES.search(self.rest)
 
 
 LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z][\w.]*)\s*(.*?)\s*;", re.MULTILINE)

@@ -16,7 +16,9 @@ ARCHITECTURE = "sm_90"
 #: Elements of a group, and what a kernel's name says of its memory.
 DTYPES = {"float32": (4, "PackedIfE"), "bfloat16": (8, "BFloat16E")}
 #: A round of a loop moves so many groups. Of a kernel's loops that counts which moves most: another has the rest.
-GROUPS = (8, 4, 2, 1)
+GROUPS = (24, 16, 8, 4, 2, 1)
+#: Groups of a round whose loads wait for no other.
+AT_ONCE = 4
 #: A sample of this many elements is small: 3 x 32 x 32.
 SMALL = 3072
 
@@ -83,7 +85,7 @@ class Measured:
 
     @property
     def in_flight(self) -> int:
-        """Bytes that a processor's threads load at a time: the groups of a round of every input each."""
+        """Bytes that a processor's threads load at a time: of a round, so many groups of every input."""
         return self.blocks * 256 * self.loaded
 
     def share(self, card: Card) -> float:
@@ -112,7 +114,7 @@ def measure(form: Form, dtype: str, code: list[Instruction], registers: int) -> 
         inner.arithmetic / (groups * group),
         small_samples(inner.instructions, outer.instructions, group) if outer else None,
         size * accesses,
-        16 * form.loads * groups,
+        16 * form.loads * min(groups, AT_ONCE),
     )
 
 
