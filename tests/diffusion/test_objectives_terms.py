@@ -41,11 +41,52 @@ def test_each_distance_has_its_weight_and_sums_to_the_term() -> None:
     sample, goal, _ = three()
     sample.requires_grad_()
     found = Terms({"recon": 0.4}, {"gradient": "auto"})
-    each = found.each("recon", sample, goal)
+    each = found.each("recon", len(sample), lambda distance: distance(sample, goal))
     torch.testing.assert_close(each, (sample - goal).flatten(1).square().sum(1).detach())
     assert not each.requires_grad
     torch.testing.assert_close(found.loss().total, 0.4 * found.terms["recon"])
     torch.testing.assert_close(found.terms["recon"], each.mean())
+
+
+# --- a bounded distance -----------------------------------------------------------------------------------------------
+
+
+def bounded(sample: Tensor, goal: Tensor, reach: Tensor) -> Tensor:
+    away = (sample - goal).flatten(1).square().sum(1)
+    return -0.3 * (reach * (away / reach).tanh()).mean()
+
+
+def ours_bounded(sample: Tensor, goal: Tensor, reach: Tensor, gradient: str = "auto") -> Tensor:
+    found = Terms({"tight": 0.3}, {"gradient": gradient})
+    found.bounded("tight", sample, goal, reach, found.values(sample, goal))
+    return found.loss().total
+
+
+@pytest.mark.parametrize("gradient", ["auto", "backward", "forward"])
+def test_a_bounded_distance_and_its_derivatives(gradient: str) -> None:
+    (sample, goal, direction), reach = three(), torch.tensor([0.1, 1.0, 5.0, 20.0, 1e3]).double()
+    sample.requires_grad_()
+    results = [ours_bounded(sample, goal, reach, gradient), bounded(sample, goal, reach)]
+    torch.testing.assert_close(*results)
+    first = [torch.autograd.grad(3 * value, sample, retain_graph=True)[0] for value in results]
+    torch.testing.assert_close(*first)
+    if gradient == "forward":
+        return  # kept gradients are not differentiated
+    once = [torch.autograd.grad(value, sample, create_graph=True)[0] for value in results]
+    torch.testing.assert_close(*(torch.autograd.grad((g * direction).sum(), sample)[0] for g in once))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_a_bounded_distance_in_float32_is_as_accurate_as_the_formula(scale: float) -> None:
+    goal, noise, _ = three(torch.float32)
+    sample, reach = goal + scale * noise, scale**2 * torch.tensor([0.5, 1.0, 5.0, 20.0, 1e3])
+
+    def gradient(value: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        leaf = sample.to(dtype).requires_grad_()
+        return torch.autograd.grad(value(leaf, goal.to(dtype), reach.to(dtype)), leaf)[0]
+
+    exact, eager = gradient(bounded, torch.float64), gradient(bounded, torch.float32)
+    assert (gradient(ours_bounded, torch.float32) - exact).abs().max() <= 2 * (eager - exact).abs().max()
 
 
 # --- a distance from the frozen network -------------------------------------------------------------------------------
@@ -198,11 +239,15 @@ def test_passes_of_sign() -> None:
 
 
 def test_passes_of_ign() -> None:
-    """z, and idem's sum; recon and idem with their gradients, whose upstream is 1; tight, forward and backward."""
+    """z, and idem's sum; every distance with its gradient, whose upstream is 1: tight's slopes are known from idem."""
     found = large(lambda f, x: ign_loss(f, x, **KEY, gradient="forward").total)
-    assert found.pop("scale_gradients_") == 1  # recon's, one number per sample: nothing is read where it is 1
-    ours = {"affine_step": 2, "pseudo_huber": 1, "pseudo_huber_backward": 1, "pseudo_huber_with_gradients": 2}
-    assert found == ours
+    # recon's and idem's: nothing is read of samples where it is 1.
+    assert found.pop("scale_gradients_") == 2
+    assert found == {"affine_step": 2, "pseudo_huber_with_gradients": 3}
+    # Without idem, tight's distance is measured before.
+    found = large(lambda f, x: ign_loss(f, x, **KEY, idem=0.0, gradient="forward").total)
+    assert found.pop("scale_gradients_") == 1
+    assert found == {"affine_step": 1, "pseudo_huber": 1, "pseudo_huber_with_gradients": 2}
 
 
 def test_the_gradient_of_recon_is_final_where_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +259,7 @@ def test_the_gradient_of_recon_is_final_where_it_is_kept(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(kept_gradient, "scaled", noted)
     ign_loss(Passing(), samples().float(), **KEY, recon=3.0, idem=0.3, gradient="forward").total.backward()
-    assert len(upstreams) == 2 and all((upstream == 1).all() for upstream in upstreams)
+    assert len(upstreams) == 3 and all((upstream == 1).all() for upstream in upstreams)
 
 
 def test_the_weight_of_recon_does_not_move_the_bound() -> None:

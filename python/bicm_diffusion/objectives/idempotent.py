@@ -33,7 +33,7 @@ from bicm_diffusion.samplers.checks import (
 )
 from bicm_diffusion.samplers.prediction import Prediction, known_prediction
 from bicm_diffusion.schedules import Schedule, vp_schedule
-from bicm_kernels import affine_step, fold_in, pseudo_huber
+from bicm_kernels import affine_step, fold_in
 
 SOLVERS = ("empirical", "euler", "heun")
 DMD_WEIGHTS = ("variance", "normalised")
@@ -82,24 +82,27 @@ def ign_loss(
         check_number("bound", bound)
     found = Terms(weights, {"gradient": gradient})
     bounded = bound is not None and weights["tight"] > 0
-    errors = found.each("recon", f(x), x) if bounded else None
-    if errors is None and weights["recon"]:
-        found.distance("recon", f(x), x)
+    errors = away = None
+    if weights["recon"] or bounded:
+        again = f(x)
+        if weights["recon"]:
+            errors = found.each("recon", len(x), lambda distance: distance(again, x))
+        else:
+            errors = found.values(again, x)
+            found.terms["recon"] = errors.mean()
     if weights["idem"] or weights["tight"]:
         sample = f(_latents(x, latent_std, seed=seed, step=step, sample_id=sample_id))
         if weights["idem"]:
-            found.add_weighted("idem", f.again(sample, found.weighted("idem")))
+            away = found.each("idem", len(x), lambda distance: f.again(sample, distance))
     if weights["tight"]:
         start = sample.detach()
-        # Its upstream gradients depend on the bound: nothing is kept for an upstream of 1.
-        away = pseudo_huber(f(start), start, kind="squared", reduction="none", gradient="backward")
+        again = f(start)
         if errors is None or bound is None:
-            found.add("tight", -away.mean())
+            found.add_weighted("tight", found.weighted("tight", -1)(again, start))
         else:
-            # Where the reconstruction error is 0, so are the bound and what is multiplied by it.
-            reach = bound * errors
-            share = reach * (-weights["tight"] / max(1, len(x)))
-            found.add_weighted("tight", (share * (away / reach.clamp_min(torch.finfo(reach.dtype).tiny)).tanh()).sum())
+            # f' is f: what idem has measured is the distance.
+            away = found.values(again, start) if away is None else away
+            found.bounded("tight", again, start, bound * errors, away)
     return found.loss()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bicm_diffusion.objectives.evaluation import Loss
@@ -23,26 +24,46 @@ class Terms:
         self.terms: dict[str, Tensor] = {}
         self.parts: list[Tensor] = []
 
-    def weighted(self, name: str) -> Callable[[Tensor, Tensor], Tensor]:
-        """The distance of a term, times its weight."""
-        weight = self.weights[name]
+    def weighted(self, name: str, sign: int = 1) -> Callable[[Tensor, Tensor], Tensor]:
+        """The distance of a term, times its weight and a sign."""
+        weight = sign * self.weights[name]
         return partial(pseudo_huber, weight=None if weight == 1 else weight, **self.options)
 
     def distance(self, name: str, sample: Tensor, goal: Tensor) -> None:
         """Add D(sample, goal), a mean over samples."""
         self.add_weighted(name, self.weighted(name)(sample, goal))
 
-    def each(self, name: str, sample: Tensor, goal: Tensor) -> Tensor:
-        """Add D(sample, goal), and return that of every sample, (B,), detached."""
+    def each(self, name: str, count: int, evaluate: Callable[[Callable[[Tensor, Tensor], Tensor]], Tensor]) -> Tensor:
+        """Add evaluate(D), D of every one of so many samples, and return it, (B,), detached."""
         # The weight inside makes a step's upstream gradients 1, for which a gradient kept with the value is final.
-        weight = self.weights[name] / max(1, len(sample))
-        if not weight:
-            values = pseudo_huber(sample.detach(), goal, reduction="none", **self.options)
-            self.terms[name] = values.mean()
-            return values
-        values = pseudo_huber(sample, goal, weight=weight, reduction="none", **self.options)
+        weight = self.weights[name] / max(1, count)
+        values = evaluate(partial(pseudo_huber, weight=weight, reduction="none", **self.options))
         self.add_weighted(name, values.sum())
         return values.detach() / weight
+
+    def values(self, sample: Tensor, goal: Tensor) -> Tensor:
+        """D(sample, goal) of every sample, (B,), without gradients."""
+        return pseudo_huber(sample.detach(), goal, reduction="none", **self.options)
+
+    def bounded(self, name: str, sample: Tensor, goal: Tensor, reach: Tensor, away: Tensor) -> None:
+        """Subtract reach·tanh(D(sample, goal)/reach), a mean over samples; differentiable in the sample.
+
+        reach: (B,). away: D(sample, goal), so that the derivative is known before the sample is read.
+        """
+        share = reach * (-self.weights[name] / max(1, len(sample)))
+        divisor = reach.clamp_min(torch.finfo(reach.dtype).tiny)  # where it is 0, so is what is multiplied by it
+
+        def formula(sample: Tensor) -> Tensor:
+            distances = pseudo_huber(sample, goal, reduction="none", **self.options)
+            return (share * (distances / divisor).tanh()).sum()
+
+        if torch.compiler.is_compiling():
+            self.add_weighted(name, formula(sample))
+            return
+        level = (away / divisor).tanh()
+        slope = share / divisor * (1 - level * level)
+        tangent = pseudo_huber(sample, goal, weight=slope, reduction="sum", **self.options)
+        self.add_weighted(name, _Valued.apply(formula, (share * level).sum(), tangent, sample))
 
     def add_weighted(self, name: str, part: Tensor) -> None:
         """Add a term that has been multiplied by its weight."""
@@ -61,3 +82,22 @@ class Terms:
         for part in self.parts[1:]:
             total = total + part
         return Loss(total, self.terms)
+
+
+class _Valued(torch.autograd.Function):
+    """A value with the derivative of a tangent; where that is differentiated, it is the derivative of a formula."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, formula: Callable[[Tensor], Tensor], value: Tensor, tangent: Tensor, sample: Tensor
+    ) -> Tensor:
+        ctx.formula = formula
+        ctx.save_for_backward(sample)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return None, None, upstream[0], None
+        (sample,) = ctx.saved_tensors
+        return None, None, None, *torch.autograd.grad(ctx.formula(sample), (sample,), upstream, create_graph=True)
