@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,15 +20,23 @@ NONE: dict[str, Any] = {"recon": 0.0, "idem": 0.0, "flow": 0.0}
 class _Answers(nn.Module):
     """A network without cost that returns stored outputs in turn; gradients pass to its input."""
 
-    def __init__(self, stored: Sequence[Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.stored = iter([output.detach() for output in stored])
-        self.parameter = nn.Parameter(stored[0].new_empty(0))
+        self.stored: Iterator[Tensor] = iter(())
+        self.parameter = nn.Parameter(torch.empty(0))
+
+    def giving(self, *outputs: Tensor) -> _Answers:
+        """The network, which returns these outputs next."""
+        self.stored = iter([output.detach() for output in outputs])
+        return self
 
     def forward(self, x: Tensor, *_: Tensor) -> Tensor:
         """Return the next output."""
         result: Tensor = PassThrough.apply(x, next(self.stored), self.parameter)
         return result
+
+
+NETWORK, TEACHER, LEARNED = _Answers(), _Answers(), _Answers()
 
 
 def squared(a: Tensor, b: Tensor) -> Tensor:
@@ -38,7 +46,7 @@ def squared(a: Tensor, b: Tensor) -> Tensor:
 
 def ours_ign(first: Tensor, other: Tensor, x: Tensor) -> Tensor:
     """``ign_loss``."""
-    return ign_loss(_Answers([first, other, first, first]), x, seed=SEED, step=0).total
+    return ign_loss(NETWORK.giving(first, other, first, first), x, seed=SEED, step=0).total
 
 
 def ign(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
@@ -55,7 +63,7 @@ def ign(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Ten
 
 def ours_sign(first: Tensor, other: Tensor, x: Tensor) -> Tensor:
     """``sign_loss`` with the empirical pair."""
-    f = _Answers([first, other, first, other, first])
+    f = NETWORK.giving(first, other, first, other, first)
     return sign_loss(f, x, seed=SEED, step=0, schedule=SCHEDULE, idem=0.1, denoise=0.1).total
 
 
@@ -82,9 +90,9 @@ def sign(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Te
 
 def ours_dmd(first: Tensor, other: Tensor, x: Tensor) -> Tensor:
     """``sign_loss`` with dmd only, and the learned model's loss."""
-    models: dict[str, Any] = {"teacher": _Answers([other]), "learned": _Answers([first, first])}
+    models: dict[str, Any] = {"teacher": TEACHER.giving(other), "learned": LEARNED.giving(first, first)}
     options: dict[str, Any] = {"schedule": SCHEDULE, "dmd": 1.0, "prediction": "x0", **NONE, **models}
-    return sign_loss(_Answers([x]), x, seed=SEED, step=0, **options).total
+    return sign_loss(NETWORK.giving(x), x, seed=SEED, step=0, **options).total
 
 
 def dmd(first: Tensor, other: Tensor, x: Tensor, *, draw: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
