@@ -1,5 +1,4 @@
-// float32, float16 and bfloat16 in memory: an element, or a vector that is widened and rounded in registers. Not by the
-// instructions for bfloat16 of some processors, which flush subnormal numbers.
+// float32, float16 and bfloat16 in memory: an element, or a vector that is widened and rounded in registers.
 #pragma once
 
 #include "../core/half.h"
@@ -133,11 +132,22 @@ BICM_HD Bytes places(int first, int step) {
 }
 
 // Words to the high halves of lanes in one instruction, and zeros to the low ones.
-BICM_HD Pair load_pair(const BFloat16* from) {
+BICM_HD Pair pair_of_bfloat16s(Bytes x) {
   constexpr __mmask32 high = 0xAAAAAAAAu;
-  const Bytes x = load_vector<Bytes>(from);
   return {(Floats)_mm512_maskz_permutexvar_epi16(high, places(0, 1), x),
           (Floats)_mm512_maskz_permutexvar_epi16(high, places(kLanes, 1), x)};
+}
+
+BICM_HD Pair load_pair(const BFloat16* from) { return pair_of_bfloat16s(load_vector<Bytes>(from)); }
+#endif
+
+#if defined(BICM_ISA_AVX512BF16)
+// Whether there are numbers that the processor's instruction for bfloat16 does not round as we do: it flushes subnormal
+// numbers, and keeps bits of a NaN.
+BICM_HD bool any_special(Floats x, Floats y) {
+  constexpr int quiet_nan = 0x01, subnormal = 0x20, signaling_nan = 0x80,
+                special = quiet_nan | subnormal | signaling_nan;
+  return (_mm512_fpclass_ps_mask((__m512)x, special) | _mm512_fpclass_ps_mask((__m512)y, special)) != 0;
 }
 #endif
 
@@ -188,6 +198,13 @@ BICM_HD Pair store_pair(Floats x, Floats y, Half* to) {
 
 template <bool kStreams>
 BICM_HD Pair store_pair(Floats x, Floats y, BFloat16* to) {
+#if defined(BICM_ISA_AVX512BF16)
+  if (__builtin_expect(!any_special(x, y), 1)) {
+    const Bytes both = (Bytes)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x);
+    store_vector<kStreams>(both, to);
+    return pair_of_bfloat16s(both);
+  }
+#endif
   Words high = round_to_bfloat16(x), higher = round_to_bfloat16(y);
   if (__builtin_expect(any_nan(x, y), 0)) {
     high = round_to_bfloat16(plain_nan(x));

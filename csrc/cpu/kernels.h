@@ -36,7 +36,7 @@ constexpr int64_t kUnitsPerSum = 64;
 
 // The instruction sets of this architecture, from the least to the best. CMakeLists.txt lists them too.
 #if defined(__x86_64__)
-#define BICM_EACH_ISA(ISA) ISA(scalar) ISA(avx2) ISA(avx512)
+#define BICM_EACH_ISA(ISA) ISA(scalar) ISA(avx2) ISA(avx512) ISA(avx512bf16)
 #elif defined(__aarch64__)
 #define BICM_EACH_ISA(ISA) ISA(scalar) ISA(neon)
 #else

@@ -53,7 +53,7 @@ def test_an_unknown_instruction_set_is_refused(python: Python, choice: str | Non
     done = python(DESCRIBE, check=False, BICM_KERNELS_BACKEND=choice, BICM_KERNELS_ISA="sse9")
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith("ValueError: ")
-    for word in ("BICM_KERNELS_ISA=sse9", "scalar, avx2, avx512 and neon"):
+    for word in ("BICM_KERNELS_ISA=sse9", "scalar, avx2, avx512, avx512bf16 and neon"):
         assert word in done.stderr.splitlines()[-1]
 
 
