@@ -3,7 +3,7 @@
 Three implementations give the same bits: ``native`` (C++ on the CPU, CUDA on NVIDIA GPUs), ``triton`` (any GPU that
 Triton supports) and ``reference`` (plain PyTorch, slow). The environment variable ``BICM_KERNELS_BACKEND`` chooses:
 ``auto`` (the default) takes the first one available; any other name forces that one, and raises if it is missing.
-``BICM_KERNELS_ISA`` (scalar, avx2, avx512, avx512bf16; on Arm scalar, neon) forces the native library's instruction set,
+``BICM_KERNELS_ISA`` (scalar, avx2, avx512, avx512bf16; on Arm scalar, neon) forces the CPU kernels' instruction set,
 ``BICM_KERNELS_KEPT_MEMORY`` bounds the memory that it keeps for results, in MiB (256; 0 keeps none), and
 ``BICM_KERNELS_GENERATOR`` selects what draws ``torch_randn``: ``native`` (the default: the native library where its
 bits match torch's) or ``torch``. ``BICM_KERNELS_DIRECT=0`` sends every call through torch's dispatcher, ``cuda`` lets
