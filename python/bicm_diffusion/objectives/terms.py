@@ -63,7 +63,8 @@ class Terms:
         level = (away / divisor).tanh()
         slope = share / divisor * (1 - level * level)
         tangent = pseudo_huber(sample, goal, weight=slope, reduction="sum", **self.options)
-        self.add_weighted(name, _Valued.apply(formula, (share * level).sum(), tangent, sample))
+        again = (formula, sample) if self.options["gradient"] != "forward" else (None, None)
+        self.add_weighted(name, _Valued.apply((share * level).sum(), tangent, *again))
 
     def add_weighted(self, name: str, part: Tensor) -> None:
         """Add a term that has been multiplied by its weight."""
@@ -85,11 +86,11 @@ class Terms:
 
 
 class _Valued(torch.autograd.Function):
-    """A value with the derivative of a tangent; where that is differentiated, it is the derivative of a formula."""
+    """A value with the derivative of a tangent, or where that is differentiated, of a formula if there is one."""
 
     @staticmethod
     def forward(
-        ctx: Any, formula: Callable[[Tensor], Tensor], value: Tensor, tangent: Tensor, sample: Tensor
+        ctx: Any, value: Tensor, tangent: Tensor, formula: Callable[[Tensor], Tensor] | None, sample: Tensor | None
     ) -> Tensor:
         ctx.formula = formula
         ctx.save_for_backward(sample)
@@ -97,7 +98,7 @@ class _Valued(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.is_grad_enabled():
-            return None, None, upstream[0], None
+        if ctx.formula is None or not torch.is_grad_enabled():
+            return None, upstream[0], None, None
         (sample,) = ctx.saved_tensors
         return None, None, None, *torch.autograd.grad(ctx.formula(sample), (sample,), upstream, create_graph=True)
