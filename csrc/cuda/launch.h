@@ -95,17 +95,16 @@ inline int64_t rows_at_once(int64_t batch, int64_t x, int64_t capacity) {
 }
 
 // `groups_of_round`: a thread moves so many groups at once where not all of them can have a thread of their own, and a
-// quarter of the blocks that run at a time is left.
+// quarter of the threads that run at a time is left.
 template <class Kernel>
 cudaError_t plan(const Layout& layout, int group, Kernel* kernel, Grid& grid, int groups_of_round = 1) {
   int64_t capacity;
   const cudaError_t error = capacity_for(kernel, capacity);
   if (error != cudaSuccess) return error;
   int64_t groups = divide_up(layout.elements, group);
-  const int64_t rounds = divide_up(groups, groups_of_round);
-  if (layout.batch * divide_up(groups, kThreads) > capacity &&
-      4 * layout.batch * divide_up(rounds, kThreads) >= capacity) {
-    groups = rounds;
+  const int64_t fewer = divide_up(groups, groups_of_round);
+  if (layout.batch * divide_up(groups, kThreads) > capacity && 4 * layout.batch * fewer >= capacity * kThreads) {
+    groups = fewer;
   }
   const int64_t blocks = divide_up(groups, kThreads);
   const int64_t threads = divide_up(divide_up(groups, blocks), 32) * 32;

@@ -211,6 +211,7 @@ PYBIND11_MODULE(bicm_emulator, module) {
       .def_readwrite("skips_cluster_barriers", &Device::skips_cluster_barriers)
       .def_readwrite("mistakes_peer", &Device::mistakes_peer)
       .def_readonly("launches", &Device::launches)
+      .def_readonly("threads_of_grid", &Device::threads_of_grid)
       .def_readonly("memsets", &Device::memsets);
   py::class_<Traffic>(module, "Traffic",
                       "Bytes that CUDA kernels moved: of tensors, and of numbers that a block shares")

@@ -47,6 +47,7 @@ struct Device {
   bool skips_barriers = false;                                 // planted faults: __syncthreads does nothing,
   bool skips_cluster_barriers = false, mistakes_peer = false;  // a cluster's does, another block's memory is meant
   int64_t launches = 0, memsets = 0;
+  unsigned threads_of_grid = 0;  // of the last launch
 
   cudaError_t error() const { return fails ? cudaErrorNoDevice : cudaSuccess; }
 };
@@ -207,6 +208,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& planned, cudaStrea
                      cluster <= emulator::kMaxCluster && x % cluster == 0;
   if (!valid) return cudaErrorInvalidConfiguration;
   ++device.launches;
+  device.threads_of_grid = x * y * threads;
   emulator::synchronises = planned.synchronises;
   gridDim = {x, y, 1};
   blockDim = {threads, 1, 1};

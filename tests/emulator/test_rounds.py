@@ -64,6 +64,17 @@ def test_every_processor_has_work(device: bicm_emulator.Device, terms: int) -> N
         assert max(written) <= 3 * groups * 16 / (8 * 4) + 24 * 16 * 256, groups
 
 
+@pytest.mark.parametrize("terms", [1, 2, 3])
+@pytest.mark.parametrize("groups", [31, 96, 768, 5000])
+def test_short_rows_have_threads_enough(device: bicm_emulator.Device, groups: int, terms: int) -> None:
+    device.processors, threads = 8, 8 * 4 * 256
+    for rows in (1, 40, 300):
+        problem = affine((rows, groups * 4), "float32", "float32", terms)
+        problem.coefficients = [Tensor.of(np.full(rows, x), "float32") for x in problem.coefficients]
+        check_step(lambda p: p.run("cuda"), problem)
+        assert device.threads_of_grid >= min(rows * groups, threads) / 4
+
+
 @pytest.mark.parametrize("kind", ["vector", "squared", "elementwise"])
 def test_gradients(device: bicm_emulator.Device, kind: str) -> None:
     """With a thread for every group, and with a block for all of them, which are as many threads as a chunk has."""
