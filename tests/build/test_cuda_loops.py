@@ -8,7 +8,7 @@ import pytest
 
 from tests.evidence import loops
 from tests.evidence.document import written
-from tests.evidence.instructions import functions, round_of
+from tests.evidence.instructions import Instruction, functions, round_of
 from tests.evidence.resources import LIBRARY, compiler, output, tool
 
 #: A loop over groups of two tensors with a way round a call, inside a loop over samples; the addresses are bytes.
@@ -39,6 +39,23 @@ def test_instructions_of_a_loop() -> None:
     assert round_of(code, 2, 1, nested=True) == (8, 1)
     assert round_of(code, 2) is None
     assert round_of(code, 1, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "rest", "computes"),
+    [
+        ("FMUL", "R15, R23.reuse, R15", True),
+        ("IMAD.U32", "R5, R2, 0x10000, RZ", True),  # a bfloat16, widened
+        ("HADD2.F32", "R5, -RZ, R2.H0_H0", True),
+        ("IMAD.WIDE.U32", "R4, R3, -0x326172a9, RZ", True),  # Philox
+        ("IMAD.WIDE.U32", "R28, R3, 0x10, R28", False),  # an address from the number of an access
+        ("IMAD.U32", "R29, RZ, RZ, UR15", False),  # a move
+        ("HFMA2.MMA", "R27, -RZ, RZ, 0, 0", False),
+        ("IADD3", "R8, P0, R21, UR12, RZ", False),
+    ],
+)
+def test_arithmetic_is_of_elements(name: str, rest: str, computes: bool) -> None:
+    assert Instruction(0, "", name, rest).computes is computes
 
 
 needs_library = pytest.mark.skipif(

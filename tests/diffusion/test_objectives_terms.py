@@ -48,6 +48,13 @@ def test_each_distance_has_its_weight_and_sums_to_the_term() -> None:
     torch.testing.assert_close(found.terms["recon"], each.mean())
 
 
+def test_values_have_no_gradient_even_of_a_goal_that_has_one() -> None:
+    sample, goal, _ = three()
+    values = Terms({}, {}).values(sample.requires_grad_(), goal.requires_grad_())
+    torch.testing.assert_close(values, (sample - goal).detach().flatten(1).square().sum(1))
+    assert not values.requires_grad
+
+
 # --- a bounded distance -----------------------------------------------------------------------------------------------
 
 

@@ -43,7 +43,7 @@ class Terms:
 
     def values(self, sample: Tensor, goal: Tensor) -> Tensor:
         """D(sample, goal) of every sample, (B,), without gradients."""
-        return pseudo_huber(sample.detach(), goal, reduction="none", **self.options)
+        return pseudo_huber(sample.detach(), goal.detach(), reduction="none", **self.options)
 
     def bounded(self, name: str, sample: Tensor, goal: Tensor, reach: Tensor, away: Tensor) -> None:
         """Subtract reach·tanh(D(sample, goal)/reach), a mean over samples; differentiable in the sample.

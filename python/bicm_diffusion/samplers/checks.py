@@ -96,16 +96,13 @@ def check_output(output: object, z: Tensor, guidance_scale: object = None, *, na
 
     name: the caller's name of the model.
     """
-    if guidance_scale is None and isinstance(output, Tensor) and _is_like(output, z):
-        return
-    like = f"a tensor of shape {tuple(z.shape)}"
     pair = isinstance(output, tuple | list) and len(output) == 2 and all(isinstance(x, Tensor) for x in output)
     if guidance_scale is None:
         if pair and name == "model":
             raise TypeError(
-                f"model: expected {like}, got a pair of tensors; guidance_scale=… combines a pair (uncond, cond)"
+                f"model: expected {_like(z)}, got a pair of tensors; guidance_scale=… combines a pair (uncond, cond)"
             )
-        _check_tensor(name, output, z, like)
+        _check_tensor(name, output, z)
         return
     if not pair:
         doubled = isinstance(output, Tensor) and output.dim() > 0 and len(output) == 2 * len(z) > 0
@@ -113,20 +110,20 @@ def check_output(output: object, z: Tensor, guidance_scale: object = None, *, na
         expected = f"a pair (uncond, cond) of tensors of shape {tuple(z.shape)}, because guidance_scale is given"
         raise TypeError(f"model: expected {expected}, got {described(output)}{hint}")
     for half in output:  # type: ignore[attr-defined]
-        _check_tensor("model", half, z, like)
+        _check_tensor("model", half, z)
 
 
-def _is_like(output: Tensor, z: Tensor) -> bool:
-    return output.shape == z.shape and output.dtype in FLOATING and output.device == z.device
+def _like(z: Tensor) -> str:
+    return f"a tensor of shape {tuple(z.shape)}"
 
 
-def _check_tensor(name: str, output: object, z: Tensor, like: str) -> None:
+def _check_tensor(name: str, output: object, z: Tensor) -> None:
     if not isinstance(output, Tensor):
-        raise TypeError(f"{name}: expected {like}, got {described(output)}{hint_for(output)}")
+        raise TypeError(f"{name}: expected {_like(z)}, got {described(output)}{hint_for(output)}")
     if output.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {output.dtype}")
     if output.shape != z.shape:
-        raise ValueError(f"{name}: expected {like}, as its input has, got shape {tuple(output.shape)}")
+        raise ValueError(f"{name}: expected {_like(z)}, as its input has, got shape {tuple(output.shape)}")
     if output.device != z.device:
         raise ValueError(f"{name}: expected a tensor on {z.device}, where its input is, got one on {output.device}")
 
