@@ -17,7 +17,7 @@ from benchmarks.measurement import Measurement, Row, merged
 from benchmarks.overhead import COLUMNS, Overhead
 from benchmarks.picture import ratios, size, verdict
 
-WIDTH = 160
+WIDTH = 176
 #: Preemptions per second on a machine that is not quiet.
 BUSY = 20
 NOTES = """\
@@ -27,7 +27,8 @@ in family peers, eager is the peer's own code; a run of several of its steps is 
 moved: the minimum bytes that any implementation must read and write. copy: Tensor.copy_ of as many bytes.
 GB/s: moved / ours. vs eager, vs compile: how many times faster ours is.
 of bound: copy / ours, the fraction of the bandwidth bound that ours reaches.
-vs N threads: how many times faster ours is than on N threads, measured in turns with it.
+vs N threads: how many times faster ours is than on N threads, measured in turns with it; copy vs N threads: the same of
+copy, whose gain is that of the memory.
 †: the allocator returned memory to the system and page-faulted it again in every call.\
 """
 
@@ -71,6 +72,12 @@ def title(group: Sequence[Measurement]) -> str:
     return text
 
 
+def gain(base: Measurement, m: Measurement, name: str) -> str:
+    """How many times faster a contestant is than on fewer threads."""
+    known = name in base.times and name in m.times
+    return quotient(base.times[name].median / m.times[name].median if known else None)
+
+
 def cells(m: Measurement, base: Measurement | None = None) -> list[str]:
     """The row of one measurement; base: the same on fewer threads."""
     return [
@@ -83,7 +90,7 @@ def cells(m: Measurement, base: Measurement | None = None) -> list[str]:
         *(time_of(m, name) for name in ("eager", "compile", "copy")),
         f"{(m.bandwidth() or 0) / 1e9:.1f}",
         *(quotient(m.ratio(other)) for other in ("eager", "compile", "copy")),
-        *([] if base is None else [quotient(base.times["ours"].median / m.times["ours"].median)]),
+        *([] if base is None else [gain(base, m, name) for name in ("ours", "copy")]),
     ]
 
 
@@ -98,7 +105,8 @@ def table(group: Sequence[Measurement], bases: Mapping[Row, Measurement] | None 
     bases = bases or {}
     fewest = {m.threads for m in bases.values()}
     more = fewest and group[0].threads > min(fewest)
-    headings = (*HEADINGS, f"vs {min(fewest)} thread{'s' if min(fewest) > 1 else ''}") if more else HEADINGS
+    gain_of = f"vs {min(fewest)} thread{'s' if min(fewest) > 1 else ''}" if more else ""
+    headings = (*HEADINGS, gain_of, f"copy {gain_of}") if more else HEADINGS
     result = Table(title=title(group), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, heading in enumerate(headings):
         result.add_column(heading, justify="left" if index < 2 else "right", no_wrap=True)

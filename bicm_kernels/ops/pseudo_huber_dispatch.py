@@ -92,12 +92,15 @@ class LossOp(Reduction):
         direct = backend.direct
         if direct is not None and not arguments.dynamo():
             try:
-                way, rest, operands = GRADIENTS[gradient], (*numbers, *self.codes[names]), tensors
-                found = getattr(direct, self.name)(way, *tensors, *rest)
+                way, rest, given = GRADIENTS[gradient], (*numbers, *self.codes[names]), tensors
+                if type(tensors[-1]) is float and undisturbed():
+                    given = (*tensors[:-1], arguments.coefficient(tensors[-1]))
+                operands = given
+                found = getattr(direct, self.name)(way, *given, *rest)
                 if found is None:
                     # Floats among the tensors, a mask, or a weight that is to be expanded.
                     operands = self.laid_out(tensors) if undisturbed() else tensors
-                    if may_go_direct() or any(a is not b for a, b in zip(tensors, operands, strict=True)):
+                    if may_go_direct() or any(a is not b for a, b in zip(given, operands, strict=True)):
                         found = direct_call(self.name, way, *operands, *rest)
                 if type(found) is tuple:
                     kept, needs, tracked, *made = found

@@ -231,13 +231,14 @@ def test_the_plot_marks_the_crossover() -> None:
 
 
 def test_the_tables_of_made_rows(capsys: pytest.CaptureFixture[str]) -> None:
-    one, two = row(ours=1.8e-3, eager=9e-3, compile=0.9e-3), row(threads=2, ours=1e-3, eager=6e-3, compile=2e-3)
+    one = row(ours=1.8e-3, eager=9e-3, compile=0.9e-3, copy=3e-3)
+    two = row(threads=2, ours=1e-3, eager=6e-3, compile=2e-3, copy=2e-3)
     report.show([one, two], about={"processor": "made"})
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "processor made" in lines
     headings = [line for line in lines if line.startswith("op dtype elements")]
-    assert [line.endswith("of bound vs 1 thread") for line in headings] == [False, True]
-    assert next(line for line in lines if "1.00 ms" in line).endswith("1.80")  # 1.8 ms on one thread
+    assert [line.endswith("of bound vs 1 thread copy vs 1 thread") for line in headings] == [False, True]
+    assert next(line for line in lines if "1.00 ms" in line).endswith("2.00 1.80 1.50")  # 1.8 ms on one thread, a copy 3 ms
     assert "step float32 1 12 kB … 12 kB 5.00 … 5.00 0.50 … 0.50 at no size" in lines
     assert "step float32 2 12 kB … 12 kB 6.00 … 6.00 2.00 … 2.00 at every size" in lines
 
