@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,6 @@ from bicm_diffusion import Levels, bct_loss
 T_MIN = 0.002
 
 
-#: The stand-in's parameter in eager code: torch.compile makes none.
-PARAMETER = nn.Parameter(torch.empty(0))
-
-
 class PassThrough(torch.autograd.Function):
     """A stand-in for a network: it returns a stored output, and its input gets the output's gradient.
 
@@ -28,11 +24,36 @@ class PassThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scaled: Tensor, stored: Tensor, parameter: Tensor) -> Tensor:
+        ctx.device = parameter.device
         return stored.view_as(stored)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor]:
-        return gradients[0], None, gradients[0].new_empty(0)
+        return gradients[0], None, gradients[0].new_empty(0, device=ctx.device)
+
+
+class Answers(nn.Module):
+    """A network without cost that returns stored outputs in turn; gradients pass to its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stored: Iterator[Tensor] = iter(())
+        self.parameter = nn.Parameter(torch.empty(0))
+
+    def giving(self, *outputs: Tensor) -> Answers:
+        """The network, which returns these outputs next."""
+        self.stored = iter([output.detach() for output in outputs])
+        return self
+
+    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+        """Return the next output."""
+        result: Tensor = PassThrough.apply(x, next(self.stored), self.parameter)
+        return result
+
+
+NETWORK = Answers()
+#: The stand-in's parameter in eager code: torch.compile makes none.
+PARAMETER = nn.Parameter(torch.empty(0))
 
 
 def turns(*outputs: Tensor) -> Callable[[Tensor], Tensor]:
@@ -46,23 +67,10 @@ def turns(*outputs: Tensor) -> Callable[[Tensor], Tensor]:
     return network
 
 
-class _Turns(nn.Module):
-    """A network without cost: `other`, with gradients only to the input, is its first and last output."""
-
-    def __init__(self, first: Tensor, other: Tensor) -> None:
-        super().__init__()
-        self.outputs = iter([output.detach() for output in (other, first, first, other)])
-        self.parameter = nn.Parameter(first.new_empty(0))
-
-    def forward(self, scaled: Tensor, *_: Tensor) -> Tensor:
-        """Return the next output."""
-        result: Tensor = PassThrough.apply(scaled, next(self.outputs), self.parameter)
-        return result
-
-
 def ours_bct(first: Tensor, other: Tensor, x: Tensor, *levels: Tensor, gradient: str = "auto") -> Tensor:
     """``bct_loss``; the numbers per sample serve as levels."""
-    return bct_loss(_Turns(first, other), x, Levels(*levels), seed=SEED, step=0, gradient=gradient).total
+    network = NETWORK.giving(other, first, first, other)
+    return bct_loss(network, x, Levels(*levels), seed=SEED, step=0, gradient=gradient).total
 
 
 def bct(

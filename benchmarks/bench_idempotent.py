@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.bench_consistency import PassThrough, turns
+from benchmarks.bench_consistency import NETWORK, Answers, turns
 from benchmarks.cases import SEED, Case, column
 from bicm_diffusion import Schedule, ign_loss, sign_loss
 
@@ -17,26 +17,7 @@ SCHEDULE = Schedule((0.3, 0.7), (0.9, 0.6), (0.3, 0.8))
 NONE: dict[str, Any] = {"recon": 0.0, "idem": 0.0, "flow": 0.0}
 
 
-class _Answers(nn.Module):
-    """A network without cost that returns stored outputs in turn; gradients pass to its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stored: Iterator[Tensor] = iter(())
-        self.parameter = nn.Parameter(torch.empty(0))
-
-    def giving(self, *outputs: Tensor) -> _Answers:
-        """The network, which returns these outputs next."""
-        self.stored = iter([output.detach() for output in outputs])
-        return self
-
-    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
-        """Return the next output."""
-        result: Tensor = PassThrough.apply(x, next(self.stored), self.parameter)
-        return result
-
-
-NETWORK, TEACHER, LEARNED = _Answers(), _Answers(), _Answers()
+TEACHER, LEARNED = Answers(), Answers()
 
 
 def squared(a: Tensor, b: Tensor) -> Tensor:

@@ -112,9 +112,11 @@ Tensor contiguous_like(const Tensor& first, const View& view) {
 }
 
 bool streams_large(int64_t bytes, int inputs, int outputs) {
-  const int64_t traffic = bytes * (inputs + 2 * outputs);  // with ordinary stores
-  if (inputs + outputs < 3) return traffic >= int64_t{28} << 20;
-  return outputs > 1 || traffic >= int64_t{24} << 20 || torch::stable::get_num_threads() == 1;
+  const int64_t touched = bytes * (inputs + outputs), limit = int64_t{24} << 20;
+  const int64_t traffic = touched + bytes * outputs;  // an ordinary store reads the result's memory too
+  if (outputs > 1) return true;
+  if (torch::stable::get_num_threads() > 1) return inputs > 2 ? traffic >= limit : touched > limit;
+  return inputs > 1 || traffic >= int64_t{28} << 20;
 }
 
 bool overlaps_itself(const View& out) {
