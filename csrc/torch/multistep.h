@@ -160,7 +160,8 @@ class Step : public Inputs<A> {
     const int64_t from = !m.denoises ? kStreamBytes : &operand == &m.x0 ? kStreamDenoisedBytes : kStreamBesideBytes;
     int64_t bytes = size_of(first().dtype);
     for (int64_t i = 0; i < first().dim; ++i) bytes *= first().sizes[i];
-    return bytes >= from && streams(bytes, inputs_, m.denoises ? 2 : 1);
+    // Noise takes longer than a tensor that is read: a store is never what is waited for.
+    return bytes >= from && streams(bytes, inputs_ + m.draws, m.denoises ? 2 : 1);
   }
 
   void add(View& view, Operand& operand) {
