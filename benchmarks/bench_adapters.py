@@ -31,6 +31,9 @@ from bicm_diffusion.adapters.diffusers import accelerate_scheduler
 from bicm_diffusion.adapters.diffusers.accelerate import COVERED
 from bicm_kernels import torch_randn
 
+#: The schedulers by their names in the table.
+CLASSES = {cls.__name__.removesuffix("Scheduler"): cls for cls in COVERED}
+
 STEPS = 20
 SHAPES: tuple[Shape, ...] = ((1, 4, 64, 64), (16, 4, 128, 128))
 
@@ -71,7 +74,7 @@ Row = tuple[str, dict[str, float]]
 
 def measure(name: str, shapes: tuple[Shape, ...], keeps_memory: bool, quick: bool, clock: str) -> list[Row]:
     """Medians in microseconds at every shape; without keeps_memory, at the last one also where memory is kept."""
-    cls = next(cls for cls in COVERED if cls.__name__ == name)
+    cls = CLASSES[name]
     effort = QUICK if quick else Effort(rounds=11, least_rounds=5, sample=2e-2, budget=1.5)
 
     def row(shape: Shape, label: str = "") -> Row:
@@ -97,7 +100,7 @@ def measure(name: str, shapes: tuple[Shape, ...], keeps_memory: bool, quick: boo
 
 
 @click.command()
-@click.argument("names", nargs=-1)
+@click.argument("names", nargs=-1, type=click.Choice(list(CLASSES)), metavar="[NAMES]...")
 @click.option("--shapes", callback=shapes_given, help="As 1x4x64x64,16x4x128x128, the largest last.")
 @click.option(
     "--keep-memory",
@@ -115,18 +118,16 @@ def main(names: tuple[str, ...], shapes: tuple[Shape, ...] | None, keeps_memory:
     columns = ("original", "accelerated", "×", "keyed noise", "×", "torch's draw alone", "ours", "×")
     for column in ("scheduler", "shape", *columns):
         table.add_column(column, justify="left" if column in ("scheduler", "shape") else "right")
-    for cls in COVERED:
-        if names and cls.__name__ not in names:
-            continue
+    for name in names or CLASSES:
         with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-            rows = pool.submit(measure, cls.__name__, shapes or SHAPES, keeps_memory, quick, clock).result()
+            rows = pool.submit(measure, name, shapes or SHAPES, keeps_memory, quick, clock).result()
         for shape, times in rows:
             assert all(map(math.isfinite, times.values()))
             original, accelerated, keyed, draw, our_draw = times.values()
             pairs = ((original, accelerated), (original, keyed), (draw, our_draw))
             shown = [cell for pair in pairs for cell in (f"{pair[1]:.1f}", f"{pair[0] / pair[1]:.1f}")]
             cells = [f"{original:.1f}", *shown[:4], f"{draw:.1f}", *shown[4:]]
-            table.add_row(cls.__name__.removesuffix("Scheduler"), shape, *cells)
+            table.add_row(name, shape, *cells)
     Console(width=150).print(table)
 
 

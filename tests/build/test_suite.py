@@ -287,3 +287,11 @@ def test_memory_is_kept_in_blocks_of_any_size() -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         returned, kept = pool.map(faults_of_large_blocks, [False, True])
     assert returned > 100 > kept
+
+
+def test_an_unknown_scheduler_is_no_measurement_of_none() -> None:
+    pytest.importorskip("diffusers")
+    from benchmarks.bench_adapters import main as adapters
+
+    result = CliRunner().invoke(adapters, ["DDIMScheduler"])
+    assert result.exit_code == 2 and "'DDIM'" in result.output
