@@ -31,8 +31,9 @@ def pseudo_huber(
 
     Args:
         pred, target: (B, ...) of one shape, each float16, bfloat16, float32 or float64, any strides.
-        c: residual norm at which the loss turns from quadratic to linear, >= 0; float, 0-d or (B,) tensor. None is
-            0.00054 sqrt(d) for ``vector``, d elements in a sample; ``elementwise`` requires c, ``squared`` takes none.
+        c: residual norm at which the loss turns from quadratic to linear, >= 0 (checked for floats in eager calls);
+            float, 0-d or (B,) tensor. None is 0.00054 sqrt(d) for ``vector``, d elements in a sample; ``elementwise``
+            requires c, ``squared`` takes none.
         weight: of samples, a (B,) tensor, a 0-d tensor or a float, which multiplies their distances; None weights all
             equally. Or of elements, with as many dimensions as pred and each size that of pred or 1: it multiplies the
             terms of a sample's sum, w_i r_i^2 in ``vector`` and ``squared``, the distances in ``elementwise``; d stays

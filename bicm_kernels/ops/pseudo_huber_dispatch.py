@@ -31,11 +31,11 @@ _PER_SAMPLE = CODES["reduction"]["none"]
 
 def element_weight(weight: Tensor | None, first: Tensor) -> Tensor | None:
     """A weight as the kernels take it: masks as numbers, weights of elements like the inputs, without a copy."""
-    if weight is None or (weight.dim() < 2 and weight.dtype != torch.bool):
-        return weight
+    if weight is None:
+        return None
     if weight.dtype == torch.bool:
         weight = weight.to(first.dtype)
-    if 1 < weight.dim() == first.dim() and weight.shape != first.shape:
+    if 0 < weight.dim() == first.dim() and weight.shape != first.shape:
         weight = weight.expand(first.shape)
     return weight
 

@@ -267,6 +267,11 @@ def test_two_diracs_have_no_velocity_variance(t: float) -> None:
             TypeError,
             "predictor: expected a tensor of shape",
         ),
+        (
+            lambda x, t: gc_loss(network(), x, t, predictor=lambda x: x, **KEY),
+            TypeError,
+            r"predictor: called as predictor\(x, t\), but it takes \(x\)",
+        ),
         (lambda x, t: gc_loss(network(), x, t, seed=0), TypeError, "step"),
         (
             lambda x, t: ect_loss(network(), x, t[1::-1], mu=-0.1, **KEY),

@@ -359,6 +359,13 @@ NONE = {"recon": 0.0, "idem": 0.0, "flow": 0.0}
         (lambda f, x: sign_loss(nn.DataParallel(f), x, **KEY), TypeError, "network: expected .* got DataParallel"),
         (lambda f, x: ign_loss(f, x, **KEY, tight=-1.0), ValueError, "tight: expected a weight of at least 0"),
         (lambda f, x: ign_loss(f, x, **KEY, bound="wide"), TypeError, "bound: expected a number, got 'wide'"),
+        (lambda f, x: ign_loss(f, x, **KEY, bound=-1.5), ValueError, "bound: expected a number of at least 0, or None"),
+        (lambda f, x: ign_loss(f, x, **KEY, bound=float("nan")), ValueError, "bound: expected a number of at least 0"),
+        (
+            lambda f, x: sign_loss(f, x, **KEY, schedule=VP, teacher=lambda z: z),
+            TypeError,
+            r"teacher: called as teacher\(x, t\), but it takes \(z\) .*; pass its other arguments by a lambda",
+        ),
         (lambda f, x: ign_loss(f, x.long(), **KEY), TypeError, "x: expected float16"),
         (lambda f, x: ign_loss(f, x), TypeError, "seed"),
         # Or every iteration of a training loop would draw the same noise.
@@ -369,6 +376,31 @@ NONE = {"recon": 0.0, "idem": 0.0, "flow": 0.0}
 def test_wrong_calls(call: Callable[..., Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(made(Plain, 1), samples())
+
+
+def test_an_empty_batch_has_means_of_nothing() -> None:
+    f, teacher, learned = models()
+    nothing = samples()[:0]
+    loss = sign_loss(f, nothing, **KEY, schedule=VP, teacher=teacher, learned=learned, dmd=1.0, prediction="x0")
+    found = {**loss.terms, **ign_loss(f, nothing, **KEY).terms, **ign_loss(f, nothing, **KEY, recon=0.0).terms}
+    assert sorted(found) == ["dmd", "flow", "idem", "learned", "recon", "tight"]
+    assert all(term.isnan() for name, term in found.items() if name != "tight")
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1e-3])
+def test_a_half_precision_score_model_gives_a_float32_gradient(sigma: float) -> None:
+    """At a small level the gradient leaves a half's range."""
+    schedule = Schedule((0.1, 0.2), (1.0, 0.9), (0.0, sigma))
+    f, teacher, learned = (model.float() for model in models())
+    found = []
+    for output in (torch.float16, torch.float32):
+        halves = [lambda z, t, m=m, d=output: m(z, t).half().to(d) for m in (teacher, learned)]
+        options: dict[str, Any] = {"schedule": schedule, "recon": 0.0, "idem": 0.0, "flow": 0.0, "dmd": 1.0}
+        loss = sign_loss(f, samples().float(), **KEY, **options, teacher=halves[0], learned=halves[1], prediction="x0")
+        found.append(torch.autograd.grad(loss.terms["dmd"], list(f.parameters())))
+    for half, full in zip(*found, strict=True):
+        assert torch.isfinite(full).all()
+        torch.testing.assert_close(half, full, rtol=1e-5, atol=0.0)
 
 
 def test_latents_are_no_other_noise() -> None:

@@ -83,6 +83,20 @@ def test_a_bounded_distance_and_its_derivatives(gradient: str) -> None:
     torch.testing.assert_close(*(torch.autograd.grad((g * direction).sum(), sample)[0] for g in once))
 
 
+@pytest.mark.parametrize("gradient", ["auto", "forward"])
+def test_a_bounded_distance_of_halves_differentiates_twice(gradient: str) -> None:
+    """Since `pseudo_huber` keeps no gradients of halves, "forward" has second derivatives of them."""
+    (sample, goal, direction), reach = three(torch.bfloat16), torch.tensor([0.1, 1.0, 5.0, 20.0, 1e3])
+    found = []
+    for value, dtype in ((ours_bounded, torch.bfloat16), (bounded, torch.float64)):
+        leaf = sample.to(dtype).requires_grad_()
+        options = {"gradient": gradient} if value is ours_bounded else {}
+        result = value(leaf, goal.to(dtype), reach, **options)
+        (once,) = torch.autograd.grad(result, leaf, create_graph=True)
+        found.append(torch.autograd.grad((once * direction.to(dtype)).sum(), leaf)[0].double())
+    torch.testing.assert_close(*found, rtol=0.03, atol=0.03)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_a_bounded_distance_in_float32_is_as_accurate_as_the_formula(scale: float) -> None:
     goal, noise, _ = three(torch.float32)

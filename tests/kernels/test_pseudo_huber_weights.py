@@ -200,11 +200,23 @@ def test_opcheck_and_compile(options: dict[str, Any]) -> None:
         assert torch.equal(ours, torch.autograd.grad(loss(pred, given, route), pred)[0])
 
 
+@pytest.mark.parametrize("kind", CODES)
+def test_one_weight_of_samples_of_one_element(each_backend: str, kind: str) -> None:
+    pred, target, options = random(5), random(5, seed=1), with_c(kind, 0.3)
+    for one in (torch.tensor([0.3]), torch.tensor([True]), torch.tensor([False])):
+        found = run(bk.pseudo_huber, [pred, target], weight=one, **options)
+        for ours, theirs in zip(
+            found, run(bk.pseudo_huber, [pred, target], weight=one.expand(5), **options), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+
+
 X = torch.ones(2, 3, 4)
 WRONG: list[tuple[type[Exception], str, Tensor]] = [
     (ValueError, r"weight must be 0-d, \(2,\) or broadcast to the shape of pred, \(2, 3, 4\).*\(3, 4\)", X[0]),
     (ValueError, r"weight must be 0-d, \(2,\) or broadcast to the shape of pred.*\(2, 3, 2\)", X[..., :2]),
     (ValueError, r"weight must be 0-d, \(2,\) or broadcast to the shape of pred.*got shape \(3,\)", X[0, :, 0]),
+    (ValueError, r"weight must be 0-d, \(2,\) or broadcast.*got shape \(1,\)", X[0, 0, :1]),
     (TypeError, "weight must be a floating tensor or a bool mask, got torch.int64", X.long()),
 ]
 

@@ -66,19 +66,31 @@ def _without_cached_casts() -> Iterator[None]:
         torch.set_autocast_cache_enabled(True)
 
 
-def asked(network: Callable[..., Tensor], *inputs: Tensor, **extra_args: Any) -> Tensor:
-    """Return network(*inputs, **extra_args); raises a TypeError with the expected call where the signature differs."""
+def asked(
+    network: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    extra_args: Mapping[str, Any] | None = None,
+    *,
+    name: str = "network",
+) -> Tensor:
+    """Return network(*inputs, **extra_args); raises a TypeError with the expected call where the signature differs.
+
+    extra_args: None where the caller cannot give any. name: the caller's name of the network.
+    """
     try:
         with leaving_no_casts():
-            return network(*inputs, **extra_args)
+            return network(*inputs, **(extra_args or {}))
     except TypeError as error:
-        if not torch.compiler.is_compiling() and (expected := _takes_otherwise(network, inputs, extra_args)):
+        if not torch.compiler.is_compiling() and (expected := _takes_otherwise(network, inputs, extra_args, name)):
             raise TypeError(expected) from error
         raise
 
 
-def _takes_otherwise(network: Callable[..., Tensor], inputs: tuple[Tensor, ...], extra_args: Mapping[str, Any]) -> str:
+def _takes_otherwise(
+    network: Callable[..., Tensor], inputs: tuple[Tensor, ...], extra_args: Mapping[str, Any] | None, name: str
+) -> str:
     """The error message where a network's signature does not match a call; empty where it does."""
+    given = extra_args or {}
     network = getattr(network, "_orig_mod", network)
     network = network.module if isinstance(network, DistributedDataParallel) else network
     function = network.forward if isinstance(network, nn.Module) else network
@@ -87,17 +99,17 @@ def _takes_otherwise(network: Callable[..., Tensor], inputs: tuple[Tensor, ...],
     except (TypeError, ValueError):
         return ""
     try:
-        signature.bind(*inputs, **extra_args)
+        signature.bind(*inputs, **given)
     except TypeError as error:
         times = len(inputs) - 1
-        called = ", ".join(["x", *"tu"[:times], *(f"{name}=…" for name in extra_args)])
-        hint = "; pass its other arguments by extra_args={name: …} or a lambda"
+        called = ", ".join(["x", *"tu"[:times], *(f"{argument}=…" for argument in given)])
+        hint = f"; pass its other arguments by {'extra_args={name: …} or ' * (extra_args is not None)}a lambda"
         if times == 2 and "too many positional" in str(error):
             hint = (
                 "; f(x, t, u) goes from t to u: give the network a second time, or train it unchanged by ict_loss with "
                 "parameterization='cm'; lambda x, t, u: network(x, t) ignores u"
             )
-        return f"network: called as network({called}), but it takes {signature} ({error}){hint}"
+        return f"{name}: called as {name}({called}), but it takes {signature} ({error}){hint}"
     return ""
 
 

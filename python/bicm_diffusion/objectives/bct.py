@@ -105,7 +105,7 @@ def bct_loss(
 
     def evaluate(scaled: Tensor, t: Tensor, u: Tensor) -> Tensor:
         with alike():
-            output = asked(network, scaled, t, u, **(extra_args or {}))
+            output = asked(network, (scaled, t, u), extra_args or {})
         check_output(output, x, name="network")
         return output
 

@@ -53,7 +53,7 @@ class Evaluator:
         times = (t,) if self.end is None else (t, torch.full_like(t, self.end))
         named = {name: self._of(rows, value) for name, value in self.extra_args.items()}
         with self.alike():
-            output = asked(self.network, scaled, *times, **named)
+            output = asked(self.network, (scaled, *times), named, name=self.name)
         check_output(output, scaled, name=self.name)
         return output
 

@@ -67,10 +67,10 @@ def ign_loss(
 
     network: called as network(x, **extra_args) -> (B, …), without a time. x: clean samples (B, …), floating.
     recon, idem, tight: weights >= 0; a term of weight 0 is not evaluated, except recon where it bounds tight.
-    bound: a, or None for the paper's unbounded tight. latent_std: z ~ N(0, latent_std²), with a separate key.
+    bound: a >= 0, or None for the paper's unbounded tight. latent_std: z ~ N(0, latent_std²), with a separate key.
     gradient: see `bicm_kernels.pseudo_huber`. seed, step, sample_id: the key, see `bicm_kernels.normal`.
-    Returns a `Loss`, whose terms are not weighted. Raises ValueError for a weight below 0 or weights that are all 0,
-    and TypeError for arguments of another kind and networks that `bct_loss` refuses.
+    Returns a `Loss`, whose terms are not weighted. Raises ValueError for a weight or bound below 0 or weights that are
+    all 0, and TypeError for arguments of another kind and networks that `bct_loss` refuses.
 
     >>> x = torch.tensor([[1.0], [-1.0]])
     >>> ign_loss(torch.sign, x, seed=0, step=0).total
@@ -80,18 +80,21 @@ def ign_loss(
     f = _applied(network, x, seed=seed, step=step, extra_args=extra_args)
     if bound is not None:
         check_number("bound", bound)
+        if not bound >= 0:
+            raise ValueError(f"bound: expected a number of at least 0, or None, got {bound}")
     found = Terms(weights, {"gradient": gradient})
     bounded = bound is not None and weights["tight"] > 0
     errors = away = None
-    if weights["recon"] or bounded:
+    if weights["recon"]:
         again = f(x)
-        if weights["recon"]:
-            errors = found.each("recon", len(x), lambda distance: distance(again, x))
-        else:
-            errors = found.values(again, x)
-            found.terms["recon"] = errors.mean()
+        errors = found.each("recon", len(x), lambda distance: distance(again, x))
+    elif bounded:
+        with torch.no_grad():
+            errors = found.values(f(x), x)
+        found.terms["recon"] = errors.mean()
     if weights["idem"] or weights["tight"]:
-        sample = f(_latents(x, latent_std, seed=seed, step=step, sample_id=sample_id))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weights["idem"] > 0):
+            sample = f(_latents(x, latent_std, seed=seed, step=step, sample_id=sample_id))
         if weights["idem"]:
             away = found.each("idem", len(x), lambda distance: f.again(sample, distance))
     if weights["tight"]:
@@ -156,7 +159,7 @@ def sign_loss(
     dmd_weight, alpha_power: g = α^p·(D_learned - D_teacher)/w. "variance" has w = σ², with p = 1 SIGN eq. 7; p = 2 is
         the gradient of the divergence itself, since dy/df = α. "normalised" has w = mean |f(z) - D_teacher| (Yin et
         al.).
-    kind, c: of the distance D, see `bicm_kernels.pseudo_huber`, also for gradient.
+    kind, c, gradient: of the distances D, see `bicm_kernels.pseudo_huber`; dmd and learned have their own.
     seed, step, sample_id: the key, see `bicm_kernels.normal`; n of x_n is drawn from it as in every objective.
     Returns a `Loss`, whose terms are not weighted. Values of flow and dmd do not measure progress.
     Raises ValueError for a weight below 0, weights that are all 0, an unknown choice, and a term whose inputs are
@@ -233,7 +236,7 @@ class _Applied:
 
     def __call__(self, x: Tensor, extra_args: Mapping[str, Any] | None = None) -> Tensor:
         with self.alike():
-            output = asked(self.network, x, **(self.extra_args if extra_args is None else extra_args))
+            output = asked(self.network, (x,), self.extra_args if extra_args is None else extra_args)
         check_output(output, x, name="network")
         return output
 

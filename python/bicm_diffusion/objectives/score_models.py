@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -63,7 +64,8 @@ class ScoreModel:
         if isinstance(self.prediction, Preconditioned):
             given = affine_step([state], [self.prediction.input_scale(level)])
         with self.alike():
-            output = asked(self.model, given, torch.as_tensor(level.time, dtype=level_dtype(state)))
+            times = torch.as_tensor(level.time, dtype=level_dtype(state))
+            output = asked(self.model, (given, times), name=self.role)
         check_output(output, state, name=self.role)
         return Answer(state, level, output)
 
@@ -114,7 +116,9 @@ class _Injected(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sample: Tensor, output: Tensor) -> Tensor:
         ctx.dtype = sample.dtype
-        return output.view_as(output)
+        # In the wider dtype: the gradient is formed in the output's, and may leave a half's range.
+        wide = torch.promote_types(sample.dtype, output.dtype)
+        return output.view_as(output) if output.dtype == wide else output.to(wide)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -171,4 +175,5 @@ def learning_loss(learned: ScoreModel, sample: Tensor, schedule: Schedule, *, se
     noisy = affine_step([sample], [level.alpha], noise_weight=level.sigma, **noise)
     weights = (1 - of_state * level.alpha) / of_output, -of_state * level.sigma / of_output
     goal = affine_step([sample], [weights[0]], noise_weight=weights[1], **noise)
-    return pseudo_huber(learned(noisy, level).output, goal, kind="squared", weight=1 / max(1, sample[0].numel()))
+    elements = math.prod(sample.shape[1:])
+    return pseudo_huber(learned(noisy, level).output, goal, kind="squared", weight=1 / max(1, elements))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bicm_diffusion.objectives.evaluation import Loss
 from bicm_kernels import pseudo_huber
+from bicm_kernels.backend import running
 
 
 class Terms:
@@ -38,7 +39,7 @@ class Terms:
         # The weight inside makes a step's upstream gradients 1, for which a gradient kept with the value is final.
         weight = self.weights[name] / max(1, count)
         values = evaluate(partial(pseudo_huber, weight=weight, reduction="none", **self.options))
-        self.add_weighted(name, values.sum())
+        self.add_weighted(name, values.sum() if count else values.mean())
         return values.detach() / weight
 
     def values(self, sample: Tensor, goal: Tensor) -> Tensor:
@@ -52,9 +53,10 @@ class Terms:
         """
         share = reach * (-self.weights[name] / max(1, len(sample)))
         divisor = reach.clamp_min(torch.finfo(reach.dtype).tiny)  # where it is 0, so is what is multiplied by it
+        options = self.options  # without self, which has the term: a graph that refers to itself is never freed
 
         def formula(sample: Tensor) -> Tensor:
-            distances = pseudo_huber(sample, goal, reduction="none", **self.options)
+            distances = pseudo_huber(sample, goal, reduction="none", **options)
             return (share * (distances / divisor).tanh()).sum()
 
         if torch.compiler.is_compiling():
@@ -62,8 +64,8 @@ class Terms:
             return
         level = (away / divisor).tanh()
         slope = share / divisor * (1 - level * level)
-        tangent = pseudo_huber(sample, goal, weight=slope, reduction="sum", **self.options)
-        again = (formula, sample) if self.options["gradient"] != "forward" else (None, None)
+        tangent = pseudo_huber(sample, goal, weight=slope, reduction="sum", **options)
+        again = (formula, sample) if _keeps_inputs(sample, options["gradient"]) else (None, None)
         self.add_weighted(name, _Valued.apply((share * level).sum(), tangent, *again))
 
     def add_weighted(self, name: str, part: Tensor) -> None:
@@ -83,6 +85,11 @@ class Terms:
         for part in self.parts[1:]:
             total = total + part
         return Loss(total, self.terms)
+
+
+def _keeps_inputs(sample: Tensor, gradient: str) -> bool:
+    """Whether `pseudo_huber` has the derivatives of its gradient: see there for halves."""
+    return gradient != "forward" or sample.dtype.itemsize == 2 or running(sample.device.type) == "reference"
 
 
 class _Valued(torch.autograd.Function):
