@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bicm_kernels import reference
+from bicm_kernels import backend, reference
 from bicm_kernels.ops import arguments
-from bicm_kernels.ops.arguments import Integer, Number
+from bicm_kernels.ops.arguments import Integer, Number, dynamo
 from bicm_kernels.ops.multistep import affine_gradient
 from bicm_kernels.ops.op import Op
 from bicm_kernels.ops.row import Call
@@ -45,6 +45,11 @@ def _empty(shape: Sequence[int], dtype: torch.dtype | None, device: torch.device
     dtype = dtype or torch.get_default_dtype()
     if dtype not in arguments.FLOATING:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+    direct = backend.direct
+    if direct is not None and getattr(device, "type", device) in (None, "cpu") and not dynamo():
+        kept: Tensor | None = direct.empty_on_host(shape, dtype)
+        if kept is not None:
+            return kept
     try:
         return torch.empty(shape, dtype=dtype, device=device)
     except TypeError:

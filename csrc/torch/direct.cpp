@@ -227,6 +227,7 @@ bool add_direct(PyObject* module) {
       method<&exact_step<Increment::bdia, false>>("bdia_exact_step"),
       method<&exact_step<Increment::bdia, true>>("bdia_exact_inverse_step"),
       method<&generator_normal, false>("generator_normal"),
+      method<&empty_on_host>("empty_on_host"),
       method<&encode_state>("fixed_point_encode"),
       method<&fixed_point_decode<Direct, Object, DType>>("fixed_point_decode"),
       {"know_implementations", known, METH_O, nullptr},

@@ -28,17 +28,6 @@ PyCFunction method_of(PyObject* object, const char* name, int flags) {
   return address;
 }
 
-int64_t count_of(const Few<int64_t, kMostDims>& shape, int64_t* sizes, int64_t* strides) {
-  int64_t count = 1;
-  for (size_t i = shape.size(); i-- > 0;) {
-    sizes[i] = shape[i];
-    strides[i] = count;
-    const bool overflows = shape[i] <= 0 || __builtin_mul_overflow(count, shape[i], &count);
-    STD_TORCH_CHECK(!overflows, "bicm_kernels: no size to draw in");
-  }
-  return count;
-}
-
 bool none_left(const State& state) { return state.left == 1 && (state.next == 0 || state.next == kMersenneWords); }
 
 bool is_known(const State& state) {
@@ -122,17 +111,14 @@ bool read(PyObject* from, Generators& to) {
 }
 
 Object generator_normal(Few<int64_t, kMostDims> shape, Generators generators) {
-  int64_t sizes[kMostDims], strides[kMostDims];
-  const int64_t drawers = generators.count();
-  const int64_t count = count_of(shape, sizes, strides);
-  STD_TORCH_CHECK(generators.one != nullptr || (shape.size() > 0 && sizes[0] == drawers),
+  const int64_t drawers = generators.count(), count = count_of(shape);
+  STD_TORCH_CHECK(generators.one != nullptr || (shape.size() > 0 && shape[0] == drawers),
                   "bicm_kernels: a generator for each sample");
   STD_TORCH_CHECK(count >= 16 * drawers, "bicm_kernels: torch draws few numbers in another way");
   for (int64_t i = 0; drawers > 1 && i < drawers; ++i) {
     STD_TORCH_CHECK(is_known(*state_of(generators[i]).state), "bicm_kernels: a state of another kind");
   }
-  const View view = {nullptr, sizes, strides, static_cast<int64_t>(shape.size()), DType::float32, kHost};
-  Object result = like(Object(), view);
+  Object result = empty_on_host(shape, DType::float32);
   float* const data = static_cast<float*>(result.view.data);
   for (int64_t i = 0; i < drawers; ++i) draw(generators[i], data + i * (count / drawers), count / drawers);
   return result;

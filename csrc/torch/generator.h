@@ -18,8 +18,6 @@ struct Generators {
 };
 bool read(PyObject* from, Generators& to);
 
-constexpr size_t kMostDims = 8;
-
 // The result of torch.randn, float32, and the generators' states after it; throws, with nothing drawn, where
 // these are not known.
 Object generator_normal(Few<int64_t, kMostDims> shape, Generators generators);

@@ -353,6 +353,24 @@ Object like(const Object& first, const View& view, bool streamed) {
   return result;
 }
 
+int64_t count_of(const Few<int64_t, kMostDims>& shape) {
+  int64_t count = 1;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    const bool fits = shape[i] > 0 && !__builtin_mul_overflow(count, shape[i], &count) && count <= int64_t{1} << 48;
+    STD_TORCH_CHECK(fits, "bicm_kernels: no number of elements");
+  }
+  return count;
+}
+
+Object empty_on_host(Few<int64_t, kMostDims> shape, DType dtype) {
+  int64_t sizes[kMostDims], strides[kMostDims], count = count_of(shape);
+  for (size_t i = 0; i < shape.size(); ++i) {
+    sizes[i] = shape[i];
+    strides[i] = count = count / shape[i];
+  }
+  return like(Object(), View{nullptr, sizes, strides, static_cast<int64_t>(shape.size()), dtype, kHost});
+}
+
 bool makes_results_on_gpu(int32_t index) {
   if (torch_.empty_on_gpu == nullptr || index < 0) return false;
   PyObject* const float32 = torch_.dtypes[static_cast<size_t>(DType::float32)];

@@ -165,6 +165,14 @@ class Few {
   size_t size_ = 0;
 };
 
+constexpr size_t kMostDims = 8;
+
+// The number of elements; throws where it is 0 or overflows.
+int64_t count_of(const Few<int64_t, kMostDims>& shape);
+
+// As torch.empty on the host; throws where it would be empty.
+Object empty_on_host(Few<int64_t, kMostDims> shape, DType dtype);
+
 // The tensors of a step; the last two may be a pair (eps_uncond, eps_cond).
 struct StepTensors : Few<Object, kMaxTerms + 1> {
   using Few::Few;

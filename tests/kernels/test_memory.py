@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import bicm_kernels as bk
 from bicm_kernels import backend
@@ -225,6 +226,36 @@ def test_results_are_tensors_like_any_other(op: Callable[[Tensor], Tensor]) -> N
     with torch.inference_mode():
         assert op(x).is_inference()
     assert not op(x).is_inference()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("draw", [bk.normal, bk.uniform])
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")], ids=str)
+def test_drawn_numbers_lie_in_it_too(draw: Callable[..., Tensor], dtype: torch.dtype, device: object) -> None:
+    noise = draw(LARGE, seed=1, dtype=dtype, device=device)
+    assert (noise.dtype, noise.shape, noise.is_contiguous()) == (dtype, LARGE, True)
+    address, bits = noise.data_ptr(), noise.clone()
+    del noise
+    again = draw(list(LARGE), seed=1, dtype=dtype)
+    assert torch.equal(again, bits) and again.data_ptr() == address
+    del again
+    assert backend.release_memory() == bits.nbytes
+
+
+def test_where_drawn_numbers_lie_is_torch_s_to_say() -> None:
+    with torch.device("meta"):
+        assert bk.normal(LARGE, seed=1).is_meta
+    with FakeTensorMode():
+        assert isinstance(bk.normal(LARGE, seed=1), FakeTensor)
+    assert bk.normal(LARGE, seed=1, device="meta").is_meta
+    with torch.inference_mode():
+        assert bk.normal(LARGE, seed=1).is_inference()
+    backend.release_memory()
+    for shape in ((0, 3), (2, 0), (2, *[1] * 9)):
+        assert bk.normal(shape, seed=1).shape == shape
+    with pytest.raises(RuntimeError):
+        bk.normal((2**40, 2**40), seed=1)
+    assert backend.release_memory() == 0
 
 
 def test_gradients_lie_in_it_too() -> None:
