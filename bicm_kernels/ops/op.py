@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from bicm_kernels import backend, reference
 from bicm_kernels.ops import arguments, outputs
@@ -107,6 +108,8 @@ class Op(Row):
             arguments.explain(error, partial(self.check, call, outs))
         if found is NotImplemented:
             return self.run(call, outs)
+        if outs is not None:
+            increment_version(outs)
         return found  # with None for a result that was not asked for
 
     def run(self, call: Call, outs: Any) -> Any:
@@ -218,6 +221,8 @@ class Op(Row):
         places = self.places(call, outs)
         function = self.traceable(self.overloads["out" if plain else "tensor_out"])
         function(*full, *self.extras(call, plain), **dict(zip(self.outs, places, strict=True)))
+        if not arguments.compiling():
+            increment_version(places)
         return self.asked_for(call, places[: self.results] if self.results > 1 else places[0])
 
     def traceable(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,7 @@
 #include "dispatcher.h"
 
 #include <algorithm>
+#include <new>
 #include <optional>
 #include <string>
 #include <vector>
@@ -329,7 +330,9 @@ PyObject* call_through_dispatcher(PyObject*, PyObject* const* given, Py_ssize_t)
         result = called(*op, call, found, outs);
         if (op->exact != 0) result = with_buffer(call, result);
       } else if (!found.of_tensors && outs == Py_None) {
-        const Object taken(schema_arguments(*op, call, found)), in_order(PySequence_Tuple(taken.get()));
+        const Object taken(schema_arguments(*op, call, found));
+        const Object in_order(taken.get() == nullptr ? nullptr : PySequence_Tuple(taken.get()));
+        if (in_order.get() == nullptr) throw std::bad_alloc();
         PyObject* const results = as_asked(*op, call, PyObject_CallObject(op->bare.get(), in_order.get()));
         return op->exact != 0 ? with_buffer(call, results) : results;
       }

@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <mutex>
@@ -9,7 +10,7 @@
 namespace bicm {
 namespace {
 
-constexpr int64_t kPage = 4096, kHugePage = int64_t{2} << 20;
+constexpr int64_t kHugePage = int64_t{2} << 20;
 
 #if defined(__SANITIZE_ADDRESS__)
 constexpr bool kSanitized = true;
@@ -21,6 +22,12 @@ constexpr bool kSanitized = false;
 
 // The limit of unused memory: enough for the largest results of alternating steps, not for all results ever made.
 std::atomic<int64_t> most_kept{0};
+
+// 4096 bytes on x86-64, up to 65536 on Arm.
+int64_t page() {
+  static const int64_t size = sysconf(_SC_PAGESIZE);
+  return size;
+}
 
 char* up_to(char* address, int64_t unit) {
   return address + (-reinterpret_cast<intptr_t>(address) & static_cast<intptr_t>(unit - 1));
@@ -117,7 +124,7 @@ void keep_at_most(int64_t bytes) {
 }
 
 KeptBlock* take_block(int64_t bytes, bool streamed) {
-  const int64_t capacity = (bytes + kPage - 1) / kPage * kPage;
+  const int64_t capacity = (bytes + page() - 1) / page() * page();
   // What cannot be kept is torch's: its allocator may keep it, and a new mapping is page-faulted in every call.
   if (capacity > most_kept.load(std::memory_order_relaxed)) return nullptr;
   if (KeptBlock* const block = kept().take(capacity, streamed)) return block->streamed = streamed, block;

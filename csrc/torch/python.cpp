@@ -103,7 +103,7 @@ bool look_into(PyObject* object, View& view) {
   ExchangedTensor found;
   if (torch_.exchange->look_into(object, &found) != 0) return false;
   const int32_t device = device_of(found);
-  if (device < 0 || found.data == nullptr) return false;
+  if (device < 0 || found.data == nullptr || found.dim > kMaxTensorDims) return false;
   for (size_t i = 0; i < std::size(kKinds); ++i) {
     if (kKinds[i].kind != found.kind || kKinds[i].bits != found.bits) continue;
     view = {static_cast<char*>(found.data) + found.byte_offset,

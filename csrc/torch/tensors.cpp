@@ -64,8 +64,6 @@ bool reaches(int64_t distance, const Extent* extents, int count) {
   return false;
 }
 
-constexpr int kMaxTensorDims = 64;
-
 bool empty(const View& x) {
   for (int64_t i = 0; i < x.dim; ++i) {
     if (x.sizes[i] == 0) return true;
@@ -108,7 +106,8 @@ Tensor contiguous_like(const Tensor& first, const View& view) {
   for (int64_t i = view.dim - 1; i >= 0; expected *= std::max(view.sizes[i--], int64_t{1})) strides[i] = expected;
   View laid_out = view;
   laid_out.strides = strides;
-  return like(first, laid_out);
+  if (std::optional<Tensor> kept = in_kept_memory(laid_out)) return std::move(*kept);
+  return empty_strided(first, view.dim, view.sizes, strides, torch_code(view.dtype));
 }
 
 bool streams_large(int64_t bytes, int inputs, int outputs) {

@@ -57,7 +57,10 @@ struct View {
   int32_t device;
 };
 
+constexpr int64_t kMaxTensorDims = 64;
+
 inline View view_of(const Tensor& tensor, Kinds kinds = Kinds::floating) {
+  STD_TORCH_CHECK(tensor.dim() <= kMaxTensorDims, "bicm_kernels: more than 64 dimensions");
   return {tensor.data_ptr(), tensor.sizes(), tensor.strides(), tensor.dim(), dtype_of(tensor.dtype(), kinds),
           device_of(tensor)};
 }

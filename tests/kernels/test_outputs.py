@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import bicm_kernels as bk
+from bicm_kernels import backend
 from bicm_kernels.ops import outputs
 from tests.support.multistep_calls import ARGUMENTS, OPS, as_tensors, call, operands
 from tests.support.tensors import BF16, F32, F64, LAYOUTS, Bits, random
@@ -93,6 +94,37 @@ def test_out_of_a_step_without_next(same_bits: Bits) -> None:
     assert results[2] is None
     for actual, wanted in zip(outs, expected[:2], strict=True):
         same_bits(actual, wanted)
+
+
+@pytest.mark.parametrize("weight", [0.5, torch.tensor([0.5, 0.25])], ids=["float", "per sample"])
+def test_autograd_notices_what_is_written(each_backend: str, weight: Any) -> None:
+    w, x = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3)
+    product = (w * x).sum()
+    bk.affine_step([x], [weight], out=x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    outs = [torch.empty(2, 3) for _ in range(3)]
+    bk.denoised_step([torch.ones(2, 3)], [weight], [0.5], x0_weight=0.5, next_scale=2.0, out=outs)
+    assert all(out._version for out in outs)
+    q, overflow = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    exact = [torch.empty_like(q), torch.empty_like(q)]
+    bk.exact_affine_step(q, [x], [weight], q.clone(), ratio=(1, 2), overflow=overflow, out=(exact[0], exact[1]))
+    assert all(out._version for out in (*exact, overflow))
+    with torch.inference_mode():
+        y = torch.ones(2, 3)
+        assert bk.affine_step([y], [0.5], out=y) is y  # such tensors have no version
+
+
+def test_more_dimensions_than_the_kernels_know_are_refused() -> None:
+    many = torch.ones([2] + [1] * 70, requires_grad=True)
+    for run in (
+        lambda: bk.scale_input(many.detach(), 1.0),
+        lambda: bk.add_noise(torch.empty([0] * 100), 1.0, seed=1),
+        lambda: bk.affine_step([many.detach()], [0.5], out=torch.empty_like(many)),
+        lambda: bk.denoise(many, torch.ones_like(many), 1.0),
+    ):
+        with backend.use("native"), pytest.raises(ValueError, match="more than 64 dimensions"):
+            run()
 
 
 def test_out_of_an_empty_batch(each_backend: str) -> None:
