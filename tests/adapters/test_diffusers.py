@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("diffusers", reason="needs the extra [diffusers]")
 
 from diffusers import (
+    CogVideoXDDIMScheduler,
     DDIMPipeline,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -22,6 +23,7 @@ from diffusers import (
     IPNDMScheduler,
     LCMScheduler,
     UNet2DModel,
+    UniPCMultistepScheduler,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -239,6 +241,34 @@ def test_zero_signal_gives_the_original_s_infinities() -> None:
     theirs, mine = (s.step(network(x, 0), t, x).prev_sample for s in (original, ours))
     assert not theirs.isfinite().all()
     torch.testing.assert_close(mine, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+@pytest.mark.parametrize("cls", [DDIMScheduler, CogVideoXDDIMScheduler])
+def test_a_step_from_zero_signal_is_fused_where_x0_needs_none(cls: Any, prediction: str) -> None:
+    config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
+    original, ours = pair((cls, {**config, "prediction_type": prediction}, {}))
+    x = start(original, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results = [trajectory(scheduler, x) for scheduler in (original, ours)]
+    assert original.alphas_cumprod[original.timesteps[0]] == 0 and results[0].isfinite().all()
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    if cls is DDIMScheduler:
+        t, m = int(original.timesteps[0]), network(x, 0)
+        assert ours.step_with_log_prob(m, t, x, eta=0.5)[0].isfinite().all()
+        ours = accelerate_scheduler(DDIMScheduler(**config))
+        ours.set_timesteps(5)
+        with pytest.raises(ValueError, match="timestep: expected levels where x0 can be read"):
+            ours.step_with_log_prob(m, 999, x, eta=0.5)
+
+
+def test_a_scheduler_in_another_is_no_longer_the_given_one() -> None:
+    given = UniPCMultistepScheduler(solver_p=DDIMScheduler())
+    ours = accelerate_scheduler(given)
+    before = given.solver_p.timesteps
+    ours.set_timesteps(7)
+    assert given.solver_p.timesteps is before and len(ours.solver_p.timesteps) == 7
 
 
 class NothingRead(TorchDispatchMode):

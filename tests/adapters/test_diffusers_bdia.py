@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,24 @@ def test_integers_retrace_a_trajectory_to_the_bit(prediction: str, gamma: float)
     inner = exact.turn_round()
     exact.set_timesteps(20)
     assert torch.equal(run(exact, inner), z)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deep", "pickled"])
+@pytest.mark.parametrize("taken", [0, 1, 3])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_copy_goes_on_like_the_scheduler(exact: bool, taken: int, copied: Any) -> None:
+    scheduler, x = BDIADDIMScheduler(gamma=0.9, exact=exact), start(torch.float32)
+    scheduler.set_timesteps(6)
+    for t in scheduler.timesteps[:taken]:
+        x = scheduler.step(model(x, t), t, x).prev_sample
+    other, y = copied((scheduler, x))
+    alone, z = copied(scheduler), x.clone()  # which the scheduler has not seen
+    for t in scheduler.timesteps[taken:]:
+        x, y, z = (s.step(model(q, t), t, q).prev_sample for s, q in ((scheduler, x), (other, y), (alone, z)))
+        assert torch.equal(x, y) and torch.equal(x, z)
+    other.timesteps[0] += 1
+    with pytest.raises(ValueError, match="timesteps: expected what set_timesteps made"):
+        other.step(y, 0, y)
 
 
 def test_turning_round_with_floats_is_the_pair_s_retracing() -> None:

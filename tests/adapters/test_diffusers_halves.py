@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -131,3 +133,13 @@ def test_a_step_is_ended_by_another_scheduler(cls: type[Any], config: dict[str, 
     with torch.inference_mode(way == "inference"):
         mine = end(ours, result)
     torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-4)
+
+
+@EACH
+def test_a_new_run_holds_nothing_of_the_last(cls: type[Any], config: dict[str, Any]) -> None:
+    scheduler = accelerate_scheduler(cls(**config))
+    scheduler.set_timesteps(4)
+    refs = [weakref.ref(x) for x in (*begin(scheduler)[:2], begin(scheduler)[2].prev_sample)]
+    scheduler.set_timesteps(4)
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 3

@@ -265,3 +265,14 @@ def test_another_thread_s_seeds_are_not_taken(monkeypatch: pytest.MonkeyPatch) -
     others = (20, 21), torch.tensor([1, 2])
     monkeypatch.setattr(type(scheduler), "_seeds", property(lambda _: others, lambda _, value: None))
     assert torch.equal(step(), expected)
+
+
+def test_a_sample_with_a_generator_of_its_own_has_the_same_noise_alone() -> None:
+    ours = accelerate_scheduler(DDIMScheduler(), noise="keyed", sample_id=5)
+    ours.set_timesteps(4)
+    x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), ours.timesteps[0]
+    own = [torch.Generator().manual_seed(k) for k in (3, 4)]
+    together = ours.step(x, t, x, eta=1.0, generator=own).prev_sample
+    for k in range(2):
+        alone = ours.step(x[k : k + 1], t, x[k : k + 1], eta=1.0, generator=own[k : k + 1]).prev_sample
+        assert torch.equal(alone, together[k : k + 1])

@@ -130,6 +130,8 @@ def accelerate_scheduler(
     noise = noise or getattr(scheduler, "_noise", "generator")
     result = object.__new__(cls)
     for name, value in vars(scheduler).items():
+        if isinstance(value, SchedulerMixin):  # UniPC's solver_p, whose steps are set with ours
+            value = copy.deepcopy(value)
         result.__dict__[name] = copy.copy(value) if isinstance(value, list) else value
     config = own_config(scheduler.config, keyed=noise == "keyed")
     result.__dict__.update(_internal_dict=config, _noise=noise, _tables=None, _pending=None, _told=())

@@ -54,8 +54,10 @@ def ddim_row(
     deviation = eta * root((1.0 - below) / (1.0 - a) * (1.0 - quotient(a, below, rounds))) if eta else 0.0
     kept, direction = root(below), root(1.0 - below - deviation * deviation)
     ra, rb = root(a), root(1.0 - a)
-    share = a / (1.0 + rb)  # 1 - rb
-    near = share / ra, 1.0 / share
+    near: tuple[Number, Number] = (0.0, 0.0)
+    if prediction == "epsilon":  # others need no signal
+        share = a / (1.0 + rb)  # 1 - rb
+        near = share / ra, 1.0 / share
     if clips and rederives:
         return x0_sample, x0_output, direction / rb, 0.0, kept - direction * ra / rb, deviation, *near
     if clips:

@@ -50,6 +50,11 @@ class BdiaSteps(Retraced):
     _times: Sequence[float] = ()
     timesteps: Tensor
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy's tensors have other versions.
+        self.__dict__.update(state)
+        self._given = tuple((name, x, version_of(x)) for name, x, _ in self._given)
+
     # --- defined by subclasses ------------------------------------------------------------------------------------
     def _reading(self, level: float) -> tuple[float, float, float, float]:
         """Weights of sample and output in x0, then in the second term of `_transfer`."""

@@ -119,12 +119,15 @@ class Ddim(Alphas):
             "clips": self.config.clip_sample,
             "rederives": use_clipped_model_output,
         }
-        rows = [
-            ddim_row(
-                self.config.prediction_type, tables.levels[t], tables.levels[max(t - tables.gap, 0)], eta, **options
-            )
-            for t in times
-        ]
+        try:
+            rows = [
+                ddim_row(
+                    self.config.prediction_type, tables.levels[t], tables.levels[max(t - tables.gap, 0)], eta, **options
+                )
+                for t in times
+            ]
+        except (ArithmeticError, ValueError):
+            raise ValueError(f"timestep: expected levels where x0 can be read from the noise, got {times}") from None
         return self._with_log_prob(rows, model_output, sample, prev_sample, generator, times)
 
 

@@ -169,7 +169,7 @@ class Drawing:
         if isinstance(generator, Generator):
             return folded(generator.initial_seed()), self._sample_id
         _check_count(generator, len(sample))
-        if len(generator) == 1:
+        if len(generator) == 1 < len(sample):
             return folded(generator[0].initial_seed()), self._sample_id
         given = tuple(g.initial_seed() for g in generator[: len(sample)]), sample.device
         kept = self._seeds

@@ -86,6 +86,10 @@ class Slopes(Counted):
             getattr(self, "prev_derivative")  # noqa: B009 (a copy's tensors have other versions)
         return super().__reduce_ex__(protocol)
 
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(*args, **kwargs)
+        self._halfway = self._ended = None
+
     def _fill_lengths(self, tables: Any) -> None:
         """`dt` after a first half: differences of levels, in their dtype and on their device."""
         lengths = (self.sigmas[1:] - self.sigmas[:-1]).detach()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,11 @@ class Integers:
         states.seen, states.version = inner, -1
         states.origin = checksum(pair.q, pair.previous_q)
         return states
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy's tensors have other versions: its next state is compared by its values.
+        self.__dict__.update(state)
+        self.version = -1
 
     def step(
         self,
