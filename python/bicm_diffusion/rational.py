@@ -11,7 +11,7 @@ MAX_DENOMINATOR = 1024
 def nearest(x: float, limit: int = MAX_DENOMINATOR) -> tuple[int, int]:
     """Return numerator and denominator of the fraction nearest to x ≥ 0 with a denominator up to `limit`.
 
-    By continued fractions; x is finite.
+    By continued fractions; x is finite, and what is above 2^60 counts as that.
 
     >>> nearest(0.96), nearest(math.pi, 150)
     ((24, 25), (355, 113))
@@ -27,6 +27,7 @@ def nearest(x: float, limit: int = MAX_DENOMINATOR) -> tuple[int, int]:
             nearer = abs(between[0] / between[1] - x) < abs(n / m - x)
             return between if nearer else (n, m)
         n_last, m_last, n, m = n, m, n_last + whole * n, m_last + whole * m
-        if n / m == x:
+        part = rest - whole
+        if n / m == x or not part or whole >= 2**60:  # rest is rounded: it may be whole where x is not n/m
             return n, m
-        rest = 1 / (rest - whole)
+        rest = 1 / part

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bicm_diffusion import (
     Schedule,
+    ancestral_sample,
     bdia_invert,
     bdia_sample,
     ddim_invert,
@@ -142,6 +143,10 @@ def test_what_needs_signal_says_so() -> None:
             ddim_sample(velocity, z, schedule, prediction=prediction)
     with pytest.raises(ValueError, match="churn: expected a schedule with alpha = 1"):
         edm_sample(velocity, z, schedule, prediction="flow", churn=1.0, seed=0)
+    with pytest.raises(ValueError, match="alpha > 0 where noise is added"):
+        ancestral_sample(velocity, z, schedule, prediction="flow")
+    without = ancestral_sample(velocity, z, schedule, prediction="flow", eta=0.0)
+    torch.testing.assert_close(without, ddim_sample(velocity, z, schedule, prediction="flow"))
     with pytest.raises(ValueError, match="fresh noise is added"):
         dps_sample(velocity, z, schedule, prediction="flow", operator=lambda x: x, y=z)
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from bicm_diffusion import (
     ExactPair,
     Preconditioned,
+    RetraceWarning,
+    Schedule,
     StatePair,
     bdia_invert,
     bdia_sample,
@@ -175,3 +177,33 @@ def test_an_exact_pair_may_go_on_in_floats() -> None:
     pair = bdia_invert(model, StatePair(*bdia_sample(model, z, schedule)), schedule, exact=False)
     assert isinstance(pair, StatePair)
     assert 0 < (pair.z - z).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("sampler", [bdia_sample, edict_sample, obelm_sample])
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 8, 8), (0, 67)])
+def test_an_empty_batch_has_exact_states_too(sampler: Callable[..., Any], shape: tuple[int, ...]) -> None:
+    pair = sampler(lambda z, times: z, torch.empty(shape), vp_schedule(3))
+    assert pair.z.shape == shape
+
+
+def test_both_of_twins_are_states_to_begin_with() -> None:
+    model, z, schedule = network(WIDTH, torch.float32), noise(4, WIDTH, dtype=torch.float32), vp_schedule(6)
+    for exact in (True, False):
+        z_0, y_0 = edict_sample(model, z, schedule, exact=exact)
+        for state in (z_0, y_0):
+            with pytest.warns(RetraceWarning):
+                edict_invert(model, state, schedule, exact=exact)
+
+
+def test_the_model_gets_float16_states_where_alpha_is_small() -> None:
+    z = torch.full((2, WIDTH), 6.0, dtype=torch.float16)
+    schedule = Schedule((0.0, 1.0, 2.0), (1.0, 0.5, 5e-5), (0.0, 0.8, 1.0))
+    seen: list[Tensor] = []
+
+    def model(x: Tensor, times: Tensor) -> Tensor:
+        seen.append(x)
+        return x
+
+    pair = edict_sample(model, z, schedule)
+    assert torch.equal(seen[0], z) and all(x.isfinite().all() for x in seen)
+    assert edict_invert(model, pair, schedule).z.isfinite().all()

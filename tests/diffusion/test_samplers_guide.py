@@ -407,3 +407,17 @@ def test_wrong_guides_are_named(kind: str) -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             run()
+
+
+@pytest.mark.parametrize("parameterization", ["bcm", "cm"])
+def test_a_guide_where_the_output_has_no_weight_is_told_of(parameterization: Any) -> None:
+    schedule = karras_schedule(4)  # which comes by the smallest level, t_min
+    options: dict[str, Any] = {"prediction": Preconditioned(parameterization)}
+    z = noise(2, 6, dtype=torch.float32)
+    with pytest.raises(ValueError, match="guide: expected levels where the denoised sample depends on the model's out"):
+        ddim_sample(lambda x, t: x, z, schedule, guide=lambda at: at.x0.clamp(-1, 1), **options)
+
+    def guide(at: Evaluation) -> Tensor | None:
+        return at.x0.clamp(-1, 1) if at.index > 1 else None
+
+    assert ddim_sample(lambda x, t: x, z, schedule, guide=guide, **options).isfinite().all()

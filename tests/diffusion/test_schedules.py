@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import pickle
 from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bicm_diffusion import (
@@ -54,10 +55,20 @@ def test_ratios_are_the_nearest_fractions_of_squared_widths() -> None:
 
 @settings(max_examples=300)
 @given(st.floats(0, 50), st.integers(1, 1024))
+@example(0.6 / 3, 1024)  # their inverses round to whole numbers
+@example(1.4 - 0.6, 1024)
+@example(0.3 / 3, 3)
 def test_nearest_is_the_best_fraction(x: float, limit: int) -> None:
     n, m = nearest(x, limit)
     best = Fraction(x).limit_denominator(limit)
     assert 1 <= m <= limit and abs(Fraction(n, m) - Fraction(x)) <= abs(best - Fraction(x)) + Fraction(1e-16)
+
+
+def test_levels_of_any_widths_make_a_schedule() -> None:
+    Schedule((0.0, 1.0, 2.0), (1.0,) * 3, (0.0, 80.0, 80.00000001))
+    assert nearest(2.0**62) == (2**60, 1)  # int64 holds no larger factor
+    schedule = pickle.loads(pickle.dumps(vp_schedule(7)))
+    assert schedule == vp_schedule(7) and hash(schedule) == hash(vp_schedule(7))
 
 
 def test_vp_time_undoes_vp_alpha_sigma() -> None:

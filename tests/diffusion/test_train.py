@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 pytest.importorskip("safetensors", reason="checkpoints are safetensors, an extra of this package")
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bicm_diffusion import update_average
+from bicm_diffusion.objectives import Loss
 from bicm_diffusion.train import (
     Step,
     Trainer,
@@ -162,12 +163,92 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
         ({"seed": 4, "notes": {"data": "first"}}, "was made with options .*'seed': 3.* expected .*'seed': 4"),
         ({"seed": 4, "notes": {"data": "first"}}, r"was made with options \{'seed': 3\}, expected \{'seed': 4\}$"),
         ({"notes": {"data": "second"}}, "was made with data first, expected second"),
+        ({}, "was made with data first, expected None"),
+        ({"notes": {"data": "first", "more": 1}}, "was made with more None, expected 1"),
     ):
         with pytest.raises(ValueError, match=f"checkpoint: .* {message}"):
             trainer(**changed).load(path)
     other = Trainer(nn.Linear(2, 2), samples(), loss, options(), device="cpu", notes={"data": "first"})
     with pytest.raises(ValueError, match=r"checkpoint: .* is of another network"):
         other.load(path)
+
+
+def test_notes_are_what_a_checkpoint_can_hold(tmp_path: Path) -> None:
+    for notes in ({"torch": "2.13"}, {"step": 1}, {"options": {}}, {"data": Path("x")}, {"rate": math.nan}):
+        with pytest.raises(ValueError, match="notes: expected"):
+            trainer(notes=notes)
+    path = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"checkpoint: expected a file that Trainer\.save wrote"):
+        trainer().load(path)
+
+
+@pytest.mark.parametrize("place", ["loss", "data"])
+def test_a_step_that_failed_is_repeated_with_its_own_samples(place: str) -> None:
+    fails = iter([False, False, True, *[False] * 100])
+
+    def failing(*arguments: Any) -> Any:
+        if next(fails):
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    class Failing(Items):
+        def __getitem__(self, index: int) -> Any:
+            if place == "data" and index == 3 and next(fails):
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    data = Failing() if place == "data" else samples()
+    broken = Trainer(network(), data, failing if place == "loss" else loss, options(), device="cpu")
+    for _ in range(4):
+        try:
+            broken.run()
+        except KeyboardInterrupt:
+            assert broken.step < STEPS
+    whole = trainer()
+    whole.run()
+    assert broken.step == whole.step == STEPS and broken._source is None
+    assert_equal(broken.average.state_dict(), whole.average.state_dict())
+
+
+class Stateful(nn.Linear):
+    """A module whose extra state is a tensor of its own making."""
+
+    count = 0
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.count += 1
+        return super().forward(x)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.full((1 + self.count % 2,), self.count)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.count = int(state[0])
+
+
+def test_extra_state_is_loaded_too(tmp_path: Path) -> None:
+    first, second = (
+        Trainer(Stateful(2, 2), TensorDataset(torch.ones(8, 2)), plain, options(batch_size=4), device="cpu")
+        for _ in range(2)
+    )
+    first.run()
+    first.save(tmp_path / "run.safetensors")
+    assert first.network.count == STEPS
+    second.load(tmp_path / "run.safetensors")
+    assert second.network.count == STEPS
+
+
+def plain(model: nn.Module, batch: Any, step: Step) -> Loss:
+    value = model(batch[0], batch[0]).square().mean()
+    return Loss(value, {"plain": value})
+
+
+def test_an_order_may_be_written_to() -> None:
+    ids = keyed_order(0, COUNT, batch_size=4, seed=9)
+    before = ids.clone()
+    ids += 1
+    assert torch.equal(keyed_order(0, COUNT, batch_size=4, seed=9), before)
 
 
 @pytest.mark.slow
@@ -277,6 +358,8 @@ def test_lion_comes_from_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"micro_batch": 0}, "micro_batch: expected at least 1"),
         ({"ema": 1.5}, r"ema: expected a value in \[0, 1\], got 1.5"),
+        ({"clip": -1.0}, "clip: expected a norm above 0, or None, got -1.0"),
+        ({"warmup": -1}, "warmup: expected at least 0 steps, got -1"),
     ],
 )
 def test_wrong_options(wrong: dict[str, Any], message: str) -> None:

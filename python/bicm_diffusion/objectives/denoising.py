@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.keys import TIMES
-from bicm_diffusion.objectives.evaluation import Loss, Network, evaluator, level_dtype
+from bicm_diffusion.objectives.evaluation import Loss, Network, evaluator, level_dtype, noise_key
 from bicm_kernels import affine_step, fold_in, normal
 
 P_MEAN, P_STD = -1.2, 1.2
@@ -61,7 +61,7 @@ def denoising_loss(
     evaluate = evaluator(network, x, seed=seed, step=step, extra_args=extra_args, end=None)
     t = t.to(x.device, torch.float64)
     root = (sigma_data * sigma_data + t * t).sqrt()
-    noise: dict[str, Any] = {"seed": seed, "step": step, "sample_id": sample_id}
+    noise = noise_key(x, seed, step, sample_id)
     scaled = affine_step([x], [1 / root], noise_weight=t / root, **noise)
     goal = affine_step([x], [t / (sigma_data * root)], noise_weight=-sigma_data / root, **noise)
     output = evaluate(scaled, t.to(level_dtype(x)))

@@ -15,6 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from bicm_diffusion.objectives.evaluation import noise_key
 from bicm_diffusion.samplers.checks import check_model, check_output, check_per_sample, check_state
 from bicm_kernels import affine_step, normal
 
@@ -125,7 +126,7 @@ def _drawn(x: Tensor, t: Number, seed: Integer, step: Integer, sample_id: Intege
     if not isinstance(t, Tensor) and not 0.0 <= t < float("inf"):
         raise ValueError(f"t: expected a finite noise level of at least 0, got {t}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    noise = normal(x.shape, seed=seed, step=step, sample_id=sample_id, dtype=x.dtype, device=x.device)
+    noise = normal(x.shape, **noise_key(x, seed, step, sample_id), dtype=x.dtype, device=x.device)
     return noise, torch.as_tensor(t, dtype=dtype, device=x.device).expand(len(x)).contiguous()
 
 

@@ -62,6 +62,8 @@ def rollout(
     check_table(table)
     loop = _loop("rollout", model, z, table, guidance_scale, extra_args, callback=callback, progress=progress)
     key, stochastic = fold_in(seed, POLICY), set(table.stochastic)
+    ids = sample_id.cpu() if isinstance(sample_id, Tensor) else sample_id
+    placed = sample_id.to(z.device) if isinstance(sample_id, Tensor) else sample_id
     levels = sorted({level for i in stochastic for level in (i, i - 1)}, reverse=True)
     states, log_probs = {}, []
     for i in loop.steps(range(table.schedule.steps, 0, -1)):
@@ -69,7 +71,7 @@ def rollout(
         if i in stochastic:
             states[i] = z
             z, log_prob = gaussian_step(
-                [z, output], weights, std=table.std[i], seed=key, step=i, sample_id=sample_id,
+                [z, output], weights, std=table.std[i], seed=key, step=i, sample_id=placed,
                 guidance_scale=guidance_scale, reduction=reduction,
             )  # fmt: skip
             states[i - 1] = z
@@ -77,7 +79,7 @@ def rollout(
         else:
             z = affine_step([z, output], weights, guidance_scale=guidance_scale)
         loop.report(i - 1, z, output)
-    ids = sample_id if isinstance(sample_id, Tensor) and sample_id.dim() else sample_id + torch.arange(len(z))
+    ids = ids if isinstance(ids, Tensor) and ids.dim() else ids + torch.arange(len(z))
     empty = z.new_empty((0, *z.shape))
     return Trajectory(
         z,
@@ -85,7 +87,7 @@ def rollout(
         torch.stack(log_probs) if log_probs else z.new_empty((0, len(z)), dtype=torch.float32),
         tuple(levels),
         torch.stack([states[level] for level in levels]) if levels else empty,
-        torch.as_tensor(ids, dtype=torch.int64).cpu(),
+        torch.as_tensor(ids, dtype=torch.int64),
         None if isinstance(seed, Tensor) else int(seed),
     )
 

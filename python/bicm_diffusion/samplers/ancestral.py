@@ -49,6 +49,8 @@ def ancestral_sample(
     check_number("eta", eta)
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta: expected a value in [0, 1], got {eta}")
+    if eta and schedule.straight is not None:
+        raise ValueError("schedule: expected alpha > 0 where noise is added, got alpha_N = 0; eta=0.0 adds none")
     return Ancestral(loop, seed, sample_id, eta).walk(z)
 
 

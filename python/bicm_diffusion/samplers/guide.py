@@ -153,6 +153,11 @@ def _check_like(name: str, x: object, z: Tensor) -> None:
 
 def changed(change: Tensor | Shift, at: Evaluation, of_z: Number, of_output: Number) -> Changed:
     """Return the output equivalent to a changed denoised sample, which is of_z·z + of_output·output."""
+    if isinstance(of_output, float) and of_output == 0.0:
+        raise ValueError(
+            "guide: expected levels where the denoised sample depends on the model's output, got one where c_out = 0, "
+            "the prediction's t_min: end the schedule above it, or return None there"
+        )
     if isinstance(change, Shift):
         weights = (change.weight / of_output, 1.0)
         return Changed((change.direction, at.output), weights, at.output)

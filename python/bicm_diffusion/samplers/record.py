@@ -189,7 +189,7 @@ def _sums(q: Tensor) -> Tensor:
     if width < SUMS:
         return q
     whole = width // SUMS * SUMS
-    sums = q[:, :whole].reshape(len(q), SUMS, -1).sum(-1)
+    sums = q[:, :whole].reshape(len(q), SUMS, whole // SUMS).sum(-1)
     if whole < width:
         sums[:, : width - whole] += q[:, whole:]
     return sums

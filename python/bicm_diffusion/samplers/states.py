@@ -285,6 +285,9 @@ class ExactPair(Pair):
 class ExactTwins(ExactPair):
     """EDICT's two states as integers, in units of alpha; the second of the pair is y."""
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.z, self.y))
+
     @property
     def y(self) -> Tensor:
         """The second state, (B, …) in `dtype`."""
@@ -293,8 +296,11 @@ class ExactTwins(ExactPair):
 
 def decode(q: Tensor, unit: Number, dtype: torch.dtype) -> Tensor:
     """Return unit·q in floating point."""
-    z = fixed_point_decode(q, dtype=dtype)
-    return z if isinstance(unit, float) and unit == 1.0 else affine_step([z], [unit])
+    if isinstance(unit, float) and unit == 1.0:
+        return fixed_point_decode(q, dtype=dtype)
+    # q alone may leave the range of float16, where alpha is small.
+    wide = torch.float32 if dtype == torch.float16 else dtype
+    return affine_step([fixed_point_decode(q, dtype=wide)], [unit]).to(dtype)
 
 
 def save_pair(pair: Pair, path: str | os.PathLike[str]) -> None:

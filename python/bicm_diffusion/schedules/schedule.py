@@ -43,8 +43,8 @@ class Schedule:
     sigma: tuple[float, ...]
     asked: bool = True
     flow: bool = False
-    a: tuple[float, ...] = field(init=False, repr=False)
-    b: tuple[float, ...] = field(init=False, repr=False)
+    a: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    b: tuple[float, ...] = field(init=False, repr=False, compare=False)
     table: Tensor = field(init=False, repr=False, compare=False)
     ratios: Tensor = field(init=False, repr=False, compare=False)
     clean: bool = field(init=False, repr=False, compare=False)

@@ -40,7 +40,7 @@ def keyed_order(step: int, count: int, *, batch_size: int, seed: int) -> Tensor:
     """
     per_epoch = max(1, count // batch_size)
     first = step % per_epoch * batch_size
-    return _permutation(count, seed, step // per_epoch)[first : first + batch_size]
+    return _permutation(count, seed, step // per_epoch)[first : first + batch_size].clone()  # it is kept for others
 
 
 @lru_cache(maxsize=2)

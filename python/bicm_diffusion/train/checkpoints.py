@@ -14,6 +14,9 @@ from bicm_diffusion.distributed.atomic import write_whole
 from bicm_diffusion.extras import extra
 from bicm_diffusion.train.processes import spread, whole
 
+#: What a checkpoint's metadata hold besides what it is compared by.
+OWN = frozenset(("step", "torch"))
+
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and their metadata atomically, and create the folders of the path."""
@@ -39,7 +42,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     with extra("diffusion"):
         from safetensors import safe_open
     with safe_open(str(path), framework="pt") as file:
-        return dict(file.metadata())
+        return dict(file.metadata() or {})
 
 
 def saved_step(path: str | Path) -> int:
@@ -47,22 +50,46 @@ def saved_step(path: str | Path) -> int:
     return int(read_metadata(Path(path))["step"])
 
 
-def tensors_of(modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def checked_notes(notes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return notes that a checkpoint can hold; raises ValueError for others."""
+    taken = sorted({*OWN, "options"} & {*(notes or {})})
+    if taken:
+        raise ValueError(f"notes: expected names other than {taken[0]!r}, which checkpoints have themselves")
+    try:
+        json.dumps(notes, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"notes: expected values that JSON can hold, got {notes!r} ({error})") from None
+    return dict(notes or {})
+
+
+def tensors_of(
+    modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, *, kept: bool = True
+) -> dict[str, Tensor]:
     """Return the state that a run's next step depends on, by name; collective over all processes.
 
+    kept: False drops sharded tensors once they are gathered; True moves them to the host, so that no more than one is
+    whole on a device.
     Raises TypeError for state that is not a tensor, which files cannot store.
     """
     found: dict[str, Tensor] = {}
+
+    def take(name: str, x: Tensor) -> None:
+        gathered = whole(x)
+        if gathered is x:
+            found[name] = x
+        elif kept:
+            found[name] = gathered.cpu()
+
     for prefix, module in modules.items():
         for name, x in module.state_dict().items():
             if not isinstance(x, Tensor):
                 raise TypeError(f"network: expected tensors in its state, got {type(x).__name__} in {name}")
-            found[f"{prefix}.{name}"] = whole(x)
+            take(f"{prefix}.{name}", x)
     for index, state in _states(optimizer).items():
         for name, x in state.items():
             if not isinstance(x, Tensor):
                 raise TypeError(f"optimizer: expected tensors in its state, got {type(x).__name__} in {name}")
-            found[f"optimizer.{index}.{name}"] = whole(x)
+            take(f"optimizer.{index}.{name}", x)
     return found
 
 
@@ -100,6 +127,9 @@ def _fill(path: Path, prefix: str, module: nn.Module, names: set[str], read: Cal
         raise ValueError(f"checkpoint: {path} is of another network: {sorted(wanted ^ there)[:3]} differ")
     for name, x in state.items():
         saved = read(f"{prefix}.{name}")
+        if name.endswith("_extra_state"):  # what a module makes of its state: the tensor is a copy
+            module.load_state_dict({name: saved.to(x.device)}, strict=False)
+            continue
         if saved.shape != x.shape:
             raise ValueError(
                 f"checkpoint: {path} is of another network: {name} is {tuple(saved.shape)}, expected {tuple(x.shape)}"
@@ -109,8 +139,8 @@ def _fill(path: Path, prefix: str, module: nn.Module, names: set[str], read: Cal
 
 def check_same(path: Path, metadata: Mapping[str, str], wanted: Mapping[str, Any]) -> None:
     """Raise ValueError where a checkpoint was made with other configurations."""
-    for name, value in wanted.items():
-        made, asked = json.loads(metadata.get(name, "null")), json.loads(json.dumps(value))
+    for name in sorted({*wanted, *metadata} - OWN):
+        made, asked = json.loads(metadata.get(name, "null")), json.loads(json.dumps(wanted.get(name)))
         if made != asked:
             if isinstance(made, dict) and isinstance(asked, dict):
                 differ = {key for key in {*made, *asked} if made.get(key) != asked.get(key)}

@@ -55,6 +55,10 @@ class TrainingOptions:
         for name in ("steps", "batch_size", "micro_batch"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip: expected a norm above 0, or None, got {self.clip}")
+        if not self.warmup >= 0:
+            raise ValueError(f"warmup: expected at least 0 steps, got {self.warmup}")
         if not 0 <= self.ema <= 1:
             raise ValueError(f"ema: expected a value in [0, 1], got {self.ema}")
 

@@ -28,19 +28,21 @@ class Processes:
     def joined(cls, device: torch.device | str | None = None) -> Processes:
         """Return this process's rank and device; under torchrun the group is created if it does not exist yet.
 
-        device: None for the GPU of the process's number on its machine, or the CPU where torch finds no GPU.
+        device: None for the GPU of the process's number on its machine, or the CPU where torch finds no GPU; "cuda" is
+            that GPU.
         """
         cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
         if "RANK" in os.environ and dist.is_available() and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
         together = dist.is_available() and dist.is_initialized()
-        if device is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+        device = torch.device("cuda" if cuda else "cpu") if device is None else torch.device(device)
+        if cuda and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if cuda:
             torch.cuda.set_device(device)
             device = torch.device("cuda", torch.cuda.current_device())
         rank, count = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-        return cls(rank, count, torch.device(device))
+        return cls(rank, count, device)
 
     def agree(self, network: nn.Module) -> None:
         """Broadcast the first process's parameters and buffers."""

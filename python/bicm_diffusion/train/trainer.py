@@ -22,7 +22,7 @@ from bicm_diffusion.extras import extra
 from bicm_diffusion.keys import TRAINING
 from bicm_diffusion.objectives.evaluation import Loss
 from bicm_diffusion.train import checkpoints
-from bicm_diffusion.train.batches import Batches, Collate, Part
+from bicm_diffusion.train.batches import CPU, Batches, Collate, Part
 from bicm_diffusion.train.logs import Log, listed
 from bicm_diffusion.train.optimizers import make_optimizer
 from bicm_diffusion.train.options import TrainingOptions
@@ -80,11 +80,12 @@ class Trainer:
     average: the averaged network; None for a copy of the network.
     parallel: "ddp" or "fsdp2", under torchrun. blocks(network): modules that FSDP2 shards one by one. parallel_args:
         further arguments of DistributedDataParallel or `fully_shard`.
-    notes: further settings that determine the run's bits, by name; checkpoints are compared by them.
+    notes: further settings that determine the run's bits, by name, as JSON can hold them; checkpoints are compared by
+        them.
 
     The loss and its gradient do not depend on the number of processes and micro-batches, up to rounding, where the loss
     draws only by `Step.key`. Dropout is the exception: torch draws its masks by position.
-    Raises ValueError for a batch size that is not divisible by the number of processes.
+    Raises ValueError for a batch size that is not divisible by the number of processes, and for notes of other kinds.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Trainer:
         notes: Mapping[str, Any] | None = None,
     ) -> None:
         self.processes = Processes.joined(device)
-        self.options, self.loss, self.notes, self.step = options, loss, dict(notes or {}), 0
+        self.options, self.loss, self.notes, self.step = options, loss, checkpoints.checked_notes(notes), 0
         self.batches = Batches(
             dataset,
             options.batch_size,
@@ -134,9 +135,9 @@ class Trainer:
 
         Raises StopIteration after the last step of the run.
         """
-        if self._source is None:
-            self._source = self.batches.since(self.step, self.options.steps)
-        parts = next(self._source)
+        # Kept once the step is taken: after an exception the next call repeats it, with the same samples.
+        source, self._source = self._source or self.batches.since(self.step, self.options.steps), None
+        parts = next(source)
         self.network.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate_at(self.step)
@@ -150,6 +151,7 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip)
         self.optimizer.step()
         self.step += 1
+        self._source = source
         release(self.average)
         warm = self.step if self.options.ema_warmup else None
         update_average(self.average, self.network, step=warm, decay=self.options.ema)
@@ -164,7 +166,7 @@ class Trainer:
         place = number * self.processes.count + self.processes.rank
         key = int(fold_in(fold_in(int(fold_in(options.seed, TRAINING)), self.step), place))
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16")
-        with draws_alike(key, device)():
+        with draws_alike(key, CPU)(), draws_alike(key, device)():
             with autocast:
                 loss = self.loss(self.model, batch, step)
             if not (hasattr(loss, "total") and hasattr(loss, "terms")):
@@ -182,7 +184,7 @@ class Trainer:
         modules = {"network": self.network, "average": self.average}
         release(self.network)
         release(self.average)
-        tensors = checkpoints.tensors_of(modules, self.optimizer)
+        tensors = checkpoints.tensors_of(modules, self.optimizer, kept=self.processes.rank == 0)
         if self.processes.rank == 0:
             metadata = {name: json.dumps(value) for name, value in self._identity().items()}
             checkpoints.save(Path(path), tensors, {**metadata, "step": str(self.step), "torch": torch.__version__})
@@ -191,9 +193,11 @@ class Trainer:
     def load(self, path: str | Path) -> None:
         """Load a checkpoint of `save`, with any number of processes.
 
-        Raises ValueError for a checkpoint of other options, notes or another network.
+        Raises ValueError for a checkpoint of other options, notes or another network, and for another file.
         """
         metadata = checkpoints.read_metadata(Path(path))
+        if "step" not in metadata:
+            raise ValueError(f"checkpoint: expected a file that Trainer.save wrote, got {path}")
         checkpoints.check_same(Path(path), metadata, self._identity())
         checkpoints.load(Path(path), {"network": self.network, "average": self.average}, self.optimizer)
         self.step, self._source = int(metadata["step"]), None
@@ -241,6 +245,7 @@ class Trainer:
                     bar.set_postfix_str(f"{listed(means)}, {rate:.0f} samples/s", refresh=False)
                 for name, value in told.items() if log is not None and first else ():
                     log(name, value, self.step)  # type: ignore[misc]
+        self._source = None  # with its worker processes
 
 
 def _bar(total: int, initial: int, *, shown: bool) -> Any:
