@@ -219,6 +219,8 @@ class Op(Row):
             name = "default" if plain else "tracked" if tracked else "tensor"
             return self.asked_for(call, self.traceable(self.overloads[name])(*full))
         places = self.places(call, outs)
+        if not plain and not arguments.compiling():
+            outputs.check_apart(places, arguments.numbers(self.loose(call, full)))
         function = self.traceable(self.overloads["out" if plain else "tensor_out"])
         function(*full, *self.extras(call, plain), **dict(zip(self.outs, places, strict=True)))
         if not arguments.compiling():

@@ -80,6 +80,13 @@ def write(outs: Sequence[Tensor], results: Any, tracked: bool) -> None:
             out.copy_(result)
 
 
+def check_apart(outs: Sequence[Tensor], numbers: Sequence[Any]) -> None:
+    """Raise where an output shares memory with a number's tensor, which is read while outputs are written."""
+    for x in numbers:
+        if isinstance(x, Tensor) and has_memory(x) and any(has_memory(out) and shares_memory(out, x) for out in outs):
+            raise ValueError("out must not share memory with a tensor of weights, coefficients or keys")
+
+
 def check_outs(outs: Mapping[str, Any], tensors: Mapping[str, Tensor], check: Callable[[str, Any], None]) -> None:
     """Raise unless the outputs pass ``check`` and overlap no tensor, except one that is exactly the same memory."""
     if outs and transforms_alone():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -85,3 +87,17 @@ def test_a_solver_holds_no_more_than_its_algorithm(name: str, kind: str, record_
     record_property("peak", f"{ours} of {theirs}")
     # Ours forms the times of all levels at once: (N + 1)·B numbers, where a state has B·d.
     assert 3 * state_bytes(z) < ours <= theirs + (SCHEDULE.steps + 1) * len(z) * z.element_size()
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_run_leaves_nothing_to_the_collector(name: str) -> None:
+    z, given = 10.0 * noise(4, 3, 5), problem()
+    refs = [weakref.ref(given["y"]), weakref.ref(z)]
+    gc.collect()
+    gc.disable()
+    try:
+        SOLVERS[name][0](clean, z, SCHEDULE, prediction="x0", **extras(name), **given)
+        del z, given
+        assert [ref() for ref in refs] == [None, None]
+    finally:
+        gc.enable()

@@ -115,6 +115,20 @@ def test_autograd_notices_what_is_written(each_backend: str, weight: Any) -> Non
         assert bk.affine_step([y], [0.5], out=y) is y  # such tensors have no version
 
 
+def test_a_weight_is_not_written_to_while_it_is_read() -> None:
+    x, seeds = torch.ones(2, 3), torch.tensor([3, 4])
+    with backend.use("native"):
+        for run in (
+            lambda: bk.affine_step([x], [x[:, 0]], out=x),
+            lambda: bk.affine_step([x], [x[0, 0]], out=x),
+            lambda: bk.ddim_step(x, x.clone(), a=x[1, 2], b=0.5, out=x),
+        ):
+            with pytest.raises(ValueError, match="out must not share memory with a tensor of weights"):
+                run()
+        weights = torch.tensor([0.5, 2.0])
+        assert bk.affine_step([x], [weights], noise_weight=weights, seed=seeds, out=x) is x
+
+
 def test_more_dimensions_than_the_kernels_know_are_refused() -> None:
     many = torch.ones([2] + [1] * 70, requires_grad=True)
     for run in (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypedDict
 
 from torch import Tensor
@@ -81,12 +82,20 @@ class Run(Loop):
         self.problem = Problem(operator, y, distance, z, seed, sample_id)
         check_size("scale", scale, len(z))
         self.scale, self.seed, self.sample_id = scale, seed, sample_id
-        self.ancestral = Ancestral(self, seed, sample_id)
+
+    @contextmanager
+    def guided(self, guide: Guide) -> Iterator[Ancestral]:
+        """The steps with a guide, which refers to the run, until they are taken."""
+        self.guide = guide
+        try:
+            yield Ancestral(self, self.seed, self.sample_id)
+        finally:
+            self.guide = None
 
     def solve(self, z: Tensor, guide: Guide) -> Tensor:
         """Return z_0 from z_N."""
-        self.guide = guide
-        return self.ancestral.walk(z)
+        with self.guided(guide) as steps:
+            return steps.walk(z)
 
     def level(self, i: int) -> float:
         """The noise level at index i, in units of x0."""

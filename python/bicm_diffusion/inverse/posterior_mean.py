@@ -98,25 +98,25 @@ def freedom_sample(
     if not isinstance(repeat_range, tuple | list) or len(repeat_range) != 2:
         raise ValueError(f"repeat_range: expected a pair of noise levels (low, high), got {described(repeat_range)}")
     low, high = repeat_range
-    travel, steps = fold_in(run.seed, TRAVEL), run.ancestral
-    run.guide = guide = _Tracked(run)
-    for i in run.steps(range(schedule.steps, 0, -1)):
-        sigma, below = run.level(i), run.level(i - 1)
-        for repeat in range(repeats if low <= sigma <= high else 1):
-            if repeat:
-                alpha, width = schedule.alpha[i], math.sqrt(sigma * sigma - below * below)
-                z = add_noise(
-                    z,
-                    alpha * width,
-                    scale=alpha / schedule.alpha[i - 1],
-                    seed=fold_in(travel, repeat),
-                    step=i,
-                    sample_id=run.sample_id,
-                )
-            guide.repeat = repeat
-            # Every repeat of a step has new noise.
-            z, _, output = steps.step(i, z, key=fold_in(steps.key, repeat) if repeat else None)
-        run.report(i - 1, z, output)
+    travel, guide = fold_in(run.seed, TRAVEL), _Tracked(run)
+    with run.guided(guide) as steps:
+        for i in run.steps(range(schedule.steps, 0, -1)):
+            sigma, below = run.level(i), run.level(i - 1)
+            for repeat in range(repeats if low <= sigma <= high else 1):
+                if repeat:
+                    alpha, width = schedule.alpha[i], math.sqrt(sigma * sigma - below * below)
+                    z = add_noise(
+                        z,
+                        alpha * width,
+                        scale=alpha / schedule.alpha[i - 1],
+                        seed=fold_in(travel, repeat),
+                        step=i,
+                        sample_id=run.sample_id,
+                    )
+                guide.repeat = repeat
+                # Every repeat of a step has new noise.
+                z, _, output = steps.step(i, z, key=fold_in(steps.key, repeat) if repeat else None)
+            run.report(i - 1, z, output)
     return z
 
 

@@ -49,7 +49,7 @@ def taken(record: Record, take: Taken, batch: int) -> Record:
     conditions = record.conditions
     if isinstance(conditions, Conditions):
         arguments = {name: some(value) for name, value in conditions.extra_args.items()}
-        conditions = Conditions(some(conditions.guidance_scale), arguments)
+        conditions = Conditions(some(conditions.guidance_scale), arguments, conditions.guide)
     settings = {name: some(value) for name, value in record.settings.items()}
     origin = None if record.origin is None else take(record.origin)
     return replace(record, settings=settings, origin=origin, conditions=conditions)

@@ -36,7 +36,7 @@ class Processes:
             dist.init_process_group("nccl" if cuda else "gloo")
         together = dist.is_available() and dist.is_initialized()
         device = torch.device("cuda" if cuda else "cpu") if device is None else torch.device(device)
-        if cuda and device.index is None:
+        if cuda and ":" not in str(device):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if cuda:
             torch.cuda.set_device(device)
