@@ -64,7 +64,12 @@ def architectures_here() -> str:
     if shutil.which(command[0]) is None:
         return "90"
     found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
-    return ",".join(sorted({capability.replace(".", "") for capability in found if capability[0].isdigit()})) or "90"
+    wanted = {capability.replace(".", "") for capability in found if capability[0].isdigit()}
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if nvcc is not None:  # an older one does not know the newest GPUs, whose drivers compile its PTX
+        listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout
+        wanted = {name for name in wanted if f"sm_{name}" in listed.split()}
+    return ",".join(sorted(wanted)) or "90"
 
 
 def remove_libraries(directory: Path) -> None:

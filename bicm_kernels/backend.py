@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from bicm_kernels import generator_check, torch_internals
+from bicm_kernels import architectures, generator_check, torch_internals
 
 CHOICES = ("auto", "native", "triton", "reference")
 DRAWERS = ("native", "torch")
@@ -37,6 +38,7 @@ _choice = "auto"
 #: Where the choice came from, for messages.
 _chosen_by = "the backend auto"
 _running: dict[str, tuple[str, str]] = {}
+_starts = threading.RLock()
 #: Triton's kernels by the device they are registered for.
 _registrations: dict[str, torch.library.Library] = {}
 
@@ -114,6 +116,12 @@ def _native_cuda() -> str:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(f"the CUDA library does not load: {error}") from error
+    built_for = ctypes.CDLL(str(path)).bicm_kernels_architectures
+    built_for.restype = ctypes.c_char_p
+    devices = range(torch.cuda.device_count())
+    reason = architectures.refused(built_for().decode(), [torch.cuda.get_device_capability(k) for k in devices])
+    if reason:
+        raise ImportError(reason)
     return "CUDA C++"
 
 
@@ -145,7 +153,7 @@ def _hand_over_launchers() -> None:
 
 
 def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 
 
 def _triton(device_type: str) -> str:
@@ -200,7 +208,7 @@ def _start(device_type: str) -> tuple[str, str]:
         if name == "reference" and failures:
             warnings.warn(
                 f"bicm_kernels runs its slow PyTorch reference on {device_type} ({'; '.join(failures)})",
-                stacklevel=6,
+                stacklevel=7,
             )
         return name, "; ".join([what, *failures])
     raise ImportError(f"{_chosen_by} cannot run on {device_type}: {'; '.join(failures)}")
@@ -214,14 +222,27 @@ def _devices() -> list[str]:
 
 def running(device_type: str) -> str:
     """The implementation that runs on a device type: ``native``, ``triton`` or ``reference``."""
+    if torch.compiler.is_dynamo_compiling():
+        _begin(device_type)  # before the table is read, by which a graph is guarded
+    found = _running.get(device_type)
+    return (_begin(device_type) if found is None else found)[0]
+
+
+def _begin(device_type: str) -> tuple[str, str]:
+    """Start what runs on a device type, once, whichever thread asks first."""
     global kernel_devices
-    if device_type not in _running:
-        _running[device_type] = _start(device_type)
-        if _running[device_type][0] != "reference" and device_type in _DLPACK:
-            kernel_devices |= 1 << _DLPACK[device_type]
-        if device_type == "cuda":
-            _hand_over_launchers()
-    return _running[device_type][0]
+    with _starts:
+        if device_type not in _running:
+            _running[device_type] = _start(device_type)
+            if _running[device_type][0] != "reference" and device_type in _DLPACK:
+                kernel_devices |= 1 << _DLPACK[device_type]
+            if device_type == "cuda":
+                _hand_over_launchers()
+        return _running[device_type]
+
+
+# As by torch.compiler.assume_constant_result: a graph may be traced before the first call on its device.
+_begin._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def describe() -> str:
@@ -343,4 +364,6 @@ def start() -> None:
     if _switch not in SWITCHES:
         raise ValueError(f"BICM_KERNELS_DIRECT: expected 0, 1 or cuda, got {_switch!r}")
     name = os.environ.get("BICM_KERNELS_BACKEND", "auto")
+    if name not in CHOICES:
+        raise ValueError(f"BICM_KERNELS_BACKEND: the backend must be one of {', '.join(CHOICES)}, got {name!r}")
     _choose(name, f"BICM_KERNELS_BACKEND={name}")

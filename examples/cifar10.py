@@ -222,7 +222,8 @@ def main(words: Sequence[str] | None = None) -> None:
         precision="bfloat16" if arguments.bfloat16 else "float32",
         compiled=arguments.compile,
     )
-    told = {name: getattr(arguments, name) for name in ("objective", "mu", "generate", "predictor", "q", "s0", "s1")}
+    asked = ("objective", "mu", "generate", "predictor", "q", "s0", "s1", "stages", "dropout")
+    told = {name: getattr(arguments, name) for name in asked}
     run = train(
         network,
         Images(arguments.data),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bicm_kernels as bk
 from bicm_diffusion import LevelTable, draw_levels, karras_levels, update_average
+from bicm_diffusion.distributed.atomic import write_whole
 
 SEED = 0
 SIGMA_DATA = 0.5
@@ -77,6 +79,10 @@ def train(
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else "cpu"
     data = torch.tensor(load_digits().images[:images], dtype=torch.float32)[:, None] / 16 - 0.5
     data = (data / data.std() * SIGMA_DATA).to(device)
+    if not world <= batch <= len(data):
+        raise SystemExit(
+            f"--batch: expected between {world} and {len(data)}, as there are processes and images, got {batch}"
+        )
     torch.manual_seed(SEED)
     network, average = Network().to(device), Network().to(device)
     average.load_state_dict(network.state_dict())
@@ -110,7 +116,9 @@ def train(
             print(f"epoch {epoch + 1}: loss {total.item() / len(steps) / world:.4f}")
             if checkpoint is not None:
                 parts = {"network": network.state_dict(), "average": average.state_dict()}
-                torch.save({**parts, "optimizer": optimizer.state_dict(), "epoch": epoch + 1}, checkpoint)
+                state = {**parts, "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
+                checkpoint.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(checkpoint, partial(torch.save, state))
     return average
 
 

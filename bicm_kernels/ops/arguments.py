@@ -335,6 +335,8 @@ def check_key(seed: object, step: object, sample_id: object, batch: int, device:
     check_integer("seed", seed, batch, device, -(2**63), 2**64)
     check_integer("step", step, batch, device, 0, WORD)
     check_integer("sample_id", sample_id, batch, device, 0, WORD)
+    if isinstance(sample_id, Integral):
+        sample_id = int(sample_id)  # arithmetic on NumPy's integers overflows
     if isinstance(sample_id, int) and sample_id + batch > WORD:
         raise ValueError(f"sample_id + B must be at most 2**32, got {sample_id} + {batch}")
     per_sample_seed = isinstance(seed, Tensor) and seed.dim() == 1

@@ -113,7 +113,9 @@ def _renoise_gradient(ctx: Any, of_x_s: Tensor | None, of_scaled: Tensor | None)
             gradients = [*_ops.denoised_step.tensor(incoming, weights[1], weights[0], *rest)[:2]]
         else:
             for k in wanted:
-                gradients[k] = affine_gradient(incoming, weights[k]).to(dtypes[k])
+                # Rounded once, in F's dtype, as the derivative of `denoise` is.
+                wide = [g.to(torch.promote_types(g.dtype, dtypes[k])) for g in incoming]
+                gradients[k] = affine_gradient(wide, weights[k]).to(dtypes[k])
     return *gradients, *[None] * 9
 
 

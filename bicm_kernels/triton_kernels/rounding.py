@@ -13,7 +13,7 @@ import triton.language as tl
 #: products that may overflow fail under TRITON_DEBUG.
 OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
 
-if OLD and os.environ.get("TRITON_INTERPRET", "0") != "1":
+if OLD and os.environ.get("TRITON_INTERPRET", "").lower() not in ("1", "true", "on"):
 
     @triton.jit
     def float32_quotient(a, b):

@@ -3,7 +3,7 @@
 
 #include "block.h"
 
-// Elsewhere the kernels that need them are empty, and are not launched.
+// Elsewhere the kernels that need them are not launched: bicm_kernels/architectures.py.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define BICM_CLUSTERS 1
 #endif

@@ -143,6 +143,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     differentiate_chunk<Memory, Denoises>(p, to, sample, __clusterRelativeBlockRank(), aligned, cluster_sum);
   }
   if (finishes_last(to.finished)) finish_batch<typename Memory::Compute>(p, to);
+#else
+  __trap();  // rather than an undefined result, if it is launched all the same
 #endif
 }
 

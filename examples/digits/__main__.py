@@ -130,13 +130,14 @@ def _train(
 ) -> None:
     """Run to the end and write the weights, with their configuration and figures."""
     torch.set_num_threads(threads)
-    if restart:
-        checkpoint.unlink(missing_ok=True)
     try:
         with scalar_log(tensorboard) as log:
+            if restart:
+                checkpoint.unlink(missing_ok=True)
             state = train(run, checkpoint=checkpoint, checkpoint_every=checkpoint_every, log=log)
     except ValueError as error:
-        raise click.ClickException(f"{error}; use --restart or another --checkpoint") from error
+        other = "; use --restart or another --checkpoint" if str(error).startswith("checkpoint:") else ""
+        raise click.ClickException(f"{error}{other}") from error
     except ImportError as error:
         raise click.ClickException(str(error)) from error
     figures = {name: f"{value:.5f}" for name, value in run.objective.figures(state.average).items()}

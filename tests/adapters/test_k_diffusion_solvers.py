@@ -335,3 +335,21 @@ def test_k_diffusion_s_own_functions(name: str, eta: float) -> None:
 
 def test_every_name_is_there() -> None:
     assert all(hasattr(importlib.import_module(k_diffusion.__name__), name) for name in k_diffusion.__all__)
+
+
+@pytest.mark.parametrize("sampler", [k_diffusion.sample_dpmpp_2m_sde, k_diffusion.sample_dpmpp_3m_sde])
+def test_rising_levels_are_named(sampler: Any) -> None:
+    x = torch.ones(2, 3)
+    rising = torch.tensor([1.0, 2.0, 0.0])
+    with pytest.raises(ValueError, match=r"sigmas: expected levels that do not rise, got 1.0 and then 2.0"):
+        sampler(lambda x, sigma: 0 * x, x, rising, disable=True, noise_sampler=lambda a, b: torch.zeros_like(x))
+
+
+def test_a_loss_trains_after_it_was_evaluated_in_inference_mode() -> None:
+    weight = torch.ones((), requires_grad=True)
+    denoiser = k_diffusion.Denoiser(lambda x, sigma: weight * x, scales=3)
+    x, sigma = torch.randn(2, 3, 6, 10), torch.ones(2)
+    with torch.inference_mode():
+        denoiser.loss(x, torch.ones_like(x), sigma)
+    denoiser.loss(x, torch.ones_like(x), sigma).sum().backward()
+    assert weight.grad is not None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import re
 import subprocess
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,40 @@ def test_an_unknown_backend_is_refused(python: Python, choice: str) -> None:
     done = python(DESCRIBE, check=False, BICM_KERNELS_BACKEND=choice)
     assert done.returncode != 0
     last = done.stderr.splitlines()[-1]
-    assert last == f"ValueError: the backend must be one of auto, native, triton, reference, got {choice!r}"
+    expected = f"the backend must be one of auto, native, triton, reference, got {choice!r}"
+    assert last == f"ValueError: BICM_KERNELS_BACKEND: {expected}"
+
+
+COLD = """
+import torch
+import bicm_kernels as bk
+from bicm_kernels import backend
+backend._running.clear()
+step = torch.compile(lambda x: bk.ddim_step(x, x, a=0.5, b=0.5), fullgraph=True, backend="eager")
+print(bool((step(torch.ones(2, 3)) == 1.0).all()), *backend._running)
+"""
+
+
+def test_a_graph_may_be_traced_before_the_first_call_on_its_device(python: Python) -> None:
+    assert python(COLD).stdout.split() == ["True", "cpu"]
+
+
+def test_threads_start_an_implementation_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    def start(device_type: str) -> tuple[str, str]:
+        started.append(device_type)
+        time.sleep(0.05)
+        return "triton", "made"
+
+    monkeypatch.setattr(backend, "_start", start)
+    monkeypatch.setattr(backend, "_running", {})
+    threads = [threading.Thread(target=backend.running, args=("a device",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert started == ["a device"]
 
 
 @pytest.mark.parametrize("choice", [None, "native"])

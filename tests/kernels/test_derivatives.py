@@ -118,6 +118,16 @@ def test_renoise_gradients_as_the_reference(state: torch.dtype, network: torch.d
         assert (ours.double() - wanted).abs().max() <= rounding * wanted.abs().max() + 1e-12
 
 
+def test_renoise_rounds_a_gradient_in_its_own_dtype_alone() -> None:
+    """In float16, x's, it would be 0."""
+    x, F = torch.ones(2, 3, dtype=torch.float16), torch.ones(2, 3, requires_grad=True)
+    x_s, _ = bk.renoise(x, F, 0.01, 0.002, 0.0, seed=0)
+    (found,) = torch.autograd.grad(x_s, F, torch.full_like(x_s, 1e-6))
+    wanted = bk.denoise(x.float(), F, 0.01, 0.002)
+    (expected,) = torch.autograd.grad(wanted, F, torch.full((2, 3), torch.tensor(1e-6).half().item()))
+    torch.testing.assert_close(found, expected)
+
+
 def test_renoise_differentiates_in_one_launch() -> None:
     """Nothing but the gradients is made of the size of a sample, and the reference is not asked."""
     x, F = leaf(random(*SHAPE)), leaf(random(*SHAPE, seed=1))

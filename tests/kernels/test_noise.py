@@ -348,3 +348,9 @@ def test_fold_in_does_not_collide() -> None:
     assert folded.unique().numel() == folded.numel()
     ones = torch.stack([(folded >> bit & 1).double().mean() for bit in range(63)])
     assert (ones - 0.5).abs().max() < 5 * 0.5 / math.sqrt(folded.numel())
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.uint32])
+def test_ids_past_the_last_one_are_named(each_backend: str, kind: type) -> None:
+    with pytest.raises(ValueError, match=r"sample_id \+ B must be at most 2\*\*32, got 4294967295 \+ 2"):
+        bk.normal((2, 3), seed=1, sample_id=kind(2**32 - 1))

@@ -46,3 +46,8 @@ constexpr Launchers kLaunchers = {
 }  // namespace bicm
 
 extern "C" __attribute__((visibility("default"))) const void* bicm_kernels_launchers() { return &bicm::kLaunchers; }
+
+// What the library was built for, as CMake has it: "80-real 120" is machine code for both, and PTX of the latter.
+extern "C" __attribute__((visibility("default"))) const char* bicm_kernels_architectures() {
+  return BICM_ARCHITECTURES;
+}

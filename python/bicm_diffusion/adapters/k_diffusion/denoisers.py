@@ -69,9 +69,9 @@ class Denoiser(nn.Module):
 
         input: (B, …) clean samples; noise: standard normal, like input; sigma: their levels, (B,). F is the network's
         output at input + sigma·noise and F* the output whose denoised sample is input. With scales other than 1 the
-        error is that of the cosine transform over the last one, two or three dimensions, (B, …) having three, four or
+        error is that of the cosine transform over the last two dimensions of (B, …) with four, or the last three of
         five, its squares weighted by −log2 of the frequency (Nyquist's is 1/2), at most `scales` where that is 1 or
-        more.
+        more; of three, as in k-diffusion, the transform is over the second and the weights are along the third.
 
         >>> Denoiser(lambda x, sigma: x).loss(torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2))
         tensor([0., 0.])
@@ -173,10 +173,11 @@ def cosine_transform(x: Tensor) -> Tensor:
 @lru_cache(64)
 def _cosines(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """sqrt(2/n)·cos(π(2i + 1)k/2n) in row i and column k, the first column divided by sqrt(2)."""
-    i = torch.arange(n, dtype=torch.float64)
-    matrix = math.sqrt(2 / n) * torch.cos(math.pi / (2 * n) * (2 * i[:, None] + 1) * i)
-    matrix[:, 0] /= math.sqrt(2)
-    return matrix.to(device, dtype)
+    with torch.inference_mode(False):  # it is kept, and an inference tensor could not be saved for a backward pass
+        i = torch.arange(n, dtype=torch.float64)
+        matrix = math.sqrt(2 / n) * torch.cos(math.pi / (2 * n) * (2 * i[:, None] + 1) * i)
+        matrix[:, 0] /= math.sqrt(2)
+        return matrix.to(device, dtype)
 
 
 @lru_cache(64)
@@ -188,9 +189,10 @@ def frequency_weights(shape: torch.Size, scales: float, dtype: torch.dtype, devi
     >>> frequency_weights(torch.Size([2]), 0, torch.float32, torch.device("cpu"))
     tensor([2., 1.])
     """
-    weights = torch.full(shape, math.inf, dtype=dtype, device=device)
-    for dim, n in enumerate(shape):
-        frequencies = torch.linspace(0.5 / n, 0.5, n, dtype=dtype, device=device)
-        rows = -torch.log2(frequencies)
-        weights = torch.minimum(weights, rows.reshape([n if k == dim else 1 for k in range(len(shape))]))
-    return weights.clamp_max(scales) if scales >= 1 else weights
+    with torch.inference_mode(False):
+        weights = torch.full(shape, math.inf, dtype=dtype, device=device)
+        for dim, n in enumerate(shape):
+            frequencies = torch.linspace(0.5 / n, 0.5, n, dtype=dtype, device=device)
+            rows = -torch.log2(frequencies)
+            weights = torch.minimum(weights, rows.reshape([n if k == dim else 1 for k in range(len(shape))]))
+        return weights.clamp_max(scales) if scales >= 1 else weights

@@ -182,6 +182,8 @@ def _multistep(
             x = weighted_sum(joined(x, denoised), [0.0, 1.0])
             continue
         h = math.log(level / below)
+        if eta and h < 0.0:
+            raise ValueError(f"sigmas: expected levels that do not rise, got {level} and then {below}")
         if h:
             weights = solver_weights(h, lengths, float(eta), midpoint)
             tensors = [denoised, *history]
