@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.objectives.evaluation import Loss
-from bicm_kernels import pseudo_huber
-from bicm_kernels.backend import running
+from bicm_kernels import backend, pseudo_huber
 
 
 class Terms:
@@ -89,7 +88,7 @@ class Terms:
 
 def _keeps_inputs(sample: Tensor, gradient: str) -> bool:
     """Whether `pseudo_huber` has the derivatives of its gradient: see there for halves."""
-    return gradient != "forward" or sample.dtype.itemsize == 2 or running(sample.device.type) == "reference"
+    return gradient != "forward" or sample.dtype.itemsize == 2 or backend.running(sample.device.type) == "reference"
 
 
 class _Valued(torch.autograd.Function):
