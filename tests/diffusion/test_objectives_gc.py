@@ -270,7 +270,7 @@ def test_two_diracs_have_no_velocity_variance(t: float) -> None:
         (
             lambda x, t: gc_loss(network(), x, t, predictor=lambda x: x, **KEY),
             TypeError,
-            r"predictor: called as predictor\(x, t\), but it takes \(x\)",
+            r"predictor: called as predictor\(x, t, u\), but it takes \(x\)",
         ),
         (lambda x, t: gc_loss(network(), x, t, seed=0), TypeError, "step"),
         (
