@@ -38,8 +38,8 @@ def ancestral_sample(
     z: (B, …), any floating dtype; the result has its shape and dtype. eta: η in [0, 1]; 1 is ancestral, 0 is
     `ddim_sample`. seed, sample_id: key of the noise, whose step is i, apart from that of `bicm_kernels.normal` with the
     same seed. Takes N evaluations of the model and one launch per step; options: those of every sampler, see `Options`.
-    Raises ValueError where eta is out of range or a prediction unknown, and where noise is added on a flow that begins at
-    alpha = 0: its coefficients are those of the ODE alone.
+    Raises ValueError where eta is out of range, where a prediction is unknown, and where noise is added on a flow that
+    begins at alpha = 0: its coefficients are those of the ODE alone.
 
     >>> import torch
     >>> from bicm_diffusion import karras_schedule
