@@ -14,17 +14,21 @@ def runs_on(architectures: str, capability: Capability) -> bool:
     """Whether a GPU has machine code in a list as CMake's, or PTX that a driver can compile for it.
 
     "80-real" is machine code, for GPUs of that major version and at least that minor one; "80-virtual" is PTX, for all
-    later ones; "80" is both; code of "90a" runs on that one alone. PTX from before clusters is none for GPUs that have
-    them: its kernels of clusters are empty.
+    later ones; "80" is both; code of "90a" runs on that one alone, of "100f" on its major version. Words, such as
+    "native", are taken to fit. PTX from before clusters is none for GPUs that have them, since it has no kernels of
+    clusters.
 
     >>> runs_on("80-real 90", (8, 6)), runs_on("80-real 90", (12, 0)), runs_on("80", (9, 0)), runs_on("90", (8, 0))
     (True, True, False, False)
     """
     for entry in architectures.split():
-        digits, suffix, kind = re.fullmatch(r"(\d+)([a-z]?)(-\w+)?", entry).groups()  # type: ignore[union-attr]
-        built = int(digits[:-1]), int(digits[-1])
+        parts = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", entry)
+        if parts is None:
+            return True
+        major, minor, suffix, kind = parts.groups()
+        built = int(major), int(minor)
         if suffix:
-            if built == capability:
+            if built == capability or (suffix == "f" and built[0] == capability[0] and built <= capability):
                 return True
             continue
         if kind != "-virtual" and built[0] == capability[0] and built <= capability:

@@ -153,7 +153,7 @@ def _hand_over_launchers() -> None:
 
 
 def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
 
 
 def _triton(device_type: str) -> str:

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
@@ -13,7 +11,7 @@ import triton.language as tl
 #: products that may overflow fail under TRITON_DEBUG.
 OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
 
-if OLD and os.environ.get("TRITON_INTERPRET", "").lower() not in ("1", "true", "on"):
+if OLD and not triton.knobs.runtime.interpret:
 
     @triton.jit
     def float32_quotient(a, b):

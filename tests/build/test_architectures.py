@@ -33,6 +33,9 @@ WHEEL = "80-real 90-real 100-real 120"
         ("90a-real", (9, 0), True),
         ("90a", (10, 0), False),
         ("80-real 90-real", (10, 0), False),
+        ("100f-real", (10, 3), True),
+        ("100f", (12, 0), False),
+        ("native", (9, 0), True),
     ],
 )
 def test_what_has_code(built: str, capability: Capability, runs: bool) -> None:

@@ -82,3 +82,19 @@ def test_a_step_leaves_nothing(name: str, gradient: str, differentiated: bool) -
     gc.collect()
     outputs = [ref for model in models for ref in model.outputs]
     assert outputs and not [ref for ref in outputs if ref() is not None]
+
+
+@pytest.mark.parametrize(
+    ("weights", "recorded"),
+    [
+        ({}, [True, True, True, True]),
+        ({"recon": 0.0}, [False, True, True, True]),
+        ({"idem": 0.0}, [True, False, True]),
+        ({"recon": 0.0, "idem": 0.0}, [False, False, True]),
+    ],
+)
+def test_ign_records_only_what_is_differentiated(weights: dict[str, float], recorded: list[bool]) -> None:
+    network, found = nn.Linear(6, 6), []
+    network.register_forward_hook(lambda _, inputs, output: found.append(output.requires_grad))
+    ign_loss(network, torch.randn(4, 6), **KEY, **weights).total.backward()
+    assert found == recorded

@@ -421,3 +421,11 @@ def test_a_guide_where_the_output_has_no_weight_is_told_of(parameterization: Any
         return at.x0.clamp(-1, 1) if at.index > 1 else None
 
     assert ddim_sample(lambda x, t: x, z, schedule, guide=guide, **options).isfinite().all()
+
+
+def test_some_samples_of_a_pair_keep_their_guide() -> None:
+    def guide(at: Evaluation) -> Tensor:
+        return at.x0.clamp(-1, 1)
+
+    pair = bdia_sample(lambda z, t: 0.1 * z, noise(4, 6), VP, guide=guide)
+    assert pair.record.conditions.digest() == pair[:2].record.conditions.digest()

@@ -29,6 +29,7 @@ from bicm_diffusion.train import (
     Step,
     Trainer,
     TrainingOptions,
+    checkpoints,
     keyed_order,
     make_optimizer,
     saved_step,
@@ -36,6 +37,7 @@ from bicm_diffusion.train import (
     train,
 )
 from bicm_diffusion.train.checkpoints import read_metadata
+from bicm_diffusion.train.processes import Processes
 from tests.support import keyed_training
 from tests.support.keyed_training import COUNT, STEPS, Items, loss, network, options, samples, trained
 
@@ -411,3 +413,28 @@ def test_a_loss_that_is_a_tensor_is_told_of() -> None:
     run = Trainer(network(), samples(), lambda *_: torch.ones(()), options(), device="cpu")  # type: ignore[arg-type,return-value]
     with pytest.raises(TypeError, match=r"loss: expected an object with \.total and \.terms, .*objectives\.Loss"):
         run.advance()
+
+
+@pytest.mark.parametrize(("rank", "expected"), [("3", 3), (None, 5)])
+@pytest.mark.parametrize("device", [None, "cuda", torch.device("cuda")], ids=str)
+def test_a_gpu_without_a_number_is_the_process_s(
+    device: Any, rank: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current = [5]
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: current.__setitem__(0, chosen.index))
+    assert Processes.joined(device).device == torch.device("cuda", expected)
+    assert Processes.joined("cuda:1").device == torch.device("cuda", 1)
+
+
+def test_only_the_first_process_keeps_what_was_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "whole", lambda x: x.clone() if x.dim() == 2 else x)  # as of a sharded tensor
+    module = nn.Linear(2, 3)
+    optimizer = torch.optim.SGD(module.parameters())
+    assert sorted(checkpoints.tensors_of({"network": module}, optimizer)) == ["network.bias", "network.weight"]
+    assert sorted(checkpoints.tensors_of({"network": module}, optimizer, kept=False)) == ["network.bias"]

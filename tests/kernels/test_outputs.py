@@ -141,6 +141,12 @@ def test_more_dimensions_than_the_kernels_know_are_refused() -> None:
             run()
 
 
+def test_an_empty_gradient_has_the_dtype_that_is_asked_for() -> None:
+    numbers = [torch.tensor(0.5, dtype=torch.float64)] * 3
+    found = torch.ops.bicm_kernels.denoise_gradient(torch.ones(2, 0, 3), *numbers, False, False, True, torch.float16)
+    assert (found.dtype, found.shape) == (torch.float16, (2, 0, 3))
+
+
 def test_out_of_an_empty_batch(each_backend: str) -> None:
     z, outs = torch.empty(0, 3), tuple(torch.empty(0, 3) for _ in range(3))
     assert bk.ddim_step(z, z, a=1.0, b=0.5, out=outs[0]) is outs[0]

@@ -29,7 +29,7 @@ class Processes:
         """Return this process's rank and device; under torchrun the group is created if it does not exist yet.
 
         device: None for the GPU of the process's number on its machine, or the CPU where torch finds no GPU; "cuda" is
-            that GPU.
+            that GPU. Outside of torchrun it is the current one.
         """
         cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
         if "RANK" in os.environ and dist.is_available() and not dist.is_initialized():
@@ -37,7 +37,8 @@ class Processes:
         together = dist.is_available() and dist.is_initialized()
         device = torch.device("cuda" if cuda else "cpu") if device is None else torch.device(device)
         if cuda and ":" not in str(device):
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            rank = os.environ.get("LOCAL_RANK")
+            device = torch.device("cuda", torch.cuda.current_device() if rank is None else int(rank))
         if cuda:
             torch.cuda.set_device(device)
             device = torch.device("cuda", torch.cuda.current_device())
