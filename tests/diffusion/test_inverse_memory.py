@@ -92,7 +92,9 @@ def test_a_solver_holds_no_more_than_its_algorithm(name: str, kind: str, record_
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_run_leaves_nothing_to_the_collector(name: str) -> None:
     z, given = 10.0 * noise(4, 3, 5), problem()
-    refs = [weakref.ref(given["y"]), weakref.ref(z)]
+    measure = given["operator"]
+    given["operator"] = lambda x0: measure(x0)
+    refs = [weakref.ref(given["operator"]), weakref.ref(z)]
     gc.collect()
     gc.disable()
     try:
