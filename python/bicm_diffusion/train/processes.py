@@ -37,8 +37,8 @@ class Processes:
         together = dist.is_available() and dist.is_initialized()
         device = torch.device("cuda" if cuda else "cpu") if device is None else torch.device(device)
         if cuda and ":" not in str(device):
-            rank = os.environ.get("LOCAL_RANK")
-            device = torch.device("cuda", torch.cuda.current_device() if rank is None else int(rank))
+            local = os.environ.get("LOCAL_RANK")
+            device = torch.device("cuda", torch.cuda.current_device() if local is None else int(local))
         if cuda:
             torch.cuda.set_device(device)
             device = torch.device("cuda", torch.cuda.current_device())
