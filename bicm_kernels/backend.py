@@ -13,21 +13,18 @@ package is imported.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
-import importlib.util
 import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bicm_kernels import architectures, generator_check, torch_internals
+from bicm_kernels import generator_check, loaders
 
 CHOICES = ("auto", "native", "triton", "reference")
 DRAWERS = ("native", "torch")
@@ -39,12 +36,6 @@ _choice = "auto"
 _chosen_by = "the backend auto"
 _running: dict[str, tuple[str, str]] = {}
 _starts = threading.RLock()
-#: Triton's kernels by the device they are registered for.
-_registrations: dict[str, torch.library.Library] = {}
-
-_OLDEST_TRITON, _OLDEST_TRITON_ELSEWHERE = (3, 5), (3, 6)
-
-_kept_bytes = 256 << 20
 _drawer = "native"
 
 #: Whether kernels run on CPU tensors, native or interpreted. Every call reads it first.
@@ -70,26 +61,6 @@ hand_overs = 0
 _draws_like_torch: bool | None = None
 
 
-def _native_cpu() -> str:
-    if importlib.util.find_spec("bicm_kernels._C") is None:
-        raise ImportError(_why_there_is_no_library())
-    library = importlib.import_module("bicm_kernels._C")
-    library.keep_memory(_kept_bytes)
-    return f"C++, {library.instruction_set()}"
-
-
-def _why_there_is_no_library() -> str:
-    here = Path(__file__).resolve().parent
-    others = (Path(entry, "bicm_kernels").resolve() for entry in sys.path)
-    other = next((path for path in others if path != here and (path / "_C.abi3.so").is_file()), None)
-    if other is None:
-        return "the native library was not built: install with a C++ compiler"
-    return (
-        f"the native library was not built in {here}, which Python found before the installed {other}: leave the "
-        "working directory or change PYTHONPATH to use that one, or build this one with `pip install -e .`"
-    )
-
-
 def _functions() -> Any:
     library = importlib.import_module("bicm_kernels._C")
     return library if hasattr(library, "ddim_step") else None
@@ -105,39 +76,6 @@ def draws_like_torch() -> bool:
     return bool(_draws_like_torch)
 
 
-_CUDA_LIBRARY = Path(__file__).with_name("_C_cuda.so")
-
-
-def _native_cuda() -> str:
-    path = _CUDA_LIBRARY
-    if torch.version.hip is not None or not path.exists():
-        raise ImportError("the CUDA library was not built: install where nvcc is found")
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        raise ImportError(f"the CUDA library does not load: {error}") from error
-    built_for = ctypes.CDLL(str(path)).bicm_kernels_architectures
-    built_for.restype = ctypes.c_char_p
-    devices = range(torch.cuda.device_count())
-    reason = architectures.refused(built_for().decode(), [torch.cuda.get_device_capability(k) for k in devices])
-    if reason:
-        raise ImportError(reason)
-    return "CUDA C++"
-
-
-def _launchers() -> object:
-    """The CUDA library's launchers, in a capsule."""
-    table = ctypes.CDLL(str(_CUDA_LIBRARY)).bicm_kernels_launchers
-    table.restype = ctypes.c_void_p
-    capsule = ctypes.pythonapi.PyCapsule_New
-    capsule.restype, capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-    return capsule(table(), _CAPSULE, None)
-
-
-#: A capsule keeps the address of its name.
-_CAPSULE = b"bicm_kernels.Launchers"
-
-
 def _hand_over_launchers() -> None:
     """Let calls on GPUs bypass the dispatcher where that is asked for and the native library runs; else not."""
     global cuda_is_direct, hand_overs
@@ -149,47 +87,7 @@ def _hand_over_launchers() -> None:
         # Implementations from Python on GPUs count from now on, or no longer.
         functions.know_implementations(-1)
         hand_overs += 1
-        cuda_is_direct = bool(functions.use_launchers(_launchers() if wanted else None))
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
-
-
-def _triton(device_type: str) -> str:
-    interpreted = _interpreted()
-    if device_type == "cpu" and not interpreted:
-        raise ImportError("Triton has no CPU backend (TRITON_INTERPRET=1 interprets its kernels)")
-    if importlib.util.find_spec("triton") is None:
-        raise ImportError("Triton is not installed")
-    found = importlib.import_module("triton").__version__
-    nvidia = device_type != "xpu" and torch.version.hip is None
-    oldest = _OLDEST_TRITON if nvidia else _OLDEST_TRITON_ELSEWHERE  # 3.5 flushes subnormal numbers, but for our PTX
-    if tuple(map(int, found.split(".")[:2])) < oldest:
-        raise ImportError(
-            f"Triton {found} is too old for {device_type}: expected {'.'.join(map(str, oldest))} or later"
-        )
-    kernels = importlib.import_module("bicm_kernels.triton_kernels")
-    key = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}.get(device_type)
-    if key is None:
-        raise ImportError(f"Triton kernels are not registered for {device_type}")
-    if device_type not in _registrations:
-        library = torch.library.Library("bicm_kernels", "IMPL")
-        for name, function in kernels.OPS.items():
-            library.impl(name, function, key)
-        _registrations[device_type] = library
-    return "Triton, interpreted" if interpreted else "Triton"
-
-
-def _implementations(device_type: str) -> dict[str, Callable[[], str]]:
-    """The candidates for a device, best first; each prepares itself and returns its name, or raises ImportError."""
-    native = {"cpu": _native_cpu, "cuda": _native_cuda}
-    found: dict[str, Callable[[], str]] = {}
-    if device_type in native:
-        found["native"] = native[device_type]
-    found["triton"] = lambda: _triton(device_type)
-    found["reference"] = lambda: "plain PyTorch, slow"
-    return found
+        cuda_is_direct = bool(functions.use_launchers(loaders.launchers() if wanted else None))
 
 
 def _start(device_type: str) -> tuple[str, str]:
@@ -197,7 +95,7 @@ def _start(device_type: str) -> tuple[str, str]:
     if device_type == "meta":  # tensors without memory: what an op returns there is the same for every implementation
         return "native", "shapes and dtypes alone"
     failures: list[str] = []
-    for name, prepare in _implementations(device_type).items():
+    for name, prepare in loaders.candidates(device_type).items():
         if _choice not in ("auto", name):
             continue
         try:
@@ -283,7 +181,7 @@ def _choose(name: str, chosen_by: str) -> None:
     global _choice, _chosen_by, _running, cpu_is_compiled, library, direct, kernel_devices
     if name not in CHOICES:
         raise ValueError(f"the backend must be one of {', '.join(CHOICES)}, got {name!r}")
-    before, registered = (_choice, _chosen_by, _running, kernel_devices), set(_registrations)
+    before, registered = (_choice, _chosen_by, _running, kernel_devices), set(loaders.registrations)
     _choice, _chosen_by, _running, kernel_devices = name, chosen_by, {}, 0
     try:
         cpu_is_compiled, library = _make_ready()
@@ -292,25 +190,21 @@ def _choose(name: str, chosen_by: str) -> None:
     except BaseException:
         _choice, _chosen_by, _running, kernel_devices = before
         _hand_over_launchers()
-        _unregister(set(_registrations) - registered)
+        loaders.unregister(loaders.registrations.keys() - registered)
         raise
-    _unregister({device for device in _registrations if _running.get(device, ("",))[0] != "triton"})
+    stays = {device for device, (runs, _) in _running.items() if runs == "triton"}
+    loaders.unregister(loaders.registrations.keys() - stays)
 
 
 def _make_ready() -> tuple[bool, Any]:
     """Load what the choice needs; returns the values of `cpu_is_compiled` and `library`."""
-    gpus = _devices()[1:] if _choice == "triton" and not _interpreted() else []
+    gpus = _devices()[1:] if _choice == "triton" and not loaders.interpreted() else []
     for device_type in gpus:
         running(device_type)
     if gpus:
         return False, None
     name = running("cpu")
     return name in ("native", "triton"), _functions() if name == "native" else None
-
-
-def _unregister(devices: set[str]) -> None:
-    for device_type in devices:
-        torch_internals.unregister(_registrations.pop(device_type))
 
 
 def release_memory() -> int:
@@ -355,8 +249,8 @@ def _mebibytes(name: str, default: int) -> int:
 
 def start() -> None:
     """Read the environment at import, after the schemas are defined, and apply its choice."""
-    global _kept_bytes, _drawer, _switch
-    _kept_bytes = _mebibytes("BICM_KERNELS_KEPT_MEMORY", 256)
+    global _drawer, _switch
+    loaders.kept_bytes = _mebibytes("BICM_KERNELS_KEPT_MEMORY", 256)
     _drawer = os.environ.get("BICM_KERNELS_GENERATOR", "native")
     if _drawer not in DRAWERS:
         raise ValueError(f"BICM_KERNELS_GENERATOR: expected {' or '.join(DRAWERS)}, got {_drawer!r}")

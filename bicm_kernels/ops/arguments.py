@@ -1,23 +1,23 @@
-"""Arguments of the ops: when a kernel may run, how numbers become tensors, and messages for invalid calls.
+"""Arguments of the ops: when a kernel may run, how numbers become tensors, and what a failed call raises.
 
-The kernels check their arguments in C++ and raise terse errors; after a failure `explain` builds the full message. It
-applies the same rules and names the argument, what was given and what was expected. Valid calls skip it.
+The kernels check their arguments in C++ and raise terse errors; after a failure `explain` raises the full message of
+`checks`.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from bicm_kernels import backend
-from bicm_kernels.reference import arithmetic
+from bicm_kernels.ops.checks import WORD, check_key, describe
 from bicm_kernels.torch_internals import (
     differs_between_slices,
     dispatch_modes,
@@ -31,8 +31,6 @@ from bicm_kernels.torch_internals import (
 Number = float | Tensor
 Integer = int | Tensor
 
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-WORD = 2**32
 #: The errors of an invalid call; `explain` then builds the message.
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, OverflowError)
 #: The prefix of errors from the kernels' argument checks; errors of CUDA and of torch lack it.
@@ -221,127 +219,6 @@ def notice_unweighted(name: str) -> None:
     _unweighted.add(name)
     text = "no noise is drawn: pass noise_weight=..., or noise_weight=0.0 where none is meant"
     warnings.warn(f"{name}: seed is given and noise_weight is left at 0.0, so {text}", UserWarning, stacklevel=3)
-
-
-def describe(value: object) -> str:
-    """A short description of a value, for error messages."""
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    kind, text = type(value).__name__, repr(value)
-    if len(text) <= 60 and "tensor(" not in text and "array(" not in text:
-        return f"{text} ({kind})"
-    if isinstance(value, list | tuple):
-        return f"a {kind} of {len(value)} ({', '.join(dict.fromkeys(type(x).__name__ for x in value))})"
-    shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
-    return f"a {kind}{shape}"
-
-
-def tensor_in(value: Any) -> str:
-    """The tensor's place in a network's output, for error messages; empty where it is not known."""
-    if isinstance(value, tuple | list):
-        return "; pass its first element" if value and isinstance(value[0], Tensor) else ""
-    for name in ("sample", *getattr(value, "__dict__", {})):
-        if isinstance(getattr(value, name, None), Tensor):
-            return f"; pass its .{name}"
-    if isinstance(value, Mapping):
-        return next((f"; pass its [{name!r}]" for name, x in value.items() if isinstance(x, Tensor)), "")
-    return "; torch.from_numpy makes one of it" if type(value).__module__ == "numpy" and hasattr(value, "shape") else ""
-
-
-def check_sequence(name: str, value: Any, instead: str = "[x]") -> None:
-    """Raise unless ``value`` is a sequence of tensors rather than one tensor."""
-    arithmetic.check_sequence(name, value, instead)
-    if not hasattr(value, "__len__") or not hasattr(value, "__getitem__"):
-        raise TypeError(f"{name}: expected a sequence of tensors, got {describe(value)}")
-
-
-def check_state(
-    name: str,
-    x: object,
-    first: Tensor | None = None,
-    first_name: str = "",
-    dtypes: Collection[torch.dtype] = FLOATING,
-    expected: str = "float16, bfloat16, float32 or float64",
-) -> None:
-    """Raise unless ``x`` is a (B, ...) tensor of one of these dtypes that agrees with the first in shape and device."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {describe(x)}{tensor_in(x)}")
-    if x.dtype not in dtypes:
-        raise TypeError(f"{name} must be {expected}, got {x.dtype}")
-    if x.dim() == 0:
-        raise ValueError(f"{name} must have a batch dimension, (B, ...), got a 0-d tensor")
-    if first is None:
-        return
-    if x.shape != first.shape:
-        raise ValueError(f"{name} must have the shape of {first_name}, {tuple(first.shape)}, got {tuple(x.shape)}")
-    if x.device != first.device:
-        raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {x.device}")
-
-
-def check_number(name: str, value: object, first: Tensor) -> None:
-    """Raise unless ``value`` is a float, a 0-d or a (B,) floating tensor."""
-    if not isinstance(value, Tensor):
-        if not isinstance(value, Real | torch.SymFloat | torch.SymInt):
-            raise TypeError(f"{name} must be a float, a 0-d tensor or a (B,) tensor, got {describe(value)}")
-        return
-    if value.dtype not in FLOATING:
-        raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
-    check_per_sample(name, value, first.shape[0], first.device)
-
-
-def check_per_sample(name: str, value: Tensor, batch: int, device: torch.device) -> None:
-    """Raise unless a tensor argument is 0-d or (B,) and on a device that the kernel can read."""
-    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != batch):
-        raise ValueError(f"{name} must be a 0-d or a ({batch},) tensor, got shape {tuple(value.shape)}")
-    if value.device != device and not (value.dim() == 0 and value.device.type == "cpu"):
-        raise ValueError(f"{name} must be on {device}, got {value.device}")
-
-
-def check_integer(name: str, value: object, batch: int, device: torch.device, low: int, high: int) -> None:
-    """Raise unless ``value`` is an int in [low, high), or a 0-d or (B,) int64 tensor."""
-    if isinstance(value, Tensor):
-        if value.dtype != torch.int64:
-            whole = not (value.is_floating_point() or value.is_complex())
-            hint = f"; {name}.long() makes one" if whole else ""
-            raise TypeError(f"{name} must be an int or an int64 tensor, got {value.dtype}{hint}")
-        check_per_sample(name, value, batch, device)
-    elif not isinstance(value, Integral | torch.SymInt):
-        several = hasattr(value, "__len__") and not isinstance(value, str | bytes)
-        hint = f"; torch.as_tensor({name}, dtype=torch.int64) makes one" if several else ""
-        if isinstance(value, torch.Generator):
-            raise TypeError(f"{name} must be an int or an int64 tensor, got a torch.Generator; pass its initial_seed()")
-        raise TypeError(f"{name} must be an int or an int64 tensor, got {describe(value)}{hint}")
-    else:
-        check_range(name, value, low, high)
-
-
-def check_range(name: str, value: object, low: int, high: int) -> None:
-    """Raise unless an int is in [low, high); tensors are not read."""
-    if not isinstance(value, Tensor) and not low <= value < high:  # type: ignore[operator]
-        raise ValueError(f"{name} must be in [{power(low)}, {power(high)}), got {value}")
-
-
-def power(bound: int) -> str:
-    """A bound of an integer range in readable form, such as 2**32."""
-    if abs(bound) < WORD:
-        return str(bound)
-    return f"{'-' if bound < 0 else ''}2**{round(math.log2(abs(bound)))}"
-
-
-def check_key(seed: object, step: object, sample_id: object, batch: int, device: torch.device) -> None:
-    """Raise unless seed, step and sample_id can key the noise of a batch."""
-    if seed is None:
-        raise ValueError("seed must be given where noise is drawn (noise_weight is not zero), got None")
-    check_integer("seed", seed, batch, device, -(2**63), 2**64)
-    check_integer("step", step, batch, device, 0, WORD)
-    check_integer("sample_id", sample_id, batch, device, 0, WORD)
-    if isinstance(sample_id, Integral):
-        sample_id = int(sample_id)  # arithmetic on NumPy's integers overflows
-    if isinstance(sample_id, int) and sample_id + batch > WORD:
-        raise ValueError(f"sample_id + B must be at most 2**32, got {sample_id} + {batch}")
-    per_sample_seed = isinstance(seed, Tensor) and seed.dim() == 1
-    if per_sample_seed and (isinstance(sample_id, Tensor) or sample_id != 0):
-        raise ValueError(f"sample_id must be left at 0 where seed holds one seed per sample, got {describe(sample_id)}")
 
 
 def faithful(derivative: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from bicm_kernels.ops.arguments import Integer, Number, check_sequence, weight_list
+from bicm_kernels.ops.arguments import Integer, Number, weight_list
+from bicm_kernels.ops.checks import check_sequence
 from bicm_kernels.ops.gaussian_dispatch import ADDS_UP, GAUSSIAN_KL, GAUSSIAN_LOG_PROB, GAUSSIAN_STEP
 from bicm_kernels.ops.multistep import TensorOrPair
 from bicm_kernels.ops.reduction import check_choice

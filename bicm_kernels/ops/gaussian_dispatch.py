@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bicm_kernels.ops import arguments
+from bicm_kernels.ops import arguments, checks
 from bicm_kernels.ops.op import Op
 from bicm_kernels.ops.reduction import Reduction, check_choice
 from bicm_kernels.ops.row import Call
@@ -97,7 +97,7 @@ class Divergence(Density):
         names = [f"{name}[{k}]" for name in ("reference", "tensors") for k in range(half)]
         found = dict(zip(names, call[0], strict=True))
         for name in (*names[half:], *names[:half]):
-            arguments.check_state(name, found[name], None if name == names[half] else found[names[half]], names[half])
+            checks.check_state(name, found[name], None if name == names[half] else found[names[half]], names[half])
         return found
 
     def labelled(self, call: Call) -> list[tuple[str, Any]]:
@@ -106,7 +106,7 @@ class Divergence(Density):
     def check_lists(self, tensors: Any, reference: Any, weights: Any) -> None:
         """Raise unless there are as many tensors of each kind as weights."""
         for name, value in (("tensors", tensors), ("reference", reference)):
-            arguments.check_sequence(name, value)
+            checks.check_sequence(name, value)
         if not 1 <= len(tensors) <= 5:
             raise ValueError(f"tensors must hold 1 to 5 tensors, got {len(tensors)}")
         for name, value in (("reference", reference), ("weights", weights)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bicm_kernels import backend, reference
-from bicm_kernels.ops import arguments
+from bicm_kernels.ops import arguments, checks
 from bicm_kernels.ops.arguments import UNWEIGHTED, Integer, Number, dynamo
 from bicm_kernels.ops.op import Op
 
@@ -257,7 +257,7 @@ def denoised_step(
             results = DENOISED_STEP.call(*call, refused=True)
         return tuple.__new__(DenoisedStep, results)
     if out is not None:
-        arguments.check_sequence("out", out, "(out, x0)" if next_scale is None else "(out, x0, next)")
+        checks.check_sequence("out", out, "(out, x0)" if next_scale is None else "(out, x0, next)")
         outs = tuple(out)
         if len(outs) != (2 if next_scale is None else 3):
             raise ValueError(f"out must hold (out, x0), and next with next_scale, got {len(outs)} tensors")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bicm_kernels import backend, reference
-from bicm_kernels.ops import arguments
+from bicm_kernels.ops import arguments, checks
 from bicm_kernels.ops.arguments import Integer, Number, dynamo
 from bicm_kernels.ops.multistep import affine_gradient
 from bicm_kernels.ops.op import Op
@@ -34,7 +34,7 @@ class Draw(Op):
         return getattr(reference, self.name)(out.shape, dtype=out.dtype, device=out.device, **named)
 
     def check_tensor(self, name: str, x: object, first: Tensor | None, first_name: str) -> None:
-        arguments.check_state("shape", x)
+        checks.check_state("shape", x)
 
 
 NORMAL = Draw("normal", ("out!",))
@@ -43,7 +43,7 @@ UNIFORM = Draw("uniform", ("out!",))
 
 def _empty(shape: Sequence[int], dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
     dtype = dtype or torch.get_default_dtype()
-    if dtype not in arguments.FLOATING:
+    if dtype not in checks.FLOATING:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
     direct = backend.direct
     if direct is not None and getattr(device, "type", device) in (None, "cpu") and not dynamo():
@@ -55,7 +55,7 @@ def _empty(shape: Sequence[int], dtype: torch.dtype | None, device: torch.device
     except TypeError:
         if device is not None and not isinstance(device, str | torch.device | int):
             raise
-        raise TypeError(f"shape must be a sequence of integers (B, ...), got {arguments.describe(shape)}") from None
+        raise TypeError(f"shape must be a sequence of integers (B, ...), got {checks.describe(shape)}") from None
 
 
 def normal(
@@ -144,7 +144,7 @@ class FoldIn(Op):
         device = next((x.device for x in tensors if not x.is_cpu), torch.device("cpu"))
         batch = next((x.shape[0] for x in tensors if x.dim() == 1), 1)
         for name, x in zip(self.tensors, call, strict=True):
-            arguments.check_integer(name, x, batch, device, -(2**63), 2**64)
+            checks.check_integer(name, x, batch, device, -(2**63), 2**64)
 
 
 FOLD_IN = FoldIn("fold_in", ("seed", "data"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bicm_kernels import reference
-from bicm_kernels.ops import arguments
+from bicm_kernels.ops import arguments, checks
 from bicm_kernels.ops.arguments import Integer, Number
 from bicm_kernels.ops.multistep import affine_gradient
 from bicm_kernels.ops.op import Op
@@ -39,27 +39,27 @@ class PairOp(Op):
 
     def check_tensor(self, name: str, x: object, first: Tensor | None, first_name: str) -> None:
         if first is None or name != "mask":
-            arguments.check_state(name, x, first, first_name)
+            checks.check_state(name, x, first, first_name)
             if first is not None and name == "x_hat" and x.dtype != first.dtype:  # type: ignore[attr-defined]
                 raise TypeError(f"x_hat must have the dtype of x, {first.dtype}, got {x.dtype}")  # type: ignore[attr-defined]
             return
         if not isinstance(x, Tensor) or x.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor, got {arguments.describe(x)}")
+            raise TypeError(f"mask must be a bool tensor, got {checks.describe(x)}")
         if x.shape != first.shape[:1] or x.device != first.device:
             shape = f"({first.shape[0]},)"
-            raise ValueError(f"mask must have shape {shape} and be on {first.device}, got {arguments.describe(x)}")
+            raise ValueError(f"mask must have shape {shape} and be on {first.device}, got {checks.describe(x)}")
 
 
 def check_places(x: object, F: object, places: Tensor) -> None:
     """Raise unless places are in range, where they are on the host, and F has samples like x."""
-    arguments.check_state("x", x)
-    arguments.check_state("F", F)
+    checks.check_state("x", x)
+    checks.check_state("F", F)
     assert isinstance(x, Tensor) and isinstance(F, Tensor)
     if F.shape[1:] != x.shape[1:] or not len(F):
         shape = f"(N, {', '.join(map(str, x.shape[1:]))})"
         raise ValueError(f"F must have shape {shape} and a sample, as mask holds places in it, got {tuple(F.shape)}")
     if places.shape != x.shape[:1] or places.device != x.device:
-        given = arguments.describe(places)
+        given = checks.describe(places)
         raise ValueError(f"mask must have shape ({x.shape[0]},) and be on {x.device}, got {given}")
     readable = places.is_cpu and not arguments.compiling() and len(places)
     if readable and int(places.max()) >= len(F):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from bicm_kernels import backend, reference
-from bicm_kernels.ops import arguments, outputs
+from bicm_kernels.ops import arguments, checks, outputs
 from bicm_kernels.ops.arguments import dynamo
 from bicm_kernels.ops.library import without_lists
 from bicm_kernels.ops.row import KEY, Call, Row
@@ -262,10 +262,10 @@ class Op(Row):
         first = next(iter(tensors.values()))
         for name, value in self.labelled(call):
             if value is not None or name not in self.optional:
-                arguments.check_number(name, value, first)
+                checks.check_number(name, value, first)
         if self.keyed and (call[self.first_key] is not None or not self.noise):
             seed, step, sample_id = call[self.first_key :]
-            arguments.check_key(seed, step, sample_id, first.shape[0], first.device)
+            checks.check_key(seed, step, sample_id, first.shape[0], first.device)
         given = zip(self.outs, self.wanted(call), outs or (), strict=False)
         first_name = next(iter(tensors))
         outputs.check_outs(
@@ -287,7 +287,7 @@ class Op(Row):
     def check_tensors(self, call: Call) -> dict[str, Any]:
         """The tensors by name, each checked, with pairs flattened."""
         operands = call[0] if self.guided else call[: self.first_number]
-        arguments.check_sequence("tensors", operands)
+        checks.check_sequence("tensors", operands)
         unnamed = len(operands) - len(self.tensors)
         names = (*self.tensors, *[f"tensors[{k}]" for k in range(unnamed)])
         if self.weights and not 1 <= unnamed <= 5:
@@ -297,10 +297,10 @@ class Op(Row):
             pair = self.guided and isinstance(operand, tuple | list) and name == names[-1]
             if pair and len(operand) == 1:
                 expected = "a tensor, or a pair (eps_uncond, eps_cond) with guidance_scale"
-                hint = arguments.tensor_in(operand)
-                raise TypeError(f"{name} must be {expected}, got {arguments.describe(operand)}{hint}")
+                hint = checks.tensor_in(operand)
+                raise TypeError(f"{name} must be {expected}, got {checks.describe(operand)}{hint}")
             if self.weights and not pair and isinstance(operand, tuple | list) and len(operand) == 2:
-                given = arguments.describe(operand)
+                given = checks.describe(operand)
                 raise TypeError(f"{name} must be a tensor, got {given}; a pair (eps_uncond, eps_cond) goes last")
             for k, x in enumerate(operand if pair else [operand]):
                 if x is None and name in self.optional:
@@ -316,7 +316,7 @@ class Op(Row):
 
     def check_tensor(self, name: str, x: object, first: Tensor | None, first_name: str) -> None:
         """Raise unless a tensor is valid for its argument."""
-        arguments.check_state(name, x, first, first_name)
+        checks.check_state(name, x, first, first_name)
 
     def check_guidance(self, call: Call, name: str, last: object, pairs: int) -> None:
         """Raise unless a pair and its guidance scale are given together."""
@@ -324,7 +324,7 @@ class Op(Row):
         if pairs not in (0, 1) or bool(pairs) != (guidance is not None):
             raise ValueError(
                 f"guidance_scale goes with a pair (eps_uncond, eps_cond) as {name}, "
-                f"got guidance_scale={guidance!r} and {arguments.describe(last)}"
+                f"got guidance_scale={guidance!r} and {checks.describe(last)}"
             )
 
     def labelled(self, call: Call) -> list[tuple[str, Any]]:

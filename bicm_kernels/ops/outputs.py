@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bicm_kernels.ops import arguments
+from bicm_kernels.ops import arguments, checks
 from bicm_kernels.torch_internals import transforms_alone
 
 LARGE = 2**26  # bytes
@@ -108,7 +108,7 @@ def check_outs(outs: Mapping[str, Any], tensors: Mapping[str, Tensor], check: Ca
 
 def check_out(name: str, out: object, first: Tensor, first_name: str) -> None:
     """Raise unless ``out`` can take a result like ``first``: shape, dtype and device, and no gradient."""
-    arguments.check_state(name, out, first, first_name)
+    checks.check_state(name, out, first, first_name)
     assert isinstance(out, Tensor)
     if out.dtype != first.dtype:
         raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {out.dtype}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bicm_kernels import reference
-from bicm_kernels.ops import arguments
+from bicm_kernels.ops import arguments, checks
 from bicm_kernels.ops.arguments import Integer, Number
 from bicm_kernels.ops.library import define
 from bicm_kernels.ops.multistep import affine_gradient
@@ -138,7 +138,7 @@ def target_level(parameterization: str, u: Number | None, sigma_min: Number) -> 
     if parameterization not in PARAMETERIZATIONS:
         raise ValueError(f"parameterization must be one of {', '.join(PARAMETERIZATIONS)}, got {parameterization!r}")
     if u is not None and parameterization != "bcm":
-        given = arguments.describe(u)
+        given = checks.describe(u)
         raise ValueError(f"u must be None for parameterization={parameterization!r}: only 'bcm' takes it, got {given}")
     if parameterization == "edm":
         return 0.0

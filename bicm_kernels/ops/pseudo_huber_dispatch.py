@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bicm_kernels import backend
-from bicm_kernels.ops import arguments
+from bicm_kernels.ops import arguments, checks
 from bicm_kernels.ops.op import direct_call, may_go_direct
 from bicm_kernels.ops.reduction import Reduction, check_choice
 from bicm_kernels.ops.reduction_functions import APPLIES, GRADIENTS
@@ -57,10 +57,10 @@ def check_weight(weight: object, first: Tensor, first_name: str) -> None:
     """Raise unless a weight is a number, or floating or a mask, and one number, one per sample or one per element."""
     if not isinstance(weight, Tensor):
         if not isinstance(weight, Real | torch.SymFloat | torch.SymInt):
-            what = arguments.describe(weight)
+            what = checks.describe(weight)
             raise TypeError(f"weight must be a float, a floating tensor or a bool mask, got {what}")
         return
-    if weight.dtype != torch.bool and weight.dtype not in arguments.FLOATING:
+    if weight.dtype != torch.bool and weight.dtype not in checks.FLOATING:
         raise TypeError(f"weight must be a floating tensor or a bool mask, got {weight.dtype}")
     per_sample = weight.dim() == 1 and len(weight) == len(first)
     if weight.dim() and not per_sample and not _broadcasts(weight, first):
@@ -144,28 +144,28 @@ class LossOp(Reduction):
     def check(self, call: Call, outs: Any) -> None:
         values = dict(zip((*self.tensors, *self.numbers, *self.flag_names), call, strict=True))
         first = "x" if "x" in values else self.tensors[0]
-        arguments.check_state(first, values[first])
+        checks.check_state(first, values[first])
         if values["target"] is None and values.get("u") is not None:
-            given = arguments.describe(values["u"])
+            given = checks.describe(values["u"])
             raise TypeError(f"target must be given by name, target=…, where u is left out, got None, and {given} as u")
         for name in self.tensors[: self.states_end]:
-            arguments.check_state(name, values[name], values[first], first)
+            checks.check_state(name, values[name], values[first], first)
         for name in (*self.tensors[self.states_end :], *self.numbers):
             if name == "weight" and values[name] is not None:
                 check_weight(values[name], values[first], first)
             elif values[name] is not None or name not in self.optional:
-                arguments.check_number(name, values[name], values[first])
+                checks.check_number(name, values[name], values[first])
         for name in self.flag_names:
             check_choice(name, values[name], CODES[name])
         c = values["c"]
         if c is None and values["kind"] == "elementwise":
             raise ValueError("c must be given for kind='elementwise', where it has no default, got None")
         if c is not None and values["kind"] == "squared":
-            raise ValueError(f"c must be None for kind='squared', which does not use it, got {arguments.describe(c)}")
+            raise ValueError(f"c must be None for kind='squared', which does not use it, got {checks.describe(c)}")
         if isinstance(c, float | int) and not arguments.compiling() and not c >= 0:
             raise ValueError(f"c must be at least 0, got {c!r}")
         if (u := values.get("u")) is not None and (name := values["parameterization"]) != "bcm":
-            given = arguments.describe(u)
+            given = checks.describe(u)
             raise ValueError(f"u must be None for parameterization={name!r}: only 'bcm' takes it, got {given}")
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from bicm_kernels.ops import arguments, outputs
+from bicm_kernels.ops import arguments, checks, outputs
 from bicm_kernels.torch_internals import forward_level, transformed
 
 #: Places after the binary point at most, by the dtype of the state.
@@ -32,7 +32,7 @@ def refuse_derivative(*values: object) -> None:
 
 def check_fixed_point(name: str, q: object, first: Tensor | None = None, first_name: str = "") -> None:
     """Raise unless ``q`` is an integer (B, ...) state that agrees with the first one."""
-    arguments.check_state(name, q, first, first_name, FRACTION_BITS, "an int64 or int32 fixed-point state")
+    checks.check_state(name, q, first, first_name, FRACTION_BITS, "an int64 or int32 fixed-point state")
     if first is not None and q.dtype != first.dtype:  # type: ignore[attr-defined]
         raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {q.dtype}")  # type: ignore[attr-defined]
 
@@ -41,18 +41,18 @@ def check_fraction_bits(fraction_bits: object, dtype: torch.dtype) -> None:
     """Raise unless the grid suits the state."""
     most = FRACTION_BITS[dtype]
     if not isinstance(fraction_bits, int | torch.SymInt) or isinstance(fraction_bits, bool):
-        raise TypeError(f"fraction_bits must be an int, got {arguments.describe(fraction_bits)}")
+        raise TypeError(f"fraction_bits must be an int, got {checks.describe(fraction_bits)}")
     if not 0 <= fraction_bits <= most:
         raise ValueError(f"fraction_bits must be in [0, {most}] for {dtype} states, got {fraction_bits}")
 
 
 def check_overflow(overflow: Any, mark: object, batch: int, device: torch.device) -> None:
     """Raise unless overflow and mark fit the batch."""
-    arguments.check_integer("mark", mark, batch, device, 1, 2**63)
+    checks.check_integer("mark", mark, batch, device, 1, 2**63)
     if overflow is None:
         return
     if not isinstance(overflow, Tensor):
-        raise TypeError(f"overflow must be a (B,) int64 tensor, got {arguments.describe(overflow)}")
+        raise TypeError(f"overflow must be a (B,) int64 tensor, got {checks.describe(overflow)}")
     if overflow.dtype != torch.int64:
         raise TypeError(f"overflow must be int64, got {overflow.dtype}")
     if overflow.shape != (batch,):
@@ -67,7 +67,7 @@ def check_overflow(overflow: Any, mark: object, batch: int, device: torch.device
 
 def check_encode(x: Any, fraction_bits: object, dtype: object, overflow: Any, mark: object) -> None:
     """Raise if an argument of ``fixed_point_encode`` is invalid."""
-    arguments.check_state("x", x)
+    checks.check_state("x", x)
     if dtype not in FRACTION_BITS:
         raise ValueError(f"dtype must be torch.int64 or torch.int32, got {dtype!r}")
     assert isinstance(dtype, torch.dtype)
@@ -79,7 +79,7 @@ def check_decode(q: Any, fraction_bits: object, dtype: object) -> None:
     """Raise if an argument of ``fixed_point_decode`` is invalid."""
     check_fixed_point("q", q)
     check_fraction_bits(fraction_bits, q.dtype)
-    if dtype not in arguments.FLOATING:
+    if dtype not in checks.FLOATING:
         raise ValueError(f"dtype must be torch.float16, bfloat16, float32 or float64, got {dtype!r}")
 
 
@@ -87,9 +87,9 @@ def check_ratio(name: str, ratio: Any, last: Tensor) -> None:
     """Raise unless the ratio is a pair of numbers that the state can be multiplied with."""
     if not isinstance(ratio, tuple | list) or len(ratio) != 2:
         hint = f"; pass {ratio.as_integer_ratio()}" if isinstance(ratio, Fraction) else ""
-        raise TypeError(f"{name} must be a pair (n, m), the ratio n/m, got {arguments.describe(ratio)}{hint}")
+        raise TypeError(f"{name} must be a pair (n, m), the ratio n/m, got {checks.describe(ratio)}{hint}")
     for part, value in zip(("n", "m"), ratio, strict=True):
-        arguments.check_integer(f"{part} of {name}", value, last.shape[0], last.device, 1, MAX_RATIO + 1)
+        checks.check_integer(f"{part} of {name}", value, last.shape[0], last.device, 1, MAX_RATIO + 1)
     tensors = any(isinstance(value, Tensor) for value in ratio)
     if last.dtype == torch.int32 and (tensors or ratio[0] != ratio[1]):
         raise ValueError(f"{name} must be (1, 1) for int32 states: other ratios need int64, got {ratio!r}")
@@ -97,4 +97,4 @@ def check_ratio(name: str, ratio: Any, last: Tensor) -> None:
 
 def check_info(info: object, first: Tensor, first_name: str) -> None:
     """Raise unless ``info`` is a buffer for the state."""
-    arguments.check_state("info", info, first, first_name, (torch.int64,), "an int64 tensor")
+    checks.check_state("info", info, first, first_name, (torch.int64,), "an int64 tensor")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bicm_kernels.ops import arguments, outputs, reversible_checks
+from bicm_kernels.ops import arguments, checks, outputs, reversible_checks
 from bicm_kernels.ops.op import Op
 from bicm_kernels.ops.reversible_checks import FRACTION_BITS, check_fixed_point
 from bicm_kernels.ops.row import Call, Types
@@ -123,7 +123,7 @@ class ExactStep(Encode):
         last, _, info, *_, ratio, _, overflow, mark = call
         if isinstance(outs, Tensor):
             raise TypeError("one tensor for a sequence of them")
-        arguments.check_integer("mark", mark, last.shape[0], last.device, 1, 2**63)
+        checks.check_integer("mark", mark, last.shape[0], last.device, 1, 2**63)
         out, kept = (torch.empty_like(last), None) if outs is None else outs
         nothing = info.new_empty((0,))
         if is_one(ratio):
@@ -140,12 +140,12 @@ class ExactStep(Encode):
         last, operands, info, table, guidance, ratio, fraction_bits, overflow, mark = call
         first = self.tensors[0]
         self.check_tensor(first, last, None, first)
-        arguments.check_sequence("tensors", operands)
+        checks.check_sequence("tensors", operands)
         step = ((last, *operands), info, table, guidance)
         tensors = self.check_tensors(step)
         reversible_checks.check_info(info, last, first)
         for name, number in self.labelled(step):
-            arguments.check_number(name, number, last)
+            checks.check_number(name, number, last)
         self.check_integers(last, ratio, fraction_bits)
         reversible_checks.check_overflow(overflow, mark, last.shape[0], last.device)
         if outs is not None:
@@ -162,13 +162,13 @@ class ExactStep(Encode):
         if first is None or name == "q" or (fixed and name != "eps"):
             check_fixed_point(name, x, first, first_name)
         else:
-            arguments.check_state(name, x, first, first_name)
+            checks.check_state(name, x, first, first_name)
 
     def check_outs(self, outs: Any, tensors: dict[str, Tensor]) -> None:
         """Raise unless (q_next, info) can hold the results."""
-        arguments.check_sequence("out", outs, "(q, info)")
+        checks.check_sequence("out", outs, "(q, info)")
         if not isinstance(outs, tuple | list) or len(outs) != 2:
-            given = arguments.describe(outs)
+            given = checks.describe(outs)
             raise TypeError(f"out must be a pair of tensors for the state and the buffer, got {given}")
         like = {"out[0]": self.tensors[0], "out[1]": "info"}
         outputs.check_outs(

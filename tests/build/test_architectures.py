@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bicm_kernels import backend
+from bicm_kernels import loaders
 from bicm_kernels.architectures import Capability, refused, runs_on
 
 WHEEL = "80-real 90-real 100-real 120"
@@ -60,9 +60,9 @@ def test_a_library_without_code_for_the_gpu_is_none(built: str, message: str, mo
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace(bicm_kernels_architectures=architectures))
-    monkeypatch.setattr(backend, "_CUDA_LIBRARY", SimpleNamespace(exists=lambda: True))
+    monkeypatch.setattr(loaders, "_CUDA_LIBRARY", SimpleNamespace(exists=lambda: True))
     if not message:
-        assert backend._native_cuda() == "CUDA C++"
+        assert loaders.native_cuda() == "CUDA C++"
         return
     with pytest.raises(ImportError, match=message):
-        backend._native_cuda()
+        loaders.native_cuda()

@@ -35,10 +35,11 @@ LAYERS = {
     "bicm_kernels.reference": 0,
     "bicm_kernels.torch_internals": 0,
     "bicm_kernels.triton_kernels": 0,
-    "bicm_kernels.backend": 1,
-    "bicm_kernels.ops": 2,
-    "bicm_kernels": 3,
-    "bicm_diffusion": 4,
+    "bicm_kernels.loaders": 1,
+    "bicm_kernels.backend": 2,
+    "bicm_kernels.ops": 3,
+    "bicm_kernels": 4,
+    "bicm_diffusion": 5,
 }
 
 
@@ -145,6 +146,7 @@ def files(folder: Path) -> list[Path]:
         ),
         ("ops", ("triton", "bicm_kernels.triton_kernels", "bicm_kernels._C", "bicm_diffusion")),
         ("triton_kernels", ("bicm_kernels.reference", "bicm_kernels.backend", "bicm_diffusion")),
+        ("loaders.py", ("triton", "bicm_kernels.ops", "bicm_kernels.reference", "bicm_diffusion")),
         ("backend.py", ("triton", "bicm_kernels.ops", "bicm_kernels.reference", "bicm_diffusion")),
     ],
 )

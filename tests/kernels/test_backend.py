@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import bicm_kernels as bk
-from bicm_kernels import backend
+from bicm_kernels import backend, loaders
 from tests.support import instruction_sets
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -54,7 +54,7 @@ def test_an_unknown_backend_is_refused(python: Python, choice: str) -> None:
 COLD = """
 import torch
 import bicm_kernels as bk
-from bicm_kernels import backend
+from bicm_kernels import backend, loaders
 backend._running.clear()
 step = torch.compile(lambda x: bk.ddim_step(x, x, a=0.5, b=0.5), fullgraph=True, backend="eager")
 print(bool((step(torch.ones(2, 3)) == 1.0).all()), *backend._running)
@@ -248,7 +248,7 @@ def test_a_choice_that_fails_changes_nothing(
         kernels = registered("ddim_step")
         assert kernels or before != "triton"
         with monkeypatch.context() as patch:
-            patch.setattr(backend, "_native_cpu", fault)
+            patch.setattr(loaders, "native_cpu", fault)
             for _ in range(2):
                 with pytest.raises((ImportError, ValueError), match=r"native library was not built|instruction set"):
                     backend.choose("native")
@@ -264,18 +264,18 @@ def test_a_choice_that_fails_changes_nothing(
 
 INTERPRETED = """
 import torch, bicm_kernels as bk
-from bicm_kernels import backend
+from bicm_kernels import backend, loaders
 backend.choose("triton")
 def missing():
     raise ImportError("not built")
-backend._native_cpu, kept = missing, backend._native_cpu
+loaders.native_cpu, kept = missing, loaders.native_cpu
 try:
     backend.choose("native")
 except ImportError as error:
     print(error)
 x = torch.ones(2, 4)
 print(backend.describe(), bk.ddim_step(x, x, a=1.0, b=0.5).unique().tolist())
-backend._native_cpu = kept
+loaders.native_cpu = kept
 backend.choose("native")
 print(backend.running("cpu"), bk.ddim_step(x, x, a=1.0, b=0.5).unique().tolist())
 """

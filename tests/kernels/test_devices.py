@@ -14,7 +14,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_leaves, tree_map_with
 
 import bicm_kernels as bk
 from bicm_kernels import backend
-from bicm_kernels.ops.arguments import FLOATING
+from bicm_kernels.ops.checks import FLOATING
 from tests.support.calls import CALLS, EVERY, WITHOUT, changed, given, op_of, opened, takes_tensors, with_host_numbers
 from tests.support.overloads import SAMPLES, overload_of
 

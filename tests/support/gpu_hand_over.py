@@ -9,7 +9,7 @@ import torch
 
 import bicm_kernels as bk
 from benchmarks.fake_gpu import FakeGpus
-from bicm_kernels import backend
+from bicm_kernels import backend, loaders
 from tests.support.gpu_checks import OTHER, check
 
 
@@ -32,8 +32,8 @@ def implementations_from_python(gpus: FakeGpus) -> None:
 def handed_over(gpus: FakeGpus) -> None:
     """As at the first call on a GPU."""
     backend._switch = "cuda"
-    backend._launchers = gpus.launchers  # type: ignore[assignment]
-    backend._native_cuda = lambda: "CUDA C++"
+    loaders.launchers = gpus.launchers  # type: ignore[assignment]
+    loaders.native_cuda = lambda: "CUDA C++"
     assert backend.running("cuda") == "native"
 
 
@@ -52,8 +52,8 @@ def the_backend_hands_over(gpus: FakeGpus) -> None:
     assert backend.running("cpu") == "native"
     for switch in ("0", "1"):
         backend._switch = switch
-        backend._launchers = gpus.launchers  # type: ignore[assignment]
-        backend._native_cuda = lambda: "CUDA C++"
+        loaders.launchers = gpus.launchers  # type: ignore[assignment]
+        loaders.native_cuda = lambda: "CUDA C++"
         backend._running.pop("cuda", None)
         backend.running("cuda")
         assert not (is_taken() or backend.cuda_is_direct)
@@ -75,9 +75,9 @@ def the_backend_hands_over(gpus: FakeGpus) -> None:
 @check
 def launchers_of_another_version(gpus: FakeGpus) -> None:
     assert not backend.library.use_launchers(gpus.launchers(version=1))
-    backend._launchers = lambda: gpus.launchers(version=1)
+    loaders.launchers = lambda: gpus.launchers(version=1)
     backend._switch = "cuda"
-    backend._native_cuda = lambda: "CUDA C++"
+    loaders.native_cuda = lambda: "CUDA C++"
     backend.running("cuda")
     x = gpus.put(torch.ones(2, 3))
     assert torch.equal(bk.ddim_step(x, x, a=0.5, b=1.0), 1.5 * x)
