@@ -230,6 +230,18 @@ def test_linear_multistep_takes_what_a_callback_writes() -> None:
 
 
 @pytest.mark.parametrize("name", [*METHODS, "lms"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_callback_that_only_reads_changes_no_bit(name: str, dtype: torch.dtype) -> None:
+    ours, options = (sample_lms, {}) if name == "lms" else (METHODS[name][0], METHODS[name][2])
+    sigmas = grid(10, torch.float64 if dtype is torch.float64 else torch.float32)
+    ends = []
+    for callback in (None, lambda info: None):
+        noise = {} if name == "lms" else {"noise_sampler": Noises(dtype)}
+        ends.append(ours(denoiser, start(dtype), sigmas, callback=callback, disable=True, **noise, **options))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "lms"])
 def test_levels_that_repeat_or_rise(name: str) -> None:
     ours, options = (sample_lms, {}) if name == "lms" else (METHODS[name][0], METHODS[name][2])
     if name != "lms":

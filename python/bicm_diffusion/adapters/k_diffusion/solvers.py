@@ -13,7 +13,7 @@ from torch import Tensor
 from bicm_diffusion.adapters.arithmetic import joined, two_sums, weighted_sum
 from bicm_diffusion.adapters.k_diffusion.ancestral import ancestral_ratios, with_noise
 from bicm_diffusion.adapters.k_diffusion.noise import NoiseSampler, brownian_noise_sampler, default_noise_sampler
-from bicm_diffusion.adapters.k_diffusion.run import Callback, Network, Run
+from bicm_diffusion.adapters.k_diffusion.run import Callback, Network, Run, shifted
 
 #: How many tensors one launch adds up.
 MOST_TERMS = 5
@@ -246,27 +246,22 @@ def sample_lms(
     for i in run.steps():
         level, below = run.levels[i], run.levels[i + 1]
         denoised = run.ask(x, level)
-        terms = joined(x, denoised)
-        slope = [1.0 / level, -1.0 / level] if level != below else []
-        if run.callback is not None and slope:
-            made = weighted_sum(terms, slope)  # from x before the callback
-        run.show(i, x, denoised, sigmas[i])
-        if not slope:
-            x = terms[0].clone()
+        if level == below:
+            run.show(i, x, denoised, sigmas[i])
+            x = joined(x, denoised)[0].clone()
             continue
         first, *weights = polynomial_weights([level, *levels][:order], below)
-        kept, past = slopes[: order - 1], slopes[: order - 1]
-        if run.callback is None:
-            # The slope, which later steps take, is made in the same launch.
-            tensors = joined(x, denoised, *kept[: MOST_TERMS - 2])
-            sums = [1.0 + first * slope[0], first * slope[1], *weights[: MOST_TERMS - 2]]
-            x, made = two_sums(tensors, sums, [*slope, *[0.0] * (len(tensors) - 2)])
-            past, weights = kept[MOST_TERMS - 2 :], weights[MOST_TERMS - 2 :]
-        else:
-            past, weights = [made, *kept], [first, *weights]
-        for k in range(0, len(past), MOST_TERMS - 1):
+        kept = slopes[: order - 1]
+        # The slope, which later steps take, is made in the same launch.
+        tensors = joined(x, denoised, *kept[: MOST_TERMS - 2])
+        sums = [1.0 + first / level, -first / level, *weights[: MOST_TERMS - 2]]
+        moved, made = two_sums(tensors, sums, [1.0 / level, -1.0 / level, *[0.0] * (len(tensors) - 2)])
+        for k in range(MOST_TERMS - 2, len(kept), MOST_TERMS - 1):
             some = slice(k, k + MOST_TERMS - 1)
-            x = weighted_sum(joined(x, *past[some]), [1.0, *weights[some]])
+            moved = weighted_sum(joined(moved, *kept[some]), [1.0, *weights[some]])
+        before = x if run.callback is None else x.clone()
+        run.show(i, x, denoised, sigmas[i])
+        x = moved if run.callback is None else shifted(moved, x, before)
         slopes, levels = [made, *kept], [level, *levels][:order]
     return x
 
