@@ -101,12 +101,14 @@ def _pair_gradient(ctx: Any, low: Tensor, high: Tensor) -> tuple[Tensor | None, 
     scales = (
         [one, one] if sigma_data is None else [_scale(sigma, sigma_data, compute) for sigma in (sigma_low, sigma_high)]
     )
+    total = affine_gradient([low, high], scales)
 
-    def summed(chosen: Tensor | None) -> Tensor:
-        return affine_gradient([low, high], scales if chosen is None else [chosen.to(compute) * x for x in scales])
+    def without(rows: Tensor | None) -> Tensor:
+        # Not a weight of 0, whose product with an infinite gradient is NaN.
+        return total if rows is None else total.masked_fill(rows.reshape(-1, *[1] * (total.dim() - 1)), 0.0)
 
-    x = summed(None if mask is None else ~mask) if ctx.needs_input_grad[0] else None
-    x_hat = summed(mask) if ctx.needs_input_grad[1] else None
+    x = without(mask) if ctx.needs_input_grad[0] else None
+    x_hat = without(~mask) if ctx.needs_input_grad[1] else None
     return x, x_hat, *[None] * 7
 
 

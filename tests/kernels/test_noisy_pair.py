@@ -94,6 +94,20 @@ def test_tracing(same_bits: Bits) -> None:
             same_bits(actual, expected)
 
 
+@pytest.mark.parametrize("sigma_data", [None, 0.7])
+@pytest.mark.parametrize("infinite", [float("inf"), float("nan")])
+def test_a_row_that_the_mask_leaves_out_has_gradient_0(infinite: float, sigma_data: float | None) -> None:
+    """As in eager: whatever the upstream gradient is there, such as where a loss overflows in float16."""
+    x, x_hat = torch.zeros(4, 3, requires_grad=True), torch.zeros(4, 3, requires_grad=True)
+    given: dict[str, Any] = {"x_hat": x_hat, "mask": MASK, "sigma_data": sigma_data}
+    low, high = bk.noisy_pair(x, 0.5, 2.0, seed=1, step=2, **given)
+    upstream = torch.full((4, 3), infinite)
+    found = torch.autograd.grad([low, high], [x, x_hat], [upstream, upstream])
+    for gradient, chosen in zip(found, (~MASK, MASK), strict=True):
+        assert (gradient[~chosen] == 0).all()
+        assert not gradient[chosen].isfinite().any()
+
+
 # --- what the network generates ---------------------------------------------------------------------------------------
 
 FORMS: list[dict[str, Any]] = [{}, {"parameterization": "cm", "sigma_min": 0.01}, {"parameterization": "edm"}]
