@@ -119,7 +119,12 @@ def _devices() -> list[str]:
 
 
 def running(device_type: str) -> str:
-    """The implementation that runs on a device type: ``native``, ``triton`` or ``reference``."""
+    """The implementation that runs on a device type: ``native``, ``triton`` or ``reference``.
+
+    >>> import bicm_kernels
+    >>> bicm_kernels.backend.running("cpu") in ("native", "triton", "reference")
+    True
+    """
     if torch.compiler.is_dynamo_compiling():
         _begin(device_type)  # before the table is read, by which a graph is guarded
     found = _running.get(device_type)
@@ -173,6 +178,12 @@ def choose(name: str) -> None:
     Raises ValueError for another name, ImportError where that implementation cannot run on the CPU. On a machine with a
     GPU ``triton`` has to run there alone, and ops on CPU tensors raise ImportError, unless ``TRITON_INTERPRET=1``.
     A choice that raises leaves the previous one in place.
+
+    >>> import bicm_kernels
+    >>> with bicm_kernels.backend.use("auto"):  # which is restored afterwards
+    ...     bicm_kernels.backend.choose("reference")
+    ...     bicm_kernels.backend.running("cpu")
+    'reference'
     """
     _choose(name, f"the backend {name}")
 

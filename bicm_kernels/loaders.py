@@ -19,12 +19,15 @@ kept_bytes = 256 << 20
 #: Triton's kernels by the device they are registered for.
 registrations: dict[str, torch.library.Library] = {}
 
+_HERE = Path(__file__).resolve().parent
 _OLDEST_TRITON, _OLDEST_TRITON_ELSEWHERE = (3, 5), (3, 6)
 
 
 def native_cpu() -> str:
     """Load the C++ library; returns what runs. Like all loaders it raises ImportError with the reason if it cannot."""
-    if importlib.util.find_spec("bicm_kernels._C") is None:
+    spec = importlib.util.find_spec("bicm_kernels._C")
+    # An editable installation of another source tree offers that one's library.
+    if spec is None or Path(spec.origin or "").resolve().parent != _HERE:
         raise ImportError(_why_there_is_no_library())
     library = importlib.import_module("bicm_kernels._C")
     library.keep_memory(kept_bytes)
@@ -32,13 +35,12 @@ def native_cpu() -> str:
 
 
 def _why_there_is_no_library() -> str:
-    here = Path(__file__).resolve().parent
     others = (Path(entry, "bicm_kernels").resolve() for entry in sys.path)
-    other = next((path for path in others if path != here and (path / "_C.abi3.so").is_file()), None)
+    other = next((path for path in others if path != _HERE and (path / "_C.abi3.so").is_file()), None)
     if other is None:
         return "the native library was not built: install with a C++ compiler"
     return (
-        f"the native library was not built in {here}, which Python found before the installed {other}: leave the "
+        f"the native library was not built in {_HERE}, which Python found before the installed {other}: leave the "
         "working directory or change PYTHONPATH to use that one, or build this one with `pip install -e .`"
     )
 

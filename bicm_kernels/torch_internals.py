@@ -2,7 +2,8 @@
 
 Every name is looked up once, here, and only here. A missing name costs speed or one
 feature, as its comment says; importing the package never fails for it. The C++ side looks up its names in
-`csrc/torch/python.cpp`, and disables the direct calls where one is missing.
+`csrc/torch/python.cpp` and `inputs.cpp`, and disables the direct calls where one is missing. Symbols of torch's
+libraries (`python.cpp`, `python_watchers.cpp`, `torch_abi.cpp`) are weak: without one, a name of Python's is asked.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ def find(path: str, default: Any) -> Any:
 #: How many dispatch modes are active. If missing, one: every call is checked before it runs, and no tensor made of a
 #: number is kept for the next call.
 dispatch_modes: Callable[[], int] = find("_C._len_torch_dispatch_stack", lambda: 1)
+
+#: How many modes are active that functions of torch are shown to. If missing, none: they do not see losses.
+_function_modes: Callable[[], int] = find("_C._len_torch_function_stack", lambda: 0)
 
 #: Whether TorchScript traces. If missing: the public function, which is slower.
 is_tracing: Callable[[], bool] = find("_C._is_tracing", find("jit.is_tracing", lambda: False))
@@ -89,7 +93,7 @@ def undisturbed() -> bool:
     """Whether no tracing, mode or transform is active; not for code that Dynamo traces."""
     if not _transforms_are_known or _transform() is not None:
         return False
-    return forward_ad._current_level < 0 and not dispatch_modes() and not is_tracing()
+    return forward_ad._current_level < 0 and not (dispatch_modes() or _function_modes() or is_tracing())
 
 
 def bare(op: Any) -> Callable[..., Any]:

@@ -121,6 +121,11 @@ def weight_list(name: str, weights: Sequence[Any]) -> list[Any]:
         raise TypeError(f"{name} must hold one weight per tensor, got {describe(weights)}{hint}") from None
 
 
+def saveable(value: Any) -> Any:
+    """A value that torch saves for the backward pass: a copy of a tensor made in inference mode."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
 def plain(values: Sequence[Any]) -> bool:
     """Whether a call holds Python numbers only and is not traced: they are then passed unchanged."""
     return not compiling() and no_tensors(values)
@@ -182,10 +187,17 @@ def signed(seed: int) -> int:
 
 
 def counter(value: Any) -> Any:
-    """An integer of a key as schemas take it: NumPy's as Python's, seeds signed; other values unchanged."""
+    """An integer as schemas take it: NumPy's as Python's, seeds signed; tensors and None unchanged.
+
+    Raises TypeError for other values, which torch would truncate.
+    """
     if type(value) is int:
         return signed(value)
-    return signed(int(value)) if isinstance(value, Integral) else value
+    if isinstance(value, Integral):
+        return signed(int(value))
+    if value is not None and not isinstance(value, Tensor | torch.SymInt):
+        raise TypeError("not an integer")
+    return value
 
 
 def integer(value: Integer) -> Tensor:
@@ -204,7 +216,8 @@ def key(seed: Integer | None, step: Integer, sample_id: Integer, like: Tensor) -
         return None, None, None
     batch = like.shape[0]
     plain = type(seed) is type(step) is type(sample_id) is int and -(2**63) <= seed < 2**64
-    if plain and 0 <= step < WORD and 0 <= sample_id <= WORD - batch:
+    # The size of a traced batch is not compared, which would bound it.
+    if plain and 0 <= step < WORD and 0 <= sample_id <= WORD - (0 if compiling() else batch):
         if not (compiling() or dispatch_modes()):
             return _kept_integer(seed), _kept_integer(step), _kept_integer(sample_id)
     else:

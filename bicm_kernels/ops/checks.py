@@ -64,6 +64,8 @@ def check_state(
         raise TypeError(f"{name} must be a tensor, got {describe(x)}{tensor_in(x)}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name} must be {expected}, got {x.dtype}")
+    if not torch.compiler.is_compiling() and x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; {name}.to_dense() makes one")
     if x.dim() == 0:
         raise ValueError(f"{name} must have a batch dimension, (B, ...), got a 0-d tensor")
     if first is None:
@@ -76,6 +78,8 @@ def check_state(
 
 def check_number(name: str, value: object, first: Tensor) -> None:
     """Raise unless ``value`` is a float, a 0-d or a (B,) floating tensor."""
+    if isinstance(value, int) and abs(value) >= 2**1023:
+        raise ValueError(f"{name} must fit into a float, got an int of {value.bit_length()} bits")
     if not isinstance(value, Tensor):
         if not isinstance(value, Real | torch.SymFloat | torch.SymInt):
             raise TypeError(f"{name} must be a float, a 0-d tensor or a (B,) tensor, got {describe(value)}")
@@ -133,7 +137,7 @@ def check_key(seed: object, step: object, sample_id: object, batch: int, device:
     check_integer("sample_id", sample_id, batch, device, 0, WORD)
     if isinstance(sample_id, Integral):
         sample_id = int(sample_id)  # arithmetic on NumPy's integers overflows
-    if isinstance(sample_id, int) and sample_id + batch > WORD:
+    if isinstance(sample_id, int) and not torch.compiler.is_compiling() and sample_id + batch > WORD:
         raise ValueError(f"sample_id + B must be at most 2**32, got {sample_id} + {batch}")
     per_sample_seed = isinstance(seed, Tensor) and seed.dim() == 1
     if per_sample_seed and (isinstance(sample_id, Tensor) or sample_id != 0):

@@ -129,7 +129,7 @@ def bdia_inverse_step(
     Args:
         z_next, z: states z_{i-1} and z_i, (B, ...) of one dtype, any strides.
         eps, a, b, a_last, b_last, guidance_scale, out: as for ``bdia_step``.
-        gamma: as for ``bdia_step``, not 0.
+        gamma: as for ``bdia_step``; at 0, and where a_last is 0, there is no inverse, and the result is not finite.
 
     Returns:
         z_{i+1}, in the dtype and layout of z_next.
@@ -217,7 +217,7 @@ def denoised_step(
             (eps_uncond, eps_cond) with ``guidance_scale``.
         x0_weights, weights: p_k and w_k, one per tensor; float, 0-d or (B,) tensor.
         x0_weight: weight of x0 in the result.
-        clip: x0 is clipped to [-clip, clip]; None clips nothing.
+        clip: x0 is clipped to [-clip, clip], >= 0 (checked for floats); None clips nothing.
         noise_weight, seed, step, sample_id: keyed noise, see ``affine_step``.
         next_scale: c_in of the next evaluation; None returns no scaled input.
         guidance_scale: s in eps_uncond + s (eps_cond - eps_uncond), which the kernel forms.
@@ -236,6 +236,8 @@ def denoised_step(
     """
     if seed is not None and noise_weight is UNWEIGHTED:
         arguments.notice_unweighted("denoised_step")
+    if not dynamo() and type(clip) is float and clip < 0.0:
+        raise ValueError(f"clip must be at least 0, or None, got {clip}")
     call = (
         tensors,
         x0_weights,

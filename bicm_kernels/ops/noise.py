@@ -52,6 +52,10 @@ def _empty(shape: Sequence[int], dtype: torch.dtype | None, device: torch.device
             return kept
     try:
         return torch.empty(shape, dtype=dtype, device=device)
+    except RuntimeError:
+        if any(size < 0 for size in shape):
+            raise ValueError(f"shape must hold sizes of at least 0, got {tuple(shape)}") from None
+        raise
     except TypeError:
         if device is not None and not isinstance(device, str | torch.device | int):
             raise

@@ -15,6 +15,7 @@ from bicm_kernels.ops.multistep import affine_gradient
 from bicm_kernels.ops.op import Op
 from bicm_kernels.ops.preconditioning import target_level
 from bicm_kernels.ops.row import Call
+from bicm_kernels.torch_internals import undisturbed
 
 
 @dataclass(eq=False)
@@ -55,14 +56,14 @@ def check_places(x: object, F: object, places: Tensor) -> None:
     checks.check_state("x", x)
     checks.check_state("F", F)
     assert isinstance(x, Tensor) and isinstance(F, Tensor)
-    if F.shape[1:] != x.shape[1:] or not len(F):
+    if F.shape[1:] != x.shape[1:] or (not arguments.compiling() and not len(F)):
         shape = f"(N, {', '.join(map(str, x.shape[1:]))})"
         raise ValueError(f"F must have shape {shape} and a sample, as mask holds places in it, got {tuple(F.shape)}")
     if places.shape != x.shape[:1] or places.device != x.device:
         given = checks.describe(places)
         raise ValueError(f"mask must have shape ({x.shape[0]},) and be on {x.device}, got {given}")
-    readable = places.is_cpu and not arguments.compiling() and len(places)
-    if readable and int(places.max()) >= len(F):
+    readable = type(places) is Tensor and places.is_cpu and not arguments.compiling() and undisturbed()
+    if readable and len(places) and int(places.max()) >= len(F):
         raise ValueError(f"mask must hold places below {len(F)}, the number of samples in F, got {int(places.max())}")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
@@ -51,6 +52,8 @@ def may_go_direct() -> bool:
 
 def _check_not_stacked(name: str, x: Any, first: Tensor | None, first_name: str) -> None:
     """Raise for a batch of unconditional and conditional predictions: kernels take a pair."""
+    if arguments.compiling():
+        return  # a traced batch may have no size yet
     if first is None or first.dim() == 0 or first.shape[0] == 0 or not isinstance(x, Tensor):
         return
     if x.shape == (2 * first.shape[0], *first.shape[1:]):
@@ -160,6 +163,9 @@ class Op(Row):
         full = [*step]
         if self.keyed:
             full[self.first_key :] = map(arguments.counter, full[self.first_key :])
+        for at in range(self.first_integer, self.first_key):
+            if at < self.first_flag or self.flags[at - self.first_flag].startswith("SymInt"):
+                full[at] = arguments.counter(full[at])
         if not self.guided:
             return [x for x in full[: self.first_number] if x is not None], full
         operands, guidance = step[0], step[self.guidance_at]
@@ -167,7 +173,7 @@ class Op(Row):
             raise TypeError("one tensor for a sequence of them")
         last = operands[-1]
         paired = not isinstance(last, Tensor)
-        if paired != (guidance is not None):
+        if paired != (guidance is not None) or (paired and len(last) != 2):
             raise TypeError("guidance_scale and a pair of predictions go together")
         # A pair has one weight, and two tensors.
         if self.weights and len(step[self.first_number]) != len(operands) - len(self.tensors):
@@ -215,6 +221,9 @@ class Op(Row):
         plain = not tracked and arguments.plain(self.loose(call, full))
         if not plain:
             full = self.as_tensors(self.step(call), full)
+        if tracked and not arguments.compiling():
+            # Only numbers and masks are saved.
+            full = [arguments.saveable(x) if isinstance(x, Tensor) and x.dim() <= 1 else x for x in full]
         if self.returns(call, outs):
             name = "default" if plain else "tracked" if tracked else "tensor"
             return self.asked_for(call, self.traceable(self.overloads[name])(*full))
@@ -263,6 +272,9 @@ class Op(Row):
         for name, value in self.labelled(call):
             if value is not None or name not in self.optional:
                 checks.check_number(name, value, first)
+        for flag, value in zip(self.flags, call[self.first_flag : self.first_key], strict=False):
+            if flag.startswith("bool") and not isinstance(value, bool | torch.SymBool):
+                raise TypeError(f"{flag.split()[1]} must be a bool, got {checks.describe(value)}")
         if self.keyed and (call[self.first_key] is not None or not self.noise):
             seed, step, sample_id = call[self.first_key :]
             checks.check_key(seed, step, sample_id, first.shape[0], first.device)

@@ -70,6 +70,13 @@ def same_place(x: Tensor, y: Tensor) -> bool:
     return x.data_ptr() == y.data_ptr() and x.dtype == y.dtype and x.stride() == y.stride()
 
 
+def is_same(x: object, y: object) -> bool:
+    """Whether two tensors are the same memory, as far as that can be seen."""
+    if x is y or transforms_alone() or not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        return x is y
+    return has_memory(x) and has_memory(y) and same_place(x, y)
+
+
 def write(outs: Sequence[Tensor], results: Any, tracked: bool) -> None:
     """Copy the results of a reference into the caller's outputs, which carry no derivative."""
     if tracked:
@@ -112,5 +119,7 @@ def check_out(name: str, out: object, first: Tensor, first_name: str) -> None:
     assert isinstance(out, Tensor)
     if out.dtype != first.dtype:
         raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {out.dtype}")
+    if not arguments.compiling() and out.is_neg():
+        raise ValueError(f"{name} must not have torch's negative bit, which kernels do not write; give new memory")
     if arguments.requires_grad(out):
         raise ValueError(f"{name} must not require grad: results written to it have no derivative")

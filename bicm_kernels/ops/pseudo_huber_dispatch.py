@@ -93,6 +93,9 @@ class LossOp(Reduction):
         if direct is not None and not arguments.dynamo():
             try:
                 way, rest, given = GRADIENTS[gradient], (*numbers, *self.codes[names]), tensors
+                for x in tensors:
+                    if x is not None and type(x) is not float and x.is_inference() and torch.is_grad_enabled():
+                        raise ValueError("torch saves no tensor of inference mode")
                 if type(tensors[-1]) is float and undisturbed():
                     given = (*tensors[:-1], arguments.coefficient(tensors[-1]))
                 operands = given

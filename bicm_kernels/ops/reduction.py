@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from bicm_kernels.ops import arguments
 from bicm_kernels.ops.kept_gradient import can_be_kept, differentiate, filled
@@ -195,12 +196,17 @@ class Reduction(Op):
             return None
         (states, others), tracked = self.divided(tensors), False
         for x in states:
+            if type(x) is not Tensor and type(x) is not Parameter:
+                return None
             tracked = tracked or x.requires_grad
         for x in others:
             if x is not None and (type(x) is not Tensor or x.requires_grad):
                 return None
         kernels = self.kernels["bare"]
         if tracked and torch.is_grad_enabled():
+            for x in tensors:
+                if x is not None and x.is_inference():
+                    return None  # torch could not save it
             apply = APPLIES[way_of(gradient, states)]
             value: Tensor = apply(*self.recorded(kernels, tensors, rest))
             return value
@@ -235,8 +241,11 @@ class Reduction(Op):
             return self.opened(self.traceable(kernels.value)(*given))[0]
         if gradient == "auto" and (arguments.unseen(tensors[0]) or arguments.scripting()):
             gradient = "backward"  # kept gradients are scaled by a number that is read, which no traced graph can do
-        if gradient == "auto" and any(isinstance(x, Tensor) and x.is_inference() for x in tensors):
-            gradient = "forward"  # torch saves no such tensor
+        if any(isinstance(x, Tensor) and x.is_inference() for x in tensors):
+            # Torch saves no such tensor: kept gradients need none, and the backward pass reads copies.
+            gradient = "forward" if gradient == "auto" else gradient
+            if way_of(gradient, states) == "backward":
+                tensors = [arguments.saveable(x) for x in tensors]
         # Copies, because nothing would notice if they were overwritten before the backward pass.
         copied = [[_copied(y) for y in x] if isinstance(x, list | tuple) else _copied(x) for x in rest]
         value: Tensor = FUNCTIONS[way_of(gradient, states)].apply(*self.recorded(kernels, tensors, copied))

@@ -99,6 +99,12 @@ class ExactStep(Encode):
         weights = arguments.weight_list("weights", call[3])  # the first state and the other tensors come apart
         return (*call[:3], weights, *call[4:])
 
+    def run(self, call: Call, outs: Any) -> Any:
+        if isinstance(outs, tuple | list) and len(outs) == 2 and outputs.is_same(outs[0], call[2]):
+            # The buffer is read after the state was written where the ratio is 1.
+            call = (*call[:2], call[2].clone(), *call[3:])
+        return super().run(call, outs)
+
     def step(self, call: Call) -> Call:
         last, operands, info, table, guidance, ratio, fraction_bits, _, _ = call
         # The types that most calls have are asked for first.
@@ -124,6 +130,8 @@ class ExactStep(Encode):
         if isinstance(outs, Tensor):
             raise TypeError("one tensor for a sequence of them")
         checks.check_integer("mark", mark, last.shape[0], last.device, 1, 2**63)
+        if outs is not None and (is_one(ratio) or any(x is None for x in outs)):
+            self.check(call, outs)  # the kernel does not see the second
         out, kept = (torch.empty_like(last), None) if outs is None else outs
         nothing = info.new_empty((0,))
         if is_one(ratio):

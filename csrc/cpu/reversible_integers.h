@@ -64,14 +64,14 @@ bool small_scaled_step_all(const Exact& e, const int64_t* last, const int64_t* i
   return true;
 }
 
-// As `step_by`, where no sum can overflow 64 bits; false where one might.
+// As `step_by`, where no sum can overflow 64 bits or be the missing value; false where one might.
 template <bool Inverse>
 bool small_step_all(const int64_t* last, const int64_t* increment, int64_t largest, int64_t* out, int64_t count) {
   if (largest != kLargest) return false;
   int64_t sizes = 0;
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) sizes |= size_of_integer(last[i]) | size_of_integer(increment[i]);
-  if (sizes >= int64_t{1} << 62) return false;
+  if (sizes >= int64_t{1} << 61) return false;
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) out[i] = Inverse ? last[i] - increment[i] : last[i] + increment[i];
   return true;

@@ -60,7 +60,7 @@ bool read(PyObject* from, Few<T, N>& to) {
 
 bool read(PyObject* from, StepTensors& to) {
   return each(from, [&](PyObject* item, bool last) {
-    const bool pair = last && is_sequence(item);
+    const bool pair = last && is_pair(item);
     if (pair) return to.paired = true, read(item, static_cast<Few<Object, kMaxTerms + 1>&>(to));
     Object* place = to.add();
     return place != nullptr && read(item, *place);

@@ -75,7 +75,7 @@ bool fits(Kind kind, PyObject* value, Found& found) {
       return is_untracked_tensor(value);
     case Kind::tensors:
       return each(value, [&](PyObject* item, bool last) {
-        found.paired = last && is_sequence(item);
+        found.paired = last && is_pair(item);
         if (found.first == nullptr) found.first = item;
         return found.paired ? each(item, [](PyObject* x, bool) { return is_untracked_tensor(x); })
                             : is_untracked_tensor(item);

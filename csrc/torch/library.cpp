@@ -2,6 +2,7 @@
 #include <Python.h>
 #include <stdlib.h>
 
+#include <stdexcept>
 #include <string>
 
 #include "cpu.h"
@@ -13,9 +14,11 @@ const Kernels& active_kernels() {
   static const Kernels* const kernels = [] {
     const char* name = getenv("BICM_KERNELS_ISA");
     const Kernels* found = find_kernels(name == nullptr ? "" : name);
-    STD_TORCH_CHECK(
-        found != nullptr, "BICM_KERNELS_ISA=", name,
-        ": this processor or build has no such instruction set; known are scalar, avx2, avx512, avx512bf16 and neon");
+    if (found == nullptr) {
+      throw std::invalid_argument("BICM_KERNELS_ISA=" + std::string(name) +
+                                  ": this processor or build has no such instruction set; known are scalar, avx2, "
+                                  "avx512, avx512bf16 and neon");
+    }
     return found;
   }();
   return *kernels;

@@ -126,6 +126,10 @@ inline Object nothing_like(const Object&) { return Object(); }
 
 inline bool is_sequence(PyObject* value) { return PyList_Check(value) || PyTuple_Check(value); }
 
+inline bool is_pair(PyObject* value) {
+  return is_sequence(value) && (PyList_Check(value) ? PyList_Size(value) : PyTuple_Size(value)) == 2;
+}
+
 // Visits the items of a list or tuple with whether each is the last; false for anything else, or where a visit says so.
 template <class Visit>
 bool each(PyObject* sequence, Visit visit) {

@@ -165,7 +165,9 @@ void merge(const View* const* views, Operand* const* operands, int count, bool o
       joins = operands[k]->strides[dims - 1] == views[k]->strides[order[j]] * size;
     }
     if (!joins) {
-      STD_TORCH_CHECK(dims < kMaxDims, "bicm_kernels: more than 8 dimensions that cannot be merged");
+      STD_TORCH_CHECK(
+          dims < kMaxDims,
+          "bicm_kernels: more than 8 dimensions whose strides cannot be merged; those of x.contiguous() can be");
       layout.sizes[dims++] = 1;
     }
     layout.sizes[dims - 1] *= size;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
 import subprocess
 import threading
 import time
@@ -112,6 +113,24 @@ for warning in caught:
         print(warning.category.__name__, warning.filename, warning.message)
 print([x.flatten().tolist() for x in (n, y, z)])
 """
+
+
+def test_a_source_tree_takes_no_other_tree_s_library(python: Python, tmp_path: Path) -> None:
+    """As an editable installation of that one would offer it."""
+    copy = tmp_path / "tree" / "bicm_kernels"
+    shutil.copytree(Path(bk.__file__).parent, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    program = f"""
+import importlib.util, sys
+sys.path.insert(0, {str(copy.parent)!r})
+find, library = importlib.util.find_spec, {bk.backend.library.__file__!r}
+def offered(name, *rest):
+    return importlib.util.spec_from_file_location(name, library) if name == "bicm_kernels._C" else find(name, *rest)
+importlib.util.find_spec = offered
+import bicm_kernels
+"""
+    done = python(program, check=False, BICM_KERNELS_BACKEND="native")
+    assert "ImportError: BICM_KERNELS_BACKEND=native cannot run on cpu" in done.stderr
+    assert "the native library was not built" in done.stderr
 
 
 def test_without_the_library_the_reference_runs_and_says_so_once(python: Python) -> None:

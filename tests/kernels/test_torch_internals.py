@@ -14,7 +14,7 @@ from bicm_kernels import torch_internals
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERNALS = ROOT / "bicm_kernels" / "torch_internals.py"
-NATIVE = ROOT / "csrc" / "torch" / "python.cpp"
+NATIVE = sorted((ROOT / "csrc" / "torch").rglob("*.cpp"))
 
 #: The names, by who looks them up.
 PYTHON = {
@@ -32,6 +32,7 @@ PYTHON = {
     "_C._functorch.peek_interpreter_stack",
     "_C._is_tracing",
     "_C._len_torch_dispatch_stack",
+    "_C._len_torch_function_stack",
     "autograd.forward_ad._current_level",
     "jit.is_tracing",
     "library._impls",
@@ -47,6 +48,7 @@ CPP = {
     "Tensor.__dlpack_c_exchange_api__",
     "autograd.forward_ad._current_level",
     "autograd.profiler._is_profiler_enabled",
+    "compiler._is_compiling_flag",
     "library._impls",
 }
 #: Where the package above takes one itself: it may use public names of the ops alone.
@@ -140,16 +142,21 @@ def test_the_names_are_listed() -> None:
     text = INTERNALS.read_text()
     found = {*re.findall(r'find\("([\w.]+)"', text)} | longest(private_uses(INTERNALS))
     assert found == PYTHON
-    native = NATIVE.read_text()
+    native = "".join(path.read_text() for path in NATIVE)
     paths = {name.removeprefix("torch.") for name in re.findall(r'"(torch\.[\w.]+)"', native)}
     private = {name for name in paths if re.search(r"(^|\.)_", name) and not name.endswith("__dict__")}
-    words = {"_is_profiler_enabled": "autograd.profiler", "_current_level": "autograd.forward_ad"}
+    words = {
+        "_is_profiler_enabled": "autograd.profiler",
+        "_current_level": "autograd.forward_ad",
+        "_is_compiling_flag": "compiler",
+    }
     assert private | {f"{words[word]}.{word}" for word in words if f'"{word}"' in native} == CPP
 
 
 @pytest.mark.slow
 def test_the_package_works_without_each(python: Callable[..., Any]) -> None:
-    names = sorted((PYTHON | CPP) - {"library._impls"})  # torch.library itself does not work without that one
+    # torch.library and torch.compiler themselves do not work without these.
+    names = sorted((PYTHON | CPP) - {"library._impls", "compiler._is_compiling_flag"})
     program = f"import sys\nsys.argv[1:] = {names!r}\n{WITHOUT}"
     python(program, BICM_KERNELS_BACKEND="native")
 
