@@ -76,6 +76,10 @@ def test_what_is_not_covered_passes_where_that_is_wanted(cls: type[Any]) -> None
     assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="noise, seed: ignored"):
         accelerate_scheduler(scheduler, strict=False, noise="keyed", seed=3)
+    with pytest.warns(UserWarning, match="noise, seed, sample_id: ignored"):
+        accelerate_scheduler(scheduler, strict=False, noise="keyed", seed=0, sample_id=0)
+    with pytest.warns(UserWarning, match="seed, sample_id: ignored"):
+        accelerate_scheduler(scheduler, strict=False, seed=torch.tensor([1, 2]), sample_id=torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -27,6 +27,7 @@ from diffusers import (
     KDPM2DiscreteScheduler,
     PNDMScheduler,
     SD3Transformer2DModel,
+    UnCLIPScheduler,
     UNet2DConditionModel,
     UNet2DModel,
     UniPCMultistepScheduler,
@@ -37,6 +38,7 @@ from bicm_diffusion import (
     bdia_invert,
     bdia_sample,
     ddim_sample,
+    ddpm_timesteps,
     edict_invert,
     edict_sample,
     edm_sample,
@@ -168,7 +170,7 @@ ALL = [
     (DDPMScheduler, {}), (PNDMScheduler, {}), (HeunDiscreteScheduler, {}), (KDPM2DiscreteScheduler, {}),
     (UniPCMultistepScheduler, {}), (DDIMScheduler, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing"}), (FlowMatchHeunDiscreteScheduler, {"shift": 3.0}), *FIRST_ORDER[3:],
-    (EDMEulerScheduler, {}), (CMStochasticIterativeScheduler, {}),
+    (EDMEulerScheduler, {}), (CMStochasticIterativeScheduler, {}), (UnCLIPScheduler, {}),
 ]  # fmt: skip
 
 
@@ -199,6 +201,46 @@ def test_levels_that_are_visited_twice_are_one(
     assert schedule.steps == steps
     for t, alpha in zip(schedule.times[1:], schedule.alpha[1:], strict=True):
         assert alpha**2 == pytest.approx(scheduler.alphas_cumprod[round(t)].item(), rel=0.02)
+
+
+SPACINGS = ("leading", "linspace", "trailing")
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("to_one", [False, True])
+def test_middles_of_runge_kutta_steps_are_no_levels(unet: UNet2DModel, spacing: str, to_one: bool) -> None:
+    config: dict[str, Any] = {"timestep_spacing": spacing, "set_alpha_to_one": to_one}
+    for steps in (4, 5, 10, 50):
+        by_rk, by_plms = (
+            from_diffusers(unet, PNDMScheduler(**config, skip_prk_steps=skips), steps=steps)[1]
+            for skips in (False, True)
+        )
+        assert by_rk == by_plms and by_rk.steps <= steps
+        visited = ddpm_timesteps(steps, spacing).tolist()  # type: ignore[arg-type]
+        assert [t for t in by_rk.times if t > 0] == [t for t in visited if t > 0]
+
+
+TRAILING = (
+    DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler,
+    PNDMScheduler, UniPCMultistepScheduler,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", TRAILING, ids=lambda cls: cls.__name__)
+def test_a_trailing_range_with_one_number_too_many_has_no_level_of_it(unet: UNet2DModel, cls: type[Any]) -> None:
+    """For 61 steps NumPy's range has -1 as well, whose level would be the noisiest one, or the first step's."""
+    config = {"timestep_spacing": "trailing"}
+    _, schedule, _ = from_diffusers(unet, cls(**config), steps=61)
+    assert schedule.times[-61:] == tuple(map(float, ddpm_timesteps(61, "trailing").tolist()))
+    assert schedule.steps == 61 and schedule.times[0] <= 0.0
+
+
+def test_logarithms_of_levels_are_no_steps(unet: UNet2DModel) -> None:
+    scheduler = EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction")
+    _, schedule, _ = from_diffusers(unet, scheduler, steps=STEPS)
+    scheduler.set_timesteps(STEPS)
+    assert schedule.steps == STEPS and list(schedule.times[:0:-1]) == scheduler.timesteps.tolist()
+    assert min(schedule.times[1:]) < 0.0
 
 
 def test_sd3_and_flux_shaped_networks() -> None:

@@ -19,11 +19,14 @@ from diffusers import (
     CMStochasticIterativeScheduler,
     DDIMInverseScheduler,
     DDIMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
+    UniPCMultistepScheduler,
 )
 
 from bicm_diffusion.adapters.diffusers import accelerated_class
@@ -58,6 +61,26 @@ SINGLES = [
 def test_every_option(cls: type[Any], config: dict[str, Any]) -> None:
     if not refused(cls, config):
         agree(*both(cls, config))
+
+
+NOISE_SOLVERS: list[tuple[type[Any], dict[str, Any]]] = [
+    (UniPCMultistepScheduler, {"predict_x0": False}),
+    (DPMSolverSinglestepScheduler, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    (DEISMultistepScheduler, {}),
+]
+
+
+@pytest.mark.parametrize("flows", [False, True])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "flow_prediction"])
+@pytest.mark.parametrize(("cls", "config"), NOISE_SOLVERS, ids=label)
+def test_every_prediction_of_solvers_for_the_noise(
+    cls: type[Any], config: dict[str, Any], prediction: str, flows: bool
+) -> None:
+    """Together with flow sigmas, where alpha² + sigma² is not 1, and with every order."""
+    for order in (1, 2, 3):
+        together = {**config, "prediction_type": prediction, "use_flow_sigmas": flows, "solver_order": order}
+        if not refused(cls, together):
+            agree(*both(cls, together, 5))
 
 
 @st.composite

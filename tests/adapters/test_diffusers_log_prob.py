@@ -74,6 +74,7 @@ def test_flow_matching(per_sample: bool, sde_type: str, dtype: torch.dtype) -> N
     assert after.dtype == ours.dtype == log_prob.dtype == F32
     torch.testing.assert_close(ours.double(), mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(after.double(), mean + std * drawn.double(), rtol=1e-5, atol=2e-6)
+    assert deviation.shape == root.shape == ((3, 1, 1, 1) if per_sample else (1, 1, 1, 1))
     torch.testing.assert_close(deviation.double().expand(3, 1, 1, 1), told.expand(3, 1, 1, 1), rtol=1e-6, atol=0)
     torch.testing.assert_close(root.double().expand(3, 1, 1, 1), (-step).sqrt().expand(3, 1, 1, 1), rtol=1e-6, atol=0)
     squares = ((after.double() - mean) ** 2).flatten(1).mean(1)
@@ -149,6 +150,29 @@ def test_the_ratio_is_exactly_one(name: str, dtype: torch.dtype, noise: str) -> 
     assert torch.equal(one.detach(), old[1:2])
 
 
+@pytest.mark.parametrize("noise", ["generator", "keyed"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_ratio_is_exactly_one_of_a_half_and_a_wide_output(name: str, noise: str) -> None:
+    """The log-probability is that of the state as it is returned, in the sample's dtype."""
+    scheduler = SCHEDULERS[name](noise=noise, **({"seed": 5} if noise == "keyed" else {}))
+    x, output = states(F16)[0], states()[1]
+    t = scheduler.timesteps[4]
+    after, old = scheduler.step_with_log_prob(output, t, x, **options(name))[:2]
+    assert after.dtype is (F32 if name == "flow" else F16)
+    again, new = scheduler.step_with_log_prob(output, t, x, prev_sample=after, **options(name))[:2]
+    assert torch.equal(again, after) and torch.equal(new, old)
+
+
+def test_a_deviation_for_each_timestep() -> None:
+    """A row for each sample where timesteps have a dimension, whether they differ or not."""
+    scheduler = SCHEDULERS["flow"]()
+    x, v = states()
+    times = scheduler.timesteps
+    for given, rows in ((times[2], 1), (float(times[2]), 1), (times[[2]], 3), (times[[2] * 3], 3), (times[1:4], 3)):
+        about = scheduler.step_with_log_prob(v, given, x, return_sqrt_dt=True)[3:]
+        assert [y.shape for y in about] == [(rows, 1, 1, 1)] * 2
+
+
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_keyed_noise_does_not_depend_on_the_batch(name: str, several: bool) -> None:
@@ -187,11 +211,63 @@ def test_wrong_calls() -> None:
         flow.step_with_log_prob(v, flow.timesteps[:2], x)
     with pytest.raises(ValueError, match="generator: expected None with prev_sample"):
         ddim.step_with_log_prob(v, 901, x, prev_sample=x, generator=torch.Generator())
-    with pytest.raises(ValueError, match=r"timestep: expected values in \[0, 1000\)"):
-        ddim.step_with_log_prob(v, 1000, x)
-    with pytest.raises(ValueError, match="timestep: expected timesteps of the schedule"):
-        ddpm.step_with_log_prob(v, 5, x)
     with pytest.raises(TypeError, match="prev_sample: expected a tensor"):
         ddpm.step_with_log_prob(v, 900, x, prev_sample=[x])
     with pytest.raises(ValueError, match="thresholding"):
         made(DDIMScheduler(thresholding=True)).step_with_log_prob(v, 900, x)
+
+
+@pytest.mark.parametrize("name", ["flow", "ddim", "ddpm"])
+def test_what_is_no_timestep_of_the_schedule_is_refused(name: str) -> None:
+    scheduler = SCHEDULERS[name]()
+    x, v = states()
+    for wrong in (123.4, 900.4, 5, -1, 1001, math.nan, torch.tensor(123.4), torch.tensor([900, 5, 800])):
+        with pytest.raises(ValueError, match=r"timestep: expected timesteps of the schedule, .*, got "):
+            scheduler.step_with_log_prob(v, wrong, x)
+    for wrong in ([900], None, "900"):
+        with pytest.raises(TypeError, match="timestep: expected a number or a tensor, got "):
+            scheduler.step_with_log_prob(v, wrong, x)
+    with pytest.raises(ValueError, match=r"timestep: expected one, or one for each of 3, got shape \(0,\)"):
+        scheduler.step_with_log_prob(v, scheduler.timesteps[:0], x)
+    with pytest.raises(ValueError, match=r"timestep: expected one for an empty batch, got shape \(0,\)"):
+        scheduler.step_with_log_prob(v[:0], scheduler.timesteps[:0], x[:0])
+    assert scheduler.step_with_log_prob(v[:0], scheduler.timesteps[:1], x[:0])[1].shape == (0,)
+
+
+def test_what_is_no_noise_level_is_refused() -> None:
+    scheduler = SCHEDULERS["flow"]()
+    x, v = states()
+    t = scheduler.timesteps[3]
+    for sde_type, wrong, range_of in (
+        ("sde", -0.5, "of at least 0"),
+        ("sde", math.inf, "of at least 0"),
+        ("cps", -0.5, r"in \[0, 1\]"),
+        ("cps", 1.5, r"in \[0, 1\]"),
+        ("cps", math.nan, r"in \[0, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=f"noise_level: expected a number {range_of}, got {wrong}"):
+            scheduler.step_with_log_prob(v, t, x, noise_level=wrong, sde_type=sde_type)
+    with pytest.raises(TypeError, match="noise_level: expected a number, got 'a'"):
+        scheduler.step_with_log_prob(v, t, x, noise_level="a")
+
+
+def test_what_is_no_eta_is_refused() -> None:
+    scheduler = SCHEDULERS["ddim"]()
+    x, v = states()
+    for wrong in (-1.0, math.nan):
+        with pytest.raises(ValueError, match=f"eta: expected a number of at least 0, got {wrong}"):
+            scheduler.step_with_log_prob(v, 500, x, eta=wrong)
+    with pytest.raises(ValueError, match=r"eta: expected one that leaves the direction a variance, .*, got 2\.0"):
+        scheduler.step_with_log_prob(v, 500, x, eta=2.0)
+    with pytest.raises(TypeError, match="eta: expected a number, got 'a'"):
+        scheduler.step_with_log_prob(v, 500, x, eta="a")
+
+
+def test_levels_that_rise_are_refused() -> None:
+    scheduler = made(FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
+    x, v = states()
+    for sde_type in ("sde", "cps"):
+        with pytest.raises(
+            ValueError, match=r"sigmas: expected levels that fall, as without invert_sigmas, got .* after"
+        ):
+            scheduler.step_with_log_prob(v, scheduler.timesteps[3], x, sde_type=sde_type)

@@ -220,6 +220,9 @@ class _HandedOut:
     """A state of a pair that a caller holds."""
 
     reference: weakref.ref[Tensor]
+    #: The pair's, not kept alive, since it may hold a model's arguments. States of one pair share this reference,
+    #: beyond the record's life too: a record has a single weak reference.
+    record: weakref.ref[Record]
     method: str
     index: int
     inner: bool
@@ -229,24 +232,43 @@ _handed_out: dict[int, _HandedOut] = {}
 
 
 def hand_out(z: Tensor, record: Record | None, *, inner: bool = False) -> Tensor:
-    """Record a tensor as a state of a pair, by a weak reference; inner: the state at the adjacent index."""
-    if record is not None and not traced():
+    """Record a tensor as a state of a pair, by a weak reference; inner: the state at the adjacent index.
+
+    The inner state of a single step is not recorded: it is where the trajectory began, and may begin others.
+    """
+    if record is not None and not traced() and not (inner and record.steps == 1):
         key = id(z)
         reference = weakref.ref(z, lambda _: _handed_out.pop(key, None))
-        _handed_out[key] = _HandedOut(reference, record.method, record.index, inner)
+        _handed_out[key] = _HandedOut(reference, weakref.ref(record), record.method, record.index, inner)
     return z
 
 
+def take_back(z: Tensor) -> None:
+    """Forget that a tensor is a state of a pair."""
+    known = _handed_out.get(id(z))
+    if known is not None and known.reference() is z:
+        del _handed_out[id(z)]
+
+
 def is_inner(z: Tensor, method: str) -> bool:
-    """Whether a tensor equals the inner state of a live pair of a method."""
+    """Whether a tensor equals the inner state of a live pair of a method, and not its other state too."""
     if traced():
         return False
-    held = [one.reference() for one in list(_handed_out.values()) if one.inner and one.method == method]
-    return any(x is z or (x is not None and same_values(x, z)) for x in held)
+    held = [(one, one.reference()) for one in list(_handed_out.values()) if one.inner and one.method == method]
+    return any(x is not None and same_values(x, z) and not _at_rest(one) for one, x in held)
+
+
+def _at_rest(inner: _HandedOut) -> bool:
+    """Whether a pair's states are equal, as at a fixed point of the model, so that its inner one tells nothing."""
+    state = inner.reference()
+    others = [one.reference() for one in list(_handed_out.values()) if not one.inner and one.record is inner.record]
+    return state is not None and any(x is not None and same_values(x, state) for x in others)
 
 
 def same_values(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors are alike in shape, dtype, device and every value; reads the device."""
+    if x is y:
+        return True
     return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and torch.equal(x, y)
 
 
@@ -258,9 +280,11 @@ def notice_alone(
     name: the caller's name of z. advice: how to retrace the trajectory.
     """
     known = None if traced() else _handed_out.get(id(z))
-    if known is None or known.reference() is not z or known.method != run.method:
-        return
+    if known is None or known.reference() is not z or known.method != run.method or not z.numel():
+        return  # all empty states are equal
     if known.inner:
+        if _at_rest(known):
+            return
         raise ValueError(
             f"{name}: {caller} got the inner state of a pair, from which no trajectory begins; {advice} retraces the "
             f"pair's trajectory ({name}.clone() starts a new one)"

@@ -64,7 +64,9 @@ def covered_names() -> str:
 def accelerated_class(cls: type[Any]) -> type[Any]:
     """Return the accelerated subclass of a diffusers scheduler class; it is constructed and loaded like the class.
 
-    It has the class's own name and module, so that a pipeline saved with it loads anywhere.
+    It has the class's own name and module, so that a pipeline saved with it loads anywhere. A class may derive from it:
+    its own `step` may call this one; methods that the original's step calls, such as `_get_variance`, are called by the
+    original's step, which then runs.
     Raises TypeError for a class that has no accelerated form.
 
     >>> from diffusers import DDIMScheduler
@@ -107,7 +109,9 @@ def accelerate_scheduler(
     strict: whether a scheduler class without an accelerated form is a TypeError; False returns such a scheduler itself,
     with one warning, so that a script works with any pipeline. `is_accelerated` returns which it was.
     For a scheduler that is accelerated already, None keeps its setting. The given scheduler is not changed. Unsupported
-    configurations, such as thresholding, run the original step and warn once; seed and sample_id without keyed
+    configurations, such as thresholding, and schedulers with own methods in place of those that the original step
+    calls, such as `convert_model_output`, run the original step and warn once; schedules that were made in inference
+    mode are copied, so that writes to the copies are noticed; seed and sample_id without keyed
     noise are ignored with a warning. Raises TypeError for a scheduler without an accelerated form and for other
     objects, ValueError for an unknown `noise`, TypeError or ValueError for an invalid seed or sample_id.
 
@@ -121,7 +125,9 @@ def accelerate_scheduler(
     if noise not in (None, "generator", "keyed"):
         raise ValueError(f"noise: expected 'generator' or 'keyed', got {noise!r}")
     if not strict and not _has_accelerated_form(type(scheduler)):
-        ignored = [name for name, value in (("noise", noise), ("seed", seed), ("sample_id", sample_id)) if value]
+        ignored = [
+            name for name, value in (("noise", noise), ("seed", seed), ("sample_id", sample_id)) if value is not None
+        ]
         lost = f", and {', '.join(ignored)}: ignored" if ignored else ""
         text = f"{type(scheduler).__name__} has no accelerated form: the scheduler is returned unchanged{lost}"
         warnings.warn(f"{text}; accelerated are {covered_names()}", UserWarning, stacklevel=2)
@@ -160,7 +166,8 @@ def is_accelerated(scheduler: Any) -> bool:
     """Return whether a scheduler's steps are fused: its class is accelerated, and its configuration is covered.
 
     False for diffusers' own schedulers, for `BDIADDIMScheduler`, which replaces no original, and for an
-    accelerated scheduler whose configuration or schedule runs every step by the original, such as with thresholding.
+    accelerated scheduler whose configuration, schedule or own methods run every step by the original, such as with
+    thresholding.
     Raises TypeError for an object that has a scheduler, such as a pipeline.
 
     >>> from diffusers import DDIMScheduler

@@ -37,6 +37,15 @@ def reading(prediction: str, a: Number) -> tuple[Number, Number, Number, Number]
     return ra, -rb, rb, ra
 
 
+def reading_of_pair(a: Number) -> tuple[Number, Number]:
+    """Weight and scale of the pair of noise and sample in x0: w·(m + g·(s - m)) is (s - rb·m)/ra.
+
+    Its terms are no larger than x0 itself, so that nothing is lost where sample and noise cancel.
+    """
+    share = a / (1.0 + root(1.0 - a))  # 1 - rb
+    return share / root(a), 1.0 / share
+
+
 def quotient(a: Number, below: Number, rounds: bool) -> Number:
     """alpha of one step; rounded to float32 where the original is: of a short step, 1 - alpha has few digits left."""
     return single(a / below) if rounds else a / below
@@ -47,17 +56,13 @@ def ddim_row(
 ) -> Row:
     """x0's weights of sample and output, then the result's, of x0 and of noise (DDIM eq. 12 and 16).
 
-    The last two numbers are for levels where sample and noise cancel: x0 = w·(m + g·(s - m)) is (s - rb·m)/ra, in terms
-    no larger than x0 itself, so that nothing is lost.
+    The last two numbers are for levels where sample and noise cancel, see `reading_of_pair`.
     """
     x0_sample, x0_output, eps_sample, eps_output = reading(prediction, a)
     deviation = eta * root((1.0 - below) / (1.0 - a) * (1.0 - quotient(a, below, rounds))) if eta else 0.0
     kept, direction = root(below), root(1.0 - below - deviation * deviation)
     ra, rb = root(a), root(1.0 - a)
-    near: tuple[Number, Number] = (0.0, 0.0)
-    if prediction == "epsilon":  # others need no signal
-        share = a / (1.0 + rb)  # 1 - rb
-        near = share / ra, 1.0 / share
+    near: tuple[Number, Number] = reading_of_pair(a) if prediction == "epsilon" else (0.0, 0.0)
     if clips and rederives:
         return x0_sample, x0_output, direction / rb, 0.0, kept - direction * ra / rb, deviation, *near
     if clips:
@@ -280,5 +285,4 @@ class Alphas(Accelerated):
                 [as_state(sample, model_output), model_output], *both, x0_weight=of_x0, clip=clip
             )
             tensors, weights = [mean], [1.0]
-        step = with_log_prob(self, tensors, weights, deviation, prev_sample, generator, model_output, at)
-        return step[0].to(sample.dtype), step[1]
+        return with_log_prob(self, tensors, weights, deviation, prev_sample, generator, model_output, at, sample.dtype)

@@ -12,7 +12,7 @@ from bicm_diffusion.adapters.diffusers.drawing import traced
 from bicm_diffusion.adapters.diffusers.integers import Integers
 from bicm_diffusion.adapters.diffusers.outputs import as_state
 from bicm_diffusion.adapters.diffusers.retrace import Retraced, check_no_pair, check_start
-from bicm_diffusion.adapters.diffusers.tables import version_of
+from bicm_diffusion.adapters.diffusers.tables import counting, version_of
 from bicm_diffusion.described import described
 from bicm_diffusion.rational import MAX_DENOMINATOR, nearest
 from bicm_diffusion.samplers.notices import warn
@@ -117,7 +117,7 @@ class BdiaSteps(Retraced):
         turned = self._turned and inverse is None and last_sample is None
         pair, made = self._next if turned else None, None
         if pair is not None:
-            made, last_sample = pair.record, pair.z
+            made, last_sample = pair.record, self._outer
         elif last_sample is not None and last_sample is self._reached:
             if self._at != len(self._indices):
                 raise ValueError(
@@ -157,7 +157,10 @@ class BdiaSteps(Retraced):
         self._integers, self._made = None, None if self._edit else made
         if isinstance(pair, ExactPair) and self._ratio is not None and self._inner is not None:
             self._integers = Integers.turned(pair, self._ratio, self._inner)
-        self._turned, self._edit, self._next, self._inner, self._inverse = False, False, None, None, inverse
+        # Of a pair that was given by the tensor that this loop ended in, the inner state is the one before it.
+        self._start_from = self._inner if pair is not None else None if made is None else self.last_sample
+        self._turned, self._edit, self._inverse = False, False, inverse
+        self._next, self._inner, self._outer = None, None, None
         self._begin_index, self._at, self.last_sample, self._reached = None, None, last_sample, None
         if inverse:
             self._indices = [*range(1 if last_sample is not None else 0, count)]
@@ -166,7 +169,10 @@ class BdiaSteps(Retraced):
         # The data level has no timestep: the model is evaluated there at the first one above it.
         self._times = [times[count - max(i, 1)] for i in self._indices]
         self.timesteps = torch.tensor(self._times, dtype=self.timesteps.dtype).to(device)
-        self._given = tuple((name, x := getattr(self, name), version_of(x)) for name in ("timesteps", *self._sources))
+        watched = ("timesteps", *self._sources)
+        for name in watched:
+            setattr(self, name, counting(getattr(self, name)))
+        self._given = tuple((name, x := getattr(self, name), version_of(x)) for name in watched)
         self._configured = self._watched()
 
     # --- a step ---------------------------------------------------------------------------------------------------
@@ -181,7 +187,8 @@ class BdiaSteps(Retraced):
             self._at = self._first(timestep)
             self._whole = self._at == 0
             if self._record is not None and not traced():
-                check_start(sample, self.last_sample, self._record)
+                check_start(sample, self.last_sample, self._start_from, self._record)
+            self._start_from = None
         if self._at >= len(self._indices):
             raise ValueError(
                 f"timesteps: expected at most {len(self._indices)} steps, got one more; set_timesteps first"

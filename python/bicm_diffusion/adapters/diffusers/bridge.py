@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     CMStochasticIterativeScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepInverseScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     SchedulerMixin,
@@ -42,6 +43,8 @@ REVERSED = frozenset(("LuminaNextDiT2DModel", "Lumina2Transformer2DModel"))
 #: The alpha-bar used for a level without signal, as in diffusers' Euler schedulers.
 LEAST_ALPHA_BAR = 2.0**-24
 EDM = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
+#: EDM's with the angle of sigma as the network's time. By its name, since it is importable with torchsde alone.
+ANGLES = "CosineDPMSolverMultistepScheduler"
 #: The minimum relative distance of two levels, in sigma/alpha.
 APART = 1e-6
 
@@ -65,10 +68,11 @@ def from_diffusers(network: Any, scheduler: Any, *, steps: int) -> tuple[Model, 
     schedule: z = alpha·x + sigma·n: variance-preserving for epsilon, v and sample; alpha = 1 for EDM and consistency
     models, whose prediction is a `Preconditioned`; alpha = 1 - sigma for flow matching. The times are training steps in
     the first form and sigmas in the others, so that `ddpm_schedule`, `karras_schedule` and `flow_schedule` work with a
-    model too. A level that occurs twice, such as DDIM's last one, becomes one level, so there may be fewer than
-    `steps`; a level without signal is taken at alpha² = 2^-24. Raises TypeError for other objects than a network and a
-    scheduler, ValueError for a configuration that these levels cannot represent: inverted sigmas, an unknown prediction
-    type, dynamic shifting without timesteps that were set.
+    model too. A level that occurs twice, such as PNDM's last one, becomes one level, so there may be fewer than
+    `steps`; timesteps between two levels, as of Runge-Kutta steps, are none. A level without signal is taken at alpha²
+    = 2^-24. Raises TypeError for other objects than a network and a scheduler, ValueError for a configuration that
+    these levels cannot represent: inverted sigmas, DPM-Solver's inverse, an unknown prediction type, dynamic shifting
+    without timesteps that were set.
 
     >>> from diffusers import DDIMScheduler, UNet2DModel
     >>> from bicm_diffusion import bdia_sample
@@ -102,7 +106,7 @@ def _kind(scheduler: Any) -> tuple[Prediction, Callable[[Any], list[Level]]]:
     config = scheduler.config
     if isinstance(scheduler, CMStochasticIterativeScheduler):
         return Preconditioned("cm", config.sigma_data, config.sigma_min), _exploding
-    if isinstance(scheduler, EDM):
+    if _is_edm(scheduler):
         return Preconditioned("edm", config.sigma_data), _exploding
     if getattr(config, "invert_sigmas", False):
         raise ValueError("scheduler: expected levels from noise to data, got invert_sigmas=True")
@@ -110,8 +114,18 @@ def _kind(scheduler: Any) -> tuple[Prediction, Callable[[Any], list[Level]]]:
     name = getattr(config, "prediction_type", "flow_prediction" if flow else None)
     if name not in PREDICTIONS:
         raise ValueError(f"scheduler: expected a prediction_type of {', '.join(PREDICTIONS)}, got {name!r}")
+    if isinstance(scheduler, DPMSolverMultistepInverseScheduler):
+        raise ValueError(f"scheduler: expected one from noise to data, got {scheduler.__class__.__name__}")
     lines = flow or getattr(config, "use_flow_sigmas", False)
     return PREDICTIONS[name], _flowing if lines else _preserving
+
+
+def _takes_angles(scheduler: Any) -> bool:
+    return any(cls.__name__ == ANGLES for cls in type(scheduler).__mro__)
+
+
+def _is_edm(scheduler: Any) -> bool:
+    return isinstance(scheduler, EDM) or _takes_angles(scheduler)
 
 
 def _pairs(scheduler: Any) -> list[tuple[float, float]]:
@@ -130,12 +144,14 @@ def _flowing(scheduler: Any) -> list[Level]:
 
 
 def _preserving(scheduler: Any) -> list[Level]:
-    if hasattr(scheduler, "sigmas") and len(scheduler.sigmas) > len(scheduler.timesteps):
-        squares = [(t, 1.0 / (1.0 + s * s)) for t, s in _pairs(scheduler)]
+    times, kept = scheduler.timesteps.tolist(), _kept(scheduler)
+    if hasattr(scheduler, "sigmas") and len(scheduler.sigmas) > len(times):
+        sigmas = scheduler.sigmas.tolist()
+        squares = [(times[i], 1.0 / (1.0 + sigmas[i] ** 2)) for i in kept]
         end = 1.0 / (1.0 + float(scheduler.sigmas[-1]) ** 2)
     elif hasattr(scheduler, "alphas_cumprod"):
         table = scheduler.alphas_cumprod.tolist()
-        squares = [(t, table[int(t)]) for t in scheduler.timesteps.tolist()]
+        squares = [(times[i], table[int(times[i])]) for i in kept]
         end = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
     else:
         raise ValueError(f"scheduler: expected sigmas or alphas_cumprod, got {scheduler.__class__.__name__} without")
@@ -145,6 +161,19 @@ def _preserving(scheduler: Any) -> list[Level]:
     trained = abs(lowest - end) < APART and end < 1.0
     levels.append((0.0 if trained else -1.0, end, trained))
     return [Level(t, math.sqrt(a), math.sqrt(1.0 - a), known) for t, a, known in levels]
+
+
+def _kept(scheduler: Any) -> list[int]:
+    """Indices of the timesteps that are levels of a schedule.
+
+    Schedulers of order 2 have one more timestep between two levels, or a level twice. PNDM's Runge-Kutta steps call the
+    network at their start, twice at the middle, and at their end, which is the next one's start: the middles are no
+    levels. Nor is -1, which trailing ranges have one of for some counts.
+    """
+    times, count = scheduler.timesteps.tolist(), len(getattr(scheduler, "prk_timesteps", ()))
+    logarithms, order = getattr(scheduler.config, "timestep_type", None) == "continuous", getattr(scheduler, "order", 1)
+    starts = [i for i in range(len(times)) if (i % 4 in (0, 3) if i < count else i % order == 0)]
+    return [i for i in starts if logarithms or times[i] >= 0]
 
 
 def _schedule(levels: list[Level], flow: bool) -> Schedule:
@@ -169,7 +198,7 @@ def _model(network: Any, scheduler: Any, prediction: Prediction) -> Model:
     told = _told(network, scheduler)
     turned = network.__class__.__name__ in REVERSED
     config = scheduler.config
-    if isinstance(scheduler, EDM) and config.prediction_type == "v_prediction":
+    if _is_edm(scheduler) and config.prediction_type == "v_prediction":
         turned = True  # c_out has the opposite sign there
     whole = getattr(getattr(network, "config", None), "time_embedding_type", None) == "learned"
     parameter = next(network.parameters(), None)
@@ -190,7 +219,9 @@ def _told(network: Any, scheduler: Any) -> Callable[[Tensor], Tensor]:
     """The network's time argument at a time of the schedule."""
     if isinstance(scheduler, CMStochasticIterativeScheduler):
         return lambda sigma: 250.0 * sigma.log()
-    if isinstance(scheduler, EDM):
+    if _takes_angles(scheduler):
+        return lambda sigma: sigma.atan() * (2.0 / math.pi)
+    if _is_edm(scheduler):
         return lambda sigma: 0.25 * sigma.log()
     if _kind(scheduler)[1] is not _flowing:
         return lambda step: step

@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_ddim_cogvideox import DDIMSchedulerOutput a
 from diffusers.schedulers.scheduling_dpm_cogvideox import DDIMSchedulerOutput
 from torch import Tensor
 
-from bicm_diffusion.adapters.diffusers.alphas import LEAST, Alphas, AlphaTables
+from bicm_diffusion.adapters.diffusers.alphas import LEAST, Alphas, AlphaTables, reading_of_pair
 from bicm_diffusion.adapters.diffusers.arguments import host_value
 from bicm_diffusion.adapters.diffusers.drawing import FLOATING, Generators, traced
 from bicm_diffusion.adapters.diffusers.outputs import as_dtype, as_output, as_state
@@ -86,9 +86,7 @@ class CogVideoXDpm(Alphas):
         if prediction == "epsilon":
             if not traced() and a < LEAST:
                 raise ValueError("no signal")
-            # x0 = near (m + g (s - m)), in terms no larger than itself.
-            share = a / (1.0 + root(1.0 - a))
-            return 0.0, 0.0, *row, share / root(a), 1.0 / share
+            return 0.0, 0.0, *row, *reading_of_pair(a)
         reading = (0.0, 1.0) if prediction == "sample" else (root(a), -root(1.0 - a))
         return *reading, *row, 0.0, 0.0
 

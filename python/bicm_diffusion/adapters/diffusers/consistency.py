@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_consistency_models import CMStochasticItera
 from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from torch import Tensor
 
-from bicm_diffusion.adapters.diffusers.alphas import PREDICTIONS, reading
+from bicm_diffusion.adapters.diffusers.alphas import LEAST, PREDICTIONS, reading, reading_of_pair
 from bicm_diffusion.adapters.diffusers.arguments import host_value, is_whole
 from bicm_diffusion.adapters.diffusers.drawing import Generators
 from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
@@ -23,6 +23,8 @@ from bicm_kernels.inputs import ALIKE, output
 
 #: The standard deviation of the data that latent consistency models are written for.
 LCM_SIGMA_DATA = 0.5
+#: Below this alpha-bar, a clipped x0 is read from the pair of noise and sample, where it loses less by rounding.
+PAIR_BELOW = 0.75
 
 
 @dataclass
@@ -34,6 +36,8 @@ class ConsistencyTables(SigmaTables):
 @dataclass
 class LatentTables(Tables):
     clip: float | None = None
+    #: How many steps, from the first, read a clipped x0 from the pair of noise and sample.
+    paired: int = 0
     #: Steps without clipping or keyed noise: weights in x0 and in the result, of x0 in it, and whether it is the last.
     plain: dict[int, tuple[Row, Row, Number, bool]] = field(default_factory=dict)
 
@@ -134,6 +138,10 @@ class LatentConsistencyModel(Counted):
     def _fill(self, tables: LatentTables) -> None:
         self.sigma_data = LCM_SIGMA_DATA  # the original sets it in its first step
         tables.clip = float(self.config.clip_sample_range) if self.config.clip_sample else None
+        if self.config.clip_sample and self.config.prediction_type == "epsilon":
+            times, levels = tables.timesteps.values, tables.levels
+            clear = (k for k, t in enumerate(times) if 0 <= t < len(levels) and levels[int(t)] >= PAIR_BELOW)
+            tables.paired = next(clear, len(times))
         tables.put(ROWS, lambda index: self._row(tables, index), len(tables.timesteps.values))
         if self.config.clip_sample or self.num_inference_steps is None:
             return
@@ -146,7 +154,10 @@ class LatentConsistencyModel(Counted):
                 tables.plain[index] = x0_weights, (0.0, 0.0, deviation), kept, last
 
     def _row(self, tables: LatentTables, index: int) -> Row:
-        """Weights of sample and output in x0, c_skip and c_out, then of the denoised sample and of fresh noise."""
+        """Weights of sample and output in x0, c_skip and c_out, then of the denoised sample and of fresh noise.
+
+        In the first `paired` steps the first two are the weight and the scale of the pair that x0 is read from.
+        """
         times = tables.timesteps.values
         here, below = int(times[index]), int(times[min(index + 1, len(times) - 1)])
         if max(here, below) >= len(tables.levels):
@@ -154,7 +165,13 @@ class LatentConsistencyModel(Counted):
         level = tables.levels[below] if below >= 0 else float(self.final_alpha_cumprod)
         scaled = here * self.config.timestep_scaling
         total = scaled**2 + LCM_SIGMA_DATA**2
-        of_sample, of_output, *_ = reading(self.config.prediction_type, tables.levels[here])
+        a = tables.levels[here]
+        if index < tables.paired:
+            if a < LEAST:
+                raise ValueError("no signal")  # the weights leave float32's range
+            of_sample, of_output = reading_of_pair(a)
+        else:
+            of_sample, of_output, *_ = reading(self.config.prediction_type, a)
         skip, out = LCM_SIGMA_DATA**2 / total, scaled / math.sqrt(total)
         return float(of_sample), float(of_output), skip, out, math.sqrt(level), math.sqrt(1.0 - level)
 
@@ -196,9 +213,11 @@ class LatentConsistencyModel(Counted):
         x0_sample, x0_output, skip, out, kept, deviation = row
         state, config = as_state(sample, model_output), self._internal_dict
         if config.clip_sample:
-            denoised, _, _ = denoised_step(
-                [state, model_output], [x0_sample, x0_output], [skip, 0.0], x0_weight=out, clip=tables.clip
-            )
+            terms: list[Any] = [state, model_output]
+            reads, keyed = [x0_sample, x0_output], {}
+            if index < tables.paired:
+                terms, reads, keyed = [state, (model_output, state)], [0.0, x0_sample], {"guidance_scale": x0_output}
+            denoised, _, _ = denoised_step(terms, reads, [skip, 0.0], x0_weight=out, clip=tables.clip, **keyed)
             following = self._renoised(denoised, None, (1.0, 0.0), index, (kept, deviation), model_output, generator)
         else:
             weights = _denoising(row, shares=config.prediction_type != "sample" and not is_double(state))

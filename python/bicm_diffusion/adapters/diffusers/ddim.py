@@ -12,7 +12,7 @@ from torch import Tensor
 from bicm_diffusion.adapters.diffusers.alphas import Alphas, AlphaTables, ddim_row
 from bicm_diffusion.adapters.diffusers.arguments import constant, host_value, numbers
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
-from bicm_diffusion.adapters.diffusers.log_prob import check_states, timesteps_of
+from bicm_diffusion.adapters.diffusers.log_prob import check_range, check_states, scheduled
 from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
 from bicm_diffusion.adapters.diffusers.scheduler import GRAPH, on_tables
 from bicm_diffusion.adapters.diffusers.tables import Number
@@ -99,19 +99,20 @@ class Ddim(Alphas):
         """Take a step of DDIM with η as DDPO does, or find the log-probability of one that was taken.
 
         model_output, sample: (B, …). timestep: one of the schedule's, or (B,) of them; as DDPO has it, the last step
-        goes to timestep 0 and not beyond the schedule's end. prev_sample: the state that was taken; None takes a new
-        one, with noise from generator or from the scheduler's key.
+        goes to timestep 0 and not beyond the schedule's end. eta: at least 0; above 1 only where it leaves the
+        direction a variance. prev_sample: the state that was taken; None takes a new one, with noise from generator or
+        from the scheduler's key.
 
         Returns (prev_sample, log_prob): the state in the dtype of sample, and (B,) as a mean over elements, of the
         rounded state; differentiable in model_output.
         Raises TypeError, ValueError for an argument of another type, shape or range, or where x0 is thresholded.
         """
         check_states(model_output, sample, prev_sample, generator)
-        numbers(eta=eta)
+        check_range("eta", eta, 0.0)
         tables = self._current()
         if tables.reason is not None or not tables.gap:
             raise ValueError(f"scheduler: expected steps that are set and covered, got {tables.reason or 'none'}")
-        times = [int(t) for t in timesteps_of(timestep, len(sample))]
+        times = scheduled(timestep, len(sample), tables.timesteps.values)
         if not all(0 <= t < len(tables.levels) - 1 for t in times):
             raise ValueError(f"timestep: expected values in [0, {len(tables.levels) - 1}), got {times}")
         options = {
@@ -127,6 +128,9 @@ class Ddim(Alphas):
                 for t in times
             ]
         except (ArithmeticError, ValueError):
+            if eta > 1.0:
+                expected = "expected one that leaves the direction a variance, as those up to 1 do"
+                raise ValueError(f"eta: {expected}, got {eta}") from None
             raise ValueError(f"timestep: expected levels where x0 can be read from the noise, got {times}") from None
         return self._with_log_prob(rows, model_output, sample, prev_sample, generator, times)
 

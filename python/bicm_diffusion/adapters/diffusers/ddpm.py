@@ -10,10 +10,18 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
-from bicm_diffusion.adapters.diffusers.alphas import CANCELS, LEAST, Alphas, AlphaTables, quotient, reading
+from bicm_diffusion.adapters.diffusers.alphas import (
+    CANCELS,
+    LEAST,
+    Alphas,
+    AlphaTables,
+    quotient,
+    reading,
+    reading_of_pair,
+)
 from bicm_diffusion.adapters.diffusers.arguments import host_value
 from bicm_diffusion.adapters.diffusers.drawing import Generators, traced
-from bicm_diffusion.adapters.diffusers.log_prob import check_states, timesteps_of
+from bicm_diffusion.adapters.diffusers.log_prob import check_states, scheduled
 from bicm_diffusion.adapters.diffusers.outputs import as_output, as_state
 from bicm_diffusion.adapters.diffusers.scheduler import fused
 from bicm_diffusion.adapters.diffusers.sigmas import ROWS
@@ -70,8 +78,8 @@ class Ddpm(Alphas):
             weights = of_sample + of_x0 * x0_sample, of_x0 * x0_output, 0.0
         if config.prediction_type != "epsilon" or a >= CANCELS:
             return x0_sample, x0_output, *weights, deviation, 0.0, 0.0
-        share = a / (1.0 + math.sqrt(1.0 - a))
-        return 0.0, 0.0, *weights, deviation, share / math.sqrt(a), 1.0 / share
+        near, guidance = reading_of_pair(a)
+        return 0.0, 0.0, *weights, deviation, float(near), float(guidance)
 
     def _found(self, tables: AlphaTables, timestep: Any, sample: Tensor, graph: bool) -> Any:
         """The timestep and its row of weights, or None where the original has to run."""
@@ -145,10 +153,8 @@ class Ddpm(Alphas):
         tables = self._current()
         if tables.reason is not None:
             raise ValueError(f"scheduler: expected a configuration that is accelerated, got {tables.reason}")
-        times = [int(t) for t in timesteps_of(timestep, len(sample))]
         known = tables.timesteps.values
-        if not all(t in known for t in times):
-            raise ValueError(f"timestep: expected timesteps of the schedule, got {times}")
+        times = scheduled(timestep, len(sample), known)
         rows = []
         for t in times:
             row = self._row_of(tables, known.index(t))

@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.drawing import traced
-from bicm_diffusion.adapters.diffusers.levels import PREDICTIONS, level_of, reading_noise
+from bicm_diffusion.adapters.diffusers.levels import PREDICTIONS, level_of, noise_of_x0
 from bicm_diffusion.adapters.diffusers.outputs import as_dtype, as_output, as_state
 from bicm_diffusion.adapters.diffusers.scheduler import fused
 from bicm_diffusion.adapters.diffusers.sigmas import Counted
@@ -81,7 +81,7 @@ class Deis(Counted):
             raise ValueError("a logarithm of zero")  # the original gives infinities
         rhos = [noise / signal for signal, noise in levels]
         weights = (alpha * weight for weight in exponential_row(rhos))
-        reading = reading_noise(self.config.prediction_type, tables.levels[index], levels[1])
+        reading = noise_of_x0(self.config.prediction_type, tables.levels[index], levels[1])
         return *reading, alpha / alpha_here, *weights
 
     def _order(self, tables: Tables, index: int) -> int:

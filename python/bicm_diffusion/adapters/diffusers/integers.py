@@ -75,7 +75,7 @@ class Integers:
         self.last_q, self.q = self.q, following
         if last is None:
             self.origin = checksum(self.last_q, self.q)
-        self.seen = fixed_point_decode(following, dtype=self.dtype)
+        self.seen = self._decoded(following)
         self.version = version_of(self.seen)
         return self.seen, x0
 
@@ -86,6 +86,13 @@ class Integers:
 
     def _encoded(self, x: Tensor) -> Tensor:
         return fixed_point_encode(x, overflow=self.overflow)
+
+    def _decoded(self, q: Tensor) -> Tensor:
+        if not torch.is_inference_mode_enabled():
+            return fixed_point_decode(q, dtype=self.dtype)
+        # PyTorch does not count writes to inference tensors, and `_check` has to notice them.
+        with torch.inference_mode(False), torch.no_grad():
+            return fixed_point_decode(q, dtype=self.dtype)
 
     def _check(self, sample: Tensor) -> None:
         """Raise unless the caller's floats equal the decoded integers."""

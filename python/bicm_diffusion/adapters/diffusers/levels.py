@@ -49,8 +49,18 @@ def reading_x0(prediction: str, sigma: float, level: Level) -> tuple[float, floa
     return (alpha, -noise) if prediction == "v_prediction" else (1.0, -sigma)
 
 
-def reading_noise(prediction: str, sigma: float, level: Level) -> tuple[float, float]:
-    """Weights of sample and output in the predicted noise."""
+def reading_noise(prediction: str, level: Level) -> tuple[float, float]:
+    """Weights of sample and output in the predicted noise, where a solver asks for the noise itself."""
+    alpha, noise = level
+    if prediction == "epsilon":
+        return 0.0, 1.0
+    if prediction == "v_prediction":
+        return noise, alpha  # of flow sigmas too, whose squares do not add up to 1
+    return 1.0 / noise, -alpha / noise
+
+
+def noise_of_x0(prediction: str, sigma: float, level: Level) -> tuple[float, float]:
+    """The same, where a solver reads x0 and derives the noise from it."""
     if prediction == "epsilon":
         return 0.0, 1.0
     of_sample, of_output = reading_x0(prediction, sigma, level)

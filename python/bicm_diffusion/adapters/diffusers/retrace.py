@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from bicm_diffusion.adapters.diffusers.drawing import traced
 from bicm_diffusion.adapters.diffusers.integers import Integers
 from bicm_diffusion.described import described
 from bicm_diffusion.rational import nearest
-from bicm_diffusion.samplers.record import Record, is_inner, notice_alone, report_remainder, same_values
+from bicm_diffusion.samplers.record import Record, is_inner, notice_alone, report_remainder, same_values, take_back
 from bicm_diffusion.samplers.states import ExactPair, Pair, StatePair
 
 
@@ -33,13 +34,16 @@ def check_no_pair(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a tensor, got {described(value)}; turn_round(pair) takes a pair")
 
 
-def check_start(sample: Tensor, last_sample: Tensor | None, run: Record) -> None:
+def check_start(sample: Tensor, last_sample: Tensor | None, inner: Tensor | None, run: Record) -> None:
     """Raise where a loop cannot start from this state of a pair; warn where it should start from another.
 
-    last_sample: the other state, where a pair is retraced.
+    last_sample: the other state, where a pair is retraced. inner: the state to start from, where it is known: a fixed
+    point of the model has two equal states.
     """
+    if not sample.numel():
+        return  # all empty states are equal
     if last_sample is not None:
-        if sample is last_sample or same_values(sample, last_sample):
+        if same_values(sample, last_sample) and (inner is None or not same_values(sample, inner)):
             raise ValueError("sample: expected the inner state of the pair, got the one that is its last_sample")
         return
     if is_inner(sample, run.method):  # by its values: pipelines copy what a loop starts from
@@ -62,11 +66,14 @@ class Retraced:
     _record: Record | None = None
     _whole = False
     _made: Record | None = None
-    #: A pair that the next loop retraces, its inner state as `turn_round` returned it, and whether it was passed
-    #: explicitly.
+    #: A pair that the next loop retraces, its inner state as `turn_round` returned it, its other one, and whether it
+    #: was passed explicitly.
     _next: StatePair | ExactPair | None = None
     _inner: Tensor | None = None
+    _outer: Tensor | None = None
     _turned = False
+    #: The inner state that the present loop has to start from, until its first step.
+    _start_from: Tensor | None = None
     _edit = False
     _at: int | None = None
     #: The indices of a loop's levels, in its order.
@@ -132,7 +139,9 @@ class Retraced:
             return self._inner
         taken = self.pair if pair is None else pair
         self._edit = edit
-        self._next, self._inner, self._turned = taken, taken.previous, True
+        self._next, self._inner, self._outer, self._turned = taken, taken.previous, taken.z, True
+        if not traced() and same_values(self._inner, self._outer):
+            take_back(self._inner)  # at a fixed point of the model it tells nothing, and outlives the pair
         return self._inner
 
     def _settings(self) -> dict[str, Any]:

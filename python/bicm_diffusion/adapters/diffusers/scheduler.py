@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bicm_diffusion.adapters.diffusers.arguments import check_plain, host_value
 from bicm_diffusion.adapters.diffusers.drawing import Drawing, KeyedConfig, WrongKeyError, traced
-from bicm_diffusion.adapters.diffusers.tables import Tables, noted, unreadable, version_of
+from bicm_diffusion.adapters.diffusers.hooks import hooks, overridden
+from bicm_diffusion.adapters.diffusers.tables import Tables, counting, noted, unreadable, version_of
 from bicm_kernels.inputs import ALIKE, OTHER, READY, SINGLE, ready, unchanged
 
 dynamo = torch.compiler.is_dynamo_compiling
@@ -114,6 +115,8 @@ class Accelerated(Drawing):
 
     _original: ClassVar[Any]
     _mixin: ClassVar[type[Accelerated]]
+    #: The accelerated class of the original: the own one, unless a user derived from it.
+    _accelerated: ClassVar[Any]
     #: The attributes, and the options of the configuration, that a step's weights depend on.
     _sources: ClassVar[tuple[str, ...]] = ("sigmas", "timesteps")
     _options: ClassVar[tuple[str, ...]] = ()
@@ -154,6 +157,8 @@ class Accelerated(Drawing):
 
     def _prepare(self) -> Tables:
         own = self.__dict__
+        own.update((name, counting(own[name])) for name in self._sources if name in own)
+        called = hooks(self._original, self._accelerated)
         sources = tuple(
             (name, own.get(name), version_of(own.get(name)) if name != "timesteps" or self._looks_up else None)
             for name in self._sources
@@ -163,12 +168,14 @@ class Accelerated(Drawing):
         try:
             configured = vars(own["_internal_dict"])
             options = tuple((name, configured[name]) for name in self._options)
-            tables.reason = unreadable(sources, options) or self._uncovered()
+            changed = overridden(called, self, self._accelerated)
+            tables.reason = f"an own {changed}" if changed else unreadable(sources, options) or self._uncovered()
             if tables.reason is None:
                 tables.read(self.timesteps, self._host_levels())
                 self._fill(tables)
         except Exception as error:
             tables.reason = f"a schedule or configuration that cannot be read ({error})"
+        sources = (*sources, *((name, own.get(name), None) for name in called))
         tables.inputs = noted(own, sources, options, tables.reason is None)
         if tables.reason is not None:
             self._say(tables.reason)
@@ -275,7 +282,9 @@ class Accelerated(Drawing):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name not in ("_tables", "_pending", "_seeds")}
-        return _restore, (self._mixin, self._original), state
+        if type(self) is self._accelerated:
+            return _restore, (self._mixin, self._original), state
+        return _blank, (type(self),), state  # a user's subclass, found by its name
 
 
 @lru_cache
@@ -294,9 +303,14 @@ def derived(mixin: type[Accelerated], original: Any) -> type[Any]:
         "_mixin": mixin,
         "set_timesteps": set_timesteps,
     }
-    return type(original.__name__, (mixin, original), namespace)
+    cls: Any = type(original.__name__, (mixin, original), namespace)
+    cls._accelerated = cls
+    return cls  # type: ignore[no-any-return]
 
 
 def _restore(mixin: type[Accelerated], original: Any) -> Any:
-    cls = derived(mixin, original)  # type: ignore[arg-type]
+    return _blank(derived(mixin, original))  # type: ignore[arg-type]
+
+
+def _blank(cls: type[Any]) -> Any:
     return object.__new__(cls)

@@ -122,7 +122,7 @@ class DpmSolverSinglestep(Counted):
         config, sigma = self.config, tables.levels[index]
         levels = [level_of(tables.levels[k], config.use_flow_sigmas) for k in range(index + 1, index - order, -1)]
         if config.algorithm_type == "dpmsolver":
-            reading, near = reading_noise(config.prediction_type, sigma, levels[1]), 0.0
+            reading, near = reading_noise(config.prediction_type, levels[1]), 0.0
         else:
             reading = reading_x0(config.prediction_type, sigma, levels[1])
             near = near_x0(config.prediction_type, levels[1], config.use_flow_sigmas)

@@ -102,6 +102,14 @@ def version_of(source: Any) -> int | None:
     return source._version if isinstance(source, Tensor) and not source.is_inference() else None
 
 
+def counting(x: Any) -> Any:
+    """A copy of a tensor that was made in inference mode, whose writes nothing counts; everything else as it is."""
+    if type(x) is not Tensor or not x.is_inference():
+        return x
+    with torch.inference_mode(False), torch.no_grad():
+        return x.clone()
+
+
 def overrides(x: Any) -> bool:
     """Whether a tensor's class overrides operations. Modes, such as a default device, are not considered."""
     kind = type(x)

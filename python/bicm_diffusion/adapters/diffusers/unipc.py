@@ -114,7 +114,9 @@ class UniPc(Counted):
         level = level_of(sigma, self.config.use_flow_sigmas)
         if level[0] < NO_SIGNAL and self.predict_x0 and self.config.prediction_type == "epsilon":
             raise ValueError("no signal")
-        return (reading_x0 if self.predict_x0 else reading_noise)(self.config.prediction_type, sigma, level)
+        if self.predict_x0:
+            return reading_x0(self.config.prediction_type, sigma, level)
+        return reading_noise(self.config.prediction_type, level)
 
     def _row_of(self, tables: Tables, index: int, order: int, corrects: bool) -> Row:
         """The predictor's weights from a level, or those of the corrector of the step to it."""

@@ -33,6 +33,11 @@ def brownian_noise_sampler(x: Tensor, sigmas: Tensor, seed: int | None = None) -
     their common increment. x: the state, for shape, dtype and device; sigmas: the path runs from the smallest of them
     above 0 to the largest. seed: by default drawn from torch's default generator, as in k-diffusion.
     Raises ImportError where torchsde, which provides `BrownianTree`, is not installed.
+
+    >>> x, sigmas = torch.ones(1, 2), torch.tensor([2.0, 1.0, 0.0])
+    >>> noise = brownian_noise_sampler(x, sigmas, seed=0)  # doctest: +SKIP
+    >>> noise(sigmas[0], sigmas[1]).shape  # doctest: +SKIP
+    torch.Size([1, 2])
     """
     try:
         torchsde = import_module("torchsde")
