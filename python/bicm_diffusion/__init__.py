@@ -1,5 +1,7 @@
 """Schedules, samplers and training objectives for diffusion models, built on the fused ops of `bicm_kernels`."""
 
+from typing import TYPE_CHECKING
+
 from bicm_diffusion import layout
 from bicm_diffusion.consistency import (
     PRESETS,
@@ -13,6 +15,14 @@ from bicm_diffusion.consistency import (
 )
 from bicm_diffusion.ema import update_average
 from bicm_diffusion.interpolation import slerp
+from bicm_diffusion.inverse import (
+    cm_inversion_sample,
+    cm_posterior_sample,
+    dps_sample,
+    freedom_sample,
+    lgd_sample,
+    mpgd_sample,
+)
 from bicm_diffusion.objectives import (
     BctLoss,
     bct_loss,
@@ -76,7 +86,16 @@ from bicm_diffusion.schedules import (
     vp_schedule,
     vp_time,
 )
+from bicm_diffusion.subpackages import on_first_use
 from bicm_kernels import __version__
+
+if TYPE_CHECKING:
+    from bicm_diffusion import adapters as adapters
+    from bicm_diffusion import distributed as distributed
+    from bicm_diffusion import policy as policy
+    from bicm_diffusion import train as train
+else:
+    __getattr__, __dir__ = on_first_use(__name__, ("adapters", "distributed", "policy", "train"))
 
 layout.check()
 
@@ -108,6 +127,8 @@ __all__ = [
     "bdia_invert",
     "bdia_sample",
     "cd_loss",
+    "cm_inversion_sample",
+    "cm_posterior_sample",
     "consistency_invert",
     "consistency_multistep_sample",
     "consistency_sample",
@@ -117,6 +138,7 @@ __all__ = [
     "ddpm_schedule",
     "ddpm_timesteps",
     "denoising_loss",
+    "dps_sample",
     "draw_denoising_levels",
     "draw_ect_times",
     "draw_levels",
@@ -126,6 +148,7 @@ __all__ = [
     "edm_invert",
     "edm_sample",
     "flow_schedule",
+    "freedom_sample",
     "gc_loss",
     "ict_loss",
     "ign_loss",
@@ -133,7 +156,9 @@ __all__ = [
     "karras_schedule",
     "level_count",
     "level_probabilities",
+    "lgd_sample",
     "load_pair",
+    "mpgd_sample",
     "obelm_invert",
     "obelm_sample",
     "optimal_pairing",

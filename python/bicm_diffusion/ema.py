@@ -20,7 +20,7 @@ def update_average(
     step: steps taken so far, for a warm-up: d = min(decay, (1 + step)/(10 + step)), so that the first random weights do
         not persist. None has no warm-up: d = decay from the first step on, as in BCM (0.99993).
     decay: in [0, 1].
-    buffers: floating buffers are averaged as parameters are, others copied; False does not change them.
+    buffers: floating and complex buffers are averaged as parameters are, others copied; False does not change them.
     Both modules have as many parameters and buffers, of the same shapes. Each of the average keeps its dtype and
     device, independent of the network's; halves are averaged in float32 and rounded.
     Raises TypeError for other objects than modules, and ValueError for modules that differ and a decay out of range.
@@ -40,7 +40,7 @@ def update_average(
     if buffers:
         pairs += _pairs("buffers", average.buffers(), network.buffers())
     for mean, new in pairs:
-        if not mean.is_floating_point():
+        if not (mean.is_floating_point() or mean.is_complex()):
             mean.copy_(new)
         elif mean.dtype.itemsize > 2:
             mean.lerp_(new.to(mean), weight)

@@ -7,6 +7,9 @@ The ops of `bicm_kernels` draw from the given seed itself, and so does the noise
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 #: Purposes are numbered from here; a program's own `fold_in(seed, n)` with a small n never coincides with one.
 RESERVED = 0x6269636D << 32
 
@@ -20,3 +23,12 @@ CONSISTENCY_SAMPLING, CONSISTENCY_INVERSION, CHURN, SIGN, K_DIFFUSION, SCHEDULER
 ANCESTRAL, AROUND, TRAVEL, CM_INVERSION = (RESERVED + n for n in range(65, 69))
 # Rollouts of policies.
 POLICY = RESERVED + 97
+
+
+def device_of(*key: int | Tensor, default: torch.device | None = None) -> torch.device | None:
+    """Return where the numbers of a key are drawn: on the device that one of its tensors is on, or the default.
+
+    >>> device_of(0, torch.tensor([1, 2])) is None
+    True
+    """
+    return next((x.device for x in key if isinstance(x, Tensor) and not x.is_cpu), default)

@@ -159,9 +159,29 @@ def test_one_grid_serves_training_and_samplers() -> None:
         (lambda: karras_levels(5, rho=0.0), "rho"),
         (lambda: level_count(-1, 10), "step"),
         (lambda: level_count(0, 10, s0=20, s1=10), "s0"),
+        (lambda: LevelTable(karras_levels(11), p_mean=40.0, p_std=1.0), "p_mean, p_std: expected mass between"),
+        (
+            lambda: level_probabilities(karras_levels(11), p_mean=40.0, p_std=1.0),
+            "p_mean, p_std: expected mass between",
+        ),
+        (lambda: LevelTable(karras_levels(11), p_mean=math.nan), "p_mean, p_std: expected mass between"),
+        (lambda: LevelTable(karras_levels(11), p_std=-1.0), "p_mean, p_std: expected mass between"),
+        (
+            lambda: LevelTable(karras_levels(11), p_mean=-1.0, p_std=1e-3),
+            "p_mean, p_std: expected mass in two intervals",
+        ),
+        (
+            lambda: partner_probabilities(torch.ones(3) / 3, torch.tensor([0, 3])),
+            r"n: expected .* \[0, 3\), got 0 to 3",
+        ),
+        (lambda: partner_probabilities(torch.ones(3) / 3, torch.tensor([-1])), "n: expected .* got -1 to -1"),
     ],
 )
 def test_bad_tables_are_refused(call: object, name: str) -> None:
     assert callable(call)
-    with pytest.raises(ValueError, match=f"{name}.*expected"):
+    with pytest.raises(ValueError, match=name if "expected" in name else f"{name}.*expected"):
         call()
+
+
+def test_of_two_levels_one_interval_has_all_the_mass() -> None:
+    assert LevelTable(karras_levels(2), p_mean=-1.0, p_std=1e-3).probabilities.tolist() == [1.0]

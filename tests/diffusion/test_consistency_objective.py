@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bicm_diffusion import Levels, bct_loss, update_average
 from tests.support.plain_bct import (
+    T_MIN,
     broadcast,
     gradients,
     network,
@@ -77,6 +78,49 @@ def test_in_float32_the_error_is_at_most_twice_eager_codes() -> None:
             found = (abs(loss.item() - value) / value for loss in (getattr(ours, term), eager[term]))
             errors[term] = tuple(map(add, before, found))  # type: ignore[assignment]
     assert all(0 < actual <= 2 * theirs for actual, theirs in errors.values())
+
+
+def with_partners_at_the_end(key: int, kept: int) -> tuple[Tensor, Levels]:
+    """A problem in which t_min is the partner of all but the first rows: both sides are one number there."""
+    x, (low, high, partner) = problem(torch.float32, key)
+    at_end = torch.arange(len(x)) >= kept
+    low, high = torch.where(at_end, low.clamp_min(0.01), low), torch.where(at_end, high.clamp_min(0.02), high)
+    elsewhere = torch.where(partner == T_MIN, 1.0, partner)
+    return x, Levels(low, high, torch.where(at_end, T_MIN, elsewhere))
+
+
+@pytest.mark.parametrize("per_root", [False, True])
+@pytest.mark.parametrize("c", [0.0, 1e-6, None])
+def test_where_the_partner_is_the_end_no_rounding_is_differentiated(c: float | None, per_root: bool) -> None:
+    exact_model, model, kept = network(), network(dtype=torch.float32), 3
+    constant = 0.00054 * 12**0.5 if c is None else c
+    errors = [0.0, 0.0]
+    for key in range(20):
+        x, levels = with_partners_at_the_end(key, kept)
+        given: dict[str, Any] = {"seed": key, "step": 3}
+        # Eager code has the other rows' term and gradient of exactly 0; at c = 0 its derivative is not defined there.
+        rows, share = Levels(*(level[:kept] for level in levels)), kept / len(x) / (12**0.5 if per_root else 1.0)
+        exact, eager = (
+            share * gradients(plain_loss(of, part, rows, **given, c=constant)["trajectory"], of).double()
+            for of, part in ((exact_model, x[:kept].double()), (model, x[:kept]))
+        )
+        ours = gradients(bct_loss(model, x, levels, **given, c=c, per_root=per_root).trajectory, model).double()
+        for k, found in enumerate((ours, eager)):
+            errors[k] += ((found - exact).norm() / exact.norm()).item()
+    assert 0 < errors[0] <= 2 * errors[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_leap_to_the_end_has_neither_value_nor_gradient(dtype: torch.dtype) -> None:
+    model, (x, _) = network(dtype=dtype), problem(dtype)
+    _, levels = with_partners_at_the_end(7, 0)
+    given: dict[str, Any] = {"seed": 5, "step": 3}
+    for c in (0.0, None):
+        loss = bct_loss(model, x, levels, **given, c=c).trajectory
+        assert loss == 0 and not gradients(loss, model).any()
+    for other in ({"leap": "high"}, {"target": "direct"}):
+        loss = bct_loss(model, x, levels, **given, **other).trajectory
+        assert loss > 0 and gradients(loss, model).any()
 
 
 class Losses(TorchDispatchMode):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bicm_diffusion.distributed import PairDataset, sample_pairs, sample_shards
@@ -54,6 +55,32 @@ def test_a_stopped_run_goes_on_and_is_not_read_before_it_is_whole(tmp_path: Path
     assert asked == [2, 2, 2, 2]
     noise, images = PairDataset(tmp_path).tensors()
     assert torch.equal(images, noise.square())
+
+
+@pytest.mark.parametrize("damage", ["short", "cut"])
+def test_a_damaged_shard_is_named(damage: str, tmp_path: Path) -> None:
+    sample_pairs(squares, 6, tmp_path, batch=2, **OPTIONS)
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    if damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-5])
+    else:
+        save_file({"samples": torch.zeros(1, *SHAPE)}, shard)
+    with pytest.raises(ValueError, match=f"{shard.name} cannot be read"):
+        list(PairDataset(tmp_path))  # type: ignore[call-overload]
+
+
+def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+    for given, error, message in (
+        ({"latent_std": torch.tensor([2.0])}, TypeError, "latent_std: expected a number"),
+        ({"settings": {"pair_seed": 1}}, ValueError, "settings: expected other names than 'pair_seed'"),
+    ):
+        with pytest.raises(error, match=message):
+            sample_pairs(squares, 2, tmp_path, batch=2, **{**OPTIONS, **given})
+    with pytest.raises(ValueError, match=r"sample: expected images \(2, 1, 2, 2\), as its noise is, got \(2, 1, 2\)"):
+        sample_pairs(lambda noise: noise[..., 0], 2, tmp_path, batch=2, **OPTIONS)
+    for result in ([0.0, 1.0], torch.tensor(1.0)):
+        with pytest.raises(TypeError, match=r"sample: expected a tensor \(2, …\), got a"):
+            sample_shards(lambda shard, x=result: x, 2, tmp_path / "x", batch=2, settings={}, progress=False)  # type: ignore[misc]
 
 
 def test_other_runs_and_indices_are_refused(tmp_path: Path) -> None:

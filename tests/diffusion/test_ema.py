@@ -55,6 +55,13 @@ def test_every_pair_of_dtypes(dtype: torch.dtype, other: torch.dtype) -> None:
             torch.testing.assert_close(mean.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
+def test_complex_parameters_are_averaged() -> None:
+    average, model = nn.Module(), nn.Module()
+    average.weight, model.weight = (nn.Parameter(torch.full((2,), x, dtype=torch.complex64)) for x in (1j, 3.0))
+    update_average(average, model, decay=0.5)
+    torch.testing.assert_close(average.weight.detach(), torch.full((2,), 1.5 + 0.5j))
+
+
 def test_tied_parameters_move_once() -> None:
     average, network = (nn.ModuleList([nn.Linear(2, 2, bias=False)] * 2) for _ in range(2))
     before, new = average[0].weight.detach().clone(), network[0].weight.detach().clone()

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion import (
+    Evaluation,
+    Guide,
     Schedule,
+    Shift,
     ancestral_sample,
     bdia_invert,
     bdia_sample,
@@ -136,6 +139,41 @@ def test_samples_have_the_data_s_moments(sample: Run, invert: Run) -> None:
     torch.testing.assert_close(invert(velocity, image, schedule, prediction="flow"), z, rtol=0.0, atol=5e-2)
 
 
+GUIDED: dict[str, tuple[Run, dict[str, Any]]] = {
+    "ddim": (ddim_sample, {}),
+    "ancestral": (ancestral_sample, {"eta": 0.0}),
+    "edm": (edm_sample, {}),
+    "edm invert": (edm_invert, {}),
+    **{name: (sample, options) for name, (sample, _, options) in SAMPLERS.items()},
+}
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_guides_see_the_level_of_the_schedule(name: str) -> None:
+    """z = alpha·x + sigma·n at every level, also at alpha = 0, and the denoised sample is z - sigma·v."""
+    schedule, levels = flow_schedule(4), set()
+    sample, options = GUIDED[name]
+
+    def guide(at: Evaluation) -> None:
+        levels.add((at.time, at.alpha, at.sigma))
+        torch.testing.assert_close(at.x0, at.z - at.sigma * at.output)
+
+    sample(velocity, latents(), schedule, prediction="flow", guide=guide, **options)
+    assert levels == set(zip(schedule.times[1:], schedule.alpha[1:], schedule.sigma[1:], strict=True))
+
+
+def test_a_shift_by_alpha_is_the_same_with_and_without_signal_left() -> None:
+    """A flow from alpha = 1e-9 takes its steps in other variables than one from alpha = 0."""
+    times = tuple(i / 4 * (1.0 - 1e-9) for i in range(5))
+    almost = Schedule(times, tuple(1.0 - t for t in times), times, flow=True)
+    ends = [
+        ddim_sample(velocity, latents(), schedule, prediction="flow", guide=lambda at: Shift(at.z, 0.1 * at.alpha))
+        for schedule in (flow_schedule(4), almost)
+    ]
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-6)
+    assert (ends[0] - ddim_sample(velocity, latents(), flow_schedule(4), prediction="flow")).abs().max() > 1e-2
+
+
 def test_what_needs_signal_says_so() -> None:
     z, schedule = latents(), flow_schedule(4)
     for prediction in ("noise", "v", "x0"):
@@ -151,12 +189,13 @@ def test_what_needs_signal_says_so() -> None:
         dps_sample(velocity, z, schedule, prediction="flow", operator=lambda x: x, y=z)
 
 
-def test_loops_trace() -> None:
+@pytest.mark.parametrize("guide", [None, lambda at: Shift(at.z, 0.1 * at.alpha)], ids=["plain", "guided"])
+def test_loops_trace(guide: Guide | None) -> None:
     z = latents(torch.float32)
     torch.compiler.reset()
 
     def sample(x: Tensor, schedule: Schedule) -> Tensor:
-        return ddim_sample(velocity, x, schedule, prediction="flow")
+        return ddim_sample(velocity, x, schedule, prediction="flow", guide=guide)
 
     compiled = torch.compile(sample, fullgraph=True, backend="eager")
     schedule = flow_schedule(5)

@@ -17,6 +17,7 @@ from bicm_diffusion.inverse import (
     freedom_sample,
     lgd_sample,
 )
+from bicm_diffusion.inverse.distances import cross_entropy
 from tests.support.closed_forms import noise
 from tests.support.inverse_problems import (
     LEVELS,
@@ -144,6 +145,21 @@ def test_a_sample_is_the_same_bits_alone_and_among_16(name: str, distance: str, 
         for k in (0, 7):
             assert torch.equal(solve(slice(k, k + 1), k)[0], together[k])
     assert together.isfinite().all()
+
+
+def test_cross_entropy_is_the_mean_over_positions_of_any_batch() -> None:
+    logits, classes = noise(4, 3, 5, 2), (noise(4, 5, 2, seed=1) > 0).long()
+    expected = torch.nn.functional.cross_entropy(logits, classes, reduction="none").mean((1, 2))
+    torch.testing.assert_close(cross_entropy(logits, classes), expected)
+    for rows in (slice(0), slice(1)):
+        some = logits[rows].clone().requires_grad_()
+        found = cross_entropy(some, classes[rows])
+        found.sum().backward()
+        assert found.shape == (len(some),) and some.grad is not None and some.grad.shape == some.shape
+    empty = dps_sample(
+        lambda z, t: z, logits[:0], SCHEDULE, operator=lambda x: x, y=classes[:0], distance="cross_entropy"
+    )
+    assert empty.shape == (0, 3, 5, 2)
 
 
 def test_one_repeat_is_dps() -> None:

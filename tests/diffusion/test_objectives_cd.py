@@ -32,7 +32,8 @@ class Teacher(nn.Module):
 def plain_loss(model: nn.Module, x: Tensor, levels: Any, kind: str, c: float) -> Tensor:
     """GC eq. 4 and 5."""
     low, high = levels[:2]
-    z, key = normal(x.shape, **KEY, dtype=x.dtype), int(fold_in(fold_in(KEY["seed"], DROPOUT), KEY["step"]))
+    z = normal(x.shape, **KEY, dtype=x.dtype)
+    key = int(fold_in(fold_in(fold_in(KEY["seed"], DROPOUT), KEY["step"]), 0))
     noisy = x + broadcast(high) * z
     torch.manual_seed(key)
     denoised = Teacher()(noisy, high)

@@ -172,3 +172,21 @@ def test_networks_are_differentiated_in_their_input_alone() -> None:
 def test_what_is_wrong_is_named(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
         call()
+
+
+@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize("shape", [(), (1,), (2, 2)])
+def test_samples_of_any_shape_have_one_number_each(shape: tuple[int, ...], count: int) -> None:
+    x = S * normal((count, *shape), seed=1, dtype=torch.float64)
+
+    def found(of: Tensor) -> list[Tensor]:
+        def scaled(x: Tensor, t: Tensor) -> Tensor:
+            return x * (S / (S * S + t * t)).reshape(-1, *[1] * (x.dim() - 1))
+
+        derivative = transport_cost_derivative(scaled, scaled, of, 0.7, **KEY)
+        return [derivative, *(cost(scaled, of, 0.7, **KEY) for cost in (velocity_variance, transport_cost))]
+
+    for one, other in zip(found(x), found(x.reshape(count, math.prod(shape))), strict=True):
+        assert one.shape == (count,)
+        torch.testing.assert_close(one, other)
+    assert transport_cost(lambda x, t: x, x, 0.0, **KEY).shape == (count,)

@@ -51,7 +51,8 @@ def test_times_are_lognormal_and_keyed() -> None:
 
 def plain_loss(model: nn.Module, x: Tensor, kind: str, *, c: float, seed: int = 5, step: int = 3) -> Tensor:
     t, r = times()
-    z, key = normal(x.shape, seed=seed, step=step, dtype=x.dtype), int(fold_in(fold_in(seed, DROPOUT), step))
+    z = normal(x.shape, seed=seed, step=step, dtype=x.dtype)
+    key = int(fold_in(fold_in(fold_in(seed, DROPOUT), step), 0))
     goal = x.clone()
     goal[r > 0] = preconditioned(model, x + broadcast(r) * z, r.clamp_min(1e-3), kind, dropout=key).detach()[r > 0]
     above = preconditioned(model, x + broadcast(t) * z, t, kind, dropout=key)

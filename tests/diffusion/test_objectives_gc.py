@@ -32,7 +32,8 @@ def other_network() -> nn.Module:
 def plain_loss(model: nn.Module, predictor: nn.Module, x: Tensor, levels: Any, kind: str, mask: Tensor) -> Tensor:
     """GC eq. 21 in float64, the mask given; c is BCM's."""
     low, high = levels[:2]
-    z, key = normal(x.shape, **KEY, dtype=x.dtype), int(fold_in(fold_in(KEY["seed"], DROPOUT), KEY["step"]))
+    z = normal(x.shape, **KEY, dtype=x.dtype)
+    key = int(fold_in(fold_in(fold_in(KEY["seed"], DROPOUT), KEY["step"]), 0))
     x_hat = preconditioned(predictor, x + broadcast(low) * z, low, kind, dropout=key).detach()
     clean = torch.where(mask[:, None, None], x_hat, x)
     below, above = (preconditioned(model, clean + broadcast(t) * z, t, kind, dropout=key) for t in (low, high))
@@ -149,7 +150,7 @@ def test_a_batch_may_be_split_over_machines(objective: str) -> None:
 def plain_ect(model: nn.Module, predictor: nn.Module, x: Tensor, times: Any, mask: Tensor) -> Tensor:
     (t, r), z = times, normal(x.shape, **KEY, dtype=x.dtype)
     asked = r.clamp_min(1e-3)
-    key = int(fold_in(fold_in(KEY["seed"], DROPOUT), KEY["step"]))
+    key = int(fold_in(fold_in(fold_in(KEY["seed"], DROPOUT), KEY["step"]), 0))
     x_hat = preconditioned(predictor, x + broadcast(r) * z, asked, "edm").detach()
     clean = torch.where((mask & (r > 0))[:, None, None], x_hat, x)
     goal = preconditioned(model, clean + broadcast(r) * z, asked, "edm", dropout=key).detach()

@@ -19,7 +19,8 @@ from tests.support.plain_objectives import OneTime, S, exact_flow, gaussian_expe
 
 def plain_loss(model: nn.Module, x: Tensor, levels: Any, kind: str, *, seed: int, step: int, c: float) -> Tensor:
     low, high = levels[:2]
-    z, key = normal(x.shape, seed=seed, step=step, dtype=x.dtype), int(fold_in(fold_in(seed, DROPOUT), step))
+    z = normal(x.shape, seed=seed, step=step, dtype=x.dtype)
+    key = int(fold_in(fold_in(fold_in(seed, DROPOUT), step), 0))
     below, above = (preconditioned(model, x + broadcast(t) * z, t, kind, dropout=key) for t in (low, high))
     return (distance(above, below.detach(), c) / (high - low)).mean()
 

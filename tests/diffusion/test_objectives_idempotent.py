@@ -29,6 +29,8 @@ from tests.support.plain_idempotent import (
 
 KEY: dict[str, Any] = {"seed": 5, "step": 3}
 VP, VE, FLOW = vp_schedule(4), karras_schedule(4, t_max=20.0), flow_schedule(4)
+#: A flow that ends before its signal is gone.
+SIGNAL = Schedule((0.0, 0.25, 0.5, 0.75), (1.0, 0.75, 0.5, 0.25), (0.0, 0.25, 0.5, 0.75), flow=True)
 ALL: dict[str, float] = {"recon": 0.7, "idem": 0.3, "flow": 1.0, "dmd": 0.5, "reg": 0.25, "denoise": 0.2}
 
 
@@ -79,12 +81,16 @@ def test_every_stop_gradient_of_ign_matters(moved: str) -> None:
     assert (ours - wrong).abs().max() > 1e-3 * right.abs().max()
 
 
-@pytest.mark.parametrize("prediction", ["noise", "v", "x0", "flow"])
+SCHEDULES = {"vp": VP, "ve": VE, "flow": FLOW, "flow with signal": SIGNAL}
+#: Where alpha is 0 only a velocity is defined; on a schedule that is no flow it stands for its noise.
+KINDS = {name: ("flow",) if schedule is FLOW else ("noise", "v", "x0", "flow") for name, schedule in SCHEDULES.items()}
+READ = [(name, kind) for name, kinds in KINDS.items() for kind in kinds]
+
+
 @pytest.mark.parametrize("solver", ["empirical", "euler", "heun"])
-@pytest.mark.parametrize("schedule", [VP, VE, FLOW], ids=["vp", "ve", "flow"])
-def test_sign_and_its_gradients_are_the_formulas(schedule: Schedule, solver: str, prediction: str) -> None:
-    if (schedule is FLOW) != (prediction == "flow"):
-        pytest.skip("a velocity belongs to a flow")
+@pytest.mark.parametrize(("name", "prediction"), READ)
+def test_sign_and_its_gradients_are_the_formulas(name: str, solver: str, prediction: str) -> None:
+    schedule = SCHEDULES[name]
     (model, teacher, learned), x = models(), samples()
     drawn = draws(x, schedule, **KEY, std=schedule.sigma[-1])
     given: dict[str, Any] = {"teacher": teacher, "learned": learned, "prediction": prediction, "solver": solver}
@@ -200,7 +206,7 @@ def test_dropout_is_shared_and_the_generator_left_alone() -> None:
     before = torch.get_rng_state()
     loss = sign_loss(model, x, **KEY, schedule=VP, denoise=1.0)
     assert torch.equal(torch.get_rng_state(), before)
-    key = int(fold_in(fold_in(KEY["seed"], DROPOUT), KEY["step"]))
+    key = int(fold_in(fold_in(fold_in(KEY["seed"], DROPOUT), KEY["step"]), 0))
 
     def f(x: Tensor) -> Tensor:
         torch.manual_seed(key)
@@ -289,14 +295,22 @@ class TracedScore(nn.Module):
         return self.second(self.first(h).tanh()).reshape(z.shape)
 
 
+def test_the_default_schedule_is_fifty_steps_of_vp() -> None:
+    (model, _, _), x = models(), samples()
+    default, named = sign_loss(model, x, **KEY), sign_loss(model, x, **KEY, schedule=vp_schedule(50))
+    assert torch.equal(default.total, named.total)
+
+
 @pytest.mark.slow
 def test_steps_are_one_graph() -> None:
+    torch.compiler.reset()
     model, x = Traced(made(Plain, 1)), samples()
     teacher, learned = (TracedScore(made(Score, seed)) for seed in (2, 3))
     given: dict[str, Any] = {"teacher": teacher, "learned": learned, "pairs": pairs(), "solver": "heun"}
     everything = nn.ModuleList([model, learned])
     for loss in (
         lambda step: sign_loss(model, x, seed=5, step=step, schedule=VP, **given, **ALL).total,
+        lambda step: sign_loss(model, x, seed=5, step=step).total,
         lambda step: ign_loss(model, x, seed=5, step=step).total,
     ):
         fast = torch.compile(loss, fullgraph=True, backend="aot_eager")

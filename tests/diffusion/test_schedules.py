@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from bicm_diffusion import (
     Schedule,
     ddim_sample,
+    flow_schedule,
     karras_levels,
     karras_schedule,
     to_ve,
@@ -75,6 +77,23 @@ def test_vp_time_undoes_vp_alpha_sigma() -> None:
     times = torch.linspace(0, 1, 101, dtype=torch.float64)
     alpha, sigma = vp_alpha_sigma(times)
     torch.testing.assert_close(vp_time(sigma / alpha), times, rtol=1e-13, atol=1e-16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_vp_time_of_any_ratio_is_the_formula(dtype: torch.dtype) -> None:
+    """The square overflows from some ratio on; there l = ln(1 + ratio²) is 2·ln(ratio)."""
+    info = torch.finfo(dtype)
+    edge = math.sqrt(info.max)
+    ratios = [0.0, 1.0, *(share * edge for share in (0.3, 0.49, 0.51, 0.99, 1.01, 100.0)), info.max]
+    given = torch.tensor(ratios, dtype=torch.float64).to(dtype).requires_grad_()
+    times = vp_time(given)
+    (slopes,) = torch.autograd.grad(times.sum(), given)
+    assert times.dtype == dtype and slopes.isfinite().all()
+    for ratio, time in zip(given.tolist(), times.tolist(), strict=True):
+        doubled = math.log1p(ratio * ratio) if ratio < 1e100 else 2 * math.log(ratio)
+        expected = 2 * doubled / (0.1 + math.sqrt(0.01 + 2 * 19.9 * doubled))
+        assert time == pytest.approx(expected, rel=4 * info.eps)
+    assert vp_time(1e200).item() == pytest.approx(9.6161, rel=1e-4)
 
 
 @pytest.mark.parametrize("rho", [1.0, 7.0])
@@ -140,6 +159,30 @@ def test_two_forms_describe_one_trajectory() -> None:
 def test_bad_schedules_are_refused(arguments: dict[str, tuple[float, ...]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Schedule(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: vp_time(-1.0), r"ratio: expected values finite and at least 0, got -1\.0"),
+        (lambda: vp_time([1.0, math.inf]), "ratio: .* got inf"),
+        (lambda: vp_alpha_sigma(2.0), r"times: expected values in \[0, 1\], got 2\.0"),
+        (lambda: vp_alpha_sigma([0.5, math.nan]), "times: .* got nan"),
+        (lambda: to_vp(flow_schedule(2)), "schedule: expected alpha > 0, got alpha = 0 at index 2"),
+        (lambda: to_ve(flow_schedule(2)), "schedule: expected alpha > 0, got alpha = 0 at index 2"),
+    ],
+)
+def test_values_out_of_range_are_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_numbers_are_levels_in_a_graph_too() -> None:
+    def levels(x: torch.Tensor) -> torch.Tensor:
+        return x + vp_alpha_sigma(0.25)[0] + vp_time(3.0)
+
+    compiled = torch.compile(levels, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.zeros(2)), levels(torch.zeros(2)))
 
 
 def test_levels_of_numbers_and_sequences_are_those_of_float64_tensors() -> None:

@@ -100,6 +100,20 @@ def test_diffusers_visits_the_same_levels(betas: str, spacing: str, steps: int) 
 
 
 @needs_diffusers
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("train_steps", [37, 1000])
+def test_diffusers_visits_the_same_steps_for_every_count(train_steps: int, spacing: str) -> None:
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(num_train_timesteps=train_steps, timestep_spacing=spacing)
+    for steps in range(1, train_steps + 1):
+        theirs.set_timesteps(steps)
+        # For some counts its range has one number more, which is -1.
+        visited = theirs.timesteps[:steps].flip(0)
+        assert torch.equal(ddpm_timesteps(steps, spacing, train_steps=train_steps), visited), steps
+
+
+@needs_diffusers
 def test_diffusers_spaces_karras_levels_alike() -> None:
     from diffusers import EulerDiscreteScheduler
 

@@ -409,9 +409,10 @@ def test_a_loader_is_no_dataset() -> None:
         trainer(DataLoader(samples()))
 
 
-def test_a_loss_that_is_a_tensor_is_told_of() -> None:
-    run = Trainer(network(), samples(), lambda *_: torch.ones(()), options(), device="cpu")  # type: ignore[arg-type,return-value]
-    with pytest.raises(TypeError, match=r"loss: expected an object with \.total and \.terms, .*objectives\.Loss"):
+@pytest.mark.parametrize("result", [torch.ones(()), Loss(torch.ones(()), {"a": 1.0})], ids=["tensor", "float"])  # type: ignore[dict-item]
+def test_a_loss_of_another_kind_is_told_of(result: Any) -> None:
+    run = Trainer(network(), samples(), lambda *_: result, options(), device="cpu")
+    with pytest.raises(TypeError, match=r"loss: expected an object with \.total and \.terms of tensors"):
         run.advance()
 
 
@@ -433,8 +434,10 @@ def test_a_gpu_without_a_number_is_the_process_s(
 
 
 def test_only_the_first_process_keeps_what_was_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "whole", lambda x: x.clone() if x.dim() == 2 else x)  # as of a sharded tensor
+    gathered: list[torch.Size] = []
+    monkeypatch.setattr(checkpoints, "whole", lambda x: gathered.append(x.shape) or x.detach())
     module = nn.Linear(2, 3)
     optimizer = torch.optim.SGD(module.parameters())
     assert sorted(checkpoints.tensors_of({"network": module}, optimizer)) == ["network.bias", "network.weight"]
-    assert sorted(checkpoints.tensors_of({"network": module}, optimizer, kept=False)) == ["network.bias"]
+    assert checkpoints.tensors_of({"network": module}, optimizer, kept=False) == {}
+    assert len(gathered) == 4

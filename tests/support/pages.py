@@ -31,6 +31,10 @@ class Prompted:
     def unet(self) -> Any:
         return self.network.unet
 
+    def encode_prompt(self, prompt: str, **options: Any) -> Any:
+        """As the pipeline's, of a tokenizer's part: (1, L, C) for one prompt unless more images are asked for."""
+        return self.network.encode_prompt(None, **options, prompt_embeds=torch.full((1, 5, 8), 0.5))
+
     def __call__(self, prompt: str | list[str], **options: Any) -> Any:
         self.network.scheduler = self.scheduler
         count = len(prompt) if isinstance(prompt, list) else 1
@@ -61,8 +65,7 @@ def stable_diffusion() -> Names:
     network = random_pipeline()
     config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
     pipeline = Prompted(network, DDIMScheduler(clip_sample=False, **config))
-    prompts = {"prompt": "a cat", "embeddings": torch.full((2, 5, 8), 0.5)}
-    return {"pipeline": pipeline, "latents": image(1, 4, 8, 8), **prompts}
+    return {"pipeline": pipeline, "latents": image(1, 4, 8, 8), "prompt": "a cat"}
 
 
 def unconditional() -> Names:
@@ -79,10 +82,6 @@ def unconditional() -> Names:
     pipeline = diffusers.DDIMPipeline(network, diffusers.DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
     return {"pipeline": pipeline}
-
-
-def network_and_prompt() -> Names:
-    return {**stable_diffusion(), "prompt": torch.full((1, 5, 8), 0.5)}
 
 
 def loop() -> Names:
@@ -111,8 +110,8 @@ GIVEN: dict[str, dict[str, Callable[[], Names]]] = {
     "docs/start-pipelines.md": {"": stable_diffusion},
     "docs/adapters.md": {
         "": unconditional,
-        "from_diffusers(pipeline.unet": network_and_prompt,
-        "def loop(sample": lambda: {**stable_diffusion(), **loop()},
+        "from_diffusers(pipeline.unet": stable_diffusion,
+        "def loop(sample": loop,
         "import BDIAFlowMatchScheduler": flow,
         "def sample(shard)": processes,
     },

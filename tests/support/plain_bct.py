@@ -52,7 +52,7 @@ def plain_loss(
     low, high, partner = (level.to(x.dtype) for level in levels)
     end = torch.full_like(low, T_MIN)
     z = normal(x.shape, seed=seed, step=step, dtype=x.dtype)
-    dropout = int(fold_in(fold_in(seed, DROPOUT), step))
+    dropout = int(fold_in(fold_in(fold_in(seed, DROPOUT), step), 0))
     frozen = model if thaw else copy.deepcopy(model).requires_grad_(False)
     x_low, x_high, x_partner = (x + broadcast(t) * z for t in (low, high, partner))
     goal = leap(model, x_low, low, end, dropout).detach()

@@ -107,14 +107,15 @@ def denoised(kind: str, z: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor)
         "noise": lambda: (z - sigma * output) / alpha,
         "x0": lambda: output,
         "v": lambda: (alpha * z - sigma * output) / (alpha.square() + sigma.square()),
-        "flow": lambda: z - sigma * output,
+        "flow": lambda: (z - sigma * output) / (alpha + sigma),
     }[kind]()
 
 
 def plain_step(
     model: nn.Module, kind: str, schedule: Schedule, x_n: Tensor, n: Tensor, *, heun: bool = False
 ) -> Tensor:
-    """One step of the ODE, d(z/α)/d(σ/α) = ε, or dz/dσ = v of a flow."""
+    """One step of the ODE, d(z/α)/d(σ/α) = ε, or dz/dσ = v of a flow's velocity."""
+    straight = kind == "flow" and schedule.flow
 
     def level(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         time, alpha, sigma = schedule.table[:, index]
@@ -123,12 +124,12 @@ def plain_step(
     def slope(z: Tensor, index: Tensor) -> Tensor:
         time, alpha, sigma = level(index)
         output = model(z, time)
-        if kind == "flow":
+        if straight:
             return output
         return (z - alpha * denoised(kind, z, output, alpha, sigma)) / sigma
 
     (_, a, s), (_, a_low, s_low) = level(n), level(n - 1)
-    if kind == "flow":
+    if straight:
         a, a_low = torch.ones_like(a), torch.ones_like(a)
     width, first = s_low / a_low - s / a, slope(x_n, n)
     euler = a_low * (x_n / a + width * first)

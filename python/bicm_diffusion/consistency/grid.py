@@ -36,7 +36,7 @@ def level_probabilities(levels: Tensor, *, p_mean: float = P_MEAN, p_std: float 
     """Return p(n) for n = 1 … N-1, (N-1,) float64: lognormal mass between adjacent levels (BCM eq. 12).
 
     levels: (N,) float64, N >= 2, increasing; 0 is allowed first. The mass outside the levels is spread in proportion.
-    Raises ValueError for fewer than two levels.
+    Raises ValueError for fewer than two levels, and for p_mean and p_std without mass between the levels.
 
     >>> from bicm_diffusion import karras_levels
     >>> round(level_probabilities(karras_levels(11)).sum().item(), 12)
@@ -46,17 +46,25 @@ def level_probabilities(levels: Tensor, *, p_mean: float = P_MEAN, p_std: float 
         raise ValueError(f"levels: expected at least 2, got {len(levels)}")
     edges = torch.special.erf((levels.double().log() - p_mean) / (math.sqrt(2.0) * p_std))
     mass = edges.diff()
+    if not torch.compiler.is_compiling() and not 0.0 < float(mass.sum()) < math.inf:
+        raise ValueError(f"p_mean, p_std: expected mass between the levels, got none for {p_mean} and {p_std}")
     return mass / mass.sum()
 
 
 def partner_probabilities(probabilities: Tensor, n: Tensor) -> Tensor:
     """Return p̃(n'|n), (B, N-1): p(n') with n' = n excluded, renormalised (BCM Alg. 1).
 
-    probabilities: (N-1,) float64; n: (B,) int64, counted from 0.
+    probabilities: (N-1,) float64; n: (B,) int64, counted from 0. Raises ValueError for n out of range, if it is on the
+    host.
 
     >>> partner_probabilities(torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0]))
     tensor([[0.0000, 0.5000, 0.5000]])
     """
+    count = len(probabilities)
+    if not torch.compiler.is_compiling() and n.is_cpu and len(n):
+        low, high = (int(end) for end in n.aminmax())
+        if low < 0 or high >= count:
+            raise ValueError(f"n: expected indices in [0, {count}), got {low} to {high}")
     rows = probabilities.repeat(len(n), 1).scatter_(1, n[:, None], 0.0)
     return rows / rows.sum(1, keepdim=True)
 
@@ -72,12 +80,13 @@ def drawn(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(sums, (uniforms.to(sums.dtype)[:, None] * sums[..., -1:]).contiguous()).flatten()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LevelTable:
     """N levels and the probability of each as the lower end of a pair, for one stage of training.
 
     levels: (N,) float64, increasing, N >= 2: those of `karras_levels` in the papers. probabilities: (N-1,), made from
-    them. Raises TypeError unless it is a tensor, and ValueError for fewer levels or levels that do not increase.
+    them. Raises TypeError unless it is a tensor, and ValueError for fewer levels, levels that do not increase, and
+    p_mean and p_std that leave a level without a partner: of N > 2 levels, two intervals have mass.
 
     >>> from bicm_diffusion import karras_levels
     >>> LevelTable(karras_levels(11)).probabilities.shape
@@ -97,4 +106,7 @@ class LevelTable:
         if not bool((self.levels.diff() > 0).all() and self.levels[0] >= 0):
             raise ValueError(f"levels: expected increasing levels of at least 0, got {self.levels.tolist()[:4]} …")
         odds = level_probabilities(self.levels, p_mean=self.p_mean, p_std=self.p_std)
+        if len(odds) > 1 and int((odds > 0).sum()) < 2:
+            given = f"{self.p_mean} and {self.p_std}"
+            raise ValueError(f"p_mean, p_std: expected mass in two intervals of the levels, got one for {given}")
         object.__setattr__(self, "probabilities", odds)

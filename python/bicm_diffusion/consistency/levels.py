@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bicm_diffusion.consistency.grid import LevelTable, drawn, partner_probabilities
 from bicm_diffusion.described import described
-from bicm_diffusion.keys import LEVELS, PARTNERS
-from bicm_diffusion.samplers.checks import check_integer
+from bicm_diffusion.keys import LEVELS, PARTNERS, device_of
+from bicm_diffusion.samplers.checks import check_batch
 from bicm_diffusion.samplers.notices import warn
 from bicm_kernels import fold_in, uniform
 
@@ -28,9 +28,10 @@ class Levels(NamedTuple):
 
 
 class DrawnLevels(Levels):
-    """Levels with the smallest level of their table."""
+    """Levels with the smallest level of their table, and whether it has partners: it needs three levels."""
 
     smallest: float | None = None
+    has_partners: bool = True
 
 
 def draw_levels(
@@ -38,6 +39,8 @@ def draw_levels(
 ) -> Levels:
     """Return the levels of a batch: n ~ p(n), n' ~ p̃(n'|n), keyed by (seed, sample, step).
 
+    They are on the device of sample_id where that is no host tensor, otherwise on the table's. Of two levels `partner`
+    is the low one, which `bct_loss` refuses.
     Raises TypeError unless table is a `LevelTable`.
 
     >>> from bicm_diffusion import karras_levels
@@ -49,14 +52,18 @@ def draw_levels(
         raise TypeError(
             f"table: expected a LevelTable, got {described(table)}; LevelTable(karras_levels(N)) makes one of N levels"
         )
-    check_integer("batch", batch)
+    check_batch(batch)
+    device = device_of(seed, step, sample_id, default=table.levels.device)
+    ids = sample_id.to(device) if isinstance(sample_id, Tensor) else sample_id
     first, second = (
-        uniform((batch, 1), seed=fold_in(seed, purpose), step=step, sample_id=sample_id, dtype=torch.float64)[:, 0]
+        uniform((batch, 1), seed=fold_in(seed, purpose), step=step, sample_id=ids, dtype=torch.float64, device=device)
         for purpose in (LEVELS, PARTNERS)
     )
-    n = drawn(table.probabilities, first)
-    partner = drawn(partner_probabilities(table.probabilities, n), second)
-    levels = DrawnLevels(table.levels[n], table.levels[n + 1], table.levels[partner])
+    values, probabilities = table.levels.to(device), table.probabilities.to(device)
+    n = drawn(probabilities, first[:, 0])
+    partner = drawn(partner_probabilities(probabilities, n), second[:, 0]) if len(probabilities) > 1 else n
+    levels = DrawnLevels(values[n], values[n + 1], values[partner])
+    levels.has_partners = len(probabilities) > 1
     if table.levels.is_cpu:
         levels.smallest = float(table.levels[0])
     return levels

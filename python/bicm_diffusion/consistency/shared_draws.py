@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from bicm_diffusion.keys import DROPOUT
+from bicm_diffusion.samplers.checks import check_key
 from bicm_kernels import fold_in
 
 _STATE_BYTES = {"cpu": torch.Generator().get_state().numel(), "cuda": 16}
@@ -47,10 +48,27 @@ def draws_alike(key: int | Tensor, device: torch.device) -> Callable[[], Abstrac
     return lambda: _Seeded(seed, device)
 
 
-def dropout_key(seed: int | Tensor, step: int | Tensor) -> int | Tensor:
-    """Return the key of a training step's dropout masks, which differs from its noise's."""
+def dropout_key(seed: int | Tensor, step: int | Tensor, sample_id: int | Tensor = 0) -> int | Tensor:
+    """Return the key of a batch's dropout masks: that of its first sample, with another purpose than its noise's.
+
+    So the micro-batches of a step, and its processes, draw different masks. Ids on a device count as 0: they are not
+    read, which would wait for the device.
+    """
+    if type(seed) is type(step) is type(sample_id) is int and not torch.compiler.is_compiling():
+        return fold_in(fold_in(_dropout_seed(seed), step), sample_id)
+    check_key(seed=seed, step=step, sample_id=sample_id)
+    seed, step, sample_id = (_first(x) for x in (seed, step, sample_id))
     folded = isinstance(seed, Tensor) or torch.compiler.is_compiling()
-    return fold_in(fold_in(seed, DROPOUT) if folded else _dropout_seed(seed), step)
+    key = fold_in(fold_in(seed, DROPOUT) if folded else _dropout_seed(seed), step)
+    on_host = not isinstance(sample_id, Tensor) or sample_id.is_cpu
+    return fold_in(key, sample_id if on_host else 0)
+
+
+def _first(x: int | Tensor) -> int | Tensor:
+    """The first sample's number; 0 of an empty batch."""
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        return x
+    return x[0] if len(x) else 0
 
 
 @lru_cache

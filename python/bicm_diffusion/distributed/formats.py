@@ -89,7 +89,7 @@ def fault_in_tensors(path: Path, first: int, stop: int) -> str | None:
 def read_tensors(path: Path, first: int, stop: int) -> Tensor:
     """Return a file's samples; raises ValueError naming the file where it is not complete."""
     if fault := fault_in_tensors(path, first, stop):
-        raise ValueError(_unreadable(path, fault))
+        raise ValueError(unreadable(path, fault))
     samples: Tensor = _safetensors().torch.load_file(path)["samples"]
     return samples
 
@@ -120,18 +120,18 @@ def fault_in_images(path: Path, first: int, stop: int) -> str | None:
 def read_images(path: Path, first: int, stop: int) -> Tensor:
     """Return a folder's images, (B, C, H, W) uint8; raises ValueError naming an invalid file."""
     if fault := fault_in_images(path, first, stop):
-        raise ValueError(_unreadable(path, fault))
+        raise ValueError(unreadable(path, fault))
     library, images = _pillow(), list[Tensor]()
     for file in (_image_path(path, i) for i in range(first, stop)):
         try:
             with library.open(file) as image:
                 pixels = torch.from_numpy(np.array(image))
         except (OSError, SyntaxError, ValueError) as error:  # a broken chunk is a SyntaxError
-            raise ValueError(_unreadable(path, f"{file.name}: {error}")) from error
+            raise ValueError(unreadable(path, f"{file.name}: {error}")) from error
         images.append(pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1))
         if images[0].shape != images[-1].shape:
             expected, got = (tuple(image.shape) for image in (images[0], images[-1]))
-            raise ValueError(_unreadable(path, f"{file.name}: expected an image {expected} as before, got {got}"))
+            raise ValueError(unreadable(path, f"{file.name}: expected an image {expected} as before, got {got}"))
     return torch.stack(images)
 
 
@@ -139,7 +139,8 @@ def _image_path(folder: Path, sample_id: int) -> Path:
     return folder / f"{sample_id:08d}.png"
 
 
-def _unreadable(path: Path, reason: str) -> str:
+def unreadable(path: Path, reason: str) -> str:
+    """Return the message for a shard that is damaged."""
     return f"{path} cannot be read: {reason}; remove it and run again, which makes it anew"
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bicm_diffusion.distributed.formats import FORMATS
+from bicm_diffusion.distributed.formats import FORMATS, unreadable
 from bicm_diffusion.distributed.manifest import load_manifest
 from bicm_diffusion.distributed.sampling import sample_shards
 from bicm_diffusion.distributed.shards import Shard, shard_path, shards_of
+from bicm_diffusion.samplers.checks import check_number
 from bicm_kernels import normal
 
 KEYS = ("pair_seed", "pair_std", "pair_shape")
@@ -36,8 +37,8 @@ def sample_pairs(
 
     The noise of pair k is latent_std·normal(shape, seed=seed, sample_id=k); the manifest records these arguments.
     sample: noise (batch, *shape) float32 on `device` -> images (batch, *shape), which depend only on the noise.
-    settings: the other settings that determine the images (steps, weights). Other arguments and errors: see
-    `sample_shards`.
+    settings: the other settings that determine the images (steps, weights), not named pair_seed, pair_std, pair_shape.
+    Other arguments and errors: see `sample_shards`; ValueError also for images of another shape, on one process.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
@@ -46,10 +47,18 @@ def sample_pairs(
     >>> torch.equal(image, noise.sign())
     True
     """
-    made = {"pair_seed": seed, "pair_std": latent_std, "pair_shape": list(shape)}
+    check_number("latent_std", latent_std)
+    taken = [name for name in KEYS if name in settings]
+    if taken:
+        raise ValueError(f"settings: expected other names than {taken[0]!r}, which is recorded here already")
+    made = {"pair_seed": seed, "pair_std": float(latent_std), "pair_shape": list(shape)}
 
     def images(shard: Shard) -> Tensor:
-        return sample(_noise(shard.sample_ids, made, device))
+        noise = _noise(shard.sample_ids, made, device)
+        found = sample(noise)
+        if found.shape != noise.shape:
+            raise ValueError(f"sample: expected images {tuple(noise.shape)}, as its noise is, got {tuple(found.shape)}")
+        return found
 
     sample_shards(images, count, directory, batch=batch, settings={**settings, **made}, progress=progress)
 
@@ -65,8 +74,8 @@ class PairDataset(Dataset[tuple[Tensor, Tensor]]):
 
     Files are opened on first access, separately in every worker, and items are read one by one; `tensors` reads
     all pairs at once.
-    Raises FileNotFoundError where there is no run, ValueError where it is not a run of pairs; where a shard is missing,
-    reading it raises ValueError with its name.
+    Raises FileNotFoundError where there is no run, ValueError where it is not a run of pairs; where a shard is missing
+    or damaged, reading it raises ValueError with its name.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -85,7 +94,7 @@ class PairDataset(Dataset[tuple[Tensor, Tensor]]):
             raise IndexError(f"index: expected one in [0, {len(self)}), got {index}")
         place, offset = divmod(index, self.manifest.batch)
         if place not in self._files:
-            self._files[place] = FORMATS["safetensors"].library().safe_open(self._path(place), framework="pt")
+            self._files[place] = self._opened(place)
         image = self._files[place].get_slice("samples")[offset : offset + 1]
         return _noise(torch.tensor([index]), self.manifest.settings)[0], image[0]
 
@@ -98,6 +107,12 @@ class PairDataset(Dataset[tuple[Tensor, Tensor]]):
         read = FORMATS["safetensors"].read
         images = [read(self._path(k), shard.first, shard.stop) for k, shard in enumerate(self.shards)]
         return _noise(torch.arange(len(self)), self.manifest.settings), torch.cat(images)
+
+    def _opened(self, place: int) -> Any:
+        path, shard, tensors = self._path(place), self.shards[place], FORMATS["safetensors"]
+        if fault := tensors.fault(path, shard.first, shard.stop):
+            raise ValueError(unreadable(path, fault))
+        return tensors.library().safe_open(path, framework="pt")
 
     def _path(self, place: int) -> Path:
         shard = self.shards[place]

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import Tensor
 
+from bicm_diffusion.described import described
 from bicm_diffusion.distributed.formats import FORMATS
 from bicm_diffusion.distributed.manifest import Manifest, differences
 from bicm_diffusion.distributed.shards import Shard
@@ -74,6 +75,8 @@ def sample_shards(
         with _bar(missing, len(mine), shown=progress and rank == 0) as tell:
             for shard in mine:
                 samples = sample(shard)
+                if not isinstance(samples, Tensor) or samples.dim() == 0:
+                    raise TypeError(f"sample: expected a tensor ({shard.batch}, …), got {described(samples)}")
                 if len(samples) != shard.batch:
                     raise ValueError(f"sample: expected {shard.batch} samples, got {len(samples)}")
                 write_shard(directory, shard, samples, save_as)

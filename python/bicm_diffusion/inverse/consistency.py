@@ -73,16 +73,16 @@ class CleanModel:
         return output
 
     def clean(self, x: Tensor, t: float, output: Tensor) -> Tensor:
-        """Return f(x, t) from the network's output; differentiable by kernels."""
+        """Return f(x, t) in x's dtype from the network's output; differentiable by kernels."""
         if self.form == "x0":
-            return output
+            return output.to(x.dtype)
         numbers: Any = {"parameterization": self.form, "sigma_data": self.sigma_data, "sigma_min": self.t_min}
         return denoise(x, output, t, **numbers)
 
     def renoised(self, x: Tensor, t: float, output: Tensor, sigma: float, **key: Any) -> Tensor:
         """Return f(x, t) + sigma·n in one launch."""
         if self.form == "x0":
-            return add_noise(output, sigma, **key)
+            return add_noise(output.to(x.dtype), sigma, **key)
         numbers: Any = {"parameterization": self.form, "sigma_data": self.sigma_data, "sigma_min": self.t_min}
         return renoise(x, output, t, None, sigma, **key, **numbers)[0]
 
@@ -209,7 +209,7 @@ def cm_inversion_sample(
         if leap.noise:
             x = clean.renoised(x, t, output, leap.noise, seed=key, step=place, sample_id=sample_id)
         else:
-            x = clean.clean(x, t, output).to(z.dtype)
+            x = clean.clean(x, t, output)
         if callback is not None:
             callback(LeapInfo(leap, x, output))
     return x

@@ -61,8 +61,11 @@ def cross_entropy(prediction: Tensor, y: Tensor) -> Tensor:
     tensor([0.6931])
     """
     losses = functional.cross_entropy(prediction, y, reduction="none")
+    if losses.dim() == 1:
+        return losses
+    losses = losses.flatten(1)
     # torch sums a single row in another order than several: each sample is summed separately.
-    return losses if losses.dim() == 1 else torch.stack([sample.mean() for sample in losses.flatten(1)])
+    return torch.stack([sample.mean() for sample in losses]) if len(losses) else losses.sum(1)
 
 
 _NAMED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

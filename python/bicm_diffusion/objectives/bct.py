@@ -14,9 +14,9 @@ from bicm_diffusion.consistency.frozen import asked, check_network, evaluate_fro
 from bicm_diffusion.consistency.levels import Levels, check_floor, check_levels
 from bicm_diffusion.consistency.shared_draws import draws_alike, dropout_key
 from bicm_diffusion.objectives.evaluation import noise_key
-from bicm_diffusion.samplers.checks import check_arguments, check_model, check_output, check_state
+from bicm_diffusion.samplers.checks import check_arguments, check_level, check_model, check_output, check_state
 from bicm_diffusion.schedules.karras import T_MIN
-from bicm_kernels import affine_step, consistency_loss, denoise, noisy_pair, scale_input
+from bicm_kernels import affine_step, consistency_loss, denoise, denoised_step, noisy_pair, scale_input
 
 CHOICES = {"target": ("shared", "direct"), "leap": ("low", "high")}
 
@@ -62,11 +62,12 @@ def bct_loss(
     trajectory:  d(f̄(f(x_n, t_n, t_n'), t_n', t_min), sg f(x_n, t_n, t_min)) / |t_n - t_n'|.
 
     f̄ has frozen parameters but is differentiated in its input; the target is evaluated once for both terms.
-    All evaluations share their dropout mask, keyed by (seed, step) with another purpose than the noise.
+    All evaluations share their dropout mask, keyed by (seed, step, first sample) with another purpose than the noise.
 
     network: called as network(c_in(t)·x, t, u, **extra_args) -> (B, …), with t and u (B,) in x's precision.
     x: clean samples (B, …), floating. levels: from `draw_levels`, on a table that begins at t_min; partner differs from
         low.
+    sigma_data: σ_d, the standard deviation of the data. t_min: the lowest level, at which f is the sample itself.
     c: the distance's constant; None means 0.00054·√d. seed, step, sample_id: the key, see `bicm_kernels.normal`.
     target: "shared", or "direct" for the ablation of BCM eq. 7, which is known to fail: with it the trajectory
         term's target is sg f(x_n', t_n', t_min).
@@ -87,7 +88,11 @@ def bct_loss(
     check_model(network, "network(c_in(t)·x, t, u)", "network")
     check_network(network)
     check_state("x", x)
+    check_level("sigma_data", sigma_data)
+    check_level("t_min", t_min, zero=True)
     check_levels(levels, x, Levels._fields, made="Levels, as draw_levels returns")
+    if not getattr(levels, "has_partners", True):
+        raise ValueError("levels: expected a table of at least 3 levels, of which one is a partner, got 2")
     levels = levels if isinstance(levels, Levels) else Levels(*levels[:3])
     check_floor(levels, t_min)
     check_arguments("extra_args", extra_args)
@@ -101,7 +106,7 @@ def bct_loss(
         gaps = gaps[0] * math.sqrt(x[0].numel()), gaps[1] * math.sqrt(x[0].numel())
     near, far = (gap.reciprocal().to(x.device, dtype) for gap in gaps)
     end = torch.full_like(low, t_min)
-    alike = draws_alike(dropout_key(seed, step), x.device)
+    alike = draws_alike(dropout_key(seed, step, sample_id), x.device)
 
     def evaluate(scaled: Tensor, t: Tensor, u: Tensor) -> Tensor:
         with alike():
@@ -124,32 +129,37 @@ def bct_loss(
         with torch.no_grad():
             goal = denoise(x_partner, evaluate(x_partner, partner, end), partner, t_min, **scaled)
     x_start, start = (x_low, low) if leap == "low" else (x_high, high)
-    moved, same = _Leap.apply(evaluate(x_start, start, partner), x_start, start, partner, sigma_data)
+    moved, given = _Leap.apply(evaluate(x_start, start, partner), x_start, start, partner, sigma_data)
     with alike():
-        output = evaluate_frozen(network, (same, partner, end), extra_args or {})
-    trajectory = consistency_loss(moved, output, partner, None, goal, weight=far, **options)
+        output = evaluate_frozen(network, (given, partner, end), extra_args or {})
+    trajectory = consistency_loss(moved, output, partner, None, goal, weight=far, **{**options, "scaled": False})
     return BctLoss(consistency, trajectory)
 
 
 class _Leap(torch.autograd.Function):
-    """c_in(u) denoise(x_t, F, t, u) of c_in(t) x_t, twice: the gradients of both uses are combined in one pass."""
+    """x = denoise(x_t, F, t, u) of c_in(t) x_t, and c_in(u) x: the gradients of both are combined in one pass.
+
+    x itself, by the op of the target, because both are the same bits where u is t_min and t is the target's level: the
+    distance is 0 there, as in eager code. From c_in(u) x, the difference would be a rounding, whose direction is noise.
+    """
 
     @staticmethod
     def forward(ctx: Any, F: Tensor, x: Tensor, t: Tensor, u: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
         one, zero = torch.ones_like(t)[:, None], torch.zeros_like(t)[:, None]
-        c_in = scale_input(one, u, sigma_data=sigma_data)
+        c_in = scale_input(one, u, sigma_data=sigma_data)[:, 0]
         pairs = (one, zero), (zero, one)
-        # c_in(u) c_skip and c_in(u) c_out.
-        weights = [(c_in * denoise(*pair, t, u, sigma_data=sigma_data, scaled=True))[:, 0] for pair in pairs]
-        ctx.save_for_backward(*weights)
+        # c_skip and c_out, by which denoise itself multiplies.
+        weights = [denoise(*pair, t, u, sigma_data=sigma_data, scaled=True)[:, 0] for pair in pairs]
+        ctx.save_for_backward(*weights, c_in)
         ctx.dtypes = x.dtype, F.dtype
-        moved = affine_step([x, F], weights)
-        return moved, moved.view_as(moved)
+        given, moved, _ = denoised_step([x, F], weights, [0.0, 0.0], x0_weight=c_in)
+        return moved, given
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        *weights, c_in = ctx.saved_tensors
         x, F = (
-            affine_step(gradients, [weight, weight]).to(dtype) if needed else None
-            for weight, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1::-1], strict=True)
+            affine_step(gradients, [weight, weight * c_in]).to(dtype) if needed else None
+            for weight, dtype, needed in zip(weights, ctx.dtypes, ctx.needs_input_grad[1::-1], strict=True)
         )
         return F, x, None, None, None

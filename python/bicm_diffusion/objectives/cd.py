@@ -45,7 +45,7 @@ def cd_loss(
     x_n = x_{n+1} + (t_n - t_{n+1})·(x_{n+1} - D(x_{n+1}, t_{n+1}))/t_{n+1}: Euler's step by a denoiser D, in place of
     iCT's x + t_n·z. Two evaluations of the network and one of D, which share their dropout mask.
 
-    network, x, levels, parameterization, c, gradient, seed, step, sample_id: see `ict_loss`.
+    network, x, levels, parameterization, sigma_data, t_min, c, gradient, seed, step, sample_id: see `ict_loss`.
     denoiser: D(x_t, t) -> (B, …), with x_t not multiplied by c_in and t (B,) in x's precision; it is not trained.
     Raises ValueError for another parameterization or gradient, and where D returns another shape; TypeError for a
     network that `bct_loss` refuses.
@@ -57,10 +57,10 @@ def cd_loss(
     ['consistency']
     """
     check_parameterization(parameterization)
+    form = Form(parameterization, sigma_data, t_min)
     check_pair(network, x, levels, t_min)
     check_model(denoiser, "denoiser(x, t)", "denoiser")
-    form = Form(parameterization, sigma_data, t_min)
-    evaluate = evaluator(network, x, seed=seed, step=step, extra_args=extra_args, end=form.end)
+    evaluate = evaluator(network, x, seed=seed, step=step, sample_id=sample_id, extra_args=extra_args, end=form.end)
     low, high = (level.to(x.device, torch.float64) for level in levels[:2])
     noisy = add_noise(x, high.to(level_dtype(x)), **noise_key(x, seed, step, sample_id))
     with torch.no_grad():

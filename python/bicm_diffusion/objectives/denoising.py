@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bicm_diffusion.keys import TIMES
+from bicm_diffusion.described import described
+from bicm_diffusion.keys import TIMES, device_of
 from bicm_diffusion.objectives.evaluation import Loss, Network, evaluator, level_dtype, noise_key
+from bicm_diffusion.samplers.checks import check_batch, check_level, check_state
 from bicm_kernels import affine_step, fold_in, normal
 
 P_MEAN, P_STD = -1.2, 1.2
@@ -29,7 +31,9 @@ def draw_denoising_levels(
     >>> bool((draw_denoising_levels(4, seed=0, step=0) > 0).all())
     True
     """
-    z = normal((batch, 1), seed=fold_in(seed, TIMES), step=step, sample_id=sample_id, dtype=torch.float64)[:, 0]
+    check_batch(batch)
+    key: dict[str, Any] = {"seed": fold_in(seed, TIMES), "step": step, "sample_id": sample_id}
+    z = normal((batch, 1), **key, dtype=torch.float64, device=device_of(*key.values()))[:, 0]
     return (p_mean + p_std * z).exp()
 
 
@@ -51,14 +55,19 @@ def denoising_loss(
 
     network: called as network(c_in(t)·x, t, **extra_args) -> F (B, …), with t (B,) in x's precision.
     x: clean samples (B, …), floating. t: noise levels (B,) >= 0, as from `draw_denoising_levels`.
-    seed, step, sample_id: the key, see `bicm_kernels.normal`; the dropout mask is keyed by (seed, step), too.
+    sigma_data: σ_d, the standard deviation of the data.
+    seed, step, sample_id: the key, see `bicm_kernels.normal`; the dropout mask by its first sample, too.
     Raises TypeError for a network that `bct_loss` refuses.
 
     >>> x = torch.zeros(4, 2)
     >>> sorted(denoising_loss(lambda x, t: x, x, torch.ones(4), seed=0, step=0).terms)
     ['denoising']
     """
-    evaluate = evaluator(network, x, seed=seed, step=step, extra_args=extra_args, end=None)
+    check_state("x", x)
+    check_level("sigma_data", sigma_data)
+    if not isinstance(t, Tensor) or t.shape != x.shape[:1]:
+        raise TypeError(f"t: expected levels ({len(x)},), as draw_denoising_levels gives, got {described(t)}")
+    evaluate = evaluator(network, x, seed=seed, step=step, sample_id=sample_id, extra_args=extra_args, end=None)
     t = t.to(x.device, torch.float64)
     root = (sigma_data * sigma_data + t * t).sqrt()
     noise = noise_key(x, seed, step, sample_id)

@@ -116,7 +116,7 @@ def transport_cost_derivative(
         noisy = noisy.detach().requires_grad_()
         predicted = _asked("predictor", predictor, noisy, levels)
         (gradient,) = torch.autograd.grad(predicted, noisy, w.to(predicted.dtype))
-    return -2.0 * (gradient.double() * w.double()).flatten(1).sum(1)
+    return -2.0 * _sums(gradient.double() * w.double())
 
 
 def _drawn(x: Tensor, t: Number, seed: Integer, step: Integer, sample_id: Integer) -> tuple[Tensor, Tensor]:
@@ -150,4 +150,9 @@ def _asked(name: str, function: Prediction, noisy: Tensor, levels: Tensor) -> Te
 
 
 def _squares(first: Tensor, second: Tensor) -> Tensor:
-    return (first.double() - second.double()).square().flatten(1).sum(1)
+    return _sums((first.double() - second.double()).square())
+
+
+def _sums(terms: Tensor) -> Tensor:
+    """The sum of each sample, (B,), also of samples (B,) of one element and of an empty batch."""
+    return terms.unsqueeze(-1).flatten(1).sum(1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bicm_diffusion.consistency.frozen import asked, check_network
 from bicm_diffusion.consistency.levels import check_floor, check_levels
 from bicm_diffusion.consistency.shared_draws import draws_alike, dropout_key
-from bicm_diffusion.samplers.checks import check_model, check_output, check_state
+from bicm_diffusion.samplers.checks import check_arguments, check_level, check_model, check_output, check_state
 from bicm_kernels import consistency_loss, denoise
 
 Network: TypeAlias = nn.Module | Callable[..., Tensor]
@@ -68,11 +68,12 @@ def evaluator(
     *,
     seed: int | Tensor,
     step: int | Tensor,
+    sample_id: int | Tensor,
     extra_args: Mapping[str, Any] | None,
     end: float | None,
     name: str = "network",
 ) -> Evaluator:
-    """Return (c_in(t)·x, t) -> F, of which all calls share the dropout mask of (seed, step).
+    """Return (c_in(t)·x, t) -> F, of which all calls share the dropout mask of (seed, step, first sample).
 
     end: the target level u of a network of two times, which is called as network(c_in·x, t, u); None for one of
     one time, network(c_in·x, t).
@@ -81,9 +82,10 @@ def evaluator(
     see `bct_loss`.
     """
     check_model(network, f"{name}(c_in(t)·x, t, …)", name)
+    check_arguments("extra_args", extra_args)
     if isinstance(network, nn.Module):
         check_network(network, name)
-    alike = draws_alike(dropout_key(seed, step), x.device)
+    alike = draws_alike(dropout_key(seed, step, sample_id), x.device)
     return Evaluator(network, alike, extra_args or {}, end, len(x), name)
 
 
@@ -94,6 +96,10 @@ class Form:
     parameterization: str
     sigma_data: float
     t_min: float
+
+    def __post_init__(self) -> None:
+        check_level("sigma_data", self.sigma_data)
+        check_level("t_min", self.t_min, zero=True)
 
     @property
     def end(self) -> float | None:

@@ -50,8 +50,8 @@ def gc_loss(
 
     mu: the probability of x̂, in [0, 1]: 0 is iCT, 1 is GC only; the paper uses 0.5. predictor: f̊'s network, called as
         `network` is: None for the network itself (Alg. 1), its moving average (the paper's best runs), or a frozen one.
-    network, x, levels, parameterization, c, gradient, seed, step, sample_id: see `ict_loss`. extra_args: tensors whose
-        first dimension is the batch's are assumed to have a row for every sample.
+    network, x, levels, parameterization, sigma_data, t_min, c, gradient, seed, step, sample_id: see `ict_loss`.
+    extra_args: tensors whose first dimension is the batch's are assumed to have a row for every sample.
 
     The predictor is called on the rows that it replaces, and at least one, because processes that exchange parameters
     wait for one another. In a traced graph, or with a key on a GPU, the rows are not known without a sync:
@@ -66,10 +66,10 @@ def gc_loss(
     ['consistency']
     """
     check_parameterization(parameterization)
-    check_pair(network, x, levels, t_min)
     form = Form(parameterization, sigma_data, t_min)
+    check_pair(network, x, levels, t_min)
     key: dict[str, Any] = {"seed": seed, "step": step}
-    asked: dict[str, Any] = {"extra_args": extra_args, "end": form.end, **key}
+    asked: dict[str, Any] = {"extra_args": extra_args, "end": form.end, "sample_id": sample_id, **key}
     evaluate = evaluator(network, x, **asked)
     predict = evaluate if predictor is None else evaluator(predictor, x, name="predictor", **asked)
     low, high = (level.to(x.device, level_dtype(x)) for level in levels[:2])
@@ -131,7 +131,7 @@ def augmented(
         return named(_answer(x, t, predict, form, key, None), mask.to(x.device))
     first = torch.zeros(1, dtype=torch.int64)
     asked = (rows if len(rows) else first).to(x.device, non_blocking=True)
-    answer = _answer(_rows_of(x, asked), t[asked], predict, form, key | {"sample_id": _ids_of(sample_id, asked)}, asked)
+    answer = _answer(_rows_of(x, asked), t[asked], predict, form, _key_of(key, asked), asked)
     if not len(rows):
         return {}
     places = torch.where(mask, mask.cumsum(0) - 1, -1).to(x.device, non_blocking=True)
@@ -154,8 +154,9 @@ def _rows_of(x: Tensor, rows: Tensor) -> Tensor:
     return x.index_select(0, rows) if x.is_contiguous() else x[rows]
 
 
-def _ids_of(sample_id: int | Tensor, rows: Tensor) -> Tensor:
-    if not isinstance(sample_id, Tensor):
-        return rows + sample_id
-    ids = sample_id.to(rows.device, non_blocking=True)
-    return ids[rows] if ids.dim() else rows + ids
+def _key_of(key: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Return the key of some samples of a batch."""
+    on_device = {name: x.to(rows.device, non_blocking=True) if isinstance(x, Tensor) else x for name, x in key.items()}
+    found = {name: x[rows] if isinstance(x, Tensor) and x.dim() else x for name, x in on_device.items()}
+    named = any(isinstance(found[name], Tensor) and found[name].dim() for name in ("seed", "sample_id"))
+    return found if named else found | {"sample_id": rows + found["sample_id"]}

@@ -39,12 +39,14 @@ def ict_loss(
 ) -> Loss:
     """Return the iCT loss of a batch (BCM eq. 5), d(f(x_{n+1}, t_{n+1}), sg f(x_n, t_n)) / (t_{n+1} - t_n), a mean.
 
-    Two evaluations, with one noise and one dropout mask, keyed by (seed, step) with another purpose than the noise.
+    Two evaluations, with one noise and one dropout mask, keyed by (seed, step, first sample) with another purpose than
+    the noise.
 
     network: called as network(c_in(t)·x, t, u, **extra_args) with u = t_min for "bcm", and as network(c_in(t)·x, t,
         **extra_args) for "cm"; t and u are (B,), in x's precision. Returns F (B, …).
     x: clean samples (B, …), floating. levels: t_n and t_{n+1}, (B,) float64, the first two of `draw_levels`.
     parameterization: f of "bcm" or "cm", see `bicm_kernels.denoise`.
+    sigma_data: σ_d, the standard deviation of the data. t_min: the lowest level, at which f is the sample itself.
     c, gradient: see `bicm_kernels.pseudo_huber`. seed, step, sample_id: the key, see `bicm_kernels.normal`.
     Raises ValueError for another parameterization or gradient, and TypeError for a network that `bct_loss` refuses.
     Warns of levels that do not begin at t_min, if they are on the host.
@@ -56,9 +58,9 @@ def ict_loss(
     ['consistency']
     """
     check_parameterization(parameterization)
-    check_pair(network, x, levels, t_min)
     form = Form(parameterization, sigma_data, t_min)
-    evaluate = evaluator(network, x, seed=seed, step=step, extra_args=extra_args, end=form.end)
+    check_pair(network, x, levels, t_min)
+    evaluate = evaluator(network, x, seed=seed, step=step, sample_id=sample_id, extra_args=extra_args, end=form.end)
     low, high = (level.to(x.device, level_dtype(x)) for level in levels[:2])
     pair = [*noisy_pair(x, low, high, **noise_key(x, seed, step, sample_id), sigma_data=sigma_data)]
     return weighted_distance(evaluate, form, pair, levels, c=c, gradient=gradient)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,8 +36,9 @@ from bicm_kernels import affine_step, fold_in
 
 SOLVERS = ("empirical", "euler", "heun")
 DMD_WEIGHTS = ("variance", "normalised")
-#: Steps of the default schedule.
-STEPS = 50
+#: The default schedule. Made at import, because tracing does not reach its numbers; on the host, whatever the default.
+with torch.device("cpu"):
+    STANDARD = vp_schedule(50)
 
 
 def ign_loss(
@@ -61,9 +61,9 @@ def ign_loss(
     recon: D(x, f(x)); idem: D(f(z), f'(f(z))); tight: -D(f(sg f(z)), sg f(z)), with D(a, b) = ‖a - b‖².
 
     f' has frozen parameters but is differentiated in its input; idem is differentiated in both of its arguments.
-    tight is bounded by the sample's own recon r, a·r·tanh(tight/(a·r)) with r detached, as in the authors' code;
-    so are the default weights. All evaluations share their dropout mask, keyed by (seed, step) with another purpose
-    than the noise. This is a baseline: it tends to collapse; use `sign_loss` instead.
+    tight is bounded by the sample's own recon r, a·r·tanh(tight/(a·r)) with r detached, as in public ports;
+    so are the default weights. All evaluations share their dropout mask, keyed by (seed, step, first sample) with
+    another purpose than the noise. This is a baseline: it tends to collapse; use `sign_loss` instead.
 
     network: called as network(x, **extra_args) -> (B, …), without a time. x: clean samples (B, …), floating.
     recon, idem, tight: weights >= 0; a term of weight 0 is not evaluated, except recon where it bounds tight.
@@ -77,7 +77,7 @@ def ign_loss(
     tensor(0.)
     """
     weights = _weights(recon=recon, idem=idem, tight=tight)
-    f = _applied(network, x, seed=seed, step=step, extra_args=extra_args)
+    f = _applied(network, x, seed=seed, step=step, sample_id=sample_id, extra_args=extra_args)
     if bound is not None:
         check_number("bound", bound)
         if not bound >= 0:
@@ -170,8 +170,8 @@ def sign_loss(
     ['denoise', 'flow', 'idem', 'recon']
     """
     weights = _weights(recon=recon, idem=idem, flow=flow, dmd=dmd, reg=reg, denoise=denoise)
-    f = _applied(network, x, seed=seed, step=step, extra_args=extra_args)
-    schedule = _standard() if schedule is None else schedule
+    f = _applied(network, x, seed=seed, step=step, sample_id=sample_id, extra_args=extra_args)
+    schedule = STANDARD if schedule is None else schedule
     check_schedule(schedule)
     prediction = known_prediction(prediction)
     solver = ("empirical" if teacher is None else "euler") if solver is None else solver
@@ -246,23 +246,18 @@ class _Applied:
             return distance_to_frozen(self.network, sample, self.extra_args, distance)  # type: ignore[arg-type]
 
 
-def _applied(network: Network, x: Tensor, *, seed: Any, step: Any, extra_args: Any) -> _Applied:
+def _applied(network: Network, x: Tensor, *, seed: Any, step: Any, sample_id: Any, extra_args: Any) -> _Applied:
     check_model(network, "network(x)", "network")
     if isinstance(network, nn.Module):
         check_network(network)
     check_state("x", x)
     check_arguments("extra_args", extra_args)
-    return _Applied(network, draws_alike(dropout_key(seed, step), x.device), extra_args or {})
+    return _Applied(network, draws_alike(dropout_key(seed, step, sample_id), x.device), extra_args or {})
 
 
 def _latents(x: Tensor, std: float, *, seed: Any, step: Any, sample_id: Any) -> Tensor:
     # 0·x + std·noise in one pass, instead of a normal and a product.
     return affine_step([x.detach()], [0.0], noise_weight=std, **noise_key(x, fold_in(seed, LATENTS), step, sample_id))
-
-
-@lru_cache(maxsize=1)
-def _standard() -> Schedule:
-    return vp_schedule(STEPS)
 
 
 def _weights(**weights: float) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bicm_diffusion.consistency.frozen import asked
-from bicm_diffusion.keys import LEVELS
+from bicm_diffusion.keys import LEVELS, device_of
 from bicm_diffusion.objectives.evaluation import level_dtype, noise_key
 from bicm_diffusion.samplers.checks import check_output
 from bicm_diffusion.samplers.prediction import Level, Preconditioned, Prediction, denoised_weights, folded, read
@@ -27,9 +27,7 @@ def draw_indices(count: int, schedule: Schedule, *, seed: Any, step: Any, sample
     [1, 2]
     """
     key: dict[str, Any] = {"seed": fold_in(seed, LEVELS), "step": step, "sample_id": sample_id}
-    # On the key's device: the host, unless the step is a device tensor.
-    device = next((value.device for value in key.values() if isinstance(value, Tensor)), None)
-    u = uniform((count, 1), **key, dtype=torch.float64, device=device)[:, 0]
+    u = uniform((count, 1), **key, dtype=torch.float64, device=device_of(*key.values()))[:, 0]
     return (u * schedule.steps).ceil().long()
 
 
@@ -81,15 +79,15 @@ class ScoreModel:
 def ode_step(model: ScoreModel, schedule: Schedule, x_n: Tensor, n: Tensor, *, heun: bool) -> Tensor:
     """Return x_{n-1} from x_n by one step of the probability-flow ODE, Euler's (SIGN eq. 2) or Heun's.
 
-    The step is that of z/alpha over sigma/alpha, which for Euler's is DDIM's; of a flow's velocity, that of z over
-    sigma. Heun's is Euler's where it ends on a level at which the model is not called.
+    The step is that of z/alpha over sigma/alpha, which for Euler's is DDIM's; of a velocity on a flow's schedule, that
+    of z over sigma. Heun's is Euler's where it ends on a level at which the model is not called.
     x_n: (B, …). n: (B,) int64, in 1 … N.
     """
     high, low = (levels_at(schedule, index, x_n.device) for index in (n, n - 1))
     prediction = model.prediction
     first = model(x_n, high)
-    if prediction == "flow":
-        # dz/dt = v, which is defined at alpha = 0 too.
+    if prediction == "flow" and schedule.flow:
+        # dz/dt = v, which is defined at alpha = 0 too; it holds only where alpha + sigma = 1.
         one = high.sigma / high.sigma
         high, low, prediction = Level(high.time, one, high.sigma), Level(low.time, one, low.sigma), "noise"
     kept = low.alpha / high.alpha

@@ -111,6 +111,14 @@ def recorded_log_prob(
     model, table, guidance_scale, extra_args, reduction: as for `rollout`. trajectory: its result, or some rows of
     that. i: one of `trajectory.steps`. gradient: as for `bicm_kernels.gaussian_log_prob`.
     Raises TypeError, ValueError for an argument of another type or range.
+
+    >>> from bicm_diffusion import flow_schedule
+    >>> from bicm_diffusion.policy import flow_grpo_table
+    >>> model, table = lambda z, times: -z, flow_grpo_table(flow_schedule(4), stochastic=range(3, 5))
+    >>> done = rollout(model, torch.ones(2, 3), table, seed=1)
+    >>> log_prob, _ = recorded_log_prob(model, done, table, 4)
+    >>> torch.equal(log_prob, done.log_prob(4))
+    True
     """
     check_table(table)
     if not isinstance(trajectory, Trajectory):

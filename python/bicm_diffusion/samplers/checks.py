@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -73,10 +74,38 @@ def check_integer(name: str, number: object) -> None:
         raise TypeError(f"{name}: expected an integer, got {described(number)}")
 
 
+def check_batch(batch: object) -> None:
+    """Raise unless it is a number of samples."""
+    check_integer("batch", batch)
+    if batch < 0:  # type: ignore[operator]
+        raise ValueError(f"batch: expected at least 0 samples, got {batch}")
+
+
 def check_number(name: str, number: object) -> None:
     """Raise TypeError unless it is a number."""
     if not isinstance(number, Real):
         raise TypeError(f"{name}: expected a number, got {described(number)}")
+
+
+def check_level(name: str, level: object, *, zero: bool = False) -> None:
+    """Raise unless it is a finite number above 0, or of at least 0; numbers of a traced graph are not read."""
+    if torch.compiler.is_compiling() or (type(level) is float and 0.0 < level < math.inf):
+        return
+    check_number(name, level)
+    if not (0 < level < math.inf or (zero and level == 0)):  # type: ignore[operator]
+        raise ValueError(f"{name}: expected a number {'of at least' if zero else 'above'} 0, got {level}")
+
+
+def check_key(**key: object) -> None:
+    """Raise TypeError unless the numbers of a key are integers, or int64 tensors of one for all or for each sample."""
+    for name, number in key.items():
+        if type(number) is int:
+            continue
+        if isinstance(number, Tensor):
+            if number.dtype != torch.int64 or number.dim() > 1:
+                raise TypeError(f"{name}: expected an int, or an int64 tensor, 0-d or (B,), got {described(number)}")
+        elif not isinstance(number, Integral | torch.SymInt):
+            raise TypeError(f"{name}: expected an int or an int64 tensor, got {described(number)}")
 
 
 def check_arguments(name: str, arguments: object) -> None:

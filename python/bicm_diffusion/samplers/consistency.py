@@ -1,11 +1,6 @@
 """Sampling and inversion with a bidirectional consistency model: a few leaps along the trajectory.
 
 Every function here converts its schedule to a list of leaps: one evaluation and one fused op per leap.
-
-model: called as `model(c_in(t)·x, t, u, **extra_args)` with t and u (B,), float64 for a float64 state and
-    float32 otherwise; returns F (B, …), and the state becomes c_skip·x + c_out·F (BCM eq. 20).
-x: (B, …), any floating dtype, at the schedule's first level; the result has its shape and dtype.
-options: see `LeapOptions`.
 """
 
 from __future__ import annotations
@@ -19,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict
 import torch
 from torch import Tensor
 
+from bicm_diffusion.consistency import frozen
 from bicm_diffusion.consistency.schedules import PRESETS, ConsistencySchedule
 from bicm_diffusion.described import described
 from bicm_diffusion.extras import extra
@@ -38,6 +34,9 @@ ConsistencyModel: TypeAlias = Callable[..., Tensor]
 #: The noise added between leaps: new each time, the same every time, or the initial x/T.
 Noise: TypeAlias = Literal["fresh", "fixed", "initial"]
 NOISES = ("fresh", "fixed", "initial")
+
+#: How the message ends for a network that takes no u.
+_OF_ONE_TIME = "lambda x, t, u: network(x, t) ignores u"
 
 
 class Leap(NamedTuple):
@@ -105,9 +104,16 @@ def consistency_sample(
 
     A zigzag (ε, t) adds noise of level ε to the sample, amplifies it to t by the model, and leaps back to t_min.
     One level and no zigzag is 1-step sampling. Takes one evaluation per level and two per zigzag.
+
+    model: a network of two times, called as model(c_in(t)·x, t, u, **extra_args) with t and u (B,), float64 for a
+        float64 state and float32 otherwise. Returns F (B, …): c_skip·x + c_out·F is the state at u (BCM eq. 20,
+        `bicm_kernels.denoise`). One of a single time samples by `consistency_multistep_sample`.
+    x: (B, …), any floating dtype, at the schedule's first level T, such as T·n; the result has its shape and dtype.
+    schedule: a `ConsistencySchedule` with the t_min and sigma_data of the training; `PRESETS` has the papers' by name.
     noise: of the zigzags, "fresh" for each one (the default), "fixed", the same in all of them, or "initial",
-    x/T; the last two are the baselines of BCM fig. 3c.
-    Raises TypeError for arguments of another kind, and ValueError for an unknown noise.
+        x/T; the last two are the baselines of BCM fig. 3c.
+    options: see `LeapOptions`.
+    Raises TypeError for arguments of another kind and a model that takes others, and ValueError for an unknown noise.
 
     >>> from bicm_diffusion import ConsistencySchedule
     >>> consistency_sample(lambda x, t, u: x, 80 * torch.ones(1, 2), ConsistencySchedule((80.0, 1.2))).shape
@@ -134,8 +140,16 @@ def consistency_multistep_sample(
     """Return samples at t_min by CM's multistep sampling: x_τ = f(x, t, t_min) + √(τ² - t_min²)·n, level by level.
 
     Unlike a zigzag it replaces all of the noise, and with it the sample's content. The last leap adds none.
+
+    model: as for `consistency_sample`; u is always t_min. So a network of a single time that was trained with
+        parameterization="cm" is `lambda x, t, u: network(x, t)`: where c_in·x has unit size, a leap differs by at most
+        t_min from `bicm_kernels.denoise(x, F, t, parameterization="cm")`.
+    x: (B, …), any floating dtype, at the schedule's first level T, such as T·n; the result has its shape and dtype.
+    schedule: a `ConsistencySchedule` without zigzags, with the t_min and sigma_data of the training.
     noise: as for `consistency_sample`; "initial" is the baseline of BCM fig. 3c.
-    Raises TypeError for arguments of another kind, and ValueError for an unknown noise or a schedule with zigzags.
+    options: see `LeapOptions`.
+    Raises TypeError for arguments of another kind and a model that takes others, and ValueError for an unknown noise or
+    a schedule with zigzags.
 
     >>> from bicm_diffusion import ConsistencySchedule
     >>> consistency_multistep_sample(lambda x, t, u: x, 80 * torch.ones(1, 2), ConsistencySchedule((80.0, 1.2))).shape
@@ -163,8 +177,13 @@ def consistency_invert(
 
     Noise of the lowest level ε is added first, x_ε = x + ε·n; then every leap goes one level up. Takes one evaluation
     less than there are levels. Two images to interpolate between need different noise: another seed or sample_id.
-    Raises TypeError for arguments of another kind, and ValueError where the schedule has zigzags or fewer than two
-    levels.
+
+    model: as for `consistency_sample`; here u > t.
+    x: clean samples (B, …), any floating dtype; the result has its shape and dtype.
+    schedule: a `ConsistencySchedule` of at least two levels, without zigzags.
+    options: see `LeapOptions`.
+    Raises TypeError for arguments of another kind and a model that takes others, and ValueError where the schedule has
+    zigzags or fewer than two levels.
 
     >>> from bicm_diffusion import ConsistencySchedule
     >>> consistency_invert(lambda x, t, u: x, torch.ones(1, 2), ConsistencySchedule((80.0, 6.0, 0.07))).shape
@@ -246,11 +265,20 @@ class _Network:
     def __call__(self, x: Tensor, scaled: Tensor, leap: Leap) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         t, u = (torch.full(x.shape[:1], level, dtype=dtype, device=x.device) for level in leap[:2])
-        output = self.model(scaled, t, u, **self.extra_args)
+        output = self._answer(scaled, t, u)
         if type(output) is not self.answer:
             checks.check_output(output, x)
             self.answer = type(output)
         return output
+
+    def _answer(self, scaled: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        try:
+            return frozen.asked(self.model, (scaled, t, u), self.extra_args, name="model")
+        except TypeError as error:
+            if _OF_ONE_TIME not in str(error):
+                raise
+            # A lambda that ignores u is right where u is always t_min, and leads to wrong samples elsewhere.
+            raise TypeError(f"{error}, which consistency_multistep_sample allows") from error
 
     def guided(
         self, guide: Guide, step: int, x: Tensor, scaled: Tensor, leap: Leap

@@ -84,7 +84,8 @@ def edm_invert(
     z: (B, …), any floating dtype; the result has its shape and dtype. solver: "heun" takes two evaluations of the model
     per step, "euler" one. From a level at which the model cannot be called, such as sigma = 0, the first step is DDIM
     inversion's, with eps(z_0, 1). options: those of every sampler, see `Options`.
-    It is not exact: `edm_sample` from it returns z_0 with an error two orders of magnitude below that of `ddim_invert`.
+    It is not exact: `edm_sample` from it returns Gaussian data of variance 1/4 on `karras_schedule(18)` with a mean
+    squared error of 3e-5, and from `ddim_invert` of 0.13.
     Raises ValueError for an unknown solver or prediction, and TypeError for arguments of another kind.
 
     >>> import torch

@@ -53,7 +53,8 @@ class Evaluation:
     """The argument of a guide: the state and level of an evaluation, and the model's output, computed on first access.
 
     index: of the level; consistency samplers count their evaluations from 0. time: the model's time argument; alpha,
-    sigma: of the level, z = alpha·x + sigma·n; 0-d tensors in a traced loop. z: the state (B, …), without a gradient.
+    sigma: of the level, z = alpha·x + sigma·n, alpha = 0 where a flow begins; 0-d tensors in a traced loop. z: the
+    state (B, …), without a gradient.
     """
 
     index: int

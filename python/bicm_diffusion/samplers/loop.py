@@ -94,12 +94,15 @@ class Loop:
         checks.check_model(model)
         checks.check_state("z", z)
         checks.check_schedule(schedule)
+        # What guides see: of a flow that begins at alpha = 0, steps are taken in variables with another alpha.
+        alpha = schedule.table[1].to(z.device) if traced() else schedule.alpha
         schedule, prediction = along_lines(schedule, known_prediction(prediction))
         checks.check_guidance(guidance_scale, len(z))
         checks.check_arguments("extra_args", extra_args)
         check_guide(guide)
         checks.check_callback(callback)
         self.name, self.model, self.schedule, self.prediction = name, model, schedule, prediction
+        self.alpha: Sequence[float] | Tensor = alpha
         self.guidance_scale, self.extra_args = guidance_scale, extra_args or {}
         self.guide, self.callback, self.progress = guide, callback, progress
         # A guide that differentiates the model computes its input again.
@@ -169,7 +172,7 @@ class Loop:
 
         def denoised(z: Tensor, output: Any) -> Tensor:
             if self.prediction == "x0" and isinstance(output, Tensor):
-                return output
+                return output.to(z.dtype)
             if isinstance(form, Preconditioned) and isinstance(output, Tensor):
                 numbers: Any = {"parameterization": form.parameterization, "sigma_min": form.t_min}
                 return denoise(z, output, level.sigma, sigma_data=form.sigma_data, **numbers)
@@ -177,7 +180,8 @@ class Loop:
                 return Sum.apply(of_state, of_output, z, output)
             return affine_step([z, output], [of_state, of_output], guidance_scale=self.guidance_scale)
 
-        at = Evaluation(i, *level, z.detach() if z.requires_grad else z, Plain(ask, denoised))
+        z = z.detach() if z.requires_grad else z
+        at = Evaluation(i, level.time, self.alpha[i], level.sigma, z, Plain(ask, denoised))
         change = asked(self.guide, at)
         self.tracks = at.was_tracked
         return at.output if change is None else changed(change, at, of_state, of_output)

@@ -22,8 +22,9 @@ Integer = int | Tensor
 def sign_recursive(model: Callable[[Tensor], Tensor], x: Tensor, *, steps: int = 1) -> Tensor:
     """Return f(f(… f(x))), the recursive sampler of SIGN (Alg. 2).
 
-    model: called as `model(x)` with x (B, …), any floating dtype, and returns such a tensor; it takes no time. steps:
-    the number of applications, at least 1. Convergence is not checked, so that the loop can be captured.
+    model: called as `model(x)` with x (B, …), any floating dtype, and returns such a tensor; it takes no time. The
+    result has x's dtype. steps: the number of applications, at least 1. Convergence is not checked, so that the loop
+    can be captured.
     Raises ValueError where steps is out of range, and TypeError for arguments of another kind.
 
     >>> sign_recursive(torch.sign, torch.tensor([[0.3, -2.0]]), steps=2)
@@ -49,10 +50,10 @@ def sign_masked(
     """Return the result of SIGN's multistep sampler with editing (Alg. 3).
 
     x ← f(x')⊙M + x'⊙(1 - M), then for sigma_1 > … > sigma_{N-1}: x ← f(x + sigma_i·n)⊙M + x⊙(1 - M).
-    x: x' (B, …), any floating dtype. sigmas: the noise levels to apply, falling, each ≥ 0; the paper's list of N runs
-    to sigma_N, which it does not use. mask: bool, of the shape of x or broadcast to it: True is filled in, False is
-    kept to the bit; None fills in everything. The noise of level i has the key (seed, sample_id, i), apart from that of
-    `bicm_kernels.normal` with the same seed.
+    x: x' (B, …), any floating dtype; the result has its dtype. sigmas: the noise levels to apply, falling, each ≥ 0;
+    the paper's list of N runs to sigma_N, which it does not use. mask: bool, of the shape of x or broadcast to it: True
+    is filled in, False is kept to the bit; None fills in everything. The noise of level i has the key (seed, sample_id,
+    i), apart from that of `bicm_kernels.normal` with the same seed.
     Raises TypeError for a mask that is not bool or another argument of another kind, and ValueError for levels that do
     not fall or a mask that does not broadcast.
 
@@ -79,7 +80,7 @@ def _filled(new: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
 def _asked(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     output = model(x)
     checks.check_output(output, x)
-    return output
+    return output.to(x.dtype)
 
 
 def _check(model: object, x: object) -> None:

@@ -307,6 +307,13 @@ def save_pair(pair: Pair, path: str | os.PathLike[str]) -> None:
     """Write a pair to a safetensors file, from which `load_pair` returns it with every bit and its record.
 
     Raises ImportError where safetensors is missing, and TypeError for other objects.
+
+    >>> import tempfile
+    >>> pair = StatePair(torch.ones(1, 2), torch.zeros(1, 2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_pair(pair, f"{folder}/pair.safetensors")
+    ...     torch.equal(load_pair(f"{folder}/pair.safetensors").z, pair.z)
+    True
     """
     if not isinstance(pair, Pair):
         raise TypeError(f"pair: expected a pair, got {described(pair)}")
@@ -318,6 +325,12 @@ def load_pair(path: str | os.PathLike[str], device: str | torch.device = "cpu") 
 
     Raises ImportError where safetensors is missing, TypeError unless it is a path, and ValueError for
     other files.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_pair(StatePair(torch.ones(1, 2), torch.zeros(1, 2)), f"{folder}/pair.safetensors")
+    ...     load_pair(f"{folder}/pair.safetensors", "cpu")
+    StatePair(no record; (1, 2) torch.float32 on cpu)
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path: expected the path of a file that save_pair wrote, got {described(path)}")

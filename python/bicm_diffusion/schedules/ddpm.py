@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,11 +47,17 @@ def _leading(steps: int, train_steps: int) -> Tensor:
 
 
 def _linspace(steps: int, train_steps: int) -> Tensor:
-    return torch.linspace(0, train_steps - 1, steps, dtype=torch.float64).round().long()
+    # By NumPy, as in diffusers: torch forms the upper half from its end, and ties of its numbers round otherwise.
+    return _whole(np.linspace(0, train_steps - 1, steps))
 
 
 def _trailing(steps: int, train_steps: int) -> Tensor:
-    return (train_steps - torch.arange(steps, dtype=torch.float64) * (train_steps / steps)).round().long().flip(0) - 1
+    # NumPy's range may have one number more, where its width rounds down.
+    return _whole(np.arange(train_steps, 0, -train_steps / steps)[:steps][::-1]) - 1
+
+
+def _whole(numbers: np.ndarray) -> Tensor:
+    return torch.from_numpy(numbers.round().astype(np.int64))
 
 
 _SPACINGS: dict[str, Callable[[int, int], Tensor]] = {

@@ -92,9 +92,7 @@ def to_ve(schedule: Schedule) -> Schedule:
     >>> to_ve(Schedule(times=(0.0, 1.0), alpha=(1.0, 0.6), sigma=(0.0, 0.8))).sigma
     (0.0, 1.3333333333333335)
     """
-    _check_schedule(schedule)
-    if not schedule.alpha[-1]:
-        raise ValueError(f"schedule: expected alpha > 0, got alpha = 0 at index {schedule.steps}")
+    _check_signal(schedule)
     ratio = (s / a for a, s in zip(schedule.alpha, schedule.sigma, strict=True))
     return Schedule(schedule.times, (1.0,) * (schedule.steps + 1), tuple(ratio), schedule.asked)
 
@@ -103,12 +101,12 @@ def to_vp(schedule: Schedule) -> Schedule:
     """Return the variance-preserving form of a schedule: alpha² + sigma² = 1 at equal sigma/alpha, the times kept.
 
     A state is converted by z_vp = z/sqrt(alpha_i² + sigma_i²); the two forms describe one trajectory.
-    Raises TypeError unless it is a `Schedule`.
+    Raises TypeError unless it is a `Schedule`, ValueError for one with alpha_N = 0.
 
     >>> to_vp(Schedule(times=(0.0, 1.0), alpha=(1.0, 1.0), sigma=(0.0, 0.75))).alpha
     (1.0, 0.8)
     """
-    _check_schedule(schedule)
+    _check_signal(schedule)
     norms = [math.hypot(a, s) for a, s in zip(schedule.alpha, schedule.sigma, strict=True)]
     alpha = tuple(a / norm for a, norm in zip(schedule.alpha, norms, strict=True))
     sigma = tuple(s / norm for s, norm in zip(schedule.sigma, norms, strict=True))
@@ -124,9 +122,12 @@ def check_steps(steps: Any, most: int | None = None, *, name: str = "steps") -> 
         raise ValueError(f"{name}: expected an integer {limit}, got {steps}")
 
 
-def _check_schedule(schedule: object) -> None:
+def _check_signal(schedule: object) -> None:
+    """Raise unless it is a schedule all of whose levels have a signal."""
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule: expected a Schedule, got {described(schedule)}")
+    if not schedule.alpha[-1]:
+        raise ValueError(f"schedule: expected alpha > 0, got alpha = 0 at index {schedule.steps}")
 
 
 def as_floats(name: str, numbers: object, expected: str = "N + 1 numbers") -> tuple[float, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -20,14 +22,15 @@ def vp_alpha_sigma(times: Times, *, beta_min: float = BETA_MIN, beta_max: float 
     """Return alpha(t) and sigma(t) of the linear-beta variance-preserving process z = alpha·x + sigma·n.
 
     times: a tensor of any shape, in [0, 1], 0 = data; the results have its shape and dtype. A number or a sequence of
-    them is taken as float64. alpha² + sigma² is 1. Raises TypeError for anything else.
+    them is taken as float64. alpha² + sigma² is 1. Raises TypeError for anything else, and ValueError for numbers out
+    of range; the values of a tensor are not checked.
     Equation: ln alpha(t) = -(beta_max - beta_min)·t²/4 - beta_min·t/2, the limit of DDPM's 1000 linear betas.
 
     >>> alpha, sigma = vp_alpha_sigma(torch.tensor([0.0, 1.0], dtype=torch.float64))
     >>> sigma[0].item(), alpha[1].item() < 0.01
     (0.0, True)
     """
-    times = _as_tensor("times", times)
+    times = _as_tensor("times", times, 1.0, "in [0, 1]")
     log_alpha = -(beta_max - beta_min) / 4 * times * times - beta_min / 2 * times
     return log_alpha.exp(), (-(2 * log_alpha).expm1()).sqrt()
 
@@ -35,15 +38,18 @@ def vp_alpha_sigma(times: Times, *, beta_min: float = BETA_MIN, beta_max: float 
 def vp_time(ratio: Times, *, beta_min: float = BETA_MIN, beta_max: float = BETA_MAX) -> Tensor:
     """Return the time t at which sigma(t)/alpha(t) has a given value: a VP network's time at a VE noise level.
 
-    ratio: as the times of `vp_alpha_sigma`, whose inverse this is, but ≥ 0; the result has its shape and dtype. With
-    l = ln(1 + ratio²), t = 2l/(beta_min + sqrt(beta_min² + 2(beta_max - beta_min)·l)).
+    ratio: as the times of `vp_alpha_sigma`, whose inverse this is, but ≥ 0 and finite; the result has its shape and
+    dtype. With l = ln(1 + ratio²), t = 2l/(beta_min + sqrt(beta_min² + 2(beta_max - beta_min)·l)).
 
     >>> alpha, sigma = vp_alpha_sigma(torch.tensor([0.25], dtype=torch.float64))
     >>> vp_time(sigma / alpha)
     tensor([0.2500], dtype=torch.float64)
     """
-    ratio = _as_tensor("ratio", ratio)
+    ratio = _as_tensor("ratio", ratio, sys.float_info.max, "finite and at least 0")
     doubled = (ratio * ratio).log1p()
+    # Where the square overflows. The clamp keeps the derivative of what is not chosen finite.
+    large = ratio > math.sqrt(torch.finfo(doubled.dtype).max) / 2
+    doubled = torch.where(large, 2 * ratio.clamp_min(1.0).log(), doubled)
     return 2 * doubled / (beta_min + (beta_min**2 + 2 * (beta_max - beta_min) * doubled).sqrt())
 
 
@@ -71,11 +77,18 @@ def vp_schedule(
     return Schedule(tuple(times.tolist()), tuple(alpha.tolist()), tuple(sigma.tolist()))
 
 
-def _as_tensor(name: str, values: Times) -> Tensor:
+def _as_tensor(name: str, values: Times, most: float, expected: str) -> Tensor:
+    """Numbers as a tensor; raises unless they are in [0, most]. A tensor is not read, which may wait for a device."""
     if isinstance(values, Tensor):
         return values
     try:
-        return torch.as_tensor(values, dtype=torch.float64)
+        found = torch.as_tensor(values, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
-        expected = "a tensor, a number or a sequence of numbers"
-        raise TypeError(f"{name}: expected {expected}, got {described(values)}") from None
+        kinds = "a tensor, a number or a sequence of numbers"
+        raise TypeError(f"{name}: expected {kinds}, got {described(values)}") from None
+    if torch.compiler.is_compiling():  # which reads no values
+        return found
+    wrong = found[~((found >= 0.0) & (found <= most))]
+    if len(wrong):
+        raise ValueError(f"{name}: expected values {expected}, got {float(wrong[0])}")
+    return found

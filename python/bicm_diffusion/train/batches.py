@@ -17,6 +17,7 @@ from bicm_diffusion.keys import AUGMENTATION, ORDER
 from bicm_kernels import fold_in, uniform
 
 Collate = Callable[[list[Any]], Any]
+_END = object()
 CPU = torch.device("cpu")
 
 
@@ -32,12 +33,14 @@ class Part:
 def keyed_order(step: int, count: int, *, batch_size: int, seed: int) -> Tensor:
     """Return the samples of a step, int64: an epoch is a keyed permutation less its incomplete last batch.
 
-    With fewer samples than a batch, every step takes all of them.
+    With fewer samples than a batch, every step takes all of them. Raises ValueError for a batch size below 1.
 
     >>> epoch = [keyed_order(step, 7, batch_size=2, seed=0) for step in range(3)]
     >>> len(torch.cat(epoch).unique())
     6
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     per_epoch = max(1, count // batch_size)
     first = step % per_epoch * batch_size
     return _permutation(count, seed, step // per_epoch)[first : first + batch_size].clone()  # it is kept for others
@@ -66,7 +69,8 @@ class Batches:
     """The batches of one process of a run, from any step on.
 
     order: the samples of a step, whose numbers are their ids; None for `keyed_order`. Of an `IterableDataset`, sample
-    k is the k-th that it yields, restarted at its end; a process skips the samples of others.
+    k is the k-th that it yields, restarted at its end; a process reads and skips the samples of others and, after a
+    checkpoint, those of earlier steps.
     """
 
     dataset: Dataset[Any]
@@ -129,7 +133,7 @@ class Batches:
         return iter(loader)
 
     def _streamed(self, first: int, parts: Iterable[tuple[int, Tensor]], collate: Collate) -> Iterator[Any]:
-        stream, at = _endless(self.dataset), first * self.batch_size
+        stream, at = _endless(self.dataset, int(fold_in(self.seed, AUGMENTATION))), first * self.batch_size
         next(islice(stream, at, at), None)
         for step, ids in parts:
             offset = int((ids[0] - step * self.batch_size) % 2**32)
@@ -139,14 +143,19 @@ class Batches:
             yield collate(list(islice(stream, len(ids))))
 
 
-def _endless(dataset: Dataset[Any]) -> Iterator[Any]:
+def _endless(dataset: Dataset[Any], seed: int) -> Iterator[Any]:
+    """The items of a stream, again and again; what it draws for the k-th is a function of (seed, k)."""
+    begun, count, items = -1, 0, iter(())
     while True:
-        empty = True
-        for item in dataset:  # type: ignore[attr-defined]
-            empty = False
-            yield item
-        if empty:
-            raise ValueError("dataset: expected at least one sample, got none")
+        with draws_alike(int(fold_in(seed, count)), CPU)():
+            item = next(items, _END)
+            if item is _END:
+                if count == begun:
+                    raise ValueError("dataset: expected at least one sample, got none")
+                begun, items = count, iter(dataset)
+                continue
+        count += 1
+        yield item
 
 
 class _Sampler:

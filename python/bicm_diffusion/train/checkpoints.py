@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,14 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def saved_step(path: str | Path) -> int:
-    """Return the number of steps taken at a checkpoint."""
+    """Return the number of steps taken at a checkpoint.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(Path(folder, "run.safetensors"), {"x": torch.ones(1)}, {"step": "3"})  # as `train` does
+    ...     saved_step(f"{folder}/run.safetensors")
+    3
+    """
     return int(read_metadata(Path(path))["step"])
 
 
@@ -55,6 +62,9 @@ def checked_notes(notes: Mapping[str, Any] | None) -> dict[str, Any]:
     taken = sorted({*OWN, "options"} & {*(notes or {})})
     if taken:
         raise ValueError(f"notes: expected names other than {taken[0]!r}, which checkpoints have themselves")
+    unnamed = [name for name in notes or {} if not isinstance(name, str)]
+    if unnamed:
+        raise ValueError(f"notes: expected names that are strings, got {unnamed[0]!r}")
     try:
         json.dumps(notes, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -67,17 +77,15 @@ def tensors_of(
 ) -> dict[str, Tensor]:
     """Return the state that a run's next step depends on, by name; collective over all processes.
 
-    kept: False drops sharded tensors once they are gathered; True moves them to the host, so that no more than one is
-    whole on a device.
+    kept: False drops every tensor once it is gathered; True moves it to the host, so that no more than one is whole on
+    a device.
     Raises TypeError for state that is not a tensor, which files cannot store.
     """
     found: dict[str, Tensor] = {}
 
     def take(name: str, x: Tensor) -> None:
-        gathered = whole(x)
-        if gathered is x:
-            found[name] = x
-        elif kept:
+        gathered = whole(x)  # by all processes
+        if kept:
             found[name] = gathered.cpu()
 
     for prefix, module in modules.items():
@@ -106,35 +114,54 @@ def load(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Op
     with extra("diffusion"):
         from safetensors import safe_open
     with safe_open(str(path), framework="pt") as file:
-        names = set(file.keys())
+        for prefix, module in modules.items():
+            _check_fits(path, prefix, module, file)
         with torch.no_grad():
             for prefix, module in modules.items():
-                _fill(path, prefix, module, names, file.get_tensor)
+                _fill(prefix, module, file)
         states: dict[int, dict[str, Tensor]] = {}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for name in sorted(name for name in names if name.startswith("optimizer.")):
+        for name in sorted(name for name in file.keys() if name.startswith("optimizer.")):  # noqa: SIM118
             _, index, key = name.split(".", 2)
             x, parameter = file.get_tensor(name), parameters[int(index)]
-            states.setdefault(int(index), {})[key] = spread(x, parameter) if x.shape == parameter.shape else x
+            states.setdefault(int(index), {})[key] = _laid_out(x, parameter) if x.shape == parameter.shape else x
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
 
 
-def _fill(path: Path, prefix: str, module: nn.Module, names: set[str], read: Callable[[str], Tensor]) -> None:
+def _laid_out(x: Tensor, parameter: Tensor) -> Tensor:
+    """A moment like its parameter: fused optimizers take both to have the same strides."""
+    if hasattr(parameter, "full_tensor"):
+        return spread(x, parameter)
+    return torch.empty_like(parameter, dtype=x.dtype, requires_grad=False).copy_(x)
+
+
+def _check_fits(path: Path, prefix: str, module: nn.Module, file: Any) -> None:
+    """Raise ValueError unless a file has the tensors of a module, of the same shapes and dtypes."""
     state = module.state_dict()
     wanted = {f"{prefix}.{name}" for name in state}
-    there = {name for name in names if name.startswith(f"{prefix}.")}
+    there = {name for name in file.keys() if name.startswith(f"{prefix}.")}  # noqa: SIM118
     if wanted != there:
         raise ValueError(f"checkpoint: {path} is of another network: {sorted(wanted ^ there)[:3]} differ")
     for name, x in state.items():
-        saved = read(f"{prefix}.{name}")
+        if name.endswith("_extra_state"):
+            continue
+        part = file.get_slice(f"{prefix}.{name}")
+        shape = tuple(part.get_shape())
+        dtype = (part[:0] if shape else file.get_tensor(f"{prefix}.{name}")).dtype
+        if (shape, dtype) != (tuple(x.shape), x.dtype):
+            raise ValueError(
+                f"checkpoint: {path} is of another network: {name} is {dtype} of shape {shape}, "
+                f"expected {x.dtype} of shape {tuple(x.shape)}"
+            )
+
+
+def _fill(prefix: str, module: nn.Module, file: Any) -> None:
+    for name, x in module.state_dict().items():
+        saved = file.get_tensor(f"{prefix}.{name}")
         if name.endswith("_extra_state"):  # what a module makes of its state: the tensor is a copy
             module.load_state_dict({name: saved.to(x.device)}, strict=False)
-            continue
-        if saved.shape != x.shape:
-            raise ValueError(
-                f"checkpoint: {path} is of another network: {name} is {tuple(saved.shape)}, expected {tuple(x.shape)}"
-            )
-        x.copy_(spread(saved, x))
+        else:
+            x.copy_(spread(saved, x))
 
 
 def check_same(path: Path, metadata: Mapping[str, str], wanted: Mapping[str, Any]) -> None:

@@ -18,6 +18,10 @@ def scalar_log(directory: str | Path | None) -> Iterator[Log | None]:
     """Yield a function of (name, value, step) that writes to `directory`, or None where there is none.
 
     Raises ImportError with the command to install it where TensorBoard is missing.
+
+    >>> with scalar_log(None) as log:  # scalar_log("runs/1") writes there; train(…, log=log)
+    ...     log is None
+    True
     """
     if directory is None:
         yield None

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
+
+from bicm_diffusion.described import described
 
 CHOICES = {
     "optimizer": ("radam", "adamw", "lion"),
     "decay": ("constant", "cosine"),
     "precision": ("float32", "bfloat16"),
 }
+_WHOLE = ("steps", "batch_size", "seed", "micro_batch", "warmup")
+_REAL = ("learning_rate", "weight_decay", "clip", "ema")
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class TrainingOptions:
     clip: the maximum norm of the gradient, None for no limit. precision: "bfloat16" runs the loss under autocast.
     ema: decay of the averaged weights, in [0, 1]; ema_warmup: whether it starts lower, see `update_average`.
     compiled: whether the network is compiled by torch.compile.
-    Raises ValueError for a value out of range.
+    NumPy's numbers become Python's. Raises TypeError for a value of another kind, ValueError for one out of range.
 
     >>> TrainingOptions(steps=10, batch_size=4, optimizer="adamw").learning_rate_at(0)
     0.0001
@@ -49,6 +55,9 @@ class TrainingOptions:
     compiled: bool = False
 
     def __post_init__(self) -> None:
+        for names, kind, what, plain in ((_WHOLE, Integral, "an int", int), (_REAL, Real, "a number", float)):
+            for name in names:
+                self._convert(name, kind, what, plain)
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -61,6 +70,19 @@ class TrainingOptions:
             raise ValueError(f"warmup: expected at least 0 steps, got {self.warmup}")
         if not 0 <= self.ema <= 1:
             raise ValueError(f"ema: expected a value in [0, 1], got {self.ema}")
+        try:
+            json.dumps(dict(self.optimizer_args), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"optimizer_args: expected values that JSON can hold, got {error}") from None
+
+    def _convert(self, name: str, kind: type, what: str, plain: Callable[[Any], int | float]) -> None:
+        """Check a number's kind, and make it one that checkpoints can hold."""
+        value = getattr(self, name)
+        if value is None and name in ("micro_batch", "clip"):
+            return
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected {what}, got {described(value)}")
+        object.__setattr__(self, name, plain(value))
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""

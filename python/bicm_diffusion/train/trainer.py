@@ -72,7 +72,8 @@ class Trainer:
         the loss, is the network, or DistributedDataParallel around it.
     dataset: any of torch.utils.data. One with indices is read in the order of `keyed_order`, or of
         `order`, a function from a step to its samples' indices; the index is the sample's id. Random numbers that a
-        sample takes from torch's own generator are keyed by (seed, step, index), in worker processes too.
+        sample takes from torch's own generator are keyed by (seed, step, index), in worker processes too; those of a
+        stream by (seed, number of the sample). Resuming reads a stream from its start.
     loss: called as loss(model, batch, step) -> an object with `.total` and `.terms`, of samples as `collate`
         (torch's own where None) makes them of the dataset's, on the device; `step` is a `Step`. Totals are means over
         samples. Its draws from torch's generator are keyed by (seed, step, process, micro-batch).
@@ -84,7 +85,8 @@ class Trainer:
         them.
 
     The loss and its gradient do not depend on the number of processes and micro-batches, up to rounding, where the loss
-    draws only by `Step.key`. Dropout is the exception: torch draws its masks by position.
+    draws only by `Step.key`. Dropout is the exception: torch draws its masks by position, and objectives key them by a
+    micro-batch's first sample.
     Raises ValueError for a batch size that is not divisible by the number of processes, and for notes of other kinds.
     """
 
@@ -121,6 +123,7 @@ class Trainer:
         self.network = network.to(self.processes.device)
         self.processes.agree(self.network)
         self.average = copy.deepcopy(self.network) if average is None else average.to(self.processes.device)
+        self.processes.agree(self.average)
         self.average.requires_grad_(False).eval()
         self.model = self.processes.wrapped(self.network, parallel, blocks, parallel_args or {})
         if parallel == "fsdp2":
@@ -133,7 +136,8 @@ class Trainer:
     def advance(self) -> Loss:
         """Take one of the run's steps and return its loss, as means over the whole batch of all processes.
 
-        Raises StopIteration after the last step of the run.
+        Raises StopIteration after the last step of the run, and TypeError for a loss without `.total` and `.terms` of
+        tensors.
         """
         # Kept once the step is taken: after an exception the next call repeats it, with the same samples.
         source, self._source = self._source or self.batches.since(self.step, self.options.steps), None
@@ -169,10 +173,12 @@ class Trainer:
         with draws_alike(key, CPU)(), draws_alike(key, device)():
             with autocast:
                 loss = self.loss(self.model, batch, step)
-            if not (hasattr(loss, "total") and hasattr(loss, "terms")):
+            terms = getattr(loss, "terms", None)
+            of_tensors = isinstance(terms, Mapping) and all(isinstance(x, Tensor) for x in terms.values())
+            if not (of_tensors and isinstance(getattr(loss, "total", None), Tensor)):
                 raise TypeError(
-                    f"loss: expected an object with .total and .terms, as objectives return, got {described(loss)}; "
-                    "objectives.Loss(total, {name: term}) is one"
+                    "loss: expected an object with .total and .terms of tensors, as objectives return, got "
+                    f"{described(loss)}; objectives.Loss(total, {{name: term}}) is one"
                 )
             weight = part.share * self.processes.count
             torch.autograd.backward(loss.total * weight)
@@ -223,6 +229,9 @@ class Trainer:
         device), and for the figures of reports. report: called with the averaged network every `report_every` steps,
         returns figures by name, on all processes. progress: a bar of tqdm.
         """
+        for name, every in (("checkpoint", checkpoint_every), ("log", log_every), ("report", report_every)):
+            if not every >= 1:
+                raise ValueError(f"{name}_every: expected at least 1 step, got {every}")
         first = self.processes.rank == 0
         means: dict[str, float] = {}
         with _bar(self.options.steps, self.step, shown=progress and first) as bar:
