@@ -39,6 +39,14 @@ class NotRunError(Exception):
     """A step cannot run on this machine; why, in a sentence."""
 
 
+class StoppedError(RuntimeError):
+    """A step failed, but not before it found something."""
+
+    def __init__(self, why: str, found: dict[str, Any]) -> None:
+        super().__init__(why)
+        self.found = found
+
+
 @dataclass
 class Step:
     """What became of a step: its status, why it is not passed, and what it found."""
@@ -270,9 +278,18 @@ def figures(machine: Machine) -> dict[str, Any]:
     """Times of kernels in graphs, of the host apart, of a sampler's loop."""
     machine.needs_card()
     path, most = machine.out / "figures.json", min(400.0, machine.until - time.time() - 20)
+    path.unlink(missing_ok=True)  # of an earlier run
     command = [sys.executable, "-m", "benchmarks.gpu_figures", "--json", str(path), "--seconds", str(most - 30)]
-    machine.run("figures", command, most)
-    return dict(json.loads(path.read_text()))
+    try:
+        machine.run("figures", command, most)
+    except RuntimeError as error:
+        raise StoppedError(str(error), read(path)) from error
+    return read(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The tables that were written; none where there is no file yet."""
+    return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 METRICS = (
@@ -281,13 +298,23 @@ METRICS = (
 )
 
 
+def kernel_names() -> list[str]:
+    """The CUDA kernels' names, as they stand in the sources."""
+    sources = sorted(path for path in (ROOT / "csrc" / "cuda").iterdir() if path.suffix in (".cu", ".h"))
+    # Between the keyword and the name stand the type and the bounds of a launch, whose parentheses are nested.
+    found = (re.findall(r"__global__[^{;]*?\b(\w+_kernel)\(", path.read_text()) for path in sources)
+    return [name for names in found for name in names]
+
+
 def counters(machine: Machine) -> dict[str, Any]:
     """The hardware's counters of every kernel, run once."""
     machine.needs_card()
     command = [tool(machine, "ncu"), "--clock-control", "none", "--metrics", METRICS, "--csv"]
-    command += ["--kernel-name", "regex:(multistep|noise|pair|pseudo_huber|gradient|resident|cluster|reversible|scale)"]
+    command += ["--kernel-name", f"regex:({'|'.join(kernel_names())})"]
     machine.run("counters", [*command, sys.executable, "-m", "benchmarks.gpu_figures", "--once"], 150)
-    return {"figures": f"{machine.out / 'counters.log'}"}
+    log = machine.out / "counters.log"
+    uncounted = [name for name in kernel_names() if not re.search(rf"\b{name}\b", log.read_text(errors="replace"))]
+    return {"figures": str(log), "not counted": ", ".join(uncounted) or "none"}
 
 
 Run = Callable[[Machine], dict[str, Any]]
@@ -324,7 +351,7 @@ def run_steps(steps: dict[str, Run], machine: Machine) -> Iterator[Step]:
         except NotRunError as error:
             step.status, step.why = "not run", str(error)
         except (RuntimeError, OSError, ValueError) as error:
-            step.status, step.why = "failed", str(error)
+            step.status, step.why, step.found = "failed", str(error), getattr(error, "found", {})
         step.seconds = round(time.time() - begun, 1)
         print(f"{name}: {step.status}, {step.seconds} s{', ' + step.why if step.why else ''}", flush=True)
         yield step
@@ -337,6 +364,7 @@ def table(parts: dict[str, list[dict[str, Any]]]) -> str:
     for part, step in sorted(rows, key=lambda row: STATUSES.index(row[1]["status"]) != 1):
         short = {name: value for name, value in step["found"].items() if not isinstance(value, list)}
         note = step["why"].partition("\n")[0] or ", ".join(f"{name}: {value}" for name, value in short.items())
+        note = note.replace("\n", "; ")
         lines.append(f"| {part} | {step['name']} | {step['status']} | {step['seconds']} | {note} |")
     for _, step in rows:
         for name, found in step["found"].items():

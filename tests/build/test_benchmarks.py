@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from benchmarks import documents, gpu_check, gpu_figures, overhead, report
+from benchmarks import documents, overhead, report
 from benchmarks.__main__ import main
 from benchmarks.cases import Case, opened, shape_of
 from benchmarks.measurement import DTYPES, Measurement, copy_of, measure
@@ -26,7 +20,6 @@ from benchmarks.timing import CLOCKS, QUICK, Timing, interleave, summary
 
 ALL_CASES = {case.name: case for cases in FAMILIES.values() for case in cases}
 CASES = {name: case for name, case in ALL_CASES.items() if case.installed}
-NO_TESTS_COLLECTED = 5
 
 # Tensors read plus tensors written, counted by hand, times 4 bytes times 3,072 elements.
 FLOAT32_BYTES = {
@@ -243,87 +236,3 @@ def test_wrong_arguments(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
-
-
-def test_gpu_check_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every step says in a sentence why it is not run, and the others run all the same."""
-    monkeypatch.setattr(gpu_check, "question", lambda *_: "torch 2.11.0 sees none")
-    assert gpu_check.main(["figures", "--out", str(tmp_path)]) == 1
-    steps = {"steps": lambda _: {"tests": 3}, "tests": gpu_check.triton_tests}
-    steps["tool"] = lambda machine: gpu_check.tool(machine, "no-such")
-    steps["fault"] = lambda machine: machine.run("fault", [sys.executable, "-c", "raise SystemExit('a reason')"], 20)
-    monkeypatch.setitem(gpu_check.PARTS, "triton", steps)
-    assert gpu_check.main(["triton", "--out", str(tmp_path)]) == 1
-    parts = json.loads((tmp_path / "results.json").read_text())["parts"]
-    found = {step["name"]: (step["status"], step["why"]) for steps in parts.values() for step in steps}
-    needs_card = ("not run", "needs a GPU: torch 2.11.0 sees none")
-    assert found["figures"] == found["hardware counters"] == found["tests"] == needs_card
-    assert found["tool"] == ("not run", "needs no-such, which is not on the PATH")
-    assert found["steps"] == ("passed", "")
-    assert found["fault"][0] == "failed"
-    assert "its status was 1" in found["fault"][1]
-    assert "a reason" in found["fault"][1]
-    table = (tmp_path / "results.md").read_text().splitlines()
-    order = ["fault", "figures", "hardware counters", "steps", "tests", "tool"]
-    assert [line.split(" | ")[1] for line in table[2:]] == order
-
-
-def test_gpu_check_stops_what_takes_too_long(tmp_path: Path) -> None:
-    machine = gpu_check.Machine(tmp_path, time.time() + 60, "", dict(os.environ))
-    with pytest.raises(RuntimeError, match="it was stopped after 1 s"):
-        machine.run("slow", [sys.executable, "-c", "import time; time.sleep(60)"], 1)
-
-
-def test_gpu_check_counts_by_reports(tmp_path: Path) -> None:
-    report = tmp_path / "report.xml"
-    report.write_text('<testsuites><testsuite tests="9" failures="1" errors="2" skipped="3"/></testsuites>')
-    assert gpu_check.counted([report, tmp_path / "none.xml"]) == {"passed": 3, "failed": 3, "skipped": 3}
-
-
-@pytest.mark.slow
-def test_gpu_check_collects_its_tests_in_a_fresh_clone() -> None:
-    """Without the emulator's module, which `make gpu-check` does not build, and without any plug-in."""
-    command = gpu_check.pytest_command("0/1", "not triton", os.devnull)
-    command += ["--collect-only", "-o", "pythonpath=. python"]
-    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = subprocess.run(command, cwd=gpu_check.ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == (0 if torch.cuda.is_available() else NO_TESTS_COLLECTED), done.stdout
-    files = (gpu_check.ROOT / "tests").rglob("*.py")
-    marked = [path for path in files if re.search(r"pytest\.mark\.gpu\b", path.read_text())]
-    assert marked
-    assert all(path.parent == gpu_check.ROOT / gpu_check.TESTS for path in marked)
-
-
-class Host(gpu_figures.Clock):
-    """Times calls where there is no GPU."""
-
-    def graph(self, calls: Sequence[Callable[[], object]]) -> float:
-        return self.host(calls[0], 1)
-
-    def host(self, call: Callable[[], object], count: int = 1) -> float:
-        call()
-        return 1.0
-
-    def wait(self) -> None:
-        pass
-
-    def operations(self, call: Callable[[], object]) -> int:
-        call()
-        return 1
-
-
-def test_gpu_figures_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU: on a machine without a GPU nothing else would run these lines."""
-    for name, value in {"DEVICE": "cpu", "SHAPES": ((2, 3, 8, 8),) * 5, "LOSS_SHAPES": ((2, 3, 8, 8),) * 3}.items():
-        monkeypatch.setattr(gpu_figures, name, value)
-    monkeypatch.setattr(gpu_figures, "ROTATED", 1)
-    monkeypatch.setattr(gpu_figures, "bounds", lambda clock: [{"copy TB/s": 3.0}])
-    monkeypatch.setattr(gpu_figures, "loops", partial(gpu_figures.loops, steps=2, side=8))
-    found = gpu_figures.measured(Host(rounds=1), 1e6, compile_too=False)
-    cases = [case for name in gpu_figures.OPS for case in FAMILIES[name]]
-    shapes = sum(3 if case.trains else 5 for case in cases)
-    assert len(found["kernels, µs"]) == 2 * shapes
-    assert len(found["host, µs a call"]) == len(cases) + 1
-    rows = [row for table in found.values() if isinstance(table, list) for row in table]
-    assert not [row for row in rows if any("failed" in name for name in row)]
-    gpu_figures.once()

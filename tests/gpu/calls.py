@@ -164,6 +164,14 @@ LOSSES |= {
 
 CALLS = EXACT | LOSSES
 
+#: What is never direct: one op has no such function, others are derivatives of what has none.
+NOT_DIRECT = ("fold_in", "denoise backward", "gaussian_log_prob", "gaussian_log_prob, all", "gaussian_kl")
+
+
+def some_op_took(taken: list[tuple[str, bool]]) -> bool:
+    """Whether a direct function took an op's call: the one that scales kept gradients takes those of every op."""
+    return any(took for name, took in taken if name != "scale_gradients_")
+
 
 def on_another_stream(call: Call, inputs: list[Tensor]) -> Results:
     """The results of a call on a stream where its inputs come late: a launch elsewhere would read them too early."""

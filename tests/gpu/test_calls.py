@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from calls import CALLS, DTYPES, EXACT, states
+from calls import CALLS, DTYPES, EXACT, NOT_DIRECT, some_op_took, states
 from loops import LOOPS, ROUND_TRIPS, opened, start
 from torch import Tensor
 
@@ -26,6 +26,15 @@ def test_every_call_runs(same_bits: Callable[[Tensor, Tensor], None], name: str)
                 same_bits(actual, wanted)
             else:
                 assert torch.allclose(actual.double(), wanted.double(), rtol=2e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_direct(taken: list[tuple[str, bool]], name: str) -> None:
+    """On GPUs the same calls are, under BICM_KERNELS_DIRECT=cuda."""
+    for dtypes in DTYPES.values():
+        taken.clear()
+        CALLS[name](states((3, 67), dtypes, "cpu"))
+        assert some_op_took(taken) == (name not in NOT_DIRECT)
 
 
 @pytest.mark.filterwarnings("ignore::bicm_diffusion.InexactInversionWarning")

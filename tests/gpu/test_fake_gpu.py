@@ -20,7 +20,9 @@ from calls import DTYPES, EXACT
 from loops import FLOATS, opened
 
 from bicm_kernels import backend
+from tests.support import calls
 from tests.support.diffusers_cases import CASES, Case, model_input, name_of, pair
+from tests.support.gpu_comparison import WITH_NUMBERS
 
 GPU = torch.device("cuda", 0)
 #: Without a GPU no derivative is recorded on its tensors, and no part of them is taken.
@@ -36,6 +38,16 @@ def fake() -> Iterator[Callable[..., Tensor]]:
         yield lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=GPU)
 
 
+@pytest.fixture(params=["auto", "triton"])
+def each_fake(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU, and one whose Triton is forced: ops on the CPU raise there."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setattr(backend, "_devices", lambda: ["cpu", "cuda"])
+    with backend.use(request.param), FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
 def on_the_gpu(results: Any) -> bool:
     return all(x.device == GPU for x in results)
 
@@ -45,6 +57,14 @@ def on_the_gpu(results: Any) -> bool:
 def test_calls(fake: Callable[..., Tensor], name: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     states = [fake(3, 67, dtype=dtype) for dtype in (dtypes[0], dtypes[0], dtypes[1], dtypes[1])]
     assert on_the_gpu(CALLS[name](states))
+
+
+@pytest.mark.parametrize(("name", "k"), WITH_NUMBERS)
+@pytest.mark.usefixtures("each_fake")
+def test_numbers_on_the_cpu(name: str, k: int) -> None:
+    call = calls.with_host_numbers(calls.CALLS[name][k], torch.float16, lambda x: x.to(GPU))
+    where = {"device": GPU} if name in ("normal", "uniform") else {}
+    assert on_the_gpu(calls.opened(calls.op_of(name)(**call, **where)))
 
 
 @pytest.mark.parametrize("name", LOOPS)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from bits import assert_same
 
-from bicm_kernels import reference
+import bicm_kernels as bk
+from bicm_kernels import backend, reference
 
 triton = pytest.importorskip("triton")
 
@@ -146,3 +147,16 @@ def test_fold_in_is_the_references(seed: torch.Tensor, data: torch.Tensor) -> No
 def test_wrong_arguments_raise(out: torch.Tensor, key: tuple[int | torch.Tensor, ...]) -> None:
     with pytest.raises(RuntimeError, match="bicm_kernels: "):
         OPS["normal"](out, *key)
+
+
+@pytest.mark.parametrize("sample_id", [2**32, -1])
+def test_ids_of_no_samples_are_checked_too(sample_id: int) -> None:
+    """As by the native library; the largest id is one also where no sample has it."""
+    with pytest.raises(RuntimeError, match="sample_id must be in"):
+        OPS["normal"](torch.empty(0, 4), 1, 0, sample_id)
+    assert OPS["normal"](torch.empty(0, 4), 1, 0, 2**32 - 1) is None
+
+
+def test_the_public_function_names_an_id_out_of_range_of_an_empty_batch() -> None:
+    with backend.use("triton"), pytest.raises(ValueError, match=r"sample_id must be in \[0, 2\*\*32\), got 4294967296"):
+        bk.normal((0, 4), seed=1, sample_id=2**32)
