@@ -170,6 +170,11 @@ def compare(counts: Counts, limits: Counts) -> list[Comparison]:
     ]
 
 
+def writable(row: Comparison, others: set[str]) -> bool:
+    """Whether a count of an environment that differs in `others` may become a limit: a new one, or the same there."""
+    return row.limit is None or not others & {*SECTIONS[row.section].needs}
+
+
 def replace_rows(limits: Counts, rows: Iterable[Comparison]) -> None:
     """Take the counts of these rows as limits; remove those that are not counted any more."""
     for row in rows:
@@ -199,7 +204,9 @@ def has_avx2() -> bool:
 
 @click.command()
 @click.option("--update", is_flag=True, help="Print what changed, and write today's counts as the limits.")
-@click.option("--only", multiple=True, help="With --update: only the rows of a section, or those named so.")
+@click.option(
+    "--only", multiple=True, help="With --update: only the rows of a section, or those named so; elsewhere new ones."
+)
 @click.option("--all", "show_all", is_flag=True, help="Print every count, not only the changed ones.")
 def main(update: bool, only: tuple[str, ...], show_all: bool) -> None:
     """Compare the instructions of every op's call and loop with the table of limits."""
@@ -215,23 +222,27 @@ def main(update: bool, only: tuple[str, ...], show_all: bool) -> None:
     table: dict[str, Any] = json.loads(LIMITS.read_text()) if LIMITS.exists() else {"environment": today, "limits": {}}
     if only and not update:
         raise click.ClickException("--only goes with --update")
-    if only and table["environment"] != today:
-        raise click.ClickException("the other limits are from another environment: --update without --only writes all")
+    others = {name for name, value in today.items() if value != table["environment"].get(name)}
     if update:
         changed = [row for row in compare(counts, table["limits"]) if row.count != row.limit]
-        limits = counts
+        limits, made = counts, today
         if only:
-            changed = [row for row in changed if any(x in row.name or x == row.section for x in only)]
-            limits = table["limits"]
+            asked = [row for row in changed if any(x in row.name or x == row.section for x in only)]
+            changed = [row for row in asked if writable(row, others)]
+            limits, made = table["limits"], table["environment"]
+            if kept := len(asked) - len(changed):
+                message = f"{kept} limits are from another {', '.join(sorted(others))} and stay"
+                if not changed:
+                    raise click.ClickException(f"{message}: --update without --only writes all")
+                click.echo(message)
             replace_rows(limits, changed)
         for row in changed:
             if row.fault or abs(row.change) > NOTABLE:
                 click.echo(line(row))
-        LIMITS.write_text(json.dumps({"environment": today, "limits": limits}, indent=1, sort_keys=True) + "\n")
+        LIMITS.write_text(json.dumps({"environment": made, "limits": limits}, indent=1, sort_keys=True) + "\n")
         click.echo(f"{LIMITS.name}: {len(changed)} of {sum(map(len, limits.values()))} limits are new")
         return
 
-    others = {name for name, value in today.items() if value != table["environment"].get(name)}
     rows = compare(counts, table["limits"])
     for name in sorted(others):
         click.echo(f"another {name} than the table's: {today[name]!r}, not {table['environment'].get(name)!r}")

@@ -52,7 +52,7 @@ def ict_loss(network: nn.Module, x: Tensor, ids: Tensor, table: LevelTable, *, e
     """The mean of d(f(x_high), sg f(x_low)) / (t_high - t_low) over a batch (iCT; BCM eq. 5)."""
     key = {"seed": SEED, "step": epoch, "sample_id": ids}
     levels = draw_levels(table, len(x), **key)
-    low, high = (t.to(x.device, torch.float32) for t in levels[:2])
+    low, high = (t.float() for t in levels[:2])
     # Both come out multiplied by c_in, as the network takes them; x + t·n itself is never stored.
     x_low, x_high = bk.noisy_pair(x, low, high, **key, sigma_data=SIGMA_DATA)
     options = {"parameterization": "cm", "sigma_data": SIGMA_DATA, "scaled": True}
@@ -99,12 +99,11 @@ def train(
         total = torch.zeros((), device=device)
         steps = batches(len(data), batch, epoch, rank, world)
         for i, ids in enumerate(steps):
-            parts = ids.split(micro_batch)
+            parts = ids.to(device).split(micro_batch)
             for k, part in enumerate(parts):
                 last = k == len(parts) - 1
                 with nullcontext() if last or world == 1 else model.no_sync():
-                    ids_here = part.to(device)
-                    loss = ict_loss(model, data[ids_here], ids_here, table, epoch=epoch) * (len(part) / len(ids))
+                    loss = ict_loss(model, data[part], part, table, epoch=epoch) * (len(part) / len(ids))
                     loss.backward()
                 total += loss.detach()
             optimizer.step()

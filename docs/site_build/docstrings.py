@@ -52,4 +52,5 @@ class Docstrings(griffe.Extension):
         if not SECTION.search(before):
             before = listed(before)
         value = before + mark + after
+        value = value.replace("  # doctest: +SKIP", "")
         obj.docstring.value = EXAMPLE.sub(lambda found: f"```pycon\n{found[0]}\n```", value)

@@ -1,6 +1,7 @@
 """Pages link to files of the repository, as `../examples/…`, for readers of the source; the site shows their names.
 
-Pages that include a file of the root (`CONTRIBUTING.md`, `CHANGELOG.md`) are not changed: those files link to nothing.
+Pages that include a file of the root (`CONTRIBUTING.md`, `CHANGELOG.md`) link to it, because hosts of repositories do
+not include it. It is included after this hook, unchanged: those files link to nothing outside of themselves.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,37 @@ import pytest
 from tests.evidence import ladder, resources
 from tests.evidence.document import written
 
+ROOT = Path(__file__).parents[2]
 STALE = "run `make evidence`"
 
 
 def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_the_command_says_which_tables_it_writes() -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tests.evidence", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    helped = run("--help")
+    assert helped.returncode == 0 and "pipelines" in helped.stdout
+    assert "no tables of these names: another" in run("another").stderr
+
+
+def test_the_readme_has_the_launches_of_the_table() -> None:
+    """The ranges of its first sentence are those of diffusers' steps, and of those with a denoiser."""
+    text = " ".join((ROOT / "README.md").read_text().split())
+
+    def ranges(kind: str) -> list[tuple[int, int]]:
+        rows = [row[1:] for row in cells(written("steps")) if kind in row[0]]
+        return [(min(map(int, column)), max(map(int, column))) for column in zip(*rows, strict=True)]
+
+    (least, most), ours = ranges("diffusers")
+    assert ours == (1, 3)
+    assert f"step of {least} to {most} tensor operations becomes one to three kernel launches" in text
+    (few, many), (least, most) = ranges("with its denoiser")
+    assert f"with its denoiser {least} to {most} instead of {few} to {many}" in text
 
 
 def test_the_ladder_names_tests_that_exist() -> None:

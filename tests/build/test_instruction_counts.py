@@ -176,8 +176,26 @@ def test_rows_of_two_environments_are_not_mixed(
 ) -> None:
     before = instruction_counts.LIMITS.read_text()
     monkeypatch.setattr(instruction_counts, "environment", lambda library: HERE | {"torch": "another"})
+    measured["calls"]["a"] = 130.0
     assert run("--update", "--only", "a")[0] == 1
     assert instruction_counts.LIMITS.read_text() == before
+
+
+def test_another_environment_adds_the_rows_that_have_no_limit(
+    measured: instruction_counts.Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = json.loads(instruction_counts.LIMITS.read_text())
+    monkeypatch.setattr(instruction_counts, "environment", lambda library: HERE | {"torch": "another"})
+    for section in SECTIONS:
+        measured[section] |= {"a": 130.0, "a_new": 7.0}
+    status, printed = run("--update", "--only", "a")
+    assert status == 0
+    assert "3 limits are from another torch and stay" in printed
+    table = json.loads(instruction_counts.LIMITS.read_text())
+    assert table["environment"] == before["environment"]
+    assert all(limits["a_new"] == 7.0 and limits["b"] == 50.0 for limits in table["limits"].values())
+    own = {section for section, limits in table["limits"].items() if limits["a"] == 100.0}
+    assert own == {section for section in SECTIONS if "torch" in SECTIONS[section].needs}
 
 
 @pytest.mark.parametrize(
@@ -235,6 +253,18 @@ def test_the_table_has_a_limit_for_every_call_and_loop() -> None:
     assert set(limits["calls through the dispatcher"]) < set(limits["calls"])
     assert set(limits["calls on GPUs"]) == set(ON_GPU) < set(limits["calls"])
     assert all(limit > 0 for section in limits.values() for limit in section.values())
+
+
+def test_the_contributors_table_is_of_these_limits() -> None:
+    """`make counts` holds calls to the limits; the table shows some of them."""
+    text = (Path(instruction_counts.ROOT) / "CONTRIBUTING.md").read_text()
+    limits = json.loads(LIMITS.read_text())["limits"]
+    shown = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+ \| [\d.]+ \| [\d.]+) \|$", text, re.MULTILINE))
+    assert len(shown) == 7
+    sections = ("calls", "calls through the dispatcher", "calls on GPUs")
+    assert shown == {name: " | ".join(f"{limits[x][name] / 1000:.1f}" for x in sections) for name in shown}
+    shares = [limits["calls"][name] / limits["calls through the dispatcher"][name] for name in shown]
+    assert f"takes {min(shares):.0%} to {max(shares):.0%} of".replace("%", "", 1).replace("%", " %") in text
 
 
 def test_every_op_is_called() -> None:
