@@ -19,7 +19,7 @@ kept_bytes = 256 << 20
 #: Triton's kernels by the device they are registered for.
 registrations: dict[str, torch.library.Library] = {}
 
-_HERE = Path(__file__).resolve().parent
+_HERE = Path(__file__).parent.resolve()
 _OLDEST_TRITON, _OLDEST_TRITON_ELSEWHERE = (3, 5), (3, 6)
 
 
@@ -27,15 +27,16 @@ def native_cpu() -> str:
     """Load the C++ library; returns what runs. Like all loaders it raises ImportError with the reason if it cannot."""
     spec = importlib.util.find_spec("bicm_kernels._C")
     # An editable installation of another source tree offers that one's library.
-    if spec is None or Path(spec.origin or "").resolve().parent != _HERE:
-        raise ImportError(_why_there_is_no_library())
+    found = None if spec is None else Path(spec.origin or "").parent.resolve()
+    if found != _HERE:
+        raise ImportError(_why_there_is_no_library(found))
     library = importlib.import_module("bicm_kernels._C")
     library.keep_memory(kept_bytes)
     return f"C++, {library.instruction_set()}"
 
 
-def _why_there_is_no_library() -> str:
-    others = (Path(entry, "bicm_kernels").resolve() for entry in sys.path)
+def _why_there_is_no_library(found: Path | None) -> str:
+    others = [*(Path(entry, "bicm_kernels").resolve() for entry in sys.path), *([] if found is None else [found])]
     other = next((path for path in others if path != _HERE and (path / "_C.abi3.so").is_file()), None)
     if other is None:
         return "the native library was not built: install with a C++ compiler"

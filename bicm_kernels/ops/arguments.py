@@ -7,17 +7,17 @@ The kernels check their arguments in C++ and raise terse errors; after a failure
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
-from numbers import Integral
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from bicm_kernels import backend
-from bicm_kernels.ops.checks import WORD, check_key, describe
+from bicm_kernels.ops.checks import WORD, check_key, describe, is_index
 from bicm_kernels.torch_internals import (
     differs_between_slices,
     dispatch_modes,
@@ -126,6 +126,11 @@ def saveable(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
+def saveables(call: Sequence[Any]) -> list[Any]:
+    """The same for the arguments of a call."""
+    return [saveables(x) if isinstance(x, list | tuple) else saveable(x) for x in call]
+
+
 def plain(values: Sequence[Any]) -> bool:
     """Whether a call holds Python numbers only and is not traced: they are then passed unchanged."""
     return not compiling() and no_tensors(values)
@@ -193,11 +198,16 @@ def counter(value: Any) -> Any:
     """
     if type(value) is int:
         return signed(value)
-    if isinstance(value, Integral):
-        return signed(int(value))
-    if value is not None and not isinstance(value, Tensor | torch.SymInt):
-        raise TypeError("not an integer")
-    return value
+    if value is None or isinstance(value, Tensor | torch.SymInt):
+        return value
+    return signed(operator.index(value))
+
+
+def whole(value: Any) -> Any:
+    """NumPy's integers as Python's; other values unchanged."""
+    if isinstance(value, int | float | Tensor | torch.SymInt) or value is None or not is_index(value):
+        return value
+    return operator.index(value)
 
 
 def integer(value: Integer) -> Tensor:
@@ -216,8 +226,8 @@ def key(seed: Integer | None, step: Integer, sample_id: Integer, like: Tensor) -
         return None, None, None
     batch = like.shape[0]
     plain = type(seed) is type(step) is type(sample_id) is int and -(2**63) <= seed < 2**64
-    # The size of a traced batch is not compared, which would bound it.
-    if plain and 0 <= step < WORD and 0 <= sample_id <= WORD - (0 if compiling() else batch):
+    # The size of an exported batch is not compared, which would bound it.
+    if plain and 0 <= step < WORD and 0 <= sample_id <= WORD - (0 if torch.compiler.is_exporting() else batch):
         if not (compiling() or dispatch_modes()):
             return _kept_integer(seed), _kept_integer(step), _kept_integer(sample_id)
     else:

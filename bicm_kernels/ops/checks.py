@@ -6,6 +6,7 @@ They apply the kernels' rules, and name the argument, what was given and what wa
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Collection, Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -78,8 +79,11 @@ def check_state(
 
 def check_number(name: str, value: object, first: Tensor) -> None:
     """Raise unless ``value`` is a float, a 0-d or a (B,) floating tensor."""
-    if isinstance(value, int) and abs(value) >= 2**1023:
-        raise ValueError(f"{name} must fit into a float, got an int of {value.bit_length()} bits")
+    if isinstance(value, int) and value.bit_length() > 1000:
+        try:
+            float(value)
+        except OverflowError:
+            raise ValueError(f"{name} must fit into a float, got an int of {value.bit_length()} bits") from None
     if not isinstance(value, Tensor):
         if not isinstance(value, Real | torch.SymFloat | torch.SymInt):
             raise TypeError(f"{name} must be a float, a 0-d tensor or a (B,) tensor, got {describe(value)}")
@@ -105,7 +109,7 @@ def check_integer(name: str, value: object, batch: int, device: torch.device, lo
             hint = f"; {name}.long() makes one" if whole else ""
             raise TypeError(f"{name} must be an int or an int64 tensor, got {value.dtype}{hint}")
         check_per_sample(name, value, batch, device)
-    elif not isinstance(value, Integral | torch.SymInt):
+    elif not (isinstance(value, Integral | torch.SymInt) or is_index(value)):
         several = hasattr(value, "__len__") and not isinstance(value, str | bytes)
         hint = f"; torch.as_tensor({name}, dtype=torch.int64) makes one" if several else ""
         if isinstance(value, torch.Generator):
@@ -113,6 +117,22 @@ def check_integer(name: str, value: object, batch: int, device: torch.device, lo
         raise TypeError(f"{name} must be an int or an int64 tensor, got {describe(value)}{hint}")
     else:
         check_range(name, value, low, high)
+
+
+def is_index(value: Any) -> bool:
+    """Whether a value is an integer to Python, as NumPy's integer of no dimensions is."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+def flag(name: str, value: object) -> bool:
+    """A flag as a bool: NumPy's, 0 and 1 too."""
+    if isinstance(value, Tensor | str) or value not in (0, 1):
+        raise TypeError(f"{name} must be a bool, got {describe(value)}")
+    return bool(value)
 
 
 def check_range(name: str, value: object, low: int, high: int) -> None:
@@ -128,16 +148,16 @@ def power(bound: int) -> str:
     return f"{'-' if bound < 0 else ''}2**{round(math.log2(abs(bound)))}"
 
 
-def check_key(seed: object, step: object, sample_id: object, batch: int, device: torch.device) -> None:
+def check_key(seed: object, step: object, sample_id: Any, batch: int, device: torch.device) -> None:
     """Raise unless seed, step and sample_id can key the noise of a batch."""
     if seed is None:
         raise ValueError("seed must be given where noise is drawn (noise_weight is not zero), got None")
     check_integer("seed", seed, batch, device, -(2**63), 2**64)
     check_integer("step", step, batch, device, 0, WORD)
     check_integer("sample_id", sample_id, batch, device, 0, WORD)
-    if isinstance(sample_id, Integral):
-        sample_id = int(sample_id)  # arithmetic on NumPy's integers overflows
-    if isinstance(sample_id, int) and not torch.compiler.is_compiling() and sample_id + batch > WORD:
+    if not isinstance(sample_id, Tensor | torch.SymInt):
+        sample_id = operator.index(sample_id)  # arithmetic on NumPy's integers overflows
+    if isinstance(sample_id, int) and not torch.compiler.is_exporting() and sample_id + batch > WORD:
         raise ValueError(f"sample_id + B must be at most 2**32, got {sample_id} + {batch}")
     per_sample_seed = isinstance(seed, Tensor) and seed.dim() == 1
     if per_sample_seed and (isinstance(sample_id, Tensor) or sample_id != 0):

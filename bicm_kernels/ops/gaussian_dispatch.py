@@ -72,7 +72,7 @@ class Density(Reduction):
         return self.as_tensors(call, [None, *rest])[1:]
 
     def check(self, call: Call, outs: Any) -> None:
-        super().check((*call[:-1], True), outs)
+        super().check(call, outs)
         _check_deviation(self, call)
         check_choice("reduction", call[-1], ADDS_UP)
 

@@ -15,6 +15,7 @@ from bicm_kernels.ops.op import Op
 
 TensorOrPair = Tensor | tuple[Tensor, Tensor]
 
+_NUMBERS = (float, int)
 _BDIA = ("a", "b", "a_last", "b_last", "gamma")
 DDIM_STEP = Op("ddim_step", ("z", "eps"), guided=True, coefficients=("a", "b"))
 BDIA_STEP = Op("bdia_step", ("z_last", "z", "eps"), guided=True, coefficients=_BDIA)
@@ -236,7 +237,7 @@ def denoised_step(
     """
     if seed is not None and noise_weight is UNWEIGHTED:
         arguments.notice_unweighted("denoised_step")
-    if not dynamo() and type(clip) is float and clip < 0.0:
+    if clip is not None and not dynamo() and isinstance(clip, _NUMBERS) and clip < 0.0:
         raise ValueError(f"clip must be at least 0, or None, got {clip}")
     call = (
         tensors,

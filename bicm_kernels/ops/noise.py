@@ -53,7 +53,7 @@ def _empty(shape: Sequence[int], dtype: torch.dtype | None, device: torch.device
     try:
         return torch.empty(shape, dtype=dtype, device=device)
     except RuntimeError:
-        if any(size < 0 for size in shape):
+        if not isinstance(shape, int) and any(size < 0 for size in shape):
             raise ValueError(f"shape must hold sizes of at least 0, got {tuple(shape)}") from None
         raise
     except TypeError:

@@ -15,7 +15,7 @@ from bicm_kernels.ops.multistep import affine_gradient
 from bicm_kernels.ops.op import Op
 from bicm_kernels.ops.preconditioning import target_level
 from bicm_kernels.ops.row import Call
-from bicm_kernels.torch_internals import undisturbed
+from bicm_kernels.torch_internals import transformed
 
 
 @dataclass(eq=False)
@@ -62,7 +62,8 @@ def check_places(x: object, F: object, places: Tensor) -> None:
     if places.shape != x.shape[:1] or places.device != x.device:
         given = checks.describe(places)
         raise ValueError(f"mask must have shape ({x.shape[0]},) and be on {x.device}, got {given}")
-    readable = type(places) is Tensor and places.is_cpu and not arguments.compiling() and undisturbed()
+    traced = arguments.unseen(places) or arguments.scripting() or transformed()
+    readable = type(places) is Tensor and places.is_cpu and not traced
     if readable and len(places) and int(places.max()) >= len(F):
         raise ValueError(f"mask must hold places below {len(F)}, the number of samples in F, got {int(places.max())}")
 

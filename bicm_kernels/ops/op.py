@@ -127,7 +127,11 @@ class Op(Row):
             fallback = arguments.needs_reference(tensors[0], tracked=by_reference)
             if fallback or arguments.unseen(tensors[0]):
                 self.check(call, outs)
-            results = self.reference(call) if fallback else self.launch(call, full, tracked, outs)
+            if fallback:
+                recorded = torch.is_grad_enabled() and not arguments.compiling()
+                results = self.reference(arguments.saveables(call) if recorded else call)
+            else:
+                results = self.launch(call, full, tracked, outs)
             if outs is None:
                 return results
             outputs.write(outs, results, by_reference)
@@ -261,7 +265,8 @@ class Op(Row):
         if self.coefficients:
             named |= zip(self.coefficients, rest.pop(len(self.others)), strict=True)
         names = (*self.others, *self.weights, *["guidance_scale"][: self.guided], *self.numbers, *self.integers)
-        return named | dict(zip((*names, *self.flag_names, *KEY), rest, strict=False))
+        named |= zip((*names, *self.flag_names, *KEY), rest, strict=False)
+        return {name: arguments.whole(value) for name, value in named.items()}
 
     # Checks of a call's arguments.
 
@@ -272,9 +277,6 @@ class Op(Row):
         for name, value in self.labelled(call):
             if value is not None or name not in self.optional:
                 checks.check_number(name, value, first)
-        for flag, value in zip(self.flags, call[self.first_flag : self.first_key], strict=False):
-            if flag.startswith("bool") and not isinstance(value, bool | torch.SymBool):
-                raise TypeError(f"{flag.split()[1]} must be a bool, got {checks.describe(value)}")
         if self.keyed and (call[self.first_key] is not None or not self.noise):
             seed, step, sample_id = call[self.first_key :]
             checks.check_key(seed, step, sample_id, first.shape[0], first.device)

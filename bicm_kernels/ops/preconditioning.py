@@ -202,6 +202,7 @@ def denoise(
     tensor([[1., 1.]])
     """
     target = target_level(parameterization, u, sigma_min)
+    scaled = scaled if type(scaled) is bool else checks.flag("scaled", scaled)
     return DENOISE.call(x, F, t, target, sigma_data, parameterization == "cm", scaled)
 
 

@@ -94,7 +94,8 @@ class LossOp(Reduction):
             try:
                 way, rest, given = GRADIENTS[gradient], (*numbers, *self.codes[names]), tensors
                 for x in tensors:
-                    if x is not None and type(x) is not float and x.is_inference() and torch.is_grad_enabled():
+                    tensor = x is not None and type(x) is not float and isinstance(x, Tensor)
+                    if tensor and x.is_inference() and torch.is_grad_enabled():
                         raise ValueError("torch saves no tensor of inference mode")
                 if type(tensors[-1]) is float and undisturbed():
                     given = (*tensors[:-1], arguments.coefficient(tensors[-1]))

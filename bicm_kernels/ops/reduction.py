@@ -203,7 +203,7 @@ class Reduction(Op):
             if x is not None and (type(x) is not Tensor or x.requires_grad):
                 return None
         kernels = self.kernels["bare"]
-        if tracked and torch.is_grad_enabled():
+        if tracked and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             for x in tensors:
                 if x is not None and x.is_inference():
                     return None  # torch could not save it
@@ -222,11 +222,12 @@ class Reduction(Op):
         if fallback or arguments.unseen(tensors[0]):
             self.check(call, None)
         if fallback:
-            plain: Tensor = self.reference(call)
+            recorded = torch.is_grad_enabled() and not arguments.compiling()
+            plain: Tensor = self.reference(arguments.saveables(call) if recorded else call)
             return plain
         tensors = self.laid_out(tensors)
         states = tensors[: self.states_end]
-        tracked = arguments.requires_grad(*states)
+        tracked = arguments.requires_grad(*states) and not torch.is_inference_mode_enabled()
         # TorchScript finds an overload by its arguments: without a list of tensors, the one with numbers.
         traced = arguments.compiling() or (self.guided and arguments.scripting())
         overload = "default"

@@ -37,10 +37,11 @@ def check_fixed_point(name: str, q: object, first: Tensor | None = None, first_n
         raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {q.dtype}")  # type: ignore[attr-defined]
 
 
-def check_fraction_bits(fraction_bits: object, dtype: torch.dtype) -> None:
+def check_fraction_bits(fraction_bits: Any, dtype: torch.dtype) -> None:
     """Raise unless the grid suits the state."""
     most = FRACTION_BITS[dtype]
-    if not isinstance(fraction_bits, int | torch.SymInt) or isinstance(fraction_bits, bool):
+    whole = isinstance(fraction_bits, int | torch.SymInt) or checks.is_index(fraction_bits)
+    if not whole or isinstance(fraction_bits, bool):
         raise TypeError(f"fraction_bits must be an int, got {checks.describe(fraction_bits)}")
     if not 0 <= fraction_bits <= most:
         raise ValueError(f"fraction_bits must be in [0, {most}] for {dtype} states, got {fraction_bits}")

@@ -100,7 +100,8 @@ class ExactStep(Encode):
         return (*call[:3], weights, *call[4:])
 
     def run(self, call: Call, outs: Any) -> Any:
-        if isinstance(outs, tuple | list) and len(outs) == 2 and outputs.is_same(outs[0], call[2]):
+        given = isinstance(outs, tuple | list) and len(outs) == 2 and isinstance(call[2], Tensor)
+        if given and outputs.is_same(outs[0], call[2]):
             # The buffer is read after the state was written where the ratio is 1.
             call = (*call[:2], call[2].clone(), *call[3:])
         return super().run(call, outs)

@@ -19,7 +19,10 @@ def on_first_use(package: str, names: Sequence[str]) -> tuple[Callable[[str], Mo
     def found(name: str) -> ModuleType:
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return importlib.import_module(f"{package}.{name}")
+        try:
+            return importlib.import_module(f"{package}.{name}")
+        except ImportError as error:  # hasattr and help() expect no other error; `from package import name` raises it
+            raise AttributeError(f"module {package!r} has no attribute {name!r}: {error}") from error
 
     def listed() -> list[str]:
         return sorted({*vars(sys.modules[package]), *names})

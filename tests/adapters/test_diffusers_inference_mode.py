@@ -88,6 +88,29 @@ SOURCES = [
 ]
 
 
+def test_views_of_a_schedule_stay_views() -> None:
+    """Such as the last level's, which is that of the first row."""
+    results, x = [], torch.full((1, 2), 0.25)
+    with torch.inference_mode():
+        for accelerates in (False, True):
+            scheduler: Any = DDIMScheduler(set_alpha_to_one=False)
+            scheduler.set_timesteps(4)
+            scheduler = accelerate_scheduler(scheduler) if accelerates else scheduler
+            scheduler.alphas_cumprod.mul_(0.5)
+            results.append(scheduler.step(x, 0, x).prev_sample)
+    torch.testing.assert_close(*results)
+
+
+def test_timesteps_that_a_caller_holds_are_found_by_their_addresses() -> None:
+    with torch.inference_mode():
+        original = DDIMScheduler()
+        original.set_timesteps(4)
+        held = original.timesteps
+        scheduler: Any = accelerate_scheduler(original)
+        scheduler.step(torch.ones(1, 2), held[0], torch.ones(1, 2))
+        assert [scheduler._tables.timesteps.at(t) for t in held] == held.tolist()
+
+
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize(("cls", "name"), SOURCES)
 def test_an_edited_schedule_is_read_again(cls: Any, name: str, before: bool) -> None:

@@ -78,6 +78,8 @@ def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
             sample_pairs(squares, 2, tmp_path, batch=2, **{**OPTIONS, **given})
     with pytest.raises(ValueError, match=r"sample: expected images \(2, 1, 2, 2\), as its noise is, got \(2, 1, 2\)"):
         sample_pairs(lambda noise: noise[..., 0], 2, tmp_path, batch=2, **OPTIONS)
+    with pytest.raises(TypeError, match=r"sample: expected a tensor \(2, …\), got a list"):
+        sample_pairs(lambda noise: noise.tolist(), 2, tmp_path / "list", batch=2, **OPTIONS)
     for result in ([0.0, 1.0], torch.tensor(1.0)):
         with pytest.raises(TypeError, match=r"sample: expected a tensor \(2, …\), got a"):
             sample_shards(lambda shard, x=result: x, 2, tmp_path / "x", batch=2, settings={}, progress=False)  # type: ignore[misc]

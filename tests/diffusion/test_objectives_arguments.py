@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bicm_diffusion import LevelTable, bct_loss, draw_levels, karras_levels
 from bicm_diffusion.consistency.shared_draws import dropout_key
@@ -80,6 +81,28 @@ def test_levels_are_numbers_above_0(name: str, argument: str) -> None:
     for value, error in (("a", TypeError), (None, TypeError), (-1.0, ValueError), (float("nan"), ValueError)):
         with pytest.raises(error, match=f"{argument}: expected a number"):
             LOSSES[name](**KEY, **{argument: value})
+
+
+def test_settings_may_be_tensors_of_no_dimensions() -> None:
+    for name in ("ict", "bct", "denoising"):
+        found = LOSSES[name](**KEY, sigma_data=torch.tensor(0.5)).total
+        torch.testing.assert_close(found, LOSSES[name](**KEY, sigma_data=0.5).total)
+    found = denoising_loss(one, X, torch.tensor(1.0), **KEY).total
+    torch.testing.assert_close(found, denoising_loss(one, X, torch.ones(3), **KEY).total)
+
+
+def test_traced_draws_and_losses() -> None:
+    times = make_fx(lambda x: draw_ect_times(x.shape[0], stage=0, seed=0, step=0)[0], tracing_mode="symbolic")(X)
+    assert torch.equal(times(X), draw_ect_times(3, stage=0, seed=0, step=0)[0])  # type: ignore[operator]
+
+    def loss(x: Tensor, ids: Tensor) -> Tensor:
+        return denoising_loss(one, x, torch.ones(3), seed=0, step=0, sample_id=ids).total
+
+    assert torch.equal(make_fx(loss)(X, KEY["sample_id"])(X, KEY["sample_id"]), loss(X, KEY["sample_id"]))
+    torch._dynamo.reset()
+    drawn = torch.compile(lambda q: draw_ect_times(4, stage=1, seed=0, step=0, q=q)[1], backend="eager", fullgraph=True)
+    for q in (2.0, 3.0, 4.5):
+        torch.testing.assert_close(drawn(q), draw_ect_times(4, stage=1, seed=0, step=0, q=q)[1])
 
 
 def test_what_is_no_batch_is_named() -> None:

@@ -92,6 +92,7 @@ def test_processes_agree_on_a_given_average(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_numbers_of_numpy_are_kept_as_python_s(tmp_path: Path) -> None:
     given: dict[str, Any] = {"steps": np.int64(2), "batch_size": np.int64(4), "learning_rate": np.float32(0.5)}
+    given["ema_warmup"] = np.bool_(True)
     run = trainer(network(), **given)
     run.run(checkpoint=tmp_path / "state.safetensors")
     other = trainer(network(), steps=2, batch_size=4, learning_rate=0.5)
@@ -105,6 +106,7 @@ def test_numbers_of_numpy_are_kept_as_python_s(tmp_path: Path) -> None:
         ({"steps": "3"}, r"steps: expected an int, got '3' \(str\)"),
         ({"steps": 2.0}, r"steps: expected an int, got 2.0 \(float\)"),
         ({"ema": "x"}, r"ema: expected a number, got 'x'"),
+        ({"compiled": "no"}, r"compiled: expected a bool, got 'no'"),
         ({"clip": torch.tensor(1.0)}, r"clip: expected a number, got a torch.float32 tensor"),
         ({"optimizer_args": {"eps": torch.tensor(1.0)}}, r"optimizer_args: expected values that JSON can hold"),
     ],
@@ -121,10 +123,13 @@ def test_notes_have_names() -> None:
 
 @pytest.mark.parametrize("name", ["checkpoint_every", "log_every", "report_every"])
 def test_no_step_is_taken_for_an_interval_of_0(name: str) -> None:
-    run = trainer(network())
+    run, used = trainer(network()), {"checkpoint": "x", "log": print, "report": dict}
+    kind = name.removesuffix("_every")
     with pytest.raises(ValueError, match=f"{name}: expected at least 1 step, got 0"):
-        run.run(**{name: 0})
+        run.run(**{name: 0, kind: used[kind]})
     assert run.step == 0
+    run.run(**{name: 0})  # nothing is done at its steps
+    assert run.step == 8
 
 
 def test_micro_batches_draw_masks_of_their_own() -> None:

@@ -133,6 +133,14 @@ import bicm_kernels
     assert "the native library was not built" in done.stderr
 
 
+def test_a_linked_library_is_the_tree_s_own(python: Python, tmp_path: Path) -> None:
+    copy = tmp_path / "tree" / "bicm_kernels"
+    shutil.copytree(Path(bk.__file__).parent, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (copy / "_C.abi3.so").symlink_to(bk.backend.library.__file__)
+    program = f"import sys\nsys.path.insert(0, {str(copy.parent)!r})\n{DESCRIBE}"
+    assert python(program, BICM_KERNELS_BACKEND="native").stdout.startswith("cpu: native")
+
+
 def test_without_the_library_the_reference_runs_and_says_so_once(python: Python) -> None:
     described, warning, numbers = python(WITHOUT, BICM_KERNELS_BACKEND="auto").stdout.splitlines()
     assert described.startswith("cpu: reference (plain PyTorch, slow; native: the native library was not built")

@@ -66,6 +66,23 @@ def test_numbers_that_are_not_integers_are_not_truncated(name: str, value: Any, 
             call(**{"seed": 3, name: value})
 
 
+def test_integers_of_numpy_are_integers(way: str) -> None:
+    expected = bk.add_noise(X, 1.0, seed=7, step=3, sample_id=5)
+    for kind in (np.int64, np.int32, np.array):
+        found = bk.add_noise(X, 1.0, seed=kind(7), step=kind(3), sample_id=kind(5))  # type: ignore[arg-type]
+        assert torch.equal(found, expected)
+    encoded = bk.fixed_point_encode(X, fraction_bits=8)
+    assert torch.equal(bk.fixed_point_encode(X, fraction_bits=np.int64(8)), encoded)  # type: ignore[arg-type]
+
+
+def test_flags_may_be_0_and_1(way: str) -> None:
+    expected = [bk.denoise(X, Y, 1.0, 0.5, scaled=flag) for flag in (False, True)]
+    for flag in (0, 1, np.False_, np.True_):
+        for level in (1.0, torch.ones(1, requires_grad=True)):
+            found = bk.denoise(X, Y, level, 0.5, scaled=flag)  # type: ignore[arg-type]
+            assert torch.equal(found, expected[int(flag)])
+
+
 def test_grids_and_ratios_are_integers(way: str) -> None:
     for given in ({"fraction_bits": np.float32(8.9)}, {"ratio": (np.float32(2.5), 3)}):
         with pytest.raises(TypeError, match=r"fraction_bits must be an int|n of ratio must be an int"):
@@ -82,6 +99,16 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: bk.denoised_step([X], [1.0], [0.0], x0_weight=1.0, clip=-1.0),
         ValueError,
         "clip must be at least 0, or None, got -1.0",
+    ),
+    "whole clip": (
+        lambda: bk.denoised_step([X], [1.0], [0.0], x0_weight=1.0, clip=-1),
+        ValueError,
+        "clip must be at least 0, or None, got -1",
+    ),
+    "no buffer": (
+        lambda: bk.exact_affine_step(Q, [ONES], [1.0], None, out=(None, None)),  # type: ignore[arg-type]
+        TypeError,
+        "info must be a tensor, got None",
     ),
     "sparse": (
         lambda: bk.add_noise(X.to_sparse(), 1.0, seed=0),
@@ -186,6 +213,29 @@ def test_inference_tensors_beside_a_prediction(dtype: torch.dtype, gradient: str
         torch.testing.assert_close(found, expected, msg=name)
 
 
+def test_inference_tensors_where_the_reference_is_differentiated(way: str) -> None:
+    normal, x = torch.randn(3, 5), torch.randn(3, 5)
+    with torch.inference_mode():
+        other, one, each = normal.clone(), torch.tensor(2.0), torch.tensor([1.0, 2.0, 3.0])
+        places = torch.tensor([True, False, True])
+    steps: dict[str, Callable[..., Tensor]] = {
+        "affine_step": lambda p, y, a, b, m: bk.affine_step([p, y], [a, b]),
+        "ddim_step": lambda p, y, a, b, m: bk.ddim_step(p, (y, x), a=a, b=b, guidance_scale=2.0),
+        "denoised_step": lambda p, y, a, b, m: bk.denoised_step([p, y], [a, 1.0], [b, 1.0], x0_weight=a)[0],
+        "gaussian_step": lambda p, y, a, b, m: bk.gaussian_step([p, y], [a, b], std=a, seed=1)[0],
+        "noisy_pair": lambda p, y, a, b, m: bk.noisy_pair(x, a, b + 2, seed=0, step=0, F=p, mask=m)[0],
+        "gaussian_kl": lambda p, y, a, b, m: bk.gaussian_kl([x, p], [x, y], [1.0, a], std=0.4),
+    }
+    for name, step in steps.items():
+        p = normal.clone().requires_grad_()
+        plain = [y.clone() for y in (other, one, each, places)]
+        (expected,) = torch.autograd.grad(step(p, *plain).sum(), p)
+        (found,) = torch.autograd.grad(step(p, other, one, each, places).sum(), p)
+        torch.testing.assert_close(found, expected, msg=name)
+    with torch.inference_mode(), torch.enable_grad():
+        assert bk.pseudo_huber(normal.clone().requires_grad_(), other).isfinite()
+
+
 def test_modes_and_subclasses_see_losses() -> None:
     class Seen(TorchFunctionMode):
         def __init__(self) -> None:
@@ -224,6 +274,31 @@ def test_places_in_outputs_are_not_read_while_traced() -> None:
         assert pair(*map(mode.from_tensor, (x, F, places))).shape == x.shape
     for kind in ("real", "fake", "symbolic"):
         assert torch.equal(make_fx(pair, tracing_mode=kind)(x, F, places)(x, F, places), expected)  # type: ignore[arg-type]
+
+
+def test_places_are_named_under_a_default_device() -> None:
+    x, F, places = torch.randn(4, 5), torch.randn(2, 5), torch.tensor([0, -1, 5, 1])
+    for output in (F, F.clone().requires_grad_()):
+        with torch.device("cpu"), pytest.raises(ValueError, match=r"mask must hold places below 2, .*got 5"):
+            bk.noisy_pair(x, 1.0, 2.0, seed=0, step=0, F=output, mask=places)
+
+
+def test_compiled_ids_do_not_wrap() -> None:
+    torch._dynamo.reset()
+    noised = torch.compile(lambda x: bk.add_noise(x, 1.0, seed=1, sample_id=2**32 - 2), backend="eager")
+    assert noised(torch.zeros(2, 3)).isfinite().all()
+    with pytest.raises(Exception, match=r"sample_id \+ B must be at most 2\*\*32"):
+        noised(torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("number", [2, True, np.float64(2.0), 2.0], ids=str)
+def test_numbers_of_any_kind_go_direct(number: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend.direct is None:
+        pytest.skip("no call goes direct")
+    monkeypatch.setattr("bicm_kernels.ops.reduction.Reduction.reduced", None)
+    x = torch.randn(2, 3)
+    assert bk.consistency_loss(x, x, number, 0.5, x).isfinite()
+    assert bk.pseudo_huber(x, x + 1, weight=number).isfinite()
 
 
 STEPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {

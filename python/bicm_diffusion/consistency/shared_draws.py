@@ -51,8 +51,8 @@ def draws_alike(key: int | Tensor, device: torch.device) -> Callable[[], Abstrac
 def dropout_key(seed: int | Tensor, step: int | Tensor, sample_id: int | Tensor = 0) -> int | Tensor:
     """Return the key of a batch's dropout masks: that of its first sample, with another purpose than its noise's.
 
-    So the micro-batches of a step, and its processes, draw different masks. Ids on a device count as 0: they are not
-    read, which would wait for the device.
+    So the micro-batches of a step, and its processes, draw different masks. Ids on a device count as 0, and so do those
+    that `make_fx` traces: they are not read, which would wait for the device.
     """
     if type(seed) is type(step) is type(sample_id) is int and not torch.compiler.is_compiling():
         return fold_in(fold_in(_dropout_seed(seed), step), sample_id)
@@ -60,8 +60,13 @@ def dropout_key(seed: int | Tensor, step: int | Tensor, sample_id: int | Tensor 
     seed, step, sample_id = (_first(x) for x in (seed, step, sample_id))
     folded = isinstance(seed, Tensor) or torch.compiler.is_compiling()
     key = fold_in(fold_in(seed, DROPOUT) if folded else _dropout_seed(seed), step)
-    on_host = not isinstance(sample_id, Tensor) or sample_id.is_cpu
-    return fold_in(key, sample_id if on_host else 0)
+    return fold_in(key, sample_id if not isinstance(sample_id, Tensor) or _may_be_read(sample_id) else 0)
+
+
+def _may_be_read(x: Tensor) -> bool:
+    proxies: Any = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    traced = not torch.compiler.is_compiling() and proxies is not None and proxies.get_proxy_mode() is not None
+    return x.is_cpu and not traced
 
 
 def _first(x: int | Tensor) -> int | Tensor:

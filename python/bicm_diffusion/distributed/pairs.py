@@ -28,7 +28,7 @@ def sample_pairs(
     shape: Sequence[int],
     batch: int,
     seed: int,
-    latent_std: float = 1.0,
+    latent_std: float | Tensor = 1.0,
     settings: Mapping[str, Any],
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -36,6 +36,7 @@ def sample_pairs(
     """Make pairs 0 … count - 1 of noise and sample(noise), and write the images to a directory as `sample_shards` does.
 
     The noise of pair k is latent_std·normal(shape, seed=seed, sample_id=k); the manifest records these arguments.
+    latent_std: a number, or a 0-d tensor.
     sample: noise (batch, *shape) float32 on `device` -> images (batch, *shape), which depend only on the noise.
     settings: the other settings that determine the images (steps, weights), not named pair_seed, pair_std, pair_shape.
     Other arguments and errors: see `sample_shards`; ValueError also for images of another shape, on one process.
@@ -47,7 +48,8 @@ def sample_pairs(
     >>> torch.equal(image, noise.sign())
     True
     """
-    check_number("latent_std", latent_std)
+    if not (isinstance(latent_std, Tensor) and latent_std.dim() == 0):
+        check_number("latent_std", latent_std)
     taken = [name for name in KEYS if name in settings]
     if taken:
         raise ValueError(f"settings: expected other names than {taken[0]!r}, which is recorded here already")
@@ -56,7 +58,7 @@ def sample_pairs(
     def images(shard: Shard) -> Tensor:
         noise = _noise(shard.sample_ids, made, device)
         found = sample(noise)
-        if found.shape != noise.shape:
+        if isinstance(found, Tensor) and found.shape != noise.shape:
             raise ValueError(f"sample: expected images {tuple(noise.shape)}, as its noise is, got {tuple(found.shape)}")
         return found
 

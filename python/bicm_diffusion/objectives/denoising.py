@@ -65,7 +65,7 @@ def denoising_loss(
     """
     check_state("x", x)
     check_level("sigma_data", sigma_data)
-    if not isinstance(t, Tensor) or t.shape != x.shape[:1]:
+    if not isinstance(t, Tensor) or (t.dim() and t.shape != x.shape[:1]):
         raise TypeError(f"t: expected levels ({len(x)},), as draw_denoising_levels gives, got {described(t)}")
     evaluate = evaluator(network, x, seed=seed, step=step, sample_id=sample_id, extra_args=extra_args, end=None)
     t = t.to(x.device, torch.float64)

@@ -40,7 +40,7 @@ def ect_partner(t: Tensor, *, stage: int, q: float = 2.0, k: float = 8.0, b: flo
     check_integer("stage", stage)
     for name, number in (("q", q), ("k", k), ("b", b)):
         check_number(name, number)
-        if not math.isfinite(number):
+        if not (torch.compiler.is_compiling() or math.isfinite(number)):
             raise ValueError(f"{name}: expected a finite number, got {number}")
     if stage < 0 or not q > 1:
         raise ValueError(f"stage, q: expected stage >= 0 and q > 1, got {stage} and {q}")

@@ -70,7 +70,7 @@ def check_per_sample(name: str, number: object, batch: int, other: str = "") -> 
 
 def check_integer(name: str, number: object) -> None:
     """Raise TypeError unless a number is an integer."""
-    if not isinstance(number, Integral):
+    if not isinstance(number, Integral | torch.SymInt):
         raise TypeError(f"{name}: expected an integer, got {described(number)}")
 
 
@@ -88,8 +88,10 @@ def check_number(name: str, number: object) -> None:
 
 
 def check_level(name: str, level: object, *, zero: bool = False) -> None:
-    """Raise unless it is a finite number above 0, or of at least 0; numbers of a traced graph are not read."""
+    """Raise unless it is a finite number above 0, or of at least 0; tensors and traced numbers are not read."""
     if torch.compiler.is_compiling() or (type(level) is float and 0.0 < level < math.inf):
+        return
+    if isinstance(level, Tensor) and level.dim() == 0 and level.is_floating_point():
         return
     check_number(name, level)
     if not (0 < level < math.inf or (zero and level == 0)):  # type: ignore[operator]

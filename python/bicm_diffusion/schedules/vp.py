@@ -82,13 +82,12 @@ def _as_tensor(name: str, values: Times, most: float, expected: str) -> Tensor:
     if isinstance(values, Tensor):
         return values
     try:
-        found = torch.as_tensor(values, dtype=torch.float64)
+        found = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         kinds = "a tensor, a number or a sequence of numbers"
         raise TypeError(f"{name}: expected {kinds}, got {described(values)}") from None
-    if torch.compiler.is_compiling():  # which reads no values
-        return found
-    wrong = found[~((found >= 0.0) & (found <= most))]
-    if len(wrong):
+    inside = (found >= 0.0) & (found <= most)
+    if not torch.compiler.is_compiling() and not inside.all():  # a traced graph reads no values
+        wrong = found[~inside]
         raise ValueError(f"{name}: expected values {expected}, got {float(wrong[0])}")
-    return found
+    return torch.as_tensor(values, dtype=torch.float64)  # on the default device

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
 from bicm_diffusion.described import described
 
 CHOICES = {
@@ -17,6 +19,7 @@ CHOICES = {
     "precision": ("float32", "bfloat16"),
 }
 _WHOLE = ("steps", "batch_size", "seed", "micro_batch", "warmup")
+_FLAGS = ("ema_warmup", "compiled")
 _REAL = ("learning_rate", "weight_decay", "clip", "ema")
 
 
@@ -58,6 +61,10 @@ class TrainingOptions:
         for names, kind, what, plain in ((_WHOLE, Integral, "an int", int), (_REAL, Real, "a number", float)):
             for name in names:
                 self._convert(name, kind, what, plain)
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool | np.bool_):
+                raise TypeError(f"{name}: expected a bool, got {described(getattr(self, name))}")
+            object.__setattr__(self, name, bool(getattr(self, name)))
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")

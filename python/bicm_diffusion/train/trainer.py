@@ -229,8 +229,13 @@ class Trainer:
         device), and for the figures of reports. report: called with the averaged network every `report_every` steps,
         returns figures by name, on all processes. progress: a bar of tqdm.
         """
-        for name, every in (("checkpoint", checkpoint_every), ("log", log_every), ("report", report_every)):
-            if not every >= 1:
+        intervals = (
+            ("checkpoint", checkpoint_every, checkpoint is not None),
+            ("log", log_every, log is not None or progress),
+            ("report", report_every, report is not None),
+        )
+        for name, every, used in intervals:
+            if used and not every >= 1:
                 raise ValueError(f"{name}_every: expected at least 1 step, got {every}")
         first = self.processes.rank == 0
         means: dict[str, float] = {}

@@ -117,7 +117,8 @@ class BdiaSteps(Retraced):
         turned = self._turned and inverse is None and last_sample is None
         pair, made = self._next if turned else None, None
         if pair is not None:
-            made, last_sample = pair.record, self._outer
+            # One that was pickled by an earlier version has no outer state of its own.
+            made, last_sample = pair.record, pair.z if self._outer is None else self._outer
         elif last_sample is not None and last_sample is self._reached:
             if self._at != len(self._indices):
                 raise ValueError(
@@ -170,8 +171,7 @@ class BdiaSteps(Retraced):
         self._times = [times[count - max(i, 1)] for i in self._indices]
         self.timesteps = torch.tensor(self._times, dtype=self.timesteps.dtype).to(device)
         watched = ("timesteps", *self._sources)
-        for name in watched:
-            setattr(self, name, counting(getattr(self, name)))
+        self.__dict__.update(counting({name: getattr(self, name) for name in watched}))
         self._given = tuple((name, x := getattr(self, name), version_of(x)) for name in watched)
         self._configured = self._watched()
 

@@ -24,8 +24,9 @@ def hooks(original: type[Any], replacing: type[Any]) -> tuple[str, ...]:
     while waiting:
         name = waiting.pop()
         found.add(name)
-        method = inspect.unwrap(_function(_held(original, name)))
-        waiting |= {each for each in _names(method.__code__) if _is_method(_held(original, each))} - found
+        code = getattr(inspect.unwrap(_function(_held(original, name))), "__code__", None)
+        named = () if code is None else _names(code)
+        waiting |= {each for each in named if _is_method(_held(original, each))} - found
     return tuple(sorted(found - own))
 
 

@@ -31,6 +31,8 @@ def wide(x: Tensor) -> Tensor:
 
 def timesteps_of(timestep: Any, batch: int) -> list[Any]:
     """The timesteps of a batch, or its single one; raises TypeError, ValueError for others, or another number."""
+    if not isinstance(timestep, Tensor | Real) and getattr(timestep, "ndim", None) == 0:
+        timestep = timestep.item()  # NumPy's
     if not isinstance(timestep, Tensor | Real):
         raise TypeError(f"timestep: expected a number or a tensor, got {described(timestep)}")
     if not isinstance(timestep, Tensor) or timestep.dim() == 0:
@@ -61,7 +63,7 @@ def check_range(name: str, value: Any, least: float, most: float = math.inf) -> 
 
 
 def _some(numbers: Sequence[Any]) -> str:
-    words = [f"{x:g}" if isinstance(x, float) else str(x) for x in numbers]
+    words = [f"{x:.9g}" if isinstance(x, float) else str(x) for x in numbers]
     return ", ".join(words if len(words) <= 8 else [*words[:4], "…", *words[-2:]])
 
 
@@ -178,7 +180,7 @@ class FlowLogProb:
         count = len(sample) if isinstance(timestep, Tensor) and timestep.dim() else 1
         about = [
             torch.as_tensor(x, dtype=torch.float32, device=sample.device)
-            .expand(count)
+            .repeat(count if torch.as_tensor(x).numel() == 1 else 1)
             .reshape(count, *[1] * (sample.dim() - 1))
             for x in (told, root)
         ]

@@ -157,7 +157,8 @@ class Accelerated(Drawing):
 
     def _prepare(self) -> Tables:
         own = self.__dict__
-        own.update((name, counting(own[name])) for name in self._sources if name in own)
+        # Timesteps are found by their addresses, which a copy has not.
+        own.update(counting({name: own[name] for name in self._sources if name in own and name != "timesteps"}))
         called = hooks(self._original, self._accelerated)
         sources = tuple(
             (name, own.get(name), version_of(own.get(name)) if name != "timesteps" or self._looks_up else None)

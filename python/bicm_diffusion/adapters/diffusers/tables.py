@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -102,12 +103,13 @@ def version_of(source: Any) -> int | None:
     return source._version if isinstance(source, Tensor) and not source.is_inference() else None
 
 
-def counting(x: Any) -> Any:
-    """A copy of a tensor that was made in inference mode, whose writes nothing counts; everything else as it is."""
-    if type(x) is not Tensor or not x.is_inference():
-        return x
+def counting(sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of those that were made in inference mode, whose writes nothing counts; views of one another stay so."""
+    uncounted = {name: x for name, x in sources.items() if type(x) is Tensor and x.is_inference()}
+    if not uncounted:
+        return {}
     with torch.inference_mode(False), torch.no_grad():
-        return x.clone()
+        return copy.deepcopy(uncounted)
 
 
 def overrides(x: Any) -> bool:
