@@ -155,7 +155,7 @@ def check_key(seed: object, step: object, sample_id: Any, batch: int, device: to
     check_integer("seed", seed, batch, device, -(2**63), 2**64)
     check_integer("step", step, batch, device, 0, WORD)
     check_integer("sample_id", sample_id, batch, device, 0, WORD)
-    if not isinstance(sample_id, Tensor | torch.SymInt):
+    if not isinstance(sample_id, int | Tensor | torch.SymInt):
         sample_id = operator.index(sample_id)  # arithmetic on NumPy's integers overflows
     if isinstance(sample_id, int) and not torch.compiler.is_exporting() and sample_id + batch > WORD:
         raise ValueError(f"sample_id + B must be at most 2**32, got {sample_id} + {batch}")

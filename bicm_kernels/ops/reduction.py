@@ -227,7 +227,8 @@ class Reduction(Op):
             return plain
         tensors = self.laid_out(tensors)
         states = tensors[: self.states_end]
-        tracked = arguments.requires_grad(*states) and not torch.is_inference_mode_enabled()
+        recorded = arguments.compiling() or not torch.is_inference_mode_enabled()
+        tracked = recorded and arguments.requires_grad(*states)
         # TorchScript finds an overload by its arguments: without a list of tensors, the one with numbers.
         traced = arguments.compiling() or (self.guided and arguments.scripting())
         overload = "default"
